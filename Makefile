@@ -1,0 +1,47 @@
+# make setup       create .venv with everything that tests and examples need (CPU)
+# make quickstart  convert the tiny model end to end and print the table
+# make test        lint, type check and all tests, as .ci/run does
+# make lint        only ruff and mypy
+# make format      let ruff rewrite what it can
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+CONSTRAINTS := requirements/constraints-cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+# The tests start several processes on few cores: more threads each would only get in the way.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup quickstart test lint format
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: PYTHON = $(PYTHON): is missing or older than Python 3.11;" \
+			"choose one with make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# PyTorch first and by its pinned version, so that nothing else decides which build is taken.
+	$(PIP) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+quickstart: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/tiny/quickstart.sh
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest tests/unit_tests
+	$(BIN)/pytest tests/distributed_tests
+	$(BIN)/pytest tests/functional_tests
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,208 @@
+"""Peak memory and time of the fused divergence against plain autograd on the whole logits.
+
+    python benchmarks/divergence_memory.py
+
+Forward KL over the full vocabulary, forward and backward, gradients of hidden states and head
+included. Each measurement is a process of its own: on CPU the peak resident set above what is
+resident once the inputs exist, on CUDA `torch.cuda.max_memory_allocated` above the same. Medians
+go to `benchmarks/results/divergence_memory.json`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dlm.distillation.vocab_parallel_divergence import (
+    DivergenceSpec,
+    vocab_parallel_divergence,
+)
+
+VOCAB_SIZE = 151_936  # Qwen3
+TOKENS = 2_048
+HIDDEN_SIZE = 1_024  # Qwen3-0.6B
+RESULT = Path(__file__).parent / "results" / "divergence_memory.json"
+TARGET_MEMORY_RATIO = 0.2
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def fused_loss(inputs: Inputs, chunk_size: int) -> torch.Tensor:
+    weights = torch.ones(inputs[0].shape[0], device=inputs[0].device)
+    spec = DivergenceSpec.parse("forward_kl", chunk_size=chunk_size)
+    return vocab_parallel_divergence(*inputs, weights, spec, VOCAB_SIZE)[0]
+
+
+def dense_loss(inputs: Inputs, chunk_size: int) -> torch.Tensor:
+    student_hidden, student_head, teacher_hidden, teacher_head = inputs
+    log_q = (student_hidden @ student_head.T).log_softmax(-1)
+    log_p = (teacher_hidden @ teacher_head.T).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+
+
+LOSSES = {"fused": fused_loss, "dense": dense_loss}
+
+
+def measure(method: str, chunk_size: int, device: str) -> dict[str, float]:
+    """Run one forward and backward pass in this process."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int, scale: float) -> torch.Tensor:
+        return torch.randn(rows, HIDDEN_SIZE, generator=generator, device=device).mul_(scale)
+
+    student_hidden, student_head = normal(TOKENS, 1), normal(VOCAB_SIZE, HIDDEN_SIZE**-0.5)
+    teacher_hidden, teacher_head = normal(TOKENS, 1), normal(VOCAB_SIZE, HIDDEN_SIZE**-0.5)
+    student_hidden.requires_grad_()
+    student_head.requires_grad_()
+    # Libraries load and threads start on the first use: outside what is measured.
+    one_token = (student_hidden[:1].detach(), student_head.detach())
+    LOSSES[method]((*one_token, teacher_hidden[:1], teacher_head), chunk_size)
+
+    baseline = resident_bytes(device)
+    start = time.perf_counter()
+    loss = LOSSES[method]((student_hidden, student_head, teacher_hidden, teacher_head), chunk_size)
+    loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    if student_hidden.grad is None or student_head.grad is None:
+        raise AssertionError("a gradient is missing")
+    return {
+        "peak_mib": (peak_bytes(device) - baseline) / 2**20,
+        "seconds": seconds,
+        "loss": loss.item(),
+        "hidden_grad_norm": student_hidden.grad.norm().item(),
+        "head_grad_norm": student_head.grad.norm().item(),
+    }
+
+
+def resident_bytes(device: str) -> int:
+    """Memory in use now; from here on the peak is counted."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_apart(method: str, chunk_size: int, device: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", method, "--device", device]
+    command += ["--chunk-size", str(chunk_size)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output)
+
+
+def machine(device: str) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if device == "cuda":
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def commit() -> str:
+    """The commit measured, marked where the measured files differ from it."""
+    root = Path(__file__).parent.parent
+    head = git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    changed = git(root, "status", "--porcelain", "--", "megatron_dlm/distillation", __file__)
+    return (head or "none") + (" with uncommitted changes" if changed else "")
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def compare(chunk_size: int, device: str, repetitions: int) -> dict[str, Any]:
+    """Measure both methods in turn, so that a busy moment of the machine meets both."""
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in LOSSES}
+    for _ in range(repetitions):
+        for method in LOSSES:
+            runs[method].append(measure_apart(method, chunk_size, device))
+    for quantity in ("loss", "hidden_grad_norm", "head_grad_norm"):
+        fused, dense = (runs[method][0][quantity] for method in ("fused", "dense"))
+        if abs(fused - dense) > 1e-4 * abs(dense):
+            raise AssertionError(f"{quantity} differs: fused {fused}, dense {dense}")
+
+    medians = {
+        method: {
+            quantity: statistics.median(run[quantity] for run in of_method)
+            for quantity in ("peak_mib", "seconds")
+        }
+        for method, of_method in runs.items()
+    }
+    memory_ratio = medians["fused"]["peak_mib"] / medians["dense"]["peak_mib"]
+    return {
+        "what": "forward KL, full vocabulary, forward and backward, float32",
+        "vocab_size": VOCAB_SIZE,
+        "tokens": TOKENS,
+        "hidden_size": HIDDEN_SIZE,
+        "chunk_size": chunk_size,
+        "device": device,
+        "medians": medians,
+        "memory_ratio": memory_ratio,
+        "memory_ratio_target": TARGET_MEMORY_RATIO,
+        "meets_target": memory_ratio < TARGET_MEMORY_RATIO,
+        "time_ratio": medians["fused"]["seconds"] / medians["dense"]["seconds"],
+        "runs": runs,
+        "machine": machine(device),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--measure", choices=list(LOSSES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.chunk_size, arguments.device)))
+        return
+
+    result = compare(arguments.chunk_size, arguments.device, arguments.repetitions)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{'':8}{'peak MiB':>12}{'seconds':>12}")
+    for method, median in result["medians"].items():
+        print(f"{method:8}{median['peak_mib']:12,.0f}{median['seconds']:12.2f}")
+    print(f"{'ratio':8}{result['memory_ratio']:12.3f}{result['time_ratio']:12.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Configuration: options classes, command line and YAML, rules across fields."""
+
+from megatron_dlm.config.architecture_rules import validate_architecture
+from megatron_dlm.config.groups import (
+    DataConfig,
+    DistillationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ParameterGroup,
+    RolloutConfig,
+    TrainingConfig,
+)
+from megatron_dlm.config.parsing import format_config, parse_arguments, parse_config
+from megatron_dlm.config.schema import Config
+from megatron_dlm.config.validation import validate
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DistillationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ParameterGroup",
+    "RolloutConfig",
+    "TrainingConfig",
+    "format_config",
+    "parse_arguments",
+    "parse_config",
+    "validate",
+    "validate_architecture",
+]

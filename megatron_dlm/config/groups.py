@@ -1,0 +1,327 @@
+"""Every option of the framework, in groups.
+
+One field is one command-line flag (`--tensor-model-parallel-size`), one YAML key
+(`tensor_model_parallel_size`) and one docstring, which is also the flag's help text. A default is
+written here and nowhere else. Names are flat on the command line and in YAML: the groups exist for
+the code (`config.parallel.tensor_model_parallel_size`) and for the headings of `--help`, so a
+field name is unique over all groups.
+
+Field types are limited to what `megatron_dlm.config.fields.coerce` knows how to read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+AttentionBackend = Literal["auto", "sdpa", "flex"]
+TransformerImpl = Literal["local", "transformer_engine"]
+RecomputeGranularity = Literal["none", "selective", "full"]
+RecomputeMethod = Literal["uniform", "block"]
+TokenDispatcher = Literal["allgather", "alltoall"]
+Device = Literal["auto", "cpu", "cuda"]
+ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
+RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
+ObjectiveName = Literal["opdlm", "next_token"]
+StateSelection = Literal["per_block", "global"]
+LossNormalization = Literal["token", "row_mean"]
+DivergenceTail = Literal["bucket", "ignore"]
+OptimizerName = Literal["adam"]
+LRDecayStyle = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model: weights, architecture and how a layer computes."""
+
+    load: str | None = None
+    """Weights to start from: a Hugging Face folder, a Megatron checkpoint, or a run folder (its
+    latest checkpoint; the run is resumed unless --finetune is given)."""
+
+    finetune: bool = False
+    """Take only the weights from --load: optimizer, schedules and data position start afresh."""
+
+    tokenizer: str | None = None
+    """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
+
+    block_size: int = 4
+    """Tokens denoised together; blocks are counted from the first prompt token."""
+
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel: flex (FlexAttention, CUDA), sdpa (reference, any device), or auto (flex on
+    CUDA, sdpa on CPU)."""
+
+    transformer_impl: TransformerImpl = "local"
+    """Layers from Megatron-Core alone (local) or from Transformer Engine (must be installed)."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with float32 master weights; without it everything is float32."""
+
+    recompute_granularity: RecomputeGranularity = "none"
+    """Activation recomputation: none, selective (core attention) or full (whole layers)."""
+
+    recompute_method: RecomputeMethod = "uniform"
+    """With full recomputation: uniform (chunks of --recompute-num-layers layers) or block (only
+    the first --recompute-num-layers layers of a pipeline stage)."""
+
+    recompute_num_layers: int = 1
+    """Layers in a recomputed chunk (uniform) or recomputed layers a stage (block)."""
+
+    model_config: str | None = None
+    """Hugging Face config.json to build a model with random weights from, when --load is absent."""
+
+    init_method_std: float | None = None
+    """Standard deviation of randomly initialised weights (default: initializer_range of the
+    model's config.json)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallelism: how the model and the batch are spread over processes."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share every layer (TP)."""
+
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages that share the layers (PP)."""
+
+    expert_model_parallel_size: int = 1
+    """Processes that share the experts of a mixture-of-experts layer (EP)."""
+
+    expert_tensor_parallel_size: int | None = None
+    """Processes that share one expert (default: --tensor-model-parallel-size)."""
+
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel processes."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel processes while the backward pass still runs."""
+
+    moe_token_dispatcher_type: TokenDispatcher = "allgather"
+    """How tokens reach their experts."""
+
+    device: Device = "auto"
+    """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
+
+    distributed_timeout_minutes: int = 10
+    """Minutes a collective may wait for the other processes before the run is aborted."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data: prompts, corpora and their order."""
+
+    prompts: str | None = None
+    """JSONL of prompts for rollouts, one object a line with `messages` (chat) or `prompt`."""
+
+    train_data: str | None = None
+    """JSONL of prompts with answers for data-set objectives: `prompt` and `response`, or `messages`
+    that end with the assistant's."""
+
+    max_prompt_length: int = 1024
+    """Longest prompt in tokens, chat template included; a longer one is an error."""
+
+    seed: int = 1234
+    """Seed of everything random: weights, order of the data, sampling, state selection."""
+
+    shuffle: bool = True
+    """Visit the data in a new random order every epoch instead of the file's order."""
+
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Rollout: block-diffusion generation by the student."""
+
+    num_rollouts: int | None = None
+    """Rollouts to do; together with --rollout-batch-size it sets the number of updates."""
+
+    rollout_batch_size: int = 128
+    """Prompts per rollout, over all data-parallel processes."""
+
+    max_response_length: int = 1024
+    """Longest response in tokens; the end point of the length schedule."""
+
+    min_response_length: int | None = None
+    """Response limit in tokens at the first rollout (linear and cosine schedules)."""
+
+    response_length_schedule: ResponseLengthSchedule = "constant"
+    """How the response limit grows from --min-response-length to --max-response-length."""
+
+    response_length_warmup_rollouts: int = 0
+    """Rollouts until the response limit has reached --max-response-length."""
+
+    remasking_strategy: RemaskingStrategy = "low_confidence_dynamic"
+    """Which drawn tokens are kept at a denoising step: a fixed number of the most confident
+    (static), or all above --dynamic-threshold (dynamic)."""
+
+    dynamic_threshold: float = 0.9
+    """Confidence a token must exceed to be kept by low_confidence_dynamic, in (0, 1]."""
+
+    denoising_steps_per_block: int | None = None
+    """Denoising steps of low_confidence_static for a block (default: --block-size, one token a
+    step)."""
+
+    temperature: float = 1.0
+    """Softmax temperature of the draws; 0 takes the most likely token."""
+
+    top_k: int = 0
+    """Draw among the k most likely tokens only; 0 is off."""
+
+    top_p: float = 1.0
+    """Draw among the most likely tokens that together hold this probability in (0, 1]; 1 is off."""
+
+    max_running_requests: int = 64
+    """Sequences a data-parallel process decodes at once (slots of its KV cache)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Objective: what a training row looks like and what is supervised."""
+
+    objective: ObjectiveName = "opdlm"
+    """opdlm: on-policy distillation of a block-diffusion student from an autoregressive teacher;
+    next_token: ordinary autoregressive training on --train-data."""
+
+    state_selection: StateSelection = "per_block"
+    """Denoising states of a trajectory that are trained on: an own step for every block
+    (per_block) or one step of the whole trajectory (global)."""
+
+    supervise_eos: bool = True
+    """Supervise the end-of-sequence token of a response as well."""
+
+    loss_normalization: LossNormalization = "token"
+    """Divide by the supervised tokens of the global batch (token), or average over the rows of
+    each row's mean (row_mean)."""
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Distillation: the teacher and the divergence from it."""
+
+    teacher_load: str | None = None
+    """Frozen autoregressive teacher, a Hugging Face folder or Megatron checkpoint (default:
+    --load, the weights that the student starts from)."""
+
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
+
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of jsd, in (0, 1)."""
+
+    divergence_top_k: int = 0
+    """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
+
+    divergence_tail: DivergenceTail = "bucket"
+    """With --divergence-top-k, what happens to the remaining probability: one more class (bucket)
+    or nothing (ignore; the result can then be negative)."""
+
+    divergence_chunk_size: int = 256
+    """Supervised tokens whose logits exist at the same time: bounds peak memory, not the value."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Settings of the optimizer for the parameters that a pattern matches.
+
+    Attributes:
+        pattern: attention, mlp, experts, router, embedding, norm, output, or a regular expression
+            searched in the parameter's name. A pattern that matches nothing is an error.
+        lr: Peak learning rate (None: `--lr`).
+        min_lr: Learning rate at the end of the decay (None: `--min-lr`).
+        weight_decay: Weight decay (None: `--weight-decay`).
+    """
+
+    pattern: str
+    lr: float | None = None
+    min_lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer: update rule, learning rates and their schedule."""
+
+    optimizer: OptimizerName = "adam"
+    """Update rule (adam is AdamW: decoupled weight decay)."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+
+    min_lr: float = 1e-6
+    """Learning rate at the end of the decay; not used by a constant schedule."""
+
+    lr_decay_style: LRDecayStyle = "cosine"
+    """Shape of the schedule after the warm-up."""
+
+    lr_warmup_iters: int = 0
+    """Optimizer steps over which the learning rate rises from 0 to --lr."""
+
+    lr_decay_iters: int | None = None
+    """Optimizer step at which --min-lr is reached (default: the number of steps of the run)."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never applied to norms and biases."""
+
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+
+    adam_eps: float = 1e-8
+    """Term that keeps Adam's denominator above zero."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    param_groups: tuple[ParameterGroup, ...] = ()
+    """Parameter groups with their own settings, a list of {pattern, lr, min_lr, weight_decay};
+    JSON on the command line. Patterns: attention, mlp, experts, router, embedding, norm, output, or
+    a regular expression."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training: batch sizes and length of the run."""
+
+    micro_batch_size: int = 1
+    """Trajectories packed into one row, the unit of a forward pass."""
+
+    global_batch_size: int = 8
+    """Trajectories per optimizer update, over all data-parallel processes."""
+
+    train_iters: int | None = None
+    """Optimizer steps of data-set objectives; rollout objectives derive it from --num-rollouts."""
+
+    epochs_per_rollout: int = 1
+    """Passes over the trajectories of a rollout before the next one."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logging and checkpoints."""
+
+    save: str | None = None
+    """Run folder: checkpoints, metrics.jsonl, resolved configuration, TensorBoard."""
+
+    save_interval: int = 0
+    """Optimizer steps between checkpoints, rounded up to the end of the rollout; 0 saves only at
+    the end of the run."""
+
+    keep_checkpoints: int = 0
+    """Latest checkpoints to keep; 0 keeps all."""
+
+    log_interval: int = 1
+    """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project to log to as well (wandb must be installed)."""

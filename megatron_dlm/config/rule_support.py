@@ -1,0 +1,31 @@
+"""What every rule needs: a field's value by name, and the error that names its flag."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_dlm.config.fields import option_fields
+from megatron_dlm.config.schema import Config
+from megatron_dlm.errors import UserError, bad_value
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def divisors(number: int) -> str:
+    """The divisors of a positive number, for remedies: "1, 2, 4 or 8"."""
+    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of a field by its flat name."""
+    group = option_fields(Config)[name].group
+    return getattr(getattr(config, group) if group else config, name)
+
+
+def refuse(config: Config, name: str, problem: str, remedy: str) -> UserError:
+    """The error for one field of a configuration."""
+    return bad_value(flag(name), value_of(config, name), problem, remedy)

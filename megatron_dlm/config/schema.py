@@ -1,0 +1,130 @@
+"""The configuration of a run: all groups of options, and what follows from several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dlm.config.fields import build, dump_yaml, flatten
+from megatron_dlm.config.groups import (
+    DataConfig,
+    DistillationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ParameterGroup,
+    RolloutConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DistillationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ParameterGroup",
+    "RolloutConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of a training run; flags win over the YAML file, which wins over defaults."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    config: str | None = None
+    """YAML file with the same keys as the flags (flat); flags win over it."""
+
+    dry_run: bool = False
+    """Resolve and validate the configuration, print it and stop."""
+
+    @property
+    def uses_rollouts(self) -> bool:
+        """Whether the objective trains on the student's own rollouts."""
+        return self.objective.objective == "opdlm"
+
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Processes that share one expert, default resolved."""
+        explicit = self.parallel.expert_tensor_parallel_size
+        return self.parallel.tensor_model_parallel_size if explicit is None else explicit
+
+    @property
+    def denoising_steps_per_block(self) -> int:
+        """Denoising steps of static remasking for a block, default resolved."""
+        explicit = self.rollout.denoising_steps_per_block
+        return self.model.block_size if explicit is None else explicit
+
+    @property
+    def teacher_load(self) -> str | None:
+        """Where the teacher's weights are, default resolved."""
+        return self.distillation.teacher_load or self.model.load
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on the trajectories of one rollout, all epochs."""
+        updates = self.rollout.rollout_batch_size // self.training.global_batch_size
+        return updates * self.training.epochs_per_rollout
+
+    @property
+    def train_iters(self) -> int:
+        """Optimizer steps of the run: derived for rollout objectives, given for the others."""
+        if self.uses_rollouts:
+            return (self.rollout.num_rollouts or 0) * self.updates_per_rollout
+        return self.training.train_iters or 0
+
+    @property
+    def lr_decay_iters(self) -> int:
+        """Optimizer step at which the decay ends, default resolved."""
+        explicit = self.optimizer.lr_decay_iters
+        return self.train_iters if explicit is None else explicit
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Processes that each hold a full copy of the dense model, for `world_size` processes."""
+        parallel = self.parallel
+        model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        return world_size // model_parallel
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Rows that a data-parallel process runs for one optimizer update."""
+        training = self.training
+        return training.global_batch_size // (
+            training.micro_batch_size * self.data_parallel_size(world_size)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat dictionary of plain values, one entry a field; the inverse of `from_dict`."""
+        return flatten(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> Config:
+        """Build a configuration from a flat dictionary; fields that are not named keep defaults.
+
+        Args:
+            values: Field names (dashes or underscores) to plain values.
+            source: What the dictionary was read from, for error messages.
+
+        Raises:
+            UserError: An unknown field or a value of the wrong type.
+        """
+        return build(cls, values, source)
+
+    def to_yaml(self) -> str:
+        """YAML text that `--config` reads back to an equal configuration."""
+        return dump_yaml(self)

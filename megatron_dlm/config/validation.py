@@ -1,0 +1,38 @@
+"""Every rule across the fields of a configuration, in the order in which they are checked.
+
+Nothing here needs process groups or weights: `validate` runs before torch.distributed starts, so
+that a run that cannot work ends within seconds. What depends on the model's sizes is in
+`architecture_rules`.
+"""
+
+from megatron_dlm.config import layout_rules, value_rules
+from megatron_dlm.config.schema import Config
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Check every rule that needs no model.
+
+    Args:
+        config: The configuration.
+        world_size: Number of processes of the run.
+
+    Raises:
+        UserError: The first rule that is broken, with the values that would work.
+    """
+    value_rules.check_ranges(config)
+    value_rules.check_denoising_steps(config)
+    value_rules.check_response_length_schedule(config)
+    value_rules.check_divergence(config)
+    value_rules.check_learning_rates(config)
+    value_rules.check_parameter_groups(config)
+    value_rules.check_sequence_parallel(config)
+    value_rules.check_attention_backend(config)
+    value_rules.check_optional_packages(config)
+    value_rules.check_objective_inputs(config)
+    value_rules.check_teacher(config)
+    value_rules.check_save(config)
+    layout_rules.check_world_size(config, world_size)
+    layout_rules.check_expert_layout(config, world_size)
+    layout_rules.check_rollout_batch(config, world_size)
+    layout_rules.check_global_batch(config, world_size)
+    value_rules.check_schedule_length(config)

@@ -1,0 +1,302 @@
+"""Rules across the values of a configuration, whatever the model and the number of processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
+from megatron_dlm.config.schema import Config
+from megatron_dlm.errors import bad_value
+
+AT_LEAST_ONE = (
+    "block_size",
+    "recompute_num_layers",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "distributed_timeout_minutes",
+    "max_prompt_length",
+    "num_rollouts",
+    "rollout_batch_size",
+    "max_response_length",
+    "min_response_length",
+    "denoising_steps_per_block",
+    "max_running_requests",
+    "divergence_chunk_size",
+    "lr_decay_iters",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "epochs_per_rollout",
+    "log_interval",
+)
+"""Fields whose value, when there is one, is a count of at least 1."""
+
+AT_LEAST_ZERO = (
+    "seed",
+    "response_length_warmup_rollouts",
+    "temperature",
+    "top_k",
+    "divergence_top_k",
+    "min_lr",
+    "lr_warmup_iters",
+    "weight_decay",
+    "clip_grad",
+    "save_interval",
+    "keep_checkpoints",
+)
+"""Fields whose value cannot be negative."""
+
+ABOVE_ZERO = ("init_method_std", "lr", "adam_eps")
+"""Fields whose value, when there is one, is larger than 0."""
+
+PROBABILITIES = ("dynamic_threshold", "top_p")
+"""Fields whose value lies in (0, 1]."""
+
+MOMENT_DECAYS = ("adam_beta1", "adam_beta2")
+"""Fields whose value lies in [0, 1)."""
+
+
+def check_ranges(config: Config) -> None:
+    """Every number lies where its field makes sense."""
+    rules = (
+        (AT_LEAST_ONE, lambda x: x >= 1, "is less than 1", "choose 1 or more"),
+        (AT_LEAST_ZERO, lambda x: x >= 0, "is negative", "choose 0 or more"),
+        (ABOVE_ZERO, lambda x: x > 0, "is not positive", "choose a number above 0"),
+        (PROBABILITIES, lambda x: 0 < x <= 1, "is outside (0, 1]", "choose e.g. 0.9, at most 1"),
+        (MOMENT_DECAYS, lambda x: 0 <= x < 1, "is outside [0, 1)", "choose e.g. 0.9, less than 1"),
+    )
+    for names, fits, problem, remedy in rules:
+        for name in names:
+            value = value_of(config, name)
+            if value is not None and not fits(value):
+                raise refuse(config, name, problem, remedy)
+
+
+def check_denoising_steps(config: Config) -> None:
+    """Static remasking commits the same whole number of tokens at every step."""
+    block_size = config.model.block_size
+    if block_size % config.denoising_steps_per_block:
+        raise refuse(
+            config,
+            "denoising_steps_per_block",
+            f"does not divide --block-size {block_size}",
+            f"choose {divisors(block_size)}",
+        )
+
+
+def check_response_length_schedule(config: Config) -> None:
+    """A growing response limit has a start, an end above it, and a duration."""
+    rollout = config.rollout
+    start, end = rollout.min_response_length, rollout.max_response_length
+    if start is not None and start > end:
+        raise refuse(
+            config,
+            "min_response_length",
+            f"is above --max-response-length {end}",
+            f"choose {end} or less",
+        )
+    if not config.uses_rollouts or rollout.response_length_schedule == "constant":
+        return
+    schedule = f"--response-length-schedule {rollout.response_length_schedule}"
+    if start is None:
+        raise refuse(
+            config, "min_response_length", f"{schedule} needs a start", f"choose 1 to {end}"
+        )
+    if rollout.response_length_warmup_rollouts < 1:
+        raise refuse(
+            config,
+            "response_length_warmup_rollouts",
+            f"{schedule} needs a duration",
+            "choose 1 or more, or the schedule constant",
+        )
+
+
+def check_divergence(config: Config) -> None:
+    """The divergence is one that can be computed."""
+    # Here and not above: the configuration alone should not need torch to be read.
+    from megatron_dlm.distillation.vocab_parallel_divergence import DivergenceSpec
+
+    distillation = config.distillation
+    DivergenceSpec.parse(
+        distillation.divergence,
+        jsd_beta=distillation.jsd_beta,
+        top_k=distillation.divergence_top_k,
+        tail=distillation.divergence_tail,
+        chunk_size=distillation.divergence_chunk_size,
+    )
+
+
+def check_learning_rates(config: Config) -> None:
+    """The learning rate decays downwards."""
+    optimizer = config.optimizer
+    if optimizer.lr_decay_style != "constant" and optimizer.min_lr > optimizer.lr:
+        raise refuse(
+            config,
+            "min_lr",
+            f"is above --lr {optimizer.lr:g}",
+            f"choose 0 to {optimizer.lr:g}, or --lr-decay-style constant",
+        )
+
+
+def check_parameter_groups(config: Config) -> None:
+    """Each parameter group has a pattern of its own and settings like the global ones."""
+    optimizer = config.optimizer
+    patterns: set[str] = set()
+    for i, group in enumerate(optimizer.param_groups):
+        where = f"{flag('param_groups')}[{i}]"
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise bad_value(
+                f"{where}.pattern",
+                group.pattern,
+                f"is not a regular expression ({error})",
+                "escape special characters with a backslash",
+            ) from None
+        if group.pattern in patterns:
+            raise bad_value(
+                f"{where}.pattern", group.pattern, "is given twice", "merge the two groups"
+            )
+        patterns.add(group.pattern)
+        lr = optimizer.lr if group.lr is None else group.lr
+        min_lr = optimizer.min_lr if group.min_lr is None else group.min_lr
+        if lr < 0:
+            raise bad_value(f"{where}.lr", lr, "is negative", "choose 0 (frozen) or more")
+        if min_lr < 0:
+            raise bad_value(f"{where}.min_lr", min_lr, "is negative", "choose 0 or more")
+        if optimizer.lr_decay_style != "constant" and min_lr > lr:
+            raise bad_value(
+                f"{where}.min_lr", min_lr, f"is above the group's lr {lr:g}", f"choose 0 to {lr:g}"
+            )
+        if group.weight_decay is not None and group.weight_decay < 0:
+            raise bad_value(
+                f"{where}.weight_decay", group.weight_decay, "is negative", "choose 0 or more"
+            )
+
+
+def check_sequence_parallel(config: Config) -> None:
+    """Sequence parallelism splits over the tensor-parallel processes, so there must be several."""
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        raise refuse(
+            config,
+            "sequence_parallel",
+            "has nothing to split over with --tensor-model-parallel-size 1",
+            "write --no-sequence-parallel or choose a tensor-parallel size of 2 or more",
+        )
+
+
+def check_attention_backend(config: Config) -> None:
+    """FlexAttention has no backward pass on CPU."""
+    if config.model.attention_backend != "flex":
+        return
+    if config.parallel.device == "cpu" or (config.parallel.device == "auto" and not _has_cuda()):
+        raise refuse(
+            config, "attention_backend", "cannot train on CPU", "choose sdpa or auto, or use CUDA"
+        )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_optional_packages(config: Config) -> None:
+    """What a flag asks for is installed."""
+    if config.model.transformer_impl == "transformer_engine" and not _is_installed(
+        "transformer_engine"
+    ):
+        raise refuse(
+            config,
+            "transformer_impl",
+            "the package transformer_engine is not installed",
+            "install it (CUDA only) or choose local",
+        )
+    if config.logging.wandb_project is not None and not _is_installed("wandb"):
+        raise refuse(
+            config,
+            "wandb_project",
+            "the package wandb is not installed",
+            "install wandb or leave the flag out",
+        )
+
+
+def check_objective_inputs(config: Config) -> None:
+    """The objective has the data, the weights and the duration that it needs."""
+    objective = f"--objective {config.objective.objective}"
+    required = (
+        ("prompts", "num_rollouts") if config.uses_rollouts else ("train_data", "train_iters")
+    )
+    for name in required:
+        if value_of(config, name) is None:
+            remedy = f"add {flag(name)}"
+            raise refuse(config, name, f"{objective} needs it", remedy)
+    model = config.model
+    if config.uses_rollouts and model.load is None:
+        raise refuse(
+            config, "load", f"{objective} needs weights to convert", "name a checkpoint folder"
+        )
+    if model.load is None and model.model_config is None:
+        raise refuse(
+            config, "load", "there is no model", "add --load, or --model-config for random weights"
+        )
+
+
+def is_run_folder(path: str | None) -> bool:
+    """Whether `path` is the `--save` folder of a run that has taken a step."""
+    return path is not None and (Path(path) / "metrics.jsonl").is_file()
+
+
+def check_teacher(config: Config) -> None:
+    """A run that is resumed does not take its own half-converted student for the teacher."""
+    if not config.uses_rollouts or config.distillation.teacher_load is not None:
+        return
+    if is_run_folder(config.model.load) and not config.model.finetune:
+        raise refuse(
+            config,
+            "teacher_load",
+            f"--load {config.model.load} is a run to resume, whose student is not the teacher",
+            "name the teacher's folder, or start a new run from these weights with --finetune",
+        )
+
+
+def check_save(config: Config) -> None:
+    """Checkpoints have a folder, and it is not another run's."""
+    logging = config.logging
+    if logging.save is None:
+        for name in ("save_interval", "keep_checkpoints"):
+            if value_of(config, name) > 0:
+                raise refuse(config, name, "there is no run folder", "add --save")
+        return
+    folder = Path(logging.save)
+    if folder.exists() and not folder.is_dir():
+        raise refuse(config, "save", "is a file", "name a folder")
+    load = config.model.load
+    resumes = load is not None and folder.resolve() == Path(load).resolve()
+    if is_run_folder(logging.save) and (config.model.finetune or not resumes):
+        raise refuse(
+            config,
+            "save",
+            "holds another run",
+            f"choose a new folder, or resume that run with --load {logging.save}",
+        )
+
+
+def check_schedule_length(config: Config) -> None:
+    """The warm-up ends before the decay does."""
+    warmup, decay = config.optimizer.lr_warmup_iters, config.lr_decay_iters
+    if warmup >= decay:
+        raise refuse(
+            config,
+            "lr_warmup_iters",
+            f"is not below the end of the decay at step {decay}",
+            f"choose 0 to {decay - 1}, or a larger --lr-decay-iters",
+        )

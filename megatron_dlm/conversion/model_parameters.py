@@ -1,0 +1,101 @@
+"""The parameters of this rank's part of a model, under their names in the whole model."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_dlm.conversion.parameter_layout import Replicated
+from megatron_dlm.conversion.qwen3 import ParameterMapping, qwen3_mappings
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.model import DiffusionGPTModel
+
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+@dataclass(frozen=True)
+class TensorParallelRanks:
+    """Place of this process in the groups that parameters are split over.
+
+    Attributes:
+        dense: (rank, size) of the tensor-parallel group.
+        expert: (rank, size) of the tensor-parallel group of experts.
+    """
+
+    dense: tuple[int, int]
+    expert: tuple[int, int]
+
+    @classmethod
+    def from_parallel_state(cls) -> "TensorParallelRanks":
+        """Those of Megatron-Core's process groups."""
+        return cls(
+            dense=(
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_tensor_model_parallel_world_size(),
+            ),
+            expert=(
+                parallel_state.get_expert_tensor_parallel_rank(),
+                parallel_state.get_expert_tensor_parallel_world_size(),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of this rank.
+
+    Attributes:
+        parameter: Its values, this rank's shard.
+        mapping: Where they are in the Hugging Face checkpoint.
+        shard: Number of the shard.
+        num_shards: Shards of the whole parameter; 1 if it is replicated.
+    """
+
+    parameter: Tensor
+    mapping: ParameterMapping
+    shard: int
+    num_shards: int
+
+
+def local_parameters(
+    model: torch.nn.Module, architecture: Architecture, ranks: TensorParallelRanks | None = None
+) -> Iterator[LocalParameter]:
+    """All parameters of this rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
+
+    Args:
+        model: The model, from either layer spec.
+        architecture: What it was built from.
+        ranks: Default: those of Megatron-Core's parallel state.
+
+    Raises:
+        KeyError: The model has a parameter that the family's table does not know.
+    """
+    ranks = ranks or TensorParallelRanks.from_parallel_state()
+    by_name: dict[str, ParameterMapping] = {}
+    for mapping in qwen3_mappings(architecture):
+        by_name[mapping.megatron] = mapping
+        if mapping.transformer_engine:
+            by_name[mapping.transformer_engine] = mapping
+    part = cast(DiffusionGPTModel, unwrap_model(model))
+    for name, parameter in part.named_parameters():
+        mapping = by_name[_global_name(part, name)]
+        rank, size = ranks.expert if _EXPERT.search(name) else ranks.dense
+        if isinstance(mapping.layout, Replicated):
+            rank, size = 0, 1
+        yield LocalParameter(parameter, mapping, shard=rank, num_shards=size)
+
+
+def _global_name(model: DiffusionGPTModel, name: str) -> str:
+    """Turn this rank's layer and expert numbers into those of the whole model."""
+    found = _LAYER.search(name)
+    if found is None:
+        return name
+    layer = model.decoder.layers[int(found[0])]
+    name = _LAYER.sub(str(layer.layer_number - 1), name)
+    return _EXPERT.sub(lambda m: str(layer.mlp.local_expert_indices[int(m[0])]), name)

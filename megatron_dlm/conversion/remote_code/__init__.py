@@ -1,0 +1,1 @@
+"""Modelling code that exported folders carry with them; needs transformers alone."""

@@ -1,0 +1,1 @@
+"""The `sdar` and `sdar_moe` architectures for plain transformers."""

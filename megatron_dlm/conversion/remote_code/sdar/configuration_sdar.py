@@ -1,0 +1,68 @@
+"""Configuration of SDAR: the Qwen3 architecture, decoded by blocks."""
+
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+
+class SDARConfig(PretrainedConfig):
+    """Fields of Qwen3, and those of block diffusion.
+
+    Args:
+        block_size: Tokens that are denoised together; blocks are counted from the first token.
+        mask_token_id: Id that stands for a token not decoded yet; needed to generate.
+    """
+
+    model_type = "sdar"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 4096,
+        intermediate_size: int = 22016,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int = 32,
+        head_dim: int = 128,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1000000.0,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        block_size: int = 4,
+        mask_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.use_cache = use_cache
+        self.block_size = block_size
+        self.mask_token_id = mask_token_id
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+        # transformers 5 leaves these to the classes that name them.
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id

@@ -1,0 +1,368 @@
+"""SDAR for plain transformers: Qwen3 with block-causal attention and decoding by blocks.
+
+Tokens of a block see each other and all earlier blocks; blocks are counted from the first token of
+the sequence, prompt included. Logits are not shifted: those at a position predict its own token.
+
+B: sequences; S: tokens of a forward; K: tokens in the cache and S; P: tokens of a prompt; d: head
+size; h: hidden size; V: vocabulary.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_sdar import SDARConfig
+
+REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic")
+
+
+class SDARRMSNorm(nn.Module):
+    """Root-mean-square normalisation in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        return self.weight * (x.float() * torch.rsqrt(variance + self.variance_epsilon)).to(x.dtype)
+
+
+def rotary_angles(position_ids: Tensor, config: SDARConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of positions [B, S], [B, 1, S, d] float32."""
+    # Not a buffer: loading through the meta device would leave it without values.
+    exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
+    inverse_frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
+    angles = position_ids[:, None, :, None].float() * inverse_frequency
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embeddings to [B, heads, S, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class SDARAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: SDARConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = d = config.head_dim
+        query_size = config.num_attention_heads * d
+        key_size = config.num_key_value_heads * d
+        self.num_groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = SDARRMSNorm(d, config.rms_norm_eps)
+        self.k_norm = SDARRMSNorm(d, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, past_key_values: Cache | None
+    ) -> Tensor:
+        """Attend from x [B, S, h] under mask [B, 1, S, K], true where visible."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        key = key.repeat_interleave(self.num_groups, dim=1)
+        value = value.repeat_interleave(self.num_groups, dim=1)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+
+class SDARMLP(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, config: SDARConfig, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        size = intermediate_size or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SDARDecoderLayer(nn.Module):
+    """Attention and feed-forward layer, each normalised before and added to its input."""
+
+    mlp_class: type[nn.Module] = SDARMLP
+
+    def __init__(self, config: SDARConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = SDARAttention(config, layer_idx)
+        self.mlp = self.mlp_class(config)
+        self.input_layernorm = SDARRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = SDARRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, past_key_values: Cache | None
+    ) -> Tensor:
+        """[B, S, h] -> [B, S, h]."""
+        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin, past_key_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SDARPreTrainedModel(PreTrainedModel):
+    """What transformers has to know to load and place the model."""
+
+    config_class: type[SDARConfig] = SDARConfig
+    base_model_prefix = "model"
+    _no_split_modules: ClassVar = ["SDARDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _supports_sdpa = True
+
+
+class SDARModel(SDARPreTrainedModel):
+    """The network without its output layer."""
+
+    layer_class: type[nn.Module] = SDARDecoderLayer
+
+    def __init__(self, config: SDARConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [self.layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = SDARRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        block_size: int | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the tokens behind those in the cache.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, K], zero for padding, which may be on either side; None: no padding.
+            past_key_values: Keys and values of earlier tokens, whole blocks; extended in place.
+            use_cache: Whether to make a cache if none is given.
+            block_size: Default: the config's.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        batch, length = input_ids.shape
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, past + length)
+        is_token = attention_mask.bool()
+        positions = (is_token.cumsum(dim=-1) - 1).clamp(min=0)  # [B, K]
+        blocks = positions // (block_size or self.config.block_size)
+        mask = (blocks[:, past:, None] >= blocks[:, None, :]) & is_token[:, None, :]
+        # Padding sees itself: attention over nothing is not a number.
+        mask |= torch.eye(past + length, dtype=torch.bool, device=mask.device)[past:]
+
+        x = self.embed_tokens(input_ids)
+        cos, sin = rotary_angles(positions[:, past:], self.config)
+        for layer in self.layers:
+            x = layer(x, mask[:, None], cos, sin, past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+
+class SDARForCausalLM(SDARPreTrainedModel):
+    """The network with its output layer, and decoding by blocks."""
+
+    model_class: type[SDARModel] = SDARModel
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SDARConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        block_size: int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, S, V]; those at a position predict its own token. Arguments: `SDARModel`."""
+        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache, block_size)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(outputs.last_hidden_state), past_key_values=outputs.past_key_values
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 256,
+        block_size: int | None = None,
+        denoising_steps: int | None = None,
+        remasking_strategy: str = "low_confidence_dynamic",
+        dynamic_threshold: float = 0.9,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        mask_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Decode block by block; one sequence of the batch after the other.
+
+        Args:
+            input_ids: [B, P], prompts.
+            attention_mask: [B, P], zero for padding; None: no padding.
+            max_new_tokens: Limit for the response.
+            block_size: Default: the config's.
+            denoising_steps: Steps of `low_confidence_static` for a block; default: one token each.
+            remasking_strategy: `low_confidence_static` keeps the block_size / denoising_steps most
+                confident tokens of a step, `low_confidence_dynamic` all above the threshold.
+            dynamic_threshold: Confidence that a token must exceed.
+            temperature: 0 takes the most likely token.
+            top_k: Draw among the k most likely tokens; 0 is off.
+            top_p: Draw among the most likely tokens that together hold this probability; 1 is off.
+            eos_token_id: Ends a response; default: the config's.
+            pad_token_id: Fills up shorter responses; default: the config's, else the EOS.
+            mask_token_id: Default: the config's.
+            generator: Of the draws.
+
+        Returns:
+            [B, P + longest response], prompts as they were given and responses up to and including
+            their first EOS.
+        """
+        config = self.config
+        block_size = block_size or config.block_size
+        denoising_steps = denoising_steps or block_size
+        mask_token_id = config.mask_token_id if mask_token_id is None else mask_token_id
+        eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
+        eos = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        eos = [token for token in eos if token is not None]
+        pad = config.pad_token_id if pad_token_id is None else pad_token_id
+        if mask_token_id is None:
+            raise ValueError("mask_token_id is neither given nor in the config")
+        if remasking_strategy not in REMASKING_STRATEGIES:
+            raise ValueError(f"remasking_strategy must be one of {', '.join(REMASKING_STRATEGIES)}")
+        if block_size % denoising_steps:
+            raise ValueError(
+                f"denoising_steps {denoising_steps} must divide the block {block_size}"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+
+        responses = []
+        for row, prompt in enumerate(input_ids):
+            if attention_mask is not None:
+                prompt = prompt[attention_mask[row].bool()]
+            sequence, cache = prompt, DynamicCache()
+            while True:
+                block = self._denoise_block(
+                    sequence,
+                    cache,
+                    block_size=block_size,
+                    tokens_per_step=block_size // denoising_steps,
+                    threshold=dynamic_threshold if "dynamic" in remasking_strategy else None,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    mask_token_id=mask_token_id,
+                    generator=generator,
+                )
+                decoded = len(sequence)
+                sequence = torch.cat((sequence, block[decoded % block_size :]))
+                is_eos = torch.isin(sequence[decoded:], sequence.new_tensor(eos))
+                if is_eos.any():
+                    sequence = sequence[: decoded + int(is_eos.int().argmax()) + 1]
+                if is_eos.any() or len(sequence) >= len(prompt) + max_new_tokens:
+                    break
+            responses.append(sequence[len(prompt) : len(prompt) + max_new_tokens])
+
+        longest = max(len(response) for response in responses)
+        fill = pad if pad is not None else (eos[0] if eos else 0)
+        output = input_ids.new_full((len(responses), longest), fill)
+        for row, response in enumerate(responses):
+            output[row, : len(response)] = response
+        return torch.cat((input_ids, output), dim=1)
+
+    def _denoise_block(
+        self,
+        sequence: Tensor,
+        cache: DynamicCache,
+        *,
+        block_size: int,
+        tokens_per_step: int,
+        threshold: float | None,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        mask_token_id: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The block [block_size] that holds the first token behind `sequence`.
+
+        The tokens of `sequence` in it are observed. The first forward also computes the keys of the
+        clean blocks before it that are not in the cache yet.
+        """
+        start = len(sequence) // block_size * block_size
+        block = sequence.new_full((block_size,), mask_token_id)
+        block[: len(sequence) - start] = sequence[start:]
+        masked = torch.arange(block_size, device=block.device) >= len(sequence) - start
+        while masked.any():
+            pending = torch.cat((sequence[cache.get_seq_length() : start], block))
+            hidden = self.model(
+                pending[None], past_key_values=cache, block_size=block_size
+            ).last_hidden_state
+            cache.crop(start)  # the block's own keys are final once it is clean
+            logits = self.lm_head(hidden[0, -block_size:]).float()
+            logits[:, mask_token_id] = -torch.inf
+            tokens = draw_tokens(logits, temperature, top_k, top_p, generator)
+            probabilities = logits.softmax(dim=-1)
+            confidence = probabilities.gather(-1, tokens[:, None])[:, 0].masked_fill(~masked, -1.0)
+            order = confidence.sort(descending=True, stable=True).indices
+            if threshold is None:
+                committed = order[: min(tokens_per_step, int(masked.sum()))]
+            else:
+                passing = int((confidence > threshold).sum())
+                committed = order[: max(1, passing)]
+            block[committed] = tokens[committed]
+            masked[committed] = False
+        return block
+
+
+def draw_tokens(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """One token [n] for each row of logits [n, V] float32."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays if those before it do not hold enough yet.
+        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

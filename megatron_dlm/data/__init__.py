@@ -1,0 +1,1 @@
+"""Prompts, training examples, tokenizers, synthetic tasks and resumable sampling."""

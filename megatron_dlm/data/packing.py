@@ -1,0 +1,105 @@
+"""Packs the documents of a micro-batch into one row, without padding between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.models.forward import Row, pad_row
+from megatron_dlm.objectives.base import Document
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One micro-batch: a packed row and what its loss needs.
+
+    S: tokens of the row; n: supervised tokens.
+
+    Attributes:
+        row: Input of the student.
+        supervised: [n] int64, indices into S.
+        labels: [n] int64.
+        weights: [n] float32.
+        teacher_hidden: [n, h] or None.
+        loss_count: What the loss sum is divided by, summed over the global batch: supervised tokens,
+            or rows under `row_mean`.
+    """
+
+    row: Row
+    supervised: Tensor
+    labels: Tensor
+    weights: Tensor
+    teacher_hidden: Tensor | None
+    loss_count: int
+
+
+def pack(
+    documents: Sequence[Document], *, pad_multiple: int = 1, row_mean: bool = False
+) -> TrainingBatch:
+    """Lay documents end to end.
+
+    Args:
+        documents: At least one.
+        pad_multiple: The row is padded to a multiple of this (sequence parallelism, kernel tiles).
+        row_mean: Average over each document first, then over documents, instead of over tokens.
+    """
+    lengths = [len(document.token_ids) for document in documents]
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    layout = torch.stack(
+        (
+            torch.repeat_interleave(
+                torch.arange(len(documents), dtype=torch.int32), torch.tensor(lengths)
+            ),
+            torch.cat([document.block for document in documents]).int(),
+            torch.cat([document.stream for document in documents]).int(),
+            torch.cat([document.position for document in documents]).int(),
+        )
+    )
+    row = Row(
+        token_ids=torch.cat([document.token_ids for document in documents]),
+        position_ids=layout[3].long(),
+        attention=layout,
+    )
+    supervised = torch.cat(
+        [document.supervised + start for document, start in zip(documents, starts, strict=True)]
+    )
+    weights = torch.cat([document.weights for document in documents])
+    if row_mean:
+        counts = torch.tensor([max(len(document.supervised), 1) for document in documents])
+        weights = weights / torch.repeat_interleave(
+            counts, torch.tensor([len(document.supervised) for document in documents])
+        )
+    teacher = [document.teacher_hidden for document in documents]
+    return TrainingBatch(
+        row=pad_row(row, pad_multiple),
+        supervised=supervised,
+        labels=torch.cat([document.labels for document in documents]),
+        weights=weights,
+        teacher_hidden=None
+        if any(hidden is None for hidden in teacher)
+        else torch.cat([hidden for hidden in teacher if hidden is not None]),
+        loss_count=len(documents) if row_mean else len(supervised),
+    )
+
+
+def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
+    """The same batch on a device."""
+
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    row = batch.row
+    assert isinstance(row.attention, Tensor)
+    return replace(
+        batch,
+        row=Row(
+            token_ids=row.token_ids.to(device, non_blocking=True),
+            position_ids=row.position_ids.to(device, non_blocking=True),
+            attention=row.attention.to(device, non_blocking=True),
+        ),
+        supervised=move(batch.supervised),
+        labels=move(batch.labels),
+        weights=move(batch.weights),
+        teacher_hidden=move(batch.teacher_hidden),
+    )

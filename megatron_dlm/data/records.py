@@ -1,0 +1,206 @@
+"""Read and validate JSONL files of prompts and training examples, with file and line in errors."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_dlm.errors import UserError, bad_value
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+
+_FORMAT = 'one JSON object a line, with "messages" or "prompt"'
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """The lines of a JSONL file, kept as bytes: a parsed record takes several times the memory.
+
+    Attributes:
+        path: As the user wrote it.
+        lines: The lines that are not blank.
+        line_numbers: Their numbers in the file, from 1.
+        fingerprint: SHA-256 of the file; a resumed run can tell that its data changed.
+    """
+
+    path: str
+    lines: list[bytes]
+    line_numbers: list[int]
+    fingerprint: str
+
+    @classmethod
+    def read(cls, path: str | Path, field: str) -> "RecordFile":
+        """Read a file.
+
+        Args:
+            path: A JSONL file; blank lines are skipped.
+            field: The flag that the path came from, for error messages.
+
+        Raises:
+            UserError: The file does not exist, cannot be read or has no record.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            raise bad_value(
+                field, str(path), f"cannot be read ({reason})", f"name a file of {_FORMAT}"
+            ) from error
+        numbered = [
+            (number, line)
+            for number, line in enumerate(content.split(b"\n"), start=1)
+            if line.strip()
+        ]
+        if not numbered:
+            raise bad_value(field, str(path), "is empty", f"write {_FORMAT}")
+        return cls(
+            path=str(path),
+            lines=[line for _, line in numbered],
+            line_numbers=[number for number, _ in numbered],
+            fingerprint=hashlib.sha256(content).hexdigest(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def where(self, index: int) -> str:
+        """Return ``file:line`` of a record."""
+        return f"{self.path}:{self.line_numbers[index]}"
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Parse one record.
+
+        Raises:
+            UserError: The line is no JSON object.
+        """
+        try:
+            record = orjson.loads(self.lines[index])
+        except orjson.JSONDecodeError as error:
+            raise UserError(
+                f"{self.where(index)}: broken JSON ({error.msg} at column {error.colno});"
+                f" write {_FORMAT}"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{self.where(index)}: the line is {_json_type(record)}, not an object;"
+                f" write {_FORMAT}"
+            )
+        return record
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Iterate over (``file:line``, record)."""
+        for index in range(len(self)):
+            yield self.where(index), self.record(index)
+
+
+def prompt_source(record: dict[str, Any], where: str) -> str | list[Message]:
+    """Return what a record's prompt is made from: plain text or chat messages.
+
+    Raises:
+        UserError: Both or neither of `prompt` and `messages` are given, or one is malformed.
+    """
+    has_messages, has_prompt = "messages" in record, "prompt" in record
+    if has_messages == has_prompt:
+        problem = "both" if has_messages else "neither"
+        raise UserError(
+            f'{where}: the record has {problem} of "messages" and "prompt"; give exactly one'
+        )
+    if has_messages:
+        return _checked_messages(record["messages"], where)
+    prompt = record["prompt"]
+    if not isinstance(prompt, str):
+        raise UserError(
+            f'{where}: "prompt" is {_json_type(prompt)}, not a string;'
+            ' write the text, or use "messages" for a chat'
+        )
+    if not prompt:
+        raise UserError(f'{where}: "prompt" is empty; write the text or remove the line')
+    return prompt
+
+
+def open_prompt_source(record: dict[str, Any], where: str) -> str | list[Message]:
+    """Return the source of a prompt that a model has to answer.
+
+    Raises:
+        UserError: As in `prompt_source`, or the chat already ends in an answer.
+    """
+    source = prompt_source(record, where)
+    if isinstance(source, list) and source[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: the last of \"messages\" has role 'assistant', so nothing is left to answer;"
+            " remove it or pass the file as --train-data"
+        )
+    return source
+
+
+def example_source(record: dict[str, Any], where: str) -> tuple[str | list[Message], str]:
+    """Return (prompt source, response text) of a training example.
+
+    The response is the field `response`, or the last of `messages` when the assistant wrote it.
+
+    Raises:
+        UserError: The prompt is malformed, or there is no response or more than one.
+    """
+    if "response" in record:
+        source = open_prompt_source(record, where)
+        if not isinstance(record["response"], str):
+            raise UserError(
+                f'{where}: "response" is {_json_type(record["response"])}, not a string;'
+                " write the text"
+            )
+        return source, record["response"]
+    source = prompt_source(record, where)
+    if isinstance(source, str) or source[-1]["role"] != "assistant":
+        raise UserError(
+            f'{where}: the example has no response; add "response" or end "messages" with role'
+            " 'assistant'"
+        )
+    if len(source) == 1:
+        raise UserError(
+            f"{where}: \"messages\" holds only the response; put a 'user' message before it"
+        )
+    return source[:-1], source[-1]["content"]
+
+
+def _checked_messages(messages: object, where: str) -> list[Message]:
+    if not isinstance(messages, list):
+        raise UserError(
+            f'{where}: "messages" is {_json_type(messages)}, not a list;'
+            ' write [{"role": "user", "content": "..."}]'
+        )
+    if not messages:
+        raise UserError(f'{where}: "messages" is empty; add a message or remove the line')
+    for position, message in enumerate(messages):
+        name = f"messages[{position}]"
+        if not isinstance(message, dict):
+            raise UserError(
+                f"{where}: {name} is {_json_type(message)}, not an object;"
+                ' write {"role": "user", "content": "..."}'
+            )
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                found = _json_type(message[key]) if key in message else "missing"
+                raise UserError(f'{where}: {name}["{key}"] is {found}; write a string')
+        if message["role"] not in ROLES:
+            raise UserError(
+                f'{where}: {name}["role"] = {message["role"]!r}: unknown role;'
+                f" use one of {', '.join(ROLES)}"
+            )
+    return messages
+
+
+def _json_type(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names[type(value)]

@@ -1,0 +1,66 @@
+"""Which record is the g-th sample of a run: a pure function, so resuming costs nothing.
+
+A run counts the samples it has consumed, over all ranks and epochs. That one number is the whole
+state of the data pipeline: it goes into a checkpoint, and it keys the randomness of the sample.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dlm.errors import bad_value
+
+
+class ShuffledSampler:
+    """Endless epochs over N records, each in its own seeded order.
+
+    Sample g is record ``order(seed, g // N)[g % N]``: every record once per epoch, at any batch
+    size and for any number of ranks.
+    """
+
+    def __init__(self, num_records: int, seed: int, shuffle: bool = True) -> None:
+        """Set up the sampler.
+
+        Args:
+            num_records: N, at least 1.
+            seed: Decides the orders; at least 0.
+            shuffle: False for the order of the file in every epoch.
+
+        Raises:
+            UserError: There are no records, or the seed is negative.
+        """
+        if num_records < 1:
+            raise bad_value("num_records", num_records, "nothing to sample", "provide data")
+        if seed < 0:
+            raise bad_value("--seed", seed, "is negative", "choose 0 or more")
+        self.num_records = num_records
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def epoch(self, sample_index: int) -> int:
+        """Return the epoch, from 0, that a sample belongs to."""
+        return sample_index // self.num_records
+
+    def record_index(self, sample_index: int) -> int:
+        """Return the record of global sample `sample_index` (from 0)."""
+        if sample_index < 0:
+            raise ValueError(f"sample_index = {sample_index} is negative")
+        epoch, position = divmod(sample_index, self.num_records)
+        if not self.shuffle:
+            return position
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._epoch_order(epoch)
+        return int(self._order[position])
+
+    def samples(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Return (sample_index, record index) of the `count` samples from `start` on."""
+        return [(g, self.record_index(g)) for g in range(start, start + count)]
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        # Sorting raw generator output instead of Generator.permutation: numpy keeps the former
+        # stable between versions, not the latter.
+        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(
+            self.num_records
+        )
+        return np.argsort(keys, kind="stable")

@@ -1,0 +1,152 @@
+"""Load a checkpoint's tokenizer and decide once which ids end, pad and mask a sequence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_dlm.errors import UserError, bad_value
+
+MASK_TOKEN = "<|MASK|>"
+"""Name of the mask token in tokenizers that have one without declaring it as `mask_token`."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that the algorithms need, all in 0..vocab_size-1.
+
+    Attributes:
+        eos_token_id: Ends a response.
+        pad_token_id: Fills places that no one looks at; may equal `eos_token_id`.
+        mask_token_id: Stands for a token that is not decoded yet; never equals the others.
+    """
+
+    eos_token_id: int
+    pad_token_id: int
+    mask_token_id: int
+
+
+def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local folder; nothing is ever downloaded.
+
+    Args:
+        folder: A folder with the files that `transformers` wrote.
+        field: The flag that the folder came from, for error messages.
+
+    Raises:
+        UserError: The folder does not exist or holds no tokenizer that `transformers` can load.
+    """
+    path = Path(folder)
+    remedy = "name a folder with tokenizer.json and tokenizer_config.json"
+    if not path.is_dir():
+        raise bad_value(field, str(folder), "is not a folder", remedy)
+    # Without this check transformers builds an empty tokenizer from the config.json alone.
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise bad_value(field, str(folder), "holds no tokenizer", remedy)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # The `tokenizers` library raises bare Exceptions.
+        lines = str(error).splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise bad_value(
+            field, str(folder), f"the tokenizer cannot be loaded ({reason})", remedy
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise bad_value(field, str(folder), "is no text tokenizer", remedy)
+    return tokenizer
+
+
+def resolve_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, hf_config: Mapping[str, Any], source: str
+) -> SpecialTokens:
+    """Decide the special tokens of a checkpoint; the only place where this is done.
+
+    What the checkpoint's config says wins over the tokenizer. A tokenizer without MASK (stock
+    Qwen3) gets the first id behind its own ones: the checkpoint's embedding is padded, so that id
+    has a row.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        hf_config: The checkpoint's ``config.json``; `vocab_size` is required, `eos_token_id` (an id
+            or a list of ids), `pad_token_id` and `mask_token_id` are optional.
+        source: Where the tokenizer came from, for error messages.
+
+    Raises:
+        UserError: There is no EOS; there is no MASK and no free id below `vocab_size`; or an id
+            does not fit the vocabulary or serves two purposes.
+    """
+    vocab_size = int(hf_config["vocab_size"])
+    eos = _eos_token_id(tokenizer, hf_config.get("eos_token_id"))
+    if eos is None:
+        raise bad_value(
+            "eos_token_id",
+            None,
+            f"neither config.json nor the tokenizer of {source} has an EOS token",
+            "set eos_token in tokenizer_config.json or eos_token_id in config.json",
+        )
+    pad = _first_known(tokenizer.pad_token_id, hf_config.get("pad_token_id"))
+    pad = eos if pad is None else pad
+    mask = _first_known(hf_config.get("mask_token_id"), _mask_token_id(tokenizer))
+    if mask is None:
+        mask = max(tokenizer.get_vocab().values()) + 1
+        if mask >= vocab_size:
+            raise bad_value(
+                "mask_token_id",
+                None,
+                f"the tokenizer of {source} has no MASK and leaves no free id below"
+                f" vocab_size {vocab_size}",
+                f"add {MASK_TOKEN} to the tokenizer and a row to the embedding,"
+                " or set mask_token_id in config.json",
+            )
+    for name, token_id in (("eos", eos), ("pad", pad), ("mask", mask)):
+        if not 0 <= token_id < vocab_size:
+            raise bad_value(
+                f"{name}_token_id",
+                token_id,
+                f"is outside the vocabulary of {source} (vocab_size {vocab_size})",
+                "use the tokenizer that belongs to the checkpoint",
+            )
+    if mask in (eos, pad):
+        raise bad_value(
+            "mask_token_id",
+            mask,
+            f"is also the {'EOS' if mask == eos else 'padding'} token of {source}",
+            "set mask_token_id in config.json to an id of its own",
+        )
+    return SpecialTokens(eos_token_id=eos, pad_token_id=pad, mask_token_id=mask)
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Check that chat prompts can be rendered.
+
+    Raises:
+        UserError: The tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{source}: the record has `messages` but the tokenizer has no chat template;"
+            " use `prompt` records or add chat_template.jinja to the tokenizer folder"
+        )
+
+
+def _eos_token_id(tokenizer: PreTrainedTokenizerBase, configured: object) -> int | None:
+    own = _first_known(tokenizer.eos_token_id)
+    if isinstance(configured, list):
+        # Several ids may end a generation; the one that the tokenizer writes is the EOS.
+        return own if own in configured or not configured else int(configured[0])
+    return _first_known(configured, own)
+
+
+def _mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return _first_known(tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN))
+
+
+def _first_known(*candidates: object) -> int | None:
+    """Return the first candidate that is a token id."""
+    return next((candidate for candidate in candidates if isinstance(candidate, int)), None)

@@ -1,0 +1,284 @@
+"""Divergence between teacher and student on vocabulary-parallel output layers, fused and chunked.
+
+Both models hand over hidden states; the two [chunk, vocabulary / tp] logit buffers of a chunk are
+all that ever exists of their distributions (see `vocab_parallel_head` for the chunk loop).
+
+Every divergence here is a sum over entries of a function of (log p, log q). An entry is a
+vocabulary id or, with `top_k`, one of the teacher's k most likely ids or the bucket of all others.
+With slope_j = d D / d log q_j and q = softmax(z), the gradient is d D / d z_j = slope_j - q_j * sum
+slope; the bucket's share goes to its ids in proportion to their probabilities.
+
+Shapes: n tokens, c tokens of a chunk, h and h_t hidden sizes, v valid local vocabulary entries.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dlm.distillation.vocab_parallel_head import (
+    DEFAULT_CHUNK_SIZE,
+    VocabShard,
+    head_loss,
+    project,
+    reshard_head,
+    tile_rows,
+    tiled_logsumexp,
+)
+from megatron_dlm.errors import bad_value
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TAILS = ("bucket", "ignore")
+
+
+@dataclass(frozen=True)
+class DivergenceSpec:
+    """Which divergence between teacher p and student q, at temperature 1.
+
+    Attributes:
+        weights: Weight of each divergence in the sum: `forward_kl` = KL(p || q), `reverse_kl` =
+            KL(q || p), `jsd` = b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q.
+        jsd_beta: b above, strictly between 0 and 1.
+        top_k: Compare the teacher's k most likely tokens only (ties are broken arbitrarily);
+            0 compares the full vocabulary.
+        tail: What becomes of the others under top_k: one `bucket` of remaining mass on both
+            sides, so that the sum stays a divergence, or `ignore`: the terms of the k tokens
+            alone, not renormalised, possibly negative (as in OPDLM's published 4B and 8B runs).
+        chunk_size: Tokens whose logits exist at a time.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    weights: Mapping[str, float]
+    jsd_beta: float = 0.5
+    top_k: int = 0
+    tail: str = "bucket"
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+
+    def __post_init__(self) -> None:
+        names = ", ".join(DIVERGENCES)
+        if not self.weights:
+            raise bad_value("divergence", "", "names no divergence", f"name one of {names}")
+        for name, weight in self.weights.items():
+            if name not in DIVERGENCES:
+                raise bad_value("divergence", name, "is not a divergence", f"choose from {names}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise bad_value(
+                    "divergence", f"{name}:{weight}", "weighs nothing", "give a positive weight"
+                )
+        if not 0 < self.jsd_beta < 1:
+            raise bad_value("jsd_beta", self.jsd_beta, "is not between 0 and 1", "choose e.g. 0.5")
+        if self.top_k < 0:
+            raise bad_value("divergence_top_k", self.top_k, "is negative", "use 0 for all tokens")
+        if self.tail not in TAILS:
+            raise bad_value(
+                "divergence_tail", self.tail, "is unknown", f"choose {' or '.join(TAILS)}"
+            )
+        if self.chunk_size < 1:
+            raise bad_value(
+                "divergence_chunk_size", self.chunk_size, "holds no token", "use 1 or more"
+            )
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        jsd_beta: float = 0.5,
+        top_k: int = 0,
+        tail: str = "bucket",
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> "DivergenceSpec":
+        """Read "forward_kl" or "forward_kl:0.5,reverse_kl:0.5"; a missing weight is 1.
+
+        Raises:
+            UserError: A divergence is unknown or named twice, a weight is not a positive number,
+                or another value is out of range.
+        """
+        weights: dict[str, float] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, colon, weight = (field.strip() for field in part.partition(":"))
+            if name in weights:
+                raise bad_value("divergence", text, f"names {name} twice", "name it once")
+            try:
+                weights[name] = float(weight) if colon else 1.0
+            except ValueError:
+                raise bad_value(
+                    "divergence", text, f"{weight!r} is not a number", "write name:weight"
+                ) from None
+        return cls(weights, jsd_beta=jsd_beta, top_k=top_k, tail=tail, chunk_size=chunk_size)
+
+
+def vocab_parallel_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    token_weights: Tensor,
+    spec: DivergenceSpec,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute sum_i token_weights_i * D(p_i, q_i) and its gradient in one pass over the tokens.
+
+    p_i and q_i are the teacher's and the student's distribution at token i: rows are paired as
+    given, so the shift of an autoregressive teacher is the caller's. Arithmetic is in fp32.
+
+    Args:
+        student_hidden: [n, h]; every rank of the group passes the same tokens. When tp > 1 its
+            gradient is this rank's partial sum: wrap it in `copy_to_tensor_model_parallel_region`
+            or `gather_from_sequence_parallel_region` (see `vocab_parallel_head.head_loss`).
+        student_head: [padded_vocabulary / tp, h], this rank's rows, contiguous shards in rank
+            order. Its gradient is complete.
+        teacher_hidden: [n, h_t], without gradient.
+        teacher_head: [padded_vocabulary_t / tp, h_t], without gradient. If its padding differs
+            from the student's, rows move between ranks at every call (`reshard_head` does it once).
+        token_weights: [n].
+        spec: The divergence.
+        vocab_size: Rows with an id from here on are padding: no probability, zero gradient.
+        tp_group: Tensor-parallel group, None for one rank.
+
+    Returns:
+        (loss_sum scalar with gradient, per_token [n] detached, unweighted, fp32).
+
+    Raises:
+        ValueError: Shapes disagree or the heads hold fewer rows than the vocabulary.
+    """
+    if teacher_hidden.shape[0] != student_hidden.shape[0]:
+        raise ValueError(
+            f"{teacher_hidden.shape[0]} teacher rows for {student_hidden.shape[0]} student rows"
+        )
+    shard = VocabShard.of(student_head, vocab_size, tp_group)
+    VocabShard.of(teacher_head, vocab_size, tp_group)  # holds the vocabulary too
+    teacher_hidden, teacher_head = teacher_hidden.detach(), teacher_head.detach()
+    if teacher_head.shape[0] != student_head.shape[0] and shard.tp_group is not None:
+        teacher_head = reshard_head(teacher_head, student_head.shape[0], vocab_size, tp_group)
+    # Over at least the whole vocabulary there is no rest to treat apart.
+    divergence = _topk_divergence if 0 < spec.top_k < vocab_size else _full_divergence
+
+    def chunk_loss(rows: slice, needs_grad: bool, student: Tensor) -> Tensor:
+        teacher = project(teacher_hidden[rows], teacher_head[: shard.size])
+        return divergence(teacher, student, spec, shard, needs_grad)
+
+    return head_loss(
+        student_hidden, student_head, token_weights, shard, chunk_loss, spec.chunk_size
+    )
+
+
+def _full_divergence(
+    teacher: Tensor, student: Tensor, spec: DivergenceSpec, shard: VocabShard, needs_grad: bool
+) -> Tensor:
+    """Divergence [c] over all ids of logits [c, v]; the student's become their gradient."""
+    log_p, log_q = teacher, student
+    _log_softmax_([log_p, log_q], shard)
+
+    # Rows [value, sum of slopes] of the local ids, the slopes themselves in the teacher's buffer.
+    sums = log_q.new_zeros(2, log_q.shape[0])
+    rows = tile_rows(log_q)
+    for tile_p, tile_q, tile_sums in zip(
+        log_p.split(rows), log_q.split(rows), sums.split(rows, dim=1), strict=True
+    ):
+        terms, slopes = _terms(tile_p, tile_q, spec)
+        tile_p.copy_(slopes)
+        tile_sums[0] = terms.sum(-1)
+        tile_sums[1] = slopes.sum(-1)
+    value, slope_sum = shard.sum(sums).unbind(0)
+    if needs_grad:
+        log_q.exp_().mul_(-slope_sum.unsqueeze(1)).add_(log_p)
+    return value
+
+
+def _log_softmax_(chunks: list[Tensor], shard: VocabShard) -> None:
+    """Turn logits [c, v] into log-probabilities over all ranks, in place, in one exchange.
+
+    Everything stays relative to a maximum: a log-sum-exp of the size of the logits would round
+    away digits of the normalisation, which reverse KL multiplies by its largest gap.
+    """
+    if shard.size > 0:
+        peak = torch.stack([logits.amax(-1) for logits in chunks])  # [chunks, c]
+    else:
+        peak = chunks[0].new_full((len(chunks), chunks[0].shape[0]), -torch.inf)
+    for logits, offset in zip(chunks, peak, strict=True):
+        logits.sub_(offset.unsqueeze(1))
+    mass = torch.stack([tiled_logsumexp(logits) for logits in chunks])
+    peaks, masses = shard.all_gather(torch.stack([peak, mass])).unbind(1)  # [tp, chunks, c] each
+    highest = peaks.amax(0)
+    normalizer = (highest - peak) + (peaks - highest + masses).logsumexp(0)
+    for logits, offset in zip(chunks, normalizer, strict=True):
+        logits.sub_(offset.unsqueeze(1))
+
+
+def _topk_divergence(
+    teacher: Tensor, student: Tensor, spec: DivergenceSpec, shard: VocabShard, needs_grad: bool
+) -> Tensor:
+    """Divergence [c] over the teacher's k best ids and, unless ignored, the bucket of the rest."""
+    teacher_top, ids = _global_topk(teacher, spec.top_k, shard)  # [c, k]
+    column, here = shard.locate(ids)
+    student_top = shard.pick(student, column, here)
+    for logits in (teacher, student):
+        shard.add(logits, column, here, torch.full_like(teacher_top, -torch.inf))
+    # With its own maximum, the bucket's mass never underflows, however little it is.
+    local = torch.cat(
+        [tiled_logsumexp(logits).unsqueeze(1) for logits in (teacher, student)] + [student_top],
+        dim=1,
+    )
+    reduced = shard.logsumexp(local)
+    teacher_rest, student_rest, student_top = reduced[:, :1], reduced[:, 1:2], reduced[:, 2:]
+    log_p = torch.cat([teacher_top, teacher_rest], dim=1).log_softmax(1)  # [c, k + 1]
+    log_q = torch.cat([student_top, student_rest], dim=1).log_softmax(1)
+
+    terms, slopes = _terms(log_p, log_q, spec)
+    if spec.tail == "ignore":
+        terms[:, -1] = 0
+        slopes[:, -1] = 0
+    if needs_grad:
+        gradient = slopes.addcmul_(log_q.exp(), slopes.sum(1, keepdim=True), value=-1)
+        student.sub_(student_rest).exp_().mul_(gradient[:, -1:])
+        shard.add(student, column, here, gradient[:, :-1])
+    return terms.sum(1)
+
+
+def _terms(log_p: Tensor, log_q: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
+    """Each entry's share of D(p, q), and its derivative by the entry's log q.
+
+    Only exp of log-probabilities is taken and no log of a probability, so an entry whose
+    probability underflows contributes zero rather than NaN.
+    """
+    terms, slopes = torch.zeros_like(log_q), torch.zeros_like(log_q)
+    for name, weight in spec.weights.items():
+        if name == "forward_kl":
+            p = log_p.exp()
+            terms.addcmul_(p, log_p - log_q, value=weight)
+            slopes.sub_(p, alpha=weight)
+        elif name == "reverse_kl":
+            q, gap = log_q.exp(), log_q - log_p
+            terms.addcmul_(q, gap, value=weight)
+            slopes.addcmul_(q, gap + 1, value=weight)
+        else:
+            beta = spec.jsd_beta
+            p, q = log_p.exp(), log_q.exp()
+            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+            terms.addcmul_(p, log_p - log_m, value=weight * beta)
+            # The two parts' derivatives by log m cancel, so the term of q is its own slope.
+            slope = q.mul_(log_q - log_m).mul_(weight * (1 - beta))
+            terms.add_(slope)
+            slopes.add_(slope)
+    return terms, slopes
+
+
+def _global_topk(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """The k largest logits over all ranks and their vocabulary ids, [c, k] each, on every rank."""
+    top, column = logits.topk(min(k, shard.size), dim=1)
+    if shard.tp_group is None:
+        return top, column
+    # A rank may hold fewer than k ids; float64 carries values and ids exactly in one message.
+    candidates = logits.new_full((2, logits.shape[0], k), -torch.inf, dtype=torch.float64)
+    candidates[0, :, : top.shape[1]] = top
+    candidates[1, :, : top.shape[1]] = column + shard.start
+    values, ids = shard.all_gather(candidates).permute(1, 2, 0, 3).flatten(2)  # [c, tp * k]
+    top, chosen = values.topk(k, dim=1)
+    return top.to(logits.dtype), ids.gather(1, chosen).long()

@@ -1,0 +1,21 @@
+"""Errors that a user can act on.
+
+Every check of user input raises `UserError`; entry points turn it into one line on one rank and
+exit status 2 (`report_user_errors`). Anything else is a defect and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Input that cannot work, described in one line: the field, its value and the remedy."""
+
+
+def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError:
+    """Build the error for one field.
+
+    Args:
+        field: What the user wrote it under: a flag, a configuration key or `file:line`.
+        value: The offending value.
+        problem: Why it cannot work, as a clause ("does not divide 16 attention heads").
+        remedy: What to do instead, as an imperative ("choose 1, 2 or 4").
+    """
+    return UserError(f"{field} = {value!r}: {problem}; {remedy}")

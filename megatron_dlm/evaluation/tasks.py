@@ -1,0 +1,73 @@
+"""What a correct response is, per task."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.evaluation.scoring import answers_match, final_answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A way to score responses.
+
+    Attributes:
+        name: Its name on the command line.
+        reference_field: The field of a prompt record that holds the reference.
+        extract: From the text of a response to its answer; None if it gives none.
+        matches: Whether an extracted answer equals the reference.
+    """
+
+    name: str
+    reference_field: str
+    extract: Callable[[str], str | None]
+    matches: Callable[[str | None, str], bool]
+
+    def reference(self, record: Mapping[str, Any], where: str) -> str:
+        """Return the reference of a record.
+
+        Raises:
+            UserError: The field is missing or is neither text nor a number.
+        """
+        value = record.get(self.reference_field)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(
+                f'{where}: "{self.reference_field}" = {value!r}: task {self.name!r} needs text or a'
+                " number to compare with; add the field or choose another task"
+            )
+        return str(value)
+
+    def check(self, prompts: PromptDataset) -> None:
+        """Check that every record can be scored, before anything is generated.
+
+        Raises:
+            UserError: As in `reference`, with file and line.
+        """
+        for where, record in prompts.file.records():
+            self.reference(record, where)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="final_answer",
+            reference_field="answer",
+            extract=final_answer,
+            matches=answers_match,
+        ),
+    )
+}
+
+
+def get_task(name: str, field: str = "--task") -> Task:
+    """Return a task by name.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    if name not in TASKS:
+        raise bad_value(field, name, "unknown task", f"choose one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]

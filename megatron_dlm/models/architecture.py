@@ -1,0 +1,135 @@
+"""The architecture of a model, read from a Hugging Face `config.json`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dlm.errors import UserError, bad_value
+
+DENSE_MODEL_TYPES = ("qwen3", "sdar", "a2d-qwen3")
+MOE_MODEL_TYPES = ("qwen3_moe", "sdar_moe", "rnd1")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What has to be known to build a Qwen3 or Qwen3-MoE model; sizes in elements.
+
+    `hf_config` is the `config.json` it was read from, kept whole for export.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    tie_word_embeddings: bool
+    initializer_range: float
+    hf_config: dict[str, Any]
+    num_moe_experts: int | None = None
+    moe_router_topk: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    norm_topk_prob: bool = True
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the feed-forward layers are mixtures of experts."""
+        return self.num_moe_experts is not None
+
+
+def _check_supported(config: dict[str, Any], where: str) -> None:
+    def refuse(key: str, remedy: str) -> UserError:
+        return bad_value(f"{where}: {key}", config[key], "is not supported", remedy)
+
+    supported = DENSE_MODEL_TYPES + MOE_MODEL_TYPES
+    if config.get("model_type") not in supported:
+        raise bad_value(
+            f"{where}: model_type",
+            config.get("model_type"),
+            "is not a supported architecture",
+            f"use one of {', '.join(supported)}",
+        )
+    if config.get("attention_bias"):
+        raise refuse("attention_bias", "use a checkpoint without attention biases")
+    if config.get("use_sliding_window"):
+        raise refuse("use_sliding_window", "use a checkpoint with global attention")
+    if config.get("hidden_act", "silu") != "silu":
+        raise refuse("hidden_act", "use a checkpoint with SwiGLU (silu)")
+    if config.get("mlp_only_layers"):
+        raise refuse("mlp_only_layers", "use a checkpoint whose layers are all mixtures of experts")
+    if config.get("decoder_sparse_step", 1) != 1:
+        raise refuse("decoder_sparse_step", "use a checkpoint with decoder_sparse_step 1")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise bad_value(
+            f"{where}: rope_scaling", scaling, "is not supported", "use the unscaled checkpoint"
+        )
+
+
+def architecture_from_hf(config: dict[str, Any], where: str = "config.json") -> Architecture:
+    """Read an architecture from a parsed `config.json`.
+
+    Args:
+        config: The JSON object.
+        where: Name of the file for error messages.
+
+    Raises:
+        UserError: A field is missing or asks for something that is not supported.
+    """
+    _check_supported(config, where)
+    rope = config.get("rope_parameters") or {}
+    is_moe = config["model_type"] in MOE_MODEL_TYPES
+    try:
+        num_attention_heads = config["num_attention_heads"]
+        return Architecture(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=num_attention_heads,
+            num_query_groups=config.get("num_key_value_heads", num_attention_heads),
+            kv_channels=config.get("head_dim") or config["hidden_size"] // num_attention_heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config["max_position_embeddings"],
+            layernorm_epsilon=config["rms_norm_eps"],
+            rotary_base=config["rope_theta"] if "rope_theta" in config else rope["rope_theta"],
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            initializer_range=config.get("initializer_range", 0.02),
+            hf_config=config,
+            num_moe_experts=config["num_experts"] if is_moe else None,
+            moe_router_topk=config["num_experts_per_tok"] if is_moe else None,
+            moe_ffn_hidden_size=config["moe_intermediate_size"] if is_moe else None,
+            norm_topk_prob=config.get("norm_topk_prob", False) if is_moe else True,
+        )
+    except KeyError as error:
+        raise bad_value(
+            where, error.args[0], "this key is missing", "use a complete Hugging Face config.json"
+        ) from error
+
+
+def read_architecture(path: str | Path, field: str = "--load") -> Architecture:
+    """Read the architecture from a `config.json` or the folder that holds it.
+
+    Args:
+        path: File or folder.
+        field: What the user named the path with, for error messages.
+
+    Raises:
+        UserError: There is no such file, it is no JSON object, or it is not supported.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    if not file.is_file():
+        raise bad_value(field, str(path), f"there is no {file}", "name a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise bad_value(
+            field, str(file), f"is not valid JSON (line {error.lineno})", "repair the file"
+        ) from error
+    return architecture_from_hf(config, where=str(file))

@@ -1,0 +1,170 @@
+"""Core attention of student and teacher: any visibility pattern over packed rows.
+
+Takes the place of Megatron's `DotProductAttention` in the layer spec. What it attends to is decided by
+the `attention_mask` argument, which Megatron hands through untouched: a layout tensor
+(`megatron_dlm.models.attention_layout`) in training, or a `CachedAttention` in a rollout.
+
+S: tokens of the packed row; n: query heads, g: key/value heads of this tensor-parallel rank; d: head
+size.
+"""
+
+import functools
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from megatron_dlm.models.attention_layout import (
+    Field,
+    LayoutCache,
+    document_batch,
+    visible,
+)
+
+# FlexAttention works in tiles of this many tokens and is fastest when the row is a multiple of it.
+FLEX_TILE = 128
+
+_document_batches = LayoutCache(document_batch)
+
+
+@runtime_checkable
+class CachedAttention(Protocol):
+    """Attention against a KV cache, implemented by `megatron_dlm.rollout.kv_cache`."""
+
+    def attend(
+        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
+    ) -> Tensor:
+        """Store keys and values [S, 1, g, d] and return the context [S, 1, n, d] of the queries."""
+        ...
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Tensor, softmax_scale: float
+) -> Tensor:
+    """Reference backend: PyTorch's scaled dot product attention over the padded documents of a row.
+
+    Args:
+        query: [S, 1, n, d].
+        key: [S, 1, g, d].
+        value: [S, 1, g, d].
+        layout: [4, S] int32.
+        softmax_scale: Factor on the scores.
+
+    Returns:
+        Context [S, 1, n, d]; zero for padding tokens.
+    """
+    batch = _document_batches(layout)
+    if batch.num_documents == 0:  # a row of padding only, from a rank that keeps step with others
+        return query * 0.0 + (key.sum() + value.sum()) * 0.0
+
+    def by_document(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [D, heads, L, d]
+        x = x[:, 0].index_select(0, batch.gather)
+        return x.view(batch.num_documents, batch.max_length, *x.shape[1:]).transpose(1, 2)
+
+    context = F.scaled_dot_product_attention(
+        by_document(query),
+        by_document(key),
+        by_document(value),
+        attn_mask=batch.mask,
+        scale=softmax_scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    context = context.transpose(1, 2).flatten(0, 1).index_select(0, batch.scatter)
+    if batch.is_padding is not None:
+        context = context.masked_fill(batch.is_padding, 0.0)
+    return context[:, None]
+
+
+def _block_mask(layout: Tensor) -> BlockMask:
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(layout[:, query], layout[:, key])
+
+    length = layout.shape[1]
+    return create_block_mask(
+        mask_mod, None, None, length, length, device=layout.device, BLOCK_SIZE=FLEX_TILE
+    )
+
+
+_block_masks = LayoutCache(_block_mask)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    # Rows differ in length; recompiling for each would cost more than the kernel saves.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_attention_over_row(
+    query: Tensor, key: Tensor, value: Tensor, layout: Tensor, softmax_scale: float
+) -> Tensor:
+    """FlexAttention with a block-sparse mask; arguments and result as `sdpa_attention`.
+
+    Compiled on CUDA. On a CPU it runs uncompiled and has no backward: for tests only.
+    """
+
+    def heads_first(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [1, heads, S, d]
+        return x.permute(1, 2, 0, 3)
+
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    context = attend(
+        heads_first(query),
+        heads_first(key),
+        heads_first(value),
+        block_mask=_block_masks(layout),
+        scale=softmax_scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    is_padding = (layout[Field.DOCUMENT] < 0)[:, None, None, None]
+    return context.permute(2, 0, 1, 3).masked_fill(is_padding, 0.0)
+
+
+_BACKENDS = {"sdpa": sdpa_attention, "flex": flex_attention_over_row}
+
+
+class DiffusionAttention(MegatronModule):
+    """Core attention module of the layer spec; constructor arguments as `DotProductAttention`'s."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = max(1, layer_number)
+        head_size = config.kv_channels
+        assert head_size is not None
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_size)
+        self.backend = _BACKENDS[backend]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | CachedAttention,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend within the row; [S, 1, n, d], [S, 1, g, d], [S, 1, g, d] -> [S, 1, n * d]."""
+        if isinstance(attention_mask, Tensor):
+            context = self.backend(query, key, value, attention_mask, self.softmax_scale)
+        else:
+            context = attention_mask.attend(
+                self.layer_number, query, key, value, self.softmax_scale
+            )
+        return context.flatten(2)

@@ -1,0 +1,174 @@
+"""Who sees whom: one visibility rule for every attention pattern of the framework.
+
+Tokens of a packed row carry four integers (`Field`): document, block, stream and position. A query
+sees a key of the same document if
+
+* both are clean and the key's block is not later than the query's (block-causal), or
+* the query is noisy, the key clean, and the key's block strictly earlier, or
+* both are noisy and of the same block.
+
+Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is block size
+1, `full` puts everything into block 0. Block diffusion training adds the noisy stream.
+Sources: BD3-LM (Arriola et al. 2025) for the three-part mask; OPDLM section 3 for its use here.
+
+S: tokens of a packed row. D: documents. L: longest document.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Pattern = Literal["block_causal", "causal", "full"]
+CLEAN, NOISY = 0, 1
+PADDING_DOCUMENT = -1
+
+
+class Field(IntEnum):
+    """Rows of a layout tensor [4, S] int32."""
+
+    DOCUMENT = 0
+    BLOCK = 1
+    STREAM = 2
+    POSITION = 3
+
+
+def block_ids(positions: Tensor, pattern: Pattern, block_size: int) -> Tensor:
+    """Block id of each position under a single-stream pattern; same shape as `positions`."""
+    if pattern == "causal":
+        return positions
+    if pattern == "full":
+        return torch.zeros_like(positions)
+    return positions // block_size
+
+
+def clean_layout(lengths: list[int], pattern: Pattern, block_size: int) -> Tensor:
+    """Layout [4, sum(lengths)] of clean documents laid end to end, each from position 0."""
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    documents = torch.repeat_interleave(
+        torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths)
+    )
+    return torch.stack(
+        (
+            documents,
+            block_ids(positions, pattern, block_size),
+            torch.full_like(positions, CLEAN),
+            positions,
+        )
+    )
+
+
+def pad_layout(layout: Tensor, length: int) -> Tensor:
+    """Append padding tokens, which see nothing and are seen by nobody, up to `length`."""
+    missing = length - layout.shape[1]
+    padding = torch.zeros(4, missing, dtype=layout.dtype, device=layout.device)
+    padding[Field.DOCUMENT] = PADDING_DOCUMENT
+    return torch.cat((layout, padding), dim=1)
+
+
+def visible(query: Tensor, key: Tensor) -> Tensor:
+    """The visibility rule.
+
+    Args:
+        query: Layout fields of queries, [4, ...].
+        key: Layout fields of keys, [4, ...]; trailing shapes broadcast against the query's.
+
+    Returns:
+        Boolean tensor of the broadcast shape, true where the query sees the key.
+    """
+    query_clean = query[Field.STREAM] == CLEAN
+    key_clean = key[Field.STREAM] == CLEAN
+    same_block = query[Field.BLOCK] == key[Field.BLOCK]
+    earlier = key[Field.BLOCK] < query[Field.BLOCK]
+    sees_clean = key_clean & (earlier | (query_clean & same_block))
+    sees_noisy = ~key_clean & ~query_clean & same_block
+    same_document = (query[Field.DOCUMENT] == key[Field.DOCUMENT]) & (
+        query[Field.DOCUMENT] != PADDING_DOCUMENT
+    )
+    return same_document & (sees_clean | sees_noisy)
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """A packed row seen as a padded batch of its documents, for dense attention kernels.
+
+    Attributes:
+        gather: [D * L] int64, row index of each token of the padded batch (0 where padded).
+        scatter: [S] int64, index into D * L of each row token (0 for padding tokens).
+        is_padding: [S, 1, 1] bool for the row's padding tokens, or None if it has none.
+        mask: [D, 1, L, L] bool, true where visible. Padded queries see themselves, so that no
+            softmax is empty.
+        num_documents: D.
+        max_length: L.
+    """
+
+    gather: Tensor
+    scatter: Tensor
+    is_padding: Tensor | None
+    mask: Tensor
+    num_documents: int
+    max_length: int
+
+
+def document_batch(layout: Tensor) -> DocumentBatch:
+    """Regroup a row by document; documents must be contiguous and numbered 0, 1, ... in the row.
+
+    Attention costs D * L^2 instead of S^2, and nothing outside a document is ever compared.
+    """
+    device = layout.device
+    document = layout[Field.DOCUMENT].long()
+    real = document != PADDING_DOCUMENT
+    lengths = torch.bincount(document[real])
+    num_documents, max_length = len(lengths), int(lengths.max()) if len(lengths) else 0
+    starts = lengths.cumsum(0) - lengths
+    offset = torch.arange(len(document), device=device)
+    scatter = torch.zeros_like(document)
+    scatter[real] = document[real] * max_length + offset[real] - starts[document[real]]
+    gather = torch.zeros(num_documents * max_length, dtype=torch.long, device=device)
+    gather[scatter[real]] = offset[real]
+    filled = torch.zeros(num_documents * max_length, dtype=torch.bool, device=device)
+    filled[scatter[real]] = True
+    fields = layout[:, gather].clone()
+    fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
+    fields = fields.view(4, num_documents, max_length)
+    mask = visible(fields[:, :, :, None], fields[:, :, None, :])
+    mask |= torch.eye(max_length, dtype=torch.bool, device=device)
+    return DocumentBatch(
+        gather=gather,
+        scatter=scatter,
+        is_padding=None if bool(real.all()) else ~real[:, None, None],
+        mask=mask[:, None],
+        num_documents=num_documents,
+        max_length=max_length,
+    )
+
+
+T = TypeVar("T")
+
+
+class LayoutCache:
+    """Values derived from layout tensors, kept while their layouts are in use.
+
+    A layout belongs to its micro-batch, and activation recomputation presents it again as another
+    tensor object over the same storage. Entries are therefore found by storage address; each holds its
+    layout, so an address cannot be reused while the entry lives. The oldest entries are dropped.
+    """
+
+    def __init__(self, derive: Callable[[Tensor], T], capacity: int = 32) -> None:
+        self._derive = derive
+        self._capacity = capacity
+        self._entries: OrderedDict[tuple[int, int], tuple[Tensor, T]] = OrderedDict()
+
+    def __call__(self, layout: Tensor) -> T:
+        """The derived value of this layout, computed at most once while it is among the newest."""
+        key = (layout.data_ptr(), layout.shape[1])
+        if key not in self._entries:
+            self._entries[key] = (layout, self._derive(layout))
+            if len(self._entries) > self._capacity:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(key)
+        return self._entries[key][1]

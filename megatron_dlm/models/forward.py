@@ -1,0 +1,103 @@
+"""Forward passes without gradients through all pipeline stages: rollouts, teacher, evaluation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_dlm import platform
+from megatron_dlm.models.attention import CachedAttention
+from megatron_dlm.models.attention_layout import pad_layout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row for a forward pass.
+
+    Attributes:
+        token_ids: [S] int64.
+        position_ids: [S] int64.
+        attention: Layout [4, S], or a `CachedAttention` that ignores tokens behind those it knows.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    attention: Tensor | CachedAttention
+
+
+def pad_row(row: Row, multiple: int) -> Row:
+    """Append padding tokens until the length is a positive multiple; layouts grow with the row."""
+    length = len(row.token_ids)
+    missing = -length % multiple if length else multiple
+    if not missing:
+        return row
+    zeros = row.token_ids.new_zeros(missing)
+    attention = row.attention
+    if isinstance(attention, Tensor):
+        attention = pad_layout(attention, length + missing)
+    return Row(
+        token_ids=torch.cat((row.token_ids, zeros)),
+        position_ids=torch.cat((row.position_ids, zeros)),
+        attention=attention,
+    )
+
+
+@torch.no_grad()
+def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] | None:
+    """Final hidden states of packed rows, by Megatron's forward-only schedule.
+
+    All ranks of a pipeline must call this with the same number of rows of the same lengths; ranks that
+    share expert-parallel collectives with the same number of rows.
+
+    Args:
+        model: This rank's part of a `DiffusionGPTModel` in evaluation mode.
+        rows: The rows; each is padded to what sequence parallelism needs.
+
+    Returns:
+        On the last pipeline stage, per row, [S, h] on every tensor-parallel rank, without the
+        padding; on other stages None.
+    """
+    config = get_model_config(model)
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    device = platform.device()
+    padded = [pad_row(row, multiple) for row in rows]
+
+    def forward_step(data_iterator: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        row = next(data_iterator)
+        attention = row.attention
+        if isinstance(attention, Tensor):
+            attention = attention.to(device)
+        hidden = model(
+            input_ids=row.token_ids[None].to(device),
+            position_ids=row.position_ids[None].to(device),
+            attention_mask=attention,
+        )
+        return hidden, lambda output, non_loss_data=True: output
+
+    if config.pipeline_model_parallel_size == 1 and len(padded) == 1:
+        # The schedule of one stage and one row, without its bookkeeping: decoding calls this often.
+        outputs = [forward_step(iter(padded), model)[0]]
+    else:
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(padded),
+            model=[model],
+            num_microbatches=len(padded),
+            seq_length=len(padded[0].token_ids),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not parallel_state.is_pipeline_last_stage():
+        return None
+    if config.sequence_parallel:
+        outputs = [gather_from_sequence_parallel_region(output) for output in outputs]
+    return [
+        output[: len(row.token_ids), 0] for output, row in zip(outputs, rows, strict=True)
+    ]

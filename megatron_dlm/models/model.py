@@ -1,0 +1,87 @@
+"""Student and teacher: Megatron-Core's `GPTModel` over packed rows, ending in hidden states.
+
+S: tokens of a packed row; h: hidden size; V: padded vocabulary; tp: tensor-parallel size.
+"""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_dlm.models.attention import CachedAttention
+
+
+class DiffusionGPTModel(GPTModel):
+    """A `GPTModel` that takes one packed row and returns its final hidden states.
+
+    It differs from its parent in two points. Rotary angles come from each token's own position, since
+    a row holds many documents and, in block diffusion, two streams that share positions. The output
+    layer is not applied: logits over the whole row would never fit, so the loss and the sampler
+    multiply only the hidden states they need with `head_weight`.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | CachedAttention,
+    ) -> Tensor:
+        """Run the layers of this pipeline stage.
+
+        Args:
+            input_ids: [1, S] int64; read on the first stage only.
+            position_ids: [1, S] int64.
+            attention_mask: Layout tensor [4, S] (`attention_layout`) or a `CachedAttention`.
+
+        Returns:
+            [S, 1, h], normalised on the last stage; [S / tp, 1, h] under sequence parallelism.
+        """
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self._rotary_angles(position_ids[0]),
+        )
+
+    def _rotary_angles(self, positions: Tensor) -> Tensor:
+        """Angles of positions [S] in Megatron's layout, [S, 1, 1, d] float32."""
+        rotary = self.rotary_pos_emb
+        rotary.inv_freq = rotary.inv_freq.to(positions.device)
+        angles = torch.outer(positions.to(rotary.inv_freq.dtype), rotary.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def head_weight(model: torch.nn.Module) -> Tensor:
+    """This rank's vocabulary shard of the output layer, [V / tp, h]; on the last stage only."""
+    model = unwrap_model(model)
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def full_hidden_states(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
+    """Hidden states of all tokens of the row on every tensor-parallel rank, ready for the head.
+
+    The head is split over the vocabulary, so each rank contributes a part of the gradient of the hidden
+    states: the backward pass sums these parts over the tensor-parallel group.
+
+    Args:
+        hidden_states: What `DiffusionGPTModel.forward` returned on the last stage.
+        sequence_parallel: Whether it holds this rank's part of the row only.
+
+    Returns:
+        [S, h].
+    """
+    if sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True
+        )
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+    return hidden_states[:, 0]

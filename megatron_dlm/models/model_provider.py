@@ -1,0 +1,175 @@
+"""Builds the student and the teacher from an architecture and the run's options."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+from megatron_dlm import platform
+from megatron_dlm.config.schema import Config
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.attention import DiffusionAttention
+from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.rms_norm import RMSNorm
+
+# The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape when
+# the tensor-parallel size changes.
+VOCABULARY_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding table: a multiple of 128 and of the tensor-parallel size."""
+    for multiple in (VOCABULARY_MULTIPLE, tensor_model_parallel_size):
+        vocab_size = -(-vocab_size // multiple) * multiple
+    return vocab_size
+
+
+def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
+    """Megatron's view of an architecture under the run's parallelism and precision."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    moe = {}
+    if architecture.is_moe:
+        moe = dict(
+            num_moe_experts=architecture.num_moe_experts,
+            moe_router_topk=architecture.moe_router_topk,
+            moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
+            # softmax over the chosen experts = softmax over all of them, renormalised
+            moe_router_pre_softmax=not architecture.norm_topk_prob,
+            moe_router_dtype="fp32",
+            # distillation has no use for a balancing loss; the router follows the divergence
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+            moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
+        )
+    recompute = {}
+    if model.recompute_granularity != "none":
+        recompute["recompute_granularity"] = model.recompute_granularity
+    if model.recompute_granularity == "full":
+        recompute["recompute_method"] = model.recompute_method
+        recompute["recompute_num_layers"] = model.recompute_num_layers
+    std = model.init_method_std or architecture.initializer_range
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=std,
+        embedding_init_method_std=std,
+        use_cpu_initialization=not platform.is_cuda(),
+        bf16=model.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        # Fused kernels need Apex or Transformer Engine; those that Megatron-Core brings itself are
+        # compiled at run time, which a CPU gains nothing from.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=platform.is_cuda(),
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,  # rows differ in length
+        batch_p2p_comm=platform.is_cuda(),
+        calculate_per_token_loss=True,
+        **moe,
+        **recompute,
+    )
+
+
+def _layer_spec(
+    config: TransformerConfig, transformer_impl: str, attention_backend: str
+) -> TransformerBlockSubmodules:
+    if transformer_impl == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True
+        )
+        layer_norm = None  # Transformer Engine's, chosen by Megatron
+    else:
+        layer = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=False,
+            qk_layernorm=True,
+            normalization="RMSNorm",
+        )
+        layer_norm = RMSNorm
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=DiffusionAttention, params={"backend": attention_backend}
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=layer_norm
+    )
+
+
+def attention_backend(config: Config) -> str:
+    """The attention backend in force: FlexAttention on CUDA unless one was chosen."""
+    if config.model.attention_backend != "auto":
+        return config.model.attention_backend
+    return "flex" if platform.is_cuda() else "sdpa"
+
+
+def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel:
+    """Build this rank's part of a model, with random weights, on the platform's device.
+
+    Args:
+        architecture: What to build.
+        config: Parallelism, precision, kernels. Model-parallel groups must exist.
+    """
+    if architecture.is_moe and not hasattr(moe_utils, "te_general_gemm"):
+        # Megatron-Core 0.16 asks whether this is None but defines it with Transformer Engine only.
+        moe_utils.te_general_gemm = None
+    megatron_config = transformer_config(architecture, config)
+    model = DiffusionGPTModel(
+        config=megatron_config,
+        transformer_layer_spec=_layer_spec(
+            megatron_config, config.model.transformer_impl, attention_backend(config)
+        ),
+        vocab_size=padded_vocab_size(
+            architecture.vocab_size, config.parallel.tensor_model_parallel_size
+        ),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rotary_base),
+    )
+    return model.to(platform.device())
+
+
+def build_teacher(architecture: Architecture, config: Config) -> DiffusionGPTModel:
+    """Build a frozen model: evaluation mode, no gradients, outside DDP and the optimizer."""
+    model = build_model(architecture, config)
+    model.requires_grad_(False)
+    model.eval()
+    return model

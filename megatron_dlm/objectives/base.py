@@ -1,0 +1,92 @@
+"""What every objective provides; a new one is a file in this package and a line in its registry.
+
+P, L: prompt and response tokens of a trajectory; T: tokens of the document made of it; n: supervised
+tokens; h: hidden size; V/tp: vocabulary shard.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.config.schema import Config
+from megatron_dlm.rollout.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a training row.
+
+    Attributes:
+        token_ids: [T] int64, the student's input.
+        block: [T] int32, block ids.
+        stream: [T] int32, clean or noisy.
+        position: [T] int32, RoPE positions.
+        supervised: [n] int64, indices into T whose hidden states the loss reads.
+        labels: [n] int64, the x_0 token that each of them should predict.
+        weights: [n] float32, w(t).
+        teacher_hidden: [n, h] of the teacher at the same predictions, or None.
+    """
+
+    token_ids: Tensor
+    block: Tensor
+    stream: Tensor
+    position: Tensor
+    supervised: Tensor
+    labels: Tensor
+    weights: Tensor
+    teacher_hidden: Tensor | None = None
+
+
+class Objective(ABC):
+    """Turns trajectories into training documents and hidden states into a loss.
+
+    Attributes:
+        on_policy: Whether x_0 comes from the student's rollout (else from a data set).
+        uses_teacher: Whether the frozen teacher has to annotate the trajectories.
+    """
+
+    on_policy: bool
+    uses_teacher: bool
+
+    def __init__(self, config: Config, mask_token_id: int, vocab_size: int) -> None:
+        self.config = config
+        self.mask_token_id = mask_token_id
+        self.vocab_size = vocab_size
+
+    @abstractmethod
+    def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
+        """Lay out one trajectory.
+
+        Args:
+            trajectory: What was generated or read.
+            generator: Source of every random choice; seeded per sample, so that results do not depend
+                on the parallel layout.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        tp_group: torch.distributed.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted loss sum over the supervised tokens.
+
+        Args:
+            hidden: [n, h] of the student.
+            head: [V/tp, h] of the student.
+            labels: [n].
+            weights: [n].
+            teacher_hidden: [n, h_teacher] or None.
+            teacher_head: [V/tp, h_teacher] or None.
+            tp_group: Tensor-parallel group.
+
+        Returns:
+            The sum, a scalar with gradient, and the unweighted loss per token [n] without.
+        """

@@ -1,0 +1,54 @@
+"""Ordinary autoregressive training on prompt + response; it makes a teacher."""
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from megatron_dlm.models.attention_layout import CLEAN
+from megatron_dlm.objectives.base import Document, Objective
+from megatron_dlm.rollout.trajectory import Trajectory
+
+
+class NextToken(Objective):
+    """Cross entropy of each response token given everything before it, under causal attention."""
+
+    on_policy = False
+    uses_teacher = False
+
+    def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
+        """The sequence without its last token; each position predicts the next one."""
+        tokens = trajectory.token_ids
+        prompt = len(trajectory.prompt_ids)
+        length = len(tokens) - 1
+        position = torch.arange(length, dtype=torch.int32)
+        first = max(prompt - 1, 0)
+        return Document(
+            token_ids=tokens[:-1],
+            block=position,
+            stream=torch.full_like(position, CLEAN),
+            position=position,
+            supervised=torch.arange(first, length),
+            labels=tokens[first + 1 :],
+            weights=torch.ones(length - first),
+        )
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        tp_group: torch.distributed.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy; see `Objective.loss`."""
+        return vocab_parallel_cross_entropy(
+            hidden,
+            head,
+            labels,
+            weights,
+            vocab_size=self.vocab_size,
+            tp_group=tp_group,
+            chunk_size=self.config.distillation.divergence_chunk_size,
+        )

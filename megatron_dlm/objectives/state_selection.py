@@ -1,0 +1,73 @@
+"""Which of a trajectory's denoising states the student is trained on (OPDLM Algorithm 1, section 4).
+
+A state is given by the set of positions that hold MASK. Steps count per block from 1; a position is
+masked in the state before step k if it was committed at step k or later.
+
+F: prompt, response and tail tokens of a trajectory (whole blocks).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.rollout.trajectory import Trajectory
+
+Selector = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def unmask_steps(trajectory: Trajectory) -> Tensor:
+    """The step at which each of F positions was committed; 0 for the prompt, [F] int64."""
+    return torch.cat(
+        (
+            torch.zeros_like(trajectory.prompt_ids),
+            trajectory.unmask_step,
+            trajectory.tail_unmask_step,
+        )
+    )
+
+
+def _uniform_integers(upper: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent draws from 1 .. upper, elementwise."""
+    draws = torch.rand(len(upper), generator=generator, dtype=torch.float64)
+    return (draws * upper).long().clamp(max=upper - 1) + 1
+
+
+def per_block(
+    steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Generator
+) -> Tensor:
+    """For each block independently, a step drawn uniformly from its realised steps.
+
+    Block-causal factorisation makes the product of these states exact: a noisy block sees only clean
+    earlier blocks.
+
+    Args:
+        steps: [F] unmask steps.
+        block: [F] block ids.
+        last_step: [blocks] the last step at which a supervised token was committed; 0 in blocks
+            without one.
+        generator: Source of the draws.
+
+    Returns:
+        [F] bool, true where the state holds MASK.
+    """
+    chosen = torch.zeros_like(last_step)
+    supervised = last_step > 0
+    chosen[supervised] = _uniform_integers(last_step[supervised], generator)
+    return (steps > 0) & supervised[block] & (steps >= chosen[block])
+
+
+def global_(steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Generator) -> Tensor:
+    """One step drawn uniformly from the whole trajectory; arguments and result as `per_block`.
+
+    Blocks before the one it falls into are finished, later ones are all MASK.
+    """
+    ends = last_step.cumsum(0)
+    step = _uniform_integers(ends[-1:], generator)
+    current = int(torch.searchsorted(ends, step))
+    within = step - (ends[current] - last_step[current])
+    masked = (block > current) | ((block == current) & (steps >= within))
+    return masked & (steps > 0)
+
+
+SELECTORS: dict[str, Selector] = {"per_block": per_block, "global": global_}

@@ -1,0 +1,83 @@
+"""The one place that knows CPU from CUDA.
+
+`select` must run before anything of Megatron-Core is built: on a CPU it makes Megatron-Core's CUDA
+calls answer for the CPU (`megatron_dlm.platform.cpu`); on CUDA it applies nothing. Everything else
+in this package asks `device()` where tensors live and never names a device itself.
+"""
+
+import os
+from typing import Literal
+
+import torch
+
+from megatron_dlm.errors import bad_value
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+_device: torch.device | None = None
+
+
+def select(choice: DeviceChoice = "auto") -> torch.device:
+    """Choose the device of this process, once.
+
+    Args:
+        choice: "cpu", "cuda", or "auto" for CUDA where there is a GPU.
+
+    Returns:
+        The device of this process; on CUDA the one of its `LOCAL_RANK`.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or the process already runs on the other kind.
+    """
+    global _device
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if _device is not None:
+        if _device.type != choice:
+            raise bad_value(
+                "--device", choice, f"this process already runs on {_device.type}", "start a new one"
+            )
+        return _device
+    if choice == "cuda":
+        if not torch.cuda.is_available():
+            raise bad_value(
+                "--device", "cuda", "this PyTorch sees no CUDA device", "use --device cpu or auto"
+            )
+        _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_device)
+    else:
+        from megatron_dlm.platform import cpu
+
+        cpu.apply()
+        _device = torch.device("cpu")
+    return _device
+
+
+def device() -> torch.device:
+    """The device of this process; selects "auto" if nothing was selected yet."""
+    return _device if _device is not None else select("auto")
+
+
+def is_cuda() -> bool:
+    """Whether this process computes on a GPU."""
+    return device().type == "cuda"
+
+
+def collective_backend() -> str:
+    """The `torch.distributed` backend that fits the device."""
+    return "nccl" if is_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until the device has finished, so that a wall-clock reading means something."""
+    if is_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory taken so far: allocated on the GPU, resident in this process on a CPU."""
+    if is_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

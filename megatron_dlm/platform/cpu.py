@@ -1,0 +1,189 @@
+"""Megatron-Core on a CPU with gloo: stand-ins for the CUDA calls it makes unconditionally.
+
+Never imported on CUDA. Each stand-in is the CPU's answer to the same question: the current device is
+the CPU, streams have nothing to order, "the CUDA generator" is torch's default generator. Tested with
+megatron-core 0.16.1. `torch.cuda.is_available()` keeps telling the truth.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# torch.compile is what Megatron-Core's `jit_fuser` resolves to; its fused kernels want a C++ compiler
+# at run time and save nothing on a CPU.
+_FUSER_OFF = "TORCHDYNAMO_DISABLE"
+
+_applied = False
+
+
+class _Stream:
+    """A stream of a device that runs everything in order anyway."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream: Any) -> None:
+        """Everything before has already run."""
+
+    def wait_event(self, event: Any) -> None:
+        """Everything before has already run."""
+
+    def record_event(self, event: Any = None) -> "_Event":
+        """An event that has already happened."""
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        """Everything has already run."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    """An event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is pending."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing is pending."""
+
+    def query(self) -> bool:
+        """Nothing is pending."""
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
+    def elapsed_time(self, other: "_Event") -> float:
+        """Milliseconds between two events; CPU work is not timed this way."""
+        return 0.0
+
+
+@contextlib.contextmanager
+def _on_stream(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory so that `device="cuda"` means the CPU and nothing is pinned."""
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _patch_torch() -> None:
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+    stream = _Stream()
+    answers: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": _on_stream,
+        "Stream": _Stream,
+        "Event": _Event,
+        # torch.manual_seed would call back into torch.cuda.manual_seed and recurse.
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
+        "get_rng_state": lambda device=None: torch.default_generator.get_state(),
+        "set_rng_state": lambda state, device=None: torch.default_generator.set_state(state),
+    }
+    for name, answer in answers.items():
+        setattr(cuda, name, answer)
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+    tensor_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers recognise parameters by these names.
+        if not args and not kwargs and self.dtype in _TYPE_NAMES:
+            return _TYPE_NAMES[self.dtype]
+        return tensor_type(self, *args, **kwargs)
+
+    tensor: Any = torch.Tensor
+    tensor.type = type_name
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = lambda self, stream: None
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
+
+
+def _patch_collectives() -> None:
+    all_to_all_single = dist.all_to_all_single
+
+    @functools.wraps(all_to_all_single)
+    def with_int_splits(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # The MoE dispatcher passes numpy arrays; gloo wants lists of int.
+        def ints(sizes: Any) -> list[int] | None:
+            return None if sizes is None else [int(size) for size in sizes]
+
+        return all_to_all_single(
+            output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs
+        )
+
+    dist.all_to_all_single = with_int_splits
+    torch.distributed.all_to_all_single = with_int_splits
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random as tp_random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.default_generator.set_state(new_state)
+
+    tp_random._get_cuda_rng_state = get_state
+    tp_random._set_cuda_rng_state = set_state
+
+
+def apply() -> None:
+    """Make Megatron-Core run on this CPU. Idempotent."""
+    global _applied
+    if _applied:
+        return
+    os.environ[_FUSER_OFF] = "1"
+    _patch_torch()
+    _patch_collectives()
+    _patch_megatron()
+    _applied = True

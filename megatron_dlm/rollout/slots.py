@@ -1,0 +1,285 @@
+"""The sequences that are being decoded: what is known of each, and what its next forward needs.
+
+All state lives in small CPU tensors with one row per slot. Slots 0 to R - 1 are in use; when a sequence
+ends and none waits, the last slot moves into its place, so the slots in use stay contiguous.
+
+R: slots in use; B: block size; T: positions of a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.remasking import DenoisedBlocks, commit_positions
+from megatron_dlm.rollout.sampling import SampledTokens
+from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """One forward pass over all slots and the draws that follow it.
+
+    Attributes:
+        token_ids: [S] int64, slots in ascending order, MASK where not committed yet.
+        position_ids: [S] int64.
+        starts: [R] int64, first position of each slot in this forward.
+        ends: [R] int64, the position behind its last.
+        draw_rows: [n] int64, index into S of the hidden state behind each draw.
+        draw_slots: [n] int64.
+        draw_columns: [n] int64, position of each draw within its block.
+        sample_index: [n] int64.
+        position: [n] int64, position of each draw in its sequence.
+        denoising_step: [n] int64.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    starts: Tensor
+    ends: Tensor
+    draw_rows: Tensor
+    draw_slots: Tensor
+    draw_columns: Tensor
+    sample_index: Tensor
+    position: Tensor
+    denoising_step: Tensor
+
+
+class PromptQueue:
+    """Prompts that wait for a slot, in order, handed out under a limit of tokens per forward.
+
+    Args:
+        prompts: All prompts of a rollout.
+        max_prefill_tokens: Prompt tokens handed out for one forward; a single prompt always is.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], max_prefill_tokens: int) -> None:
+        self._prompts = prompts
+        self._max_prefill_tokens = max_prefill_tokens
+        self._next = 0
+        self._prefill_tokens = 0
+
+    def begin_forward(self) -> None:
+        """Reset the limit for the next forward."""
+        self._prefill_tokens = 0
+
+    def pop(self) -> int | None:
+        """Index of the next prompt, or None if none is left or it has to wait for a later forward."""
+        if self._next == len(self._prompts):
+            return None
+        total = self._prefill_tokens + len(self._prompts[self._next].token_ids)
+        if self._prefill_tokens and total > self._max_prefill_tokens:
+            return None
+        self._prefill_tokens = total
+        self._next += 1
+        return self._next - 1
+
+
+class SlotTable:
+    """State of the sequences in decoding.
+
+    A slot's next forward covers the positions from `_start`, the first whose keys are not final in the
+    cache, to the end of the block in decoding: the prompt's complete blocks on the first forward, the
+    block just finished on the first of each later block, nothing else on the others.
+
+    Args:
+        num_slots: Sequences held at once.
+        max_length: T, a multiple of the block size.
+        max_response_length: Tokens after which a response is cut.
+        config: Decoding settings.
+        eos_token_id: Ends a response.
+        mask_token_id: Stands for tokens not committed yet.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_length: int,
+        max_response_length: int,
+        config: GenerationConfig,
+        eos_token_id: int,
+        mask_token_id: int,
+    ) -> None:
+        self.num_slots = num_slots
+        self.num_active = 0
+        self._config = config
+        self._max_response_length = max_response_length
+        self._eos_token_id = eos_token_id
+        self._mask_token_id = mask_token_id
+        self._columns = torch.arange(config.block_size)
+        self._prompts: list[Prompt | None] = [None] * num_slots
+        self._requests = [0] * num_slots
+
+        def per_slot() -> Tensor:
+            return torch.zeros(num_slots, dtype=torch.int64)
+
+        self._tokens = torch.zeros(num_slots, max_length, dtype=torch.int64)
+        self._unmask_step = torch.zeros(num_slots, max_length, dtype=torch.int64)
+        self._masked = torch.zeros(num_slots, config.block_size, dtype=torch.bool)
+        self._prompt_length = per_slot()
+        self._sample_index = per_slot()
+        self._start = per_slot()
+        self._block_start = per_slot()
+        self._step = per_slot()
+        self._masked_at_start = per_slot()
+        self._forwards = per_slot()
+        self._per_slot = (
+            self._tokens,
+            self._unmask_step,
+            self._masked,
+            self._prompt_length,
+            self._sample_index,
+            self._start,
+            self._block_start,
+            self._step,
+            self._masked_at_start,
+            self._forwards,
+        )
+
+    @property
+    def _shifted(self) -> bool:
+        """Whether a draw comes from the hidden state of the token before it."""
+        return self._config.mode == "autoregressive"
+
+    def request(self, slot: int) -> int:
+        """The number that the sequence in a slot was placed under."""
+        return self._requests[slot]
+
+    def place(self, slot: int, request: int, prompt: Prompt) -> None:
+        """Start decoding a prompt, in the slot of a finished sequence or the first unused one."""
+        length, block_size = len(prompt.token_ids), self._config.block_size
+        self._prompts[slot], self._requests[slot] = prompt, request
+        self._tokens[slot, :length] = prompt.token_ids
+        self._tokens[slot, length:] = self._mask_token_id
+        self._prompt_length[slot] = length
+        self._sample_index[slot] = prompt.sample_index
+        self._start[slot] = 0
+        self._forwards[slot] = 0
+        self._open_blocks(torch.tensor([slot]), torch.tensor([length // block_size * block_size]))
+        self.num_active = max(self.num_active, slot + 1)
+
+    def _open_blocks(self, slots: Tensor, block_start: Tensor) -> None:
+        masked = block_start[:, None] + self._columns >= self._prompt_length[slots, None]
+        self._block_start[slots] = block_start
+        self._masked[slots] = masked
+        self._masked_at_start[slots] = masked.sum(dim=-1)
+        self._step[slots] = 1
+
+    def remove(self, slot: int) -> int | None:
+        """Give up a finished slot.
+
+        Returns:
+            The slot whose sequence took its place (its cache must move along), or None.
+        """
+        self.num_active -= 1
+        last = self.num_active
+        self._prompts[slot] = self._prompts[last]
+        self._requests[slot] = self._requests[last]
+        self._prompts[last] = None
+        if slot == last:
+            return None
+        for tensor in self._per_slot:
+            tensor[slot] = tensor[last]
+        return last
+
+    def plan(self) -> ForwardPlan:
+        """Lay out the next forward of all slots in use."""
+        active = slice(self.num_active)
+        starts, block_start = self._start[active], self._block_start[active]
+        ends = block_start if self._shifted else block_start + self._config.block_size
+        lengths = ends - starts
+        offsets = lengths.cumsum(0) - lengths
+        slots = torch.repeat_interleave(lengths)
+        positions = torch.arange(len(slots)) + (starts - offsets)[slots]
+        draw_slots, draw_columns = self._masked[active].nonzero(as_tuple=True)
+        draw_position = block_start[draw_slots] + draw_columns
+        source = draw_position - 1 if self._shifted else draw_position
+        return ForwardPlan(
+            token_ids=self._tokens[slots, positions],
+            position_ids=positions,
+            starts=starts.clone(),
+            ends=ends.clone(),
+            draw_rows=source + (offsets - starts)[draw_slots],
+            draw_slots=draw_slots,
+            draw_columns=draw_columns,
+            sample_index=self._sample_index[draw_slots],
+            position=draw_position,
+            denoising_step=self._step[draw_slots],
+        )
+
+    def update(self, plan: ForwardPlan, sampled: SampledTokens) -> list[int]:
+        """Commit drawn tokens and open the next blocks.
+
+        Args:
+            plan: What `plan` returned.
+            sampled: The draws, on the CPU.
+
+        Returns:
+            Slots whose sequence is finished, ascending; for `trajectory`, then `place` or `remove`.
+        """
+        active = slice(self.num_active)
+        masked = self._masked[active]
+        where = (plan.draw_slots, plan.draw_columns)
+        blocks = DenoisedBlocks(
+            masked=masked,
+            confidence=torch.zeros(masked.shape).index_put_(where, sampled.confidence),
+            entropy=torch.zeros(masked.shape).index_put_(where, sampled.entropy),
+            step=self._step[active],
+            masked_at_start=self._masked_at_start[active],
+        )
+        committed = commit_positions(blocks, self._config)[where]
+        slots, positions = plan.draw_slots[committed], plan.position[committed]
+        self._tokens[slots, positions] = sampled.token_ids[committed]
+        self._unmask_step[slots, positions] = plan.denoising_step[committed]
+        masked[slots, plan.draw_columns[committed]] = False
+        self._forwards[active] += 1
+        self._step[active] += 1
+        # Keys before the block are final now; the block's own are once it is clean.
+        self._start[active] = plan.ends if self._shifted else self._block_start[active]
+
+        full = (~masked.any(dim=-1)).nonzero()[:, 0]
+        if not len(full):
+            return []
+        block_start = self._block_start[full]
+        block_end = block_start + self._config.block_size
+        positions = block_start[:, None] + self._columns
+        is_eos = self._tokens[full[:, None], positions] == self._eos_token_id
+        is_eos &= positions >= self._prompt_length[full, None]
+        limit = self._prompt_length[full] + self._max_response_length
+        finished = is_eos.any(dim=-1) | (block_end >= limit)
+        self._open_blocks(full[~finished], block_end[~finished])
+        return full[finished].tolist()
+
+    def trajectory(self, slot: int) -> Trajectory:
+        """What was decoded in a finished slot."""
+        prompt = self._prompts[slot]
+        assert prompt is not None
+        prompt_length = int(self._prompt_length[slot])
+        block_end = int(self._block_start[slot]) + self._config.block_size
+        tokens = self._tokens[slot, prompt_length:block_end].clone()
+        unmask_step = self._unmask_step[slot, prompt_length:block_end].clone()
+        if self._shifted:
+            unmask_step.zero_()
+        length = min(self._max_response_length, len(tokens))
+        eos = (tokens[:length] == self._eos_token_id).nonzero()
+        if len(eos):
+            length = int(eos[0]) + 1
+        forwards = int(self._forwards[slot])
+        return Trajectory(
+            sample_index=prompt.sample_index,
+            prompt_ids=prompt.token_ids,
+            response_ids=tokens[:length],
+            unmask_step=unmask_step[:length],
+            tail_ids=tokens[length:],
+            tail_unmask_step=unmask_step[length:],
+            finish_reason="eos" if len(eos) else "length",
+            denoising_forwards=forwards,
+            # Prefill and commits travel in denoising forwards; none is made for them alone.
+            total_forwards=forwards,
+            record=prompt.record,
+        )

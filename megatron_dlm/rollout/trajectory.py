@@ -1,0 +1,70 @@
+"""What travels from a rollout (or a data set) to an objective: token ids, never text.
+
+Shapes: P prompt tokens, L response tokens, T tail tokens, h hidden size of the teacher.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt.
+
+    Attributes:
+        sample_index: Global index of the sample in the whole run; every random draw for it is keyed
+            by this number, so results do not depend on the parallel layout.
+        token_ids: [P] int64.
+        record: The JSON object the prompt was read from, optional fields kept as they are.
+    """
+
+    sample_index: int
+    token_ids: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def _no_tokens() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class Trajectory:
+    """A terminal sequence x_0 and the order in which its response was unmasked.
+
+    Attributes:
+        sample_index: As in `Prompt`.
+        prompt_ids: [P] int64.
+        response_ids: [L] int64, up to and including the first EOS.
+        unmask_step: [L] int64, the denoising step of its block (from 1) at which each response token
+            was committed; zeros for responses that were not rolled out by block diffusion.
+        tail_ids: [T] int64, tokens that shared the final block with the response but lie behind its
+            end (after EOS or the length limit). They are no part of x_0 and never supervised, but the
+            student saw them when it denoised that block, so its visited states contain them.
+        tail_unmask_step: [T] int64.
+        finish_reason: "eos" or "length".
+        denoising_forwards: Forwards that drew tokens for this sequence.
+        total_forwards: The same plus its prefill and commit forwards.
+        teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those of
+            the position before it); on the last pipeline stage after the teacher phase, else None.
+        record: The prompt's JSON object.
+    """
+
+    sample_index: int
+    prompt_ids: Tensor
+    response_ids: Tensor
+    unmask_step: Tensor
+    tail_ids: Tensor = field(default_factory=_no_tokens)
+    tail_unmask_step: Tensor = field(default_factory=_no_tokens)
+    finish_reason: Literal["eos", "length"] = "eos"
+    denoising_forwards: int = 0
+    total_forwards: int = 0
+    teacher_hidden: Tensor | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """x_0: prompt and response, [P + L] int64, without the tail."""
+        return torch.cat((self.prompt_ids, self.response_ids))

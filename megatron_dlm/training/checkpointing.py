@@ -1,0 +1,233 @@
+"""Megatron distributed checkpoints: written to a temporary name, published by rename, reshardable.
+
+A run folder holds `iter_0000100/` folders and `latest_checkpointed_iteration.txt`. Each iteration
+folder is complete in itself: tensors of the model (and optimizer), training progress, schedule and
+configuration, and `hf/` with config.json and tokenizer. No random generator's state is among them
+because none is consumed in training: every draw is keyed by the seed and the sample's index.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.utils import unwrap_model
+
+from megatron_dlm.errors import bad_value
+from megatron_dlm.training.student import Student
+
+LATEST = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; with the seed, all that decides what comes next.
+
+    Attributes:
+        iteration: Optimizer updates done.
+        rollout: Rollout batches (or data-set batches) done.
+        consumed_samples: Prompts or examples taken from the data, the data cursor.
+        response_tokens_total: Response tokens trained on so far, each rollout counted once.
+    """
+
+    iteration: int = 0
+    rollout: int = 0
+    consumed_samples: int = 0
+    response_tokens_total: int = 0
+
+
+def iteration_folder(run_folder: str | Path, iteration: int) -> Path:
+    """Where a run keeps the checkpoint of an iteration."""
+    return Path(run_folder) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(run_folder: str | Path) -> int | None:
+    """The newest published checkpoint of a run folder, None if there is none."""
+    file = Path(run_folder) / LATEST
+    return int(file.read_text()) if file.is_file() else None
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes what is written once."""
+    return torch.distributed.get_rank() == 0
+
+
+def write_hf_files(folder: Path, hf_config: dict[str, Any], tokenizer_folder: Path | None) -> None:
+    """Put config.json and the tokenizer's files into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _sharded_state(
+    model: torch.nn.Module, student: Student | None, is_loading: bool
+) -> dict[str, Any]:
+    metadata = _metadata()
+    state: dict[str, Any] = {"model": unwrap_model(model).sharded_state_dict(metadata=metadata)}
+    if student is not None:
+        state["optimizer"] = student.optimizer.sharded_state_dict(
+            state["model"], is_loading=is_loading, metadata=metadata
+        )
+        state["scheduler"] = student.scheduler.state_dict()
+    return state
+
+
+def save_checkpoint(
+    run_folder: str | Path,
+    model: torch.nn.Module,
+    *,
+    hf_config: dict[str, Any],
+    tokenizer_folder: Path | None,
+    progress: Progress | None = None,
+    student: Student | None = None,
+    run_config: dict[str, Any] | None = None,
+    keep: int = 0,
+) -> Path:
+    """Write and publish a checkpoint; all ranks call this.
+
+    Args:
+        run_folder: The run's folder, created if needed.
+        model: The model to save.
+        hf_config: Its config.json.
+        tokenizer_folder: Folder with the tokenizer's files to copy, or None.
+        progress: Of the run; iteration 0 without one.
+        student: With it, optimizer and schedule are saved and the run can be resumed.
+        run_config: The run's flat configuration.
+        keep: Remove all but this many newest checkpoints afterwards; 0 keeps all.
+
+    Returns:
+        The published folder.
+    """
+    progress = progress or Progress()
+    final = iteration_folder(run_folder, progress.iteration)
+    temporary = final.with_name(final.name + ".tmp")
+    if is_rank_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = _sharded_state(model, student, is_loading=False)
+    state["progress"] = dataclasses.asdict(progress)
+    state["config"] = run_config or {}
+    dist_checkpointing.save(state, str(temporary))
+    torch.distributed.barrier()
+    if is_rank_zero():
+        write_hf_files(temporary / HF_FOLDER, hf_config, tokenizer_folder)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        latest = Path(run_folder) / (LATEST + ".tmp")
+        latest.write_text(f"{progress.iteration}\n")
+        latest.rename(Path(run_folder) / LATEST)
+        if keep:
+            for old in sorted(Path(run_folder).glob("iter_*[0-9]"))[:-keep]:
+                shutil.rmtree(old)
+    torch.distributed.barrier()
+    return final
+
+
+def find_checkpoint(path: str | Path, field: str = "--load") -> Path:
+    """The iteration folder that a run folder or iteration folder stands for.
+
+    Raises:
+        UserError: The folder holds no published checkpoint.
+    """
+    folder = Path(path)
+    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        return folder
+    iteration = latest_iteration(folder)
+    if iteration is None or not iteration_folder(folder, iteration).is_dir():
+        raise bad_value(
+            field, str(path), "holds no checkpoint", "name a run folder or an iter_* folder"
+        )
+    return iteration_folder(folder, iteration)
+
+
+def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
+    """Compare the model's tensors with the checkpoint's before anything is loaded."""
+    saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for name, tensor in state["model"].items():
+        key = getattr(tensor, "key", None)
+        if key is None or not hasattr(tensor, "global_shape"):
+            continue
+        if key not in saved:
+            raise bad_value(
+                field, str(checkpoint), f"has no tensor {key}", "load a checkpoint of this architecture"
+            )
+        if saved[key].global_shape != tensor.global_shape and not tensor.allow_shape_mismatch:
+            raise bad_value(
+                field,
+                str(checkpoint),
+                f"tensor {name} has shape {list(saved[key].global_shape)}, "
+                f"the model needs {list(tensor.global_shape)}",
+                "load a checkpoint of this architecture",
+            )
+
+
+def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load") -> None:
+    """Load the weights of a checkpoint into a model of any parallel layout.
+
+    Raises:
+        UserError: There is no checkpoint, or it does not fit the model.
+    """
+    checkpoint = find_checkpoint(path, field)
+    state = _sharded_state(model, None, is_loading=True)
+    _check_shapes(state, checkpoint, field)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    unwrap_model(model).load_state_dict(loaded["model"])
+
+
+def load_training_state(path: str | Path, student: Student, field: str = "--load") -> Progress:
+    """Load weights, optimizer and schedule of a run, at any parallel layout, and its progress.
+
+    Raises:
+        UserError: There is no checkpoint, it does not fit, or it holds weights only.
+    """
+    checkpoint = find_checkpoint(path, field)
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    if "scheduler" not in common:
+        raise bad_value(
+            field, str(path), "holds weights but no training state", "add --finetune to start from it"
+        )
+    state = _sharded_state(student.model, student, is_loading=True)
+    _check_shapes(state, checkpoint, field)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    student.model.load_state_dict(loaded["model"])
+    student.optimizer.load_state_dict(loaded["optimizer"])
+    student.scheduler.load_state_dict(loaded["scheduler"])
+    return Progress(**loaded["progress"])
+
+
+def saved_config(path: str | Path, field: str = "--load") -> dict[str, Any]:
+    """The flat configuration of the run that wrote a checkpoint; empty for imported weights."""
+    common = dist_checkpointing.load_common_state_dict(str(find_checkpoint(path, field)))
+    config: dict[str, Any] = common.get("config", {})
+    return config
+
+
+def has_training_state(path: str | Path, field: str = "--load") -> bool:
+    """Whether a checkpoint can be resumed, rather than only supply weights."""
+    return "scheduler" in dist_checkpointing.load_common_state_dict(
+        str(find_checkpoint(path, field))
+    )

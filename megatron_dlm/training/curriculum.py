@@ -1,0 +1,24 @@
+"""Rollout-length curriculum (OPDLM section 4.3, equation for L_s)."""
+
+import math
+
+from megatron_dlm.config.schema import Config
+
+
+def response_length(config: Config, rollout: int) -> int:
+    """Longest response of rollout step `rollout` (from 0), in tokens, rounded up to whole blocks."""
+    options = config.rollout
+    longest = options.max_response_length
+    warmup = options.response_length_warmup_rollouts
+    if options.response_length_schedule == "constant" or warmup == 0:
+        return longest
+    shortest = options.min_response_length or longest
+    fraction = min(rollout / warmup, 1.0)
+    if options.response_length_schedule == "linear":
+        length = shortest + math.floor(fraction * (longest - shortest))
+    else:
+        length = math.floor(
+            shortest + (longest - shortest) * (1.0 - math.cos(math.pi / 2 * fraction))
+        )
+    block_size = config.model.block_size
+    return min(-(-length // block_size) * block_size, longest)

@@ -1,0 +1,190 @@
+"""The training loop: collect trajectories, let the teacher annotate them, update the student.
+
+Every objective runs through the same loop. A rollout batch of an on-policy objective is
+`--rollout-batch-size` prompts answered by the student and serves several optimizer updates; for the
+others it is one global batch of examples.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dlm import platform
+from megatron_dlm.data.packing import TrainingBatch, pack
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.models.attention import FLEX_TILE
+from megatron_dlm.models.model_provider import attention_backend
+from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.training.checkpointing import is_rank_zero
+from megatron_dlm.training.curriculum import response_length
+from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
+from megatron_dlm.training.optimizer import learning_rates
+from megatron_dlm.training.run import Run
+from megatron_dlm.training.train_step import train_step
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A rollout batch: this data-parallel rank's trajectories and what all ranks' have in common."""
+
+    trajectories: list[Trajectory]
+    response_tokens: int
+    response_length: float
+    tokens_per_forward: float | None
+    eos_rate: float
+
+
+def collect(run: Run) -> Collected:
+    """Obtain the next rollout batch.
+
+    Sample g of the run belongs to data-parallel rank g mod dp, so that each update's global batch is
+    the same set of trajectories under every layout.
+    """
+    config = run.config
+    dp_rank = parallel_state.get_data_parallel_rank()
+    dp_size = parallel_state.get_data_parallel_world_size()
+    count = batch_size(run)
+    samples = run.sampler.samples(run.progress.consumed_samples, count)[dp_rank::dp_size]
+    data = run.inputs.data
+    if isinstance(data, PromptDataset):
+        assert run.engine is not None
+        prompts = [data.sample(record, sample) for sample, record in samples]
+        length = response_length(config, run.progress.rollout)
+        trajectories = run.engine.generate(prompts, length)
+    else:
+        trajectories = [data.sample(record, sample) for sample, record in samples]
+    sums = torch.tensor(
+        [
+            sum(len(trajectory.response_ids) for trajectory in trajectories),
+            sum(trajectory.total_forwards for trajectory in trajectories),
+            sum(trajectory.finish_reason == "eos" for trajectory in trajectories),
+        ],
+        dtype=torch.float64,
+        device=platform.device(),
+    )
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    tokens, forwards, ended = sums.tolist()
+    return Collected(
+        trajectories=trajectories,
+        response_tokens=int(tokens),
+        response_length=tokens / count,
+        tokens_per_forward=tokens / forwards if forwards else None,
+        eos_rate=ended / count,
+    )
+
+
+def batch_size(run: Run) -> int:
+    """Samples of a rollout batch, all ranks."""
+    if run.objective.on_policy:
+        return run.config.rollout.rollout_batch_size
+    return run.config.training.global_batch_size
+
+
+def updates_per_batch(run: Run) -> int:
+    """Optimizer updates on a rollout batch."""
+    return run.config.updates_per_rollout if run.objective.on_policy else 1
+
+
+def row_multiple(run: Run) -> int:
+    """What the length of a packed row must be a multiple of."""
+    parallel = run.config.parallel
+    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    if attention_backend(run.config) == "flex":
+        multiple = -(-FLEX_TILE // multiple) * multiple
+    return multiple
+
+
+def micro_batches(
+    run: Run, trajectories: list[Trajectory], update: int, multiple: int
+) -> list[TrainingBatch]:
+    """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
+    training = run.config.training
+    local = training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    updates_per_epoch = batch_size(run) // training.global_batch_size
+    epoch, position = divmod(update, updates_per_epoch)
+    chosen = trajectories[position * local : (position + 1) * local]
+    documents = [
+        run.objective.document(
+            trajectory, keyed_generator(run.config.data.seed, trajectory.sample_index, epoch)
+        )
+        for trajectory in chosen
+    ]
+    return [
+        pack(
+            documents[start : start + training.micro_batch_size],
+            pad_multiple=multiple,
+            row_mean=run.config.objective.loss_normalization == "row_mean",
+        )
+        for start in range(0, local, training.micro_batch_size)
+    ]
+
+
+def train(run: Run) -> None:
+    """Train to the end of the schedule; checkpoints and metrics go to the run folder."""
+    config, progress = run.config, run.progress
+    logger = MetricsLogger(
+        config.logging.save,
+        enabled=is_rank_zero(),
+        total_steps=config.train_iters,
+        first_step=progress.iteration,
+        log_interval=config.logging.log_interval,
+        tensorboard=config.logging.tensorboard,
+        wandb_project=config.logging.wandb_project,
+        run_config=config.to_dict(),
+    )
+    saved_at = progress.iteration
+    multiple = row_multiple(run)
+    while progress.iteration < config.train_iters:
+        started = time.perf_counter()
+        collected = collect(run)
+        platform.synchronize()
+        times = PhaseTimes(rollout=time.perf_counter() - started)
+        if run.teacher is not None:
+            started = time.perf_counter()
+            run.teacher.annotate(collected.trajectories)
+            platform.synchronize()
+            times.teacher = time.perf_counter() - started
+        progress.response_tokens_total += collected.response_tokens
+        for update in range(updates_per_batch(run)):
+            started = time.perf_counter()
+            batches = micro_batches(run, collected.trajectories, update, multiple)
+            laid_out = time.perf_counter() - started
+            lr = learning_rates(run.student.optimizer)
+            result = train_step(
+                run.student.ddp,
+                run.student.optimizer,
+                run.student.scheduler,
+                run.objective,
+                batches,
+                run.teacher.head if run.teacher is not None else None,
+            )
+            progress.iteration += 1
+            times.student = laid_out + result.student_seconds
+            times.optimizer = result.optimizer_seconds
+            logger.step(
+                StepMetrics(
+                    step=progress.iteration,
+                    rollout=progress.rollout + 1,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=lr,
+                    supervised_tokens=result.supervised_tokens,
+                    response_tokens_total=progress.response_tokens_total,
+                    response_length=collected.response_length,
+                    tokens_per_forward=collected.tokens_per_forward,
+                    eos_rate=collected.eos_rate,
+                    time=times,
+                )
+            )
+            times = PhaseTimes()
+        progress.rollout += 1
+        progress.consumed_samples += batch_size(run)
+        interval = config.logging.save_interval
+        finished = progress.iteration >= config.train_iters
+        if finished or (interval and progress.iteration // interval > saved_at // interval):
+            run.save()
+            saved_at = progress.iteration
+    logger.close()

@@ -1,0 +1,186 @@
+"""What a run reports: lines for a person on rank 0, `metrics.jsonl` and TensorBoard for the rest."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass
+class PhaseTimes:
+    """Seconds of wall clock; `rollout` and `teacher` are booked on the first update after them.
+
+    The columns of `metrics.jsonl` therefore add up to the run's time in each phase.
+    """
+
+    rollout: float = 0.0
+    teacher: float = 0.0
+    student: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer update, one line of `metrics.jsonl`.
+
+    Attributes:
+        step: Optimizer updates done, from 1.
+        rollout: Rollout (or data-set) batches begun, from 1.
+        loss: Per supervised token (or row, with `row_mean`).
+        grad_norm: Before clipping.
+        lr: Learning rate of this update by parameter group.
+        supervised_tokens: In this update's global batch.
+        response_tokens_total: Response tokens generated or read so far, all ranks.
+        response_length: Mean response length of the current rollout batch, tokens.
+        tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None for
+            objectives without one.
+        eos_rate: Share of the current batch's responses that ended in EOS.
+        time: Seconds by phase.
+    """
+
+    step: int
+    rollout: int
+    loss: float
+    grad_norm: float
+    lr: dict[str, float]
+    supervised_tokens: int
+    response_tokens_total: int
+    response_length: float
+    tokens_per_forward: float | None
+    eos_rate: float
+    time: PhaseTimes
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class MetricsLogger:
+    """Writes the metrics of a run; on ranks other than 0 every method does nothing.
+
+    Args:
+        run_folder: Where `metrics.jsonl` and `tensorboard/` go; None writes no files.
+        enabled: Whether this is rank 0.
+        total_steps: Of the run, for the time left.
+        first_step: Steps done before this process started; later lines of an earlier attempt are
+            dropped from `metrics.jsonl`.
+        log_interval: Steps between two printed lines.
+        tensorboard: Whether to write TensorBoard events.
+        wandb_project: Also log to this Weights & Biases project.
+        run_config: Flat configuration, for Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        run_folder: str | None,
+        *,
+        enabled: bool,
+        total_steps: int,
+        first_step: int = 0,
+        log_interval: int = 1,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        run_config: dict[str, Any] | None = None,
+    ) -> None:
+        self._enabled = enabled
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._log_interval = log_interval
+        self._started = time.perf_counter()
+        self._window = PhaseTimes()
+        self._window_tokens = 0
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._wandb: Any = None
+        if not enabled or run_folder is None:
+            return
+        folder = Path(run_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = _open_metrics(folder / "metrics.jsonl", first_step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            )
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=run_config)
+
+    def print(self, text: str) -> None:
+        """A line for the person watching."""
+        if self._enabled:
+            print(text, flush=True)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one optimizer update."""
+        if not self._enabled:
+            return
+        record = asdict(metrics)
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._board is not None or self._wandb is not None:
+            scalars = _scalars(record)
+            if self._board is not None:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, metrics.step)
+            if self._wandb is not None:
+                self._wandb.log(scalars, step=metrics.step)
+        self._window_tokens += metrics.supervised_tokens
+        for name, seconds in asdict(metrics.time).items():
+            setattr(self._window, name, getattr(self._window, name) + seconds)
+        if metrics.step % self._log_interval == 0 or metrics.step == self._total_steps:
+            self._print_step(metrics)
+
+    def _print_step(self, metrics: StepMetrics) -> None:
+        done = metrics.step - self._first_step
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / done * (self._total_steps - metrics.step)
+        window = self._window
+        seconds = window.rollout + window.teacher + window.student + window.optimizer
+        decoding = (
+            f" | tok/fwd {metrics.tokens_per_forward:.2f} eos {metrics.eos_rate:.0%}"
+            if metrics.tokens_per_forward is not None
+            else ""
+        )
+        self.print(
+            f"step {metrics.step}/{self._total_steps} | loss {metrics.loss:.4f} "
+            f"| grad {metrics.grad_norm:.2f} | lr {max(metrics.lr.values()):.2e}{decoding} "
+            f"| {self._window_tokens / max(seconds, 1e-9):,.0f} supervised tok/s "
+            f"| rollout {window.rollout:.1f}s teacher {window.teacher:.1f}s "
+            f"student {window.student:.1f}s | elapsed {_duration(elapsed)} left {_duration(left)}"
+        )
+        self._window, self._window_tokens = PhaseTimes(), 0
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        for writer in (self._file, self._board):
+            if writer is not None:
+                writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_metrics(path: Path, first_step: int) -> TextIO:
+    """Open for appending, without lines of steps that a resumed run is about to repeat."""
+    if path.exists():
+        kept = [
+            line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step
+        ]
+        path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= _scalars(value, f"{prefix}{name}/")
+        elif value is not None and name != "step":
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,65 @@
+"""Where a model's weights, architecture and tokenizer come from: one path, two kinds of folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_dlm.conversion.hf_import import load_hf_weights
+from megatron_dlm.errors import bad_value
+from megatron_dlm.models.architecture import Architecture, read_architecture
+from megatron_dlm.training.checkpointing import HF_FOLDER, find_checkpoint, load_weights
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A folder that a model can be loaded from.
+
+    Attributes:
+        path: What the user named.
+        field: The flag it was named with.
+        hf_folder: Folder with config.json and, usually, the tokenizer.
+        is_megatron: Whether the weights are a Megatron checkpoint (else Hugging Face safetensors).
+        architecture: Read from config.json.
+    """
+
+    path: Path
+    field: str
+    hf_folder: Path
+    is_megatron: bool
+    architecture: Architecture
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Fill this rank's part of a model.
+
+        Raises:
+            UserError: The weights do not fit the model.
+        """
+        if self.is_megatron:
+            load_weights(self.path, model, self.field)
+        else:
+            load_hf_weights(model, self.architecture, self.hf_folder)
+
+
+def open_model_source(path: str, field: str) -> ModelSource:
+    """Find out what a folder holds, reading no weights.
+
+    Args:
+        path: A Hugging Face folder, a Megatron run folder or one of its iteration folders.
+        field: The flag it was named with, for error messages.
+
+    Raises:
+        UserError: There is no such folder, it holds neither kind, or its config.json is unusable.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise bad_value(field, path, "there is no such folder", "name a model or run folder")
+    if (folder / "config.json").is_file():
+        has_weights = any(folder.glob("*.safetensors"))
+        if not has_weights:
+            raise bad_value(
+                field, path, "holds config.json but no *.safetensors", "name a complete model folder"
+            )
+        return ModelSource(folder, field, folder, False, read_architecture(folder, field))
+    hf_folder = find_checkpoint(folder, field) / HF_FOLDER
+    return ModelSource(folder, field, hf_folder, True, read_architecture(hf_folder, field))

@@ -1,0 +1,164 @@
+"""Megatron's optimizer and schedule, with parameter groups chosen by name.
+
+Each group has its own peak and minimum learning rate and weight decay (RND1 section 3: 3e-4 for
+attention, 1e-8 for everything else).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dlm.config.schema import Config, ParameterGroup
+from megatron_dlm.errors import bad_value
+
+GROUPS = {
+    "attention": r"\.self_attention\.linear_(qkv|proj)\.weight$",
+    "mlp": r"\.mlp\.linear_fc[12]\.weight$",
+    "experts": r"\.mlp\.experts\.",
+    "router": r"\.mlp\.router\.",
+    "embedding": r"(^|\.)embedding\.",
+    "norm": r"(layernorm\.weight|layer_norm_weight)$",
+    "output": r"(^|\.)output_layer\.",
+}
+"""Named groups of parameters and the names they stand for; no two share a parameter."""
+
+DEFAULT_GROUP = "default"
+
+
+def _pattern(group: ParameterGroup) -> re.Pattern[str]:
+    try:
+        return re.compile(GROUPS.get(group.pattern, group.pattern))
+    except re.error as error:
+        raise bad_value(
+            "param_groups: pattern",
+            group.pattern,
+            f"is neither a named group nor a regular expression ({error})",
+            f"use one of {', '.join(GROUPS)} or a valid expression",
+        ) from error
+
+
+def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -> None:
+    """Check that every group matches a parameter on some rank and no parameter is in two groups.
+
+    Args:
+        groups: The configured groups.
+        local_names: Names of this rank's trainable parameters.
+
+    Raises:
+        UserError: A pattern matches nothing on any rank, or two patterns match the same parameter.
+    """
+    if not groups:
+        return
+    patterns = [_pattern(group) for group in groups]
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, list(local_names))
+    names = sorted({name for rank_names in every for name in rank_names})
+    for group, pattern in zip(groups, patterns, strict=True):
+        if not any(pattern.search(name) for name in names):
+            raise bad_value(
+                "param_groups: pattern",
+                group.pattern,
+                "matches no parameter of the model on any rank",
+                f"use one of {', '.join(GROUPS)} or a regular expression over names such as {names[0]}",
+            )
+    for name in names:
+        matching = [
+            group.pattern
+            for group, pattern in zip(groups, patterns, strict=True)
+            if pattern.search(name)
+        ]
+        if len(matching) > 1:
+            raise bad_value(
+                "param_groups: pattern", matching, f"both match {name}", "make the patterns disjoint"
+            )
+
+
+def _overrides(config: Config, optimizer_config: OptimizerConfig) -> dict[ParamKey, Any]:
+    # Megatron's own rules come first: no weight decay on norms and biases.
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config)
+    for group in config.optimizer.param_groups:
+        pattern = _pattern(group)
+        override: dict[str, Any] = {"name": group.pattern}
+        if group.lr is not None:
+            override["max_lr"] = group.lr
+            override["min_lr"] = min(config.optimizer.min_lr, group.lr)
+        if group.min_lr is not None:
+            override["min_lr"] = group.min_lr
+        if group.weight_decay is not None:
+            override["start_wd"] = override["end_wd"] = group.weight_decay
+
+        def matches(_: Any, name: str, pattern: re.Pattern[str] = pattern) -> bool:
+            return pattern.search(name) is not None
+
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=group.pattern, fn=matches))
+        overrides[key] = override
+    return overrides
+
+
+def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer:
+    """Build Megatron's optimizer for a model wrapped in DDP.
+
+    Raises:
+        UserError: See `check_groups`.
+    """
+    options = config.optimizer
+    check_groups(
+        options.param_groups,
+        [name for name, param in model.named_parameters() if param.requires_grad],
+    )
+    optimizer_config = OptimizerConfig(
+        optimizer=options.optimizer,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=config.model.bf16,
+        params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(
+        optimizer_config,
+        [model],
+        config_overrides=_overrides(config, optimizer_config),
+    )
+
+
+def build_scheduler(
+    config: Config, optimizer: MegatronOptimizer, train_iters: int
+) -> OptimizerParamScheduler:
+    """Build Megatron's learning-rate schedule, counted in optimizer updates."""
+    options = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=options.lr_decay_iters or train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
+    """Current learning rate of each named group; parameters in none are the `default` group."""
+    return {
+        group.get("name", DEFAULT_GROUP): float(group["lr"]) for group in optimizer.param_groups
+    }

@@ -1,0 +1,123 @@
+"""A training run, put together: student, teacher, objective, data, rollout engine, progress."""
+
+from dataclasses import dataclass
+
+from megatron_dlm.config import Config
+from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.distillation.teacher import Teacher
+from megatron_dlm.errors import bad_value
+from megatron_dlm.models.model_provider import build_model, build_teacher
+from megatron_dlm.objectives import OBJECTIVES, Objective
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.training.checkpointing import (
+    Progress,
+    has_training_state,
+    load_training_state,
+    save_checkpoint,
+    saved_config,
+)
+from megatron_dlm.training.inputs import RunInputs
+from megatron_dlm.training.student import Student, build_student
+
+RESUME_FIXED = (
+    "objective",
+    "seed",
+    "shuffle",
+    "block_size",
+    "rollout_batch_size",
+    "global_batch_size",
+    "epochs_per_rollout",
+)
+"""Options that a resumed run cannot change without meaning another run."""
+
+
+@dataclass
+class Run:
+    """One rank's part of a training run."""
+
+    config: Config
+    inputs: RunInputs
+    student: Student
+    teacher: Teacher | None
+    objective: Objective
+    engine: RolloutEngine | None
+    sampler: ShuffledSampler
+    progress: Progress
+
+    def save(self) -> None:
+        """Publish a checkpoint of the current progress in the run folder."""
+        folder = self.config.logging.save
+        if folder is not None:
+            save_checkpoint(
+                folder,
+                self.student.model,
+                hf_config=self.inputs.hf_config(self.config),
+                tokenizer_folder=self.inputs.tokenizer_folder,
+                progress=self.progress,
+                student=self.student,
+                run_config=self.config.to_dict(),
+                keep=self.config.logging.keep_checkpoints,
+            )
+
+
+def _check_resumable(config: Config, load: str) -> None:
+    now, before = config.to_dict(), saved_config(load)
+    for name in RESUME_FIXED:
+        if name in before and before[name] != now[name]:
+            raise bad_value(
+                "--" + name.replace("_", "-"),
+                now[name],
+                f"the run in {load} was started with {before[name]!r}",
+                f"use {before[name]!r} to resume it, or --finetune to start a new run from its weights",
+            )
+
+
+def build_run(config: Config, inputs: RunInputs) -> Run:
+    """Build models, load weights, and resume where `--load` is a run.
+
+    Process groups must exist (`training.initialize`).
+
+    Raises:
+        UserError: A checkpoint does not fit, or a resumed run was started with other options.
+    """
+    load = config.model.load
+    resume = (
+        load is not None
+        and inputs.source is not None
+        and inputs.source.is_megatron
+        and not config.model.finetune
+        and has_training_state(load)
+    )
+    if resume:
+        assert load is not None
+        _check_resumable(config, load)
+    model = build_model(inputs.architecture, config)
+    if inputs.source is not None and not resume:
+        inputs.source.load_into(model)
+    student = build_student(model, config, config.train_iters)
+    progress = Progress()
+    if resume:
+        assert load is not None
+        progress = load_training_state(load, student)
+    objective = OBJECTIVES[config.objective.objective](
+        config, inputs.special_tokens.mask_token_id, inputs.architecture.vocab_size
+    )
+    teacher = None
+    if inputs.teacher_source is not None:
+        teacher_model = build_teacher(inputs.teacher_source.architecture, config)
+        inputs.teacher_source.load_into(teacher_model)
+        teacher = Teacher(teacher_model, config.training.micro_batch_size)
+    engine = None
+    if objective.on_policy:
+        engine = RolloutEngine(
+            student.model,
+            generation=GenerationConfig.from_config(config),
+            eos_token_id=inputs.special_tokens.eos_token_id,
+            pad_token_id=inputs.special_tokens.pad_token_id,
+            mask_token_id=inputs.special_tokens.mask_token_id,
+            vocab_size=inputs.architecture.vocab_size,
+            seed=config.data.seed,
+        )
+    sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
+    return Run(config, inputs, student, teacher, objective, engine, sampler, progress)

@@ -1,0 +1,59 @@
+"""The student as it is trained: model, Megatron's DDP, optimizer and schedule."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megatron_dlm.config.schema import Config
+from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.training.optimizer import build_optimizer, build_scheduler
+
+
+@dataclass
+class Student:
+    """What one optimizer update needs.
+
+    Attributes:
+        model: This rank's part, bare; rollouts run it.
+        ddp: The same wrapped in Megatron's `DistributedDataParallel`; training runs it.
+        optimizer: Megatron's optimizer over it.
+        scheduler: Megatron's learning-rate schedule.
+    """
+
+    model: DiffusionGPTModel
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build_student(model: DiffusionGPTModel, config: Config, train_iters: int) -> Student:
+    """Wrap a model, whose weights are loaded, for training.
+
+    Raises:
+        UserError: A parameter group matches nothing (see `optimizer.check_groups`).
+    """
+    megatron_config = get_model_config(model)
+    ddp = DistributedDataParallel(
+        config=megatron_config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        ),
+        module=model,
+    )
+    if torch.distributed.get_world_size() > 1:
+        ddp.broadcast_params()
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    megatron_config.no_sync_func = ddp.no_sync if config.parallel.overlap_grad_reduce else None
+    optimizer = build_optimizer(config, ddp)
+    megatron_config.grad_scale_func = optimizer.scale_loss
+    return Student(model, ddp, optimizer, build_scheduler(config, optimizer, train_iters))

@@ -1,0 +1,136 @@
+"""One optimizer update: Megatron's schedule over micro-batches, then its optimizer."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_dlm import platform
+from megatron_dlm.data.packing import TrainingBatch, batch_to
+from megatron_dlm.models.model import full_hidden_states, head_weight
+from megatron_dlm.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did; equal on all ranks.
+
+    Attributes:
+        loss: Loss sum over the global batch divided by its loss count.
+        grad_norm: Norm of the whole gradient before clipping.
+        supervised_tokens: In the global batch.
+        student_seconds: Forward, backward and gradient reduction.
+        optimizer_seconds: The optimizer's step.
+    """
+
+    loss: float
+    grad_norm: float
+    supervised_tokens: int
+    student_seconds: float
+    optimizer_seconds: float
+
+
+def _reduce_sums(local: list[Tensor]) -> Tensor:
+    """Add up what the last stages of all data-parallel replicas measured; known to all ranks."""
+    sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
+    if parallel_state.is_pipeline_last_stage():
+        sums += torch.stack(local).sum(0)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.broadcast(
+        sums,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return sums
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    objective: Objective,
+    batches: Sequence[TrainingBatch],
+    teacher_head: Tensor | None,
+) -> StepResult:
+    """Accumulate the gradient of all micro-batches and update the weights once.
+
+    Args:
+        model: The student, wrapped in Megatron's DDP.
+        optimizer: Its optimizer.
+        scheduler: Its learning-rate schedule, advanced by one.
+        objective: Computes the loss on the last pipeline stage.
+        batches: This rank's micro-batches; every data-parallel rank passes the same number.
+        teacher_head: The teacher's output layer shard on the last stage, or None.
+
+    Raises:
+        FloatingPointError: The gradient is not finite; the weights were not changed.
+    """
+    started = time.perf_counter()
+    config = get_model_config(model)
+    device = platform.device()
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward_step(
+        data_iterator: Iterator[TrainingBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        batch = batch_to(next(data_iterator), device)
+        output = model(
+            input_ids=batch.row.token_ids[None],
+            position_ids=batch.row.position_ids[None],
+            attention_mask=batch.row.attention,
+        )
+
+        def loss_func(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            hidden = full_hidden_states(output, config.sequence_parallel)
+            loss_sum, _ = objective.loss(
+                hidden[batch.supervised],
+                head_weight(model),
+                batch.labels,
+                batch.weights,
+                batch.teacher_hidden,
+                teacher_head,
+                tp_group if tp_group.size() > 1 else None,
+            )
+            count = torch.tensor(batch.loss_count, dtype=torch.int, device=device)
+            tokens = len(batch.supervised)
+            measured = torch.tensor([0.0, float(batch.loss_count), float(tokens)], device=device)
+            measured[0] = loss_sum.detach()
+            return loss_sum, count, measured.double()
+
+        return output, loss_func
+
+    model.train()
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    measured = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=len(batches[0].row.token_ids),
+        micro_batch_size=1,
+    )
+    sums = _reduce_sums(measured)
+    platform.synchronize()
+    updating = time.perf_counter()
+    ok, grad_norm, _ = optimizer.step()
+    loss = float(sums[0] / sums[1].clamp(min=1.0))
+    if not ok or not torch.isfinite(torch.tensor([loss, float(grad_norm)])).all():
+        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: training diverged")
+    scheduler.step(increment=1)
+    platform.synchronize()
+    return StepResult(
+        loss=loss,
+        grad_norm=float(grad_norm),
+        supervised_tokens=int(sums[2]),
+        student_seconds=updating - started,
+        optimizer_seconds=time.perf_counter() - updating,
+    )

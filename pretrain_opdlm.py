@@ -1,0 +1,32 @@
+"""Train a block-diffusion language model.
+
+python pretrain_opdlm.py --config examples/tiny/opdlm.yaml --prompts prompts.jsonl --save runs/mine
+torchrun --nproc-per-node 8 pretrain_opdlm.py --config examples/qwen3_8b/opdlm.yaml ...
+"""
+
+import sys
+
+from megatron_dlm.config import format_config, parse_config, validate
+from megatron_dlm.entry import report_user_errors
+from megatron_dlm.training.initialize import initialized, world_size
+from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.training.loop import train
+from megatron_dlm.training.run import build_run
+
+
+@report_user_errors
+def main() -> int:
+    """Parse, validate, build, train, close."""
+    config = parse_config()
+    validate(config, world_size())
+    inputs = read_inputs(config)
+    if config.dry_run:
+        print(format_config(config))
+        return 0
+    with initialized(config):
+        train(build_run(config, inputs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Run a function in several gloo processes on this machine."""
+
+import io
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120
+) -> list[Any]:
+    """Call fn(rank, *args) in `world_size` processes that form one gloo world.
+
+    Args:
+        fn: A module-level function; it and its arguments are pickled.
+        world_size: Number of processes, each on one thread.
+        args: Passed on.
+        timeout_seconds: For the whole run, and for each collective in it.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        AssertionError: A rank failed, died or did not end in time. The message holds its
+            traceback; the other ranks, which would wait for it, are terminated.
+    """
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder, "store").as_uri()
+        ranks = {}
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank,
+                args=(sender, fn, rank, world_size, store, timeout_seconds, args),
+                daemon=True,
+            )
+            process.start()
+            sender.close()
+            ranks[receiver] = (rank, process)
+        results: dict[int, Any] = {}
+        pending = list(ranks)
+        deadline = monotonic() + timeout_seconds
+        try:
+            while pending:
+                ready = wait(pending, timeout=max(0.0, deadline - monotonic()))
+                if not ready:
+                    missing = sorted(ranks[receiver][0] for receiver in pending)
+                    raise AssertionError(f"ranks {missing} did not end in {timeout_seconds} s")
+                for receiver in ready:
+                    assert isinstance(receiver, Connection)
+                    rank, process = ranks[receiver]
+                    try:
+                        succeeded, result = receiver.recv()
+                    except EOFError:
+                        process.join()
+                        raise AssertionError(
+                            f"rank {rank} died with exit status {process.exitcode}"
+                        ) from None
+                    if not succeeded:
+                        raise AssertionError(f"rank {rank} failed:\n{result}")
+                    results[rank] = torch.load(io.BytesIO(result), weights_only=False)
+                    pending.remove(receiver)
+        finally:
+            for _, process in ranks.values():
+                if len(results) < world_size:
+                    process.terminate()
+                process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _run_rank(
+    sender: Connection,
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout_seconds: float,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        # Serialised by value: torch would send tensors as handles to memory that dies with us.
+        buffer = io.BytesIO()
+        torch.save(fn(rank, *args), buffer)
+        dist.barrier()
+        dist.destroy_process_group()
+        sender.send((True, buffer.getvalue()))
+    except BaseException:
+        # SystemExit too: the caller reports whatever ended this rank.
+        sender.send((False, traceback.format_exc()))

@@ -1,0 +1,209 @@
+"""Flags and YAML: precedence, types, and errors that name what to write instead."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from docstring_parser import parse_from_object
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dlm.config import Config, ParameterGroup, format_config, parse_config
+from megatron_dlm.config.fields import coerce, option_fields
+from megatron_dlm.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def error_of(argv: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_arguments_every_field_has_its_default() -> None:
+    assert parse_config([]) == Config()
+
+
+def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "lr: 3e-4\nmin-lr: 0\ntop_k: 7\nload: weights\nbf16: true\n")
+    config = parse_config(["--top-k", "5", "--config", file, "--no-bf16", "--load", "none"])
+    assert config.rollout.top_k == 5
+    assert config.optimizer.lr == 3e-4
+    assert config.optimizer.min_lr == 0.0
+    assert config.optimizer.weight_decay == Config().optimizer.weight_decay
+    assert config.model.bf16 is False
+    assert config.model.load is None
+    assert config.config == file
+
+
+def test_flag_forms() -> None:
+    config = parse_config(["--lr=1e-3", "--top_k", "3", "--sequence-parallel", "--dry-run"])
+    assert config.optimizer.lr == 1e-3
+    assert config.rollout.top_k == 3
+    assert config.parallel.sequence_parallel is True
+    assert config.dry_run is True
+
+
+def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> None:
+    groups = '[{"pattern": "attention", "lr": 3e-4}, {"pattern": "mlp", "weight_decay": 0.1}]'
+    expected = (
+        ParameterGroup("attention", lr=3e-4),
+        ParameterGroup("mlp", weight_decay=0.1),
+    )
+    kwargs = '{"enable_thinking": false}'
+    flags = parse_config(["--param-groups", groups, "--chat-template-kwargs", kwargs])
+    text = (
+        "param_groups:\n- {pattern: attention, lr: 3e-4}\n- {pattern: mlp, weight_decay: 0.1}\n"
+        "chat_template_kwargs:\n  enable_thinking: false\n"
+    )
+    from_yaml = parse_config(["--config", write(tmp_path, text)])
+    assert flags.optimizer.param_groups == from_yaml.optimizer.param_groups == expected
+    assert flags.data.chat_template_kwargs == from_yaml.data.chat_template_kwargs
+    assert flags.data.chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--tensor-model-paralel-size", "2"], ["did you mean --tensor-model-parallel-size?"]),
+        (["--no-sequence-paralel"], ["did you mean --no-sequence-parallel?"]),
+        (["--qqqqqqqqq", "2"], ["--qqqqqqqqq", "--help"]),
+        (["--lr", "fast"], ["--lr", "fast", "a number"]),
+        (["--lr", "nan"], ["--lr", "nan", "a number"]),
+        (["--top-k", "1.5"], ["--top-k", "1.5", "a whole number"]),
+        (["--device", "gpu"], ["--device", "gpu", "auto or cpu or cuda"]),
+        (["--lr"], ["--lr", "has no value"]),
+        (["--lr", "--save", "x"], ["--lr", "has no value"]),
+        (["--sequence-parallel", "yes"], ["yes", "--no-sequence-parallel"]),
+        (["--sequence-parallel=yes"], ["yes", "--no-sequence-parallel"]),
+        (["train"], ["train", "belongs to no flag"]),
+        (["--param-groups", "attention"], ["--param-groups", "is not JSON"]),
+        (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
+        (["--param-groups", '[{"pattern": "a", "rate": 1}]'], ["rate", "weight_decay"]),
+        (["--config", "no/such.yaml"], ["--config", "no/such.yaml", "No such file"]),
+    ],
+)
+def test_bad_command_line_is_one_line_with_a_remedy(
+    argv: list[str], named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(argv)
+    for words in named:
+        assert words in message
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("lr: 1\nlr_decay_stile: cosine\n", 2, "did you mean lr_decay_style?"),
+        ("top_k: 1\n\nlr: [1]\n", 3, "a number"),
+        ("top_k: true\n", 1, "a whole number"),
+        ("bf16: 1\n", 1, "true or false"),
+        ("tokenizer: 12\n", 1, "quote it"),
+        ("block_size:\n", 1, "has no value"),
+        ("lr: 1\nlr: 2\n", 2, "given twice"),
+        ("top-k: 1\ntop_k: 2\n", 2, "given twice"),
+        ("lr: 1\ntop_k: [1\nseed: 2\n", 3, "is not YAML"),
+        ("dry_run: true\n", 1, "is not a known key"),
+    ],
+)
+def test_bad_yaml_names_file_and_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    file = write(tmp_path, text)
+    message = error_of(["--config", file])
+    assert f"{file}:{line}" in message
+    assert words in message
+
+
+def test_yaml_that_is_no_mapping(tmp_path: Path) -> None:
+    assert "is not a mapping" in error_of(["--config", write(tmp_path, "- lr\n")])
+
+
+def test_empty_yaml_changes_nothing(tmp_path: Path) -> None:
+    assert (
+        parse_config(["--config", write(tmp_path, "# nothing\n")]).to_dict() == Config().to_dict()
+    )
+
+
+def test_help_names_every_flag_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for option in option_fields(Config).values():
+        assert option.flag in text
+    assert "model options" in text
+    assert "Tokens denoised together" in text
+
+
+def test_help_is_printed_by_rank_0_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_every_field_is_documented() -> None:
+    for group in dataclasses.fields(Config):
+        value = getattr(Config(), group.name)
+        owner = type(value) if dataclasses.is_dataclass(value) else Config
+        names = [f.name for f in dataclasses.fields(owner)] if owner is not Config else [group.name]
+        documented = {p.arg_name: p.description for p in parse_from_object(owner).params}
+        for name in names:
+            assert documented.get(name), name
+
+
+def test_resolved_yaml_reads_back_to_the_same_configuration(tmp_path: Path) -> None:
+    argv = ["--lr", "3e-7", "--prompts", "a b.jsonl", "--no-tensorboard", "--save", "123"]
+    argv += ["--param-groups", '[{"pattern": "experts|router", "min_lr": 1e-9}]']
+    argv += ["--chat-template-kwargs", '{"system": "é: #", "n": [1, null]}']
+    config = parse_config(argv)
+    file = write(tmp_path, config.to_yaml())
+    assert dataclasses.replace(parse_config(["--config", file]), config=None) == config
+    assert Config.from_dict(config.to_dict()) == config
+    assert yaml.safe_load(format_config(config)) == config.to_dict()
+
+
+@given(
+    lr=st.floats(allow_nan=False, allow_infinity=False),
+    seed=st.integers(),
+    save=st.text(min_size=1).filter(lambda t: t not in ("none", "null", "None")),
+)
+def test_any_value_survives_yaml(lr: float, seed: int, save: str) -> None:
+    config = Config.from_dict({"lr": lr, "seed": seed, "save": save})
+    assert config.logging.save == save
+    assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_from_dict_refuses_unknown_fields() -> None:
+    with pytest.raises(UserError, match="did you mean block_size"):
+        Config.from_dict({"block_sizes": 4}, source="checkpoint")
+
+
+def test_none_is_read_only_where_it_is_allowed() -> None:
+    table = option_fields(Config)
+    assert coerce(table["load"], "none", "--load") is None
+    assert coerce(table["recompute_granularity"], "none", "--recompute-granularity") == "none"
+    with pytest.raises(UserError, match="--block-size"):
+        coerce(table["block_size"], "none", "--block-size")
+
+
+def test_every_shipped_configuration_parses() -> None:
+    files = sorted((REPOSITORY / "examples").glob("**/*.yaml"))
+    assert files
+    for file in files:
+        config = parse_config(["--config", str(file)])
+        assert config.logging.save is not None, file

@@ -1,0 +1,312 @@
+"""Each rule refuses what cannot work, naming flag and remedy, and lets the rest pass."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dlm.config import (
+    Config,
+    ParameterGroup,
+    parse_config,
+    validate,
+    validate_architecture,
+    value_rules,
+)
+from megatron_dlm.config.fields import option_fields
+from megatron_dlm.errors import UserError
+from megatron_dlm.models.architecture import Architecture, architecture_from_hf
+
+REPOSITORY = Path(__file__).parents[3]
+
+OPDLM = {"load": "weights", "prompts": "prompts.jsonl", "num_rollouts": 2}
+NEXT_TOKEN = {
+    "objective": "next_token",
+    "load": "weights",
+    "train_data": "train.jsonl",
+    "train_iters": 10,
+}
+GROWING = {"response_length_schedule": "linear", "response_length_warmup_rollouts": 3}
+
+
+def config_with(base: dict[str, object], **changes: object) -> Config:
+    return Config.from_dict({**base, **changes})
+
+
+@pytest.mark.parametrize("base", [OPDLM, NEXT_TOKEN])
+def test_complete_configuration_passes(base: dict[str, object]) -> None:
+    validate(config_with(base), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (4, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+        (2, {"micro_batch_size": 4, "global_batch_size": 8, "rollout_batch_size": 24}),
+        (1, {"temperature": 0, "top_p": 0.1, "dynamic_threshold": 1.0, "clip_grad": 0}),
+        (1, {"denoising_steps_per_block": 2, "block_size": 4}),
+        (1, {**GROWING, "min_response_length": 1024}),
+        (1, {"lr": 1e-8, "min_lr": 1e-6, "lr_decay_style": "constant"}),
+        (1, {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 31}),
+        (1, {"divergence": "forward_kl:0.5,jsd:0.5", "divergence_top_k": 16}),
+        (1, {"param_groups": [{"pattern": "attention", "lr": 3e-4}, {"pattern": "mlp"}]}),
+        (1, {"bf16": True, "device": "cpu", "attention_backend": "sdpa"}),
+        (1, {"attention_backend": "flex", "device": "cuda"}),
+        (1, {"save": "no_such_folder", "save_interval": 5, "keep_checkpoints": 2}),
+    ],
+)
+def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> None:
+    validate(config_with(OPDLM, **changes), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "named"),
+    [
+        (3, {"tensor_model_parallel_size": 2}, ["parallel-size = 2", "3 processes", "1 or 3"]),
+        (
+            4,
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4},
+            ["= 8", "1, 2 or 4", "multiple of 8"],
+        ),
+        (2, {"expert_tensor_parallel_size": 4}, ["--expert-tensor-parallel-size", "1 or 2"]),
+        (4, {"expert_model_parallel_size": 3}, ["--expert-model-parallel-size = 3", "1, 2 or 4"]),
+        (2, {"micro_batch_size": 3}, ["--global-batch-size = 8", "multiple of 6"]),
+        (1, {"rollout_batch_size": 20}, ["--rollout-batch-size = 20", "multiple of 8"]),
+        (1, {"denoising_steps_per_block": 3}, ["steps-per-block = 3", "1, 2 or 4"]),
+        (1, {"min_response_length": 2000}, ["--min-response-length = 2000", "1024 or less"]),
+        (1, GROWING, ["--min-response-length = None", "linear"]),
+        (
+            1,
+            {"response_length_schedule": "cosine", "min_response_length": 8},
+            ["--response-length-warmup-rollouts = 0", "1 or more"],
+        ),
+        (1, {"divergence": "forward_lk"}, ["forward_lk", "forward_kl, reverse_kl, jsd"]),
+        (1, {"jsd_beta": 1.0}, ["jsd_beta", "1.0"]),
+        (1, {"lr": 1e-7}, ["--min-lr = 1e-06", "0 to 1e-07"]),
+        (1, {"lr_warmup_iters": 32}, ["--lr-warmup-iters = 32", "0 to 31"]),
+        (1, {"lr_warmup_iters": 9, "lr_decay_iters": 9}, ["--lr-warmup-iters = 9", "0 to 8"]),
+        (1, {"sequence_parallel": True}, ["--sequence-parallel", "--no-sequence-parallel"]),
+        (1, {"attention_backend": "flex", "device": "cpu"}, ["flex", "CPU", "sdpa"]),
+        (1, {"load": None}, ["--load", "opdlm"]),
+        (1, {"prompts": None}, ["--prompts = None", "opdlm"]),
+        (1, {"num_rollouts": None}, ["--num-rollouts = None", "opdlm"]),
+        (1, {"save_interval": 5}, ["--save-interval = 5", "--save"]),
+        (1, {"keep_checkpoints": 1}, ["--keep-checkpoints = 1", "--save"]),
+        (1, {"save": __file__}, ["--save", "is a file"]),
+        (1, {"param_groups": [{"pattern": "("}]}, ["[0].pattern", "regular expression"]),
+        (1, {"param_groups": [{"pattern": "a"}] * 2}, ["[1].pattern", "twice"]),
+        (1, {"param_groups": [{"pattern": "a", "lr": -1.0}]}, ["[0].lr = -1.0", "0"]),
+        (1, {"param_groups": [{"pattern": "a", "min_lr": -1.0}]}, ["[0].min_lr = -1.0", "0"]),
+        (1, {"param_groups": [{"pattern": "a", "lr": 1e-8}]}, ["[0].min_lr", "0 to 1e-08"]),
+        (1, {"param_groups": [{"pattern": "a", "weight_decay": -1}]}, ["[0].weight_decay"]),
+    ],
+)
+def test_what_cannot_work_is_named_with_a_remedy(
+    world_size: int, changes: dict[str, object], named: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(config_with(OPDLM, **changes), world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in named:
+        assert words in message
+
+
+@pytest.mark.parametrize("missing", ["train_data", "train_iters", "load"])
+def test_next_token_needs_data_duration_and_a_model(missing: str) -> None:
+    config = config_with(NEXT_TOKEN, **{missing: None})
+    with pytest.raises(UserError, match="--" + missing.replace("_", "-")):
+        validate(config, world_size=1)
+
+
+def test_next_token_starts_from_random_weights() -> None:
+    validate(config_with(NEXT_TOKEN, load=None, model_config="config.json"), world_size=1)
+
+
+def test_next_token_ignores_the_rollout_batch() -> None:
+    validate(config_with(NEXT_TOKEN, global_batch_size=12, rollout_batch_size=128), world_size=1)
+
+
+OUT_OF_RANGE = [
+    *((name, 0) for name in value_rules.AT_LEAST_ONE),
+    *((name, -1) for name in value_rules.AT_LEAST_ZERO),
+    *((name, 0) for name in value_rules.ABOVE_ZERO),
+    *((name, value) for name in value_rules.PROBABILITIES for value in (0, 1.1)),
+    *((name, value) for name in value_rules.MOMENT_DECAYS for value in (-0.1, 1)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_number_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} = {value}"):
+        value_rules.check_ranges(config_with(OPDLM, **{name: value}))
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {n for n, option in option_fields(Config).items() if option.type in (int, float)}
+    elsewhere = {"jsd_beta"}  # check_divergence
+    assert numbers - elsewhere == {name for name, _ in OUT_OF_RANGE}
+
+
+@pytest.mark.parametrize(
+    ("changes", "package"),
+    [
+        ({"transformer_impl": "transformer_engine"}, "transformer_engine"),
+        ({"wandb_project": "study"}, "wandb"),
+    ],
+)
+def test_optional_package(
+    changes: dict[str, object], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_with(OPDLM, **changes)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"package {package} is not installed"):
+        value_rules.check_optional_packages(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    value_rules.check_optional_packages(config)
+
+
+def make_run(tmp_path: Path) -> str:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    return str(tmp_path)
+
+
+def test_resumed_run_needs_its_teacher(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(UserError, match="--teacher-load"):
+        value_rules.check_teacher(config_with(OPDLM, load=run))
+    value_rules.check_teacher(config_with(OPDLM, load=run, teacher_load="teacher"))
+    value_rules.check_teacher(config_with(OPDLM, load=run, finetune=True))
+    assert config_with(OPDLM).teacher_load == "weights"
+    assert config_with(OPDLM, teacher_load="teacher").teacher_load == "teacher"
+
+
+def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for changes in ({}, {"load": run, "finetune": True}):
+        with pytest.raises(UserError, match="holds another run"):
+            value_rules.check_save(config_with(OPDLM, save=run, **changes))
+    value_rules.check_save(config_with(OPDLM, save=run, load=run))
+    value_rules.check_save(config_with(OPDLM, save=str(tmp_path / "new")))
+
+
+def architecture(*, is_moe: bool = False) -> Architecture:
+    """6 layers, 12 heads, 4 query groups, FFN of 96, 6 experts of 48, 256 positions."""
+    return architecture_from_hf(
+        {
+            "model_type": "qwen3_moe" if is_moe else "qwen3",
+            "num_hidden_layers": 6,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "head_dim": 4,
+            "vocab_size": 100,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        }
+    )
+
+
+SHORT = {**OPDLM, "max_prompt_length": 128, "max_response_length": 128}
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("is_moe", "changes"),
+    [
+        (False, {}),
+        (False, {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3}),
+        (False, {"recompute_granularity": "full", "recompute_num_layers": 6}),
+        (False, {"divergence_top_k": 100}),
+        (True, {"expert_model_parallel_size": 3, "expert_tensor_parallel_size": 4}),
+        (True, TP2_SP),
+    ],
+)
+def test_layout_that_divides_the_model_passes(is_moe: bool, changes: dict[str, object]) -> None:
+    validate_architecture(config_with(SHORT, **changes), architecture(is_moe=is_moe))
+
+
+@pytest.mark.parametrize(
+    ("is_moe", "changes", "named"),
+    [
+        (False, {"tensor_model_parallel_size": 3}, ["= 3", "4 query groups", "1, 2 or 4"]),
+        (False, {"tensor_model_parallel_size": 8}, ["= 8", "12 attention heads", "1, 2 or 4"]),
+        (False, {"pipeline_model_parallel_size": 4}, ["= 4", "6 layers", "1, 2, 3 or 6"]),
+        (False, {"expert_model_parallel_size": 2}, ["= 2", "no experts", "choose 1"]),
+        (False, {"expert_tensor_parallel_size": 1}, ["= 1", "no experts", "leave it out"]),
+        (True, {"expert_model_parallel_size": 4}, ["= 4", "6 experts", "1, 2, 3 or 6"]),
+        (True, {"expert_tensor_parallel_size": 5}, ["= 5", "48 units", "1, 2, 3, 4, 6"]),
+        (True, {"tensor_model_parallel_size": 2}, ["add --sequence-parallel"]),
+        (
+            False,
+            {
+                "recompute_granularity": "full",
+                "recompute_num_layers": 4,
+                "pipeline_model_parallel_size": 2,
+            },
+            ["--recompute-num-layers = 4", "1 to 3"],
+        ),
+        (False, {"max_response_length": 129}, ["--max-response-length = 129", "choose 128"]),
+        (
+            False,
+            {"block_size": 5, "max_response_length": 128},
+            ["--max-response-length = 128", "choose 127"],
+        ),
+        (False, {"max_prompt_length": 256}, ["--max-prompt-length = 256", "less than 256"]),
+        (False, {"divergence_top_k": 101}, ["--divergence-top-k = 101", "100"]),
+    ],
+)
+def test_layout_that_does_not_fit_the_model(
+    is_moe: bool, changes: dict[str, object], named: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        validate_architecture(config_with(SHORT, **changes), architecture(is_moe=is_moe))
+    message = str(caught.value)
+    for words in named:
+        assert words in message
+
+
+def test_feed_forward_units_are_split_too() -> None:
+    odd = architecture_from_hf({**architecture().hf_config, "intermediate_size": 90})
+    with pytest.raises(UserError, match="90 feed-forward units; choose 1 or 2"):
+        validate_architecture(config_with(SHORT, tensor_model_parallel_size=4), odd)
+
+
+def test_derived_sizes() -> None:
+    config = config_with(
+        OPDLM,
+        tensor_model_parallel_size=2,
+        rollout_batch_size=32,
+        global_batch_size=8,
+        micro_batch_size=2,
+        epochs_per_rollout=3,
+    )
+    assert config.data_parallel_size(world_size=4) == 2
+    assert config.num_microbatches(world_size=4) == 2
+    assert config.updates_per_rollout == 12
+    assert config.train_iters == config.lr_decay_iters == 24
+    assert config.expert_tensor_parallel_size == 2
+    assert config.denoising_steps_per_block == 4
+    assert config_with(NEXT_TOKEN).train_iters == 10
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_quickstart_configurations_are_valid(world_size: int, tmp_path: Path) -> None:
+    for name in ("next_token", "opdlm"):
+        file = REPOSITORY / "examples" / "tiny" / f"{name}.yaml"
+        config = parse_config(["--config", str(file), "--save", str(tmp_path / name)])
+        validate(config, world_size)
+
+
+def test_parameter_group_may_freeze() -> None:
+    group = ParameterGroup("embedding", lr=0.0, min_lr=0.0)
+    assert config_with(OPDLM, param_groups=[group]).optimizer.param_groups == (group,)
+    validate(config_with(OPDLM, param_groups=[group]), world_size=1)

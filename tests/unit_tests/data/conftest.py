@@ -1,0 +1,17 @@
+"""The tiny models' tokenizer, built once."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from megatron_dlm.data.tokenizer import SpecialTokens, resolve_special_tokens
+from megatron_dlm.data.tokenizer_builder import VOCAB_SIZE, build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+    return resolve_special_tokens(tokenizer, {"vocab_size": VOCAB_SIZE}, "test")

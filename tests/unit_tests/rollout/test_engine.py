@@ -1,0 +1,296 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.models.attention_layout import clean_layout
+from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.rollout import engine as engine_module
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
+from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+from megatron_dlm.training.initialize import initialized
+from tests.unit_tests.rollout.tiny_models import (
+    EOS,
+    MASK,
+    VOCAB_SIZE,
+    load_model,
+    make_engine,
+    make_prompts,
+    save_tiny_model,
+)
+
+LENGTHS = [5, 1, 8, 13, 2, 4, 11, 7]
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3")
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(hf_folder: Path) -> Iterator[DiffusionGPTModel]:
+    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
+        yield load_model(hf_folder)
+
+
+def fields(trajectory: Trajectory) -> tuple:
+    return (
+        trajectory.sample_index,
+        trajectory.prompt_ids.tolist(),
+        trajectory.response_ids.tolist(),
+        trajectory.unmask_step.tolist(),
+        trajectory.tail_ids.tolist(),
+        trajectory.tail_unmask_step.tolist(),
+        trajectory.finish_reason,
+        trajectory.denoising_forwards,
+    )
+
+
+def draw_without_cache(
+    model: DiffusionGPTModel,
+    generation: GenerationConfig,
+    tokens: Tensor,
+    source: Tensor,
+    target: Tensor,
+    sample_index: int,
+    step: int,
+) -> SampledTokens:
+    """Recompute the whole sequence, then draw at positions `target` from the hidden at `source`."""
+    layout = clean_layout([len(tokens)], "block_causal", generation.block_size)
+    hidden = forward_hidden(model.eval(), [Row(tokens, torch.arange(len(tokens)), layout)])
+    assert hidden is not None
+    return sample_tokens(
+        hidden[0][source] @ head_weight(model).detach().T,
+        vocab_start=0,
+        vocab_size=VOCAB_SIZE,
+        mask_token_id=MASK,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        seed=11,
+        sample_index=torch.full_like(target, sample_index),
+        position=target,
+        denoising_step=torch.full_like(target, step),
+    )
+
+
+def decode_without_cache(
+    model: DiffusionGPTModel, generation: GenerationConfig, prompt: Prompt, max_response_length: int
+) -> tuple:
+    """One sequence, block by block from the definition, every forward over the whole sequence."""
+    block_size, prompt_length = generation.block_size, len(prompt.token_ids)
+    tokens, steps = prompt.token_ids.tolist(), [0] * prompt_length
+    forwards = 0
+    while True:
+        block_start = len(tokens) // block_size * block_size
+        masked = list(range(len(tokens), block_start + block_size))
+        tokens += [MASK] * len(masked)
+        steps += [0] * len(masked)
+        step = 1
+        while masked:
+            positions = torch.tensor(masked)
+            drawn = draw_without_cache(
+                model,
+                generation,
+                torch.tensor(tokens),
+                positions,
+                positions,
+                prompt.sample_index,
+                step,
+            )
+            forwards += 1
+            confidence = dict(zip(masked, drawn.confidence.tolist(), strict=True))
+            ranking = sorted(masked, key=lambda position: (-confidence[position], position))
+            if generation.remasking_strategy == "low_confidence_static":
+                chosen = ranking[: block_size // generation.denoising_steps_per_block]
+            else:
+                passing = [p for p in masked if confidence[p] > generation.dynamic_threshold]
+                chosen = passing or ranking[:1]
+            for position, token in zip(masked, drawn.token_ids.tolist(), strict=True):
+                if position in chosen:
+                    tokens[position], steps[position] = token, step
+            masked = [position for position in masked if position not in chosen]
+            step += 1
+        generated = tokens[prompt_length:]
+        if EOS in generated or len(generated) >= max_response_length:
+            break
+    length, reason = max_response_length, "length"
+    if EOS in generated[:length]:
+        length, reason = generated.index(EOS) + 1, "eos"
+    steps = steps[prompt_length:]
+    return (
+        prompt.sample_index,
+        prompt.token_ids.tolist(),
+        generated[:length],
+        steps[:length],
+        generated[length:],
+        steps[length:],
+        reason,
+        forwards,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"remasking_strategy": "low_confidence_static"},
+        {"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 2},
+        {"temperature": 0.0, "dynamic_threshold": 0.9},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9},
+        {"block_size": 3, "denoising_steps_per_block": 3, "max_running_requests": 64},
+        {"block_size": 8, "denoising_steps_per_block": 4, "dynamic_threshold": 0.3},
+        {"block_size": 1, "denoising_steps_per_block": 1},
+    ],
+    ids=str,
+)
+def test_cached_decoding_equals_full_forwards(model: DiffusionGPTModel, changes: dict) -> None:
+    engine = make_engine(model, **changes)
+    prompts = make_prompts(LENGTHS)
+    trajectories = engine.generate(prompts, 18)
+    assert [fields(t) for t in trajectories] == [
+        decode_without_cache(model, engine.generation, prompt, 18) for prompt in prompts
+    ]
+    if not changes:  # the cases that the comparison must not miss
+        assert {t.finish_reason for t in trajectories} == {"eos", "length"}
+        assert any(len(t.tail_ids) for t in trajectories)
+        assert max(int(t.unmask_step.max()) for t in trajectories) > 1
+        assert any((t.unmask_step[:-1] == t.unmask_step[1:]).any() for t in trajectories)
+    for prompt, trajectory in zip(prompts, trajectories, strict=True):
+        assert trajectory.record is prompt.record
+        assert trajectory.total_forwards == trajectory.denoising_forwards
+
+
+def test_results_do_not_depend_on_the_batch(
+    model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = make_prompts(LENGTHS * 3)
+    expected = [fields(t) for t in make_engine(model).generate(prompts, 14)]
+    for slots in (1, 7, 64):
+        engine = make_engine(model, max_running_requests=slots)
+        assert [fields(t) for t in engine.generate(prompts, 14)] == expected
+    backwards = make_engine(model).generate(prompts[::-1], 14)
+    assert [fields(t) for t in backwards[::-1]] == expected
+    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 9)
+    monkeypatch.setattr(engine_module, "MAX_LOGITS", 300)
+    assert [fields(t) for t in make_engine(model).generate(prompts, 14)] == expected
+
+
+def test_another_seed_or_sample_index_gives_other_responses(model: DiffusionGPTModel) -> None:
+    prompt = make_prompts([6])[0]
+    renumbered = [Prompt(index, prompt.token_ids) for index in range(6)]
+    responses = {tuple(t.response_ids.tolist()) for t in make_engine(model).generate(renumbered, 8)}
+    assert len(responses) == 6
+    engine = make_engine(model)
+    engine.seed += 1
+    assert fields(engine.generate([prompt], 8)[0]) != fields(
+        make_engine(model).generate([prompt], 8)[0]
+    )
+
+
+def test_end_of_sequence_in_the_prompt_does_not_end_the_response(model: DiffusionGPTModel) -> None:
+    prompt = Prompt(0, torch.tensor([EOS, 3, EOS, 5, 9, EOS]))  # remainder [9, EOS] of block 1
+    trajectory = make_engine(model).generate([prompt], 3)[0]
+    engine = make_engine(model)
+    assert fields(trajectory) == decode_without_cache(model, engine.generation, prompt, 3)
+    assert torch.equal(trajectory.token_ids[:6], prompt.token_ids)
+
+
+def test_autoregressive_decoding_equals_transformers(
+    model: DiffusionGPTModel, hf_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(hf_folder).eval()
+    engine = make_engine(
+        model, GenerationConfig.autoregressive(temperature=0.0, max_running_requests=3)
+    )
+    prompts = make_prompts(LENGTHS)
+    for prompt, trajectory in zip(prompts, engine.generate(prompts, 12), strict=True):
+        output = reference.generate(
+            prompt.token_ids[None],
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            suppress_tokens=[MASK],
+        )
+        expected = output[0, len(prompt.token_ids) :]
+        assert trajectory.response_ids.tolist() == expected.tolist()
+        assert trajectory.finish_reason == ("eos" if expected[-1] == EOS else "length")
+        assert not trajectory.unmask_step.any() and not len(trajectory.tail_ids)
+        assert trajectory.denoising_forwards == len(expected)
+
+
+def test_autoregressive_sampling_equals_full_forwards(model: DiffusionGPTModel) -> None:
+    generation = GenerationConfig.autoregressive(temperature=0.8, top_k=9, max_running_requests=2)
+    prompts = make_prompts(LENGTHS)
+    for prompt, trajectory in zip(
+        prompts, make_engine(model, generation).generate(prompts, 9), strict=True
+    ):
+        tokens = prompt.token_ids.tolist()
+        while len(tokens) < len(prompt.token_ids) + 9:
+            drawn = draw_without_cache(
+                model,
+                generation,
+                torch.tensor(tokens),
+                torch.tensor([len(tokens) - 1]),
+                torch.tensor([len(tokens)]),
+                prompt.sample_index,
+                1,
+            )
+            tokens.append(int(drawn.token_ids[0]))
+            if tokens[-1] == EOS:
+                break
+        assert trajectory.token_ids.tolist() == tokens
+
+
+def test_training_state_is_left_as_it_was(model: DiffusionGPTModel) -> None:
+    model.train()
+    model.decoder.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    trajectories = make_engine(model).generate(make_prompts([3]), 5)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not trajectories[0].response_ids.is_inference()
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_new_weights_are_used_at_once(model: DiffusionGPTModel) -> None:
+    engine, prompts = make_engine(model), make_prompts(LENGTHS)
+    before = [fields(t) for t in engine.generate(prompts, 10)]
+    weight = model.decoder.layers[0].mlp.linear_fc1.weight
+    original = weight.detach().clone()
+    with torch.no_grad():
+        weight.neg_()
+    changed = [fields(t) for t in engine.generate(prompts, 10)]
+    assert changed != before
+    assert changed == [decode_without_cache(model, engine.generation, p, 10) for p in prompts]
+    with torch.no_grad():
+        weight.copy_(original)
+    assert [fields(t) for t in engine.generate(prompts, 10)] == before
+
+
+def test_no_prompts_and_bad_arguments(model: DiffusionGPTModel) -> None:
+    assert make_engine(model).generate([], 4) == []
+    with pytest.raises(ValueError, match="max_response_length = 0"):
+        make_engine(model).generate(make_prompts([3]), 0)
+    generation = GenerationConfig.autoregressive(temperature=0.0, max_running_requests=1)
+    with pytest.raises(ValueError, match="sample 0 has no token"):
+        make_engine(model, generation).generate(make_prompts([0]), 4)
+
+
+def test_a_prompt_may_be_empty_in_block_diffusion(model: DiffusionGPTModel) -> None:
+    engine, prompts = make_engine(model), make_prompts([0, 5])
+    assert [fields(t) for t in engine.generate(prompts, 7)] == [
+        decode_without_cache(model, engine.generation, prompt, 7) for prompt in prompts
+    ]

@@ -1,0 +1,105 @@
+"""Random Hugging Face models of a few thousand parameters, and prompts for them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.conversion.hf_import import load_hf_weights
+from megatron_dlm.models.architecture import read_architecture
+from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.process_groups import RolloutGroups
+from megatron_dlm.rollout.trajectory import Prompt
+
+VOCAB_SIZE, EOS, PAD, MASK = 61, 7, 8, 60
+
+# With weights this large a random model is as sure of some tokens as a trained one.
+INITIALIZER_RANGE = 0.2
+
+
+def save_tiny_model(folder: Path, moe: bool = False) -> torch.nn.Module:
+    """Write a Hugging Face folder with random weights; returns the `transformers` model."""
+    torch.manual_seed(5)
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=not moe,
+    )
+    model: torch.nn.Module
+    if moe:
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **sizes,
+                moe_intermediate_size=16,
+                num_experts=4,
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
+            )
+        )
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def load_model(folder: Path, **parallel: Any) -> DiffusionGPTModel:
+    """This rank's part of the model in a folder; Megatron's groups must have been initialised."""
+    config = Config(parallel=ParallelConfig(device="cpu", **parallel))
+    architecture = read_architecture(folder)
+    model = build_model(architecture, config)
+    load_hf_weights(model, architecture, folder)
+    return model
+
+
+def make_prompts(lengths: list[int], first_sample: int = 0) -> list[Prompt]:
+    """Random prompts; the tokens of a sample depend on its index and length only."""
+    prompts = []
+    for sample, length in enumerate(lengths, first_sample):
+        generator = torch.Generator().manual_seed(sample)
+        token_ids = torch.randint(0, MASK, (length,), generator=generator)
+        prompts.append(Prompt(sample, token_ids, {"id": sample}))
+    return prompts
+
+
+GENERATION = GenerationConfig(
+    block_size=4,
+    remasking_strategy="low_confidence_dynamic",
+    dynamic_threshold=0.6,
+    denoising_steps_per_block=4,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    max_running_requests=3,
+)
+
+
+def make_engine(
+    model: torch.nn.Module,
+    generation: GenerationConfig = GENERATION,
+    groups: RolloutGroups | None = None,
+    **changes: Any,
+) -> RolloutEngine:
+    """An engine for a tiny model; `changes` are to the decoding settings."""
+    return RolloutEngine(
+        model,
+        generation=dataclasses.replace(generation, **changes),
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        mask_token_id=MASK,
+        vocab_size=VOCAB_SIZE,
+        seed=11,
+        groups=groups,
+    )

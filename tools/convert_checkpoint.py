@@ -1,0 +1,168 @@
+"""Convert checkpoints: Hugging Face to Megatron, Megatron to Hugging Face.
+
+python tools/convert_checkpoint.py --load qwen3/ --save qwen3-megatron/ --target-format megatron
+python tools/convert_checkpoint.py --load runs/mine --save hf/ --target-format sdar
+torchrun --nproc-per-node 8 tools/convert_checkpoint.py --load runs/mine --save hf/ \
+    --pipeline-model-parallel-size 8
+
+What `--load` holds is found out by looking. One process is enough for whatever fits its memory; a
+parallel layout spreads the model, and Megatron checkpoints can be loaded at any other layout later.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_dlm.config import Config, ModelConfig, ParallelConfig, validate_architecture
+from megatron_dlm.config.parsing import parse_arguments
+from megatron_dlm.config.validation import check_parallel_layout
+from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
+from megatron_dlm.entry import report_user_errors
+from megatron_dlm.errors import bad_value
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.training.checkpointing import save_checkpoint
+from megatron_dlm.training.initialize import initialized, world_size
+from megatron_dlm.training.model_source import ModelSource, open_model_source
+
+TargetFormat = Literal["megatron", "sdar", "qwen3"]
+DType = Literal["auto", "float32", "bfloat16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ConversionConfig:
+    """Conversion: from where, to where, into what."""
+
+    load: str | None = None
+    """Hugging Face folder, Megatron run folder or one of its iteration folders."""
+
+    save: str | None = None
+    """Folder to write: it must not exist, unless --overwrite is given."""
+
+    target_format: TargetFormat = "sdar"
+    """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
+    transformers; sdar_moe for mixtures of experts) or qwen3 (autoregressive; also MoE)."""
+
+    tokenizer: str | None = None
+    """Folder with tokenizer.json (default: the one beside the weights)."""
+
+    block_size: int | None = None
+    """Block size the model was trained with (default: block_size of its config.json)."""
+
+    dynamic_threshold: float = 0.9
+    """Confidence threshold recommended to engines that serve an sdar folder."""
+
+    dtype: DType = "auto"
+    """Type of the stored weights; auto keeps the type that config.json states."""
+
+    max_shard_size_mb: int = 5000
+    """Megabytes of one safetensors file."""
+
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Convert a checkpoint."""
+
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def stored_dtype(choice: DType, architecture: Architecture) -> torch.dtype:
+    """The type of the converted weights.
+
+    Raises:
+        UserError: `auto`, and config.json states a type that models are not built in.
+    """
+    name: str = choice
+    if choice == "auto":
+        config = architecture.hf_config
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise bad_value(
+            "--dtype", choice, f"config.json states {name}", f"choose {' or '.join(DTYPES)}"
+        )
+    return DTYPES[name]
+
+
+def check_target(arguments: ConversionConfig) -> Path:
+    """The folder to write.
+
+    Raises:
+        UserError: It was not named, or exists.
+    """
+    if arguments.save is None:
+        raise bad_value("--save", None, "nothing to write to", "name a new folder")
+    target = Path(arguments.save)
+    if target.exists() and not arguments.overwrite:
+        raise bad_value(
+            "--save", arguments.save, "already exists", "name a new folder or add --overwrite"
+        )
+    return target
+
+
+def find_mask_token(source: ModelSource, tokenizer_folder: Path) -> int:
+    """Id of the MASK token, as training resolves it."""
+    return resolve_special_tokens(
+        load_tokenizer(tokenizer_folder), source.architecture.hf_config, str(tokenizer_folder)
+    ).mask_token_id
+
+
+@report_user_errors
+def main() -> int:
+    """Parse, validate, build, load, write."""
+    arguments = parse_arguments(Arguments, description="Convert a checkpoint.")
+    conversion = arguments.conversion
+    target = check_target(conversion)
+    if conversion.load is None:
+        raise bad_value("--load", None, "nothing to convert", "name a model or run folder")
+    source = open_model_source(conversion.load, "--load")
+    architecture = source.architecture
+    dtype = stored_dtype(conversion.dtype, architecture)
+    config = Config(
+        model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel
+    )
+    check_parallel_layout(config, world_size())
+    validate_architecture(config, architecture)
+    tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
+    block_size = conversion.block_size or architecture.hf_config.get("block_size")
+    mask_token_id = None
+    if conversion.target_format == "sdar":
+        mask_token_id = find_mask_token(source, tokenizer_folder)
+
+    with initialized(config):
+        model = build_model(architecture, config)
+        source.load_into(model)
+        if conversion.target_format == "megatron":
+            save_checkpoint(
+                target,
+                model,
+                hf_config=architecture.hf_config,
+                tokenizer_folder=tokenizer_folder,
+            )
+        else:
+            export_hf(
+                model,
+                architecture,
+                target,
+                format=conversion.target_format,
+                tokenizer_folder=tokenizer_folder,
+                block_size=block_size,
+                mask_token_id=mask_token_id,
+                dynamic_threshold=conversion.dynamic_threshold,
+                dtype=dtype,
+                max_shard_size=conversion.max_shard_size_mb * 10**6,
+                overwrite=conversion.overwrite,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
