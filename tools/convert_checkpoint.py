@@ -12,13 +12,13 @@ parallel layout spreads the model, and Megatron checkpoints can be loaded at any
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from megatron_dlm.config import Config, ModelConfig, ParallelConfig, validate_architecture
+from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
 from megatron_dlm.config.parsing import parse_arguments
-from megatron_dlm.config.validation import check_parallel_layout
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
 from megatron_dlm.entry import report_user_errors
@@ -42,7 +42,7 @@ class ConversionConfig:
     """Hugging Face folder, Megatron run folder or one of its iteration folders."""
 
     save: str | None = None
-    """Folder to write: it must not exist, unless --overwrite is given."""
+    """Folder to write; it must not exist, unless --overwrite is given."""
 
     target_format: TargetFormat = "sdar"
     """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
@@ -64,7 +64,7 @@ class ConversionConfig:
     """Megabytes of one safetensors file."""
 
     overwrite: bool = False
-    """Replace an existing folder."""
+    """Replace an existing Hugging Face folder."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ def stored_dtype(choice: DType, architecture: Architecture) -> torch.dtype:
     return DTYPES[name]
 
 
+def with_dtype(hf_config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json that states the type of the weights, under its old and its new name."""
+    name = str(dtype).removeprefix("torch.")
+    return hf_config | {"dtype": name, "torch_dtype": name}
+
+
 def check_target(arguments: ConversionConfig) -> Path:
     """The folder to write.
 
@@ -101,10 +107,10 @@ def check_target(arguments: ConversionConfig) -> Path:
     if arguments.save is None:
         raise bad_value("--save", None, "nothing to write to", "name a new folder")
     target = Path(arguments.save)
-    if target.exists() and not arguments.overwrite:
-        raise bad_value(
-            "--save", arguments.save, "already exists", "name a new folder or add --overwrite"
-        )
+    # Into a run folder, a converted checkpoint would become the one that the run goes on from.
+    may_replace = arguments.overwrite and arguments.target_format != "megatron"
+    if target.exists() and not may_replace:
+        raise bad_value("--save", arguments.save, "already exists", "name a new folder")
     return target
 
 
@@ -126,10 +132,9 @@ def main() -> int:
     source = open_model_source(conversion.load, "--load")
     architecture = source.architecture
     dtype = stored_dtype(conversion.dtype, architecture)
-    config = Config(
-        model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel
-    )
-    check_parallel_layout(config, world_size())
+    config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel)
+    check_world_size(config, world_size())
+    check_expert_layout(config, world_size())
     validate_architecture(config, architecture)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
@@ -144,7 +149,7 @@ def main() -> int:
             save_checkpoint(
                 target,
                 model,
-                hf_config=architecture.hf_config,
+                hf_config=with_dtype(architecture.hf_config, dtype),
                 tokenizer_folder=tokenizer_folder,
             )
         else:

@@ -307,7 +307,8 @@ def dump_yaml(config: Any) -> str:
             groups.setdefault(option.group, {})[name] = values[name]
     parts = []
     for group, members in groups.items():
-        text = yaml.safe_dump(members, sort_keys=False, allow_unicode=True, width=100)
+        # Non-ASCII text is escaped: PyYAML would write line separators that it reads as spaces.
+        text = yaml.safe_dump(members, sort_keys=False, width=100)
         title = (hints[group].__doc__ or group).splitlines()[0] if group else None
         parts.append(f"# {title}\n{text}" if title else text)
     return "\n".join(parts)

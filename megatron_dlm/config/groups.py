@@ -18,7 +18,7 @@ AttentionBackend = Literal["auto", "sdpa", "flex"]
 TransformerImpl = Literal["local", "transformer_engine"]
 RecomputeGranularity = Literal["none", "selective", "full"]
 RecomputeMethod = Literal["uniform", "block"]
-TokenDispatcher = Literal["allgather", "alltoall"]
+TokenDispatcher = Literal["alltoall", "flex"]
 Device = Literal["auto", "cpu", "cuda"]
 ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
@@ -100,8 +100,9 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel processes while the backward pass still runs."""
 
-    moe_token_dispatcher_type: TokenDispatcher = "allgather"
-    """How tokens reach their experts."""
+    moe_token_dispatcher_type: TokenDispatcher = "alltoall"
+    """How tokens reach their experts: alltoall, or flex (DeepEP, must be installed). Megatron's allgather
+    needs equally long rows on all ranks, which packed trajectories are not."""
 
     device: Device = "auto"
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""

@@ -1,0 +1,1 @@
+"""Divergence from the teacher, and cross entropy, without ever holding the logits whole."""

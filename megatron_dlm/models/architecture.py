@@ -84,6 +84,8 @@ def architecture_from_hf(config: dict[str, Any], where: str = "config.json") -> 
     _check_supported(config, where)
     rope = config.get("rope_parameters") or {}
     is_moe = config["model_type"] in MOE_MODEL_TYPES
+    if "num_local_experts" in config:  # how transformers 5 writes it
+        config = {"num_experts": config["num_local_experts"], **config}
     try:
         num_attention_heads = config["num_attention_heads"]
         return Architecture(

@@ -50,7 +50,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             # distillation has no use for a balancing loss; the router follows the divergence
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
-            moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
+            moe_enable_deepep=parallel.moe_token_dispatcher_type == "flex",
         )
     recompute = {}
     if model.recompute_granularity != "none":
@@ -97,6 +97,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,  # rows differ in length
         batch_p2p_comm=platform.is_cuda(),
+        moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         calculate_per_token_loss=True,
         **moe,
         **recompute,

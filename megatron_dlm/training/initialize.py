@@ -60,18 +60,14 @@ def initialize(config: Config) -> None:
     model_parallel_cuda_manual_seed(config.data.seed)
 
 
-def close() -> None:
-    """Leave the process groups, so that a process can end or start over with another layout."""
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 @contextmanager
 def initialized(config: Config) -> Iterator[None]:
-    """`initialize` on entry, `close` on exit."""
+    """`initialize` on entry; on exit leave the groups, so that another layout can follow."""
+    joined_before = torch.distributed.is_initialized()
     initialize(config)
     try:
         yield
     finally:
-        close()
+        parallel_state.destroy_model_parallel()
+        if not joined_before:
+            torch.distributed.destroy_process_group()

@@ -42,7 +42,7 @@ def run_distributed(
             process = context.Process(
                 target=_run_rank,
                 args=(sender, fn, rank, world_size, store, timeout_seconds, args),
-                daemon=True,
+                daemon=False,  # writing a distributed checkpoint starts processes of its own
             )
             process.start()
             sender.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from docstring_parser import parse_from_object
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config import Config, ParameterGroup, format_config, parse_config
@@ -177,6 +177,7 @@ def test_resolved_yaml_reads_back_to_the_same_configuration(tmp_path: Path) -> N
     assert yaml.safe_load(format_config(config)) == config.to_dict()
 
 
+@settings(deadline=None)
 @given(
     lr=st.floats(allow_nan=False, allow_infinity=False),
     seed=st.integers(),

@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,17 +27,24 @@ from tests.unit_tests.rollout.tiny_models import (
 LENGTHS = [5, 1, 8, 13, 2, 4, 11, 7]
 
 
+class Models(NamedTuple):
+    """The same weights twice."""
+
+    ours: DiffusionGPTModel
+    transformers: torch.nn.Module
+
+
 @pytest.fixture(scope="module")
-def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     folder = tmp_path_factory.mktemp("qwen3")
-    save_tiny_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(hf_folder: Path) -> Iterator[DiffusionGPTModel]:
+    reference = save_tiny_model(folder)
     with initialized(Config(parallel=ParallelConfig(device="cpu"))):
-        yield load_model(hf_folder)
+        yield Models(load_model(folder), reference)
+
+
+@pytest.fixture
+def model(models: Models) -> DiffusionGPTModel:
+    return models.ours
 
 
 def fields(trajectory: Trajectory) -> tuple:
@@ -203,18 +210,13 @@ def test_end_of_sequence_in_the_prompt_does_not_end_the_response(model: Diffusio
     assert torch.equal(trajectory.token_ids[:6], prompt.token_ids)
 
 
-def test_autoregressive_decoding_equals_transformers(
-    model: DiffusionGPTModel, hf_folder: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(hf_folder).eval()
+def test_autoregressive_decoding_equals_transformers(models: Models) -> None:
     engine = make_engine(
-        model, GenerationConfig.autoregressive(temperature=0.0, max_running_requests=3)
+        models.ours, GenerationConfig.autoregressive(temperature=0.0, max_running_requests=3)
     )
     prompts = make_prompts(LENGTHS)
     for prompt, trajectory in zip(prompts, engine.generate(prompts, 12), strict=True):
-        output = reference.generate(
+        output = models.transformers.generate(
             prompt.token_ids[None],
             max_new_tokens=12,
             do_sample=False,

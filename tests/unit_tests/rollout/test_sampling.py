@@ -79,7 +79,9 @@ def test_draws_follow_the_filtered_softmax(settings_: dict) -> None:
 def test_every_counter_gives_independent_draws(counter: str) -> None:
     """Draws along each counter are uniform over the vocabulary, and so are pairs of neighbours."""
     n, allowed = 20_001, VOCAB_SIZE - 1
-    counters = {name: torch.full((n,), 2) for name in ("sample_index", "position", "denoising_step")}
+    counters = {
+        name: torch.full((n,), 2) for name in ("sample_index", "position", "denoising_step")
+    }
     counters[counter] = torch.arange(n)
     drawn = draw(torch.zeros(n, PADDED), **counters).token_ids
     pairs = torch.bincount(drawn[:-1] * PADDED + drawn[1:], minlength=PADDED * PADDED).double()

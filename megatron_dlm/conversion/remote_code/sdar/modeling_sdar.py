@@ -332,7 +332,7 @@ class SDARForCausalLM(SDARPreTrainedModel):
             hidden = self.model(
                 pending[None], past_key_values=cache, block_size=block_size
             ).last_hidden_state
-            cache.crop(start)  # the block's own keys are final once it is clean
+            cache.crop(-block_size)  # the block's own keys are final once it is clean
             logits = self.lm_head(hidden[0, -block_size:]).float()
             logits[:, mask_token_id] = -torch.inf
             tokens = draw_tokens(logits, temperature, top_k, top_p, generator)

@@ -1,0 +1,107 @@
+"""A rollout's tokens are the same under every parallel layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core import parallel_state
+
+from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.training.initialize import initialize
+from tests.distributed_tests.spawn import run_distributed
+from tests.unit_tests.rollout.tiny_models import (
+    load_model,
+    make_engine,
+    make_prompts,
+    save_tiny_model,
+)
+
+# The second share is empty: a data-parallel rank without any work has to keep step.
+LENGTHS = [5, 1, 8, 13, 2, 4, 11]
+SHARES = {1: [7], 2: [7, 0], 4: [4, 0, 1, 2]}
+
+
+def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list[tuple]]:
+    initialize(Config(parallel=ParallelConfig(device="cpu", **parallel)))
+    model = load_model(folder, **parallel)
+    shares = SHARES[parallel_state.get_data_parallel_world_size()]
+    mine = parallel_state.get_data_parallel_rank()
+    first = sum(shares[:mine])
+    prompts = make_prompts(LENGTHS[first : first + shares[mine]], first_sample=first)
+    results: dict[str, list[tuple]] = {"data_parallel_rank": [(mine,)]}
+    for name, engine in (
+        ("sampled", make_engine(model, top_k=20, top_p=0.95)),
+        ("static", make_engine(model, remasking_strategy="low_confidence_static")),
+        (
+            "autoregressive",
+            make_engine(
+                model, GenerationConfig.autoregressive(temperature=1.0, max_running_requests=3)
+            ),
+        ),
+    ):
+        results[name] = [
+            (
+                trajectory.sample_index,
+                trajectory.response_ids.tolist(),
+                trajectory.unmask_step.tolist(),
+                trajectory.tail_ids.tolist(),
+                trajectory.finish_reason,
+            )
+            for trajectory in engine.generate(prompts, 13)
+        ]
+    return results
+
+
+def check_layout(folder: Path, world_size: int, parallel: dict[str, Any]) -> None:
+    expected = run_distributed(rollout, 1, folder, {})[0]
+    per_rank = run_distributed(rollout, world_size, folder, parallel)
+    for name in ("sampled", "static", "autoregressive"):
+        by_replica: dict[int, list[tuple]] = {}
+        for results in per_rank:
+            replica = results["data_parallel_rank"][0][0]
+            # All model-parallel ranks hold the same trajectories.
+            assert by_replica.setdefault(replica, results[name]) == results[name]
+        together = [result for replica in sorted(by_replica) for result in by_replica[replica]]
+        assert together == expected[name]
+
+
+TP, PP, EP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {TP: 2}),
+        (2, {TP: 2, "sequence_parallel": True}),
+        (2, {PP: 2}),
+        (2, {}),
+        (4, {TP: 2, PP: 2}),
+    ],
+    ids=["tp2", "tp2-sp", "pp2", "dp2", "tp2-pp2"],
+)
+def test_dense_layouts(tmp_path: Path, world_size: int, parallel: dict[str, Any]) -> None:
+    save_tiny_model(tmp_path)
+    check_layout(tmp_path, world_size, parallel)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {EP: 2}),
+        (2, {EP: 2, "moe_token_dispatcher_type": "alltoall"}),
+        (4, {EP: 2, PP: 2}),
+        (4, {TP: 2, EP: 2, "expert_tensor_parallel_size": 1, "sequence_parallel": True}),
+        (4, {TP: 2, EP: 2, "sequence_parallel": True}),
+    ],
+    ids=["ep2", "ep2-alltoall", "ep2-pp2", "tp2-ep2-etp1", "tp2-ep2"],
+)
+def test_mixture_of_experts_layouts(
+    tmp_path: Path, world_size: int, parallel: dict[str, Any]
+) -> None:
+    save_tiny_model(tmp_path, moe=True)
+    check_layout(tmp_path, world_size, parallel)

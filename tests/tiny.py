@@ -1,0 +1,120 @@
+"""Small random models and runs that many tests share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dlm.config import Config, validate
+from megatron_dlm.data.arithmetic import write_examples
+from megatron_dlm.training.initialize import initialized
+from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.training.loop import train
+from megatron_dlm.training.run import build_run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENIZER = REPOSITORY / "examples" / "tiny" / "qwen3"
+
+DENSE: dict[str, Any] = dict(
+    num_hidden_layers=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=512,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    initializer_range=0.2,
+    eos_token_id=510,
+    pad_token_id=508,
+    attention_bias=False,
+)
+MOE: dict[str, Any] = dict(
+    DENSE,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    tie_word_embeddings=False,
+)
+
+
+def save_random_model(folder: Path, *, moe: bool = False, seed: int = 0, **changes: Any) -> Path:
+    """Save a random transformers model with the tiny examples' tokenizer; returns the folder."""
+    from transformers import (
+        AutoTokenizer,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    torch.manual_seed(seed)
+    if moe:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**MOE, **changes}))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**{**DENSE, **changes}))
+    model.float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, num: int = 48) -> tuple[Path, Path]:
+    """Write prompts and prompt + response examples; returns both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "examples.jsonl"
+    write_examples(path, "train", 5, num)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(
+        "".join(
+            json.dumps({"messages": json.loads(line)["messages"]}) + "\n"
+            for line in path.read_text().splitlines()
+        )
+    )
+    return prompts, path
+
+
+def run_config(folder: Path, model: Path, **options: Any) -> Config:
+    """A run of five updates on one rollout batch; `options` win."""
+    prompts, examples = folder / "prompts.jsonl", folder / "examples.jsonl"
+    values: dict[str, Any] = dict(
+        load=str(model),
+        prompts=str(prompts),
+        train_data=str(examples),
+        save=str(folder / "run"),
+        num_rollouts=1,
+        rollout_batch_size=20,
+        global_batch_size=4,
+        micro_batch_size=1,
+        max_response_length=16,
+        max_running_requests=7,
+        max_prompt_length=128,
+        lr=1e-3,
+        min_lr=1e-4,
+        log_interval=1000,
+        tensorboard=False,
+        divergence_chunk_size=16,
+        device="cpu",
+    )
+    if options.get("objective") == "next_token":
+        values.update(num_rollouts=None, train_iters=5)
+    return Config.from_dict({**values, **options})
+
+
+def run_training(config: Config) -> list[dict[str, Any]]:
+    """Run the real main job in this process (or this rank of a world); its metrics lines."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    validate(config, world)
+    inputs = read_inputs(config)
+    with initialized(config):
+        train(build_run(config, inputs))
+        if world > 1:
+            torch.distributed.barrier()
+    assert config.logging.save is not None
+    lines = (Path(config.logging.save) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

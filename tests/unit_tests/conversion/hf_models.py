@@ -1,0 +1,67 @@
+"""Tiny random Qwen3 and Qwen3-MoE checkpoints, made and run by transformers, the oracle."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE
+
+# Each size differs from the others, so that no two dimensions can be confused.
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+}
+MOE_SIZES = SIZES | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    # So that token choices are clear of ties between experts.
+    "initializer_range": 0.3,
+}
+
+
+def random_hf_model(*, moe: bool = False, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+    """A model whose parameters are all random, norms included."""
+    torch.manual_seed(seed)
+    if moe:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE_SIZES, tie_word_embeddings=tied))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def save_hf_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> Path:
+    """Save as a published checkpoint looks; sharded if it is larger than a shard."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    config = json.loads((folder / "config.json").read_text())
+    if "num_local_experts" in config:  # transformers 5 renames it when it saves
+        config["num_experts"] = config.pop("num_local_experts")
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def hf_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens[None]).logits[0]

@@ -1,0 +1,192 @@
+"""What goes out is what came in, in folders that transformers and serving engines read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from megatron_dlm.config import Config
+from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.conversion.hf_import import load_hf_weights
+from megatron_dlm.conversion.qwen3 import qwen3_mappings
+from megatron_dlm.errors import UserError
+from megatron_dlm.models.architecture import read_architecture
+from megatron_dlm.models.model_provider import build_model
+from tests.unit_tests.conversion.hf_models import (
+    random_hf_model,
+    save_hf_model,
+)
+from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
+
+
+def read_tensors(folder):
+    """Name -> (file, tensor) of all safetensors of a folder."""
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            names = handle.keys()
+            tensors |= {name: (file.name, handle.get_tensor(name)) for name in names}
+    return tensors
+
+
+def imported(folder):
+    architecture = read_architecture(folder)
+    model = build_model(architecture, Config())
+    load_hf_weights(model, architecture, folder)
+    return model, architecture
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_hf_model(random_hf_model(tied=True), tmp_path / "source")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return save_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("moe", [False, True])
+def test_round_trip_is_bitwise(tmp_path, moe, tied):
+    hf_model = random_hf_model(moe=moe, tied=tied)
+    source = save_hf_model(hf_model, tmp_path / "source")
+    model, architecture = imported(source)
+    max_shard_size = 40_000
+    export_hf(model, architecture, tmp_path / "out", format="qwen3", max_shard_size=max_shard_size)
+
+    expected, exported = read_tensors(source), read_tensors(tmp_path / "out")
+    assert exported.keys() == expected.keys()
+    for name, (_, tensor) in expected.items():
+        assert torch.equal(exported[name][1], tensor), name
+
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for name, (file, _) in exported.items()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in exported.values())
+    files = set(index["weight_map"].values())
+    assert len(files) > 1
+    for file in files:
+        assert sum(t.nbytes for f, t in exported.values() if f == file) <= max_shard_size
+
+    read_back = read_architecture(tmp_path / "out")
+    assert replace(read_back, hf_config={}) == replace(architecture, hf_config={})
+
+
+def test_export_in_another_type(tmp_path, source):
+    model, architecture = imported(source)
+    export_hf(model, architecture, tmp_path / "out", format="qwen3", dtype=torch.bfloat16)
+    expected = read_tensors(source)
+    for name, (file, tensor) in read_tensors(tmp_path / "out").items():
+        assert file == "model.safetensors"
+        assert torch.equal(tensor, expected[name][1].bfloat16())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_sdar_folder(tmp_path, tokenizer, moe):
+    model, architecture = imported(save_hf_model(random_hf_model(moe=moe), tmp_path / "source"))
+    export_hf(
+        model,
+        architecture,
+        tmp_path / "out",
+        tokenizer_folder=tokenizer,
+        block_size=8,
+        mask_token_id=MASK_TOKEN_ID,
+        dynamic_threshold=0.8,
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kind, name = ("sdar_moe", "SDARMoe") if moe else ("sdar", "SDAR")
+    assert config["architectures"] == [f"{name}ForCausalLM"]
+    assert config["model_type"] == kind
+    assert config["auto_map"]["AutoModelForCausalLM"] == f"modeling_{kind}.{name}ForCausalLM"
+    assert config["block_size"] == 8
+    assert config["mask_token_id"] == MASK_TOKEN_ID
+    assert config["rope_theta"] == 50000.0
+    assert config["eos_token_id"] == 1
+    for reference in config["auto_map"].values():
+        assert (tmp_path / "out" / f"{reference.split('.')[0]}.py").is_file()
+    assert yaml.safe_load((tmp_path / "out" / "dllm_config.yaml").read_text()) == {
+        "block_size": 8,
+        "threshold": 0.8,
+    }
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == MASK_TOKEN_ID
+    # Our own importer reads it back.
+    again, read_back = imported(tmp_path / "out")
+    assert read_back.is_moe == moe
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_existing_folder_is_replaced_only_when_told(tmp_path, source):
+    model, architecture = imported(source)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match="already exists"):
+        export_hf(model, architecture, target, format="qwen3")
+    assert (target / "notes.txt").read_text() == "keep me"
+    export_hf(model, architecture, target, format="qwen3", overwrite=True)
+    assert not (target / "notes.txt").exists()
+    assert read_architecture(target).tie_word_embeddings
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shifted": True}, r"shifted \(position i predicts token i \+ 1\)"),
+        ({"block_size": None}, "--block-size"),
+        ({"mask_token_id": None}, "mask_token_id"),
+        ({"mask_token_id": 150}, "mask_token_id = 150"),
+        ({"mask_token_id": MASK_TOKEN_ID + 1}, "first free id is 30"),
+        ({"tokenizer_folder": None}, "--tokenizer"),
+        ({"format": "gguf"}, "use sdar or qwen3"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused(tmp_path, source, changes, message):
+    model, architecture = imported(source)
+    arguments = {
+        "tokenizer_folder": save_tokenizer(tmp_path / "tokenizer"),
+        "block_size": 4,
+        "mask_token_id": MASK_TOKEN_ID,
+    }
+    with pytest.raises(UserError, match=message):
+        export_hf(model, architecture, tmp_path / "out", **{**arguments, **changes})
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "tokenizer"}
+
+
+def test_rnd1_checkpoints_count_as_shifted(tmp_path, tokenizer):
+    source = save_hf_model(random_hf_model(moe=True), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "rnd1"}))
+    model, architecture = imported(source)
+    with pytest.raises(UserError, match="shifted"):
+        export_hf(
+            model,
+            architecture,
+            tmp_path / "out",
+            tokenizer_folder=tokenizer,
+            block_size=4,
+            mask_token_id=MASK_TOKEN_ID,
+        )
+
+
+def test_names_under_transformer_engine_are_those_of_megatron(source):
+    # Megatron's local layers know under which names Transformer Engine keeps their norms, since
+    # distributed checkpoints use these for both.
+    model, architecture = imported(source)
+    prefixes = model.decoder.layers[0].submodules_config.sharded_state_dict_keys_map
+    assert len(prefixes) == 2
+    found = 0
+    for mapping in qwen3_mappings(architecture):
+        for local, fused in prefixes.items():
+            if f".{local}" in mapping.megatron:
+                assert mapping.transformer_engine == mapping.megatron.replace(local, fused)
+                found += 1
+    assert found == 2 * architecture.num_layers
