@@ -7,11 +7,7 @@ torchrun --nproc-per-node 8 pretrain_opdlm.py --config examples/qwen3_8b/opdlm.y
 import sys
 
 from megatron_dlm.config import format_config, parse_config, validate
-from megatron_dlm.entry import report_user_errors
-from megatron_dlm.training.initialize import initialized, world_size
-from megatron_dlm.training.inputs import read_inputs
-from megatron_dlm.training.loop import train
-from megatron_dlm.training.run import build_run
+from megatron_dlm.entry import rank, report_user_errors, world_size
 
 
 @report_user_errors
@@ -19,10 +15,18 @@ def main() -> int:
     """Parse, validate, build, train, close."""
     config = parse_config()
     validate(config, world_size())
+    # Imported step by step, so that bad input is reported before PyTorch and Megatron are loaded.
+    from megatron_dlm.training.inputs import read_inputs
+
     inputs = read_inputs(config)
     if config.dry_run:
-        print(format_config(config))
+        if rank() == 0:
+            print(format_config(config))
         return 0
+    from megatron_dlm.training.initialize import initialized
+    from megatron_dlm.training.loop import train
+    from megatron_dlm.training.run import build_run
+
     with initialized(config):
         train(build_run(config, inputs))
     return 0

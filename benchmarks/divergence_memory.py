@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
-    DivergenceSpec,
     vocab_parallel_divergence,
 )
 

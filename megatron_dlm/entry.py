@@ -1,13 +1,30 @@
-"""What entry points have in common: how they fail."""
+"""What entry points have in common: their place among the processes of a job, and how they fail.
+
+Imports nothing heavy, so that a mistyped flag is reported before PyTorch is loaded.
+"""
 
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from megatron_dlm.errors import UserError
 
 USER_ERROR_STATUS = 2
+
+REPORT_SECONDS = 20.0
+"""How long other ranks stay for rank 0 to report; the launcher usually ends them much sooner."""
+
+
+def world_size() -> int:
+    """Number of processes, from torchrun's environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Global rank of this process, from torchrun's environment; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def report_user_errors(main: Callable[[], int]) -> Callable[[], int]:
@@ -18,8 +35,12 @@ def report_user_errors(main: Callable[[], int]) -> Callable[[], int]:
         try:
             return main()
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if rank() == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            elif "TORCHELASTIC_RUN_ID" in os.environ:
+                # torchrun ends all ranks as soon as one has ended. One that is faster than
+                # rank 0 must not take the message with it.
+                time.sleep(REPORT_SECONDS)
             return USER_ERROR_STATUS
 
     return wrapper

@@ -102,7 +102,7 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
         device="cpu",
     )
     if options.get("objective") == "next_token":
-        values.update(num_rollouts=None, train_iters=5)
+        values.update(num_rollouts=None, train_iters=5, max_response_length=40)
     return Config.from_dict({**values, **options})
 
 

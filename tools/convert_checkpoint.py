@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_dlm.config import Config, ModelConfig, ParallelConfig, validate_architecture
+from megatron_dlm.config import Config, ModelConfig, ParallelConfig, architecture_rules
 from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
 from megatron_dlm.config.parsing import parse_arguments
 from megatron_dlm.conversion.hf_export import export_hf
@@ -110,8 +110,26 @@ def check_target(arguments: ConversionConfig) -> Path:
     # Into a run folder, a converted checkpoint would become the one that the run goes on from.
     may_replace = arguments.overwrite and arguments.target_format != "megatron"
     if target.exists() and not may_replace:
-        raise bad_value("--save", arguments.save, "already exists", "name a new folder")
+        remedy = "name a new folder"
+        if arguments.target_format != "megatron":
+            remedy += " or add --overwrite"
+        raise bad_value("--save", arguments.save, "already exists", remedy)
     return target
+
+
+def check_layout(config: Config, architecture: Architecture) -> None:
+    """Check that the processes and the model can be split as asked.
+
+    Raises:
+        UserError: They cannot.
+    """
+    check_world_size(config, world_size())
+    check_expert_layout(config, world_size())
+    # Of the rules for training, those that a model which is only loaded and written has to meet.
+    architecture_rules.check_tensor_parallel(config, architecture)
+    architecture_rules.check_pipeline_parallel(config, architecture)
+    architecture_rules.check_expert_parallel(config, architecture)
+    architecture_rules.check_expert_tensor_parallel(config, architecture)
 
 
 def find_mask_token(source: ModelSource, tokenizer_folder: Path) -> int:
@@ -133,9 +151,7 @@ def main() -> int:
     architecture = source.architecture
     dtype = stored_dtype(conversion.dtype, architecture)
     config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel)
-    check_world_size(config, world_size())
-    check_expert_layout(config, world_size())
-    validate_architecture(config, architecture)
+    check_layout(config, architecture)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     mask_token_id = None

@@ -3,6 +3,7 @@
 from megatron_dlm.config.architecture_rules import validate_architecture
 from megatron_dlm.config.groups import (
     DataConfig,
+    DecodingConfig,
     DistillationConfig,
     LoggingConfig,
     ModelConfig,
@@ -20,6 +21,7 @@ from megatron_dlm.config.validation import validate
 __all__ = [
     "Config",
     "DataConfig",
+    "DecodingConfig",
     "DistillationConfig",
     "LoggingConfig",
     "ModelConfig",

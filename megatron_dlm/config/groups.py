@@ -23,7 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
 ObjectiveName = Literal["opdlm", "next_token"]
-StateSelection = Literal["per_block", "global"]
+StateSelection = Literal["per_block", "global", "all"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
 OptimizerName = Literal["adam"]
@@ -101,8 +101,8 @@ class ParallelConfig:
     """Reduce gradients over the data-parallel processes while the backward pass still runs."""
 
     moe_token_dispatcher_type: TokenDispatcher = "alltoall"
-    """How tokens reach their experts: alltoall, or flex (DeepEP, must be installed). Megatron's allgather
-    needs equally long rows on all ranks, which packed trajectories are not."""
+    """How tokens reach their experts: alltoall, or flex (DeepEP, must be installed). Megatron's
+    allgather needs equally long rows on all ranks, which packed trajectories are not."""
 
     device: Device = "auto"
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
@@ -136,26 +136,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """Rollout: block-diffusion generation by the student."""
-
-    num_rollouts: int | None = None
-    """Rollouts to do; together with --rollout-batch-size it sets the number of updates."""
-
-    rollout_batch_size: int = 128
-    """Prompts per rollout, over all data-parallel processes."""
-
-    max_response_length: int = 1024
-    """Longest response in tokens; the end point of the length schedule."""
-
-    min_response_length: int | None = None
-    """Response limit in tokens at the first rollout (linear and cosine schedules)."""
-
-    response_length_schedule: ResponseLengthSchedule = "constant"
-    """How the response limit grows from --min-response-length to --max-response-length."""
-
-    response_length_warmup_rollouts: int = 0
-    """Rollouts until the response limit has reached --max-response-length."""
+class DecodingConfig:
+    """Decoding: how tokens are drawn and kept, in training as in the tools that generate."""
 
     remasking_strategy: RemaskingStrategy = "low_confidence_dynamic"
     """Which drawn tokens are kept at a denoising step: a fixed number of the most confident
@@ -179,6 +161,29 @@ class RolloutConfig:
 
     max_running_requests: int = 64
     """Sequences a data-parallel process decodes at once (slots of its KV cache)."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig(DecodingConfig):
+    """Rollout: block-diffusion generation by the student."""
+
+    num_rollouts: int | None = None
+    """Rollouts to do; together with --rollout-batch-size it sets the number of updates."""
+
+    rollout_batch_size: int = 128
+    """Prompts per rollout, over all data-parallel processes."""
+
+    max_response_length: int = 1024
+    """Longest response in tokens; the end point of the length schedule."""
+
+    min_response_length: int | None = None
+    """Response limit in tokens at the first rollout (linear and cosine schedules)."""
+
+    response_length_schedule: ResponseLengthSchedule = "constant"
+    """How the response limit grows from --min-response-length to --max-response-length."""
+
+    response_length_warmup_rollouts: int = 0
+    """Rollouts until the response limit has reached --max-response-length."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,9 @@ def _wants_help(arguments: Sequence[str]) -> bool:
 
 def _join_help_lines(cls: type) -> None:
     """Give tyro the fields' docstrings as paragraphs: it keeps their line breaks otherwise."""
-    documented = docstring_parser.parse_from_object(cls).params
+    # A field's docstring is in the class that declares it.
+    declaring = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    documented = [p for base in declaring for p in docstring_parser.parse_from_object(base).params]
     helps = {p.arg_name: " ".join((p.description or "").split()) for p in documented}
     for field in dataclasses.fields(cls):
         nested = typing.get_type_hints(cls)[field.name]

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_dlm.config.fields import build, dump_yaml, flatten
 from megatron_dlm.config.groups import (
     DataConfig,
+    DecodingConfig,
     DistillationConfig,
     LoggingConfig,
     ModelConfig,
@@ -22,6 +23,7 @@ from megatron_dlm.config.groups import (
 __all__ = [
     "Config",
     "DataConfig",
+    "DecodingConfig",
     "DistillationConfig",
     "LoggingConfig",
     "ModelConfig",

@@ -5,7 +5,7 @@ that a run that cannot work ends within seconds. What depends on the model's siz
 `architecture_rules`.
 """
 
-from megatron_dlm.config import layout_rules, value_rules
+from megatron_dlm.config import architecture_rules, layout_rules, value_rules
 from megatron_dlm.config.schema import Config
 
 
@@ -36,3 +36,27 @@ def validate(config: Config, world_size: int) -> None:
     layout_rules.check_rollout_batch(config, world_size)
     layout_rules.check_global_batch(config, world_size)
     value_rules.check_schedule_length(config)
+
+
+def validate_inference(
+    config: Config, world_size: int, architecture: architecture_rules.ArchitectureSizes
+) -> None:
+    """Check the rules that concern a model which only generates.
+
+    Args:
+        config: The configuration; what belongs to training has its defaults.
+        world_size: Number of processes.
+        architecture: Sizes of the model.
+
+    Raises:
+        UserError: The first rule that is broken, with the values that would work.
+    """
+    value_rules.check_ranges(config)
+    value_rules.check_denoising_steps(config)
+    value_rules.check_sequence_parallel(config)
+    layout_rules.check_world_size(config, world_size)
+    layout_rules.check_expert_layout(config, world_size)
+    architecture_rules.check_tensor_parallel(config, architecture)
+    architecture_rules.check_pipeline_parallel(config, architecture)
+    architecture_rules.check_expert_parallel(config, architecture)
+    architecture_rules.check_expert_tensor_parallel(config, architecture)

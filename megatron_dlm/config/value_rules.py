@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
+from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.errors import bad_value
 
 AT_LEAST_ONE = (
@@ -117,9 +118,6 @@ def check_response_length_schedule(config: Config) -> None:
 
 def check_divergence(config: Config) -> None:
     """The divergence is one that can be computed."""
-    # Here and not above: the configuration alone should not need torch to be read.
-    from megatron_dlm.distillation.vocab_parallel_divergence import DivergenceSpec
-
     distillation = config.distillation
     DivergenceSpec.parse(
         distillation.divergence,

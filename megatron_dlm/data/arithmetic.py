@@ -27,10 +27,10 @@ Symbol = Literal["+", "-", "*"]
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 MIN_OPERATIONS, MAX_OPERATIONS = 2, 3
-MIN_START, MAX_START = 2, 40
-MAX_ADDEND = 20
+MIN_START, MAX_START = 2, 30
+MAX_ADDEND = 9
 MIN_FACTOR, MAX_FACTOR = 2, 3
-MAX_VALUE = 99
+MAX_VALUE = 60
 """Every number of a problem, given or computed, lies in 0..MAX_VALUE."""
 HELDOUT_ONE_IN = 10
 """One problem in this many is held out."""

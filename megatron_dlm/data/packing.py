@@ -22,8 +22,8 @@ class TrainingBatch:
         labels: [n] int64.
         weights: [n] float32.
         teacher_hidden: [n, h] or None.
-        loss_count: What the loss sum is divided by, summed over the global batch: supervised tokens,
-            or rows under `row_mean`.
+        loss_count: What the loss sum is divided by, summed over the global batch: supervised
+            tokens, or rows under `row_mean`.
     """
 
     row: Row
@@ -86,20 +86,20 @@ def pack(
 def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
     """The same batch on a device."""
 
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, non_blocking=True)
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
 
     row = batch.row
     assert isinstance(row.attention, Tensor)
     return replace(
         batch,
         row=Row(
-            token_ids=row.token_ids.to(device, non_blocking=True),
-            position_ids=row.position_ids.to(device, non_blocking=True),
-            attention=row.attention.to(device, non_blocking=True),
+            token_ids=move(row.token_ids),
+            position_ids=move(row.position_ids),
+            attention=move(row.attention),
         ),
         supervised=move(batch.supervised),
         labels=move(batch.labels),
         weights=move(batch.weights),
-        teacher_hidden=move(batch.teacher_hidden),
+        teacher_hidden=None if batch.teacher_hidden is None else move(batch.teacher_hidden),
     )

@@ -134,6 +134,23 @@ def read_prompts(
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
     """
     file = RecordFile.read(path, field)
+    return tokenize_prompts(
+        file, tokenizer, special_tokens, max_prompt_length, chat_template_kwargs
+    )
+
+
+def tokenize_prompts(
+    file: RecordFile,
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: SpecialTokens,
+    max_prompt_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PromptDataset:
+    """Tokenise the prompts of a file already read; see `read_prompts`.
+
+    Raises:
+        UserError: A line is unusable.
+    """
     renderer = _Renderer(tokenizer, chat_template_kwargs or {})
     sources = [(where, open_prompt_source(record, where)) for where, record in file.records()]
     table = TokenTable()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ class RecordFile:
             line_numbers=[number for number, _ in numbered],
             fingerprint=hashlib.sha256(content).hexdigest(),
         )
+
+    @classmethod
+    def of(cls, record: dict[str, Any], source: str) -> "RecordFile":
+        """Wrap a record that no file holds; `source` stands for the file in error messages."""
+        line = orjson.dumps(record)
+        return cls(source, [line], [1], hashlib.sha256(line).hexdigest())
+
+    def first(self, count: int) -> "RecordFile":
+        """Return the first `count` records; all, if there are fewer."""
+        return replace(self, lines=self.lines[:count], line_numbers=self.line_numbers[:count])
 
     def __len__(self) -> int:
         return len(self.lines)

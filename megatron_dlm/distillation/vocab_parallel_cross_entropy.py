@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dlm.distillation.divergence_spec import DEFAULT_CHUNK_SIZE
 from megatron_dlm.distillation.vocab_parallel_head import (
-    DEFAULT_CHUNK_SIZE,
     VocabShard,
     head_loss,
     tiled_logsumexp,

@@ -12,15 +12,13 @@ Shapes: n tokens, c tokens of a chunk, h and h_t hidden sizes, v valid local voc
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_head import (
-    DEFAULT_CHUNK_SIZE,
     VocabShard,
     head_loss,
     project,
@@ -28,89 +26,6 @@ from megatron_dlm.distillation.vocab_parallel_head import (
     tile_rows,
     tiled_logsumexp,
 )
-from megatron_dlm.errors import bad_value
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-TAILS = ("bucket", "ignore")
-
-
-@dataclass(frozen=True)
-class DivergenceSpec:
-    """Which divergence between teacher p and student q, at temperature 1.
-
-    Attributes:
-        weights: Weight of each divergence in the sum: `forward_kl` = KL(p || q), `reverse_kl` =
-            KL(q || p), `jsd` = b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q.
-        jsd_beta: b above, strictly between 0 and 1.
-        top_k: Compare the teacher's k most likely tokens only (ties are broken arbitrarily);
-            0 compares the full vocabulary.
-        tail: What becomes of the others under top_k: one `bucket` of remaining mass on both
-            sides, so that the sum stays a divergence, or `ignore`: the terms of the k tokens
-            alone, not renormalised, possibly negative (as in OPDLM's published 4B and 8B runs).
-        chunk_size: Tokens whose logits exist at a time.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-
-    weights: Mapping[str, float]
-    jsd_beta: float = 0.5
-    top_k: int = 0
-    tail: str = "bucket"
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-
-    def __post_init__(self) -> None:
-        names = ", ".join(DIVERGENCES)
-        if not self.weights:
-            raise bad_value("divergence", "", "names no divergence", f"name one of {names}")
-        for name, weight in self.weights.items():
-            if name not in DIVERGENCES:
-                raise bad_value("divergence", name, "is not a divergence", f"choose from {names}")
-            if not (math.isfinite(weight) and weight > 0):
-                raise bad_value(
-                    "divergence", f"{name}:{weight}", "weighs nothing", "give a positive weight"
-                )
-        if not 0 < self.jsd_beta < 1:
-            raise bad_value("jsd_beta", self.jsd_beta, "is not between 0 and 1", "choose e.g. 0.5")
-        if self.top_k < 0:
-            raise bad_value("divergence_top_k", self.top_k, "is negative", "use 0 for all tokens")
-        if self.tail not in TAILS:
-            raise bad_value(
-                "divergence_tail", self.tail, "is unknown", f"choose {' or '.join(TAILS)}"
-            )
-        if self.chunk_size < 1:
-            raise bad_value(
-                "divergence_chunk_size", self.chunk_size, "holds no token", "use 1 or more"
-            )
-
-    @classmethod
-    def parse(
-        cls,
-        text: str,
-        *,
-        jsd_beta: float = 0.5,
-        top_k: int = 0,
-        tail: str = "bucket",
-        chunk_size: int = DEFAULT_CHUNK_SIZE,
-    ) -> "DivergenceSpec":
-        """Read "forward_kl" or "forward_kl:0.5,reverse_kl:0.5"; a missing weight is 1.
-
-        Raises:
-            UserError: A divergence is unknown or named twice, a weight is not a positive number,
-                or another value is out of range.
-        """
-        weights: dict[str, float] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            name, colon, weight = (field.strip() for field in part.partition(":"))
-            if name in weights:
-                raise bad_value("divergence", text, f"names {name} twice", "name it once")
-            try:
-                weights[name] = float(weight) if colon else 1.0
-            except ValueError:
-                raise bad_value(
-                    "divergence", text, f"{weight!r} is not a number", "write name:weight"
-                ) from None
-        return cls(weights, jsd_beta=jsd_beta, top_k=top_k, tail=tail, chunk_size=chunk_size)
 
 
 def vocab_parallel_divergence(

@@ -18,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_CHUNK_SIZE = 256
-
 TILE_ELEMENTS = 1 << 22
 """Elements that elementwise passes over a chunk take at a time, which bounds their temporaries."""
 

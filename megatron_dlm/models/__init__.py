@@ -1,0 +1,1 @@
+"""Models: architecture, attention layout and backends, student and teacher."""

@@ -134,4 +134,8 @@ def read_architecture(path: str | Path, field: str = "--load") -> Architecture:
         raise bad_value(
             field, str(file), f"is not valid JSON (line {error.lineno})", "repair the file"
         ) from error
+    if not isinstance(config, dict):
+        raise bad_value(
+            field, str(file), "is no JSON object", "use a complete Hugging Face config.json"
+        )
     return architecture_from_hf(config, where=str(file))

@@ -1,11 +1,11 @@
 """Core attention of student and teacher: any visibility pattern over packed rows.
 
-Takes the place of Megatron's `DotProductAttention` in the layer spec. What it attends to is decided by
-the `attention_mask` argument, which Megatron hands through untouched: a layout tensor
+Takes the place of Megatron's `DotProductAttention` in the layer spec. What it attends to is decided
+by the `attention_mask` argument, which Megatron hands through untouched: a layout tensor
 (`megatron_dlm.models.attention_layout`) in training, or a `CachedAttention` in a rollout.
 
-S: tokens of the packed row; n: query heads, g: key/value heads of this tensor-parallel rank; d: head
-size.
+S: tokens of the packed row; n: query heads, g: key/value heads of this tensor-parallel rank; d:
+head size.
 """
 
 import functools
@@ -83,8 +83,11 @@ def sdpa_attention(
 
 
 def _block_mask(layout: Tensor) -> BlockMask:
+    # FlexAttention traces the rule for one query and one key, which index plain vectors.
+    fields = layout.unbind(0)
+
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(layout[:, query], layout[:, key])
+        return visible([field[query] for field in fields], [field[key] for field in fields])
 
     length = layout.shape[1]
     return create_block_mask(

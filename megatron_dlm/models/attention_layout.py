@@ -5,32 +5,33 @@ sees a key of the same document if
 
 * both are clean and the key's block is not later than the query's (block-causal), or
 * the query is noisy, the key clean, and the key's block strictly earlier, or
-* both are noisy and of the same block.
+* both are of the same noisy stream and the same block.
 
-Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is block size
-1, `full` puts everything into block 0. Block diffusion training adds the noisy stream.
+Stream 0 is clean; noisy streams count from 1, one for each state in which a sequence is trained at
+once. Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is
+block size 1, `full` puts everything into block 0. Block diffusion training adds the noisy stream.
 Sources: BD3-LM (Arriola et al. 2025) for the three-part mask; OPDLM section 3 for its use here.
 
 S: tokens of a packed row. D: documents. L: longest document.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Pattern = Literal["block_causal", "causal", "full"]
-CLEAN, NOISY = 0, 1
+CLEAN = 0
 PADDING_DOCUMENT = -1
 
 
-class Field(IntEnum):
+class Field:
     """Rows of a layout tensor [4, S] int32."""
 
+    # Plain integers, no enumeration: FlexAttention compiles the rule that uses them.
     DOCUMENT = 0
     BLOCK = 1
     STREAM = 2
@@ -70,12 +71,12 @@ def pad_layout(layout: Tensor, length: int) -> Tensor:
     return torch.cat((layout, padding), dim=1)
 
 
-def visible(query: Tensor, key: Tensor) -> Tensor:
+def visible(query: Tensor | Sequence[Tensor], key: Tensor | Sequence[Tensor]) -> Tensor:
     """The visibility rule.
 
     Args:
-        query: Layout fields of queries, [4, ...].
-        key: Layout fields of keys, [4, ...]; trailing shapes broadcast against the query's.
+        query: Layout fields of queries, [4, ...] or four tensors.
+        key: Layout fields of keys; their shapes broadcast against the query's.
 
     Returns:
         Boolean tensor of the broadcast shape, true where the query sees the key.
@@ -85,7 +86,7 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     same_block = query[Field.BLOCK] == key[Field.BLOCK]
     earlier = key[Field.BLOCK] < query[Field.BLOCK]
     sees_clean = key_clean & (earlier | (query_clean & same_block))
-    sees_noisy = ~key_clean & ~query_clean & same_block
+    sees_noisy = ~key_clean & same_block & (query[Field.STREAM] == key[Field.STREAM])
     same_document = (query[Field.DOCUMENT] == key[Field.DOCUMENT]) & (
         query[Field.DOCUMENT] != PADDING_DOCUMENT
     )
@@ -150,12 +151,13 @@ def document_batch(layout: Tensor) -> DocumentBatch:
 T = TypeVar("T")
 
 
-class LayoutCache:
+class LayoutCache(Generic[T]):
     """Values derived from layout tensors, kept while their layouts are in use.
 
     A layout belongs to its micro-batch, and activation recomputation presents it again as another
-    tensor object over the same storage. Entries are therefore found by storage address; each holds its
-    layout, so an address cannot be reused while the entry lives. The oldest entries are dropped.
+    tensor object over the same storage. Entries are therefore found by storage address; each holds
+    its layout, so an address cannot be reused while the entry lives. The oldest entries are
+    dropped.
     """
 
     def __init__(self, derive: Callable[[Tensor], T], capacity: int = 32) -> None:

@@ -52,8 +52,8 @@ def pad_row(row: Row, multiple: int) -> Row:
 def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] | None:
     """Final hidden states of packed rows, by Megatron's forward-only schedule.
 
-    All ranks of a pipeline must call this with the same number of rows of the same lengths; ranks that
-    share expert-parallel collectives with the same number of rows.
+    All ranks of a pipeline must call this with the same number of rows of the same lengths; ranks
+    that share expert-parallel collectives with the same number of rows.
 
     Args:
         model: This rank's part of a `DiffusionGPTModel` in evaluation mode.
@@ -98,6 +98,4 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         return None
     if config.sequence_parallel:
         outputs = [gather_from_sequence_parallel_region(output) for output in outputs]
-    return [
-        output[: len(row.token_ids), 0] for output, row in zip(outputs, rows, strict=True)
-    ]
+    return [output[: len(row.token_ids), 0] for output, row in zip(outputs, rows, strict=True)]

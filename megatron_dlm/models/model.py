@@ -18,13 +18,13 @@ from megatron_dlm.models.attention import CachedAttention
 class DiffusionGPTModel(GPTModel):
     """A `GPTModel` that takes one packed row and returns its final hidden states.
 
-    It differs from its parent in two points. Rotary angles come from each token's own position, since
-    a row holds many documents and, in block diffusion, two streams that share positions. The output
-    layer is not applied: logits over the whole row would never fit, so the loss and the sampler
-    multiply only the hidden states they need with `head_weight`.
+    It differs from its parent in two points. Rotary angles come from each token's own position,
+    since a row holds many documents and, in block diffusion, two streams that share positions. The
+    output layer is not applied: logits over the whole row would never fit, so the loss and the
+    sampler multiply only the hidden states they need with `head_weight`.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -59,16 +59,18 @@ class DiffusionGPTModel(GPTModel):
 
 def head_weight(model: torch.nn.Module) -> Tensor:
     """This rank's vocabulary shard of the output layer, [V / tp, h]; on the last stage only."""
-    model = unwrap_model(model)
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+    bare: DiffusionGPTModel = unwrap_model(model)
+    if bare.share_embeddings_and_output_weights:
+        return bare.shared_embedding_or_output_weight()
+    weight: Tensor = bare.output_layer.weight
+    return weight
 
 
 def full_hidden_states(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
     """Hidden states of all tokens of the row on every tensor-parallel rank, ready for the head.
 
-    The head is split over the vocabulary, so each rank contributes a part of the gradient of the hidden
+    The head is split over the vocabulary, so each rank contributes a part of the gradient of the
+    hidden
     states: the backward pass sums these parts over the tensor-parallel group.
 
     Args:

@@ -1,5 +1,7 @@
 """Builds the student and the teacher from an architecture and the run's options."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -22,8 +24,8 @@ from megatron_dlm.models.attention import DiffusionAttention
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.rms_norm import RMSNorm
 
-# The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape when
-# the tensor-parallel size changes.
+# The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
+# when the tensor-parallel size changes.
 VOCABULARY_MULTIPLE = 128
 
 
@@ -38,7 +40,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
     """Megatron's view of an architecture under the run's parallelism and precision."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    moe = {}
+    moe: dict[str, Any] = {}
     if architecture.is_moe:
         moe = dict(
             num_moe_experts=architecture.num_moe_experts,
@@ -52,7 +54,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             moe_aux_loss_coeff=0.0,
             moe_enable_deepep=parallel.moe_token_dispatcher_type == "flex",
         )
-    recompute = {}
+    recompute: dict[str, Any] = {}
     if model.recompute_granularity != "none":
         recompute["recompute_granularity"] = model.recompute_granularity
     if model.recompute_granularity == "full":

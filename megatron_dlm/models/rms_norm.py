@@ -10,8 +10,8 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square normalisation over the last dimension.
 
     Megatron-Core's own wrapper around `torch.nn.RMSNorm` refuses sequence parallelism; there, the
-    gradient of a weight that saw only a part of the sequence has to be summed over the tensor-parallel
-    group, which Megatron does for parameters that carry `sequence_parallel`.
+    gradient of a weight that saw only a part of the sequence has to be summed over the
+    tensor-parallel group, which Megatron does for parameters that carry `sequence_parallel`.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:

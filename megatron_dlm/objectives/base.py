@@ -1,7 +1,7 @@
 """What every objective provides; a new one is a file in this package and a line in its registry.
 
-P, L: prompt and response tokens of a trajectory; T: tokens of the document made of it; n: supervised
-tokens; h: hidden size; V/tp: vocabulary shard.
+P, L: prompt and response tokens of a trajectory; T: tokens of the document made of it; n:
+supervised tokens; h: hidden size; V/tp: vocabulary shard.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ class Document:
     Attributes:
         token_ids: [T] int64, the student's input.
         block: [T] int32, block ids.
-        stream: [T] int32, clean or noisy.
+        stream: [T] int32, 0 clean, noisy streams from 1.
         position: [T] int32, RoPE positions.
         supervised: [n] int64, indices into T whose hidden states the loss reads.
         labels: [n] int64, the x_0 token that each of them should predict.
@@ -61,8 +61,8 @@ class Objective(ABC):
 
         Args:
             trajectory: What was generated or read.
-            generator: Source of every random choice; seeded per sample, so that results do not depend
-                on the parallel layout.
+            generator: Source of every random choice; seeded per sample, so that results do not
+                depend on the parallel layout.
         """
 
     @abstractmethod

@@ -1,15 +1,15 @@
 """OPDLM: on-policy distillation of an AR model into a block-diffusion model (paper section 4).
 
-The student is trained at the states its own rollouts visit; at each masked position the target is the
-frozen AR teacher's distribution given the clean prefix, p(. | x_0^{<i}).
+The student is trained at the states its own rollouts visit; at each masked position the target is
+the frozen AR teacher's distribution given the clean prefix, p(. | x_0^{<i}).
 """
 
 import torch
 from torch import Tensor
 
 from megatron_dlm.config.schema import Config
+from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
-    DivergenceSpec,
     vocab_parallel_divergence,
 )
 from megatron_dlm.objectives.base import Document, Objective
@@ -37,7 +37,7 @@ class OPDLM(Objective):
         )
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
-        """One state per block, or one of the whole trajectory (`--state-selection`)."""
+        """One state per block, one of the whole trajectory, or all (`--state-selection`)."""
         block_size = self.config.model.block_size
         supervised = supervised_positions(trajectory, self.config.objective.supervise_eos)
         steps = unmask_steps(trajectory)
@@ -45,12 +45,12 @@ class OPDLM(Objective):
         last_step = torch.zeros(int(block[-1]) + 1, dtype=torch.int64)
         last_step.scatter_reduce_(0, block, steps * supervised, "amax")
         if int(last_step.sum()) == 0:  # a response of nothing but an unsupervised EOS
-            masked = torch.zeros_like(supervised)
+            states = [torch.zeros_like(supervised)]
         else:
-            masked = self.select(steps, block, last_step, generator)
+            states = self.select(steps, block, last_step, generator)
         return block_diffusion_document(
             trajectory,
-            masked,
+            states,
             supervised,
             block_size=block_size,
             mask_token_id=self.mask_token_id,
@@ -67,7 +67,8 @@ class OPDLM(Objective):
         tp_group: torch.distributed.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         """Divergence of the student from the teacher; see `Objective.loss`."""
-        assert teacher_hidden is not None and teacher_head is not None
+        assert teacher_hidden is not None
+        assert teacher_head is not None
         return vocab_parallel_divergence(
             hidden,
             head,

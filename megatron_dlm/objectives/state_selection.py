@@ -1,4 +1,4 @@
-"""Which of a trajectory's denoising states the student is trained on (OPDLM Algorithm 1, section 4).
+"""Which denoising states of a trajectory the student is trained on (OPDLM section 4).
 
 A state is given by the set of positions that hold MASK. Steps count per block from 1; a position is
 masked in the state before step k if it was committed at step k or later.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.rollout.trajectory import Trajectory
 
-Selector = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+Selector = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]
 
 
 def unmask_steps(trajectory: Trajectory) -> Tensor:
@@ -35,11 +35,11 @@ def _uniform_integers(upper: Tensor, generator: torch.Generator) -> Tensor:
 
 def per_block(
     steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Generator
-) -> Tensor:
+) -> list[Tensor]:
     """For each block independently, a step drawn uniformly from its realised steps.
 
-    Block-causal factorisation makes the product of these states exact: a noisy block sees only clean
-    earlier blocks.
+    Block-causal factorisation makes the product of these states exact: a noisy block sees only
+    clean earlier blocks.
 
     Args:
         steps: [F] unmask steps.
@@ -49,15 +49,17 @@ def per_block(
         generator: Source of the draws.
 
     Returns:
-        [F] bool, true where the state holds MASK.
+        The selected states, each [F] bool, true where it holds MASK; here one.
     """
     chosen = torch.zeros_like(last_step)
     supervised = last_step > 0
     chosen[supervised] = _uniform_integers(last_step[supervised], generator)
-    return (steps > 0) & supervised[block] & (steps >= chosen[block])
+    return [(steps > 0) & supervised[block] & (steps >= chosen[block])]
 
 
-def global_(steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Generator) -> Tensor:
+def global_(
+    steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Generator
+) -> list[Tensor]:
     """One step drawn uniformly from the whole trajectory; arguments and result as `per_block`.
 
     Blocks before the one it falls into are finished, later ones are all MASK.
@@ -67,7 +69,17 @@ def global_(steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Ge
     current = int(torch.searchsorted(ends, step))
     within = step - (ends[current] - last_step[current])
     masked = (block > current) | ((block == current) & (steps >= within))
-    return masked & (steps > 0)
+    return [masked & (steps > 0)]
 
 
-SELECTORS: dict[str, Selector] = {"per_block": per_block, "global": global_}
+def all_(
+    steps: Tensor, block: Tensor, last_step: Tensor, generator: torch.Generator
+) -> list[Tensor]:
+    """Every realised state of every block; arguments and result as `per_block`.
+
+    The k-th state shows each block before its step k, as long as a supervised token was to come.
+    """
+    return [(steps >= k) & (last_step[block] >= k) for k in range(1, int(last_step.max()) + 1)]
+
+
+SELECTORS: dict[str, Selector] = {"per_block": per_block, "global": global_, "all": all_}

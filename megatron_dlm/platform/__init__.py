@@ -27,7 +27,8 @@ def select(choice: DeviceChoice = "auto") -> torch.device:
         The device of this process; on CUDA the one of its `LOCAL_RANK`.
 
     Raises:
-        UserError: CUDA was asked for and there is none, or the process already runs on the other kind.
+        UserError: CUDA was asked for and there is none, or the process already runs on the other
+        kind.
     """
     global _device
     if choice == "auto":
@@ -35,7 +36,10 @@ def select(choice: DeviceChoice = "auto") -> torch.device:
     if _device is not None:
         if _device.type != choice:
             raise bad_value(
-                "--device", choice, f"this process already runs on {_device.type}", "start a new one"
+                "--device",
+                choice,
+                f"this process already runs on {_device.type}",
+                "start a new one",
             )
         return _device
     if choice == "cuda":

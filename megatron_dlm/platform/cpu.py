@@ -1,21 +1,21 @@
 """Megatron-Core on a CPU with gloo: stand-ins for the CUDA calls it makes unconditionally.
 
-Never imported on CUDA. Each stand-in is the CPU's answer to the same question: the current device is
-the CPU, streams have nothing to order, "the CUDA generator" is torch's default generator. Tested with
-megatron-core 0.16.1. `torch.cuda.is_available()` keeps telling the truth.
+Never imported on CUDA. Each stand-in is the CPU's answer to the same question: the current device
+is the CPU, streams have nothing to order, "the CUDA generator" is torch's default generator. Tested
+with megatron-core 0.16.1. `torch.cuda.is_available()` keeps telling the truth.
 """
 
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# torch.compile is what Megatron-Core's `jit_fuser` resolves to; its fused kernels want a C++ compiler
-# at run time and save nothing on a CPU.
+# torch.compile is what Megatron-Core's `jit_fuser` resolves to; its fused kernels want a C++
+# compiler at run time and save nothing on a CPU.
 _FUSER_OFF = "TORCHDYNAMO_DISABLE"
 
 _applied = False
@@ -122,6 +122,9 @@ def _patch_torch() -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, answer)
+    # A device context (`with torch.device("meta")`) recognises factories by identity and looks them
+    # up once: it has to know the originals, which the wrappers call.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -141,8 +144,22 @@ def _patch_torch() -> None:
     module.cuda = lambda self, *args, **kwargs: self
 
 
+def _ints(sizes: Any) -> list[int] | None:
+    return None if sizes is None else [int(size) for size in sizes]
+
+
+def _same_shapes(tensors: Sequence[torch.Tensor]) -> bool:
+    return len({tensor.shape for tensor in tensors}) == 1
+
+
 def _patch_collectives() -> None:
-    all_to_all_single = dist.all_to_all_single
+    """What NCCL takes from the MoE dispatcher and gloo does not: numpy sizes, uneven shards."""
+    collectives: Any = dist
+    all_to_all_single, all_gather, reduce_scatter = (
+        dist.all_to_all_single,
+        dist.all_gather,
+        dist.reduce_scatter,
+    )
 
     @functools.wraps(all_to_all_single)
     def with_int_splits(
@@ -152,22 +169,45 @@ def _patch_collectives() -> None:
         input_split_sizes: Any = None,
         **kwargs: Any,
     ) -> Any:
-        # The MoE dispatcher passes numpy arrays; gloo wants lists of int.
-        def ints(sizes: Any) -> list[int] | None:
-            return None if sizes is None else [int(size) for size in sizes]
-
         return all_to_all_single(
-            output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs
+            output, input, _ints(output_split_sizes), _ints(input_split_sizes), **kwargs
         )
 
-    dist.all_to_all_single = with_int_splits
-    torch.distributed.all_to_all_single = with_int_splits
+    @functools.wraps(all_gather)
+    def all_gather_uneven(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any
+    ) -> Any:
+        if _same_shapes(tensor_list):
+            return all_gather(tensor_list, tensor, group=group, **kwargs)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        for rank, shard in enumerate(tensor_list):
+            dist.broadcast(shard, group_src=rank, group=group)
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_uneven(
+        output: torch.Tensor, input_list: list[torch.Tensor], group: Any = None, **kwargs: Any
+    ) -> Any:
+        if _same_shapes(input_list):
+            return reduce_scatter(output, input_list, group=group, **kwargs)
+        for rank, shard in enumerate(input_list):
+            part = shard.clone()
+            dist.reduce(part, group_dst=rank, group=group)
+            if rank == dist.get_rank(group):
+                output.copy_(part)
+        return None
+
+    collectives.all_to_all_single = with_int_splits
+    collectives.all_gather = all_gather_uneven
+    collectives.reduce_scatter = reduce_scatter_uneven
 
 
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random as tp_random
 
-    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    def get_state(
+        device: Any = None, clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
         return torch.default_generator.get_state()
 
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:

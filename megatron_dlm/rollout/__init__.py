@@ -1,0 +1,1 @@
+"""Rollouts: block-diffusion decoding with a KV cache and continuous batching."""

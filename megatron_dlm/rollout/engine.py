@@ -1,17 +1,18 @@
-"""Rollouts: block-diffusion decoding with a KV cache and continuous batching (algorithms: OPDLM §3).
+"""Rollouts: block-diffusion decoding with a KV cache and continuous batching (OPDLM, section 3).
 
-Every forward of the engine is a denoising step of every running sequence. What else has to be computed
-rides along: the complete blocks of a new prompt are prefilled in the forward of its first step, and
-a finished block's clean keys are written in the forward of the next block's first step. A sequence
-therefore needs no forward that draws nothing, and `total_forwards` equals `denoising_forwards`.
+Every forward of the engine is a denoising step of every running sequence. What else has to be
+computed rides along: the complete blocks of a new prompt are prefilled in the forward of its first
+step, and a finished block's clean keys are written in the forward of the next block's first step. A
+sequence therefore needs no forward that draws nothing, and `total_forwards` equals
+`denoising_forwards`.
 
 The engine knows token ids only. It does not tokenise, score or select training states.
 
-S: tokens of a forward; n: draws of a forward; h: hidden size; Vp: padded vocabulary; tp: tensor-parallel
-size.
+S: tokens of a forward; n: draws of a forward; h: hidden size; Vp: padded vocabulary; tp:
+tensor-parallel size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,7 +34,7 @@ from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 # Prompt tokens admitted into one forward (one prompt always is): bounds its activation memory.
 MAX_PREFILL_TOKENS = 8192
 
-# Logits that exist at once while drawing, in elements: the noise needs several 64-bit copies of them.
+# Logits that exist at once while drawing, in elements: their noise takes several 64-bit copies.
 MAX_LOGITS = 1 << 24
 
 
@@ -85,16 +86,22 @@ class RolloutEngine:
         self._vocab_size = vocab_size
         self._groups = groups or RolloutGroups.from_parallel_state()
 
-    def generate(self, prompts: Sequence[Prompt], max_response_length: int) -> list[Trajectory]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_response_length: int,
+        on_finished: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]:
         """Decode one response for each prompt.
 
-        All model-parallel ranks call this with the same prompts; data-parallel ranks have their own,
-        possibly none. A response ends with its first EOS or after `max_response_length` tokens, but
-        the block that holds its end is decoded completely (`Trajectory.tail_ids`).
+        All model-parallel ranks call this with the same prompts; data-parallel ranks have their
+        own, possibly none. A response ends with its first EOS or after `max_response_length`
+        tokens, but the block that holds its end is decoded completely (`Trajectory.tail_ids`).
 
         Args:
             prompts: What to decode.
             max_response_length: Tokens, at least 1.
+            on_finished: Called with each trajectory when it is complete, to report progress.
 
         Returns:
             Trajectories in the order of the prompts; all on the CPU, the same on all model-parallel
@@ -111,9 +118,14 @@ class RolloutEngine:
                 if len(prompt.token_ids) == 0:
                     raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
         with _evaluation(self._model):
-            return self._generate(prompts, max_response_length)
+            return self._generate(prompts, max_response_length, on_finished)
 
-    def _generate(self, prompts: Sequence[Prompt], max_response_length: int) -> list[Trajectory]:
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_response_length: int,
+        on_finished: Callable[[Trajectory], None] | None,
+    ) -> list[Trajectory]:
         block_size = self.generation.block_size
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         max_length = -(-(longest + max_response_length) // block_size) * block_size
@@ -134,7 +146,10 @@ class RolloutEngine:
             queue.begin_forward()
             # From the last slot down: what moves into a freed slot is never itself finished.
             for slot in reversed(finished):
-                trajectories[slots.request(slot)] = slots.trajectory(slot)
+                trajectory = slots.trajectory(slot)
+                trajectories[slots.request(slot)] = trajectory
+                if on_finished is not None:
+                    on_finished(trajectory)
                 request = queue.pop()
                 if request is not None:
                     slots.place(slot, request, prompts[request])

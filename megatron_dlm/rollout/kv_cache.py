@@ -2,9 +2,9 @@
 
 The cache of a pipeline stage has one slot per running sequence. A forward pass carries consecutive
 tokens of many slots, laid end to end; it overwrites the cache at their positions, then each token
-attends to its slot. Writing first makes every kind of forward the same: prefilling a prompt, denoising
-a block (whose noisy keys the next forward overwrites), and the clean block followed by the next noisy
-one, in which neither sees more than it should because visibility goes by blocks.
+attends to its slot. Writing first makes every kind of forward the same: prefilling a prompt,
+denoising a block (whose noisy keys the next forward overwrites), and the clean block followed by
+the next noisy one, in which neither sees more than it should because visibility goes by blocks.
 
 S: tokens of a forward; R: slots in use; n: query heads, g: key/value heads of this tensor-parallel
 rank; d: head size; Q: most tokens of a slot in a group; K: longest sequence in a group.
@@ -78,9 +78,10 @@ class _Group:
     """Slots that attend in one kernel call.
 
     Attributes:
-        rows: [rows] int64 slots, or None for the slots 0 to num_rows - 1, whose cache needs no copy.
-        gather: [rows * Q] int64, token of each query of the padded batch; None if that is the tokens
-            in their order.
+        rows: [rows] int64 slots, or None for the slots 0 to num_rows - 1, whose cache needs no
+            copy.
+        gather: [rows * Q] int64, token of each query of the padded batch; None if that is the
+            tokens in their order.
         mask: [rows, 1, n / g * Q, K] bool, true where visible.
     """
 
@@ -120,8 +121,8 @@ class CacheView:
     """One forward pass's window on a `KVCache`; travels as Megatron's `attention_mask`.
 
     Implements `megatron_dlm.models.attention.CachedAttention`. Slot r contributes the tokens at
-    positions starts[r] to ends[r] - 1, slots in ascending order. A query at position i sees the keys of
-    its slot at positions below min((i // block_size + 1) * block_size, ends[r]).
+    positions starts[r] to ends[r] - 1, slots in ascending order. A query at position i sees the
+    keys of its slot at positions below min((i // block_size + 1) * block_size, ends[r]).
 
     Args:
         cache: The cache; every position below starts[r] must have been written before.

@@ -37,8 +37,8 @@ class DenoisedBlocks:
 def _order(scores: Tensor, masked: Tensor) -> Tensor:
     """Positions by descending score, lowest position first among equals, unmasked ones last."""
     scores = scores.masked_fill(~masked, -torch.inf)
-    # A stable sort keeps equals in order, but an unmasked position must not precede a masked one whose
-    # own score is -inf.
+    # A stable sort keeps equals in order, but an unmasked position must not precede a masked one
+    # whose own score is -inf.
     by_score = scores.sort(dim=-1, descending=True, stable=True).indices
     unmasked = ~masked.gather(-1, by_score)
     return by_score.gather(-1, unmasked.long().sort(dim=-1, stable=True).indices)
@@ -59,7 +59,7 @@ def low_confidence_static(blocks: DenoisedBlocks, config: GenerationConfig) -> T
 
 
 def low_confidence_dynamic(blocks: DenoisedBlocks, config: GenerationConfig) -> Tensor:
-    """Every masked position more confident than `dynamic_threshold`, else the most confident one."""
+    """Every masked position above `dynamic_threshold`; if there is none, the most confident one."""
     passing = blocks.masked & (blocks.confidence > config.dynamic_threshold)
     best = _first(
         _order(blocks.confidence, blocks.masked), torch.ones_like(blocks.step), blocks.masked

@@ -1,9 +1,9 @@
 """Drawing tokens from vocabulary-parallel logits with counter-based randomness.
 
-A draw is Gumbel-max: argmax over the vocabulary of logit / temperature + Gumbel noise. The noise is a
-hash of (seed, sample index, position, denoising step, vocabulary id), so it depends neither on the
-batch nor on the parallel layout, and every tensor-parallel rank computes its own shard's only. Ranks
-exchange a few numbers per drawn token, never the vocabulary.
+A draw is Gumbel-max: argmax over the vocabulary of logit / temperature + Gumbel noise. The noise is
+a hash of (seed, sample index, position, denoising step, vocabulary id), so it depends neither on
+the batch nor on the parallel layout, and every tensor-parallel rank computes its own shard's only.
+Ranks exchange a few numbers per drawn token, never the vocabulary.
 
 n: tokens drawn at once; Vp: vocabulary padded for tensor parallelism; tp: its ranks; k: top-k.
 """
@@ -83,8 +83,8 @@ def gumbel_noise(
         key = _mix(key.bitwise_xor_(counter).add_(_GOLDEN))
     bits = _mix(key[:, None] + (vocabulary_ids + 1) * _GOLDEN)
     uniform = _shift_right(bits, 64 - _NOISE_BITS).float().add_(0.5).mul_(2.0**-_NOISE_BITS)
-    # The exponential variate keeps full precision where it is small, which is where draws are decided;
-    # the clamp keeps the largest one finite after rounding to float32.
+    # The exponential variate keeps full precision where it is small, which is where draws are
+    # decided; the clamp keeps the largest one finite after rounding to float32.
     exponential = uniform.clamp_(max=1.0 - 2.0**-24).neg_().log1p_().neg_()
     return exponential.log_().neg_()
 
@@ -153,9 +153,9 @@ def sample_tokens(
 ) -> SampledTokens:
     """Draw one token for each row of vocabulary-parallel logits.
 
-    The distribution is softmax(logits / temperature) restricted to the `top_k` most likely tokens and
-    then to the smallest set of them with mass >= `top_p` (of what top-k left). MASK and padding ids
-    have probability zero. Arithmetic is float32; equal scores go to the lowest id.
+    The distribution is softmax(logits / temperature) restricted to the `top_k` most likely tokens
+    and then to the smallest set of them with mass >= `top_p` (of what top-k left). MASK and padding
+    ids have probability zero. Arithmetic is float32; equal scores go to the lowest id.
 
     Args:
         logits: [n, Vp/tp], this rank's shard, any floating type; n may be 0. Not modified.
@@ -169,7 +169,8 @@ def sample_tokens(
         sample_index: [n] int64, global index of the sample.
         position: [n] int64, position of the token in its sequence.
         denoising_step: [n] int64.
-        tp_group: Ranks that hold the other shards, ordered by `vocab_start`; None if there are none.
+        tp_group: Ranks that hold the other shards, ordered by `vocab_start`; None if there are
+            none.
 
     Returns:
         The same on every rank of `tp_group`.

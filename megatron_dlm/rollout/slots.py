@@ -1,7 +1,8 @@
 """The sequences that are being decoded: what is known of each, and what its next forward needs.
 
-All state lives in small CPU tensors with one row per slot. Slots 0 to R - 1 are in use; when a sequence
-ends and none waits, the last slot moves into its place, so the slots in use stay contiguous.
+All state lives in small CPU tensors with one row per slot. Slots 0 to R - 1 are in use; when a
+sequence ends and none waits, the last slot moves into its place, so the slots in use stay
+contiguous.
 
 R: slots in use; B: block size; T: positions of a slot.
 """
@@ -68,7 +69,7 @@ class PromptQueue:
         self._prefill_tokens = 0
 
     def pop(self) -> int | None:
-        """Index of the next prompt, or None if none is left or it has to wait for a later forward."""
+        """Index of the next prompt, or None if none is left or it has to wait for a forward."""
         if self._next == len(self._prompts):
             return None
         total = self._prefill_tokens + len(self._prompts[self._next].token_ids)
@@ -82,9 +83,9 @@ class PromptQueue:
 class SlotTable:
     """State of the sequences in decoding.
 
-    A slot's next forward covers the positions from `_start`, the first whose keys are not final in the
-    cache, to the end of the block in decoding: the prompt's complete blocks on the first forward, the
-    block just finished on the first of each later block, nothing else on the others.
+    A slot's next forward covers the positions from `_start`, the first whose keys are not final in
+    the cache, to the end of the block in decoding: the prompt's complete blocks on the first
+    forward, the block just finished on the first of each later block, nothing else on the others.
 
     Args:
         num_slots: Sequences held at once.

@@ -38,17 +38,18 @@ class Trajectory:
         sample_index: As in `Prompt`.
         prompt_ids: [P] int64.
         response_ids: [L] int64, up to and including the first EOS.
-        unmask_step: [L] int64, the denoising step of its block (from 1) at which each response token
-            was committed; zeros for responses that were not rolled out by block diffusion.
+        unmask_step: [L] int64, the denoising step of its block (from 1) at which each response
+            token was committed; zeros for responses that were not rolled out by block diffusion.
         tail_ids: [T] int64, tokens that shared the final block with the response but lie behind its
-            end (after EOS or the length limit). They are no part of x_0 and never supervised, but the
-            student saw them when it denoised that block, so its visited states contain them.
+            end (after EOS or the length limit). They are no part of x_0 and never supervised, but
+            the student saw them when it denoised that block, so its visited states contain them.
         tail_unmask_step: [T] int64.
         finish_reason: "eos" or "length".
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
-        teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those of
-            the position before it); on the last pipeline stage after the teacher phase, else None.
+        teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those
+            of the position before it); on the last pipeline stage after the teacher phase, else
+            None.
         record: The prompt's JSON object.
     """
 

@@ -1,0 +1,1 @@
+"""Training: set-up, loop, optimizer, schedules, checkpoints and metrics."""

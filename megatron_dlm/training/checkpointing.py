@@ -8,29 +8,26 @@ because none is consumed in training: every draw is keyed by the seed and the sa
 
 import dataclasses
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.utils import unwrap_model
 
+from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.errors import bad_value
-from megatron_dlm.training.student import Student
-
-LATEST = "latest_checkpointed_iteration.txt"
-HF_FOLDER = "hf"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
+from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.training.run_folder import (
+    HF_FOLDER,
+    LATEST,
+    find_checkpoint,
+    iteration_folder,
 )
+from megatron_dlm.training.student import Student
 
 
 @dataclasses.dataclass
@@ -48,17 +45,6 @@ class Progress:
     rollout: int = 0
     consumed_samples: int = 0
     response_tokens_total: int = 0
-
-
-def iteration_folder(run_folder: str | Path, iteration: int) -> Path:
-    """Where a run keeps the checkpoint of an iteration."""
-    return Path(run_folder) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(run_folder: str | Path) -> int | None:
-    """The newest published checkpoint of a run folder, None if there is none."""
-    file = Path(run_folder) / LATEST
-    return int(file.read_text()) if file.is_file() else None
 
 
 def is_rank_zero() -> bool:
@@ -147,33 +133,24 @@ def save_checkpoint(
     return final
 
 
-def find_checkpoint(path: str | Path, field: str = "--load") -> Path:
-    """The iteration folder that a run folder or iteration folder stands for.
-
-    Raises:
-        UserError: The folder holds no published checkpoint.
-    """
-    folder = Path(path)
-    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        return folder
-    iteration = latest_iteration(folder)
-    if iteration is None or not iteration_folder(folder, iteration).is_dir():
-        raise bad_value(
-            field, str(path), "holds no checkpoint", "name a run folder or an iter_* folder"
-        )
-    return iteration_folder(folder, iteration)
-
-
 def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
     """Compare the model's tensors with the checkpoint's before anything is loaded."""
-    saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    try:
+        saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    except (CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise bad_value(
+            field, str(checkpoint), "is damaged or incomplete", "load another checkpoint"
+        ) from error
     for name, tensor in state["model"].items():
-        key = getattr(tensor, "key", None)
-        if key is None or not hasattr(tensor, "global_shape"):
+        if not isinstance(tensor, dist_checkpointing.ShardedTensor):
             continue
+        key = tensor.key
         if key not in saved:
             raise bad_value(
-                field, str(checkpoint), f"has no tensor {key}", "load a checkpoint of this architecture"
+                field,
+                str(checkpoint),
+                f"has no tensor {key}",
+                "load a checkpoint of this architecture",
             )
         if saved[key].global_shape != tensor.global_shape and not tensor.allow_shape_mismatch:
             raise bad_value(
@@ -193,7 +170,8 @@ def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load"
     """
     checkpoint = find_checkpoint(path, field)
     state = _sharded_state(model, None, is_loading=True)
-    _check_shapes(state, checkpoint, field)
+    with errors_on_all_ranks():
+        _check_shapes(state, checkpoint, field)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     unwrap_model(model).load_state_dict(loaded["model"])
 
@@ -208,10 +186,14 @@ def load_training_state(path: str | Path, student: Student, field: str = "--load
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     if "scheduler" not in common:
         raise bad_value(
-            field, str(path), "holds weights but no training state", "add --finetune to start from it"
+            field,
+            str(path),
+            "holds weights but no training state",
+            "add --finetune to start from it",
         )
     state = _sharded_state(student.model, student, is_loading=True)
-    _check_shapes(state, checkpoint, field)
+    with errors_on_all_ranks():
+        _check_shapes(state, checkpoint, field)
     loaded = dist_checkpointing.load(state, str(checkpoint))
     student.model.load_state_dict(loaded["model"])
     student.optimizer.load_state_dict(loaded["optimizer"])

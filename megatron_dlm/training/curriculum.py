@@ -6,7 +6,7 @@ from megatron_dlm.config.schema import Config
 
 
 def response_length(config: Config, rollout: int) -> int:
-    """Longest response of rollout step `rollout` (from 0), in tokens, rounded up to whole blocks."""
+    """Longest response of a rollout step (from 0), in tokens, rounded up to whole blocks."""
     options = config.rollout
     longest = options.max_response_length
     warmup = options.response_length_warmup_rollouts

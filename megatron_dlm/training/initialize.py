@@ -1,7 +1,5 @@
 """Process groups and seeds: from one plain process to a torchrun job."""
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,40 +7,26 @@ from datetime import timedelta
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import HashStore  # type: ignore[attr-defined] # documented, not listed
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
-
-
-def world_size() -> int:
-    """Number of processes, from torchrun's environment; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Global rank of this process, from torchrun's environment; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+from megatron_dlm.entry import rank, world_size
+from megatron_dlm.errors import UserError
 
 
 def initialize(config: Config) -> None:
     """Select the device, join the process group and split it into model-parallel groups.
 
-    Works under torchrun or Slurm (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, `LOCAL_RANK`) and
-    in a plain process, which becomes a group of one.
+    Works under torchrun or Slurm (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`,
+    `LOCAL_RANK`) and in a plain process, which becomes a group of one.
     """
     device = platform.select(config.parallel.device)
     if not torch.distributed.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if world_size() == 1:
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
         torch.distributed.init_process_group(
             backend=platform.collective_backend(),
+            # One process has nobody to find: it needs no address and no port.
+            store=HashStore() if world_size() == 1 else None,
             rank=rank(),
             world_size=world_size(),
             timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
@@ -58,6 +42,27 @@ def initialize(config: Config) -> None:
     )
     torch.manual_seed(config.data.seed)
     model_parallel_cuda_manual_seed(config.data.seed)
+
+
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise a `UserError` of any rank on all of them, so that none waits for the one that ended.
+
+    Collective; the body must not be.
+
+    Raises:
+        UserError: That of the lowest rank that has one.
+    """
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, None if own is None else str(own))
+    for message in messages:
+        if message is not None:
+            raise UserError(message) from own
 
 
 @contextmanager

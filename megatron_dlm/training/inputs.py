@@ -1,4 +1,4 @@
-"""Everything a run reads before it builds a model: checked first, so that bad input costs seconds."""
+"""What a run reads before it builds a model: checked first, so that bad input costs seconds."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,6 +7,7 @@ others it is one global batch of examples.
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -28,7 +29,7 @@ from megatron_dlm.training.train_step import train_step
 
 @dataclass(frozen=True)
 class Collected:
-    """A rollout batch: this data-parallel rank's trajectories and what all ranks' have in common."""
+    """A rollout batch: this rank's trajectories, and figures over those of all ranks."""
 
     trajectories: list[Trajectory]
     response_tokens: int
@@ -40,8 +41,8 @@ class Collected:
 def collect(run: Run) -> Collected:
     """Obtain the next rollout batch.
 
-    Sample g of the run belongs to data-parallel rank g mod dp, so that each update's global batch is
-    the same set of trajectories under every layout.
+    Sample g of the run belongs to data-parallel rank g mod dp, so that each update's global batch
+    is the same set of trajectories under every layout.
     """
     config = run.config
     dp_rank = parallel_state.get_data_parallel_rank()
@@ -135,6 +136,8 @@ def train(run: Run) -> None:
         wandb_project=config.logging.wandb_project,
         run_config=config.to_dict(),
     )
+    if config.logging.save is not None and is_rank_zero():
+        (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
     saved_at = progress.iteration
     multiple = row_multiple(run)
     while progress.iteration < config.train_iters:

@@ -1,4 +1,4 @@
-"""What a run reports: lines for a person on rank 0, `metrics.jsonl` and TensorBoard for the rest."""
+"""What a run reports: lines for a person on rank 0, `metrics.jsonl` and TensorBoard."""
 
 import json
 import time
@@ -33,8 +33,8 @@ class StepMetrics:
         supervised_tokens: In this update's global batch.
         response_tokens_total: Response tokens generated or read so far, all ranks.
         response_length: Mean response length of the current rollout batch, tokens.
-        tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None for
-            objectives without one.
+        tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None
+            for objectives without one.
         eos_rate: Share of the current batch's responses that ended in EOS.
         time: Seconds by phase.
     """
@@ -52,7 +52,8 @@ class StepMetrics:
     time: PhaseTimes
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Seconds as minutes and seconds, with hours where there are any."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -153,7 +154,8 @@ class MetricsLogger:
             f"| grad {metrics.grad_norm:.2f} | lr {max(metrics.lr.values()):.2e}{decoding} "
             f"| {self._window_tokens / max(seconds, 1e-9):,.0f} supervised tok/s "
             f"| rollout {window.rollout:.1f}s teacher {window.teacher:.1f}s "
-            f"student {window.student:.1f}s | elapsed {_duration(elapsed)} left {_duration(left)}"
+            f"student {window.student:.1f}s "
+            f"| elapsed {format_duration(elapsed)} left {format_duration(left)}"
         )
         self._window, self._window_tokens = PhaseTimes(), 0
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, read_architecture
-from megatron_dlm.training.checkpointing import HF_FOLDER, find_checkpoint, load_weights
+from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,22 @@ class ModelSource:
     is_megatron: bool
     architecture: Architecture
 
-    def load_into(self, model: torch.nn.Module) -> None:
-        """Fill this rank's part of a model.
+    def load_into(self, model: "torch.nn.Module") -> None:
+        """Fill this rank's part of a model; all ranks call this.
 
         Raises:
-            UserError: The weights do not fit the model.
+            UserError: The weights do not fit the model; raised on all ranks.
         """
+        # Not at the top: what a folder holds can be said without PyTorch and Megatron-Core.
+        from megatron_dlm.conversion.hf_import import load_hf_weights
+        from megatron_dlm.training.checkpointing import load_weights
+        from megatron_dlm.training.initialize import errors_on_all_ranks
+
         if self.is_megatron:
             load_weights(self.path, model, self.field)
         else:
-            load_hf_weights(model, self.architecture, self.hf_folder)
+            with errors_on_all_ranks():
+                load_hf_weights(model, self.architecture, self.hf_folder, self.field)
 
 
 def open_model_source(path: str, field: str) -> ModelSource:
@@ -58,7 +65,10 @@ def open_model_source(path: str, field: str) -> ModelSource:
         has_weights = any(folder.glob("*.safetensors"))
         if not has_weights:
             raise bad_value(
-                field, path, "holds config.json but no *.safetensors", "name a complete model folder"
+                field,
+                path,
+                "holds config.json but no *.safetensors",
+                "name a complete model folder",
             )
         return ModelSource(folder, field, folder, False, read_architecture(folder, field))
     hf_folder = find_checkpoint(folder, field) / HF_FOLDER

@@ -70,7 +70,7 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
                 "param_groups: pattern",
                 group.pattern,
                 "matches no parameter of the model on any rank",
-                f"use one of {', '.join(GROUPS)} or a regular expression over names such as {names[0]}",
+                f"use one of {', '.join(GROUPS)} or an expression over names such as {names[0]}",
             )
     for name in names:
         matching = [
@@ -80,7 +80,10 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
         ]
         if len(matching) > 1:
             raise bad_value(
-                "param_groups: pattern", matching, f"both match {name}", "make the patterns disjoint"
+                "param_groups: pattern",
+                matching,
+                f"both match {name}",
+                "make the patterns disjoint",
             )
 
 

@@ -7,7 +7,8 @@ from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.model_provider import build_model, build_teacher
-from megatron_dlm.objectives import OBJECTIVES, Objective
+from megatron_dlm.objectives import OBJECTIVES
+from megatron_dlm.objectives.base import Objective
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.checkpointing import (
@@ -69,7 +70,7 @@ def _check_resumable(config: Config, load: str) -> None:
                 "--" + name.replace("_", "-"),
                 now[name],
                 f"the run in {load} was started with {before[name]!r}",
-                f"use {before[name]!r} to resume it, or --finetune to start a new run from its weights",
+                f"use {before[name]!r} to resume it, or --finetune for a new run from its weights",
             )
 
 

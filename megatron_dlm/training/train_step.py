@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -53,7 +54,7 @@ def _reduce_sums(local: list[Tensor]) -> Tensor:
 
 
 def train_step(
-    model: torch.nn.Module,
+    model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     objective: Objective,

@@ -1,5 +1,8 @@
 """Under every layout, imported logits are transformers' and exported tensors the source's."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.initialize import initialize
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
+from tests.unit_tests.conversion.tokenizers import save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,20 @@ class Layout:
         return Path(folder, f"source_{self.moe}_{self.tied}")
 
 
-LAYOUTS = {
-    2: [
-        Layout(tp=2),
-        Layout(tp=2, tied=True),
-        Layout(pp=2),
-        Layout(pp=2, tied=True),
-        Layout(ep=2, moe=True),
-        Layout(ep=2, moe=True, tied=True),
-        Layout(tp=2, sequence_parallel=True, moe=True),
-        # experts split in another way than attention
-        Layout(tp=2, ep=2, expert_tp=1, sequence_parallel=True, moe=True),
-    ],
-    4: [
-        Layout(tp=2, pp=2, tied=True),
-        Layout(ep=2, pp=2, moe=True),
-        # every shard also exists on a data-parallel replica
-        Layout(tp=2),
-    ],
-}
+# In a world of four, the processes that a layout leaves over are data-parallel replicas.
+WORLD_SIZE = 4
+LAYOUTS = [
+    Layout(tp=2),
+    Layout(tp=2, tied=True),
+    Layout(pp=2),
+    Layout(pp=2, tied=True),
+    Layout(tp=2, pp=2, tied=True),
+    Layout(ep=2, moe=True),
+    Layout(ep=2, pp=2, moe=True, tied=True),
+    Layout(tp=2, sequence_parallel=True, moe=True),
+    # experts split in another way than attention
+    Layout(tp=2, ep=2, expert_tp=1, sequence_parallel=True, moe=True),
+]
 
 
 def import_and_export(layout: Layout, folder: str, target: str) -> torch.Tensor | None:
@@ -97,9 +96,8 @@ def refused_everywhere(layout: Layout, folder: str) -> None:
 
 
 def run_layouts(rank: int, folder: str) -> list[torch.Tensor | None]:
-    world_size = dist.get_world_size()
     results = []
-    for number, layout in enumerate(LAYOUTS[world_size]):
+    for number, layout in enumerate(LAYOUTS):
         initialize(layout.config)
         results.append(import_and_export(layout, folder, f"{folder}/out_{number}"))
         if number == 0:
@@ -108,24 +106,22 @@ def run_layouts(rank: int, folder: str) -> list[torch.Tensor | None]:
     return results
 
 
-@pytest.mark.parametrize("world_size", list(LAYOUTS))
-def test_layouts(tmp_path, world_size):
+def test_layouts(tmp_path):
     # Here and not above: the spawned processes import this file and need none of it.
     from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 
-    layouts = LAYOUTS[world_size]
     expected = {}
-    for layout in layouts:
+    for layout in LAYOUTS:
         source = layout.source(str(tmp_path))
         if source not in expected:
             hf_model = random_hf_model(moe=layout.moe, tied=layout.tied)
             save_hf_model(hf_model, source)
             expected[source] = hf_logits(hf_model, random_tokens())
-    results = run_distributed(run_layouts, world_size, str(tmp_path))
-    for number, layout in enumerate(layouts):
+    results = run_distributed(run_layouts, WORLD_SIZE, str(tmp_path))
+    for number, layout in enumerate(LAYOUTS):
         source = layout.source(str(tmp_path))
         logits = [result[number] for result in results if result[number] is not None]
-        assert len(logits) == world_size // layout.pp
+        assert len(logits) == WORLD_SIZE // layout.pp
         for of_rank in logits:
             assert (of_rank[:, :VOCAB_SIZE] - expected[source]).abs().max() < 1e-4, layout
             assert not of_rank[:, VOCAB_SIZE:].any(), layout
@@ -134,3 +130,35 @@ def test_layouts(tmp_path, world_size):
         assert exported.keys() == original.keys(), layout
         for name, tensor in original.items():
             assert torch.equal(exported[name], tensor), (layout, name)
+
+
+@pytest.mark.timeout(300)
+def test_tool_reshards_under_torchrun(tmp_path):
+    from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
+
+    source = save_hf_model(random_hf_model(tied=True), tmp_path / "source")
+    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *torchrun, str(tool), "--tokenizer", str(tmp_path), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(tool.parents[1])}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    megatron, exported = str(tmp_path / "megatron"), str(tmp_path / "exported")
+    done = convert(
+        *("--load", str(source), "--save", megatron, "--target-format", "megatron"),
+        *("--tensor-model-parallel-size", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    save_tokenizer(tmp_path)
+    done = convert(
+        *("--load", megatron, "--save", exported, "--target-format", "qwen3"),
+        *("--pipeline-model-parallel-size", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    original = load_file(source / "model.safetensors")
+    again = load_file(Path(exported, "model.safetensors"))
+    assert again.keys() == original.keys()
+    for name, tensor in original.items():
+        assert torch.equal(again[name], tensor), name

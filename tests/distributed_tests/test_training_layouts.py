@@ -20,23 +20,23 @@ DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 MOE_LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": dict(expert_model_parallel_size=2),
-    "EP2 distributed optimizer": dict(
-        expert_model_parallel_size=2, use_distributed_optimizer=True
-    ),
+    "EP2 distributed optimizer": dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
     "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
 }
 FOUR_PROCESSES: dict[str, tuple[bool, dict[str, Any]]] = {
     "TP2 PP2 SP": (
         False,
-        dict(
-            tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
-        ),
+        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
     ),
     "PP2 DP2 distributed optimizer": (
         False,
         dict(pipeline_model_parallel_size=2, use_distributed_optimizer=True),
     ),
     "EP2 PP2": (True, dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
+    "EP2 TP2 SP": (
+        True,
+        dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
+    ),
 }
 
 

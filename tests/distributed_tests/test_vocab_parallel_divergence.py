@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.distillation.vocab_parallel_divergence import (
-    DivergenceSpec,
     vocab_parallel_divergence,
 )
 from megatron_dlm.distillation.vocab_parallel_head import reshard_head

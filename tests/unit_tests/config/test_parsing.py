@@ -161,7 +161,10 @@ def test_every_field_is_documented() -> None:
         value = getattr(Config(), group.name)
         owner = type(value) if dataclasses.is_dataclass(value) else Config
         names = [f.name for f in dataclasses.fields(owner)] if owner is not Config else [group.name]
-        documented = {p.arg_name: p.description for p in parse_from_object(owner).params}
+        declaring = [base for base in owner.__mro__ if dataclasses.is_dataclass(base)]
+        documented = {
+            p.arg_name: p.description for base in declaring for p in parse_from_object(base).params
+        }
         for name in names:
             assert documented.get(name), name
 

@@ -23,6 +23,8 @@ from tests.unit_tests.conversion.hf_models import (
 )
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("single_process")
+
 
 def read_tensors(folder):
     """Name -> (file, tensor) of all safetensors of a folder."""

@@ -14,6 +14,8 @@ from megatron_dlm.models.model_provider import build_model
 from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 
+pytestmark = pytest.mark.usefixtures("single_process")
+
 
 def import_model(folder, config=None):
     architecture = read_architecture(folder)

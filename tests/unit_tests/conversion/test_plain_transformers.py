@@ -17,6 +17,8 @@ from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("single_process")
+
 # Arguments: input_ids as JSON, file for the results, folders.
 SCRIPT = """
 import json, pathlib, sys, torch

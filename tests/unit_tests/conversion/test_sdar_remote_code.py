@@ -22,12 +22,14 @@ from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, sa
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("single_process")
+
 PROMPTS = [random_tokens(length, seed=length) for length in (3, 8, 1, 14)]
 MAX_NEW_TOKENS = 18
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
-def models(request, tmp_path_factory):
+def models(request, tmp_path_factory, single_process):
     """Our model and the exported one, with equal weights."""
     folder = tmp_path_factory.mktemp(request.param)
     moe = request.param == "moe"

@@ -6,11 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.distillation import vocab_parallel_head
-from megatron_dlm.distillation.vocab_parallel_divergence import (
-    DIVERGENCES,
-    DivergenceSpec,
-    vocab_parallel_divergence,
-)
+from megatron_dlm.distillation.divergence_spec import DIVERGENCES, DivergenceSpec
+from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
 from megatron_dlm.errors import UserError
 from tests.unit_tests.distillation.dense_reference import (
     LossInputs,

@@ -227,7 +227,8 @@ def test_autoregressive_decoding_equals_transformers(models: Models) -> None:
         expected = output[0, len(prompt.token_ids) :]
         assert trajectory.response_ids.tolist() == expected.tolist()
         assert trajectory.finish_reason == ("eos" if expected[-1] == EOS else "length")
-        assert not trajectory.unmask_step.any() and not len(trajectory.tail_ids)
+        assert not trajectory.unmask_step.any()
+        assert len(trajectory.tail_ids) == 0
         assert trajectory.denoising_forwards == len(expected)
 
 

@@ -100,7 +100,8 @@ def test_noise_is_standard_gumbel() -> None:
     assert (quantiles - ideal).abs().max() < 1.95 / math.sqrt(len(noise))  # Kolmogorov, 99.9 %
     assert noise.isfinite().all()
     seeds = [gumbel_noise(seed, rows[:1], rows[:1], rows[:1], rows) for seed in (0, 1, 1 << 63)]
-    assert not torch.equal(seeds[0], seeds[1]) and not torch.equal(seeds[0], seeds[2])
+    assert not torch.equal(seeds[0], seeds[1])
+    assert not torch.equal(seeds[0], seeds[2])
 
 
 def test_a_draw_depends_on_its_counters_only() -> None:

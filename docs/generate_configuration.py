@@ -1,0 +1,108 @@
+"""Write docs/configuration.md, the table of all options, from the options' own docstrings.
+
+python docs/generate_configuration.py
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import docstring_parser
+
+from megatron_dlm.config import Config
+from megatron_dlm.config.fields import INVOCATION_FIELDS, OptionField, option_fields, plain_value
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+HEAD = """\
+# Configuration
+
+Written by `docs/generate_configuration.py` from `megatron_dlm/config/groups.py`; do not edit.
+
+Every option has one name. `tensor_model_parallel_size` is a key of a flat YAML file, and
+`--tensor-model-parallel-size` a flag; an option that is true or false is switched by `--bf16` and
+`--no-bf16`. Lists and mappings are JSON on the command line; `none` clears an option that may be
+none. Flags win over the file that `--config` names, which wins over the defaults. A name that does
+not exist, a value of the wrong type and values that cannot work together are errors, in one line,
+with exit status 2.
+
+`--dry-run` reads, checks and prints the configuration, prompts and model description included, and
+stops. It checks a layout without starting its processes when `WORLD_SIZE` says how many there are:
+`WORLD_SIZE=8 python pretrain_opdlm.py --config ... --dry-run`.
+"""
+
+
+def type_name(annotation: typing.Any) -> str:
+    """How the table shows what an option accepts."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return " or ".join(f"`{choice}`" for choice in typing.get_args(annotation))
+    if origin is dict:
+        return "mapping"
+    if origin is tuple:
+        return "list"
+    return {bool: "true or false", int: "integer", float: "number", str: "text"}[annotation]
+
+
+def default_text(option: OptionField) -> str:
+    """The default as YAML and JSON write it."""
+    if option.default is None:
+        return "none"
+    value = plain_value(option.default)
+    if isinstance(value, str):
+        return f"`{value}`"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return f"`{json.dumps(value)}`"
+
+
+def descriptions(owner: type) -> dict[str, str]:
+    """Docstring of each field of a class, on one line."""
+    # A field's docstring is in the class that declares it.
+    declaring = [base for base in owner.__mro__ if dataclasses.is_dataclass(base)]
+    return {
+        param.arg_name: " ".join((param.description or "").split()).replace("|", "\\|")
+        for base in declaring
+        for param in docstring_parser.parse_from_object(base).params
+    }
+
+
+def group_class(name: str) -> type:
+    """The dataclass of a group of options."""
+    group: type = typing.get_type_hints(Config)[name]
+    return group
+
+
+def table(options: list[OptionField], texts: dict[str, str]) -> list[str]:
+    """Markdown rows of some options."""
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for option in options:
+        accepts = type_name(option.type)
+        rows.append(
+            f"| `{option.name}` | {accepts} | {default_text(option)} | {texts[option.name]} |"
+        )
+    return rows
+
+
+def configuration_page() -> str:
+    """The text of docs/configuration.md."""
+    by_group: dict[str | None, list[OptionField]] = {}
+    for option in option_fields(Config).values():
+        by_group.setdefault(option.group, []).append(option)
+    lines = [HEAD]
+    for field in dataclasses.fields(Config):
+        if field.name not in by_group:
+            continue
+        owner = group_class(field.name)
+        title, _, about = (owner.__doc__ or "").splitlines()[0].partition(": ")
+        lines += [f"## {title}", "", about[:1].upper() + about[1:], ""]
+        lines += [*table(by_group[field.name], descriptions(owner)), ""]
+    lines += ["## Invocation", "", "Flags only: they are about one start of the program.", ""]
+    invocation = [option for option in by_group[None] if option.name in INVOCATION_FIELDS]
+    lines += table(invocation, descriptions(Config))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(configuration_page(), encoding="utf-8")

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Train one configuration under torchrun, on one node or several.
+#
+#   bash examples/launch.sh examples/qwen3_8b/opdlm.yaml [flags of pretrain_opdlm.py]
+#
+# A run folder that holds a checkpoint is resumed. Environment, all optional; what is unset is taken
+# from the configuration file:
+#   MODEL           Hugging Face folder of the autoregressive model (--load, and the teacher)
+#   TEACHER         Hugging Face folder of another teacher (--teacher-load)
+#   PROMPTS         JSONL of prompts (--prompts)
+#   SAVE            run folder (--save); on several nodes a folder that all of them see
+#   NUM_ROLLOUTS    length of the run (--num-rollouts)
+#   NPROC_PER_NODE  processes a node, one a GPU (8)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   as torchrun's (1, 0, 127.0.0.1, 29500)
+set -euo pipefail
+
+if [[ $# -lt 1 || ! -f $1 ]]; then
+    echo "error: ${1:-no configuration}: not a file; use: $0 CONFIG.yaml [flags]" >&2
+    exit 2
+fi
+config=$1
+shift
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+flags=(--config "$config")
+load=${MODEL:-}
+teacher=${TEACHER:-$load}
+save=${SAVE:-$(sed -n 's/^save: *//p' "$config")}
+if [[ -f $save/latest_checkpointed_iteration.txt ]]; then
+    load=$save
+fi
+[[ -z $load ]] || flags+=(--load "$load")
+[[ -z $teacher ]] || flags+=(--teacher-load "$teacher")
+[[ -z ${PROMPTS:-} ]] || flags+=(--prompts "$PROMPTS")
+[[ -z ${NUM_ROLLOUTS:-} ]] || flags+=(--num-rollouts "$NUM_ROLLOUTS")
+flags+=(--save "$save")
+
+# One CUDA queue keeps tensor-parallel communication in the order in which it was issued.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Packed rows differ in length, which fragments a caching allocator of fixed segments.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+
+exec torchrun \
+    --nnodes "${NNODES:-1}" \
+    --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" \
+    --nproc-per-node "${NPROC_PER_NODE:-8}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" \
+    --master-port "${MASTER_PORT:-29500}" \
+    "$repository/pretrain_opdlm.py" "${flags[@]}" "$@"

@@ -1,0 +1,26 @@
+"""Fixtures and settings that all tests share."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from megatron_dlm.config import Config, ParallelConfig
+from megatron_dlm.training.initialize import initialized
+
+# A loaded machine is no defect: examples are limited in number, never in time.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def single_process() -> Iterator[None]:
+    """Megatron's groups for a world of one."""
+    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
+        yield

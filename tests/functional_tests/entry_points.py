@@ -1,0 +1,85 @@
+"""Run the entry points: as functions where many cases share one import, as processes where the
+process itself is what is tested."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import REPOSITORY
+
+PRETRAIN = REPOSITORY / "pretrain_opdlm.py"
+GENERATE = REPOSITORY / "tools" / "generate.py"
+EVALUATE = REPOSITORY / "tools" / "evaluate.py"
+CONVERT = REPOSITORY / "tools" / "convert_checkpoint.py"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an entry point ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def check_error(self, *fragments: str) -> None:
+        """Assert one line of error with all fragments and a remedy, status 2, nothing else."""
+        lines = self.stderr.splitlines()
+        assert len(lines) == 1, self.stderr
+        assert lines[0].startswith("error: ")
+        assert "; " in lines[0], "no remedy"
+        for fragment in fragments:
+            assert fragment in lines[0]
+        assert self.status == 2
+        assert self.stdout == ""
+
+
+Call = Callable[..., Outcome]
+
+
+def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """A function that runs `script` with arguments in this process."""
+
+    def call(script: Path, *arguments: object) -> Outcome:
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, script.stem, module)  # dataclasses look themselves up
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        capsys.readouterr()
+        status = module.main()
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+def run_process(
+    script: Path, *arguments: object, processes: int | None = None, **environment: str
+) -> Outcome:
+    """Run a script as a process, or under torchrun with several."""
+    command = [sys.executable]
+    if processes is not None:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)

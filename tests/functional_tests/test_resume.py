@@ -1,0 +1,157 @@
+"""A resumed run is the uninterrupted one, bit for bit; other layouts can go on from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_dlm.config import Config
+from megatron_dlm.errors import UserError
+from megatron_dlm.training import loop
+from megatron_dlm.training.checkpointing import find_checkpoint
+from tests.distributed_tests.spawn import run_distributed
+from tests.tiny import run_config, run_training, save_random_model, write_data
+
+ROLLOUTS = dict(num_rollouts=3, rollout_batch_size=8, lr_warmup_iters=2, log_interval=1)
+
+
+class Interrupted(Exception):
+    """Stands for a node that dies."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_data(folder)
+    save_random_model(folder / "dense")
+    save_random_model(folder / "moe", moe=True)
+    return folder
+
+
+def _tensors(run: str) -> dict[str, torch.Tensor]:
+    return dist_checkpointing.load_plain_tensors(str(find_checkpoint(run)))
+
+
+def _without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Config) -> None:
+    done = 0
+    train_step = loop.train_step
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if done == updates:
+            raise Interrupted
+        done += 1
+        return train_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", failing)
+        with pytest.raises(Interrupted):
+            run_training(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("dense", {}),
+        ("moe", {"use_distributed_optimizer": True}),
+        ("dense", {"objective": "next_token", "train_iters": 6, "num_rollouts": None}),
+        ("dense", {"bf16": True}),
+    ],
+    ids=["opdlm", "moe", "next_token", "bf16"],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    options: dict[str, Any],
+) -> None:
+    options = {**ROLLOUTS, **options}
+    whole = run_config(folder, folder / model, **options, save=str(tmp_path / "whole"))
+    expected = run_training(whole)
+    # Dies in the middle of the third batch; the newest checkpoint is that of the second.
+    broken = str(tmp_path / "broken")
+    interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
+    _interrupt_after(monkeypatch, 5, interrupted)
+    resumed = run_config(
+        folder, Path(broken), **options, teacher_load=str(folder / model), save=broken
+    )
+    lines = run_training(resumed)
+    assert _without_time(lines) == _without_time(expected)
+    actual_tensors, expected_tensors = _tensors(broken), _tensors(str(tmp_path / "whole"))
+    assert actual_tensors.keys() == expected_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        assert torch.equal(actual_tensors[name], tensor), name
+
+
+def _go_on(rank: int, folder: Path, run: str, model: str, layout: dict[str, Any]) -> Any:
+    return run_training(
+        run_config(
+            folder, Path(run), **ROLLOUTS, teacher_load=str(folder / model), save=run, **layout
+        )
+    )
+
+
+def _start(rank: int, folder: Path, run: str, model: str, layout: dict[str, Any]) -> Any:
+    options: dict[str, Any] = {**ROLLOUTS, "num_rollouts": 2, "lr_decay_iters": 6, **layout}
+    return run_training(run_config(folder, folder / model, **options, save=run))
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "after"),
+    [
+        ("dense", {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
+        ("dense", {"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}),
+        ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
+    ],
+    ids=["TP2 to PP2", "DP2 distributed to TP2", "EP2 to PP2"],
+)
+def test_a_run_goes_on_at_another_layout(
+    folder: Path, tmp_path: Path, model: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    whole = run_config(folder, folder / model, **ROLLOUTS, save=str(tmp_path / "whole"))
+    expected = run_training(whole)
+    run = str(tmp_path / "moved")
+    # The distributed optimizer's state has its own format: it is kept through the move.
+    keep = {key: value for key, value in before.items() if key == "use_distributed_optimizer"}
+    run_distributed(_start, 2, folder, run, model, before)
+    lines = run_distributed(_go_on, 2, folder, run, model, {**keep, **after})[0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_what_a_resumed_run_cannot_change_is_refused(folder: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    run_training(run_config(folder, folder / "dense", **ROLLOUTS, save=run))
+    changed = run_config(
+        folder, Path(run), **{**ROLLOUTS, "seed": 7}, teacher_load=str(folder / "dense"), save=run
+    )
+    with pytest.raises(UserError, match=r"--seed = 7: .*1234.*--finetune"):
+        run_training(changed)
+
+
+def test_finetune_starts_a_new_run_from_the_weights(folder: Path, tmp_path: Path) -> None:
+    first = str(tmp_path / "first")
+    run_training(run_config(folder, folder / "dense", **ROLLOUTS, save=first))
+    second = run_config(
+        folder,
+        Path(first),
+        **{**ROLLOUTS, "num_rollouts": 1, "seed": 7},
+        finetune=True,
+        teacher_load=str(folder / "dense"),
+        save=str(tmp_path / "second"),
+    )
+    lines = run_training(second)
+    assert [line["step"] for line in lines] == [1, 2]
+    config = json.loads((find_checkpoint(tmp_path / "second") / "hf" / "config.json").read_text())
+    assert config["block_size"] == 4
+    assert config["mask_token_id"] == 511

@@ -1,0 +1,137 @@
+"""The visibility rule against its definition, and both backends against a dense softmax."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dlm.models import attention_layout
+from megatron_dlm.models.attention import flex_attention_over_row, sdpa_attention
+from megatron_dlm.models.attention_layout import LayoutCache, clean_layout, pad_layout
+
+CLEAN = 0
+
+
+def sees(query: list[int], key: list[int]) -> bool:
+    """Section 2 of the method, in words: one query, one key, [document, block, stream,
+    position]."""
+    if query[0] == -1 or query[0] != key[0]:
+        return False
+    if query[2] == CLEAN:
+        return key[2] == CLEAN and key[1] <= query[1]
+    if key[2] == CLEAN:
+        return key[1] < query[1]
+    return key[1] == query[1] and key[2] == query[2]
+
+
+def dense_mask(layout: torch.Tensor) -> torch.Tensor:
+    tokens = layout.T.tolist()
+    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
+
+
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, scale: float
+) -> torch.Tensor:
+    mask = dense_mask(layout)
+    repeat = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(repeat, dim=2) for x in (key, value))
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.einsum("bnst,tbnd->sbnd", weights.nan_to_num(0.0), value)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> torch.Tensor:
+    """Rows of documents with a clean stream and noisy streams of some of its blocks."""
+    block_size = draw(st.integers(1, 5))
+    parts = []
+    for document in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(1, 13))
+        position = torch.arange(length)
+        clean = clean_layout([length], "block_causal", block_size)
+        part = clean
+        for stream in range(1, draw(st.integers(0, 3)) + 1):
+            blocks = sorted(draw(st.sets(st.integers(0, (length - 1) // block_size), min_size=1)))
+            noisy = torch.cat([position[position // block_size == b] for b in blocks]).int()
+            copy = (torch.zeros_like(noisy), noisy // block_size, noisy * 0 + stream, noisy)
+            part = torch.cat((part, torch.stack(copy)), dim=1)
+        part[0] = document
+        parts.append(part)
+    row = torch.cat(parts, dim=1)
+    return pad_layout(row, row.shape[1] + draw(st.integers(0, 3)))
+
+
+@given(layouts())
+def test_visible_is_the_rule(layout: torch.Tensor) -> None:
+    actual = attention_layout.visible(layout[:, :, None], layout[:, None, :])
+    assert torch.equal(actual, dense_mask(layout))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("causal", lambda q, k: k <= q),
+        ("full", lambda q, k: True),
+        ("block_causal", lambda q, k: k // 3 <= q // 3),
+    ],
+)
+def test_patterns_are_block_ids(pattern: attention_layout.Pattern, expected) -> None:
+    layout = clean_layout([7], pattern, block_size=3)
+    mask = attention_layout.visible(layout[:, :, None], layout[:, None, :])
+    assert mask.tolist() == [[expected(q, k) for k in range(7)] for q in range(7)]
+
+
+@given(layouts(), st.sampled_from([(2, 2), (4, 2), (4, 1)]))
+def test_backends_equal_a_dense_softmax(layout: torch.Tensor, heads: tuple[int, int]) -> None:
+    torch.manual_seed(layout.shape[1])
+    num_heads, num_groups = heads
+    length, head_size = layout.shape[1], 8
+    query = torch.randn(length, 1, num_heads, head_size)
+    key, value = torch.randn(2, length, 1, num_groups, head_size).unbind(0)
+    expected = dense_attention(query.double(), key.double(), value.double(), layout, 0.3)
+    for backend in (sdpa_attention, flex_attention_over_row):
+        actual = backend(query, key, value, layout, 0.3)
+        assert torch.allclose(actual.double(), expected, atol=1e-5), backend.__name__
+
+
+@given(layouts())
+def test_sdpa_gradients_equal_a_dense_softmax(layout: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    length = layout.shape[1]
+    inputs = [torch.randn(length, 1, heads, 4, dtype=torch.float64) for heads in (4, 2, 2)]
+    weight = torch.randn(length, 1, 4, 4, dtype=torch.float64)
+    gradients = []
+    for attend in (sdpa_attention, dense_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        (attend(*leaves, layout, 0.5) * weight).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for actual, expected in zip(*gradients, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-9)
+
+
+def test_a_row_of_padding_contributes_exactly_zero() -> None:
+    layout = pad_layout(torch.zeros(4, 0, dtype=torch.int32), 3)
+    query = torch.randn(3, 1, 4, 8, requires_grad=True)
+    key, value = torch.randn(2, 3, 1, 2, 8).requires_grad_().unbind(0)
+    context = sdpa_attention(query, key, value, layout, 1.0)
+    assert torch.equal(context, torch.zeros_like(context))
+    context.sum().backward()
+    assert torch.equal(query.grad, torch.zeros_like(query))
+
+
+def test_layout_cache_knows_a_layout_by_its_storage() -> None:
+    calls: list[torch.Tensor] = []
+
+    def derive(layout: torch.Tensor) -> int:
+        calls.append(layout)
+        return int(layout.sum())
+
+    cache = LayoutCache(derive, capacity=2)
+    first = torch.ones(4, 5, dtype=torch.int32)
+    assert cache(first) == cache(first.detach()) == 20
+    assert len(calls) == 1
+    # Older layouts are dropped, and a new tensor at a reused address is never taken for an old one.
+    for length in range(1, 30):
+        assert cache(torch.ones(4, length, dtype=torch.int32)) == 4 * length

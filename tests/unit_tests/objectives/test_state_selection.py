@@ -1,0 +1,97 @@
+"""Selected states are states that the rollout visited."""
+
+from collections import Counter
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dlm.objectives.state_selection import all_, global_, per_block, unmask_steps
+from megatron_dlm.rollout.trajectory import Trajectory
+
+
+@st.composite
+def step_tables(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unmask steps of prompt (0) and response, block ids, last step of each block."""
+    block_size = draw(st.integers(1, 4))
+    prompt = draw(st.integers(0, 6))
+    blocks = draw(st.integers(prompt // block_size + 1, prompt // block_size + 4))
+    steps = torch.zeros(blocks * block_size, dtype=torch.long)
+    block = torch.arange(len(steps)) // block_size
+    for b in range(blocks):
+        where = [i for i in range(b * block_size, (b + 1) * block_size) if i >= prompt]
+        count = draw(st.integers(1, max(len(where), 1)))
+        for n, i in enumerate(draw(st.permutations(where))):
+            steps[i] = min(n, count - 1) + 1
+    last = torch.stack([steps[block == b].max() for b in range(blocks)])
+    return steps, block, last
+
+
+@given(step_tables(), st.integers(0, 1000))
+def test_per_block_masks_what_was_committed_at_its_step_or_later(table, seed: int) -> None:
+    steps, block, last = table
+    (masked,) = per_block(steps, block, last, torch.Generator().manual_seed(seed))
+    assert not masked[steps == 0].any()
+    for b in range(len(last)):
+        here = block == b
+        if last[b] == 0:
+            assert not masked[here].any()
+            continue
+        visited = [((steps >= k) & (steps > 0) & here) for k in range(1, int(last[b]) + 1)]
+        assert any(torch.equal(masked & here, state) for state in visited)
+
+
+@given(step_tables(), st.integers(0, 1000))
+def test_global_is_one_state_of_the_whole_trajectory(table, seed: int) -> None:
+    steps, block, last = table
+    (masked,) = global_(steps, block, last, torch.Generator().manual_seed(seed))
+    visited = [
+        (((block == b) & (steps >= k)) | (block > b)) & (steps > 0)
+        for b in range(len(last))
+        for k in range(1, int(last[b]) + 1)
+    ]
+    assert any(torch.equal(masked, state) for state in visited)
+
+
+@given(step_tables())
+def test_all_is_every_visited_state_of_every_block_once(table) -> None:
+    steps, block, last = table
+    states = all_(steps, block, last, torch.Generator())
+    for b in range(len(last)):
+        here = block == b
+        shown = [tuple(state[here].tolist()) for state in states if state[here].any()]
+        visited = [
+            tuple(((steps >= k) & (steps > 0))[here].tolist()) for k in range(1, int(last[b]) + 1)
+        ]
+        assert shown == visited
+
+
+def test_steps_are_drawn_uniformly() -> None:
+    steps = torch.tensor([0, 1, 2, 3, 1, 1, 2, 2])
+    block = torch.arange(8) // 4
+    last = torch.tensor([3, 2])
+    generator = torch.Generator().manual_seed(0)
+    draws = 6000
+    blocks, whole = Counter(), Counter()
+    for _ in range(draws):
+        (masked,) = per_block(steps, block, last, generator)
+        blocks[int(masked[:4].sum())] += 1
+        whole[int(global_(steps, block, last, generator)[0].sum())] += 1
+    for count in blocks.values():
+        assert abs(count / draws - 1 / 3) < 0.03
+    # Global: five states, each with its own number of masks: 7, 6, 5 (block 0), 4, 2 (block 1).
+    assert set(whole) == {7, 6, 5, 4, 2}
+    for count in whole.values():
+        assert abs(count / draws - 1 / 5) < 0.03
+
+
+def test_the_tail_belongs_to_the_state() -> None:
+    trajectory = Trajectory(
+        sample_index=0,
+        prompt_ids=torch.tensor([5, 6]),
+        response_ids=torch.tensor([7]),
+        unmask_step=torch.tensor([1]),
+        tail_ids=torch.tensor([8]),
+        tail_unmask_step=torch.tensor([2]),
+    )
+    assert unmask_steps(trajectory).tolist() == [0, 0, 1, 2]

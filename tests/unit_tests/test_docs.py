@@ -1,0 +1,75 @@
+"""The documentation says what the code does: generated pages are current, links lead somewhere."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_dlm.config import Config
+from megatron_dlm.config.fields import option_fields
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+ENTRY_POINTS = ("evaluate", "generate", "convert_checkpoint")
+PAGE_IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
+
+
+def load_script(name: str) -> ModuleType:
+    path = REPOSITORY / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configuration_page_is_current() -> None:
+    written = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    current = load_script("docs/generate_configuration.py").configuration_page()
+    assert written == current, "run docs/generate_configuration.py"
+
+
+def test_configuration_page_has_every_option() -> None:
+    written = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for option in option_fields(Config).values():
+        assert f"| `{option.name}` |" in written
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_relative_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    inside = r"(?<![\w/.])((?:megatron_dlm|examples|tools|docs|docker)/[\w./-]+)(?![\w./*-])"
+    named = re.findall(inside, text)
+    for name in named:
+        assert (REPOSITORY / name.rstrip(".")).exists(), name
+
+
+def known_flags(options: type) -> set[str]:
+    return {option.flag for option in option_fields(options).values()}
+
+
+def test_flags_in_commands_exist() -> None:
+    known = {"pretrain_opdlm.py": known_flags(Config)}
+    for name in ENTRY_POINTS:
+        script = f"tools/{name}.py"
+        known[script] = known_flags(load_script(script).Arguments)
+    commands = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            for command in block.replace("\\\n", " ").splitlines():
+                for script, flags in known.items():
+                    _, entry, arguments = command.partition(script)
+                    if entry:
+                        commands += 1
+                        given = re.findall(r"--[\w-]+", arguments)
+                        assert set(given) <= flags, command
+    assert commands >= len(known)

@@ -1,0 +1,133 @@
+"""Shipped recipes fit the models and the numbers of GPUs that they are for."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dlm.config import Config, parse_config, validate, validate_architecture
+from megatron_dlm.models.architecture import architecture_from_hf
+from megatron_dlm.training.curriculum import response_length
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+COMMON: dict[str, Any] = {
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "vocab_size": 151936,
+}
+
+
+def qwen3(
+    layers: int, hidden: int, heads: int, groups: int, ffn: int, **moe: int
+) -> dict[str, Any]:
+    """The published config.json of a Qwen3 model, as far as layouts depend on it."""
+    return {
+        **COMMON,
+        "model_type": "qwen3_moe" if moe else "qwen3",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": ffn,
+        **moe,
+    }
+
+
+MODELS = {
+    "qwen3_0.6b": qwen3(28, 1024, 16, 8, 3072),
+    "qwen3_1.7b": qwen3(28, 2048, 16, 8, 6144),
+    "qwen3_8b": qwen3(36, 4096, 32, 8, 12288),
+    "qwen3_30b_a3b": qwen3(
+        48, 2048, 32, 4, 6144, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
+    ),
+}
+
+LAYOUTS: list[tuple[str, int, dict[str, int]]] = [
+    ("qwen3_0.6b", 8, {}),
+    ("qwen3_1.7b", 8, {}),
+    ("qwen3_8b", 8, {}),
+    ("qwen3_8b", 16, {}),
+    ("qwen3_8b", 16, {"tensor_model_parallel_size": 4}),
+    ("qwen3_30b_a3b", 8, {}),
+    ("qwen3_30b_a3b", 16, {"pipeline_model_parallel_size": 2}),
+]
+
+
+def recipe(name: str, **changes: object) -> Config:
+    config = parse_config(["--config", str(EXAMPLES / name / "opdlm.yaml")])
+    return Config.from_dict({**config.to_dict(), **changes})
+
+
+def test_every_recipe_is_covered() -> None:
+    assert {file.parent.name for file in EXAMPLES.glob("qwen3*/*.yaml")} == set(MODELS)
+
+
+@pytest.mark.parametrize(("name", "world_size", "changes"), LAYOUTS)
+def test_recipe_fits_its_model_and_gpus(
+    name: str, world_size: int, changes: dict[str, int], tmp_path: Path
+) -> None:
+    config = recipe(name, save=str(tmp_path / "run"), **changes)
+    validate(config, world_size)
+    validate_architecture(config, architecture_from_hf(MODELS[name]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe_is_the_papers(name: str) -> None:
+    config = recipe(name)
+    assert config.updates_per_rollout == 16
+    assert config.optimizer.lr_warmup_iters == 5 * config.updates_per_rollout
+    assert config.train_iters == config.lr_decay_iters == 61_816 // 128 * 16
+    lengths = [response_length(config, rollout) for rollout in (0, 50, 99, 100, 481)]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-2], lengths[-1]) == (100, 4000, 4000)
+
+
+def launch(name: str, tmp_path: Path, **environment: str) -> list[str]:
+    """Arguments with which the example's script starts torchrun; `echo` stands in its place."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").symlink_to(str(shutil.which("echo")))
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / name / "train.sh"), "--seed", "7"],
+        env={"PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_script_passes_environment_and_flags_on(tmp_path: Path) -> None:
+    environment = {"MODEL": "weights", "PROMPTS": "p.jsonl", "SAVE": str(tmp_path), "NNODES": "2"}
+    arguments = launch("qwen3_8b", tmp_path, **environment)
+    entry = next(i for i, word in enumerate(arguments) if word.endswith("pretrain_opdlm.py"))
+    assert arguments[:2] == ["--nnodes", "2"]
+    config = parse_config(arguments[entry + 1 :])
+    assert config.model.load == config.distillation.teacher_load == "weights"
+    assert config.data.prompts == "p.jsonl"
+    assert config.data.seed == 7
+    assert config.logging.save == str(tmp_path)
+
+
+def test_script_resumes_a_run_with_its_teacher(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("16\n")
+    arguments = launch("qwen3_0.6b", tmp_path, MODEL="weights", SAVE=str(tmp_path))
+    entry = next(i for i, word in enumerate(arguments) if word.endswith("pretrain_opdlm.py"))
+    config = parse_config(arguments[entry + 1 :])
+    assert config.model.load == str(tmp_path)
+    assert config.distillation.teacher_load == "weights"
+
+
+def test_script_leaves_paths_to_the_configuration(tmp_path: Path) -> None:
+    arguments = launch("qwen3_30b_a3b", tmp_path)
+    entry = next(i for i, word in enumerate(arguments) if word.endswith("pretrain_opdlm.py"))
+    config = parse_config(arguments[entry + 1 :])
+    file = parse_config(["--config", str(EXAMPLES / "qwen3_30b_a3b" / "opdlm.yaml")])
+    assert config.model == file.model
+    assert config.logging == file.logging

@@ -1,0 +1,104 @@
+"""Equivalences of one update: recomputation, packing, micro-batches, teacher and loss weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import run_config, run_training, save_random_model, write_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    write_data(folder)
+    save_random_model(folder / "dense")
+    save_random_model(folder / "moe", moe=True)
+    return folder
+
+
+def _run(
+    folder: Path, tmp_path: Path, model: str = "dense", **options: Any
+) -> list[dict[str, Any]]:
+    options = {"rollout_batch_size": 8, **options}
+    return run_training(run_config(folder, folder / model, save=str(tmp_path / "run"), **options))
+
+
+def _check(lines: list[dict[str, Any]], reference: list[dict[str, Any]], rel: float) -> None:
+    assert len(lines) == len(reference) > 0
+    for line, expected in zip(lines, reference, strict=True):
+        assert line["supervised_tokens"] == expected["supervised_tokens"]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=rel)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=rel)
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(recompute_granularity="full", recompute_method="uniform"),
+        dict(recompute_granularity="full", recompute_method="block"),
+        dict(recompute_granularity="selective"),
+    ],
+    ids=["full uniform", "full block", "selective"],
+)
+def test_recomputation_changes_nothing(
+    folder: Path, tmp_path: Path, model: str, options: dict[str, Any]
+) -> None:
+    reference = _run(folder, tmp_path / "off", model)
+    _check(_run(folder, tmp_path / "on", model, **options), reference, rel=1e-6)
+
+
+def test_packed_equals_unpacked(folder: Path, tmp_path: Path) -> None:
+    unpacked = _run(folder, tmp_path / "one", micro_batch_size=1)
+    for size in (2, 4):
+        packed = _run(folder, tmp_path / str(size), micro_batch_size=size)
+        _check(packed, unpacked, rel=1e-5)
+
+
+def test_row_mean_weighs_trajectories_equally(folder: Path, tmp_path: Path) -> None:
+    token = _run(folder, tmp_path / "token", micro_batch_size=2)
+    rows = _run(folder, tmp_path / "row", micro_batch_size=2, loss_normalization="row_mean")
+    split = _run(folder, tmp_path / "split", micro_batch_size=1, loss_normalization="row_mean")
+    _check(rows, split, rel=1e-5)
+    assert rows[0]["loss"] != pytest.approx(token[0]["loss"], rel=1e-3)
+
+
+def test_bf16_stays_near_float32(folder: Path, tmp_path: Path) -> None:
+    options = dict(objective="next_token", train_iters=3)  # the same tokens whatever the precision
+    single = _run(folder, tmp_path / "fp32", **options)
+    half = _run(folder, tmp_path / "bf16", bf16=True, **options)
+    for line, expected in zip(half, single, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+
+
+def test_epochs_draw_new_states_from_the_same_rollout(folder: Path, tmp_path: Path) -> None:
+    lines = _run(folder, tmp_path / "epochs", epochs_per_rollout=2)
+    assert [line["rollout"] for line in lines] == [1] * 4
+    assert len({line["response_tokens_total"] for line in lines}) == 1
+    assert [lines[i]["supervised_tokens"] for i in (0, 1)] != [
+        lines[i]["supervised_tokens"] for i in (2, 3)
+    ]
+
+
+def test_the_teacher_is_untouched_by_updates(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_dlm.training import loop
+
+    weights: list[dict[str, torch.Tensor]] = []
+    train = loop.train_step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        teacher_head = args[-1]
+        assert not teacher_head.requires_grad
+        weights.append(teacher_head.clone())
+        result = train(*args, **kwargs)
+        assert teacher_head.grad is None
+        assert torch.equal(teacher_head, weights[0])
+        return result
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    _run(folder, tmp_path)
+    assert len(weights) == 2
