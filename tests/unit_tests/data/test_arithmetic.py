@@ -76,7 +76,7 @@ def test_splits_share_no_arithmetic() -> None:
         split: {parse_response(e["response"])[0].key for e in islice(examples(split, 7), 4000)}
         for split in SPLITS
     }
-    assert len(contents["heldout"]) > 3000
+    assert len(contents["heldout"]) > 2000
     assert contents["train"].isdisjoint(contents["heldout"])
 
 
@@ -134,12 +134,12 @@ GOLDEN_EXAMPLE = {
     "messages": [
         {
             "role": "user",
-            "content": "Max starts a game with 37 points. He loses 19. He gives up 12."
+            "content": "Max starts a game with 28 points. He loses 9. He gives up 6."
             " How many points does Max have now?",
         }
     ],
-    "response": "37 - 19 = 18\n18 - 12 = 6\n#### 6",
-    "answer": "6",
+    "response": "28 - 9 = 19\n19 - 6 = 13\n#### 13",
+    "answer": "13",
 }
 
 
