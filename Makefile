@@ -1,5 +1,6 @@
 # make setup       create .venv with everything that tests and examples need (CPU)
 # make quickstart  convert the tiny model end to end and print the table
+# make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
 # make test        lint, type check and all tests, as .ci/run does
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The tests start several processes on few cores: more threads each would only get in the way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test lint format
+.PHONY: setup quickstart quickstart-moe test lint format
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -31,6 +32,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 quickstart: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/tiny/quickstart.sh
+
+quickstart-moe: setup
+	$(BIN)/python examples/tiny/build_data.py --output runs/tiny/data --only prompts.jsonl heldout.jsonl
+	rm -rf runs/tiny/opdlm_moe
+	$(BIN)/torchrun --nproc-per-node 2 pretrain_opdlm.py --config examples/tiny/opdlm_moe.yaml
+	$(BIN)/torchrun --nproc-per-node 2 tools/evaluate.py --load runs/tiny/opdlm_moe \
+		--expert-model-parallel-size 2 --data runs/tiny/data/heldout.jsonl \
+		--max-response-length 40 --settings static,dynamic:0.9
 
 lint: setup
 	$(BIN)/ruff check .
