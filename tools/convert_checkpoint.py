@@ -21,12 +21,12 @@ from megatron_dlm.config.layout_rules import check_expert_layout, check_world_si
 from megatron_dlm.config.parsing import parse_arguments
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
-from megatron_dlm.entry import report_user_errors
+from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.checkpointing import save_checkpoint
-from megatron_dlm.training.initialize import initialized, world_size
+from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
 TargetFormat = Literal["megatron", "sdar", "qwen3"]
@@ -182,6 +182,8 @@ def main() -> int:
                 max_shard_size=conversion.max_shard_size_mb * 10**6,
                 overwrite=conversion.overwrite,
             )
+    if rank() == 0:
+        print(f"wrote {target} ({conversion.target_format}, {str(dtype).removeprefix('torch.')})")
     return 0
 
 

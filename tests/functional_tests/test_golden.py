@@ -1,0 +1,55 @@
+"""Golden losses of the committed tiny models: a refactor shows identical numbers.
+
+They change only with the method, the data or the weights. After such a change, rewrite them with
+    python -m tests.functional_tests.test_golden
+and say in the changelog why.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import REPOSITORY, run_config, run_training, write_data
+
+GOLDEN = REPOSITORY / "tests" / "golden" / "losses.json"
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opdlm dense": ("qwen3", {}),
+    "opdlm global reverse_kl": (
+        "qwen3",
+        dict(state_selection="global", divergence="reverse_kl", micro_batch_size=2),
+    ),
+    "opdlm mixture of experts top-16": ("qwen3_moe", dict(divergence_top_k=16)),
+    "next_token dense": ("qwen3", dict(objective="next_token")),
+}
+KEYS = ("loss", "grad_norm", "supervised_tokens", "response_tokens_total")
+
+
+def measure(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Loss and gradient norm of five updates."""
+    model, options = RUNS[name]
+    write_data(folder)
+    config = run_config(folder, REPOSITORY / "examples" / "tiny" / model, **options)
+    return [{key: line[key] for key in KEYS} for line in run_training(config)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_as_they_were(tmp_path: Path, name: str) -> None:
+    expected = json.loads(GOLDEN.read_text())[name]
+    actual = measure(tmp_path, name)
+    assert len(actual) == len(expected) == 5
+    for line, golden in zip(actual, expected, strict=True):
+        assert line["supervised_tokens"] == golden["supervised_tokens"]
+        assert line["response_tokens_total"] == golden["response_tokens_total"]
+        assert line["loss"] == pytest.approx(golden["loss"], rel=1e-3)
+        assert line["grad_norm"] == pytest.approx(golden["grad_norm"], rel=1e-3)
+
+
+if __name__ == "__main__":
+    results = {}
+    for run in RUNS:
+        with tempfile.TemporaryDirectory() as temporary:
+            results[run] = measure(Path(temporary), run)
+    GOLDEN.write_text(json.dumps(results, indent=1) + "\n")
