@@ -15,7 +15,7 @@ def main() -> None:
     """Answer the first question of a JSONL file."""
     folder, data = sys.argv[1:]
     record = json.loads(Path(data).read_text().splitlines()[0])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     inputs = tokenizer.apply_chat_template(
         record["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -93,12 +93,13 @@ def plot(run: Path, summary: dict[str, Any]) -> None:
             linestyle="--",
             label=f"{stage} conversion",
         )
-        for setting, point in zip(SETTINGS, points, strict=True):
+        for row, (setting, point) in enumerate(zip(SETTINGS, points, strict=True)):
             trade.annotate(
                 setting.replace("_", " "),
                 (point["tokens_per_forward"], 100 * point["accuracy"]),
                 textcoords="offset points",
-                xytext=(4, 5),
+                xytext=(0, 8 + 9 * row if stage == "before" else -14 - 9 * row),
+                horizontalalignment="center",
                 fontsize=8,
             )
     trade.axhline(100 * summary["teacher_accuracy"], color="gray", label="AR teacher")
