@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_dlm.config import Config, validate
+from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.data.arithmetic import write_examples
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
@@ -101,8 +102,11 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
         divergence_chunk_size=16,
         device="cpu",
     )
-    if options.get("objective") == "next_token":
-        values.update(num_rollouts=None, train_iters=5, max_response_length=40)
+    sources = OBJECTIVE_TRAITS[options.get("objective", "opdlm")].response_sources
+    if "rollout" not in sources:
+        values.update(num_rollouts=None, train_iters=5)
+    if "data" in sources:
+        values.update(max_response_length=40, prompts=None)
     return Config.from_dict({**values, **options})
 
 

@@ -153,8 +153,8 @@ def check_recompute_layers(config: Config, architecture: ArchitectureSizes) -> N
 
 
 def check_sequence_length(config: Config, architecture: ArchitectureSizes) -> None:
-    """The longest prompt with the longest response, in whole blocks, has positions."""
-    if not config.uses_rollouts:
+    """The longest prompt with the longest generated response, in whole blocks, has positions."""
+    if config.response_source == "data":
         return
     block_size, limit = config.model.block_size, architecture.max_position_embeddings
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
+
 AttentionBackend = Literal["auto", "sdpa", "flex"]
 TransformerImpl = Literal["local", "transformer_engine"]
 RecomputeGranularity = Literal["none", "selective", "full"]
@@ -22,8 +24,8 @@ TokenDispatcher = Literal["alltoall", "flex"]
 Device = Literal["auto", "cpu", "cuda"]
 ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
-ObjectiveName = Literal["opdlm", "next_token"]
-StateSelection = Literal["per_block", "global", "all"]
+FractionSchedule = Literal["constant", "linear", "cosine"]
+LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
 OptimizerName = Literal["adam"]
@@ -185,6 +187,17 @@ class RolloutConfig(DecodingConfig):
     response_length_warmup_rollouts: int = 0
     """Rollouts until the response limit has reached --max-response-length."""
 
+    teacher_response_fraction: float = 0.0
+    """Share of a rollout's prompts, in [0, 1], whose response is taken from the autoregressive
+    teacher instead of the student; at the first rollout, if a schedule changes it."""
+
+    final_teacher_response_fraction: float = 0.0
+    """That share at the last rollout (linear and cosine schedules)."""
+
+    teacher_response_fraction_schedule: FractionSchedule = "constant"
+    """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction
+    over --num-rollouts."""
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -192,11 +205,18 @@ class ObjectiveConfig:
 
     objective: ObjectiveName = "opdlm"
     """opdlm: on-policy distillation of a block-diffusion student from an autoregressive teacher;
-    next_token: ordinary autoregressive training on --train-data."""
+    opdlm_off: the same at random states of its rollouts; off_policy: distillation at random states
+    of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
+    teacher's responses to --prompts; next_token: autoregressive training on --train-data."""
 
-    state_selection: StateSelection = "per_block"
-    """Denoising states of a trajectory that are trained on: an own step for every block
-    (per_block) or one step of the whole trajectory (global)."""
+    state_selection: StateSelection | None = None
+    """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
+    one of the whole trajectory (global), or every step (all); the other block-diffusion objectives
+    mask at random (random)."""
+
+    loss_weighting: LossWeighting = "inverse_t"
+    """Weight of a token under sft: 1/t, where its block was masked with probability t (inverse_t),
+    or 1 (none). Distillation always weighs 1."""
 
     supervise_eos: bool = True
     """Supervise the end-of-sequence token of a response as well."""
@@ -213,6 +233,12 @@ class DistillationConfig:
     teacher_load: str | None = None
     """Frozen autoregressive teacher, a Hugging Face folder or Megatron checkpoint (default:
     --load, the weights that the student starts from)."""
+
+    teacher_responses: str | None = None
+    """Folder with the teacher's responses to --prompts, where an objective or
+    --teacher-response-fraction asks for them; those it lacks are generated before training, with
+    the rollout's temperature, top-k, top-p and --max-response-length (default: teacher_responses
+    in the run folder)."""
 
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
@@ -303,7 +329,7 @@ class TrainingConfig:
     """Trajectories per optimizer update, over all data-parallel processes."""
 
     train_iters: int | None = None
-    """Optimizer steps of data-set objectives; rollout objectives derive it from --num-rollouts."""
+    """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
 
     epochs_per_rollout: int = 1
     """Passes over the trajectories of a rollout before the next one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_dlm.config.fields import build, dump_yaml, flatten
@@ -18,6 +19,12 @@ from megatron_dlm.config.groups import (
     ParameterGroup,
     RolloutConfig,
     TrainingConfig,
+)
+from megatron_dlm.config.objective_traits import (
+    OBJECTIVE_TRAITS,
+    ObjectiveTraits,
+    ResponseSource,
+    StateSelection,
 )
 
 __all__ = [
@@ -57,9 +64,49 @@ class Config:
     """Resolve and validate the configuration, print it and stop."""
 
     @property
+    def traits(self) -> ObjectiveTraits:
+        """What the objective needs."""
+        return OBJECTIVE_TRAITS[self.objective.objective]
+
+    @property
+    def response_source(self) -> ResponseSource:
+        """Where responses come from: the only source the objective has, or the one with data."""
+        sources = self.traits.response_sources
+        if len(sources) > 1 and self.data.train_data is None:
+            sources = tuple(source for source in sources if source != "data")
+        return sources[0]
+
+    @property
     def uses_rollouts(self) -> bool:
         """Whether the objective trains on the student's own rollouts."""
-        return self.objective.objective == "opdlm"
+        return self.response_source == "rollout"
+
+    @property
+    def uses_teacher_responses(self) -> bool:
+        """Whether all or some responses are the autoregressive teacher's."""
+        rollout = self.rollout
+        mixes = rollout.teacher_response_fraction > 0 or (
+            rollout.teacher_response_fraction_schedule != "constant"
+            and rollout.final_teacher_response_fraction > 0
+        )
+        return self.response_source == "teacher" or (self.uses_rollouts and mixes)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher has a part in the run: its distributions, its responses or both."""
+        return self.traits.uses_teacher or self.uses_teacher_responses
+
+    @property
+    def state_selection(self) -> StateSelection | None:
+        """States that are trained on, default resolved; None for an autoregressive model."""
+        return self.objective.state_selection or next(iter(self.traits.state_selections), None)
+
+    @property
+    def teacher_responses(self) -> str | None:
+        """Folder of the teacher's responses, default resolved."""
+        if self.distillation.teacher_responses is None and self.logging.save is not None:
+            return str(Path(self.logging.save) / "teacher_responses")
+        return self.distillation.teacher_responses
 
     @property
     def expert_tensor_parallel_size(self) -> int:
@@ -79,8 +126,19 @@ class Config:
         return self.distillation.teacher_load or self.model.load
 
     @property
+    def rollout_batch_size(self) -> int:
+        """Samples obtained at once, all ranks; without rollouts as many as one update takes."""
+        return (
+            self.rollout.rollout_batch_size
+            if self.uses_rollouts
+            else self.training.global_batch_size
+        )
+
+    @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps on the trajectories of one rollout, all epochs."""
+        """Optimizer steps on the trajectories of one rollout, all epochs; 1 without rollouts."""
+        if not self.uses_rollouts:
+            return 1
         updates = self.rollout.rollout_batch_size // self.training.global_batch_size
         return updates * self.training.epochs_per_rollout
 

@@ -5,7 +5,7 @@ that a run that cannot work ends within seconds. What depends on the model's siz
 `architecture_rules`.
 """
 
-from megatron_dlm.config import architecture_rules, layout_rules, value_rules
+from megatron_dlm.config import architecture_rules, layout_rules, objective_rules, value_rules
 from megatron_dlm.config.schema import Config
 
 
@@ -28,8 +28,12 @@ def validate(config: Config, world_size: int) -> None:
     value_rules.check_sequence_parallel(config)
     value_rules.check_attention_backend(config)
     value_rules.check_optional_packages(config)
-    value_rules.check_objective_inputs(config)
-    value_rules.check_teacher(config)
+    objective_rules.check_objective_inputs(config)
+    objective_rules.check_response_source(config)
+    objective_rules.check_state_selection(config)
+    objective_rules.check_teacher_response_fraction(config)
+    objective_rules.check_teacher_responses(config)
+    objective_rules.check_teacher(config)
     value_rules.check_save(config)
     layout_rules.check_world_size(config, world_size)
     layout_rules.check_expert_layout(config, world_size)

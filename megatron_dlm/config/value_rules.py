@@ -57,6 +57,9 @@ ABOVE_ZERO = ("init_method_std", "lr", "adam_eps")
 PROBABILITIES = ("dynamic_threshold", "top_p")
 """Fields whose value lies in (0, 1]."""
 
+FRACTIONS = ("teacher_response_fraction", "final_teacher_response_fraction")
+"""Fields whose value lies in [0, 1]."""
+
 MOMENT_DECAYS = ("adam_beta1", "adam_beta2")
 """Fields whose value lies in [0, 1)."""
 
@@ -68,6 +71,7 @@ def check_ranges(config: Config) -> None:
         (AT_LEAST_ZERO, lambda x: x >= 0, "is negative", "choose 0 or more"),
         (ABOVE_ZERO, lambda x: x > 0, "is not positive", "choose a number above 0"),
         (PROBABILITIES, lambda x: 0 < x <= 1, "is outside (0, 1]", "choose e.g. 0.9, at most 1"),
+        (FRACTIONS, lambda x: 0 <= x <= 1, "is outside [0, 1]", "choose e.g. 0.5, 0 to 1"),
         (MOMENT_DECAYS, lambda x: 0 <= x < 1, "is outside [0, 1)", "choose e.g. 0.9, less than 1"),
     )
     for names, fits, problem, remedy in rules:
@@ -227,43 +231,9 @@ def check_optional_packages(config: Config) -> None:
         )
 
 
-def check_objective_inputs(config: Config) -> None:
-    """The objective has the data, the weights and the duration that it needs."""
-    objective = f"--objective {config.objective.objective}"
-    required = (
-        ("prompts", "num_rollouts") if config.uses_rollouts else ("train_data", "train_iters")
-    )
-    for name in required:
-        if value_of(config, name) is None:
-            remedy = f"add {flag(name)}"
-            raise refuse(config, name, f"{objective} needs it", remedy)
-    model = config.model
-    if config.uses_rollouts and model.load is None:
-        raise refuse(
-            config, "load", f"{objective} needs weights to convert", "name a checkpoint folder"
-        )
-    if model.load is None and model.model_config is None:
-        raise refuse(
-            config, "load", "there is no model", "add --load, or --model-config for random weights"
-        )
-
-
 def is_run_folder(path: str | None) -> bool:
     """Whether `path` is the `--save` folder of a run that has taken a step."""
     return path is not None and (Path(path) / "metrics.jsonl").is_file()
-
-
-def check_teacher(config: Config) -> None:
-    """A run that is resumed does not take its own half-converted student for the teacher."""
-    if not config.uses_rollouts or config.distillation.teacher_load is not None:
-        return
-    if is_run_folder(config.model.load) and not config.model.finetune:
-        raise refuse(
-            config,
-            "teacher_load",
-            f"--load {config.model.load} is a run to resume, whose student is not the teacher",
-            "name the teacher's folder, or start a new run from these weights with --finetune",
-        )
 
 
 def check_save(config: Config) -> None:

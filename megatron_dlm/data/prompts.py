@@ -7,6 +7,7 @@ objects are made when they are asked for.
 Shapes: N records, P prompt tokens, L response tokens.
 """
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -43,6 +44,12 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all sequences."""
+        digest = hashlib.sha256(self._ends.tobytes())
+        digest.update(self._tokens)
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> Tensor:
         """Return sequence `index` as a new int64 tensor."""
         tokens = self._tokens[self._ends[index] : self._ends[index + 1]]
@@ -75,15 +82,26 @@ class PromptDataset(Sequence[Prompt]):
         index = range(len(self))[index]
         return Prompt(sample_index, self._token_ids[index], self.file.record(index))
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the token ids, which depend on file, tokenizer and chat template."""
+        return self._token_ids.fingerprint()
+
+    def with_responses(self, responses: TokenTable, eos_token_id: int) -> "ExampleDataset":
+        """The same records with a response each."""
+        return ExampleDataset(self.file, self._token_ids, responses, eos_token_id)
+
 
 class ExampleDataset(Sequence[Trajectory]):
     """Tokenised prompt and response pairs of a file; `unmask_step` is zero everywhere."""
 
-    def __init__(self, file: RecordFile, prompts: TokenTable, responses: TokenTable) -> None:
-        """Combine N records with their N prompts and N responses."""
+    def __init__(
+        self, file: RecordFile, prompts: TokenTable, responses: TokenTable, eos_token_id: int
+    ) -> None:
+        """Combine N records with their N prompts and N responses; one without EOS was cut."""
         self.file = file
         self._prompts = prompts
         self._responses = responses
+        self._eos_token_id = eos_token_id
 
     def __len__(self) -> int:
         return len(self.file)
@@ -107,7 +125,7 @@ class ExampleDataset(Sequence[Trajectory]):
             prompt_ids=self._prompts[index],
             response_ids=response_ids,
             unmask_step=torch.zeros_like(response_ids),
-            finish_reason="eos",
+            finish_reason="eos" if int(response_ids[-1]) == self._eos_token_id else "length",
             record=self.file.record(index),
         )
 
@@ -195,7 +213,7 @@ def read_examples(
             token_ids = [*token_ids, special_tokens.eos_token_id]
         _check_response(token_ids, where, max_response_length, special_tokens)
         responses.append(token_ids)
-    return ExampleDataset(file, prompts, responses)
+    return ExampleDataset(file, prompts, responses, special_tokens.eos_token_id)
 
 
 class _Renderer:

@@ -1,7 +1,17 @@
 """Objectives by their `--objective` name."""
 
+from megatron_dlm.config.objective_traits import ObjectiveName
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.objectives.next_token import NextToken
+from megatron_dlm.objectives.off_policy import OffPolicy
 from megatron_dlm.objectives.opdlm import OPDLM
+from megatron_dlm.objectives.opdlm_off import OPDLMOff
+from megatron_dlm.objectives.sft import SFT
 
-OBJECTIVES: dict[str, type[Objective]] = {"opdlm": OPDLM, "next_token": NextToken}
+OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
+    "opdlm": OPDLM,
+    "opdlm_off": OPDLMOff,
+    "off_policy": OffPolicy,
+    "sft": SFT,
+    "next_token": NextToken,
+}

@@ -1,4 +1,4 @@
-"""What every objective provides; a new one is a file in this package and a line in its registry.
+"""What every objective provides; a new one is a file here and a line in registry and traits.
 
 P, L: prompt and response tokens of a trajectory; T: tokens of the document made of it; n:
 supervised tokens; h: hidden size; V/tp: vocabulary shard.
@@ -6,10 +6,12 @@ supervised tokens; h: hidden size; V/tp: vocabulary shard.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
 from megatron_dlm.rollout.trajectory import Trajectory
 
@@ -43,12 +45,10 @@ class Objective(ABC):
     """Turns trajectories into training documents and hidden states into a loss.
 
     Attributes:
-        on_policy: Whether x_0 comes from the student's rollout (else from a data set).
-        uses_teacher: Whether the frozen teacher has to annotate the trajectories.
+        traits: What it needs; its line in `config.objective_traits.OBJECTIVE_TRAITS`.
     """
 
-    on_policy: bool
-    uses_teacher: bool
+    traits: ClassVar[ObjectiveTraits]
 
     def __init__(self, config: Config, mask_token_id: int, vocab_size: int) -> None:
         self.config = config

@@ -3,21 +3,27 @@
 Noisy block b sees clean blocks < b and itself (`models.attention_layout`), so one forward computes
 every block's denoising loss given its clean prefix (BD3-LM, Arriola et al. 2025).
 
+A rolled-out trajectory has a tail: what the student decoded in the last block behind the end of the
+response. A response from elsewhere has none; its last block then simply ends where the response
+does, on the same grid from token 0. Only response tokens are ever supervised.
+
 P, L: prompt and response tokens; F: all tokens of the trajectory, tail included; B: block size.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document
+from megatron_dlm.objectives.base import Document, Objective
+from megatron_dlm.objectives.state_selection import random_state
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
 def sequence_with_tail(trajectory: Trajectory) -> Tensor:
-    """The sequence as the rollout left it, in whole blocks: prompt, response, tail; [F] int64."""
+    """Prompt, response and tail (which fills the last block of a rollout); [F] int64."""
     return torch.cat((trajectory.prompt_ids, trajectory.response_ids, trajectory.tail_ids))
 
 
@@ -85,3 +91,46 @@ def block_diffusion_document(
         weights=torch.ones(len(target_position)) if weights is None else weights[target_position],
         teacher_hidden=teacher_hidden,
     )
+
+
+class BlockDiffusionObjective(Objective):
+    """Documents of block diffusion; what is left to say is which states, and the loss."""
+
+    def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
+        """Lay out the states that `states` chooses; see `Objective.document`."""
+        supervised = supervised_positions(trajectory, self.config.objective.supervise_eos)
+        states, weights = [torch.zeros_like(supervised)], None
+        if supervised.any():  # else a response of nothing but an unsupervised EOS
+            states, weights = self.states(trajectory, supervised, generator)
+        return block_diffusion_document(
+            trajectory,
+            states,
+            supervised,
+            block_size=self.config.model.block_size,
+            mask_token_id=self.mask_token_id,
+            weights=weights,
+        )
+
+    @abstractmethod
+    def states(
+        self, trajectory: Trajectory, supervised: Tensor, generator: torch.Generator
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """States to train on, each [F] bool, and loss weights [F] (None: 1).
+
+        Args:
+            trajectory: With at least one supervised token.
+            supervised: [F] bool, where a loss may fall.
+            generator: Source of every draw.
+        """
+
+    def random_state(
+        self, trajectory: Trajectory, supervised: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A random state [F] and its t [F]; see `state_selection.random_state`.
+
+        The tail is masked like the response: the student saw its last block whole.
+        """
+        position = torch.arange(len(supervised))
+        maskable = position >= len(trajectory.prompt_ids)
+        block = position // self.config.model.block_size
+        return random_state(maskable, supervised, block, generator)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.models.attention_layout import CLEAN
 from megatron_dlm.objectives.base import Document, Objective
@@ -12,8 +13,7 @@ from megatron_dlm.rollout.trajectory import Trajectory
 class NextToken(Objective):
     """Cross entropy of each response token given everything before it, under causal attention."""
 
-    on_policy = False
-    uses_teacher = False
+    traits = OBJECTIVE_TRAITS["next_token"]
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """The sequence without its last token; each position predicts the next one."""

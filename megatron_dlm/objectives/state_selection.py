@@ -1,7 +1,8 @@
-"""Which denoising states of a trajectory the student is trained on (OPDLM section 4).
+"""Which denoising states of a trajectory the student is trained on (OPDLM section 4, BD3-LM).
 
-A state is given by the set of positions that hold MASK. Steps count per block from 1; a position is
-masked in the state before step k if it was committed at step k or later.
+A state is given by the set of positions that hold MASK. Visited states are those of the rollout:
+steps count per block from 1; a position is masked in the state before step k if it was committed at
+step k or later. Random states need no rollout.
 
 F: prompt, response and tail tokens of a trajectory (whole blocks).
 """
@@ -80,6 +81,43 @@ def all_(
     The k-th state shows each block before its step k, as long as a supervised token was to come.
     """
     return [(steps >= k) & (last_step[block] >= k) for k in range(1, int(last_step.max()) + 1)]
+
+
+def random_state(
+    maskable: Tensor, supervised: Tensor, block: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """For each block t ~ U(0, 1), and each of its positions masked with probability t.
+
+    A state that masks no supervised token of a block has no loss there, so t and the mask are drawn
+    again until one is. Of n supervised tokens, k = 1 .. n are then masked with equal probability,
+    and the weighted sum has a mean: E[1(i masked) / t] = (n + 1) / n. (Masking a token by force
+    where t was too small to mask any would make that mean infinite.)
+
+    Args:
+        maskable: [F] bool, what is not the prompt.
+        supervised: [F] bool, where a loss may fall; part of `maskable`.
+        block: [F] block ids.
+        generator: Source of the draws.
+
+    Returns:
+        The state, [F] bool, true where it holds MASK, nowhere in blocks without a supervised token;
+        and t of the block of each position, [F] float64 in (0, 1), 1 where no block is masked.
+    """
+    num_blocks = int(block[-1]) + 1
+    has_target = torch.zeros(num_blocks, dtype=torch.bool)
+    has_target[block[supervised]] = True
+    open_ = has_target[block]
+    masked = torch.zeros_like(supervised)
+    t = torch.ones(len(block), dtype=torch.float64)
+    while open_.any():
+        draw_t = torch.rand(num_blocks, generator=generator, dtype=torch.float64)[block]
+        draw = torch.rand(len(block), generator=generator, dtype=torch.float64) < draw_t
+        t = torch.where(open_, draw_t, t)
+        masked = torch.where(open_, draw & maskable, masked)
+        done = torch.zeros(num_blocks, dtype=torch.bool)
+        done[block[masked & supervised]] = True
+        open_ = (has_target & ~done)[block]
+    return masked, t
 
 
 SELECTORS: dict[str, Selector] = {"per_block": per_block, "global": global_, "all": all_}

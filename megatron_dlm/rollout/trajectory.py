@@ -69,3 +69,8 @@ class Trajectory:
     def token_ids(self) -> Tensor:
         """x_0: prompt and response, [P + L] int64, without the tail."""
         return torch.cat((self.prompt_ids, self.response_ids))
+
+    @property
+    def is_rollout(self) -> bool:
+        """Whether block diffusion generated it, so that it has visited states."""
+        return bool((self.unmask_step > 0).any())

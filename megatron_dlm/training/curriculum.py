@@ -1,4 +1,4 @@
-"""Rollout-length curriculum (OPDLM section 4.3, equation for L_s)."""
+"""What changes over the rollouts: response length (OPDLM section 4.3, L_s) and mixture."""
 
 import math
 
@@ -22,3 +22,16 @@ def response_length(config: Config, rollout: int) -> int:
         )
     block_size = config.model.block_size
     return min(-(-length // block_size) * block_size, longest)
+
+
+def teacher_response_fraction(config: Config, rollout: int) -> float:
+    """Share of a rollout step (from 0) whose responses are the teacher's, in [0, 1]."""
+    options = config.rollout
+    start, end = options.teacher_response_fraction, options.final_teacher_response_fraction
+    last = (options.num_rollouts or 1) - 1
+    if options.teacher_response_fraction_schedule == "constant" or last == 0:
+        return start
+    progress = min(rollout / last, 1.0)
+    if options.teacher_response_fraction_schedule == "cosine":
+        progress = (1.0 - math.cos(math.pi * progress)) / 2
+    return start + progress * (end - start)

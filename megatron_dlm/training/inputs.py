@@ -13,10 +13,10 @@ from megatron_dlm.data.prompts import (
     read_examples,
     read_prompts,
 )
+from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, read_architecture
-from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
 
@@ -26,12 +26,13 @@ class RunInputs:
 
     Attributes:
         source: The student's weights; None for random ones.
-        teacher_source: The teacher's weights; None for objectives without a teacher.
+        teacher_source: The teacher's weights; None for runs without a teacher.
         architecture: The student's.
         tokenizer: Shared by student and teacher.
         tokenizer_folder: Where it was read from.
         special_tokens: EOS, padding and MASK, resolved once.
-        data: Prompts for on-policy objectives, else prompt + response examples.
+        data: Prompts that student or teacher answer, else prompt + response examples.
+        response_store: Where the teacher's responses to the prompts are; None if none are used.
     """
 
     source: ModelSource | None
@@ -41,11 +42,12 @@ class RunInputs:
     tokenizer_folder: Path
     special_tokens: SpecialTokens
     data: PromptDataset | ExampleDataset
+    response_store: ResponseStore | None = None
 
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a block-diffusion one names its grid and its MASK."""
         hf_config = dict(self.architecture.hf_config)
-        if config.objective.objective != "next_token":
+        if config.traits.is_block_diffusion:
             hf_config["block_size"] = config.model.block_size
             hf_config["mask_token_id"] = self.special_tokens.mask_token_id
         return hf_config
@@ -62,13 +64,30 @@ def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
         )
 
 
+def _response_store(config: Config, teacher: ModelSource, prompts: PromptDataset) -> ResponseStore:
+    assert config.teacher_responses is not None
+    rollout = config.rollout
+    header = ResponseHeader(
+        prompts=prompts.file.fingerprint,
+        prompt_tokens=prompts.fingerprint(),
+        num_prompts=len(prompts),
+        # Of a run folder, the checkpoint it stands for now.
+        teacher=str(teacher.hf_folder.resolve()),
+        seed=config.data.seed,
+        max_response_length=rollout.max_response_length,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+    )
+    return ResponseStore(config.teacher_responses, header, "--teacher-responses")
+
+
 def read_inputs(config: Config) -> RunInputs:
     """Read and check checkpoints' descriptions, tokenizer and data; loads no weights.
 
     Raises:
         UserError: Anything that could not work.
     """
-    objective = OBJECTIVES[config.objective.objective]
     source = teacher_source = None
     if config.model.load is not None:
         source = open_model_source(config.model.load, "--load")
@@ -80,7 +99,7 @@ def read_inputs(config: Config) -> RunInputs:
             "--load", None, "nothing to train", "name a model folder, or give --model-config"
         )
     validate_architecture(config, architecture)
-    if objective.uses_teacher:
+    if config.needs_teacher:
         path = config.distillation.teacher_load or config.model.load
         assert path is not None
         field = "--teacher-load" if config.distillation.teacher_load else "--load"
@@ -98,16 +117,8 @@ def read_inputs(config: Config) -> RunInputs:
         tokenizer, architecture.hf_config, str(tokenizer_folder)
     )
     data: PromptDataset | ExampleDataset
-    if objective.on_policy:
-        assert config.data.prompts is not None
-        data = read_prompts(
-            config.data.prompts,
-            tokenizer,
-            special_tokens,
-            config.data.max_prompt_length,
-            config.data.chat_template_kwargs,
-        )
-    else:
+    response_store = None
+    if config.response_source == "data":
         assert config.data.train_data is not None
         data = read_examples(
             config.data.train_data,
@@ -117,6 +128,25 @@ def read_inputs(config: Config) -> RunInputs:
             config.rollout.max_response_length,
             config.data.chat_template_kwargs,
         )
+    else:
+        assert config.data.prompts is not None
+        data = read_prompts(
+            config.data.prompts,
+            tokenizer,
+            special_tokens,
+            config.data.max_prompt_length,
+            config.data.chat_template_kwargs,
+        )
+        if config.uses_teacher_responses:
+            assert teacher_source is not None
+            response_store = _response_store(config, teacher_source, data)
     return RunInputs(
-        source, teacher_source, architecture, tokenizer, tokenizer_folder, special_tokens, data
+        source,
+        teacher_source,
+        architecture,
+        tokenizer,
+        tokenizer_folder,
+        special_tokens,
+        data,
+        response_store,
     )

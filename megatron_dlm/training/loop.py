@@ -1,8 +1,8 @@
 """The training loop: collect trajectories, let the teacher annotate them, update the student.
 
-Every objective runs through the same loop. A rollout batch of an on-policy objective is
-`--rollout-batch-size` prompts answered by the student and serves several optimizer updates; for the
-others it is one global batch of examples.
+Every objective runs through the same loop. A rollout batch is `--rollout-batch-size` prompts
+answered by the student and serves several optimizer updates; for objectives without rollouts it is
+one global batch of examples.
 """
 
 import time
@@ -14,13 +14,11 @@ from megatron.core import parallel_state
 
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, pack
-from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.model_provider import attention_backend
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.checkpointing import is_rank_zero
-from megatron_dlm.training.curriculum import response_length
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.run import Run
@@ -47,46 +45,30 @@ def collect(run: Run) -> Collected:
     config = run.config
     dp_rank = parallel_state.get_data_parallel_rank()
     dp_size = parallel_state.get_data_parallel_world_size()
-    count = batch_size(run)
+    count = config.rollout_batch_size
     samples = run.sampler.samples(run.progress.consumed_samples, count)[dp_rank::dp_size]
-    data = run.inputs.data
-    if isinstance(data, PromptDataset):
-        assert run.engine is not None
-        prompts = [data.sample(record, sample) for sample, record in samples]
-        length = response_length(config, run.progress.rollout)
-        trajectories = run.engine.generate(prompts, length)
-    else:
-        trajectories = [data.sample(record, sample) for sample, record in samples]
+    trajectories = run.source.trajectories(samples, run.progress.rollout)
+    # Responses of the teacher or a data set took the student no forward.
+    rolled_out = [trajectory for trajectory in trajectories if trajectory.is_rollout]
     sums = torch.tensor(
         [
             sum(len(trajectory.response_ids) for trajectory in trajectories),
-            sum(trajectory.total_forwards for trajectory in trajectories),
+            sum(len(trajectory.response_ids) for trajectory in rolled_out),
+            sum(trajectory.total_forwards for trajectory in rolled_out),
             sum(trajectory.finish_reason == "eos" for trajectory in trajectories),
         ],
         dtype=torch.float64,
         device=platform.device(),
     )
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    tokens, forwards, ended = sums.tolist()
+    tokens, rolled_out_tokens, forwards, ended = sums.tolist()
     return Collected(
         trajectories=trajectories,
         response_tokens=int(tokens),
         response_length=tokens / count,
-        tokens_per_forward=tokens / forwards if forwards else None,
+        tokens_per_forward=rolled_out_tokens / forwards if forwards else None,
         eos_rate=ended / count,
     )
-
-
-def batch_size(run: Run) -> int:
-    """Samples of a rollout batch, all ranks."""
-    if run.objective.on_policy:
-        return run.config.rollout.rollout_batch_size
-    return run.config.training.global_batch_size
-
-
-def updates_per_batch(run: Run) -> int:
-    """Optimizer updates on a rollout batch."""
-    return run.config.updates_per_rollout if run.objective.on_policy else 1
 
 
 def row_multiple(run: Run) -> int:
@@ -104,7 +86,7 @@ def micro_batches(
     """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
     training = run.config.training
     local = training.global_batch_size // parallel_state.get_data_parallel_world_size()
-    updates_per_epoch = batch_size(run) // training.global_batch_size
+    updates_per_epoch = run.config.rollout_batch_size // training.global_batch_size
     epoch, position = divmod(update, updates_per_epoch)
     chosen = trajectories[position * local : (position + 1) * local]
     documents = [
@@ -151,7 +133,7 @@ def train(run: Run) -> None:
             platform.synchronize()
             times.teacher = time.perf_counter() - started
         progress.response_tokens_total += collected.response_tokens
-        for update in range(updates_per_batch(run)):
+        for update in range(config.updates_per_rollout):
             started = time.perf_counter()
             batches = micro_batches(run, collected.trajectories, update, multiple)
             laid_out = time.perf_counter() - started
@@ -184,7 +166,7 @@ def train(run: Run) -> None:
             )
             times = PhaseTimes()
         progress.rollout += 1
-        progress.consumed_samples += batch_size(run)
+        progress.consumed_samples += config.rollout_batch_size
         interval = config.logging.save_interval
         finished = progress.iteration >= config.train_iters
         if finished or (interval and progress.iteration // interval > saved_at // interval):

@@ -1,11 +1,13 @@
-"""A training run, put together: student, teacher, objective, data, rollout engine, progress."""
+"""A training run, put together: student, teacher, objective, trajectories, progress."""
 
 from dataclasses import dataclass
 
 from megatron_dlm.config import Config
+from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
+from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model, build_teacher
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
@@ -20,6 +22,8 @@ from megatron_dlm.training.checkpointing import (
 )
 from megatron_dlm.training.inputs import RunInputs
 from megatron_dlm.training.student import Student, build_student
+from megatron_dlm.training.teacher_responses import teacher_responses
+from megatron_dlm.training.trajectory_source import TrajectorySource
 
 RESUME_FIXED = (
     "objective",
@@ -42,7 +46,7 @@ class Run:
     student: Student
     teacher: Teacher | None
     objective: Objective
-    engine: RolloutEngine | None
+    source: TrajectorySource
     sampler: ShuffledSampler
     progress: Progress
 
@@ -74,6 +78,20 @@ def _check_resumable(config: Config, load: str) -> None:
             )
 
 
+def _teacher(
+    config: Config, inputs: RunInputs
+) -> tuple[DiffusionGPTModel | None, ExampleDataset | None]:
+    """The teacher, if training asks it for distributions, and the responses that are given."""
+    examples = inputs.data if isinstance(inputs.data, ExampleDataset) else None
+    if inputs.teacher_source is None:
+        return None, examples
+    model = build_teacher(inputs.teacher_source.architecture, config)
+    inputs.teacher_source.load_into(model)
+    if config.uses_teacher_responses:
+        examples = teacher_responses(config, inputs, model)
+    return (model if config.traits.uses_teacher else None), examples
+
+
 def build_run(config: Config, inputs: RunInputs) -> Run:
     """Build models, load weights, and resume where `--load` is a run.
 
@@ -93,6 +111,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     if resume:
         assert load is not None
         _check_resumable(config, load)
+    teacher_model, examples = _teacher(config, inputs)
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
         inputs.source.load_into(model)
@@ -105,12 +124,11 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         config, inputs.special_tokens.mask_token_id, inputs.architecture.vocab_size
     )
     teacher = None
-    if inputs.teacher_source is not None:
-        teacher_model = build_teacher(inputs.teacher_source.architecture, config)
-        inputs.teacher_source.load_into(teacher_model)
+    if teacher_model is not None:
         teacher = Teacher(teacher_model, config.training.micro_batch_size)
-    engine = None
-    if objective.on_policy:
+    source = TrajectorySource(config, examples=examples)
+    if config.uses_rollouts:
+        assert isinstance(inputs.data, PromptDataset)
         engine = RolloutEngine(
             student.model,
             generation=GenerationConfig.from_config(config),
@@ -120,5 +138,6 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
             vocab_size=inputs.architecture.vocab_size,
             seed=config.data.seed,
         )
+        source = TrajectorySource(config, inputs.data, engine, examples)
     sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
-    return Run(config, inputs, student, teacher, objective, engine, sampler, progress)
+    return Run(config, inputs, student, teacher, objective, source, sampler, progress)

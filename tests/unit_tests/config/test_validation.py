@@ -7,6 +7,7 @@ import pytest
 from megatron_dlm.config import (
     Config,
     ParameterGroup,
+    objective_rules,
     parse_config,
     validate,
     validate_architecture,
@@ -25,6 +26,16 @@ NEXT_TOKEN = {
     "train_data": "train.jsonl",
     "train_iters": 10,
 }
+OPDLM_OFF = {**OPDLM, "objective": "opdlm_off"}
+OFF_POLICY = {
+    "objective": "off_policy",
+    "load": "weights",
+    "prompts": "prompts.jsonl",
+    "train_iters": 10,
+    "save": "no_such_folder",
+}
+SFT = {**NEXT_TOKEN, "objective": "sft"}
+SFT_ON_TEACHER = {**OFF_POLICY, "objective": "sft"}
 GROWING = {"response_length_schedule": "linear", "response_length_warmup_rollouts": 3}
 
 
@@ -32,7 +43,7 @@ def config_with(base: dict[str, object], **changes: object) -> Config:
     return Config.from_dict({**base, **changes})
 
 
-@pytest.mark.parametrize("base", [OPDLM, NEXT_TOKEN])
+@pytest.mark.parametrize("base", [OPDLM, OPDLM_OFF, OFF_POLICY, SFT, SFT_ON_TEACHER, NEXT_TOKEN])
 def test_complete_configuration_passes(base: dict[str, object]) -> None:
     validate(config_with(base), world_size=1)
 
@@ -114,6 +125,88 @@ def test_what_cannot_work_is_named_with_a_remedy(
         assert words in message
 
 
+MIXED = {"teacher_response_fraction": 0.5, "save": "no_such_folder"}
+FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (OPDLM, {"state_selection": "all"}),
+        (SFT, {"state_selection": "random", "loss_weighting": "none"}),
+        (OPDLM, MIXED),
+        (OPDLM_OFF, {**FADING, "final_teacher_response_fraction": 0.1}),
+        (OPDLM, {**FADING, "save": None, "teacher_responses": "responses"}),
+        (SFT, {"load": None, "model_config": "config.json"}),
+        (SFT, {"save": None}),
+    ],
+)
+def test_what_an_objective_can_be_given(
+    base: dict[str, object], changes: dict[str, object]
+) -> None:
+    validate(config_with(base, **changes), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "named"),
+    [
+        (OFF_POLICY, {"prompts": None}, ["--prompts = None", "off_policy"]),
+        (OFF_POLICY, {"train_iters": None}, ["--train-iters = None", "off_policy"]),
+        (OFF_POLICY, {"load": None, "model_config": "c"}, ["--load = None", "off_policy"]),
+        (SFT_ON_TEACHER, {"load": None, "model_config": "c"}, ["--load = None", "sft"]),
+        (SFT, {"train_data": None}, ["--prompts = None", "or --train-data"]),
+        (SFT, {"prompts": "prompts.jsonl"}, ["--prompts = 'prompts.jsonl'", "--train-data"]),
+        (OPDLM, {"state_selection": "random"}, ["= 'random'", "per_block or", "opdlm_off"]),
+        (SFT, {"state_selection": "per_block"}, ["= 'per_block'", "choose random", "opdlm"]),
+        (NEXT_TOKEN, {"state_selection": "all"}, ["= 'all'", "leave it out", "opdlm"]),
+        (SFT, MIXED, ["--teacher-response-fraction = 0.5", "sft has no rollouts"]),
+        (
+            OPDLM,
+            {**MIXED, "final_teacher_response_fraction": 0.1},
+            ["--final-teacher-response-fraction = 0.1", "linear or cosine"],
+        ),
+        (OFF_POLICY, {"save": None}, ["--teacher-responses = None", "--save"]),
+        (OPDLM, {**MIXED, "save": None}, ["--teacher-responses = None", "--save"]),
+    ],
+)
+def test_what_an_objective_cannot_be_given(
+    base: dict[str, object], changes: dict[str, object], named: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(config_with(base, **changes), world_size=1)
+    for words in named:
+        assert words in str(caught.value)
+
+
+def test_what_follows_from_objective_and_data() -> None:
+    bases = (OPDLM, OPDLM_OFF, OFF_POLICY, SFT, SFT_ON_TEACHER, NEXT_TOKEN)
+    configs = [config_with(base) for base in bases]
+    assert [config.response_source for config in configs] == [
+        "rollout", "rollout", "teacher", "data", "teacher", "data"
+    ]  # fmt: skip
+    assert [config.needs_teacher for config in configs] == [True] * 3 + [False, True, False]
+    assert [config.uses_teacher_responses for config in configs] == [
+        False, False, True, False, True, False
+    ]  # fmt: skip
+    assert [config.state_selection for config in configs] == [
+        "per_block", "random", "random", "random", "random", None
+    ]  # fmt: skip
+    mixed = config_with(OPDLM, **MIXED)
+    assert mixed.uses_teacher_responses
+    assert mixed.teacher_responses == str(Path("no_such_folder") / "teacher_responses")
+    assert configs[2].rollout_batch_size == 8
+    assert configs[2].updates_per_rollout == 1
+    assert configs[0].rollout_batch_size == 128
+
+
+def test_resumed_off_policy_run_needs_its_teacher(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for base in (OFF_POLICY, SFT_ON_TEACHER):
+        with pytest.raises(UserError, match="--teacher-load"):
+            objective_rules.check_teacher(config_with(base, load=run))
+    objective_rules.check_teacher(config_with(SFT, load=run))
+
+
 @pytest.mark.parametrize("missing", ["train_data", "train_iters", "load"])
 def test_next_token_needs_data_duration_and_a_model(missing: str) -> None:
     config = config_with(NEXT_TOKEN, **{missing: None})
@@ -134,6 +227,7 @@ OUT_OF_RANGE = [
     *((name, -1) for name in value_rules.AT_LEAST_ZERO),
     *((name, 0) for name in value_rules.ABOVE_ZERO),
     *((name, value) for name in value_rules.PROBABILITIES for value in (0, 1.1)),
+    *((name, value) for name in value_rules.FRACTIONS for value in (-0.1, 1.1)),
     *((name, value) for name in value_rules.MOMENT_DECAYS for value in (-0.1, 1)),
 ]
 
@@ -176,9 +270,9 @@ def make_run(tmp_path: Path) -> str:
 def test_resumed_run_needs_its_teacher(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with pytest.raises(UserError, match="--teacher-load"):
-        value_rules.check_teacher(config_with(OPDLM, load=run))
-    value_rules.check_teacher(config_with(OPDLM, load=run, teacher_load="teacher"))
-    value_rules.check_teacher(config_with(OPDLM, load=run, finetune=True))
+        objective_rules.check_teacher(config_with(OPDLM, load=run))
+    objective_rules.check_teacher(config_with(OPDLM, load=run, teacher_load="teacher"))
+    objective_rules.check_teacher(config_with(OPDLM, load=run, finetune=True))
     assert config_with(OPDLM).teacher_load == "weights"
     assert config_with(OPDLM, teacher_load="teacher").teacher_load == "teacher"
 
@@ -262,6 +356,11 @@ def test_layout_that_divides_the_model_passes(is_moe: bool, changes: dict[str, o
         ),
         (False, {"max_prompt_length": 256}, ["--max-prompt-length = 256", "less than 256"]),
         (False, {"divergence_top_k": 101}, ["--divergence-top-k = 101", "100"]),
+        (
+            False,
+            {"objective": "off_policy", "train_iters": 1, "max_response_length": 129},
+            ["--max-response-length = 129", "choose 128"],
+        ),
     ],
 )
 def test_layout_that_does_not_fit_the_model(
@@ -298,7 +397,17 @@ def test_derived_sizes() -> None:
     assert config_with(NEXT_TOKEN).train_iters == 10
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("next_token", 1), ("opdlm", 1), ("opdlm", 2)])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        ("next_token", 1),
+        ("opdlm", 1),
+        ("opdlm", 2),
+        ("opdlm_off", 2),
+        ("off_policy", 2),
+        ("sft", 2),
+    ],
+)
 def test_quickstart_configurations_are_valid(name: str, world_size: int, tmp_path: Path) -> None:
     file = REPOSITORY / "examples" / "tiny" / f"{name}.yaml"
     config = parse_config(["--config", str(file), "--save", str(tmp_path / name)])

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dlm.objectives.state_selection import all_, global_, per_block, unmask_steps
+from megatron_dlm.objectives.state_selection import (
+    all_,
+    global_,
+    per_block,
+    random_state,
+    unmask_steps,
+)
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
@@ -95,3 +101,54 @@ def test_the_tail_belongs_to_the_state() -> None:
         tail_unmask_step=torch.tensor([2]),
     )
     assert unmask_steps(trajectory).tolist() == [0, 0, 1, 2]
+
+
+def test_random_states_are_masked_with_probability_t() -> None:
+    # A prompt of 2; blocks of 2, 4, 4 and 4 positions behind it; in the last one token is real.
+    position = torch.arange(16)
+    block = position // 4
+    maskable, supervised = position >= 2, (position >= 2) & (position < 13)
+    generator = torch.Generator().manual_seed(0)
+    draws = 4000
+    counts = [Counter() for _ in range(4)]
+    t_sums = [Counter() for _ in range(4)]
+    inverse = torch.zeros(16, dtype=torch.float64)
+    tail = t_tail = 0.0
+    for _ in range(draws):
+        masked, t = random_state(maskable, supervised, block, generator)
+        assert not masked[~maskable].any()
+        assert ((t > 0) & (t < 1)).all()
+        assert all(len(set(t[block == b].tolist())) == 1 for b in range(4))
+        for b in range(4):
+            number = int((masked & supervised)[block == b].sum())
+            counts[b][number] += 1
+            t_sums[b][number] += float(t[4 * b])
+        inverse += masked / t.clamp(min=1e-2)
+        tail, t_tail = tail + float(masked[13:].float().mean()), t_tail + float(t[13])
+    for b, real in enumerate((2, 4, 4, 1)):
+        # Of n, k = 1 .. n are masked with equal probability; t is then Beta(k + 1, n - k + 1).
+        assert set(counts[b]) == set(range(1, real + 1))
+        for number, count in counts[b].items():
+            assert abs(count / draws - 1 / real) < 0.03
+            assert abs(t_sums[b][number] / count - (number + 1) / (real + 2)) < 0.03
+    # What 1/t is for: every token counts the same, (n + 1) / n, on average.
+    for b, real in enumerate((2, 4, 4, 1)):
+        for i in range(16):
+            if block[i] == b and supervised[i]:
+                assert abs(float(inverse[i]) / draws - (real + 1) / real) < 0.15
+    assert abs(tail - t_tail) / draws < 0.02
+
+
+@given(step_tables(), st.integers(0, 1000))
+def test_random_masks_a_supervised_token_of_every_block_that_has_one(table, seed: int) -> None:
+    steps, block, _ = table
+    maskable = steps > 0
+    supervised = maskable & (torch.arange(len(steps)) < len(steps) - 1)
+    masked, t = random_state(maskable, supervised, block, torch.Generator().manual_seed(seed))
+    for b in range(int(block[-1]) + 1):
+        here = block == b
+        assert bool((masked & supervised)[here].any()) == bool(supervised[here].any())
+        if not supervised[here].any():
+            assert not masked[here].any()
+    assert not masked[~maskable].any()
+    assert len(t) == len(steps)

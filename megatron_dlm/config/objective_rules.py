@@ -1,0 +1,111 @@
+"""Rules between an objective and what it is given: data, weights, teacher, states, duration."""
+
+from __future__ import annotations
+
+from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
+from megatron_dlm.config.rule_support import flag, refuse, value_of
+from megatron_dlm.config.schema import Config
+from megatron_dlm.config.value_rules import is_run_folder
+
+
+def _objective(config: Config) -> str:
+    return f"--objective {config.objective.objective}"
+
+
+def check_objective_inputs(config: Config) -> None:
+    """The objective has the data, the weights and the duration that it needs."""
+    data, duration = {
+        "rollout": ("prompts", "num_rollouts"),
+        "teacher": ("prompts", "train_iters"),
+        "data": ("train_data", "train_iters"),
+    }[config.response_source]
+    if value_of(config, data) is None:
+        remedy = f"add {flag(data)}"
+        if "data" in config.traits.response_sources and data != "train_data":
+            remedy += ", or --train-data"
+        raise refuse(config, data, f"{_objective(config)} needs it", remedy)
+    if value_of(config, duration) is None:
+        raise refuse(config, duration, f"{_objective(config)} needs it", f"add {flag(duration)}")
+    model = config.model
+    if config.needs_teacher and model.load is None:
+        raise refuse(
+            config,
+            "load",
+            f"{_objective(config)} needs weights to convert",
+            "name a checkpoint folder",
+        )
+    if model.load is None and model.model_config is None:
+        raise refuse(
+            config, "load", "there is no model", "add --load, or --model-config for random weights"
+        )
+
+
+def check_response_source(config: Config) -> None:
+    """Where an objective could take responses from two places, one is named."""
+    several = len(config.traits.response_sources) > 1
+    if several and config.data.train_data is not None and config.data.prompts is not None:
+        raise refuse(
+            config,
+            "prompts",
+            f"{_objective(config)} takes responses from --train-data, or the teacher's to "
+            "--prompts, not both",
+            "leave one of the two out",
+        )
+
+
+def check_state_selection(config: Config) -> None:
+    """The objective can be trained on the states that were chosen."""
+    chosen, possible = config.objective.state_selection, config.traits.state_selections
+    if chosen is None or chosen in possible:
+        return
+    remedy = f"choose {' or '.join(possible)}" if possible else "leave it out"
+    others = [
+        name for name, traits in OBJECTIVE_TRAITS.items() if chosen in traits.state_selections
+    ]
+    raise refuse(
+        config,
+        "state_selection",
+        f"{_objective(config)} has no such states",
+        f"{remedy}, or --objective {' or '.join(others)}",
+    )
+
+
+def check_teacher_response_fraction(config: Config) -> None:
+    """Only rollouts can be mixed with the teacher's responses."""
+    for name in ("teacher_response_fraction", "final_teacher_response_fraction"):
+        if value_of(config, name) > 0 and not config.uses_rollouts:
+            raise refuse(
+                config, name, f"{_objective(config)} has no rollouts to mix with", "leave it out"
+            )
+    final = config.rollout.final_teacher_response_fraction
+    if final > 0 and config.rollout.teacher_response_fraction_schedule == "constant":
+        raise refuse(
+            config,
+            "final_teacher_response_fraction",
+            "a constant fraction has no other end",
+            "choose --teacher-response-fraction-schedule linear or cosine, or leave it out",
+        )
+
+
+def check_teacher_responses(config: Config) -> None:
+    """The teacher's responses have a folder."""
+    if config.uses_teacher_responses and config.teacher_responses is None:
+        raise refuse(
+            config,
+            "teacher_responses",
+            "the teacher's responses have no folder",
+            "name one, or add --save",
+        )
+
+
+def check_teacher(config: Config) -> None:
+    """A run that is resumed does not take its own half-converted student for the teacher."""
+    if not config.needs_teacher or config.distillation.teacher_load is not None:
+        return
+    if is_run_folder(config.model.load) and not config.model.finetune:
+        raise refuse(
+            config,
+            "teacher_load",
+            f"--load {config.model.load} is a run to resume, whose student is not the teacher",
+            "name the teacher's folder, or start a new run from these weights with --finetune",
+        )

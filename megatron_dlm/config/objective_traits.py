@@ -1,0 +1,44 @@
+"""What each objective needs, known before PyTorch is loaded.
+
+Rules, data reading and the training loop ask these traits and never for an objective's name. The
+classes in `megatron_dlm.objectives` carry them as `traits`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "next_token"]
+StateSelection = Literal["per_block", "global", "all", "random"]
+ResponseSource = Literal["rollout", "teacher", "data"]
+
+
+@dataclass(frozen=True)
+class ObjectiveTraits:
+    """What an objective needs.
+
+    Attributes:
+        response_sources: Where the responses of x_0 can come from: the student's `rollout`, the
+            autoregressive `teacher` (generated once), or `data` (`--train-data`). Where `data` is
+            one of several, `--train-data` chooses it.
+        uses_teacher: Whether the frozen teacher annotates trajectories with hidden states.
+        state_selections: Which denoising states it can be trained on, the default first; none for
+            a model that stays autoregressive.
+    """
+
+    response_sources: tuple[ResponseSource, ...]
+    uses_teacher: bool
+    state_selections: tuple[StateSelection, ...] = ()
+
+    @property
+    def is_block_diffusion(self) -> bool:
+        """Whether the trained model is a block-diffusion model, with a grid and a MASK."""
+        return bool(self.state_selections)
+
+
+OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
+    "opdlm": ObjectiveTraits(("rollout",), True, ("per_block", "global", "all")),
+    "opdlm_off": ObjectiveTraits(("rollout",), True, ("random",)),
+    "off_policy": ObjectiveTraits(("teacher",), True, ("random",)),
+    "sft": ObjectiveTraits(("data", "teacher"), False, ("random",)),
+    "next_token": ObjectiveTraits(("data",), False),
+}

@@ -1,0 +1,60 @@
+"""Distillation of an AR teacher into a block-diffusion student (OPDLM section 4).
+
+At each masked position the target is the frozen teacher's distribution given the clean prefix,
+p(. | x_0^{<i}). Objectives differ in where x_0 and its states come from.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.config.schema import Config
+from megatron_dlm.distillation.divergence_spec import DivergenceSpec
+from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
+from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
+from megatron_dlm.rollout.trajectory import Trajectory
+
+
+class DistillationObjective(BlockDiffusionObjective):
+    """Divergence between teacher and student at the MASKs of random states, all weights 1."""
+
+    def __init__(self, config: Config, mask_token_id: int, vocab_size: int) -> None:
+        super().__init__(config, mask_token_id, vocab_size)
+        options = config.distillation
+        self.divergence = DivergenceSpec.parse(
+            options.divergence,
+            jsd_beta=options.jsd_beta,
+            top_k=options.divergence_top_k,
+            tail=options.divergence_tail,
+            chunk_size=options.divergence_chunk_size,
+        )
+
+    def states(
+        self, trajectory: Trajectory, supervised: Tensor, generator: torch.Generator
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """One random state; see `BlockDiffusionObjective.states`."""
+        masked, _ = self.random_state(trajectory, supervised, generator)
+        return [masked], None
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        tp_group: torch.distributed.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence of the student from the teacher; see `Objective.loss`."""
+        assert teacher_hidden is not None
+        assert teacher_head is not None
+        return vocab_parallel_divergence(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            weights,
+            self.divergence,
+            self.vocab_size,
+            tp_group,
+        )

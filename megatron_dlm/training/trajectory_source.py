@@ -1,0 +1,60 @@
+"""Where a run's trajectories come from: the student's rollout, given responses, or a mixture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dlm.config import Config
+from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
+from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.training.curriculum import response_length, teacher_response_fraction
+
+
+@dataclass(frozen=True)
+class TrajectorySource:
+    """Turns samples of the data into trajectories.
+
+    Attributes:
+        config: The run's configuration.
+        prompts: What the student answers; None without rollouts.
+        engine: Decodes with the student's current weights; None without rollouts.
+        examples: The same records with given responses: a data set's, or the teacher's; None where
+            every response is the student's.
+    """
+
+    config: Config
+    prompts: PromptDataset | None = None
+    engine: RolloutEngine | None = None
+    examples: ExampleDataset | None = None
+
+    def trajectories(self, samples: Sequence[tuple[int, int]], rollout: int) -> list[Trajectory]:
+        """The trajectories of this rank's samples, in their order; all ranks call this.
+
+        Args:
+            samples: (sample index, record index) of each.
+            rollout: Rollout step, from 0.
+        """
+        if self.engine is None:
+            assert self.examples is not None
+            return [self.examples.sample(record, sample) for sample, record in samples]
+        assert self.prompts is not None
+        given: dict[int, Trajectory] = {}
+        fraction = teacher_response_fraction(self.config, rollout)
+        if self.examples is not None:
+            for sample, record in samples:
+                if takes_given_response(self.config.data.seed, sample, fraction):
+                    given[sample] = self.examples.sample(record, sample)
+        prompts = [
+            self.prompts.sample(record, sample) for sample, record in samples if sample not in given
+        ]
+        rolled_out = iter(self.engine.generate(prompts, response_length(self.config, rollout)))
+        return [given[sample] if sample in given else next(rolled_out) for sample, _ in samples]
+
+
+def takes_given_response(seed: int, sample_index: int, fraction: float) -> bool:
+    """Whether a sample's response is the given one; decided by its index alone, on any layout."""
+    draw = torch.rand((), generator=keyed_generator(seed, sample_index), dtype=torch.float64)
+    return bool(draw < fraction)
