@@ -38,6 +38,18 @@ FOUR_PROCESSES: dict[str, tuple[bool, dict[str, Any]]] = {
         dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
     ),
 }
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "opdlm": {},
+    "opdlm_off": dict(objective="opdlm_off"),
+    "off_policy": dict(objective="off_policy"),
+    "sft": dict(objective="sft"),
+    "mixture": dict(teacher_response_fraction=0.5, micro_batch_size=2),
+}
+"""opdlm runs under every layout, the others once under each kind of parallelism."""
+
+OTHER_DENSE_LAYOUTS = ("TP2 SP", "PP2", "DP2 distributed optimizer")
+OTHER_MOE_LAYOUTS = ("moe EP2",)
+OTHER_FOUR_PROCESSES = ("TP2 PP2 SP", "EP2 TP2 SP")
 
 
 def _train(rank: int, folder: Path, runs: list[tuple[str, Path, dict[str, Any]]]) -> Any:
@@ -59,9 +71,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    runs = [(name, folder / name, {}) for name in ("dense", "moe")]
-    runs = [(f"single {name}", model, options) for name, model, options in runs]
-    return run_distributed(_train, 1, folder, runs)[0]
+    runs = [
+        (f"single {model} {objective}", folder / model, options)
+        for model in ("dense", "moe")
+        for objective, options in OBJECTIVES.items()
+    ]
+    return run_distributed(_train, 1, folder, runs, timeout_seconds=300)[0]
+
+
+def _runs(
+    folder: Path, layouts: dict[str, tuple[bool, dict[str, Any]]], others: tuple[str, ...]
+) -> list[tuple[str, Path, dict[str, Any]]]:
+    """opdlm under all layouts (mixture of experts or not, options), the other objectives some."""
+    return [
+        (
+            f"{layout} {objective}",
+            folder / ("moe" if moe else "dense"),
+            {**options, **layout_options},
+        )
+        for layout, (moe, layout_options) in layouts.items()
+        for objective, options in OBJECTIVES.items()
+        if objective == "opdlm" or layout in others
+    ]
+
+
+def _responses(folder: Path, name: str) -> list[str]:
+    """Lines of all shards of a run's teacher responses, in the order of the prompts."""
+    shards = sorted((folder / name.replace(" ", "_") / "teacher_responses").glob("*.jsonl"))
+    return [line for shard in shards for line in shard.read_text().splitlines()]
 
 
 def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
@@ -74,25 +111,32 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
 
 
+def _check_layouts(
+    world_size: int,
+    folder: Path,
+    single: dict[str, list[dict[str, Any]]],
+    layouts: dict[str, tuple[bool, dict[str, Any]]],
+    others: tuple[str, ...],
+) -> None:
+    runs = _runs(folder, layouts, others)
+    results = run_distributed(_train, world_size, folder, runs, timeout_seconds=300)[0]
+    for name, model, _ in runs:
+        reference = f"single {model.name} {name.split()[-1]}"
+        _check(name, results[name], single[reference])
+        responses = _responses(folder, name)
+        assert responses == _responses(folder, reference), name
+        assert len(responses) == (48 if name.endswith(("off_policy", "mixture")) else 0)
+
+
 def test_dense_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
-    runs = [(name, folder / "dense", options) for name, options in DENSE_LAYOUTS.items()]
-    results = run_distributed(_train, 2, folder, runs, timeout_seconds=300)[0]
-    for name in DENSE_LAYOUTS:
-        _check(name, results[name], single["single dense"])
+    layouts = {name: (False, options) for name, options in DENSE_LAYOUTS.items()}
+    _check_layouts(2, folder, single, layouts, OTHER_DENSE_LAYOUTS)
 
 
 def test_moe_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
-    runs = [(f"moe {name}", folder / "moe", options) for name, options in MOE_LAYOUTS.items()]
-    results = run_distributed(_train, 2, folder, runs, timeout_seconds=300)[0]
-    for name in MOE_LAYOUTS:
-        _check(name, results[f"moe {name}"], single["single moe"])
+    layouts = {f"moe {name}": (True, options) for name, options in MOE_LAYOUTS.items()}
+    _check_layouts(2, folder, single, layouts, OTHER_MOE_LAYOUTS)
 
 
 def test_layouts_of_four_processes(folder: Path, single: dict[str, Any]) -> None:
-    runs = [
-        (name, folder / ("moe" if moe else "dense"), options)
-        for name, (moe, options) in FOUR_PROCESSES.items()
-    ]
-    results = run_distributed(_train, 4, folder, runs, timeout_seconds=300)[0]
-    for name, (moe, _) in FOUR_PROCESSES.items():
-        _check(name, results[name], single["single moe" if moe else "single dense"])
+    _check_layouts(4, folder, single, FOUR_PROCESSES, OTHER_FOUR_PROCESSES)

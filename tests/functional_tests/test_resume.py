@@ -12,6 +12,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.training import loop
 from megatron_dlm.training.checkpointing import find_checkpoint
+from megatron_dlm.training.initialize import initialized
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
@@ -32,7 +33,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tensors(run: str) -> dict[str, torch.Tensor]:
-    return dist_checkpointing.load_plain_tensors(str(find_checkpoint(run)))
+    with initialized(Config.from_dict({"device": "cpu"})):
+        nested = dist_checkpointing.load_plain_tensors(str(find_checkpoint(run)))
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{prefix}.{key}", part)
+        elif isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    walk("", nested)
+    assert any("exp_avg_sq" in name for name in flat)
+    return flat
 
 
 def _without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,8 +77,16 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
         ("moe", {"use_distributed_optimizer": True}),
         ("dense", {"objective": "next_token", "train_iters": 6, "num_rollouts": None}),
         ("dense", {"bf16": True}),
+        ("dense", {"objective": "off_policy", "train_iters": 6, "num_rollouts": None}),
+        (
+            "dense",
+            {
+                "teacher_response_fraction": 0.8,
+                "teacher_response_fraction_schedule": "linear",
+            },
+        ),
     ],
-    ids=["opdlm", "moe", "next_token", "bf16"],
+    ids=["opdlm", "moe", "next_token", "bf16", "off_policy", "mixture"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
     folder: Path,
