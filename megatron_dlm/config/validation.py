@@ -29,7 +29,6 @@ def validate(config: Config, world_size: int) -> None:
     value_rules.check_attention_backend(config)
     value_rules.check_optional_packages(config)
     value_rules.check_objective_inputs(config)
-    value_rules.check_teacher(config)
     value_rules.check_save(config)
     layout_rules.check_world_size(config, world_size)
     layout_rules.check_expert_layout(config, world_size)

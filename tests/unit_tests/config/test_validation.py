@@ -169,16 +169,11 @@ def test_optional_package(
 
 
 def make_run(tmp_path: Path) -> str:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8\n")
     return str(tmp_path)
 
 
-def test_resumed_run_needs_its_teacher(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    with pytest.raises(UserError, match="--teacher-load"):
-        value_rules.check_teacher(config_with(OPDLM, load=run))
-    value_rules.check_teacher(config_with(OPDLM, load=run, teacher_load="teacher"))
-    value_rules.check_teacher(config_with(OPDLM, load=run, finetune=True))
+def test_the_student_starts_as_the_teacher() -> None:
     assert config_with(OPDLM).teacher_load == "weights"
     assert config_with(OPDLM, teacher_load="teacher").teacher_load == "teacher"
 
@@ -190,6 +185,11 @@ def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
             value_rules.check_save(config_with(OPDLM, save=run, **changes))
     value_rules.check_save(config_with(OPDLM, save=run, load=run))
     value_rules.check_save(config_with(OPDLM, save=str(tmp_path / "new")))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_start_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    value_rules.check_save(config_with(OPDLM, save=str(tmp_path)))
 
 
 def architecture(*, is_moe: bool = False) -> Architecture:
