@@ -47,9 +47,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest tests/unit_tests
-	$(BIN)/pytest tests/distributed_tests
-	$(BIN)/pytest tests/functional_tests
+	$(BIN)/pytest --durations 15
 
 format: setup
 	$(BIN)/ruff check --fix .

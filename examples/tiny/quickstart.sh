@@ -2,12 +2,12 @@
 # The whole main job on a laptop: import, evaluate, convert by on-policy distillation, evaluate, export.
 #   make quickstart            (or: PATH=.venv/bin:$PATH bash examples/tiny/quickstart.sh)
 # Writes runs/quickstart/, replacing an earlier one: summary.json, metrics.jsonl, report.png, hf/.
-# Arguments go to the training run (--num-rollouts 20 for a quick look); RUN and MAX_EXAMPLES choose
-# another run folder and fewer problems to evaluate on.
+# Arguments go to the training run (--num-rollouts 20 for a quick look); QUICKSTART_RUN and
+# MAX_EXAMPLES choose another run folder and fewer problems to evaluate on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
-run="${RUN:-runs/quickstart}"
+run="${QUICKSTART_RUN:-runs/quickstart}"
 max_examples="${MAX_EXAMPLES:-500}"
 started=$(date +%s)
 
@@ -17,6 +17,10 @@ evaluate() {  # evaluate <checkpoint> <settings> <output>
     --max-examples "$max_examples" --block-size 4 --max-response-length 40 --settings "$2" --output "$3"
 }
 
+if [[ -e "$run" && ! -d "$run/data" ]]; then
+  echo "error: QUICKSTART_RUN = '$run': exists and is no quickstart run; name a new folder" >&2
+  exit 2
+fi
 rm -rf "$run"
 mkdir -p "$run"
 

@@ -23,7 +23,9 @@ RecomputeMethod = Literal["uniform", "block"]
 TokenDispatcher = Literal["alltoall", "flex"]
 Device = Literal["auto", "cpu", "cuda"]
 ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
-RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
+RemaskingStrategy = Literal[
+    "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"
+]
 FractionSchedule = Literal["constant", "linear", "cosine"]
 LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
@@ -143,14 +145,18 @@ class DecodingConfig:
 
     remasking_strategy: RemaskingStrategy = "low_confidence_dynamic"
     """Which drawn tokens are kept at a denoising step: a fixed number of the most confident
-    (static), or all above --dynamic-threshold (dynamic)."""
+    (static), all above --dynamic-threshold (dynamic), all but a shrinking number of the highest
+    entropy (entropy), or the most certain within --entropy-bound (entropy_bounded)."""
 
     dynamic_threshold: float = 0.9
     """Confidence a token must exceed to be kept by low_confidence_dynamic, in (0, 1]."""
 
+    entropy_bound: float = 0.1
+    """Excess entropy in nats that entropy_bounded accepts at a step."""
+
     denoising_steps_per_block: int | None = None
-    """Denoising steps of low_confidence_static for a block (default: --block-size, one token a
-    step)."""
+    """Denoising steps of low_confidence_static and entropy for a block (default: --block-size, one
+    token a step)."""
 
     temperature: float = 1.0
     """Softmax temperature of the draws; 0 takes the most likely token."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rule_support import flag, refuse, value_of
 from megatron_dlm.config.schema import Config
-from megatron_dlm.config.value_rules import is_run_folder
 
 
 def _objective(config: Config) -> str:
@@ -98,14 +97,15 @@ def check_teacher_responses(config: Config) -> None:
         )
 
 
-def check_teacher(config: Config) -> None:
-    """A run that is resumed does not take its own half-converted student for the teacher."""
-    if not config.needs_teacher or config.distillation.teacher_load is not None:
-        return
-    if is_run_folder(config.model.load) and not config.model.finetune:
-        raise refuse(
-            config,
-            "teacher_load",
-            f"--load {config.model.load} is a run to resume, whose student is not the teacher",
-            "name the teacher's folder, or start a new run from these weights with --finetune",
-        )
+def check_nothing_is_ignored(config: Config) -> None:
+    """What the objective has no use for is not given."""
+    unused: list[tuple[str, object]] = []
+    if not config.needs_teacher:
+        unused.append(("teacher_load", None))
+    if not config.uses_rollouts:
+        unused.append(("epochs_per_rollout", 1))
+    for name, default in unused:
+        if value_of(config, name) != default:
+            raise refuse(
+                config, name, f"{_objective(config)} has no use for it", f"drop {flag(name)}"
+            )

@@ -33,7 +33,7 @@ def validate(config: Config, world_size: int) -> None:
     objective_rules.check_state_selection(config)
     objective_rules.check_teacher_response_fraction(config)
     objective_rules.check_teacher_responses(config)
-    objective_rules.check_teacher(config)
+    objective_rules.check_nothing_is_ignored(config)
     value_rules.check_save(config)
     layout_rules.check_world_size(config, world_size)
     layout_rules.check_expert_layout(config, world_size)

@@ -10,6 +10,7 @@ from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.errors import bad_value
+from megatron_dlm.training.run_folder import LATEST
 
 AT_LEAST_ONE = (
     "block_size",
@@ -40,6 +41,7 @@ AT_LEAST_ZERO = (
     "seed",
     "response_length_warmup_rollouts",
     "temperature",
+    "entropy_bound",
     "top_k",
     "divergence_top_k",
     "min_lr",
@@ -222,6 +224,13 @@ def check_optional_packages(config: Config) -> None:
             "the package transformer_engine is not installed",
             "install it (CUDA only) or choose local",
         )
+    if config.parallel.moe_token_dispatcher_type == "flex" and not _is_installed("deep_ep"):
+        raise refuse(
+            config,
+            "moe_token_dispatcher_type",
+            "the package deep_ep is not installed",
+            "install DeepEP (CUDA only) or choose alltoall",
+        )
     if config.logging.wandb_project is not None and not _is_installed("wandb"):
         raise refuse(
             config,
@@ -232,16 +241,16 @@ def check_optional_packages(config: Config) -> None:
 
 
 def is_run_folder(path: str | None) -> bool:
-    """Whether `path` is the `--save` folder of a run that has taken a step."""
-    return path is not None and (Path(path) / "metrics.jsonl").is_file()
+    """Whether `path` holds a checkpoint of a run; what died before its first can start again."""
+    return path is not None and (Path(path) / LATEST).is_file()
 
 
 def check_save(config: Config) -> None:
     """Checkpoints have a folder, and it is not another run's."""
     logging = config.logging
     if logging.save is None:
-        for name in ("save_interval", "keep_checkpoints"):
-            if value_of(config, name) > 0:
+        for name in ("save_interval", "keep_checkpoints", "wandb_project"):
+            if value_of(config, name):
                 raise refuse(config, name, "there is no run folder", "add --save")
         return
     folder = Path(logging.save)

@@ -1,6 +1,7 @@
 """The architecture of a model, read from a Hugging Face `config.json`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from megatron_dlm.errors import UserError, bad_value
 
 DENSE_MODEL_TYPES = ("qwen3", "sdar", "a2d-qwen3")
 MOE_MODEL_TYPES = ("qwen3_moe", "sdar_moe", "rnd1")
+DIFFUSION_MODEL_TYPES = ("sdar", "sdar_moe", "a2d-qwen3", "rnd1")
+
+
+def is_block_diffusion(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json belongs to a model that has been converted, fully or in part."""
+    return "block_size" in hf_config or hf_config.get("model_type") in DIFFUSION_MODEL_TYPES
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,14 @@ def _block_mask(layout: Tensor) -> BlockMask:
 
     length = layout.shape[1]
     return create_block_mask(
-        mask_mod, None, None, length, length, device=layout.device, BLOCK_SIZE=FLEX_TILE
+        mask_mod,
+        None,
+        None,
+        length,
+        length,
+        device=layout.device,
+        BLOCK_SIZE=FLEX_TILE,
+        _compile=layout.is_cuda,  # uncompiled, it would write the mask out in full
     )
 
 

@@ -160,7 +160,7 @@ class LayoutCache(Generic[T]):
     dropped.
     """
 
-    def __init__(self, derive: Callable[[Tensor], T], capacity: int = 32) -> None:
+    def __init__(self, derive: Callable[[Tensor], T], capacity: int = 16) -> None:
         self._derive = derive
         self._capacity = capacity
         self._entries: OrderedDict[tuple[int, int], tuple[Tensor, T]] = OrderedDict()

@@ -10,7 +10,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -23,6 +22,7 @@ from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import DiffusionAttention
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.rms_norm import RMSNorm
+from megatron_dlm.platform.megatron_gaps import define_missing_gemm
 
 # The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
 # when the tensor-parallel size changes.
@@ -113,7 +113,9 @@ def _layer_spec(
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True
         )
-        layer_norm = None  # Transformer Engine's, chosen by Megatron
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer_norm = TENorm
     else:
         layer = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
@@ -148,9 +150,8 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         architecture: What to build.
         config: Parallelism, precision, kernels. Model-parallel groups must exist.
     """
-    if architecture.is_moe and not hasattr(moe_utils, "te_general_gemm"):
-        # Megatron-Core 0.16 asks whether this is None but defines it with Transformer Engine only.
-        moe_utils.te_general_gemm = None
+    if architecture.is_moe:
+        define_missing_gemm()
     megatron_config = transformer_config(architecture, config)
     model = DiffusionGPTModel(
         config=megatron_config,

@@ -22,14 +22,15 @@ class NextToken(Objective):
         length = len(tokens) - 1
         position = torch.arange(length, dtype=torch.int32)
         first = max(prompt - 1, 0)
+        last = length - (not self.config.objective.supervise_eos)
         return Document(
             token_ids=tokens[:-1],
             block=position,
             stream=torch.full_like(position, CLEAN),
             position=position,
-            supervised=torch.arange(first, length),
-            labels=tokens[first + 1 :],
-            weights=torch.ones(length - first),
+            supervised=torch.arange(first, last),
+            labels=tokens[first + 1 : last + 1],
+            weights=torch.ones(last - first),
         )
 
     def loss(

@@ -61,6 +61,7 @@ class GenerationConfig:
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
+            entropy_bound=rollout.entropy_bound,
         )
 
     @classmethod

@@ -6,6 +6,7 @@ configuration, and `hf/` with config.json and tokenizer. No random generator's s
 because none is consumed in training: every draw is keyed by the seed and the sample's index.
 """
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -19,7 +20,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.platform.megatron_gaps import prepare_optimizer_to_load
 from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.run_folder import (
     HF_FOLDER,
@@ -64,6 +66,8 @@ def write_hf_files(folder: Path, hf_config: dict[str, Any], tokenizer_folder: Pa
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Whether experts have an optimizer of their own depends on the layout: names must not.
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -121,26 +125,38 @@ def save_checkpoint(
     torch.distributed.barrier()
     if is_rank_zero():
         write_hf_files(temporary / HF_FOLDER, hf_config, tokenizer_folder)
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = final.with_name(final.name + ".old")
+        if final.exists():
+            final.rename(replaced)
         temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         latest = Path(run_folder) / (LATEST + ".tmp")
         latest.write_text(f"{progress.iteration}\n")
         latest.rename(Path(run_folder) / LATEST)
         if keep:
-            for old in sorted(Path(run_folder).glob("iter_*[0-9]"))[:-keep]:
-                shutil.rmtree(old)
+            # Later iterations are of a run that was wound back: not ours to prune.
+            earlier = sorted(Path(run_folder).glob("iter_*[0-9]"))
+            earlier = [folder for folder in earlier if folder.name <= final.name]
+            for folder in earlier[:-keep]:
+                shutil.rmtree(folder)
     torch.distributed.barrier()
     return final
+
+
+UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
+"""What reading a damaged checkpoint raises."""
+
+
+def _damaged(checkpoint: Path, field: str) -> UserError:
+    return bad_value(field, str(checkpoint), "is damaged or incomplete", "load another checkpoint")
 
 
 def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
     """Compare the model's tensors with the checkpoint's before anything is loaded."""
     try:
         saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    except (CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise bad_value(
-            field, str(checkpoint), "is damaged or incomplete", "load another checkpoint"
-        ) from error
+    except UNREADABLE as error:
+        raise _damaged(checkpoint, field) from error
     for name, tensor in state["model"].items():
         if not isinstance(tensor, dist_checkpointing.ShardedTensor):
             continue
@@ -162,6 +178,28 @@ def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
             )
 
 
+def _load(state: dict[str, Any], checkpoint: Path, field: str) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+    except (*UNREADABLE, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise bad_value(
+            field,
+            str(checkpoint),
+            f"cannot be loaded ({reason})",
+            "load another checkpoint, of this architecture",
+        ) from error
+    return loaded
+
+
+def _load_common(checkpoint: Path, field: str) -> dict[str, Any]:
+    try:
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except (*UNREADABLE, RuntimeError) as error:
+        raise _damaged(checkpoint, field) from error
+    return common
+
+
 def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load") -> None:
     """Load the weights of a checkpoint into a model of any parallel layout.
 
@@ -172,8 +210,60 @@ def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load"
     state = _sharded_state(model, None, is_loading=True)
     with errors_on_all_ranks():
         _check_shapes(state, checkpoint, field)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = _load(state, checkpoint, field)
     unwrap_model(model).load_state_dict(loaded["model"])
+
+
+def _parts(state: Any) -> list[dict[str, Any]]:
+    """The states of the optimizers in a chain, or of the only one."""
+    if isinstance(state, list):
+        return state
+    chained = sorted(key for key in state if isinstance(key, int))
+    return [state[key] for key in chained] or [state]
+
+
+def _update_count(state: Any) -> Any:
+    """The number of updates somewhere in a saved optimizer state; all parameters share it."""
+    if isinstance(state, dict):
+        for key in ("common_step", "step"):
+            if key in state:
+                return state[key]
+    values = state.values() if isinstance(state, dict) else state
+    for value in values if isinstance(state, dict | list) else ():
+        count = _update_count(value)
+        if count is not None:
+            return count
+    return None
+
+
+def _fit_groups_to_layout(loaded: dict[Any, Any], saved: Any, current: Any) -> None:
+    """Exchange the parameter groups where a layout has another number of optimizers.
+
+    Under expert parallelism Megatron chains an optimizer for the experts to that for the rest. The
+    tensors have the same names either way, but the groups are listed by optimizer. Nothing is lost
+    with the saved ones: rates come from the schedule, the rest cannot change on resume.
+
+    Args:
+        loaded: The optimizer's state as loaded into this layout's structure; changed in place.
+        saved: The groups as they were saved.
+        current: The state of this layout's optimizer, which has the groups that it needs.
+    """
+    parts = _parts(current)
+    if len(parts) == len(_parts(saved)):
+        return
+    for key in [key for key in loaded if isinstance(key, int) != (len(parts) > 1)]:
+        del loaded[key]
+    count = _update_count(saved)
+    for part, needed in zip(_parts(loaded), parts, strict=True):
+        for key, value in _parts(saved)[0].items():
+            part.setdefault(key, copy.deepcopy(value))
+        part, needed = part.get("optimizer", part), needed.get("optimizer", needed)
+        part["param_groups"] = needed["param_groups"]
+        if "state" in part:
+            part["state"]["common_step"] = count
+        else:  # the distributed optimizer keeps tensors elsewhere and the count with the groups
+            for group in part["param_groups"]:
+                group["step"] = count
 
 
 def load_training_state(path: str | Path, student: Student, field: str = "--load") -> Progress:
@@ -183,7 +273,7 @@ def load_training_state(path: str | Path, student: Student, field: str = "--load
         UserError: There is no checkpoint, it does not fit, or it holds weights only.
     """
     checkpoint = find_checkpoint(path, field)
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    common = _load_common(checkpoint, field)
     if "scheduler" not in common:
         raise bad_value(
             field,
@@ -191,11 +281,13 @@ def load_training_state(path: str | Path, student: Student, field: str = "--load
             "holds weights but no training state",
             "add --finetune to start from it",
         )
+    prepare_optimizer_to_load(student.optimizer)
     state = _sharded_state(student.model, student, is_loading=True)
     with errors_on_all_ranks():
         _check_shapes(state, checkpoint, field)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = _load(state, checkpoint, field)
     student.model.load_state_dict(loaded["model"])
+    _fit_groups_to_layout(loaded["optimizer"], common["optimizer"], student.optimizer.state_dict())
     student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
@@ -203,13 +295,11 @@ def load_training_state(path: str | Path, student: Student, field: str = "--load
 
 def saved_config(path: str | Path, field: str = "--load") -> dict[str, Any]:
     """The flat configuration of the run that wrote a checkpoint; empty for imported weights."""
-    common = dist_checkpointing.load_common_state_dict(str(find_checkpoint(path, field)))
+    common = _load_common(find_checkpoint(path, field), field)
     config: dict[str, Any] = common.get("config", {})
     return config
 
 
 def has_training_state(path: str | Path, field: str = "--load") -> bool:
     """Whether a checkpoint can be resumed, rather than only supply weights."""
-    return "scheduler" in dist_checkpointing.load_common_state_dict(
-        str(find_checkpoint(path, field))
-    )
+    return "scheduler" in _load_common(find_checkpoint(path, field), field)

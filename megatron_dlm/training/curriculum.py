@@ -10,10 +10,10 @@ def response_length(config: Config, rollout: int) -> int:
     options = config.rollout
     longest = options.max_response_length
     warmup = options.response_length_warmup_rollouts
-    if options.response_length_schedule == "constant" or warmup == 0:
+    if options.response_length_schedule == "constant" or rollout >= warmup:
         return longest
     shortest = options.min_response_length or longest
-    fraction = min(rollout / warmup, 1.0)
+    fraction = rollout / warmup
     if options.response_length_schedule == "linear":
         length = shortest + math.floor(fraction * (longest - shortest))
     else:

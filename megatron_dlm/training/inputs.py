@@ -16,7 +16,11 @@ from megatron_dlm.data.prompts import (
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture, read_architecture
+from megatron_dlm.models.architecture import (
+    Architecture,
+    is_block_diffusion,
+    read_architecture,
+)
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
 
@@ -54,6 +58,13 @@ class RunInputs:
 
 
 def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
+    if is_block_diffusion(teacher.architecture.hf_config):
+        raise bad_value(
+            teacher.field,
+            str(teacher.path),
+            "is a block-diffusion model; the teacher has to be autoregressive",
+            "name the autoregressive model's folder with --teacher-load",
+        )
     if teacher.architecture.vocab_size != student.vocab_size:
         raise bad_value(
             teacher.field,

@@ -171,10 +171,16 @@ class MetricsLogger:
 def _open_metrics(path: Path, first_step: int) -> TextIO:
     """Open for appending, without lines of steps that a resumed run is about to repeat."""
     if path.exists():
-        kept = [
-            line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step
-        ]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w") as kept:
+            for line in path.read_text().splitlines():
+                try:
+                    step = json.loads(line)["step"]
+                except json.JSONDecodeError:
+                    continue  # torn by whatever ended the earlier attempt
+                if step <= first_step:
+                    kept.write(line + "\n")
+        temporary.replace(path)
     return path.open("a")
 
 

@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dlm.config.schema import Config, ParameterGroup
 from megatron_dlm.errors import bad_value
+from megatron_dlm.platform.megatron_gaps import identify_param_groups_by_name
 
 GROUPS = {
     "attention": r"\.self_attention\.linear_(qkv|proj)\.weight$",
@@ -90,6 +91,13 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
 def _overrides(config: Config, optimizer_config: OptimizerConfig) -> dict[ParamKey, Any]:
     # Megatron's own rules come first: no weight decay on norms and biases.
     overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config)
+    patterns = [_pattern(group) for group in config.optimizer.param_groups]
+
+    def in_no_group(_: Any, name: str) -> bool:
+        return not any(pattern.search(name) for pattern in patterns)
+
+    rest = ParamWithNamePredicate(name=DEFAULT_GROUP, fn=in_no_group)
+    overrides[ParamKey(with_name_predicate=rest)] = {"name": DEFAULT_GROUP}
     for group in config.optimizer.param_groups:
         pattern = _pattern(group)
         override: dict[str, Any] = {"name": group.pattern}
@@ -115,6 +123,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     Raises:
         UserError: See `check_groups`.
     """
+    identify_param_groups_by_name()
     options = config.optimizer
     check_groups(
         options.param_groups,
@@ -140,9 +149,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     )
 
 
-def build_scheduler(
-    config: Config, optimizer: MegatronOptimizer, train_iters: int
-) -> OptimizerParamScheduler:
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Build Megatron's learning-rate schedule, counted in optimizer updates."""
     options = config.optimizer
     return OptimizerParamScheduler(
@@ -151,17 +158,15 @@ def build_scheduler(
         max_lr=options.lr,
         min_lr=options.min_lr,
         lr_warmup_steps=options.lr_warmup_iters,
-        lr_decay_steps=options.lr_decay_iters or train_iters,
+        lr_decay_steps=config.lr_decay_iters,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
-        wd_incr_steps=train_iters,
+        wd_incr_steps=config.lr_decay_iters,
         wd_incr_style="constant",
     )
 
 
 def learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
     """Current learning rate of each named group; parameters in none are the `default` group."""
-    return {
-        group.get("name", DEFAULT_GROUP): float(group["lr"]) for group in optimizer.param_groups
-    }
+    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}

@@ -1,7 +1,9 @@
 """A training run, put together: student, teacher, objective, trajectories, progress."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
@@ -33,8 +35,25 @@ RESUME_FIXED = (
     "rollout_batch_size",
     "global_batch_size",
     "epochs_per_rollout",
+    "bf16",
+    "use_distributed_optimizer",
+    "optimizer",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_decay_iters",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "param_groups",
 )
-"""Options that a resumed run cannot change without meaning another run."""
+"""Options that a resumed run cannot change: it would be another run, or they would be ignored, as
+they live on in the checkpointed optimizer and schedule."""
+
+
+DATA_FINGERPRINT = "data_fingerprint"
 
 
 @dataclass
@@ -61,13 +80,28 @@ class Run:
                 tokenizer_folder=self.inputs.tokenizer_folder,
                 progress=self.progress,
                 student=self.student,
-                run_config=self.config.to_dict(),
+                run_config=_resumable_config(self.config, self.inputs),
                 keep=self.config.logging.keep_checkpoints,
             )
 
 
-def _check_resumable(config: Config, load: str) -> None:
-    now, before = config.to_dict(), saved_config(load)
+def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
+    """The flat configuration with what a resumed run is compared by, resolved."""
+    return config.to_dict() | {
+        "lr_decay_iters": config.lr_decay_iters,
+        DATA_FINGERPRINT: inputs.data.file.fingerprint,
+    }
+
+
+def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
+    now, before = _resumable_config(config, inputs), saved_config(load)
+    if before.get(DATA_FINGERPRINT, now[DATA_FINGERPRINT]) != now[DATA_FINGERPRINT]:
+        raise bad_value(
+            "--prompts" if isinstance(inputs.data, PromptDataset) else "--train-data",
+            inputs.data.file.path,
+            f"is not the file that the run in {load} was reading",
+            "name that file to resume it, or --finetune for a new run from its weights",
+        )
     for name in RESUME_FIXED:
         if name in before and before[name] != now[name]:
             raise bad_value(
@@ -110,12 +144,21 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     )
     if resume:
         assert load is not None
-        _check_resumable(config, load)
+        _check_resumable(config, inputs, load)
+    parallel = config.parallel
+    split = max(parallel.expert_model_parallel_size, parallel.pipeline_model_parallel_size)
+    if inputs.source is None and split > 1 and not platform.is_cuda():
+        raise bad_value(
+            "--model-config",
+            config.model.model_config,
+            "random weights on a CPU would repeat themselves over expert and pipeline ranks",
+            "start with both sizes 1, and load that checkpoint at any layout",
+        )
     teacher_model, examples = _teacher(config, inputs)
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
         inputs.source.load_into(model)
-    student = build_student(model, config, config.train_iters)
+    student = build_student(model, config)
     progress = Progress()
     if resume:
         assert load is not None

@@ -34,7 +34,7 @@ class Student:
     scheduler: OptimizerParamScheduler
 
 
-def build_student(model: DiffusionGPTModel, config: Config, train_iters: int) -> Student:
+def build_student(model: DiffusionGPTModel, config: Config) -> Student:
     """Wrap a model, whose weights are loaded, for training.
 
     Raises:
@@ -56,4 +56,4 @@ def build_student(model: DiffusionGPTModel, config: Config, train_iters: int) ->
     megatron_config.no_sync_func = ddp.no_sync if config.parallel.overlap_grad_reduce else None
     optimizer = build_optimizer(config, ddp)
     megatron_config.grad_scale_func = optimizer.scale_loss
-    return Student(model, ddp, optimizer, build_scheduler(config, optimizer, train_iters))
+    return Student(model, ddp, optimizer, build_scheduler(config, optimizer))

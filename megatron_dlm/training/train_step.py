@@ -1,5 +1,6 @@
 """One optimizer update: Megatron's schedule over micro-batches, then its optimizer."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def train_step(
         teacher_head: The teacher's output layer shard on the last stage, or None.
 
     Raises:
-        FloatingPointError: The gradient is not finite; the weights were not changed.
+        FloatingPointError: The loss is not finite, and the weights were not changed; or the
+            gradient is not, and the run has to go on from its last checkpoint.
     """
     started = time.perf_counter()
     config = get_model_config(model)
@@ -120,12 +122,14 @@ def train_step(
         micro_batch_size=1,
     )
     sums = _reduce_sums(measured)
+    loss = float(sums[0] / sums[1].clamp(min=1.0))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss {loss}: training diverged")
     platform.synchronize()
     updating = time.perf_counter()
     ok, grad_norm, _ = optimizer.step()
-    loss = float(sums[0] / sums[1].clamp(min=1.0))
-    if not ok or not torch.isfinite(torch.tensor([loss, float(grad_norm)])).all():
-        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: training diverged")
+    if not ok or not math.isfinite(grad_norm):
+        raise FloatingPointError(f"gradient norm {grad_norm}: training diverged")
     scheduler.step(increment=1)
     platform.synchronize()
     return StepResult(

@@ -19,11 +19,13 @@ DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2 recomputation": dict(pipeline_model_parallel_size=2, recompute_granularity="full"),
 }
 MOE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP2": {},
     "EP2": dict(expert_model_parallel_size=2),
     "EP2 distributed optimizer": dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
     "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
 }
 FOUR_PROCESSES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "TP2 PP2": (False, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "TP2 PP2 SP": (
         False,
         dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
@@ -33,6 +35,7 @@ FOUR_PROCESSES: dict[str, tuple[bool, dict[str, Any]]] = {
         dict(pipeline_model_parallel_size=2, use_distributed_optimizer=True),
     ),
     "EP2 PP2": (True, dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
+    "EP2 DP4": (True, dict(expert_model_parallel_size=2)),
     "EP2 TP2 SP": (
         True,
         dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),

@@ -313,6 +313,17 @@ def test_teacher_with_another_vocabulary(files: Path, call: Call, tmp_path: Path
     )
 
 
+def test_teacher_that_is_no_longer_autoregressive(files: Path, call: Call, tmp_path: Path) -> None:
+    teacher = changed_model(files / "dense", tmp_path / "teacher", block_size=4)
+    call(PRETRAIN, *options(files, teacher_load=teacher)).check_error(
+        f"--teacher-load = '{teacher}'", "is a block-diffusion model", "--teacher-load"
+    )
+    # Without a teacher of its own, a run takes the student's weights for it.
+    call(PRETRAIN, *options(files, load=teacher)).check_error(
+        f"--load = '{teacher}'", "has to be autoregressive"
+    )
+
+
 def test_damaged_teacher(files: Path, call: Call, tmp_path: Path) -> None:
     tensor = "model.norm.weight"
     teacher = changed_tensors(files / "dense", tmp_path / "teacher", drop=tensor)
@@ -322,7 +333,7 @@ def test_damaged_teacher(files: Path, call: Call, tmp_path: Path) -> None:
 
 
 def test_run_folder_in_use(files: Path, call: Call, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1\n")
     call(PRETRAIN, *options(files, save=tmp_path)).check_error(
         f"--save = '{tmp_path}'", "holds another run", "choose a new folder"
     )

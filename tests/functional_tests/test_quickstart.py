@@ -19,10 +19,11 @@ def test_short_quickstart(tmp_path: Path) -> None:
         os.environ,
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         PYTHONPATH=str(REPOSITORY),
-        RUN=str(run),
+        QUICKSTART_RUN=str(run),
         MAX_EXAMPLES="40",
     )
     command = ["bash", "examples/tiny/quickstart.sh", "--num-rollouts", "2"]
+    command += ["--lr-warmup-iters", "5"]
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

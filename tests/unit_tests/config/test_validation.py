@@ -199,14 +199,6 @@ def test_what_follows_from_objective_and_data() -> None:
     assert configs[0].rollout_batch_size == 128
 
 
-def test_resumed_off_policy_run_needs_its_teacher(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    for base in (OFF_POLICY, SFT_ON_TEACHER):
-        with pytest.raises(UserError, match="--teacher-load"):
-            objective_rules.check_teacher(config_with(base, load=run))
-    objective_rules.check_teacher(config_with(SFT, load=run))
-
-
 @pytest.mark.parametrize("missing", ["train_data", "train_iters", "load"])
 def test_next_token_needs_data_duration_and_a_model(missing: str) -> None:
     config = config_with(NEXT_TOKEN, **{missing: None})
@@ -263,16 +255,11 @@ def test_optional_package(
 
 
 def make_run(tmp_path: Path) -> str:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8\n")
     return str(tmp_path)
 
 
-def test_resumed_run_needs_its_teacher(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    with pytest.raises(UserError, match="--teacher-load"):
-        objective_rules.check_teacher(config_with(OPDLM, load=run))
-    objective_rules.check_teacher(config_with(OPDLM, load=run, teacher_load="teacher"))
-    objective_rules.check_teacher(config_with(OPDLM, load=run, finetune=True))
+def test_the_student_starts_as_the_teacher() -> None:
     assert config_with(OPDLM).teacher_load == "weights"
     assert config_with(OPDLM, teacher_load="teacher").teacher_load == "teacher"
 
@@ -284,6 +271,11 @@ def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
             value_rules.check_save(config_with(OPDLM, save=run, **changes))
     value_rules.check_save(config_with(OPDLM, save=run, load=run))
     value_rules.check_save(config_with(OPDLM, save=str(tmp_path / "new")))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_start_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    value_rules.check_save(config_with(OPDLM, save=str(tmp_path)))
 
 
 def architecture(*, is_moe: bool = False) -> Architecture:
@@ -418,3 +410,12 @@ def test_parameter_group_may_freeze() -> None:
     group = ParameterGroup("embedding", lr=0.0, min_lr=0.0)
     assert config_with(OPDLM, param_groups=[group]).optimizer.param_groups == (group,)
     validate(config_with(OPDLM, param_groups=[group]), world_size=1)
+
+
+@pytest.mark.parametrize("changes", [{"teacher_load": "teacher"}, {"epochs_per_rollout": 2}])
+def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, object]) -> None:
+    options = {"objective": "next_token", "train_data": "x.jsonl", "train_iters": 5}
+    objective_rules.check_nothing_is_ignored(config_with(OPDLM, **changes))
+    config = Config.from_dict({**options, "load": "weights", **changes})
+    with pytest.raises(UserError, match="has no use for it"):
+        objective_rules.check_nothing_is_ignored(config)

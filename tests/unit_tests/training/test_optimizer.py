@@ -20,8 +20,10 @@ pytestmark = pytest.mark.usefixtures("single_process")
 
 def _student(folder: Path, moe: bool = False, **options: Any) -> Student:
     path = save_random_model(folder / "m", moe=moe, tie_word_embeddings=False)
-    config = Config.from_dict({"device": "cpu", "lr_warmup_iters": 4, **options})
-    return build_student(build_model(read_architecture(path), config), config, 20)
+    config = Config.from_dict(
+        {"device": "cpu", "lr_warmup_iters": 4, "lr_decay_iters": 20, **options}
+    )
+    return build_student(build_model(read_architecture(path), config), config)
 
 
 @pytest.mark.parametrize("moe", [False, True])

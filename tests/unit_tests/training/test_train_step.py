@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dlm.distillation.teacher import Teacher
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 
@@ -85,20 +86,18 @@ def test_epochs_draw_new_states_from_the_same_rollout(folder: Path, tmp_path: Pa
 def test_the_teacher_is_untouched_by_updates(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_dlm.training import loop
-
     weights: list[dict[str, torch.Tensor]] = []
-    train = loop.train_step
+    annotate = Teacher.annotate
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        teacher_head = args[-1]
-        assert not teacher_head.requires_grad
-        weights.append(teacher_head.clone())
-        result = train(*args, **kwargs)
-        assert teacher_head.grad is None
-        assert torch.equal(teacher_head, weights[0])
-        return result
+    def watched(self: Teacher, trajectories: Any) -> None:
+        assert not self.model.training
+        assert not any(parameter.requires_grad for parameter in self.model.parameters())
+        annotate(self, trajectories)
+        weights.append({name: p.clone() for name, p in self.model.named_parameters()})
 
-    monkeypatch.setattr(loop, "train_step", watched)
-    _run(folder, tmp_path)
-    assert len(weights) == 2
+    monkeypatch.setattr(Teacher, "annotate", watched)
+    _run(folder, tmp_path, num_rollouts=2)  # two updates between the two phases
+    first, second = weights
+    assert len(first) > 10
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
