@@ -7,6 +7,8 @@ classes in `megatron_dlm.objectives` carry them as `traits`.
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
+
 ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "next_token"]
 StateSelection = Literal["per_block", "global", "all", "random"]
 ResponseSource = Literal["rollout", "teacher", "data"]
@@ -23,22 +25,20 @@ class ObjectiveTraits:
         uses_teacher: Whether the frozen teacher annotates trajectories with hidden states.
         state_selections: Which denoising states it can be trained on, the default first; none for
             a model that stays autoregressive.
+        convention: Attention and prediction of the trained model, written into its config.json;
+            None for a model that stays autoregressive.
     """
 
     response_sources: tuple[ResponseSource, ...]
     uses_teacher: bool
     state_selections: tuple[StateSelection, ...] = ()
-
-    @property
-    def is_block_diffusion(self) -> bool:
-        """Whether the trained model is a block-diffusion model, with a grid and a MASK."""
-        return bool(self.state_selections)
+    convention: DiffusionConvention | None = None
 
 
 OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
-    "opdlm": ObjectiveTraits(("rollout",), True, ("per_block", "global", "all")),
-    "opdlm_off": ObjectiveTraits(("rollout",), True, ("random",)),
-    "off_policy": ObjectiveTraits(("teacher",), True, ("random",)),
-    "sft": ObjectiveTraits(("data", "teacher"), False, ("random",)),
+    "opdlm": ObjectiveTraits(("rollout",), True, ("per_block", "global", "all"), BLOCK_DIFFUSION),
+    "opdlm_off": ObjectiveTraits(("rollout",), True, ("random",), BLOCK_DIFFUSION),
+    "off_policy": ObjectiveTraits(("teacher",), True, ("random",), BLOCK_DIFFUSION),
+    "sft": ObjectiveTraits(("data", "teacher"), False, ("random",), BLOCK_DIFFUSION),
     "next_token": ObjectiveTraits(("data",), False),
 }

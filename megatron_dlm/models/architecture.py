@@ -4,18 +4,62 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_dlm.errors import UserError, bad_value
 
 DENSE_MODEL_TYPES = ("qwen3", "sdar", "a2d-qwen3")
 MOE_MODEL_TYPES = ("qwen3_moe", "sdar_moe", "rnd1")
-DIFFUSION_MODEL_TYPES = ("sdar", "sdar_moe", "a2d-qwen3", "rnd1")
 
 
-def is_block_diffusion(hf_config: Mapping[str, Any]) -> bool:
-    """Whether a config.json belongs to a model that has been converted, fully or in part."""
-    return "block_size" in hf_config or hf_config.get("model_type") in DIFFUSION_MODEL_TYPES
+@dataclass(frozen=True)
+class DiffusionConvention:
+    """How a diffusion model attends and which token its logits predict; part of its config.json.
+
+    Attributes:
+        attention_pattern: `block_causal`, or `full` (bidirectional over the whole sequence).
+        shifted: Whether logits at position i predict token i + 1 (RND1) instead of token i.
+    """
+
+    attention_pattern: Literal["block_causal", "full"]
+    shifted: bool
+
+
+BLOCK_DIFFUSION = DiffusionConvention("block_causal", shifted=False)
+RND1 = DiffusionConvention("full", shifted=True)
+
+_CONVENTION_OF_MODEL_TYPE = {
+    "sdar": BLOCK_DIFFUSION,
+    "sdar_moe": BLOCK_DIFFUSION,
+    "a2d-qwen3": DiffusionConvention("full", shifted=False),
+    "rnd1": RND1,
+}
+
+
+def diffusion_convention(
+    hf_config: Mapping[str, Any], where: str = "config.json"
+) -> DiffusionConvention | None:
+    """The convention that a config.json states; None for an autoregressive model.
+
+    `attention_pattern` and `shifted` say it; without them the model type does, and a `block_size`
+    makes any other type a block-diffusion model.
+
+    Raises:
+        UserError: `attention_pattern` or `shifted` has an unknown value.
+    """
+    implied = _CONVENTION_OF_MODEL_TYPE.get(hf_config.get("model_type", ""))
+    if implied is None and "block_size" in hf_config:
+        implied = BLOCK_DIFFUSION
+    if "attention_pattern" not in hf_config:
+        return implied
+    pattern, shifted = hf_config["attention_pattern"], hf_config.get("shifted", False)
+    if pattern not in ("block_causal", "full"):
+        raise bad_value(
+            f"{where}: attention_pattern", pattern, "is unknown", "write block_causal or full"
+        )
+    if not isinstance(shifted, bool):
+        raise bad_value(f"{where}: shifted", shifted, "is no boolean", "write true or false")
+    return DiffusionConvention(pattern, shifted)
 
 
 @dataclass(frozen=True)

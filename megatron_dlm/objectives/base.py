@@ -41,6 +41,29 @@ class Document:
     teacher_hidden: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss is computed from, on the last pipeline stage.
+
+    Attributes:
+        hidden: [n, h] of the student.
+        head: [V/tp, h] of the student.
+        labels: [n].
+        weights: [n].
+        tp_group: Tensor-parallel group; None for a group of one.
+        teacher_hidden: [n, h_teacher] or None.
+        teacher_head: [V/tp, h_teacher] or None.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    labels: Tensor
+    weights: Tensor
+    tp_group: torch.distributed.ProcessGroup | None = None
+    teacher_hidden: Tensor | None = None
+    teacher_head: Tensor | None = None
+
+
 class Objective(ABC):
     """Turns trajectories into training documents and hidden states into a loss.
 
@@ -66,26 +89,8 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        tp_group: torch.distributed.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Weighted loss sum over the supervised tokens.
-
-        Args:
-            hidden: [n, h] of the student.
-            head: [V/tp, h] of the student.
-            labels: [n].
-            weights: [n].
-            teacher_hidden: [n, h_teacher] or None.
-            teacher_head: [V/tp, h_teacher] or None.
-            tp_group: Tensor-parallel group.
 
         Returns:
             The sum, a scalar with gradient, and the unweighted loss per token [n] without.

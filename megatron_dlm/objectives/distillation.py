@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
+from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.rollout.trajectory import Trajectory
 
@@ -35,26 +36,17 @@ class DistillationObjective(BlockDiffusionObjective):
         masked, _ = self.random_state(trajectory, supervised, generator)
         return [masked], None
 
-    def loss(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        tp_group: torch.distributed.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Divergence of the student from the teacher; see `Objective.loss`."""
-        assert teacher_hidden is not None
-        assert teacher_head is not None
+        assert inputs.teacher_hidden is not None
+        assert inputs.teacher_head is not None
         return vocab_parallel_divergence(
-            hidden,
-            head,
-            teacher_hidden,
-            teacher_head,
-            weights,
+            inputs.hidden,
+            inputs.head,
+            inputs.teacher_hidden,
+            inputs.teacher_head,
+            inputs.weights,
             self.divergence,
             self.vocab_size,
-            tp_group,
+            inputs.tp_group,
         )

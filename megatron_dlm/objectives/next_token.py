@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document, Objective
+from megatron_dlm.objectives.base import Document, LossInputs, Objective
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
@@ -33,23 +33,14 @@ class NextToken(Objective):
             weights=torch.ones(last - first),
         )
 
-    def loss(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        tp_group: torch.distributed.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Cross entropy; see `Objective.loss`."""
         return vocab_parallel_cross_entropy(
-            hidden,
-            head,
-            labels,
-            weights,
+            inputs.hidden,
+            inputs.head,
+            inputs.labels,
+            inputs.weights,
             vocab_size=self.vocab_size,
-            tp_group=tp_group,
+            tp_group=inputs.tp_group,
             chunk_size=self.config.distillation.divergence_chunk_size,
         )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.rollout.trajectory import Trajectory
 
@@ -25,23 +26,14 @@ class SFT(BlockDiffusionObjective):
         weighted = self.config.objective.loss_weighting == "inverse_t"
         return [masked], t.reciprocal().float() if weighted else None
 
-    def loss(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        tp_group: torch.distributed.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Cross entropy; see `Objective.loss`."""
         return vocab_parallel_cross_entropy(
-            hidden,
-            head,
-            labels,
-            weights,
+            inputs.hidden,
+            inputs.head,
+            inputs.labels,
+            inputs.weights,
             vocab_size=self.vocab_size,
-            tp_group=tp_group,
+            tp_group=inputs.tp_group,
             chunk_size=self.config.distillation.divergence_chunk_size,
         )

@@ -18,7 +18,7 @@ from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_s
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     Architecture,
-    is_block_diffusion,
+    diffusion_convention,
     read_architecture,
 )
 from megatron_dlm.training.model_source import ModelSource, open_model_source
@@ -49,20 +49,26 @@ class RunInputs:
     response_store: ResponseStore | None = None
 
     def hf_config(self, config: Config) -> dict[str, Any]:
-        """config.json of the trained model: a block-diffusion one names its grid and its MASK."""
+        """config.json of the trained model: a diffusion model names its convention and its MASK."""
         hf_config = dict(self.architecture.hf_config)
-        if config.traits.is_block_diffusion:
-            hf_config["block_size"] = config.model.block_size
-            hf_config["mask_token_id"] = self.special_tokens.mask_token_id
+        convention = config.traits.convention
+        if convention is not None:
+            hf_config |= {
+                "attention_pattern": convention.attention_pattern,
+                "shifted": convention.shifted,
+                "mask_token_id": self.special_tokens.mask_token_id,
+            }
+            if convention.attention_pattern == "block_causal":
+                hf_config["block_size"] = config.model.block_size
         return hf_config
 
 
 def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
-    if is_block_diffusion(teacher.architecture.hf_config):
+    if diffusion_convention(teacher.architecture.hf_config) is not None:
         raise bad_value(
             teacher.field,
             str(teacher.path),
-            "is a block-diffusion model; the teacher has to be autoregressive",
+            "is a diffusion model; the teacher has to be autoregressive",
             "name the autoregressive model's folder with --teacher-load",
         )
     if teacher.architecture.vocab_size != student.vocab_size:

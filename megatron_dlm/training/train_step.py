@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.models.model import full_hidden_states, head_weight
-from megatron_dlm.objectives.base import Objective
+from megatron_dlm.objectives.base import LossInputs, Objective
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,15 @@ def train_step(
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             hidden = full_hidden_states(output, config.sequence_parallel)
             loss_sum, _ = objective.loss(
-                hidden[batch.supervised],
-                head_weight(model),
-                batch.labels,
-                batch.weights,
-                batch.teacher_hidden,
-                teacher_head,
-                tp_group if tp_group.size() > 1 else None,
+                LossInputs(
+                    hidden=hidden[batch.supervised],
+                    head=head_weight(model),
+                    labels=batch.labels,
+                    weights=batch.weights,
+                    tp_group=tp_group if tp_group.size() > 1 else None,
+                    teacher_hidden=batch.teacher_hidden,
+                    teacher_head=teacher_head,
+                )
             )
             count = torch.tensor(batch.loss_count, dtype=torch.int, device=device)
             tokens = len(batch.supervised)

@@ -15,7 +15,7 @@ from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.models.model_provider import build_model, build_teacher
-from megatron_dlm.objectives.base import Document, Objective
+from megatron_dlm.objectives.base import Document, LossInputs, Objective
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.model_source import open_model_source
 from tests.tiny import save_random_model
@@ -45,13 +45,14 @@ class Models:
         """The loss sum of a batch as training computes it."""
         hidden = forward_hidden(self.student, [batch.row])[0]
         loss, _ = objective.loss(
-            hidden[batch.supervised],
-            head_weight(self.student),
-            batch.labels,
-            batch.weights,
-            batch.teacher_hidden,
-            self.teacher.head,
-            None,
+            LossInputs(
+                hidden[batch.supervised],
+                head_weight(self.student),
+                batch.labels,
+                batch.weights,
+                teacher_hidden=batch.teacher_hidden,
+                teacher_head=self.teacher.head,
+            )
         )
         return float(loss.detach())
 

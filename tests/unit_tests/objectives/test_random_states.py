@@ -17,7 +17,7 @@ from megatron_dlm.config.objective_traits import (
 from megatron_dlm.data.packing import pack
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.objectives import OBJECTIVES
-from megatron_dlm.objectives.base import Objective
+from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.objectives.state_selection import SELECTORS, random_state
 from megatron_dlm.rollout.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
@@ -133,7 +133,14 @@ def test_hard_targets_make_distillation_the_block_diffusion_loss(
     ):
         leaf = hidden.clone().requires_grad_()
         loss, per_token = objective.loss(
-            leaf, head, document.labels, document.weights, *teacher, None
+            LossInputs(
+                leaf,
+                head,
+                document.labels,
+                document.weights,
+                teacher_hidden=teacher[0],
+                teacher_head=teacher[1],
+            )
         )
         loss.backward()
         results.append((loss.detach(), per_token, leaf.grad))
