@@ -22,7 +22,7 @@ from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import DiffusionAttention
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.rms_norm import RMSNorm
-from megatron_dlm.platform.megatron_gaps import define_missing_gemm
+from megatron_dlm.models.router import TorchTopKRouter
 
 # The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
 # when the tensor-parallel size changes.
@@ -128,6 +128,8 @@ def _layer_spec(
         layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if config.num_moe_experts is not None:
+            layer.submodules.mlp.submodules.router = TorchTopKRouter
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=DiffusionAttention, params={"backend": attention_backend}
     )
@@ -150,8 +152,6 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         architecture: What to build.
         config: Parallelism, precision, kernels. Model-parallel groups must exist.
     """
-    if architecture.is_moe:
-        define_missing_gemm()
     megatron_config = transformer_config(architecture, config)
     model = DiffusionGPTModel(
         config=megatron_config,

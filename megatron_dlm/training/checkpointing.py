@@ -6,7 +6,6 @@ configuration, and `hf/` with config.json and tokenizer. No random generator's s
 because none is consumed in training: every draw is keyed by the seed and the sample's index.
 """
 
-import copy
 import dataclasses
 import json
 import pickle
@@ -21,8 +20,8 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.platform.megatron_gaps import prepare_optimizer_to_load
 from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.training.optimizer_state import load_optimizer_state, loading_optimizer_state
 from megatron_dlm.training.run_folder import (
     HF_FOLDER,
     LATEST,
@@ -214,58 +213,6 @@ def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load"
     unwrap_model(model).load_state_dict(loaded["model"])
 
 
-def _parts(state: Any) -> list[dict[str, Any]]:
-    """The states of the optimizers in a chain, or of the only one."""
-    if isinstance(state, list):
-        return state
-    chained = sorted(key for key in state if isinstance(key, int))
-    return [state[key] for key in chained] or [state]
-
-
-def _update_count(state: Any) -> Any:
-    """The number of updates somewhere in a saved optimizer state; all parameters share it."""
-    if isinstance(state, dict):
-        for key in ("common_step", "step"):
-            if key in state:
-                return state[key]
-    values = state.values() if isinstance(state, dict) else state
-    for value in values if isinstance(state, dict | list) else ():
-        count = _update_count(value)
-        if count is not None:
-            return count
-    return None
-
-
-def _fit_groups_to_layout(loaded: dict[Any, Any], saved: Any, current: Any) -> None:
-    """Exchange the parameter groups where a layout has another number of optimizers.
-
-    Under expert parallelism Megatron chains an optimizer for the experts to that for the rest. The
-    tensors have the same names either way, but the groups are listed by optimizer. Nothing is lost
-    with the saved ones: rates come from the schedule, the rest cannot change on resume.
-
-    Args:
-        loaded: The optimizer's state as loaded into this layout's structure; changed in place.
-        saved: The groups as they were saved.
-        current: The state of this layout's optimizer, which has the groups that it needs.
-    """
-    parts = _parts(current)
-    if len(parts) == len(_parts(saved)):
-        return
-    for key in [key for key in loaded if isinstance(key, int) != (len(parts) > 1)]:
-        del loaded[key]
-    count = _update_count(saved)
-    for part, needed in zip(_parts(loaded), parts, strict=True):
-        for key, value in _parts(saved)[0].items():
-            part.setdefault(key, copy.deepcopy(value))
-        part, needed = part.get("optimizer", part), needed.get("optimizer", needed)
-        part["param_groups"] = needed["param_groups"]
-        if "state" in part:
-            part["state"]["common_step"] = count
-        else:  # the distributed optimizer keeps tensors elsewhere and the count with the groups
-            for group in part["param_groups"]:
-                group["step"] = count
-
-
 def load_training_state(path: str | Path, student: Student, field: str = "--load") -> Progress:
     """Load weights, optimizer and schedule of a run, at any parallel layout, and its progress.
 
@@ -281,14 +228,13 @@ def load_training_state(path: str | Path, student: Student, field: str = "--load
             "holds weights but no training state",
             "add --finetune to start from it",
         )
-    prepare_optimizer_to_load(student.optimizer)
-    state = _sharded_state(student.model, student, is_loading=True)
-    with errors_on_all_ranks():
-        _check_shapes(state, checkpoint, field)
-    loaded = _load(state, checkpoint, field)
-    student.model.load_state_dict(loaded["model"])
-    _fit_groups_to_layout(loaded["optimizer"], common["optimizer"], student.optimizer.state_dict())
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    with loading_optimizer_state(student.optimizer):
+        state = _sharded_state(student.model, student, is_loading=True)
+        with errors_on_all_ranks():
+            _check_shapes(state, checkpoint, field)
+        loaded = _load(state, checkpoint, field)
+        student.model.load_state_dict(loaded["model"])
+        load_optimizer_state(student.optimizer, loaded["optimizer"], common["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
 

@@ -21,7 +21,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dlm.config.schema import Config, ParameterGroup
 from megatron_dlm.errors import bad_value
-from megatron_dlm.platform.megatron_gaps import identify_param_groups_by_name
 
 GROUPS = {
     "attention": r"\.self_attention\.linear_(qkv|proj)\.weight$",
@@ -123,7 +122,6 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     Raises:
         UserError: See `check_groups`.
     """
-    identify_param_groups_by_name()
     options = config.optimizer
     check_groups(
         options.param_groups,
