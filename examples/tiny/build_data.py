@@ -11,7 +11,7 @@ from megatron_dlm.data.arithmetic import Split, write_examples
 FILES: dict[str, tuple[Split, int, int]] = {
     # file name: (split, seed, number of examples)
     "train.jsonl": ("train", 1, 200_000),
-    "prompts.jsonl": ("train", 2, 20_000),
+    "prompts.jsonl": ("train", 2, 8_000),
     "heldout.jsonl": ("heldout", 3, 500),
 }
 
