@@ -1,6 +1,7 @@
 # make setup       create .venv with everything that tests and examples need (CPU)
 # make quickstart  convert the tiny model end to end and print the table
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
+# make study       measure all objectives side by side (an hour or more; goes on where it was)
 # make test        lint, type check and all tests, as .ci/run does
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
@@ -15,7 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The tests start several processes on few cores: more threads each would only get in the way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart quickstart-moe test lint format
+# Options of the study, STUDY='--jobs 4' for one.
+STUDY ?=
+
+.PHONY: setup quickstart quickstart-moe study test lint format
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -40,6 +44,9 @@ quickstart-moe: setup
 	$(BIN)/torchrun --nproc-per-node 2 tools/evaluate.py --load runs/tiny/opdlm_moe \
 		--expert-model-parallel-size 2 --data runs/tiny/data/heldout.jsonl \
 		--max-response-length 40 --settings static,dynamic:0.9
+
+study: setup
+	$(BIN)/python -m benchmarks.study $(STUDY)
 
 lint: setup
 	$(BIN)/ruff check .

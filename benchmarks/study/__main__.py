@@ -1,0 +1,85 @@
+"""Measure all objectives side by side on the tiny model, and write the report.
+
+    make study
+    python -m benchmarks.study --jobs 4                 # the same with four cells at a time
+    python -m benchmarks.study --only opdlm sft         # some recipes' cells, and no report yet
+    python -m benchmarks.study --report-only            # the report again, from results.json
+
+What is finished is not run again: after an interruption, repeat the command.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from benchmarks.study.cells import all_cells, finished_result
+from benchmarks.study.problems import write_problems
+from benchmarks.study.recipes import REPOSITORY, Sizes, recipes
+from benchmarks.study.report import collect, write_report
+from benchmarks.study.runner import Folders, run_cells
+from megatron_dlm.entry import report_user_errors
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line; sizes are options of the names in `Sizes`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description="Measure all objectives side by side on the tiny model.",
+    )
+    parser.add_argument(
+        "--jobs", type=_positive, default=os.cpu_count() or 1, help="cells at a time"
+    )
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/study", help="work folder")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=REPOSITORY / "benchmarks/results/study",
+        help="folder of results.json, report.md and plots",
+    )
+    names = [recipe.name for recipe in recipes(Sizes())]
+    parser.add_argument("--only", nargs="+", choices=names, help="run these recipes, no report")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    for size in fields(Sizes):
+        flag = "--" + size.name.replace("_", "-")
+        parser.add_argument(flag, type=_positive, default=size.default, help=f"({size.default})")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1; choose 1 or more")
+    return number
+
+
+@report_user_errors
+def main() -> int:
+    """Write data, run cells, collect, report; exit status 1 if a cell is missing."""
+    options = parse_options()
+    if options.report_only:
+        write_report(options.output)
+        return 0
+    sizes = Sizes(**{size.name: getattr(options, size.name) for size in fields(Sizes)})
+    folders = Folders(options.work.resolve())
+    cells = [
+        cell
+        for cell in all_cells(sizes)
+        if options.only is None or cell.recipe.name in options.only
+    ]
+    trained = {cell.recipe.num_prompts for cell in cells if cell.recipe.example is not None}
+    write_problems(folders.data, sizes.heldout, trained)
+    run_cells(cells, folders, options.jobs)
+    missing = [cell.name for cell in cells if finished_result(folders.results, cell) is None]
+    if options.only is None:
+        collect(cells, folders.results, options.output, sizes)
+        write_report(options.output)
+        print(f"report: {options.output / 'report.md'}")
+    if missing:
+        print(f"missing, repeat the command to run them: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

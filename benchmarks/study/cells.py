@@ -1,0 +1,122 @@
+"""A cell of the study: one recipe under one seed, and the file that its result becomes.
+
+A result states the specification that it is of. A cell is finished when its file states the one
+that it would have now, so an interrupted study goes on where it was and a changed recipe is run
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.recipes import (
+    REPOSITORY,
+    TEACHER,
+    Recipe,
+    Sizes,
+    max_response_length,
+    recipes,
+)
+
+CURVE_POINTS = 120
+"""Points of a training curve that a result keeps, at most."""
+CURVES = ("loss", "response_tokens_total", "response_length", "tokens_per_forward")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe under one seed."""
+
+    recipe: Recipe
+    seed: int
+    num_heldout: int
+
+    @property
+    def name(self) -> str:
+        """Unique in the study, fit for a file name."""
+        return f"{self.recipe.name}-seed{self.seed}"
+
+    def specification(self) -> dict[str, Any]:
+        """Everything that decides the result, as a JSON object."""
+        specification = {
+            "training": self.recipe.training_options(self.seed),
+            "num_prompts": self.recipe.num_prompts,
+            "num_heldout": self.num_heldout,
+            "max_response_length": max_response_length(),
+            "evaluations": [asdict(evaluation) for evaluation in self.recipe.evaluations],
+            "teacher": _teacher_digest(),
+        }
+        parsed = json.loads(json.dumps(specification))  # as it will be read from the result
+        assert isinstance(parsed, dict)
+        return parsed
+
+
+def all_cells(sizes: Sizes) -> list[Cell]:
+    """The cells of a study, by recipe and seed."""
+    return [
+        Cell(recipe, seed, sizes.heldout)
+        for recipe in recipes(sizes)
+        for seed in range(1, recipe.seeds + 1)
+    ]
+
+
+def result_path(folder: Path, cell: Cell) -> Path:
+    """Where a cell's result is."""
+    return folder / f"{cell.name}.json"
+
+
+def finished_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """A cell's result, or None where it has none of its present specification."""
+    path = result_path(folder, cell)
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(result, dict)
+    return result if result["specification"] == cell.specification() else None
+
+
+def write_result(folder: Path, cell: Cell, measured: dict[str, Any]) -> None:
+    """Publish a cell's result by renaming it into place."""
+    result = {
+        "recipe": cell.recipe.name,
+        "seed": cell.seed,
+        "specification": cell.specification(),
+        **measured,
+    }
+    path = result_path(folder, cell)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def training_summary(metrics_file: Path) -> dict[str, Any]:
+    """What a result keeps of `metrics.jsonl`: totals, and curves averaged over stretches of steps.
+
+    Every point of a curve is the mean over as many steps as its distance from the point before;
+    `step` is the last of them. A quantity that the objective does not have is left out.
+    """
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    stretch = -(-len(lines) // CURVE_POINTS)
+    stretches = [lines[start : start + stretch] for start in range(0, len(lines), stretch)]
+    curves: dict[str, list[float]] = {"step": [part[-1]["step"] for part in stretches]}
+    for name in CURVES:
+        if lines[0].get(name) is not None:
+            curves[name] = [
+                round(sum(line[name] for line in part) / len(part), 5) for part in stretches
+            ]
+    return {
+        "updates": lines[-1]["step"],
+        "response_tokens": lines[-1]["response_tokens_total"],
+        "curves": curves,
+    }
+
+
+def _teacher_digest() -> str:
+    digest = hashlib.sha256()
+    for file in ("config.json", "model.safetensors"):
+        digest.update((REPOSITORY / TEACHER / file).read_bytes())
+    return digest.hexdigest()

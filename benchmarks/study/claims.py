@@ -1,0 +1,246 @@
+"""What the papers claim, next to what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.study.statistics import (
+    Result,
+    Sample,
+    Verdict,
+    pooled_std,
+    rate,
+    sample,
+    verdict_close,
+    verdict_greater,
+    verdict_within,
+)
+
+CLOSE_POINTS = 3.0
+"""Points of accuracy up to which two recipes count as close."""
+
+Quantity = Callable[[Result], float | None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim with its numbers.
+
+    Attributes:
+        source: Paper and table or figure.
+        statement: What it says, for this study.
+        measured: Both sides and their difference, or why there are none.
+        verdict: None where it was not measured.
+    """
+
+    source: str
+    statement: str
+    measured: str
+    verdict: Verdict | None
+
+
+def accuracy(evaluation: str, setting: str) -> Quantity:
+    """Accuracy in percent."""
+    read = rate(evaluation, setting, "accuracy")
+
+    def percent(result: Result) -> float | None:
+        value = read(result)
+        return None if value is None else 100 * value
+
+    return percent
+
+
+def speed(evaluation: str, setting: str) -> Quantity:
+    """Response tokens per forward that draws tokens."""
+    return rate(evaluation, setting, "tokens_per_forward")
+
+
+def drop(evaluation: str, of: str, under: str) -> Quantity:
+    """Points of accuracy that a result loses from one setting to another."""
+    before, after = accuracy(evaluation, of), accuracy(evaluation, under)
+
+    def difference(result: Result) -> float | None:
+        first, second = before(result), after(result)
+        return None if first is None or second is None else first - second
+
+    return difference
+
+
+def rollout_speed(start: float, end: float) -> Quantity:
+    """Mean tokens per forward in rollouts between two fractions of training."""
+
+    def mean(result: Result) -> float | None:
+        curve = result.get("training", {}).get("curves", {}).get("tokens_per_forward")
+        if not curve:
+            return None
+        first = min(round(start * len(curve)), len(curve) - 1)
+        points = curve[first : max(first + 1, round(end * len(curve)))]
+        return float(sum(points) / len(points))
+
+    return mean
+
+
+def speed_gain(first_half: bool) -> Quantity:
+    """Tokens per forward that rollouts gain in a half of training."""
+    beginning, middle, end = (
+        rollout_speed(*span) for span in ((0, 0.05), (0.475, 0.525), (0.95, 1))
+    )
+    before, after = (beginning, middle) if first_half else (middle, end)
+
+    def gain(result: Result) -> float | None:
+        early, late = before(result), after(result)
+        return None if early is None or late is None else late - early
+
+    return gain
+
+
+def papers_claims(results: Sequence[Result]) -> list[Claim]:
+    """Every claim that this study can speak to."""
+
+    def of(recipe: str, quantity: Quantity) -> Sample | None:
+        return sample(results, recipe, quantity)
+
+    def greater(source: str, statement: str, a: Sample | None, b: Sample | None) -> Claim:
+        return _claim(source, statement, a, b, verdict_greater)
+
+    def close(source: str, statement: str, a: Sample | None, b: Sample | None) -> Claim:
+        return _claim(source, statement, a, b, lambda a, b: verdict_close(a, b, CLOSE_POINTS))
+
+    static, dynamic = accuracy("block_4", "static"), accuracy("block_4", "dynamic_0.9")
+    lost = drop("block_4", "static", "dynamic_0.9")
+    table_4, table_11 = "OPDLM table 4", "OPDLM tables 10, 11"
+    claims = []
+    for recipe, title in (("opdlm_off", "OPDLM_off"), ("opdlm", "OPDLM")):
+        for setting, quantity in (("static", static), ("dynamic 0.9", dynamic)):
+            claims.append(
+                greater(
+                    table_4,
+                    f"{title} is more accurate than off-policy ({setting})",
+                    of(recipe, quantity),
+                    of("off_policy", quantity),
+                )
+            )
+    for recipe, title in (("opdlm", "per block"), ("opdlm_global", "global")):
+        claims.append(
+            close(
+                table_4,
+                f"visited ({title}) and random states are close (static)",
+                of(recipe, static),
+                of("opdlm_off", static),
+            )
+        )
+    return [
+        *claims,
+        close(
+            table_11,
+            "OPDLM and SFT are close under static decoding",
+            of("opdlm", static),
+            of("sft", static),
+        ),
+        greater(
+            table_11,
+            "SFT loses more points than OPDLM from static to dynamic 0.9",
+            of("sft", lost),
+            of("opdlm", lost),
+        ),
+        greater(
+            "OPDLM figures 3a, 5",
+            "OPDLM: threshold 0.7 decodes more tokens per forward than 0.9",
+            of("opdlm", speed("block_4", "dynamic_0.7")),
+            of("opdlm", speed("block_4", "dynamic_0.9")),
+        ),
+        greater(
+            "OPDLM figures 3a, 5",
+            "OPDLM: threshold 0.7 costs accuracy against 0.9",
+            of("opdlm", dynamic),
+            of("opdlm", accuracy("block_4", "dynamic_0.7")),
+        ),
+        greater(
+            "OPDLM figures 3b, 4",
+            "OPDLM: trained with blocks of 16 it decodes more tokens per forward than with 4 "
+            "(dynamic 0.9)",
+            of("opdlm_block_16", speed("block_16", "dynamic_0.9")),
+            of("opdlm", speed("block_4", "dynamic_0.9")),
+        ),
+        greater(
+            "OPDLM figures 3b, 4",
+            "OPDLM: training with blocks of 16 costs accuracy against 4 (dynamic 0.9)",
+            of("opdlm", dynamic),
+            of("opdlm_block_16", accuracy("block_16", "dynamic_0.9")),
+        ),
+        greater(
+            "OPDLM figure 6",
+            "tokens per forward of rollouts rise more in the first half of training than in the "
+            "second",
+            of("opdlm", speed_gain(first_half=True)),
+            of("opdlm", speed_gain(first_half=False)),
+        ),
+        greater(
+            "OPDLM figure 6",
+            "late in training, rollouts with blocks of 16 are faster than with 4",
+            of("opdlm_block_16", rollout_speed(0.75, 1)),
+            of("opdlm", rollout_speed(0.75, 1)),
+        ),
+        *_forgetting(results),
+        Claim("OPDLM tables 7, 8", "a larger teacher helps a small student only", "", None),
+    ]
+
+
+def _forgetting(results: Sequence[Result]) -> list[Claim]:
+    """RND1: problems of a kind that the corpus did not have, after pretraining on it."""
+    claims = []
+    for evaluation, setting, reading in (
+        ("unseen", "static", "decoded by diffusion"),
+        ("unseen_autoregressive", "autoregressive", "read out autoregressively"),
+    ):
+        quantity = accuracy(evaluation, setting)
+        claims.append(
+            _claim(
+                "RND1 figure 4.1",
+                "SCP with RND1's learning rates by group forgets less than with one rate "
+                f"(accuracy on problems absent from the corpus, {reading})",
+                sample(results, "scp_rnd1_groups", quantity),
+                sample(results, "scp_one_lr", quantity),
+                verdict_greater,
+            )
+        )
+    return claims
+
+
+def plateau_claims(results: Sequence[Result]) -> list[Claim]:
+    """This project's own aim: the long run comes close to its teacher."""
+    teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
+    return [
+        _claim(
+            "this project",
+            f"the long run is within {CLOSE_POINTS:g} points of the teacher ({title})",
+            sample(results, "best", accuracy("block_4", setting)),
+            teacher,
+            lambda a, b: verdict_within(a, b, CLOSE_POINTS),
+        )
+        for title, setting in (("static", "static"), ("dynamic 0.9", "dynamic_0.9"))
+    ]
+
+
+def format_sample(value: Sample, digits: int = 1) -> str:
+    """Mean ± standard deviation; the mean alone for a single seed."""
+    text = f"{value.mean:.{digits}f}"
+    return text if value.std is None else f"{text} ± {value.std:.{digits}f}"
+
+
+def _claim(
+    source: str,
+    statement: str,
+    a: Sample | None,
+    b: Sample | None,
+    test: Callable[[Sample, Sample], Verdict],
+) -> Claim:
+    if a is None or b is None:
+        return Claim(source, statement, "", None)
+    std = pooled_std(a, b)
+    spread = "" if std is None else f", std {std:.2f}"
+    measured = (
+        f"{format_sample(a, 2)} against {format_sample(b, 2)}: {a.mean - b.mean:+.2f}{spread}"
+    )
+    return Claim(source, statement, measured, test(a, b))

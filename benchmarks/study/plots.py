@@ -1,0 +1,92 @@
+"""The plots of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmarks.study.claims import accuracy, speed
+from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, TRAINED_BLOCK_SIZE, Recipe
+from benchmarks.study.statistics import Result, mean_curve, sample
+
+
+def plot_accuracy_against_speed(
+    results: Sequence[Result], recipes: Sequence[Recipe], own_sizes: dict[int, str], path: Path
+) -> None:
+    """Accuracy against tokens per forward: every recipe, and OPDLM trained by block size."""
+    figure, (objectives, sizes) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for recipe in recipes:
+        if recipe.name != "teacher" and recipe.options.get("block_size") is None:
+            _draw_settings(objectives, results, recipe.name, TRAINED_BLOCK_SIZE, recipe.title)
+    for size in BLOCK_SIZES:
+        _draw_settings(sizes, results, own_sizes[size], size, f"blocks of {size}")
+    teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
+    for axes in (objectives, sizes):
+        if teacher is not None:
+            axes.axhline(teacher.mean, color="gray", linestyle=":", label="AR teacher")
+        axes.set(xlabel="tokens per forward", ylabel="held-out accuracy, %")
+        axes.legend(fontsize=8)
+    objectives.set_title(f"Blocks of {TRAINED_BLOCK_SIZE}: static, dynamic 0.9, 0.8, 0.7")
+    sizes.set_title("OPDLM, trained and decoded with the same block size")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], path: Path) -> None:
+    """Tokens per forward of rollouts over training: mean over seeds, and their range."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for recipe in recipes:
+        curves = [
+            result["training"]["curves"]
+            for result in results
+            if result["recipe"] == recipe.name and "training" in result
+        ]
+        speeds = [curve["tokens_per_forward"] for curve in curves if "tokens_per_forward" in curve]
+        if not speeds:
+            continue
+        mean = mean_curve(speeds)
+        steps = curves[0]["step"][: len(mean)]
+        (line,) = axes.plot(steps, mean, label=f"{recipe.title} (n={len(speeds)})", linewidth=1.2)
+        points = list(zip(*speeds, strict=False))
+        axes.fill_between(
+            steps, list(map(min, points)), list(map(max, points)), color=line.get_color(), alpha=0.2
+        )
+    axes.set(xlabel="optimizer step", ylabel="tokens per forward, all forwards counted")
+    axes.set_title("Rollouts over training")
+    if axes.lines:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_settings(
+    axes: Any, results: Sequence[Result], recipe: str, block_size: int, label: str
+) -> None:
+    evaluation = f"block_{block_size}"
+    points = [
+        (
+            sample(results, recipe, speed(evaluation, setting)),
+            sample(results, recipe, accuracy(evaluation, setting)),
+        )
+        for setting in SETTINGS
+    ]
+    known = [(x, y) for x, y in points if x is not None and y is not None]
+    if known:
+        axes.errorbar(
+            [x.mean for x, _ in known],
+            [y.mean for _, y in known],
+            xerr=[x.std or 0 for x, _ in known],
+            yerr=[y.std or 0 for _, y in known],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            label=label,
+        )

@@ -1,0 +1,186 @@
+"""What the study trains and how it evaluates: its sizes, and one row of a table per recipe.
+
+A recipe is a shipped example with a few options changed, so retuning the example retunes the study.
+All of them see the same prompts equally often and take the same number of updates, except where
+the title says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+TEACHER = "examples/tiny/qwen3"
+ROLLOUT_RECIPE = "examples/tiny/opdlm.yaml"
+TRAINED_BLOCK_SIZE = 4
+BLOCK_SIZES = (4, 8, 16)
+THRESHOLDS = (0.9, 0.8, 0.7)
+SETTINGS = ("static", *(f"dynamic_{threshold:g}" for threshold in THRESHOLDS))
+"""Decoding settings by the names that `tools/evaluate.py` writes."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained and evaluated: all that decides how long the study takes.
+
+    Attributes:
+        seeds: Runs of each recipe.
+        best_seeds: Runs of the long recipe.
+        rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
+        best_rollouts: Rollouts of the long recipe, on as many more prompts.
+        heldout: Held-out problems that each setting is evaluated on.
+    """
+
+    seeds: int = 3
+    best_seeds: int = 1
+    rollouts: int = 50
+    best_rollouts: int = 240
+    heldout: int = 250
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of `tools/evaluate.py`.
+
+    Attributes:
+        name: Key of its results in the cell's file.
+        settings: Decoding settings, as `--settings` takes them.
+        data: Name of a file of held-out problems (`problems.HELDOUT`).
+        block_size: Tokens denoised together; None leaves it to the model.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    data: str = "heldout"
+    block_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the study.
+
+    Attributes:
+        name: Key, and name of its files.
+        title: How the report calls it.
+        example: YAML file that training starts from; None trains nothing.
+        options: What is changed in it.
+        evaluations: What is measured afterwards.
+        seeds: Number of runs.
+        rollouts: Length of training, as `Sizes.rollouts`.
+    """
+
+    name: str
+    title: str
+    example: str | None
+    evaluations: tuple[Evaluation, ...]
+    seeds: int
+    rollouts: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts in its file: each rollout takes new ones."""
+        return self.rollouts * int(read_yaml(ROLLOUT_RECIPE)["rollout_batch_size"])
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps."""
+        rollout_recipe = read_yaml(ROLLOUT_RECIPE)
+        visits = self.num_prompts * int(rollout_recipe.get("epochs_per_rollout", 1))
+        return visits // int(rollout_recipe["global_batch_size"])
+
+    def training_options(self, seed: int) -> dict[str, Any] | None:
+        """Everything that training is configured with, but for paths of this run."""
+        if self.example is None:
+            return None
+        options = read_yaml(self.example)
+        for path in ("save", "prompts", "teacher_responses"):
+            options.pop(path, None)
+        duration = (
+            {"num_rollouts": self.rollouts}
+            if "num_rollouts" in options
+            else {"train_iters": self.updates}
+        )
+        # A quick look at a few updates has no room for the example's warm-up.
+        warmup = min(options.get("lr_warmup_iters", 0), self.updates // 10)
+        return {
+            **options,
+            **duration,
+            "lr_warmup_iters": warmup,
+            "seed": seed,
+            "tensorboard": False,
+            **self.options,
+        }
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A flat recipe of the repository."""
+    options = yaml.safe_load((REPOSITORY / path).read_text(encoding="utf-8"))
+    assert isinstance(options, dict), path
+    return options
+
+
+def max_response_length() -> int:
+    """Longest response in tokens, in training and in evaluation."""
+    return int(read_yaml(ROLLOUT_RECIPE)["max_response_length"])
+
+
+_BLOCK_SETTINGS = ("static", *(f"dynamic:{threshold:g}" for threshold in THRESHOLDS))
+_BLOCKS = {
+    size: Evaluation(f"block_{size}", _BLOCK_SETTINGS, block_size=size) for size in BLOCK_SIZES
+}
+_AUTOREGRESSIVE = (
+    Evaluation("autoregressive", ("autoregressive",)),
+    Evaluation("seen_autoregressive", ("autoregressive",), "seen"),
+    Evaluation("unseen_autoregressive", ("autoregressive",), "unseen"),
+)
+
+
+def recipes(sizes: Sizes) -> list[Recipe]:
+    """All recipes, in the order of the report."""
+    blocks = tuple(_BLOCKS.values())
+
+    def conversion(name: str, title: str, example: str, **options: Any) -> Recipe:
+        path = f"examples/tiny/{example}.yaml"
+        return Recipe(name, title, path, blocks, sizes.seeds, sizes.rollouts, options)
+
+    def trained_for(block_size: int) -> Recipe:
+        return Recipe(
+            f"opdlm_block_{block_size}",
+            f"OPDLM, trained with blocks of {block_size}",
+            ROLLOUT_RECIPE,
+            (_BLOCKS[block_size],),
+            sizes.seeds,
+            sizes.rollouts,
+            {"block_size": block_size},
+        )
+
+    return [
+        Recipe(
+            "teacher",
+            "AR teacher, not converted",
+            None,
+            (*_AUTOREGRESSIVE, _BLOCKS[TRAINED_BLOCK_SIZE]),
+            seeds=1,
+        ),
+        # As in the paper's table 11: cross entropy on the responses that off-policy distils.
+        conversion("sft", "SFT on the teacher's responses", "off_policy", objective="sft"),
+        conversion("off_policy", "off-policy distillation", "off_policy"),
+        conversion("opdlm_off", "OPDLM, random states", "opdlm_off"),
+        conversion("opdlm", "OPDLM, states per block", "opdlm"),
+        conversion("opdlm_global", "OPDLM, global states", "opdlm", state_selection="global"),
+        *(trained_for(size) for size in BLOCK_SIZES if size != TRAINED_BLOCK_SIZE),
+        Recipe(
+            "best",
+            "OPDLM, states per block, long run",
+            ROLLOUT_RECIPE,
+            blocks,
+            sizes.best_seeds,
+            sizes.best_rollouts,
+        ),
+    ]

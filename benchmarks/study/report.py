@@ -1,0 +1,162 @@
+"""results.json from the cells, and report.md with its plots from results.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.cells import Cell, finished_result
+from benchmarks.study.claims import CLOSE_POINTS, papers_claims, plateau_claims
+from benchmarks.study.environment import machine, versions
+from benchmarks.study.plots import plot_accuracy_against_speed, plot_rollout_speed
+from benchmarks.study.recipes import BLOCK_SIZES, TRAINED_BLOCK_SIZE, Recipe, Sizes, recipes
+from benchmarks.study.statistics import Result
+from benchmarks.study.tables import (
+    claims_table,
+    cost_table,
+    forgetting_table,
+    missing_list,
+    own_block_size_table,
+    settings_table,
+    teacher_gap_table,
+)
+from megatron_dlm.errors import bad_value
+
+RESULTS, REPORT = "results.json", "report.md"
+OWN_SIZES = {
+    size: "opdlm" if size == TRAINED_BLOCK_SIZE else f"opdlm_block_{size}" for size in BLOCK_SIZES
+}
+
+
+def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> None:
+    """Write results.json: what is finished of a study, and what it was measured on.
+
+    Args:
+        cells: The whole study.
+        folder: Of the cells' results.
+        output: Folder to write into.
+        sizes: Of the study.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    finished = [finished_result(folder, cell) for cell in cells]
+    study = {
+        "machine": machine(),
+        "versions": versions(),
+        "sizes": asdict(sizes),
+        "expected": Counter(cell.recipe.name for cell in cells),
+        "cells": [result for result in finished if result is not None],
+    }
+    temporary = output / (RESULTS + ".tmp")
+    temporary.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(output / RESULTS)
+
+
+def write_report(output: Path) -> None:
+    """Write report.md and its plots from results.json.
+
+    Raises:
+        UserError: There is no results.json.
+    """
+    path = output / RESULTS
+    if not path.is_file():
+        raise bad_value("--output", str(output), f"holds no {RESULTS}", "run the study first")
+    study = json.loads(path.read_text(encoding="utf-8"))
+    known = recipes(Sizes(**study["sizes"]))
+    plot_accuracy_against_speed(study["cells"], known, OWN_SIZES, output / "accuracy_vs_speed.png")
+    plot_rollout_speed(study["cells"], known, output / "rollout_speed.png")
+    (output / REPORT).write_text(render(study, known), encoding="utf-8")
+
+
+def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
+    """The report.
+
+    Args:
+        study: results.json.
+        known: The recipes that it can be about.
+    """
+    results: list[Result] = study["cells"]
+    trained_for_4 = [recipe for recipe in known if recipe.options.get("block_size") is None]
+    incomplete = missing_list(results, study["expected"])
+    sections = [
+        "# The objectives side by side on the tiny model",
+        "Written by `make study` from [results.json](results.json): all numbers, the means and "
+        "verdicts too, are computed, whatever they show.",
+        f"**Incomplete.** Missing cells: {incomplete}." if incomplete else "",
+        _setup(study),
+        "## What the papers claim, and what came out",
+        "Both sides are means ± sample standard deviation over seeds; accuracy and its losses in "
+        "points, speed in tokens per forward. A claim of *more* is supported if the first side "
+        "exceeds the second by more than one standard deviation over seeds (pooled), not "
+        "supported if it falls short by more, and not distinguishable in between. *Close* means "
+        f"within {CLOSE_POINTS:g} points; further apart, but within one standard deviation, is "
+        "not distinguishable. The papers' models are a thousand times larger and their problems "
+        "are others: what is compared is the direction.",
+        claims_table(papers_claims(results)),
+        "## Within reach of the teacher",
+        claims_table(plateau_claims(results)),
+        f"## Trained and decoded with blocks of {TRAINED_BLOCK_SIZE}",
+        settings_table(results, known, TRAINED_BLOCK_SIZE),
+        "![Accuracy against tokens per forward](accuracy_vs_speed.png)",
+        "Points of accuracy over the AR teacher, each recipe at the block size of its training:",
+        teacher_gap_table(results, [recipe for recipe in known if recipe.example is not None]),
+        "## OPDLM by block size of training",
+        "The paper's figures 3b, 4 and 6 are about models that were trained with the block size "
+        "they decode with, as here:",
+        own_block_size_table(results, OWN_SIZES),
+        f"## Trained with blocks of {TRAINED_BLOCK_SIZE}, decoded with larger ones",
+        "No paper's claim: how far a model stands a block size that it has never seen.",
+    ]
+    for size in BLOCK_SIZES:
+        if size != TRAINED_BLOCK_SIZE:
+            sections += [f"Blocks of {size}:", settings_table(results, trained_for_4, size)]
+    forgetting = forgetting_table(results, known)
+    if forgetting is not None:
+        sections += ["## What continual pretraining forgets", _FORGETTING, forgetting]
+    sections += [
+        "## Tokens per forward over training",
+        "![Tokens per forward of rollouts](rollout_speed.png)",
+        "Mean over seeds and their range. Unlike in the tables, prefill and commit forwards count. "
+        "SFT and off-policy distillation have no rollouts.",
+        "## What training took",
+        cost_table(results, known),
+        "Seconds of one process on one core while the other cores ran other cells; the teacher's "
+        "responses are generated within them.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+_FORGETTING = (
+    "The corpus holds problems that add and subtract (seen) and none that multiply (unseen); the "
+    "AR model that training starts from solves both. Held-out problems of each kind, decoded by "
+    "diffusion as trained, and with the same weights read out autoregressively under a causal "
+    "mask."
+)
+
+
+def _setup(study: dict[str, Any]) -> str:
+    sizes, results = study["sizes"], study["cells"]
+    commits = ", ".join(sorted({result["commit"] for result in results}))
+    dates = sorted({result["date"] for result in results})
+    span = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
+    software = ", ".join(f"{name} {number}" for name, number in study["versions"].items())
+    hours = sum(result["seconds"] for result in results) / 3600
+    return "\n".join(
+        [
+            f"- {sizes['seeds']} seeds a recipe ({sizes['best_seeds']} of the long run); n is "
+            "stated where it differs.",
+            "- Every recipe sees the same prompts equally often in equally many updates, with the "
+            "same batch size and learning rates, except the long run (see the last table).",
+            f"- {sizes['heldout']} held-out problems, greedy, the same for all: the binomial "
+            f"standard error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} "
+            "points. tok/fwd counts response tokens and forwards that draw tokens.",
+            f"- {study['machine']}; {software}; commit {commits}; {span}; {hours:.1f} core hours.",
+        ]
+    )
+
+
+def _largest_error(num_problems: int) -> float:
+    return 100 * (0.25 / num_problems) ** 0.5

@@ -1,0 +1,208 @@
+"""Run cells as processes of their own, several at a time; a failed one costs no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.study.cells import Cell, finished_result, training_summary, write_result
+from benchmarks.study.environment import commit
+from benchmarks.study.problems import heldout_path, prompts_path
+from benchmarks.study.recipes import (
+    REPOSITORY,
+    TEACHER,
+    Evaluation,
+    max_response_length,
+)
+from megatron_dlm.training.metrics import format_duration
+
+EVALUATION_UPDATES = 60
+"""Updates that take about as long as one evaluation: for the estimate of the time left."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a study works.
+
+    Attributes:
+        work: For everything; the others lie in it.
+    """
+
+    work: Path
+
+    @property
+    def data(self) -> Path:
+        """Prompts and held-out problems."""
+        return self.work / "data"
+
+    @property
+    def results(self) -> Path:
+        """One JSON file per finished cell."""
+        return self.work / "cells"
+
+    def run(self, cell: Cell) -> Path:
+        """The run folder of a cell; its log lies beside it."""
+        return self.work / "runs" / cell.name
+
+
+def run_cells(cells: Sequence[Cell], folders: Folders, jobs: int) -> list[Cell]:
+    """Run what is not finished, the longest cells first.
+
+    Args:
+        cells: The whole study, or a part of it.
+        folders: The data must be there already.
+        jobs: Cells at a time, one process and one core each.
+
+    Returns:
+        The cells that failed.
+    """
+    folders.results.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if finished_result(folders.results, cell) is None]
+    print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished, {len(todo)} to run")
+    progress = _Progress(todo)
+    failed = []
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        started = {
+            pool.submit(_run_cell, cell, folders): cell
+            for cell in sorted(todo, key=_cost, reverse=True)
+        }
+        for future in as_completed(started):
+            cell, error = started[future], future.exception()
+            if error is None:
+                progress.done(cell, future.result())
+            elif isinstance(error, CellFailed):
+                failed.append(cell)
+                progress.done(cell, f"FAILED: {error}")
+            else:
+                raise error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+class CellFailed(Exception):
+    """A process of a cell ended with an error, which its log holds."""
+
+
+def _run_cell(cell: Cell, folders: Folders) -> str:
+    """Train, evaluate, write the result; returns what it came to, in a line."""
+    started = time.perf_counter()
+    run = folders.run(cell)
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    log = run.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    measured: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    options = cell.recipe.training_options(cell.seed)
+    if options is not None:
+        prompts = prompts_path(folders.data, cell.recipe.num_prompts)
+        configuration = run / "recipe.yaml"
+        configuration.write_text(
+            yaml.safe_dump({**options, "prompts": str(prompts), "save": str(run)})
+        )
+        _call(log, "pretrain_opdlm.py", "--config", configuration)
+        measured["training"] = {
+            **training_summary(run / "metrics.jsonl"),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+    load = TEACHER if options is None else run
+    measured["evaluations"] = {
+        evaluation.name: _evaluate(log, load, evaluation, cell, folders)
+        for evaluation in cell.recipe.evaluations
+    }
+    measured["seconds"] = round(time.perf_counter() - started, 1)
+    write_result(folders.results, cell, measured)
+    shutil.rmtree(run)
+    return _headline(measured)
+
+
+def _evaluate(
+    log: Path, load: str | Path, evaluation: Evaluation, cell: Cell, folders: Folders
+) -> dict[str, Any]:
+    """The rates of each setting."""
+    output = folders.run(cell) / f"{evaluation.name}.json"
+    arguments: list[object] = ["--load", load, "--output", output]
+    arguments += ["--data", heldout_path(folders.data, evaluation.data)]
+    arguments += ["--max-response-length", max_response_length()]
+    arguments += ["--settings", ",".join(evaluation.settings)]
+    if evaluation.block_size is not None:
+        arguments += ["--block-size", evaluation.block_size]
+    _call(log, "tools/evaluate.py", *arguments)
+    settings = json.loads(output.read_text())["settings"]
+    assert isinstance(settings, dict)
+    return settings
+
+
+def _call(log: Path, script: str, *arguments: object) -> None:
+    """Run a script of the repository on one core; its output goes to the log.
+
+    Raises:
+        CellFailed: It ended with an error.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with log.open("a") as output:
+        done = subprocess.run(
+            [sys.executable, script, *map(str, arguments)],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise CellFailed(f"{script} ended with status {done.returncode}, see {log}")
+
+
+def _headline(measured: dict[str, Any]) -> str:
+    """The first setting of each evaluation, for the person watching."""
+    parts = []
+    for evaluation, settings in measured["evaluations"].items():
+        setting, rates = next(iter(settings.items()))
+        label = setting if setting == evaluation else f"{evaluation} {setting}"
+        parts.append(f"{label} {rates['accuracy']:.1%}")
+    return ", ".join(parts)
+
+
+def _cost(cell: Cell) -> int:
+    """About how long a cell takes, in optimizer updates."""
+    updates = 0 if cell.recipe.example is None else cell.recipe.updates
+    return updates + EVALUATION_UPDATES * len(cell.recipe.evaluations)
+
+
+class _Progress:
+    """Prints what is done and how long the rest will take at the pace so far."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._total, self._cost = len(cells), sum(map(_cost, cells))
+        self._finished, self._cost_done = 0, 0
+        self._started = time.perf_counter()
+
+    def done(self, cell: Cell, summary: str) -> None:
+        """One cell has ended."""
+        self._finished += 1
+        self._cost_done += _cost(cell)
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / self._cost_done * (self._cost - self._cost_done)
+        print(
+            f"[{self._finished}/{self._total}] {cell.name}: {summary} "
+            f"| elapsed {format_duration(elapsed)} left {format_duration(left)}",
+            flush=True,
+        )

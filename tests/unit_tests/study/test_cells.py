@@ -1,0 +1,149 @@
+"""Cells are run once, one by one, and lose nothing to each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.study import runner
+from benchmarks.study.cells import (
+    CURVE_POINTS,
+    Cell,
+    all_cells,
+    finished_result,
+    result_path,
+    training_summary,
+    write_result,
+)
+from benchmarks.study.recipes import Sizes
+from benchmarks.study.runner import CellFailed, Folders, run_cells
+
+SIZES = Sizes(seeds=2, rollouts=2, best_rollouts=3, heldout=4)
+CELLS = {cell.name: cell for cell in all_cells(SIZES)}
+RATES = {"accuracy": 0.5, "tokens_per_forward": 2.0}
+
+
+def metrics(steps: int) -> str:
+    lines = [
+        {
+            "step": step,
+            "loss": 1 / step,
+            "response_tokens_total": 10 * step,
+            "response_length": 10.0,
+            "tokens_per_forward": None,
+        }
+        for step in range(1, steps + 1)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+class Scripts:
+    """Stands in for the processes of a cell: notes which cells ran, and fails where told to."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.trained, self.evaluated = failing, list[str](), list[str]()
+
+    def __call__(self, log: Path, script: str, *arguments: object) -> None:
+        cell = log.stem
+        if cell == self.failing:
+            raise CellFailed(f"{script} ended with status 1, see {log}")
+        if script == "pretrain_opdlm.py":
+            self.trained.append(cell)
+            [configuration] = [Path(str(value)) for value in arguments[1:]]
+            run = Path(yaml.safe_load(configuration.read_text())["save"])
+            (run / "metrics.jsonl").write_text(metrics(6))
+        else:
+            self.evaluated.append(cell)
+            output = Path(str(arguments[arguments.index("--output") + 1]))
+            settings = str(arguments[arguments.index("--settings") + 1]).split(",")
+            names = [setting.replace(":", "_") for setting in settings]
+            output.write_text(json.dumps({"settings": dict.fromkeys(names, RATES)}))
+
+
+def chosen(*names: str) -> list[Cell]:
+    return [CELLS[name] for name in names]
+
+
+def test_a_cell_has_a_name_of_its_own() -> None:
+    assert len(CELLS) == len(all_cells(SIZES))
+    assert {"teacher-seed1", "opdlm-seed1", "opdlm-seed2", "best-seed1"} <= set(CELLS)
+
+
+def test_only_a_result_of_the_present_specification_counts(tmp_path: Path) -> None:
+    cell = CELLS["opdlm-seed1"]
+    assert finished_result(tmp_path, cell) is None
+    write_result(tmp_path, cell, {"seconds": 1.0})
+    finished = finished_result(tmp_path, cell)
+    assert finished is not None
+    assert (finished["recipe"], finished["seed"], finished["seconds"]) == ("opdlm", 1, 1.0)
+    longer = {cell.name: cell for cell in all_cells(Sizes(seeds=2, rollouts=3))}
+    assert finished_result(tmp_path, longer[cell.name]) is None
+    more_heldout = Cell(cell.recipe, cell.seed, cell.num_heldout + 1)
+    assert finished_result(tmp_path, more_heldout) is None
+    assert [file.name for file in tmp_path.iterdir()] == ["opdlm-seed1.json"]
+
+
+def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, scripts = Folders(tmp_path), Scripts()
+    monkeypatch.setattr(runner, "_call", scripts)
+    folders.results.mkdir()
+    write_result(folders.results, CELLS["sft-seed1"], {"seconds": 1.0})
+    kept = result_path(folders.results, CELLS["sft-seed1"]).read_bytes()
+
+    assert run_cells(chosen("sft-seed1", "sft-seed2", "teacher-seed1"), folders, jobs=2) == []
+    assert scripts.trained == ["sft-seed2"]
+    assert set(scripts.evaluated) == {"sft-seed2", "teacher-seed1"}
+    assert result_path(folders.results, CELLS["sft-seed1"]).read_bytes() == kept
+    result = finished_result(folders.results, CELLS["sft-seed2"])
+    assert result is not None
+    assert result["training"]["updates"] == 6
+    assert result["evaluations"]["block_4"]["dynamic_0.9"] == RATES
+
+    again = Scripts()
+    monkeypatch.setattr(runner, "_call", again)
+    assert run_cells(chosen("sft-seed1", "sft-seed2", "teacher-seed1"), folders, jobs=1) == []
+    assert again.trained == again.evaluated == []
+
+
+def test_a_failed_cell_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = Folders(tmp_path)
+    monkeypatch.setattr(runner, "_call", Scripts(failing="opdlm-seed1"))
+    cells = chosen("opdlm-seed1", "opdlm-seed2", "sft-seed1")
+    assert run_cells(cells, folders, jobs=1) == chosen("opdlm-seed1")
+    assert finished_result(folders.results, CELLS["opdlm-seed1"]) is None
+    assert finished_result(folders.results, CELLS["opdlm-seed2"]) is not None
+    assert finished_result(folders.results, CELLS["sft-seed1"]) is not None
+    printed = capsys.readouterr().out
+    assert "[3/3]" in printed
+    assert "opdlm-seed1: FAILED" in printed
+
+    monkeypatch.setattr(runner, "_call", Scripts())
+    assert run_cells(cells, folders, jobs=1) == []
+    assert finished_result(folders.results, CELLS["opdlm-seed1"]) is not None
+
+
+@pytest.mark.parametrize("script", ["pretrain_opdlm.py", "tools/evaluate.py"])
+def test_a_process_that_fails_is_reported_with_its_log(script: str, tmp_path: Path) -> None:
+    log = tmp_path / "cell.log"
+    with pytest.raises(CellFailed, match=r"status 2, see .*cell\.log"):
+        runner._call(log, script, "--no-such-option", "1")
+    assert "--no-such-option" in log.read_text()
+
+
+@pytest.mark.parametrize("steps", [1, 7, CURVE_POINTS, CURVE_POINTS + 1, 1000])
+def test_curves_are_thinned_by_averaging(steps: int, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(metrics(steps))
+    summary = training_summary(tmp_path / "metrics.jsonl")
+    assert (summary["updates"], summary["response_tokens"]) == (steps, 10 * steps)
+    curves = summary["curves"]
+    assert "tokens_per_forward" not in curves  # this objective has none
+    assert len(curves["step"]) == len(curves["loss"]) <= CURVE_POINTS
+    assert curves["step"][-1] == steps
+    lengths = [
+        end - start for start, end in zip([0, *curves["step"]], curves["step"], strict=False)
+    ]
+    total = sum(length * loss for length, loss in zip(lengths, curves["loss"], strict=True))
+    assert total == pytest.approx(sum(1 / step for step in range(1, steps + 1)), rel=1e-2)

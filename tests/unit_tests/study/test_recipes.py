@@ -1,0 +1,111 @@
+"""The study's recipes are runnable, and differ in what they compare only."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study.problems import heldout_path, prompts_path, write_problems
+from benchmarks.study.recipes import (
+    BLOCK_SIZES,
+    REPOSITORY,
+    ROLLOUT_RECIPE,
+    SETTINGS,
+    TEACHER,
+    Recipe,
+    Sizes,
+    read_yaml,
+    recipes,
+)
+from megatron_dlm.config import Config, DecodingConfig, ParallelConfig, validate
+from megatron_dlm.evaluation.options import InferenceConfig, resolve_inference, setting_name
+
+SIZES = Sizes()
+TRAINED = [recipe for recipe in recipes(SIZES) if recipe.example is not None]
+COMPARED = {"sft", "off_policy", "opdlm_off", "opdlm", "opdlm_global"}
+MAY_DIFFER = {
+    # what is compared
+    "objective",
+    "state_selection",
+    # how an objective says how long it trains; compared by `train_iters`
+    "num_rollouts",
+    "epochs_per_rollout",
+    # where teacher responses are, not what they are
+    "prompts",
+    "save",
+}
+
+
+def config_of(recipe: Recipe, folder: Path = Path("run")) -> Config:
+    options = recipe.training_options(seed=1)
+    assert options is not None
+    return Config.from_dict({**options, "prompts": "prompts.jsonl", "save": str(folder)})
+
+
+def test_the_papers_objectives_are_there() -> None:
+    assert {recipe.name for recipe in TRAINED} >= COMPARED
+    assert SIZES.seeds >= 3
+
+
+@pytest.mark.parametrize("recipe", TRAINED, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("sizes", [SIZES, Sizes(rollouts=1, best_rollouts=2)], ids=["full", "tiny"])
+def test_recipe_is_a_valid_configuration(recipe: Recipe, sizes: Sizes, tmp_path: Path) -> None:
+    [same] = [each for each in recipes(sizes) if each.name == recipe.name]
+    config = config_of(same, tmp_path / "run")
+    validate(config, world_size=1)
+    assert config.train_iters == same.updates
+
+
+@pytest.mark.parametrize("recipe", TRAINED, ids=lambda recipe: recipe.name)
+def test_every_prompt_is_visited_equally_often(recipe: Recipe) -> None:
+    config = config_of(recipe)
+    visits = config.train_iters * config.training.global_batch_size
+    assert visits == read_yaml(ROLLOUT_RECIPE)["epochs_per_rollout"] * recipe.num_prompts
+
+
+def test_compared_recipes_differ_in_their_objective_only() -> None:
+    configs = {r.name: config_of(r) for r in TRAINED if r.name in COMPARED}
+    assert len({config.train_iters for config in configs.values()}) == 1
+    reference = configs["opdlm"].to_dict()
+    for name, config in configs.items():
+        flat = config.to_dict()
+        different = {key for key in reference if flat[key] != reference[key]}
+        rollout_only = {"rollout_batch_size", "train_iters"} if not config.uses_rollouts else set()
+        assert different <= MAY_DIFFER | rollout_only, name
+
+
+def test_a_seed_changes_nothing_else() -> None:
+    for recipe in TRAINED:
+        one, two = recipe.training_options(1), recipe.training_options(2)
+        assert one is not None
+        assert two == {**one, "seed": 2}
+
+
+@pytest.mark.parametrize("recipe", recipes(SIZES), ids=lambda recipe: recipe.name)
+def test_settings_are_what_evaluation_calls_them(recipe: Recipe) -> None:
+    for evaluation in recipe.evaluations:
+        options = InferenceConfig(load=str(REPOSITORY / TEACHER), block_size=evaluation.block_size)
+        setup = resolve_inference(options, DecodingConfig(), ParallelConfig(device="cpu"), 1)
+        names = tuple(setting_name(setup.setting(text)) for text in evaluation.settings)
+        if evaluation.block_size is None:
+            assert names == ("autoregressive",)
+        else:
+            assert names == SETTINGS
+            assert evaluation.name == f"block_{evaluation.block_size}"
+            assert evaluation.block_size in BLOCK_SIZES
+
+
+def test_problems_of_each_kind(tmp_path: Path) -> None:
+    write_problems(tmp_path, 20, (5, 9))
+
+    def answers(path: Path) -> list[str]:
+        return [json.loads(line)["response"] for line in path.read_text().splitlines()]
+
+    assert len(answers(heldout_path(tmp_path, "heldout"))) == 20
+    seen, unseen = (answers(heldout_path(tmp_path, name)) for name in ("seen", "unseen"))
+    assert len(seen) == len(unseen) == 20
+    assert not any("*" in answer for answer in seen)
+    assert all("*" in answer for answer in unseen)
+    short, long = (answers(prompts_path(tmp_path, num)) for num in (5, 9))
+    assert (len(short), len(long)) == (5, 9)
+    assert long[:5] == short

@@ -1,0 +1,131 @@
+"""The report says what results.json holds, whichever way it came out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.study.cells import all_cells, write_result
+from benchmarks.study.claims import Claim, papers_claims, plateau_claims
+from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, Sizes
+from benchmarks.study.report import collect, write_report
+from megatron_dlm.errors import UserError
+
+SIZES = Sizes(seeds=3, rollouts=2, best_rollouts=3, heldout=4)
+ACCURACY = {"sft": 0.80, "off_policy": 0.70, "opdlm_off": 0.88, "opdlm": 0.90, "opdlm_global": 0.6}
+JITTER = (-0.005, 0.0, 0.005)
+
+
+def measured(recipe: str, seed: int) -> dict[str, Any]:
+    """Made-up results; every seed differs a little, and lower thresholds are worse and faster."""
+    base = ACCURACY.get(recipe, 0.95) + JITTER[seed - 1]
+    blocks = {
+        f"block_{size}": {
+            setting: {
+                "accuracy": base - 0.02 * place * (3 if recipe == "sft" else 1) - 0.005 * size,
+                "tokens_per_forward": 1 + place * size / 10,
+            }
+            for place, setting in enumerate(SETTINGS)
+        }
+        for size in BLOCK_SIZES
+    }
+    if recipe == "teacher":
+        return {"evaluations": {"autoregressive": {"autoregressive": {"accuracy": 0.98}}}}
+    curve = {"step": [1, 2, 3, 4], "tokens_per_forward": [1.0, 2.0, 2.5, 2.6]}
+    training = {"updates": 32, "response_tokens": 100, "seconds": 9.0, "curves": curve}
+    return {"evaluations": blocks, "training": training}
+
+
+def write_study(folder: Path, output: Path, without: str = "") -> None:
+    for cell in all_cells(SIZES):
+        if cell.name != without:
+            common = {"commit": "abc1234", "date": "2026-01-02", "seconds": 10.0}
+            write_result(folder, cell, {**common, **measured(cell.recipe.name, cell.seed)})
+    collect(all_cells(SIZES), folder, output, SIZES)
+
+
+@pytest.fixture
+def results() -> list[dict[str, Any]]:
+    return [
+        {"recipe": cell.recipe.name, "seed": cell.seed, **measured(cell.recipe.name, cell.seed)}
+        for cell in all_cells(SIZES)
+    ]
+
+
+def find(claims: list[Claim], *fragments: str) -> Claim:
+    [claim] = [claim for claim in claims if all(part in claim.statement for part in fragments)]
+    return claim
+
+
+def test_verdicts_follow_the_numbers(results: list[dict[str, Any]]) -> None:
+    claims = papers_claims(results)
+    on_policy = find(claims, "OPDLM is more accurate than off-policy (static)")
+    assert on_policy.verdict == "supported"
+    assert on_policy.measured == "88.00 ± 0.50 against 68.00 ± 0.50: +20.00, std 0.50"
+    assert find(claims, "visited (per block)").verdict == "supported"
+    assert find(claims, "visited (global)").verdict == "not supported"
+    assert find(claims, "SFT loses more points").verdict == "supported"
+    assert find(claims, "close under static").verdict == "not supported"
+    assert find(claims, "threshold 0.7 decodes more").verdict == "supported"
+    assert find(claims, "rise more in the first half").verdict == "supported"
+    assert find(claims, "larger teacher").verdict is None
+
+
+def test_verdicts_turn_with_the_numbers(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        swap = {"opdlm": "off_policy", "off_policy": "opdlm"}
+        result["recipe"] = swap.get(result["recipe"], result["recipe"])
+    claim = find(papers_claims(results), "OPDLM is more accurate than off-policy (static)")
+    assert claim.verdict == "not supported"
+
+
+def test_what_was_not_run_gets_no_verdict(results: list[dict[str, Any]]) -> None:
+    claims = papers_claims([each for each in results if each["recipe"] != "off_policy"])
+    claim = find(claims, "OPDLM is more accurate than off-policy (static)")
+    assert (claim.measured, claim.verdict) == ("", None)
+
+
+def test_distance_from_the_teacher(results: list[dict[str, Any]]) -> None:
+    static, dynamic = plateau_claims(results)  # 92.5 and 90.5 of 98, see `measured`
+    assert (static.verdict, dynamic.verdict) == ("not supported", "not supported")
+    for result in results:
+        if result["recipe"] == "teacher":
+            result["evaluations"]["autoregressive"]["autoregressive"]["accuracy"] = 0.94
+    static, dynamic = plateau_claims(results)
+    assert (static.verdict, dynamic.verdict) == ("supported", "not supported")
+
+
+def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
+    cells, output = tmp_path / "cells", tmp_path / "output"
+    cells.mkdir()
+    write_study(cells, output)
+    for file in cells.iterdir():
+        file.unlink()
+    write_report(output)
+    report = (output / "report.md").read_text()
+    assert "Incomplete" not in report
+    assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
+    assert "abc1234" in report
+    assert "-10.0" in report  # OPDLM, static: 88 against the teacher's 98
+    for line in report.splitlines():
+        if line.startswith("!["):
+            assert (output / line.partition("(")[2].rstrip(")")).stat().st_size > 1000
+    raw = json.loads((output / "results.json").read_text())
+    assert len(raw["cells"]) == len(all_cells(SIZES))
+    assert all("curves" in cell["training"] for cell in raw["cells"] if "training" in cell)
+
+
+def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:
+    cells, output = tmp_path / "cells", tmp_path / "output"
+    cells.mkdir()
+    write_study(cells, output, without="sft-seed2")
+    write_report(output)
+    report = (output / "report.md").read_text()
+    assert "Missing cells: sft seed 2." in report
+    assert "| SFT on the teacher's responses | 2 |" in report
+
+
+def test_no_report_without_results(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results\.json"):
+        write_report(tmp_path)
