@@ -161,12 +161,12 @@ def papers_claims(results: Sequence[Result]) -> list[Claim]:
             "OPDLM: trained with blocks of 16 it decodes more tokens per forward than with 4 "
             "(dynamic 0.9)",
             of("opdlm_block_16", speed("block_16", "dynamic_0.9")),
-            of("opdlm", speed("block_4", "dynamic_0.9")),
+            of("opdlm_mixture", speed("block_4", "dynamic_0.9")),
         ),
         greater(
             "OPDLM figures 3b, 4",
             "OPDLM: training with blocks of 16 costs accuracy against 4 (dynamic 0.9)",
-            of("opdlm", dynamic),
+            of("opdlm_mixture", dynamic),
             of("opdlm_block_16", accuracy("block_16", "dynamic_0.9")),
         ),
         greater(
@@ -180,7 +180,7 @@ def papers_claims(results: Sequence[Result]) -> list[Claim]:
             "OPDLM figure 6",
             "late in training, rollouts with blocks of 16 are faster than with 4",
             of("opdlm_block_16", rollout_speed(0.75, 1)),
-            of("opdlm", rollout_speed(0.75, 1)),
+            of("opdlm_mixture", rollout_speed(0.75, 1)),
         ),
         *_forgetting(results),
         Claim("OPDLM tables 7, 8", "a larger teacher helps a small student only", "", None),

@@ -28,7 +28,8 @@ from megatron_dlm.errors import bad_value
 
 RESULTS, REPORT = "results.json", "report.md"
 OWN_SIZES = {
-    size: "opdlm" if size == TRAINED_BLOCK_SIZE else f"opdlm_block_{size}" for size in BLOCK_SIZES
+    size: "opdlm_mixture" if size == TRAINED_BLOCK_SIZE else f"opdlm_block_{size}"
+    for size in BLOCK_SIZES
 }
 
 
