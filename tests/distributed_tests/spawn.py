@@ -5,6 +5,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_join: Callable[[], None]
+"""Joins this rank's world; set in the processes of `run_distributed`."""
 
 
 def run_distributed(
@@ -78,6 +82,17 @@ def run_distributed(
     return [results[rank] for rank in range(world_size)]
 
 
+def rejoin_world() -> None:
+    """Leave the world and form it anew; all ranks of `run_distributed` call this.
+
+    The threads of gloo's groups end with the world only: a function that builds one layout after
+    the other would collect thousands.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    _join()
+
+
 def _run_rank(
     sender: Connection,
     fn: Callable[..., Any],
@@ -87,15 +102,22 @@ def _run_rank(
     timeout_seconds: float,
     args: tuple[Any, ...],
 ) -> None:
+    global _join
     torch.set_num_threads(1)
-    try:
+    worlds = count()
+
+    def join() -> None:
         dist.init_process_group(
             "gloo",
-            init_method=store,
+            init_method=f"{store}{next(worlds)}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
+
+    _join = join
+    try:
+        _join()
         # Serialised by value: torch would send tensors as handles to memory that dies with us.
         buffer = io.BytesIO()
         torch.save(fn(rank, *args), buffer)
