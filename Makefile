@@ -4,6 +4,7 @@
 # make test        lint, type check and all tests, as .ci/run does
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
+# make golden      rewrite the golden losses, after a change of method, data or tiny models
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 CONSTRAINTS := requirements/constraints-cpu.txt
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The tests start several processes on few cores: more threads each would only get in the way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart quickstart-moe test lint format
+.PHONY: setup quickstart quickstart-moe test lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -52,3 +53,6 @@ test: lint
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: setup
+	$(BIN)/python -m tests.functional_tests.test_golden
