@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
@@ -96,7 +96,7 @@ class TopKStore(ShardStore):
         """Publish one shard: targets at all tokens of its responses, end to end, on the CPU."""
         assert len(targets) == self._tokens(shard)
         tensors = {name: getattr(targets, name) for name in _TENSORS}
-        publish(self.file(shard), lambda temporary: save_file(tensors, temporary))
+        publish(self.file(shard), lambda temporary: temporary.write_bytes(save(tensors)))
 
     def read(self) -> TopKTable:
         """Open all shards.
