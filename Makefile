@@ -5,6 +5,7 @@
 # make test        lint, type check and all tests, as .ci/run does
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
+# make golden      rewrite the golden losses, after a change of method, data or tiny models
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 CONSTRAINTS := requirements/constraints-cpu.txt
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 # Options of the study, STUDY='--jobs 4' for one.
 STUDY ?=
 
-.PHONY: setup quickstart quickstart-moe study test lint format
+.PHONY: setup quickstart quickstart-moe study test lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -59,3 +60,6 @@ test: lint
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: setup
+	$(BIN)/python -m tests.functional_tests.test_golden

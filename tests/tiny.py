@@ -8,7 +8,7 @@ import torch
 
 from megatron_dlm.config import Config, validate
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.data.arithmetic import write_examples
+from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
@@ -65,11 +65,11 @@ def save_random_model(folder: Path, *, moe: bool = False, seed: int = 0, **chang
     return folder
 
 
-def write_data(folder: Path, num: int = 48) -> tuple[Path, Path]:
+def write_data(folder: Path, num: int = 48, split: Split = "train") -> tuple[Path, Path]:
     """Write prompts and prompt + response examples; returns both files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "examples.jsonl"
-    write_examples(path, "train", 5, num)
+    write_examples(path, split, 5, num)
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
         "".join(

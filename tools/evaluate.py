@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.config import ParallelConfig, parse_arguments
+from megatron_dlm.config import parse_arguments
 from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import (
-    GreedyDecodingConfig,
-    InferenceConfig,
+    InferenceArguments,
     InferenceSetup,
     check_output,
     resolve_inference,
@@ -55,13 +54,10 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(InferenceArguments):
     """Evaluate a checkpoint."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    decoding: GreedyDecodingConfig = field(default_factory=GreedyDecodingConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def read_settings(options: EvaluationConfig, setup: InferenceSetup) -> dict[str, GenerationConfig]:
@@ -116,9 +112,7 @@ def main() -> int:
         raise bad_value(
             "--max-examples", options.max_examples, "is less than 1", "choose 1 or more"
         )
-    setup = resolve_inference(
-        arguments.inference, arguments.decoding, arguments.parallel, world_size()
-    )
+    setup = resolve_inference(arguments, world_size())
     settings = read_settings(options, setup)
     check_output(options.output)
     # Only now what takes seconds to import.

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.config import ParallelConfig, parse_arguments
+from megatron_dlm.config import parse_arguments
 from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import (
-    GreedyDecodingConfig,
-    InferenceConfig,
+    InferenceArguments,
     check_output,
     resolve_inference,
     setting_name,
@@ -53,13 +52,10 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(InferenceArguments):
     """Generate responses."""
 
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    decoding: GreedyDecodingConfig = field(default_factory=GreedyDecodingConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def read_records(options: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> RecordFile:
@@ -98,9 +94,7 @@ def main() -> int:
             "is missing, as is --prompts" if options.prompt is None else "comes with --prompts"
         )
         raise bad_value("--prompt", options.prompt, problem, "give one of the two")
-    setup = resolve_inference(
-        arguments.inference, arguments.decoding, arguments.parallel, world_size()
-    )
+    setup = resolve_inference(arguments, world_size())
     generation = setup.generation()
     check_output(options.output)
     # Only now what takes seconds to import.

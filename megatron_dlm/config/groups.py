@@ -246,6 +246,14 @@ class DistillationConfig:
     the rollout's temperature, top-k, top-p and --max-response-length (default: teacher_responses
     in the run folder)."""
 
+    teacher_top_k_cache: bool = False
+    """Compute the teacher's --divergence-top-k most likely tokens at every token of its stored
+    responses once, keep them beside these, and train without the teacher in memory."""
+
+    offload_teacher: bool = False
+    """Keep the teacher's weights in host memory while it has nothing to say: during rollouts, and
+    all but its output layer during updates."""
+
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
 
@@ -287,6 +295,10 @@ class OptimizerConfig:
 
     optimizer: OptimizerName = "adam"
     """Update rule (adam is AdamW: decoupled weight decay)."""
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's state and main weights in host memory, and no gradients, during rollouts
+    and the teacher's forwards."""
 
     lr: float = 1e-5
     """Peak learning rate."""

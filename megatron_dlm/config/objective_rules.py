@@ -97,13 +97,46 @@ def check_teacher_responses(config: Config) -> None:
         )
 
 
+def check_teacher_top_k_cache(config: Config) -> None:
+    """Distributions can be stored where the same responses come again, and k tokens of each."""
+    if not config.distillation.teacher_top_k_cache or not config.traits.uses_teacher:
+        return
+    if config.uses_rollouts:
+        raise refuse(
+            config,
+            "teacher_top_k_cache",
+            f"{_objective(config)} trains on new rollouts, which the teacher has to see",
+            "drop --teacher-top-k-cache, or choose --objective off_policy",
+        )
+    if config.distillation.divergence_top_k == 0:
+        raise refuse(
+            config,
+            "divergence_top_k",
+            "--teacher-top-k-cache cannot store the full vocabulary",
+            "choose e.g. 16, or drop --teacher-top-k-cache",
+        )
+
+
+def check_offloading(config: Config) -> None:
+    """What is moved out of the way is there, and makes room for something."""
+    if config.distillation.offload_teacher and config.distillation.teacher_top_k_cache:
+        raise refuse(
+            config,
+            "offload_teacher",
+            "with --teacher-top-k-cache there is no teacher in memory",
+            "drop --offload-teacher",
+        )
+
+
 def check_nothing_is_ignored(config: Config) -> None:
     """What the objective has no use for is not given."""
     unused: list[tuple[str, object]] = []
     if not config.needs_teacher:
         unused.append(("teacher_load", None))
+    if not config.traits.uses_teacher:
+        unused += [("teacher_top_k_cache", False), ("offload_teacher", False)]
     if not config.uses_rollouts:
-        unused.append(("epochs_per_rollout", 1))
+        unused += [("epochs_per_rollout", 1), ("offload_optimizer", False)]
     for name, default in unused:
         if value_of(config, name) != default:
             raise refuse(

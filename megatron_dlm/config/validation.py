@@ -33,6 +33,8 @@ def validate(config: Config, world_size: int) -> None:
     objective_rules.check_state_selection(config)
     objective_rules.check_teacher_response_fraction(config)
     objective_rules.check_teacher_responses(config)
+    objective_rules.check_teacher_top_k_cache(config)
+    objective_rules.check_offloading(config)
     objective_rules.check_nothing_is_ignored(config)
     value_rules.check_save(config)
     layout_rules.check_world_size(config, world_size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.objectives.base import Document
 
@@ -22,6 +23,7 @@ class TrainingBatch:
         labels: [n] int64.
         weights: [n] float32.
         teacher_hidden: [n, h] or None.
+        teacher_top_k: [n] distributions or None.
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
             tokens, or rows under `row_mean`.
     """
@@ -31,6 +33,7 @@ class TrainingBatch:
     labels: Tensor
     weights: Tensor
     teacher_hidden: Tensor | None
+    teacher_top_k: TopKTargets | None
     loss_count: int
 
 
@@ -70,15 +73,16 @@ def pack(
         weights = weights / torch.repeat_interleave(
             counts, torch.tensor([len(document.supervised) for document in documents])
         )
-    teacher = [document.teacher_hidden for document in documents]
+    hidden = [d.teacher_hidden for d in documents if d.teacher_hidden is not None]
+    top_k = [d.teacher_top_k for d in documents if d.teacher_top_k is not None]
     return TrainingBatch(
         row=pad_row(row, pad_multiple),
         supervised=supervised,
         labels=torch.cat([document.labels for document in documents]),
         weights=weights,
-        teacher_hidden=None
-        if any(hidden is None for hidden in teacher)
-        else torch.cat([hidden for hidden in teacher if hidden is not None]),
+        # All documents of a row have been annotated, or none.
+        teacher_hidden=torch.cat(hidden) if len(hidden) == len(documents) else None,
+        teacher_top_k=TopKTargets.cat(top_k) if len(top_k) == len(documents) else None,
         loss_count=len(documents) if row_mean else len(supervised),
     )
 
@@ -102,4 +106,5 @@ def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
         labels=move(batch.labels),
         weights=move(batch.weights),
         teacher_hidden=None if batch.teacher_hidden is None else move(batch.teacher_hidden),
+        teacher_top_k=None if batch.teacher_top_k is None else batch.teacher_top_k.to(device),
     )

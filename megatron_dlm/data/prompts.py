@@ -44,6 +44,11 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    @property
+    def ends(self) -> Sequence[int]:
+        """0, and where each sequence ends in the flat array; [N + 1]."""
+        return self._ends
+
     def fingerprint(self) -> str:
         """SHA-256 of all sequences."""
         digest = hashlib.sha256(self._ends.tobytes())

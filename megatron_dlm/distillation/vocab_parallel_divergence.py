@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm.distillation.divergence_spec import DivergenceSpec
+from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.distillation.vocab_parallel_head import (
     VocabShard,
     head_loss,
     project,
-    reshard_head,
     tile_rows,
     tiled_logsumexp,
 )
+from megatron_dlm.distillation.vocab_parallel_top_k import top_k_of_logits
 
 
 def vocab_parallel_divergence(
@@ -50,8 +51,8 @@ def vocab_parallel_divergence(
         student_head: [padded_vocabulary / tp, h], this rank's rows, contiguous shards in rank
             order. Its gradient is complete.
         teacher_hidden: [n, h_t], without gradient.
-        teacher_head: [padded_vocabulary_t / tp, h_t], without gradient. If its padding differs
-            from the student's, rows move between ranks at every call (`reshard_head` does it once).
+        teacher_head: [padded_vocabulary / tp, h_t], without gradient; the same vocabulary rows as
+            the student's.
         token_weights: [n].
         spec: The divergence.
         vocab_size: Rows with an id from here on are padding: no probability, zero gradient.
@@ -61,23 +62,76 @@ def vocab_parallel_divergence(
         (loss_sum scalar with gradient, per_token [n] detached, unweighted, fp32).
 
     Raises:
-        ValueError: Shapes disagree or the heads hold fewer rows than the vocabulary.
+        ValueError: Shapes disagree, the heads hold fewer rows than the vocabulary, or teacher and
+            student shards begin at different ids.
     """
     if teacher_hidden.shape[0] != student_hidden.shape[0]:
         raise ValueError(
             f"{teacher_hidden.shape[0]} teacher rows for {student_hidden.shape[0]} student rows"
         )
     shard = VocabShard.of(student_head, vocab_size, tp_group)
-    VocabShard.of(teacher_head, vocab_size, tp_group)  # holds the vocabulary too
+    if VocabShard.of(teacher_head, vocab_size, tp_group) != shard:
+        raise ValueError(
+            f"a teacher head of {teacher_head.shape[0]} rows a rank and a student head of "
+            f"{student_head.shape[0]} split the vocabulary of {vocab_size} at different ids"
+        )
     teacher_hidden, teacher_head = teacher_hidden.detach(), teacher_head.detach()
-    if teacher_head.shape[0] != student_head.shape[0] and shard.tp_group is not None:
-        teacher_head = reshard_head(teacher_head, student_head.shape[0], vocab_size, tp_group)
     # Over at least the whole vocabulary there is no rest to treat apart.
-    divergence = _topk_divergence if 0 < spec.top_k < vocab_size else _full_divergence
+    compares_all = not 0 < spec.top_k < vocab_size
 
     def chunk_loss(rows: slice, needs_grad: bool, student: Tensor) -> Tensor:
         teacher = project(teacher_hidden[rows], teacher_head[: shard.size])
-        return divergence(teacher, student, spec, shard, needs_grad)
+        if compares_all:
+            return _full_divergence(teacher, student, spec, shard, needs_grad)
+        ids, log_p = top_k_of_logits(teacher, spec.top_k, shard)
+        return _top_k_divergence(ids, log_p, student, spec, shard, needs_grad)
+
+    return head_loss(
+        student_hidden, student_head, token_weights, shard, chunk_loss, spec.chunk_size
+    )
+
+
+def vocab_parallel_top_k_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    targets: TopKTargets,
+    token_weights: Tensor,
+    spec: DivergenceSpec,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `vocab_parallel_divergence` under `spec.top_k` from a teacher that is not there.
+
+    Args:
+        student_hidden: [n, h], as there.
+        student_head: [padded_vocabulary / tp, h], as there.
+        targets: The teacher's n distributions, with `log_rest`, on the student's device; every rank
+            of the group passes the same.
+        token_weights: [n].
+        spec: The divergence; its top_k is that of the targets.
+        vocab_size: Rows with an id from here on are padding: no probability, zero gradient.
+        tp_group: Tensor-parallel group, None for one rank.
+
+    Returns:
+        (loss_sum scalar with gradient, per_token [n] detached, unweighted, fp32).
+
+    Raises:
+        ValueError: The targets are of another number of tokens or another k, or lack `log_rest`.
+    """
+    if targets.token_ids.shape != (student_hidden.shape[0], spec.top_k):
+        raise ValueError(
+            f"targets of shape {tuple(targets.token_ids.shape)} for {student_hidden.shape[0]} "
+            f"student rows and top_k {spec.top_k}"
+        )
+    if targets.log_rest is None:
+        raise ValueError("the targets do not say what probability is left for all other tokens")
+    shard = VocabShard.of(student_head, vocab_size, tp_group)
+    ids = targets.token_ids.long()
+    log_p = torch.cat([targets.log_probs, targets.log_rest.unsqueeze(1)], dim=1)
+
+    def chunk_loss(rows: slice, needs_grad: bool, student: Tensor) -> Tensor:
+        chunk_log_p = log_p[rows].to(student.dtype)
+        return _top_k_divergence(ids[rows], chunk_log_p, student, spec, shard, needs_grad)
 
     return head_loss(
         student_hidden, student_head, token_weights, shard, chunk_loss, spec.chunk_size
@@ -127,24 +181,31 @@ def _log_softmax_(chunks: list[Tensor], shard: VocabShard) -> None:
         logits.sub_(offset.unsqueeze(1))
 
 
-def _topk_divergence(
-    teacher: Tensor, student: Tensor, spec: DivergenceSpec, shard: VocabShard, needs_grad: bool
+def _top_k_divergence(
+    ids: Tensor,
+    log_p: Tensor,
+    student: Tensor,
+    spec: DivergenceSpec,
+    shard: VocabShard,
+    needs_grad: bool,
 ) -> Tensor:
-    """Divergence [c] over the teacher's k best ids and, unless ignored, the bucket of the rest."""
-    teacher_top, ids = _global_topk(teacher, spec.top_k, shard)  # [c, k]
+    """Divergence [c] over the teacher's k best ids and, unless ignored, the bucket of the rest.
+
+    Args:
+        ids: [c, k] of the teacher.
+        log_p: [c, k + 1], theirs and, last, that of the bucket.
+        student: Logits [c, v]; they become their gradient.
+        spec: The divergence.
+        shard: Which ids the logits are of.
+        needs_grad: Whether the gradient is wanted.
+    """
     column, here = shard.locate(ids)
     student_top = shard.pick(student, column, here)
-    for logits in (teacher, student):
-        shard.add(logits, column, here, torch.full_like(teacher_top, -torch.inf))
+    shard.add(student, column, here, torch.full_like(student_top, -torch.inf))
     # With its own maximum, the bucket's mass never underflows, however little it is.
-    local = torch.cat(
-        [tiled_logsumexp(logits).unsqueeze(1) for logits in (teacher, student)] + [student_top],
-        dim=1,
-    )
-    reduced = shard.logsumexp(local)
-    teacher_rest, student_rest, student_top = reduced[:, :1], reduced[:, 1:2], reduced[:, 2:]
-    log_p = torch.cat([teacher_top, teacher_rest], dim=1).log_softmax(1)  # [c, k + 1]
-    log_q = torch.cat([student_top, student_rest], dim=1).log_softmax(1)
+    rest = tiled_logsumexp(student).unsqueeze(1)
+    logits = shard.logsumexp(torch.cat([student_top, rest], dim=1))
+    log_q = logits.log_softmax(1)  # [c, k + 1]
 
     terms, slopes = _terms(log_p, log_q, spec)
     if spec.tail == "ignore":
@@ -152,7 +213,7 @@ def _topk_divergence(
         slopes[:, -1] = 0
     if needs_grad:
         gradient = slopes.addcmul_(log_q.exp(), slopes.sum(1, keepdim=True), value=-1)
-        student.sub_(student_rest).exp_().mul_(gradient[:, -1:])
+        student.sub_(logits[:, -1:]).exp_().mul_(gradient[:, -1:])
         shard.add(student, column, here, gradient[:, :-1])
     return terms.sum(1)
 
@@ -183,17 +244,3 @@ def _terms(log_p: Tensor, log_q: Tensor, spec: DivergenceSpec) -> tuple[Tensor, 
             terms.add_(slope)
             slopes.add_(slope)
     return terms, slopes
-
-
-def _global_topk(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The k largest logits over all ranks and their vocabulary ids, [c, k] each, on every rank."""
-    top, column = logits.topk(min(k, shard.size), dim=1)
-    if shard.tp_group is None:
-        return top, column
-    # A rank may hold fewer than k ids; float64 carries values and ids exactly in one message.
-    candidates = logits.new_full((2, logits.shape[0], k), -torch.inf, dtype=torch.float64)
-    candidates[0, :, : top.shape[1]] = top
-    candidates[1, :, : top.shape[1]] = column + shard.start
-    values, ids = shard.all_gather(candidates).permute(1, 2, 0, 3).flatten(2)  # [c, tp * k]
-    top, chosen = values.topk(k, dim=1)
-    return top.to(logits.dtype), ids.gather(1, chosen).long()

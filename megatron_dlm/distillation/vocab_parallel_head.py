@@ -228,43 +228,6 @@ def _chunk(
     return per_token
 
 
-def reshard_head(
-    head: Tensor, rows_per_rank: int, vocab_size: int, tp_group: dist.ProcessGroup | None
-) -> Tensor:
-    """Move a frozen head shard's rows to ranks that hold `rows_per_rank` rows each.
-
-    Needed where teacher and student pad the same vocabulary differently: their shards then begin
-    at different ids. One all-to-all of the rows; a caller whose teacher stays can do it once.
-
-    Args:
-        head: [padded_vocabulary / tp, h], any padding.
-        rows_per_rank: Rows of the shard wanted; padding rows in it are zero.
-        vocab_size: Rows that are not padding.
-        tp_group: Tensor-parallel group, None for one rank.
-
-    Returns:
-        [rows_per_rank, h], without gradient.
-    """
-    rank, world_size = _rank_and_size(tp_group)
-    head = head.detach()
-    held = [_valid_rows(r, head.shape[0], vocab_size) for r in range(world_size)]
-    wanted = [_valid_rows(r, rows_per_rank, vocab_size) for r in range(world_size)]
-    resharded = head.new_zeros(rows_per_rank, head.shape[1])
-    own = slice(0, held[rank][1] - held[rank][0])
-    target = resharded[: wanted[rank][1] - wanted[rank][0]]
-    if world_size == 1:
-        target.copy_(head[own])
-    else:
-        dist.all_to_all_single(
-            target,
-            head[own].contiguous(),
-            output_split_sizes=[_overlap(wanted[rank], interval) for interval in held],
-            input_split_sizes=[_overlap(held[rank], interval) for interval in wanted],
-            group=tp_group,
-        )
-    return resharded
-
-
 def _rank_and_size(tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
 
@@ -272,7 +235,3 @@ def _rank_and_size(tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
 def _valid_rows(rank: int, rows_per_rank: int, vocab_size: int) -> tuple[int, int]:
     start, stop = rank * rows_per_rank, (rank + 1) * rows_per_rank
     return min(start, vocab_size), min(stop, vocab_size)
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
-    return max(0, min(a[1], b[1]) - max(a[0], b[0]))

@@ -70,6 +70,15 @@ class GreedyDecodingConfig(DecodingConfig):
 
 
 @dataclass(frozen=True)
+class InferenceArguments:
+    """Groups of options that every tool which generates has; a tool adds its own."""
+
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    decoding: GreedyDecodingConfig = field(default_factory=GreedyDecodingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True)
 class InferenceSetup:
     """Options and checkpoint that belong together.
 
@@ -165,14 +174,13 @@ def setting_name(generation: GenerationConfig) -> str:
     return name if steps == generation.block_size else f"{name}_{steps}"
 
 
-def resolve_inference(
-    options: InferenceConfig, decoding: DecodingConfig, parallel: ParallelConfig, world_size: int
-) -> InferenceSetup:
+def resolve_inference(arguments: InferenceArguments, world_size: int) -> InferenceSetup:
     """Open the checkpoint's description and check the options against it; reads no weights.
 
     Raises:
         UserError: Anything that could not work.
     """
+    options, decoding = arguments.inference, arguments.decoding
     if options.load is None:
         raise bad_value("--load", None, "there is no model", "name a model or run folder")
     source = open_model_source(options.load, "--load")
@@ -191,7 +199,7 @@ def resolve_inference(
             # Without a grid, a block is a token.
             block_size=1 if block_size is None else block_size,
         ),
-        parallel=parallel,
+        parallel=arguments.parallel,
         data=DataConfig(
             seed=options.seed,
             max_prompt_length=given.get(

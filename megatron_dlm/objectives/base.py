@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
+from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
@@ -29,6 +30,7 @@ class Document:
         labels: [n] int64, the x_0 token that each of them should predict.
         weights: [n] float32, w(t).
         teacher_hidden: [n, h] of the teacher at the same predictions, or None.
+        teacher_top_k: [n] distributions of the teacher, or None.
     """
 
     token_ids: Tensor
@@ -39,6 +41,7 @@ class Document:
     labels: Tensor
     weights: Tensor
     teacher_hidden: Tensor | None = None
+    teacher_top_k: TopKTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class LossInputs:
         tp_group: Tensor-parallel group; None for a group of one.
         teacher_hidden: [n, h_teacher] or None.
         teacher_head: [V/tp, h_teacher] or None.
+        teacher_top_k: [n] distributions of a teacher whose hidden states are not there, or None.
     """
 
     hidden: Tensor
@@ -62,6 +66,7 @@ class LossInputs:
     tp_group: torch.distributed.ProcessGroup | None = None
     teacher_hidden: Tensor | None = None
     teacher_head: Tensor | None = None
+    teacher_top_k: TopKTargets | None = None
 
 
 class Objective(ABC):

@@ -73,10 +73,8 @@ def block_diffusion_document(
     noisy_masked = masked[state, noisy]
     noisy_target = target[state, noisy].nonzero()[:, 0]
     target_position = noisy[noisy_target]
-    teacher_hidden = None
-    if trajectory.teacher_hidden is not None:
-        rows = target_position - len(trajectory.prompt_ids)
-        teacher_hidden = trajectory.teacher_hidden[rows.to(trajectory.teacher_hidden.device)]
+    hidden, top_k = trajectory.teacher_hidden, trajectory.teacher_top_k
+    rows = target_position - len(trajectory.prompt_ids)
     positions = torch.cat((position[:clean_length], noisy))
     clean = torch.full((clean_length,), CLEAN)
     return Document(
@@ -89,7 +87,8 @@ def block_diffusion_document(
         supervised=clean_length + noisy_target,
         labels=tokens[target_position],
         weights=torch.ones(len(target_position)) if weights is None else weights[target_position],
-        teacher_hidden=teacher_hidden,
+        teacher_hidden=None if hidden is None else hidden[rows.to(hidden.device)],
+        teacher_top_k=None if top_k is None else top_k[rows],
     )
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.divergence_spec import DivergenceSpec
-from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
+from megatron_dlm.distillation.vocab_parallel_divergence import (
+    vocab_parallel_divergence,
+    vocab_parallel_top_k_divergence,
+)
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.rollout.trajectory import Trajectory
@@ -38,6 +41,16 @@ class DistillationObjective(BlockDiffusionObjective):
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Divergence of the student from the teacher; see `Objective.loss`."""
+        if inputs.teacher_top_k is not None:
+            return vocab_parallel_top_k_divergence(
+                inputs.hidden,
+                inputs.head,
+                inputs.teacher_top_k,
+                inputs.weights,
+                self.divergence,
+                self.vocab_size,
+                inputs.tp_group,
+            )
         assert inputs.teacher_hidden is not None
         assert inputs.teacher_head is not None
         return vocab_parallel_divergence(

@@ -5,6 +5,7 @@ calls answer for the CPU (`megatron_dlm.platform.cpu`); on CUDA it applies nothi
 in this package asks `device()` where tensors live and never names a device itself.
 """
 
+import gc
 import os
 from typing import Literal
 
@@ -76,6 +77,13 @@ def synchronize() -> None:
     """Wait until the device has finished, so that a wall-clock reading means something."""
     if is_cuda():
         torch.cuda.synchronize()
+
+
+def release_memory() -> None:
+    """Give memory that nothing refers to any more back to the device."""
+    gc.collect()
+    if is_cuda():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes() -> int:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,6 +52,8 @@ class Trajectory:
         teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those
             of the position before it); on the last pipeline stage after the teacher phase, else
             None.
+        teacher_top_k: [L], the teacher's distributions of the same tokens where they were stored;
+            instead of `teacher_hidden`.
         record: The prompt's JSON object.
     """
 
@@ -63,6 +67,7 @@ class Trajectory:
     denoising_forwards: int = 0
     total_forwards: int = 0
     teacher_hidden: Tensor | None = None
+    teacher_top_k: TopKTargets | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -124,15 +124,18 @@ def train(run: Run) -> None:
     multiple = row_multiple(run)
     while progress.iteration < config.train_iters:
         started = time.perf_counter()
+        run.offload.enter("rollout")
         collected = collect(run)
         platform.synchronize()
         times = PhaseTimes(rollout=time.perf_counter() - started)
         if run.teacher is not None:
             started = time.perf_counter()
+            run.offload.enter("teacher")
             run.teacher.annotate(collected.trajectories)
             platform.synchronize()
             times.teacher = time.perf_counter() - started
         progress.response_tokens_total += collected.response_tokens
+        run.offload.enter("update")
         for update in range(config.updates_per_rollout):
             started = time.perf_counter()
             batches = micro_batches(run, collected.trajectories, update, multiple)

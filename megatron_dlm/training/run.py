@@ -5,12 +5,12 @@ from typing import Any
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
-from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
+from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.distillation.stored_teacher import StoredTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.models.model_provider import build_model, build_teacher
+from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -23,8 +23,9 @@ from megatron_dlm.training.checkpointing import (
     saved_config,
 )
 from megatron_dlm.training.inputs import RunInputs
+from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.student import Student, build_student
-from megatron_dlm.training.teacher_responses import teacher_responses
+from megatron_dlm.training.teacher_choice import choose_teacher
 from megatron_dlm.training.trajectory_source import TrajectorySource
 
 RESUME_FIXED = (
@@ -63,11 +64,12 @@ class Run:
     config: Config
     inputs: RunInputs
     student: Student
-    teacher: Teacher | None
+    teacher: Teacher | StoredTeacher | None
     objective: Objective
     source: TrajectorySource
     sampler: ShuffledSampler
     progress: Progress
+    offload: PhaseOffload
 
     def save(self) -> None:
         """Publish a checkpoint of the current progress in the run folder."""
@@ -112,20 +114,6 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             )
 
 
-def _teacher(
-    config: Config, inputs: RunInputs
-) -> tuple[DiffusionGPTModel | None, ExampleDataset | None]:
-    """The teacher, if training asks it for distributions, and the responses that are given."""
-    examples = inputs.data if isinstance(inputs.data, ExampleDataset) else None
-    if inputs.teacher_source is None:
-        return None, examples
-    model = build_teacher(inputs.teacher_source.architecture, config)
-    inputs.teacher_source.load_into(model)
-    if config.uses_teacher_responses:
-        examples = teacher_responses(config, inputs, model)
-    return (model if config.traits.uses_teacher else None), examples
-
-
 def build_run(config: Config, inputs: RunInputs) -> Run:
     """Build models, load weights, and resume where `--load` is a run.
 
@@ -154,7 +142,8 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
             "random weights on a CPU would repeat themselves over expert and pipeline ranks",
             "start with both sizes 1, and load that checkpoint at any layout",
         )
-    teacher_model, examples = _teacher(config, inputs)
+    sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
+    teacher, examples = choose_teacher(config, inputs, sampler)
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
         inputs.source.load_into(model)
@@ -166,9 +155,6 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     objective = OBJECTIVES[config.objective.objective](
         config, inputs.special_tokens.mask_token_id, inputs.architecture.vocab_size
     )
-    teacher = None
-    if teacher_model is not None:
-        teacher = Teacher(teacher_model, config.training.micro_batch_size)
     source = TrajectorySource(config, examples=examples)
     if config.uses_rollouts:
         assert isinstance(inputs.data, PromptDataset)
@@ -182,5 +168,5 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
             seed=config.data.seed,
         )
         source = TrajectorySource(config, inputs.data, engine, examples)
-    sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
-    return Run(config, inputs, student, teacher, objective, source, sampler, progress)
+    offload = build_offload(config, student, teacher)
+    return Run(config, inputs, student, teacher, objective, source, sampler, progress, offload)

@@ -1,14 +1,18 @@
 """Every parallel layout trains like one process: rollout, teacher, loss, gradient, update."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from tests.distributed_tests.spawn import run_distributed
+from megatron_dlm.training.run import Run
+from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
-UPDATES = 5
+PROMPTS = 16
 
 DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": dict(tensor_model_parallel_size=2),
@@ -41,61 +45,110 @@ FOUR_PROCESSES: dict[str, tuple[bool, dict[str, Any]]] = {
         dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
     ),
 }
-OBJECTIVES: dict[str, dict[str, Any]] = {
+SHORT: dict[str, Any] = dict(rollout_batch_size=8, max_response_length=8)
+GIVEN: dict[str, Any] = dict(train_iters=2, num_rollouts=None, max_response_length=8)
+RUNS: dict[str, dict[str, Any]] = {
     "opdlm": {},
-    "opdlm_off": dict(objective="opdlm_off"),
-    "off_policy": dict(objective="off_policy"),
-    "sft": dict(objective="sft"),
-    "mixture": dict(teacher_response_fraction=0.5, micro_batch_size=2),
+    "opdlm_global": dict(SHORT, state_selection="global"),
+    "opdlm_all": dict(SHORT, state_selection="all", loss_normalization="row_mean"),
+    "opdlm_bigger_teacher": SHORT,
+    "opdlm_smaller_teacher": SHORT,
+    "opdlm_offloaded": dict(SHORT, offload_teacher=True, offload_optimizer=True),
+    "mixture": dict(SHORT, teacher_response_fraction=0.5, micro_batch_size=2),
+    "opdlm_off": dict(SHORT, objective="opdlm_off"),
+    "off_policy": dict(GIVEN, objective="off_policy"),
+    "off_policy_stored": dict(
+        GIVEN, objective="off_policy", divergence_top_k=6, teacher_top_k_cache=True
+    ),
+    "sft": dict(objective="sft", train_iters=2),
+    "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
+    "next_token": dict(objective="next_token", train_iters=2),
 }
-"""opdlm runs under every layout, the others once under each kind of parallelism."""
+"""opdlm runs under every layout and longest, the others once under each kind of parallelism."""
+
+OBJECTIVES = (
+    "opdlm",
+    "opdlm_global",
+    "opdlm_all",
+    "opdlm_off",
+    "off_policy",
+    "sft",
+    "sft_of_teacher",
+    "next_token",
+)
+"""Those that run under products of kinds as well: four processes are slow on few cores."""
+
+OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
+"""Runs on the teacher's responses, which must be the same under every layout too."""
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "bigger": dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8),
+    "smaller": dict(hidden_size=16, num_attention_heads=2),
+}
 
 OTHER_DENSE_LAYOUTS = ("TP2 SP", "PP2", "DP2 distributed optimizer")
 OTHER_MOE_LAYOUTS = ("moe EP2",)
-OTHER_FOUR_PROCESSES = ("TP2 PP2 SP", "EP2 TP2 SP")
+OTHER_FOUR_PROCESSES = ("TP2 PP2 SP", "EP2 PP2")
+
+
+def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
+    """What a run is started with besides its layout."""
+    options = dict(RUNS[run])
+    if "prompts" in options:
+        options["prompts"] = str(folder / options["prompts"])
+    size = run.removeprefix("opdlm_").removesuffix("_teacher")
+    if size in TEACHERS:
+        options["teacher_load"] = str(folder / f"{model}_{size}")
+    return options
 
 
 def _train(rank: int, folder: Path, runs: list[tuple[str, Path, dict[str, Any]]]) -> Any:
     results = {}
     for name, model, options in runs:
         save = str(folder / name.replace(" ", "_"))
-        results[name] = run_training(run_config(folder, model, **{"save": save, **options}))
+        config = run_config(folder, model, **{"save": save, **options})
+        # One checkpoint a layout says enough; writing it takes longer than a short run.
+        with nullcontext() if name.endswith(" opdlm") else mock.patch.object(Run, "save"):
+            results[name] = run_training(config)
+        rejoin_world()
     return results
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    write_data(folder)
-    save_random_model(folder / "dense")
-    save_random_model(folder / "moe", moe=True)
+    write_data(folder, PROMPTS)
+    for model, moe in (("dense", False), ("moe", True)):
+        save_random_model(folder / model, moe=moe)
+        for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
+            save_random_model(folder / f"{model}_{size}", moe=moe, seed=seed, **changes)
     return folder
 
 
 @pytest.fixture(scope="module")
 def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
     runs = [
-        (f"single {model} {objective}", folder / model, options)
+        (f"single {model} {run}", folder / model, _options(folder, model, run))
         for model in ("dense", "moe")
-        for objective, options in OBJECTIVES.items()
+        for run in RUNS
     ]
-    return run_distributed(_train, 1, folder, runs, timeout_seconds=300)[0]
+    return run_distributed(_train, 1, folder, runs, timeout_seconds=600)[0]
 
 
 def _runs(
-    folder: Path, layouts: dict[str, tuple[bool, dict[str, Any]]], others: tuple[str, ...]
+    folder: Path,
+    layouts: dict[str, tuple[bool, dict[str, Any]]],
+    others: tuple[str, ...],
+    wanted: Sequence[str],
 ) -> list[tuple[str, Path, dict[str, Any]]]:
-    """opdlm under all layouts (mixture of experts or not, options), the other objectives some."""
-    return [
-        (
-            f"{layout} {objective}",
-            folder / ("moe" if moe else "dense"),
-            {**options, **layout_options},
-        )
-        for layout, (moe, layout_options) in layouts.items()
-        for objective, options in OBJECTIVES.items()
-        if objective == "opdlm" or layout in others
-    ]
+    """opdlm under all layouts (mixture of experts or not, options), the wanted runs some."""
+    runs = []
+    for layout, (moe, layout_options) in layouts.items():
+        model = "moe" if moe else "dense"
+        for run in wanted if layout in others else ("opdlm",):
+            options = {**_options(folder, model, run), **layout_options}
+            runs.append((f"{layout} {run}", folder / model, options))
+    return runs
 
 
 def _responses(folder: Path, name: str) -> list[str]:
@@ -105,7 +158,7 @@ def _responses(folder: Path, name: str) -> list[str]:
 
 
 def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert len(lines) == len(reference) == UPDATES
+    assert len(lines) == len(reference) == (5 if name.endswith(" opdlm") else 2)
     for line, expected in zip(lines, reference, strict=True):
         # Equal token counts at every update: the same tokens were drawn in the same steps.
         for key in ("supervised_tokens", "response_tokens_total", "tokens_per_forward", "eos_rate"):
@@ -120,15 +173,16 @@ def _check_layouts(
     single: dict[str, list[dict[str, Any]]],
     layouts: dict[str, tuple[bool, dict[str, Any]]],
     others: tuple[str, ...],
+    wanted: Sequence[str] = tuple(RUNS),
 ) -> None:
-    runs = _runs(folder, layouts, others)
-    results = run_distributed(_train, world_size, folder, runs, timeout_seconds=300)[0]
+    runs = _runs(folder, layouts, others, wanted)
+    results = run_distributed(_train, world_size, folder, runs, timeout_seconds=600)[0]
     for name, model, _ in runs:
         reference = f"single {model.name} {name.split()[-1]}"
         _check(name, results[name], single[reference])
         responses = _responses(folder, name)
         assert responses == _responses(folder, reference), name
-        assert len(responses) == (48 if name.endswith(("off_policy", "mixture")) else 0)
+        assert len(responses) == (PROMPTS if name.split()[-1] in OF_TEACHER else 0)
 
 
 def test_dense_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
@@ -142,4 +196,4 @@ def test_moe_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> N
 
 
 def test_layouts_of_four_processes(folder: Path, single: dict[str, Any]) -> None:
-    _check_layouts(4, folder, single, FOUR_PROCESSES, OTHER_FOUR_PROCESSES)
+    _check_layouts(4, folder, single, FOUR_PROCESSES, OTHER_FOUR_PROCESSES, OBJECTIVES)

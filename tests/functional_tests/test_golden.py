@@ -1,8 +1,7 @@
 """Golden losses of the committed tiny models: a refactor shows identical numbers.
 
 They change only with the method, the data or the weights. After such a change, rewrite them with
-    python -m tests.functional_tests.test_golden
-and say in the changelog why.
+`make golden` and say in the changelog why.
 """
 
 import json
@@ -22,6 +21,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(state_selection="global", divergence="reverse_kl", micro_batch_size=2),
     ),
     "opdlm mixture of experts top-16": ("qwen3_moe", dict(divergence_top_k=16)),
+    "opdlm all states": ("qwen3", dict(state_selection="all", loss_normalization="row_mean")),
+    "opdlm mixture with teacher responses": ("qwen3", dict(teacher_response_fraction=0.5)),
+    "opdlm_off jsd": ("qwen3", dict(objective="opdlm_off", divergence="jsd", jsd_beta=0.3)),
+    "off_policy dense": ("qwen3", dict(objective="off_policy")),
+    "off_policy stored top-8": (
+        "qwen3",
+        dict(objective="off_policy", divergence_top_k=8, teacher_top_k_cache=True),
+    ),
+    "sft dense": ("qwen3", dict(objective="sft")),
     "next_token dense": ("qwen3", dict(objective="next_token")),
 }
 KEYS = ("loss", "grad_norm", "supervised_tokens", "response_tokens_total")

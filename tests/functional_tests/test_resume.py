@@ -92,6 +92,17 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
         ),
         ("dense", {"param_groups": GROUPS}),
         ("dense", {"param_groups": GROUPS, "use_distributed_optimizer": True}),
+        (
+            "dense",
+            {
+                "objective": "off_policy",
+                "train_iters": 6,
+                "num_rollouts": None,
+                "divergence_top_k": 6,
+                "teacher_top_k_cache": True,
+            },
+        ),
+        ("moe", {"bf16": True, "offload_teacher": True, "offload_optimizer": True}),
     ],
     ids=[
         "opdlm",
@@ -102,6 +113,8 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
         "mixture",
         "groups",
         "groups distributed",
+        "off_policy stored",
+        "offloaded",
     ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(

@@ -16,6 +16,7 @@ from megatron_dlm.config import (
 from megatron_dlm.config.fields import option_fields
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import Architecture, architecture_from_hf
+from tests.refusal import refusal
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -36,6 +37,7 @@ OFF_POLICY = {
 }
 SFT = {**NEXT_TOKEN, "objective": "sft"}
 SFT_ON_TEACHER = {**OFF_POLICY, "objective": "sft"}
+STORED = {"teacher_top_k_cache": True, "divergence_top_k": 16}
 GROWING = {"response_length_schedule": "linear", "response_length_warmup_rollouts": 3}
 
 
@@ -45,7 +47,7 @@ def config_with(base: dict[str, object], **changes: object) -> Config:
 
 @pytest.mark.parametrize("base", [OPDLM, OPDLM_OFF, OFF_POLICY, SFT, SFT_ON_TEACHER, NEXT_TOKEN])
 def test_complete_configuration_passes(base: dict[str, object]) -> None:
-    validate(config_with(base), world_size=1)
+    assert refusal(validate, config_with(base), 1) is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_complete_configuration_passes(base: dict[str, object]) -> None:
     ],
 )
 def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> None:
-    validate(config_with(OPDLM, **changes), world_size)
+    assert refusal(validate, config_with(OPDLM, **changes), world_size) is None
 
 
 @pytest.mark.parametrize(
@@ -139,12 +141,16 @@ FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
         (OPDLM, {**FADING, "save": None, "teacher_responses": "responses"}),
         (SFT, {"load": None, "model_config": "config.json"}),
         (SFT, {"save": None}),
+        (OFF_POLICY, STORED),
+        (OFF_POLICY, {**STORED, "divergence_tail": "ignore"}),
+        (OFF_POLICY, {"offload_teacher": True}),
+        (OPDLM, {"offload_teacher": True, "offload_optimizer": True}),
     ],
 )
 def test_what_an_objective_can_be_given(
     base: dict[str, object], changes: dict[str, object]
 ) -> None:
-    validate(config_with(base, **changes), world_size=1)
+    assert refusal(validate, config_with(base, **changes), 1) is None
 
 
 @pytest.mark.parametrize(
@@ -207,11 +213,13 @@ def test_next_token_needs_data_duration_and_a_model(missing: str) -> None:
 
 
 def test_next_token_starts_from_random_weights() -> None:
-    validate(config_with(NEXT_TOKEN, load=None, model_config="config.json"), world_size=1)
+    config = config_with(NEXT_TOKEN, load=None, model_config="config.json")
+    assert refusal(validate, config, 1) is None
 
 
 def test_next_token_ignores_the_rollout_batch() -> None:
-    validate(config_with(NEXT_TOKEN, global_batch_size=12, rollout_batch_size=128), world_size=1)
+    config = config_with(NEXT_TOKEN, global_batch_size=12, rollout_batch_size=128)
+    assert refusal(validate, config, 1) is None
 
 
 OUT_OF_RANGE = [
@@ -251,7 +259,7 @@ def test_optional_package(
     with pytest.raises(UserError, match=f"package {package} is not installed"):
         value_rules.check_optional_packages(config)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    value_rules.check_optional_packages(config)
+    assert refusal(value_rules.check_optional_packages, config) is None
 
 
 def make_run(tmp_path: Path) -> str:
@@ -269,13 +277,13 @@ def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
     for changes in ({}, {"load": run, "finetune": True}):
         with pytest.raises(UserError, match="holds another run"):
             value_rules.check_save(config_with(OPDLM, save=run, **changes))
-    value_rules.check_save(config_with(OPDLM, save=run, load=run))
-    value_rules.check_save(config_with(OPDLM, save=str(tmp_path / "new")))
+    for changes in ({"save": run, "load": run}, {"save": str(tmp_path / "new")}):
+        assert refusal(value_rules.check_save, config_with(OPDLM, **changes)) is None
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_start_again(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    value_rules.check_save(config_with(OPDLM, save=str(tmp_path)))
+    assert refusal(value_rules.check_save, config_with(OPDLM, save=str(tmp_path))) is None
 
 
 def architecture(*, is_moe: bool = False) -> Architecture:
@@ -317,7 +325,8 @@ TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     ],
 )
 def test_layout_that_divides_the_model_passes(is_moe: bool, changes: dict[str, object]) -> None:
-    validate_architecture(config_with(SHORT, **changes), architecture(is_moe=is_moe))
+    config = config_with(SHORT, **changes)
+    assert refusal(validate_architecture, config, architecture(is_moe=is_moe)) is None
 
 
 @pytest.mark.parametrize(
@@ -403,19 +412,59 @@ def test_derived_sizes() -> None:
 def test_quickstart_configurations_are_valid(name: str, world_size: int, tmp_path: Path) -> None:
     file = REPOSITORY / "examples" / "tiny" / f"{name}.yaml"
     config = parse_config(["--config", str(file), "--save", str(tmp_path / name)])
-    validate(config, world_size)
+    assert refusal(validate, config, world_size) is None
 
 
 def test_parameter_group_may_freeze() -> None:
     group = ParameterGroup("embedding", lr=0.0, min_lr=0.0)
     assert config_with(OPDLM, param_groups=[group]).optimizer.param_groups == (group,)
-    validate(config_with(OPDLM, param_groups=[group]), world_size=1)
+    assert refusal(validate, config_with(OPDLM, param_groups=[group]), 1) is None
 
 
-@pytest.mark.parametrize("changes", [{"teacher_load": "teacher"}, {"epochs_per_rollout": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher_load": "teacher"},
+        {"epochs_per_rollout": 2},
+        {"offload_teacher": True},
+        {"offload_optimizer": True},
+    ],
+)
 def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, object]) -> None:
     options = {"objective": "next_token", "train_data": "x.jsonl", "train_iters": 5}
-    objective_rules.check_nothing_is_ignored(config_with(OPDLM, **changes))
+    accepted = config_with(OPDLM, **changes)
+    assert refusal(objective_rules.check_nothing_is_ignored, accepted) is None
     config = Config.from_dict({**options, "load": "weights", **changes})
     with pytest.raises(UserError, match="has no use for it"):
         objective_rules.check_nothing_is_ignored(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "named"),
+    [
+        (OPDLM, STORED, ["--teacher-top-k-cache = True", "new rollouts", "--objective off_policy"]),
+        (OPDLM, {**MIXED, **STORED}, ["--teacher-top-k-cache = True", "new rollouts"]),
+        (OFF_POLICY, {"teacher_top_k_cache": True}, ["--divergence-top-k = 0", "full vocabulary"]),
+        (SFT_ON_TEACHER, STORED, ["--teacher-top-k-cache = True", "has no use for it"]),
+        (OFF_POLICY, {**STORED, "offload_teacher": True}, ["--offload-teacher", "no teacher in"]),
+        (SFT, {"offload_teacher": True}, ["--offload-teacher = True", "has no use for it"]),
+        (OFF_POLICY, {"offload_optimizer": True}, ["--offload-optimizer", "has no use for it"]),
+    ],
+)
+def test_what_is_not_there_is_neither_stored_nor_moved(
+    base: dict[str, object], changes: dict[str, object], named: list[str]
+) -> None:
+    message = refusal(validate, config_with(base, **changes), 1) or ""
+    assert all(part in message for part in named), message
+
+
+def test_the_whole_vocabulary_is_not_stored() -> None:
+    vocabulary = architecture().vocab_size
+    config = config_with(SHORT, divergence_top_k=vocabulary)
+    assert refusal(validate_architecture, config, architecture()) is None
+    stored = config_with(
+        {**OFF_POLICY, "max_prompt_length": 8, "max_response_length": 8},
+        **{**STORED, "divergence_top_k": vocabulary},
+    )
+    message = refusal(validate_architecture, stored, architecture()) or ""
+    assert "is the whole vocabulary" in message

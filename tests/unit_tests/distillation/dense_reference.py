@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+
 
 @dataclass
 class LossInputs:
@@ -111,6 +113,15 @@ def dense_divergence(
     for name, weight in weights.items():
         per_token = per_token + weight * divergences[name]
     return _with_gradients(per_token, inputs, hidden, head)
+
+
+def dense_top_k_targets(inputs: LossInputs, k: int) -> TopKTargets:
+    """The teacher's k most likely tokens, log-probabilities in float64 although stored in less."""
+    teacher = inputs.teacher_hidden.double() @ inputs.teacher_head.double().T
+    log_p = teacher[:, : inputs.vocab_size].log_softmax(-1)
+    order = log_p.argsort(-1, descending=True)
+    log_p = log_p.gather(1, order)
+    return TopKTargets(order[:, :k].int(), log_p[:, :k], log_p[:, k:].logsumexp(-1))
 
 
 def dense_cross_entropy(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

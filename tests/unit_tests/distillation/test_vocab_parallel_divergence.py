@@ -1,17 +1,24 @@
+import dataclasses
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.distillation import vocab_parallel_head
 from megatron_dlm.distillation.divergence_spec import DIVERGENCES, DivergenceSpec
-from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.distillation.vocab_parallel_divergence import (
+    vocab_parallel_divergence,
+    vocab_parallel_top_k_divergence,
+)
+from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.errors import UserError
 from tests.unit_tests.distillation.dense_reference import (
     LossInputs,
     dense_divergence,
+    dense_top_k_targets,
     random_inputs,
     underflowing_inputs,
 )
@@ -24,6 +31,22 @@ def fused(inputs: LossInputs, spec: DivergenceSpec) -> tuple[torch.Tensor, ...]:
         inputs.student_head,
         inputs.teacher_hidden,
         inputs.teacher_head,
+        inputs.token_weights,
+        spec,
+        inputs.vocab_size,
+    )
+    gradients = torch.autograd.grad(loss_sum, (inputs.student_hidden, inputs.student_head))
+    return loss_sum.detach(), per_token, *gradients
+
+
+def from_targets(
+    inputs: LossInputs, targets: TopKTargets, spec: DivergenceSpec
+) -> tuple[torch.Tensor, ...]:
+    """The same of a teacher whose k most likely tokens are all that is left."""
+    loss_sum, per_token = vocab_parallel_top_k_divergence(
+        inputs.student_hidden,
+        inputs.student_head,
+        targets,
         inputs.token_weights,
         spec,
         inputs.vocab_size,
@@ -89,6 +112,54 @@ def test_probabilities_that_underflow(name: str, tail: str, top_k: int) -> None:
     spec = DivergenceSpec({name: 1.0}, top_k=top_k, tail=tail)
     assert all(tensor.isfinite().all() for tensor in fused(inputs, spec))
     assert_equal_to_dense(inputs, spec, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(inputs=loss_inputs(), spec=specs)
+def test_stored_targets_equal_dense(inputs: LossInputs, spec: DivergenceSpec) -> None:
+    assume(0 < spec.top_k < inputs.vocab_size)
+    actual = from_targets(inputs, dense_top_k_targets(inputs, spec.top_k), spec)
+    for tensor, expected in zip(actual, dense(inputs, spec), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("logit_scale", [1.0, 100.0])
+def test_stored_targets_give_the_loss_of_the_live_teacher(
+    name: str, tail: str, logit_scale: float
+) -> None:
+    inputs = random_inputs(
+        n=24,
+        vocab_size=40,
+        padded_vocab_size=48,
+        teacher_padded_vocab_size=40,
+        logit_scale=logit_scale,
+        dtype=torch.float32,
+    )
+    spec = DivergenceSpec({name: 1.0}, top_k=5, tail=tail, chunk_size=8)
+    targets = vocab_parallel_top_k(
+        inputs.teacher_hidden, inputs.teacher_head, 5, inputs.vocab_size, chunk_size=8
+    )
+    if logit_scale > 1:
+        assert (targets.log_probs.exp().sum(1) == 1).any(), "the rest is no longer one minus these"
+    for stored, live in zip(from_targets(inputs, targets, spec), fused(inputs, spec), strict=True):
+        assert torch.equal(stored, live)
+
+
+def test_stored_targets_that_do_not_fit_are_named() -> None:
+    inputs = random_inputs(n=5, vocab_size=9, padded_vocab_size=12, teacher_padded_vocab_size=9)
+    spec = DivergenceSpec({"jsd": 1.0}, top_k=3)
+    targets = dense_top_k_targets(inputs, 3)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) for 5 student rows and top_k 3"):
+        from_targets(inputs, targets[:4], spec)
+    with pytest.raises(ValueError, match=r"shape \(5, 3\) for 5 student rows and top_k 2"):
+        from_targets(inputs, targets, dataclasses.replace(spec, top_k=2))
+    with pytest.raises(ValueError, match="left for all other tokens"):
+        from_targets(inputs, dataclasses.replace(targets, log_rest=None), spec)
+    for k in (0, 9):
+        with pytest.raises(ValueError, match=f"k = {k} is no proper part of a vocabulary of 9"):
+            vocab_parallel_top_k(inputs.teacher_hidden, inputs.teacher_head, k, 9)
 
 
 def test_student_that_equals_its_teacher_is_at_the_minimum() -> None:

@@ -17,7 +17,7 @@ from megatron_dlm.training.curriculum import teacher_response_fraction
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import RunInputs, read_inputs
 from megatron_dlm.training.run import build_run
-from megatron_dlm.training.teacher_responses import generate_missing, teacher_responses
+from megatron_dlm.training.teacher_responses import generate_missing
 from megatron_dlm.training.trajectory_source import takes_given_response
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
@@ -45,7 +45,13 @@ def generate(config: Config, inputs: RunInputs, prompts_per_shard: int = 3) -> N
         teacher = build_teacher(teacher_source.architecture, config)
         teacher_source.load_into(teacher)
         generate_missing(
-            config, store, inputs.data, teacher, inputs.special_tokens, 512, prompts_per_shard
+            config,
+            store,
+            inputs.data,
+            lambda: teacher,
+            inputs.special_tokens,
+            512,
+            prompts_per_shard,
         )
 
 
@@ -213,11 +219,7 @@ def test_fraction_over_the_rollouts(schedule: str, expected: list[float]) -> Non
 
 def test_header_says_what_was_generated(folder: Path, tmp_path: Path) -> None:
     config, inputs = off_policy(folder, tmp_path)
-    with initialized(config):
-        assert inputs.teacher_source is not None
-        teacher = build_teacher(inputs.teacher_source.architecture, config)
-        inputs.teacher_source.load_into(teacher)
-        assert len(teacher_responses(config, inputs, teacher)) == PROMPTS
+    generate(config, inputs, PROMPTS)
     header = json.loads((tmp_path / "teacher_responses" / "header.json").read_text())
     assert header["prompts"] == inputs.data.file.fingerprint
     assert header["teacher"] == str((folder / "dense").resolve())

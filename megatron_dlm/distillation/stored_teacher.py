@@ -1,0 +1,33 @@
+"""A teacher whose distributions are on disk: nothing of it is in memory."""
+
+from collections.abc import Callable, Sequence
+
+from megatron.core import parallel_state
+
+from megatron_dlm.data.top_k_store import TopKTable
+from megatron_dlm.rollout.trajectory import Trajectory
+
+
+class StoredTeacher:
+    """Annotates trajectories with the most likely tokens of a teacher that has left.
+
+    Args:
+        table: Its targets, record by record.
+        record_index: The record of a global sample index.
+
+    Attributes:
+        head: None: what is stored went through the output layer.
+    """
+
+    head = None
+
+    def __init__(self, table: TopKTable, record_index: Callable[[int], int]) -> None:
+        self._table = table
+        self._record_index = record_index
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        """Set `teacher_top_k` of each trajectory, on the last pipeline stage."""
+        if parallel_state.is_pipeline_last_stage():
+            for trajectory in trajectories:
+                record = self._record_index(trajectory.sample_index)
+                trajectory.teacher_top_k = self._table[record]

@@ -1,0 +1,83 @@
+"""The teacher's most likely tokens at every token of its stored responses, computed once.
+
+Training then needs neither the teacher nor its hidden states: a distribution is k ids and k + 1
+numbers on disk.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dlm.config import Config
+from megatron_dlm.data.top_k_store import TopKStore
+from megatron_dlm.distillation.teacher import Teacher
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
+from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_shards, rounds
+
+
+def compute_missing(
+    config: Config,
+    store: TopKStore,
+    examples: Sequence[Trajectory],
+    model: Callable[[], DiffusionGPTModel],
+    vocab_size: int,
+    prompts_per_shard: int = PROMPTS_PER_SHARD,
+) -> None:
+    """Complete a store of targets; all ranks call this.
+
+    Args:
+        config: k, and how much is computed at a time.
+        store: What exists and what is missing.
+        examples: All prompts with their responses.
+        model: Loads this rank's part of the teacher; called only if a shard is missing.
+        vocab_size: Ids from here on are padding.
+        prompts_per_shard: Most prompts of a shard, where the store is new.
+    """
+    missing = missing_shards(store, prompts_per_shard)
+    if not missing:
+        return
+    teacher = Teacher(model(), config.training.micro_batch_size)
+    at_once = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    writes = parallel_state.get_tensor_model_parallel_rank() == 0
+    for shard, most in rounds(missing, "teacher top-k"):
+        # Ranks that share experts run equal numbers of rows: a smaller shard is filled up.
+        indices = [*shard, *[0] * (most - len(shard))]
+        parts = []
+        for start in range(0, most, at_once):
+            trajectories = [examples[index] for index in indices[start : start + at_once]]
+            wanted = max(0, len(shard) - start)
+            targets = _targets(config, teacher, trajectories, wanted, vocab_size)
+            if targets is not None:
+                parts.append(targets)
+        if parts and writes and shard:
+            store.write(shard, TopKTargets.cat(parts))
+
+
+def _targets(
+    config: Config,
+    teacher: Teacher,
+    trajectories: Sequence[Trajectory],
+    wanted: int,
+    vocab_size: int,
+) -> TopKTargets | None:
+    """Targets of the first `wanted` trajectories on the CPU; on the last pipeline stage only."""
+    teacher.annotate(trajectories)
+    if teacher.head is None:
+        return None
+    hidden = [t.teacher_hidden for t in trajectories[:wanted] if t.teacher_hidden is not None]
+    if not hidden:
+        return None
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    targets = vocab_parallel_top_k(
+        torch.cat(hidden),
+        teacher.head,
+        config.distillation.divergence_top_k,
+        vocab_size,
+        tp_group if tp_group.size() > 1 else None,
+        config.distillation.divergence_chunk_size,
+    )
+    return targets.to(torch.device("cpu"))
