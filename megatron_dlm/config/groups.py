@@ -168,7 +168,8 @@ class DecodingConfig:
     """Draw among the most likely tokens that together hold this probability in (0, 1]; 1 is off."""
 
     max_running_requests: int = 64
-    """Sequences a data-parallel process decodes at once (slots of its KV cache)."""
+    """Sequences a data-parallel process decodes at once (slots of its KV cache; under full
+    attention, the canvases of one forward)."""
 
 
 @dataclass(frozen=True)
