@@ -29,7 +29,7 @@ from megatron_dlm.training.checkpointing import save_checkpoint
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
-TargetFormat = Literal["megatron", "sdar", "qwen3"]
+TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "qwen3"]
 DType = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,13 +46,15 @@ class ConversionConfig:
 
     target_format: TargetFormat = "sdar"
     """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
-    transformers; sdar_moe for mixtures of experts) or qwen3 (autoregressive; also MoE)."""
+    transformers; sdar_moe for mixtures of experts), a2d-qwen3 (full attention, dense), rnd1 (full
+    attention, shifted, mixture of experts) or qwen3 (autoregressive; also MoE)."""
 
     tokenizer: str | None = None
     """Folder with tokenizer.json (default: the one beside the weights)."""
 
     block_size: int | None = None
-    """Block size the model was trained with (default: block_size of its config.json)."""
+    """Block size the model was trained with, or should be decoded with under full attention
+    (default: block_size of its config.json)."""
 
     dynamic_threshold: float = 0.9
     """Confidence threshold recommended to engines that serve an sdar folder."""
@@ -155,7 +157,7 @@ def main() -> int:
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     mask_token_id = None
-    if conversion.target_format == "sdar":
+    if conversion.target_format not in ("megatron", "qwen3"):
         mask_token_id = find_mask_token(source, tokenizer_folder)
 
     with initialized(config):

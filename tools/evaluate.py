@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 tools/evaluate.py --load hf/ --data heldout.jsonl \
     --settings static,dynamic:0.9,dynamic:0.7 --max-response-length 64
 
 Prints a table. The results file is one JSON object: `load`, `data`, `task`, `num_examples`,
-`seconds`, and `settings`, which maps each setting's name (`static`, `dynamic_0.9`,
+`seconds`, and `settings`, which maps each setting's name (`static`, `dynamic_0.9`, `entropy_64`,
 `autoregressive`) to its rates (`accuracy`, `correct`, `total`, `tokens_per_forward`, ...).
 """
 
@@ -43,8 +43,8 @@ class EvaluationConfig:
 
     settings: tuple[str, ...] = ()
     """Decoding settings to evaluate one after the other, separated by commas: static,
-    static:<steps>, dynamic:<threshold>, autoregressive (default: the one that the decoding options
-    describe)."""
+    static:<steps>, dynamic:<threshold>, entropy, entropy:<steps>, entropy_bounded:<nats>,
+    autoregressive (default: the one that the decoding options describe)."""
 
     max_examples: int | None = None
     """Evaluate only this many examples from the beginning of the file."""

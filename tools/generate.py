@@ -1,4 +1,4 @@
-"""Generate responses with any checkpoint, by block diffusion or autoregressively.
+"""Generate responses with any checkpoint, by diffusion or autoregressively.
 
 python tools/generate.py --load hf/ --prompt "Tom has 3 apples and buys 4 more. How many?"
 torchrun --nproc-per-node 8 tools/generate.py --load runs/mine --prompts prompts.jsonl \

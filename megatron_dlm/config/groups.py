@@ -155,8 +155,8 @@ class DecodingConfig:
     """Excess entropy in nats that entropy_bounded accepts at a step."""
 
     denoising_steps_per_block: int | None = None
-    """Denoising steps of low_confidence_static and entropy for a block (default: --block-size, one
-    token a step)."""
+    """Denoising steps of low_confidence_static and entropy for a block, or for a response that is
+    decoded as a whole (default: one token a step)."""
 
     temperature: float = 1.0
     """Softmax temperature of the draws; 0 takes the most likely token."""
@@ -168,7 +168,8 @@ class DecodingConfig:
     """Draw among the most likely tokens that together hold this probability in (0, 1]; 1 is off."""
 
     max_running_requests: int = 64
-    """Sequences a data-parallel process decodes at once (slots of its KV cache)."""
+    """Sequences a data-parallel process decodes at once (slots of its KV cache; under full
+    attention, the canvases of one forward)."""
 
 
 @dataclass(frozen=True)

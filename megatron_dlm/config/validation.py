@@ -49,6 +49,8 @@ def validate_inference(
 ) -> None:
     """Check the rules that concern a model which only generates.
 
+    `GenerationConfig` checks what depends on how the model decodes.
+
     Args:
         config: The configuration; what belongs to training has its defaults.
         world_size: Number of processes.
@@ -58,7 +60,6 @@ def validate_inference(
         UserError: The first rule that is broken, with the values that would work.
     """
     value_rules.check_ranges(config)
-    value_rules.check_denoising_steps(config)
     value_rules.check_sequence_parallel(config)
     layout_rules.check_world_size(config, world_size)
     layout_rules.check_expert_layout(config, world_size)

@@ -41,7 +41,6 @@ def export_hf(
     mask_token_id: int | None = None,
     dynamic_threshold: float = 0.9,
     dtype: torch.dtype | None = None,
-    shifted: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> None:
@@ -51,16 +50,18 @@ def export_hf(
 
     Args:
         model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
-        architecture: What it was built from.
+        architecture: What it was built from; its config.json says how a diffusion model attends
+            and what its logits predict.
         folder: Where to.
-        format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts) or `qwen3`
+        format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts), `a2d-qwen3` (full
+            attention, dense), `rnd1` (full attention, shifted, mixture of experts) or `qwen3`
             (autoregressive; `qwen3_moe`).
-        tokenizer_folder: Where the tokenizer's files are; needed by `sdar`.
-        block_size: Block size that the model was trained with; needed by `sdar`.
-        mask_token_id: Id of the MASK token; needed by `sdar`.
+        tokenizer_folder: Where the tokenizer's files are; needed by all but `qwen3`.
+        block_size: Block size that the model was trained with; needed by `sdar`. Under full
+            attention, the one to decode with, if any.
+        mask_token_id: Id of the MASK token; needed by all but `qwen3`.
         dynamic_threshold: Confidence threshold recommended to engines that serve the folder.
         dtype: Type of the stored tensors; None keeps the model's.
-        shifted: Whether logits at position i predict token i + 1 of a diffusion model (SCP, RND1).
         max_shard_size: Bytes of one safetensors file.
         overwrite: Replace an existing folder.
 
@@ -90,7 +91,6 @@ def export_hf(
             block_size=block_size,
             mask_token_id=mask_token_id,
             dynamic_threshold=dynamic_threshold,
-            shifted=shifted,
         )
         temporary.mkdir(parents=True)
         TARGET_FORMATS[format](request, temporary)

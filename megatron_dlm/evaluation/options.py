@@ -1,7 +1,7 @@
 """Options of the tools that generate, resolved against the checkpoint; needs no PyTorch.
 
-A decoding setting is one word with one optional number: `static`, `static:2` (denoising steps per
-block), `dynamic:0.7` (threshold) or `autoregressive`.
+A decoding setting is one word with one optional number: `static:2` and `entropy:2` (denoising steps
+per block), `dynamic:0.7` (threshold), `entropy_bounded:0.1` (bound in nats) or `autoregressive`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from megatron_dlm.config import (
     RolloutConfig,
 )
 from megatron_dlm.config.validation import validate_inference
-from megatron_dlm.errors import bad_value
-from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.models.architecture import (
+    BLOCK_DIFFUSION,
+    DiffusionConvention,
+    diffusion_convention,
+)
+from megatron_dlm.rollout.generation_config import GenerationConfig, RemaskingStrategy
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
-Decoding = Literal["auto", "block_diffusion", "autoregressive"]
+Decoding = Literal["auto", "diffusion", "autoregressive"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,12 @@ class InferenceConfig:
     """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
 
     block_size: int | None = None
-    """Tokens denoised together (default: block_size of the model's config.json)."""
+    """Tokens denoised together (default: block_size of the model's config.json; without one, a
+    model of full attention decodes the response as a whole)."""
 
     decoding: Decoding = "auto"
-    """block_diffusion, autoregressive, or auto: block diffusion where a block size is known."""
+    """diffusion, autoregressive, or auto: diffusion where the model's config.json says so or a
+    block size is known. Attention and shift are those of config.json."""
 
     bf16: bool = False
     """Compute in bfloat16 instead of float32."""
@@ -87,12 +94,15 @@ class InferenceSetup:
         source: The weights.
         options: As given.
         block_size: From the options or config.json; None if neither names one.
+        convention: Of config.json, else block diffusion if there is a block size; None if there is
+            none: an autoregressive model.
     """
 
     config: Config
     source: ModelSource
     options: InferenceConfig
     block_size: int | None
+    convention: DiffusionConvention | None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -104,11 +114,10 @@ class InferenceSetup:
         """The decoding setting that the options describe."""
         decoding = self.options.decoding
         if decoding == "auto":
-            decoding = "autoregressive" if self.block_size is None else "block_diffusion"
+            decoding = "autoregressive" if self.convention is None else "diffusion"
         if decoding == "autoregressive":
             return self._autoregressive()
-        self._require_block_size("--decoding", self.options.decoding)
-        return GenerationConfig.from_config(self.config)
+        return self._diffusion("--decoding", self.options.decoding)
 
     def setting(self, text: str) -> GenerationConfig:
         """Read one decoding setting; whatever it does not name is as in the options.
@@ -119,30 +128,31 @@ class InferenceSetup:
         name, colon, value = text.strip().partition(":")
         if name == "autoregressive" and not colon:
             return self._autoregressive()
-        try:
-            if name == "static":
-                self._require_block_size("--settings", text)
-                base = self._with_strategy("low_confidence_static")
-                return replace(base, denoising_steps_per_block=int(value)) if colon else base
-            if name == "dynamic":
-                self._require_block_size("--settings", text)
-                base = self._with_strategy("low_confidence_dynamic")
-                threshold = float(value) if colon else base.dynamic_threshold
-                if 0 < threshold <= 1:
-                    return replace(base, dynamic_threshold=threshold)
-        except ValueError:
-            pass
-        raise bad_value(
-            "--settings",
-            text,
-            "is no decoding setting",
-            "write static, static:<steps>, dynamic:<threshold in (0, 1]> or autoregressive",
-        )
+        strategy = _STRATEGY_OF_SETTING.get(name)
+        number = _number(value, int if name in ("static", "entropy") else float) if colon else None
+        if strategy is None or (colon and number is None):
+            raise _no_setting(text)
+        base = replace(self._diffusion("--settings", text), remasking_strategy=strategy)
+        if number is None:
+            return base
+        if isinstance(number, int):
+            return replace(base, denoising_steps_per_block=number)
+        if name == "entropy_bounded":
+            return replace(base, entropy_bound=number)
+        if not 0 < number <= 1:
+            raise _no_setting(text)
+        return replace(base, dynamic_threshold=number)
 
-    def _with_strategy(
-        self, strategy: Literal["low_confidence_static", "low_confidence_dynamic"]
-    ) -> GenerationConfig:
-        return replace(GenerationConfig.from_config(self.config), remasking_strategy=strategy)
+    def _diffusion(self, field: str, value: str) -> GenerationConfig:
+        missing = self.block_size is None
+        if self.convention is None or (missing and self.convention.attention_pattern != "full"):
+            raise bad_value(
+                field,
+                value,
+                f"needs a block size, and {self.source.hf_folder / 'config.json'} names none",
+                "add --block-size",
+            )
+        return GenerationConfig.from_config(self.config, self.convention, self.block_size)
 
     def _autoregressive(self) -> GenerationConfig:
         rollout = self.config.rollout
@@ -153,25 +163,44 @@ class InferenceSetup:
             max_running_requests=rollout.max_running_requests,
         )
 
-    def _require_block_size(self, field: str, value: str) -> None:
-        if self.block_size is None:
-            raise bad_value(
-                field,
-                value,
-                f"needs a block size, and {self.source.hf_folder / 'config.json'} names none",
-                "add --block-size",
-            )
+
+_STRATEGY_OF_SETTING: dict[str, RemaskingStrategy] = {
+    "static": "low_confidence_static",
+    "dynamic": "low_confidence_dynamic",
+    "entropy": "entropy",
+    "entropy_bounded": "entropy_bounded",
+}
+
+
+def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _no_setting(text: str) -> UserError:
+    return bad_value(
+        "--settings",
+        text,
+        "is no decoding setting",
+        "write static, static:<steps>, dynamic:<threshold in (0, 1]>, entropy, entropy:<steps>, "
+        "entropy_bounded:<nats> or autoregressive",
+    )
 
 
 def setting_name(generation: GenerationConfig) -> str:
     """What a setting is called in tables and results: `static`, `dynamic_0.9`, ..."""
-    if generation.mode == "autoregressive":
+    if generation.is_autoregressive:
         return "autoregressive"
-    if generation.remasking_strategy == "low_confidence_dynamic":
-        return f"dynamic_{generation.dynamic_threshold:g}"
+    strategy = generation.remasking_strategy
+    name = strategy.removeprefix("low_confidence_")
+    if strategy == "low_confidence_dynamic":
+        return f"{name}_{generation.dynamic_threshold:g}"
+    if strategy == "entropy_bounded":
+        return f"{name}_{generation.entropy_bound:g}"
     steps = generation.denoising_steps_per_block
-    name = generation.remasking_strategy.removeprefix("low_confidence_")
-    return name if steps == generation.block_size else f"{name}_{steps}"
+    return name if steps in (None, generation.block_size) else f"{name}_{steps}"
 
 
 def resolve_inference(arguments: InferenceArguments, world_size: int) -> InferenceSetup:
@@ -184,8 +213,12 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     if options.load is None:
         raise bad_value("--load", None, "there is no model", "name a model or run folder")
     source = open_model_source(options.load, "--load")
-    stored = source.architecture.hf_config.get("block_size")
+    hf_config = source.architecture.hf_config
+    stored = hf_config.get("block_size")
     block_size = options.block_size if options.block_size is not None else stored
+    convention = diffusion_convention(hf_config, str(source.hf_folder / "config.json"))
+    if convention is None and block_size is not None:
+        convention = BLOCK_DIFFUSION
     given = {
         name: getattr(options, name)
         for name in ("max_prompt_length", "max_response_length")
@@ -196,7 +229,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             load=options.load,
             tokenizer=options.tokenizer,
             bf16=options.bf16,
-            # Without a grid, a block is a token.
+            # Without blocks, lengths are rounded to nothing.
             block_size=1 if block_size is None else block_size,
         ),
         parallel=arguments.parallel,
@@ -212,7 +245,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             max_response_length=given.get("max_response_length", RolloutConfig.max_response_length),
         ),
     )
-    if block_size is None and decoding.denoising_steps_per_block is not None:
+    if convention is None and decoding.denoising_steps_per_block is not None:
         raise bad_value(
             "--denoising-steps-per-block",
             decoding.denoising_steps_per_block,
@@ -220,7 +253,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             "add --block-size",
         )
     validate_inference(config, world_size, source.architecture)
-    return InferenceSetup(config, source, options, block_size)
+    return InferenceSetup(config, source, options, block_size, convention)
 
 
 def check_output(path: str | None) -> None:

@@ -1,15 +1,13 @@
-"""Rollouts: block-diffusion decoding with a KV cache and continuous batching (OPDLM, section 3).
+"""Rollouts: diffusion decoding with continuous batching (OPDLM, section 3; RND1; LLaDA).
 
-Every forward of the engine is a denoising step of every running sequence. What else has to be
-computed rides along: the complete blocks of a new prompt are prefilled in the forward of its first
-step, and a finished block's clean keys are written in the forward of the next block's first step. A
-sequence therefore needs no forward that draws nothing, and `total_forwards` equals
+Every forward of the engine is a denoising step of every running sequence. Under block-causal
+attention there is a KV cache, and what else has to be computed rides along: the complete blocks of
+a new prompt are prefilled in the forward of its first step, and a finished block's clean keys are
+written in the forward of the next block's first step. Under full attention every forward holds the
+whole canvas of every sequence. Either way no forward draws nothing, and `total_forwards` equals
 `denoising_forwards`.
 
 The engine knows token ids only. It does not tokenise, score or select training states.
-
-S: tokens of a forward; n: draws of a forward; h: hidden size; Vp: padded vocabulary; tp:
-tensor-parallel size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,25 +15,20 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.utils import unwrap_model
-from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.models.forward import Row, forward_hidden
-from megatron_dlm.models.model import head_weight
+from megatron_dlm.rollout.context import RolloutContext, rollout_context
+from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.kv_cache import CacheView, KVCache
 from megatron_dlm.rollout.process_groups import RolloutGroups
-from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
-from megatron_dlm.rollout.slots import ForwardPlan, PromptQueue, SlotTable
+from megatron_dlm.rollout.prompt_queue import PromptQueue
+from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 
 # Prompt tokens admitted into one forward (one prompt always is): bounds its activation memory.
 MAX_PREFILL_TOKENS = 8192
-
-# Logits that exist at once while drawing, in elements: their noise takes several 64-bit copies.
-MAX_LOGITS = 1 << 24
 
 
 @contextmanager
@@ -83,8 +76,14 @@ class RolloutEngine:
         self._eos_token_id = eos_token_id
         self._pad_token_id = pad_token_id
         self._mask_token_id = mask_token_id
-        self._vocab_size = vocab_size
         self._groups = groups or RolloutGroups.from_parallel_state()
+        self._drawer = TokenDrawer(
+            self._model,
+            generation=generation,
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+            groups=self._groups,
+        )
 
     def generate(
         self,
@@ -96,7 +95,8 @@ class RolloutEngine:
 
         All model-parallel ranks call this with the same prompts; data-parallel ranks have their
         own, possibly none. A response ends with its first EOS or after `max_response_length`
-        tokens, but the block that holds its end is decoded completely (`Trajectory.tail_ids`).
+        tokens, but the block that holds its end is decoded completely (`Trajectory.tail_ids`);
+        under full attention, as far as the canvas of prompt and `max_response_length` tokens goes.
 
         Args:
             prompts: What to decode.
@@ -113,7 +113,7 @@ class RolloutEngine:
         """
         if max_response_length < 1:
             raise ValueError(f"max_response_length = {max_response_length} is below 1")
-        if self.generation.mode == "autoregressive":
+        if self.generation.shifted:
             for prompt in prompts:
                 if len(prompt.token_ids) == 0:
                     raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
@@ -126,18 +126,21 @@ class RolloutEngine:
         max_response_length: int,
         on_finished: Callable[[Trajectory], None] | None,
     ) -> list[Trajectory]:
-        block_size = self.generation.block_size
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-        max_length = -(-(longest + max_response_length) // block_size) * block_size
         num_slots = min(self.generation.max_running_requests, len(prompts))
-        cache = self._allocate_cache(num_slots, max_length)
         slots = SlotTable(
             num_slots=num_slots,
-            max_length=max_length,
+            longest_prompt=max((len(prompt.token_ids) for prompt in prompts), default=0),
             max_response_length=max_response_length,
             config=self.generation,
             eos_token_id=self._eos_token_id,
             mask_token_id=self._mask_token_id,
+        )
+        context = rollout_context(
+            self._model,
+            self.generation,
+            tp_size=self._groups.tp.size() if self._groups.tp is not None else 1,
+            num_slots=num_slots,
+            max_length=slots.max_length,
         )
         queue = PromptQueue(prompts, MAX_PREFILL_TOKENS)
         trajectories: list[Trajectory | None] = [None] * len(prompts)
@@ -156,7 +159,7 @@ class RolloutEngine:
                 else:
                     moved = slots.remove(slot)
                     if moved is not None:
-                        cache.move(moved, slot)
+                        context.move(moved, slot)
             while slots.num_active < num_slots:
                 request = queue.pop()
                 if request is None:
@@ -166,28 +169,11 @@ class RolloutEngine:
             if not self._any_rank_works(works):
                 break
             if works:
-                finished = self._step(slots, cache)
+                finished = self._step(slots, context)
             else:
-                self._idle_forward(cache)
+                self._idle_forward(context)
                 finished = []
         return [trajectory for trajectory in trajectories if trajectory is not None]
-
-    def _allocate_cache(self, num_slots: int, max_length: int) -> KVCache:
-        """A cache for this call: empty, so that nothing in it is older than the weights."""
-        config = self._model.config
-        tp_size = self._groups.tp.size() if self._groups.tp is not None else 1
-        layers = self._model.decoder.layers
-        return KVCache(
-            num_layers=len(layers),
-            first_layer_number=layers[0].layer_number,
-            num_slots=num_slots,
-            max_length=max_length,
-            num_attention_heads_per_partition=config.num_attention_heads // tp_size,
-            num_query_groups_per_partition=config.num_query_groups // tp_size,
-            head_size=config.kv_channels,
-            dtype=config.params_dtype,
-            device=platform.device(),
-        )
 
     def _any_rank_works(self, works: bool) -> bool:
         """Whether any rank of the lockstep group has sequences to decode."""
@@ -197,7 +183,7 @@ class RolloutEngine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups.lockstep)
         return bool(flag.item())
 
-    def _idle_forward(self, cache: KVCache) -> None:
+    def _idle_forward(self, context: RolloutContext) -> None:
         """Take part in the others' collectives with a token that belongs to no sequence."""
         nothing = torch.empty(0, dtype=torch.int64)
         forward_hidden(
@@ -206,64 +192,15 @@ class RolloutEngine:
                 Row(
                     token_ids=torch.tensor([self._pad_token_id]),
                     position_ids=torch.zeros(1, dtype=torch.int64),
-                    attention=CacheView(cache, nothing, nothing, self.generation.block_size),
+                    attention=context.attention(nothing, nothing),
                 )
             ],
         )
 
-    def _step(self, slots: SlotTable, cache: KVCache) -> list[int]:
+    def _step(self, slots: SlotTable, context: RolloutContext) -> list[int]:
         """One forward and one draw for all slots in use; returns the finished ones."""
         plan = slots.plan()
-        view = CacheView(cache, plan.starts, plan.ends, self.generation.block_size)
-        hidden = forward_hidden(self._model, [Row(plan.token_ids, plan.position_ids, view)])
-        return slots.update(plan, self._draw(None if hidden is None else hidden[0], plan))
-
-    def _draw(self, hidden: Tensor | None, plan: ForwardPlan) -> SampledTokens:
-        """Sample on the last stage from hidden states [S, h]; the result on every stage's CPU."""
-        if hidden is not None:
-            packed = self._sample(hidden, plan)
-        else:
-            packed = torch.empty(
-                3, len(plan.draw_rows), dtype=torch.float64, device=platform.device()
-            )
-        if self._groups.pp is not None:
-            dist.broadcast(packed, src=self._groups.pp_last_rank, group=self._groups.pp)
-        token_ids, confidence, entropy = packed.cpu()
-        return SampledTokens(token_ids.long(), confidence.float(), entropy.float())
-
-    def _sample(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
-        """Token ids, confidences and entropies of the draws, [3, n] float64 (exact for ids)."""
-        device = hidden.device
-        weight = head_weight(self._model)  # [Vp/tp, h]
-        hidden = hidden.index_select(0, plan.draw_rows.to(device))  # [n, h]
-        counters = torch.stack((plan.sample_index, plan.position, plan.denoising_step)).to(device)
-        tp_rank = self._groups.tp.rank() if self._groups.tp is not None else 0
-        chunk = max(1, MAX_LOGITS // weight.shape[0])
-        packed = []
-        for part, (sample_index, position, step) in zip(
-            hidden.split(chunk), counters.split(chunk, dim=1), strict=True
-        ):
-            sampled = sample_tokens(
-                F.linear(part, weight),
-                vocab_start=tp_rank * weight.shape[0],
-                vocab_size=self._vocab_size,
-                mask_token_id=self._mask_token_id,
-                temperature=self.generation.temperature,
-                top_k=self.generation.top_k,
-                top_p=self.generation.top_p,
-                seed=self.seed,
-                sample_index=sample_index,
-                position=position,
-                denoising_step=step,
-                tp_group=self._groups.tp,
-            )
-            packed.append(
-                torch.stack(
-                    (
-                        sampled.token_ids.double(),
-                        sampled.confidence.double(),
-                        sampled.entropy.double(),
-                    )
-                )
-            )
-        return torch.cat(packed, dim=1)
+        attention = context.attention(plan.starts, plan.ends)
+        hidden = forward_hidden(self._model, [Row(plan.token_ids, plan.position_ids, attention)])
+        drawn = self._drawer.draw(None if hidden is None else hidden[0], plan, self.seed)
+        return slots.update(plan, drawn)

@@ -9,11 +9,12 @@ from megatron_dlm.errors import bad_value
 
 if TYPE_CHECKING:
     from megatron_dlm.config.schema import Config
+    from megatron_dlm.models.architecture import DiffusionConvention
+    from megatron_dlm.models.attention_layout import Pattern
 
 RemaskingStrategy = Literal[
     "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"
 ]
-DecodingMode = Literal["block_diffusion", "autoregressive"]
 
 
 @dataclass(frozen=True)
@@ -21,47 +22,62 @@ class GenerationConfig:
     """Decoding settings; the defaults of a run live in `megatron_dlm.config`.
 
     Attributes:
-        block_size: Tokens of a block; 1 under `autoregressive`.
+        block_size: Tokens of a block, on the grid from token 0; 1 for an autoregressive model. None
+            (`full` attention only): the response is one block, decoded as a whole.
         remasking_strategy: Which drawn tokens are committed at a denoising step.
         dynamic_threshold: Confidence that `low_confidence_dynamic` asks for.
-        denoising_steps_per_block: Steps of `low_confidence_static` and `entropy` for a full block.
+        denoising_steps_per_block: Steps of `low_confidence_static` and `entropy` for a block in
+            which everything is MASK; None: as many as it has tokens.
         temperature: 0 takes the most likely token.
         top_k: 0 is off.
         top_p: 1 is off.
         max_running_requests: Sequences decoded at once on a data-parallel rank.
-        mode: `block_diffusion`: logits at a masked position predict that position; or
-            `autoregressive`: logits at a token predict the next one (teachers).
         entropy_bound: Excess entropy in nats that `entropy_bounded` accepts at a step.
+        attention_pattern: What a forward sees: earlier blocks and its own (`block_causal`),
+            everything up to the longest response, MASK where nothing is known yet (`full`), or
+            earlier tokens (`causal`: an autoregressive model).
+        shifted: Whether logits at position i predict token i + 1; always under `causal`.
 
     Raises:
         UserError: A value out of range, or combinations that cannot work.
     """
 
-    block_size: int
+    block_size: int | None
     remasking_strategy: RemaskingStrategy
     dynamic_threshold: float
-    denoising_steps_per_block: int
+    denoising_steps_per_block: int | None
     temperature: float
     top_k: int
     top_p: float
     max_running_requests: int
-    mode: DecodingMode = "block_diffusion"
     entropy_bound: float = 0.1
+    attention_pattern: Pattern = "block_causal"
+    shifted: bool = False
 
     @classmethod
-    def from_config(cls, config: Config) -> GenerationConfig:
-        """The settings of a run's rollouts."""
+    def from_config(
+        cls, config: Config, convention: DiffusionConvention, block_size: int | None
+    ) -> GenerationConfig:
+        """The settings of a run's rollouts, or of a tool's responses.
+
+        Args:
+            config: Decoding options.
+            convention: The diffusion model's.
+            block_size: Tokens of a block; None decodes the response as a whole.
+        """
         rollout = config.rollout
         return cls(
-            block_size=config.model.block_size,
+            block_size=block_size,
             remasking_strategy=rollout.remasking_strategy,
             dynamic_threshold=rollout.dynamic_threshold,
-            denoising_steps_per_block=config.denoising_steps_per_block,
+            denoising_steps_per_block=rollout.denoising_steps_per_block,
             temperature=rollout.temperature,
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
             entropy_bound=rollout.entropy_bound,
+            attention_pattern=convention.attention_pattern,
+            shifted=convention.shifted,
         )
 
     @classmethod
@@ -83,8 +99,14 @@ class GenerationConfig:
             top_k=top_k,
             top_p=top_p,
             max_running_requests=max_running_requests,
-            mode="autoregressive",
+            attention_pattern="causal",
+            shifted=True,
         )
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether tokens are predicted one after the other, without MASK."""
+        return self.attention_pattern == "causal"
 
     def __post_init__(self) -> None:
         def require(name: str, fine: bool, problem: str, remedy: str) -> None:
@@ -93,7 +115,20 @@ class GenerationConfig:
                 raise bad_value(flag, getattr(self, name), problem, remedy)
 
         strategies = get_args(RemaskingStrategy)
-        require("block_size", self.block_size >= 1, "is not positive", "choose 1 or more")
+        block_size, steps = self.block_size, self.denoising_steps_per_block
+        require(
+            "block_size",
+            block_size is not None or self.attention_pattern == "full",
+            f"a response is decoded as a whole only under full attention, this model's is "
+            f"{self.attention_pattern}",
+            "give the block size that the model was trained with",
+        )
+        require(
+            "block_size",
+            block_size is None or block_size >= 1,
+            "is not positive",
+            "choose 1 or more",
+        )
         require(
             "remasking_strategy",
             self.remasking_strategy in strategies,
@@ -102,9 +137,14 @@ class GenerationConfig:
         )
         require(
             "denoising_steps_per_block",
-            self.denoising_steps_per_block >= 1
-            and self.block_size % self.denoising_steps_per_block == 0,
-            f"does not divide the block size {self.block_size}",
+            steps is None or steps >= 1,
+            "is not positive",
+            "choose 1 or more",
+        )
+        require(
+            "denoising_steps_per_block",
+            steps is None or block_size is None or block_size % steps == 0,
+            f"does not divide the block size {block_size}",
             "choose a divisor of it",
         )
         require("temperature", self.temperature >= 0.0, "is negative", "choose 0 or more")
@@ -117,3 +157,10 @@ class GenerationConfig:
             "choose 1 or more",
         )
         require("entropy_bound", self.entropy_bound >= 0.0, "is negative", "choose 0 or more")
+        if self.shifted and self.attention_pattern == "block_causal":
+            raise bad_value(
+                "config.json: shifted",
+                self.shifted,
+                "blocks of a block-causal model are decoded from unshifted logits",
+                "use a model of full attention, or one whose logits are not shifted",
+            )

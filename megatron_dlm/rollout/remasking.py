@@ -3,7 +3,7 @@
 Every strategy commits masked positions only, at least one of them wherever there is one (decoding
 always ends), and resolves equal scores in favour of the lowest position.
 
-r: blocks decoded at once; B: block size.
+r: blocks decoded at once; B: positions of a block (its size, or the whole response).
 """
 
 from collections.abc import Callable
@@ -52,9 +52,18 @@ def _first(order: Tensor, count: Tensor, masked: Tensor) -> Tensor:
     return (rank < count[:, None]) & masked
 
 
+def _num_steps(blocks: DenoisedBlocks, config: GenerationConfig) -> int:
+    """Denoising steps of a block in which everything is MASK; by default one for each token."""
+    return config.denoising_steps_per_block or blocks.masked.shape[-1]
+
+
 def low_confidence_static(blocks: DenoisedBlocks, config: GenerationConfig) -> Tensor:
-    """The n most confident masked positions, n = block_size / denoising_steps_per_block."""
-    count = torch.full_like(blocks.step, config.block_size // config.denoising_steps_per_block)
+    """The B / K most confident masked positions, K = `denoising_steps_per_block`.
+
+    Where K does not divide B, which only a whole response may do, the first steps commit one more.
+    """
+    tokens, left_over = divmod(blocks.masked.shape[-1], _num_steps(blocks, config))
+    count = tokens + (blocks.step <= left_over).long()
     return _first(_order(blocks.confidence, blocks.masked), count, blocks.masked)
 
 
@@ -70,10 +79,10 @@ def low_confidence_dynamic(blocks: DenoisedBlocks, config: GenerationConfig) -> 
 def entropy(blocks: DenoisedBlocks, config: GenerationConfig) -> Tensor:
     """Keep the floor(N k / K) masked positions of highest entropy (RND1).
 
-    N positions were masked at the start of the block, K is `denoising_steps_per_block`, and k = K -
-    step steps remain.
+    N positions were masked at the start of the block, K is `denoising_steps_per_block` (B by
+    default), and k = K - step steps remain.
     """
-    steps = config.denoising_steps_per_block
+    steps = _num_steps(blocks, config)
     remaining = (steps - blocks.step).clamp_(min=0)
     keep = blocks.masked_at_start * remaining // steps
     count = (blocks.masked.sum(dim=-1) - keep).clamp_(min=1)

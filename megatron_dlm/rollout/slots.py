@@ -4,12 +4,12 @@ All state lives in small CPU tensors with one row per slot. Slots 0 to R - 1 are
 sequence ends and none waits, the last slot moves into its place, so the slots in use stay
 contiguous.
 
-R: slots in use; B: block size; T: positions of a slot.
+R: slots in use; B: positions of a block (its size, or the longest response where that is decoded as
+a whole); T: positions of a slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,46 +50,18 @@ class ForwardPlan:
     denoising_step: Tensor
 
 
-class PromptQueue:
-    """Prompts that wait for a slot, in order, handed out under a limit of tokens per forward.
-
-    Args:
-        prompts: All prompts of a rollout.
-        max_prefill_tokens: Prompt tokens handed out for one forward; a single prompt always is.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], max_prefill_tokens: int) -> None:
-        self._prompts = prompts
-        self._max_prefill_tokens = max_prefill_tokens
-        self._next = 0
-        self._prefill_tokens = 0
-
-    def begin_forward(self) -> None:
-        """Reset the limit for the next forward."""
-        self._prefill_tokens = 0
-
-    def pop(self) -> int | None:
-        """Index of the next prompt, or None if none is left or it has to wait for a forward."""
-        if self._next == len(self._prompts):
-            return None
-        total = self._prefill_tokens + len(self._prompts[self._next].token_ids)
-        if self._prefill_tokens and total > self._max_prefill_tokens:
-            return None
-        self._prefill_tokens = total
-        self._next += 1
-        return self._next - 1
-
-
 class SlotTable:
     """State of the sequences in decoding.
 
-    A slot's next forward covers the positions from `_start`, the first whose keys are not final in
-    the cache, to the end of the block in decoding: the prompt's complete blocks on the first
+    With a cache, a slot's next forward covers the positions from `_start`, the first whose keys are
+    not final in it, to the end of the block in decoding: the prompt's complete blocks on the first
     forward, the block just finished on the first of each later block, nothing else on the others.
+    Under full attention every forward covers the canvas, prompt and longest response; what lies
+    behind the block in decoding is MASK, and the last block ends with the canvas.
 
     Args:
         num_slots: Sequences held at once.
-        max_length: T, a multiple of the block size.
+        longest_prompt: In tokens.
         max_response_length: Tokens after which a response is cut.
         config: Decoding settings.
         eos_token_id: Ends a response.
@@ -100,7 +72,7 @@ class SlotTable:
         self,
         *,
         num_slots: int,
-        max_length: int,
+        longest_prompt: int,
         max_response_length: int,
         config: GenerationConfig,
         eos_token_id: int,
@@ -112,16 +84,20 @@ class SlotTable:
         self._max_response_length = max_response_length
         self._eos_token_id = eos_token_id
         self._mask_token_id = mask_token_id
-        self._columns = torch.arange(config.block_size)
+        self._block_size = config.block_size or max_response_length
+        self._columns = torch.arange(self._block_size)
+        # In whole blocks, also behind the end of a canvas.
+        blocks = -(-(longest_prompt + max_response_length) // self._block_size)
+        self.max_length = blocks * self._block_size
         self._prompts: list[Prompt | None] = [None] * num_slots
         self._requests = [0] * num_slots
 
         def per_slot() -> Tensor:
             return torch.zeros(num_slots, dtype=torch.int64)
 
-        self._tokens = torch.zeros(num_slots, max_length, dtype=torch.int64)
-        self._unmask_step = torch.zeros(num_slots, max_length, dtype=torch.int64)
-        self._masked = torch.zeros(num_slots, config.block_size, dtype=torch.bool)
+        self._tokens = torch.zeros(num_slots, self.max_length, dtype=torch.int64)
+        self._unmask_step = torch.zeros(num_slots, self.max_length, dtype=torch.int64)
+        self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool)
         self._prompt_length = per_slot()
         self._sample_index = per_slot()
         self._start = per_slot()
@@ -143,9 +119,9 @@ class SlotTable:
         )
 
     @property
-    def _shifted(self) -> bool:
-        """Whether a draw comes from the hidden state of the token before it."""
-        return self._config.mode == "autoregressive"
+    def _has_canvas(self) -> bool:
+        """Whether a forward covers what lies behind the block in decoding."""
+        return self._config.attention_pattern == "full"
 
     def request(self, slot: int) -> int:
         """The number that the sequence in a slot was placed under."""
@@ -153,7 +129,10 @@ class SlotTable:
 
     def place(self, slot: int, request: int, prompt: Prompt) -> None:
         """Start decoding a prompt, in the slot of a finished sequence or the first unused one."""
-        length, block_size = len(prompt.token_ids), self._config.block_size
+        length = len(prompt.token_ids)
+        # A response that is decoded as a whole is one block, wherever the prompt ends.
+        grid = self._config.block_size
+        first_block = length if grid is None else length // grid * grid
         self._prompts[slot], self._requests[slot] = prompt, request
         self._tokens[slot, :length] = prompt.token_ids
         self._tokens[slot, length:] = self._mask_token_id
@@ -161,11 +140,15 @@ class SlotTable:
         self._sample_index[slot] = prompt.sample_index
         self._start[slot] = 0
         self._forwards[slot] = 0
-        self._open_blocks(torch.tensor([slot]), torch.tensor([length // block_size * block_size]))
+        self._open_blocks(torch.tensor([slot]), torch.tensor([first_block]))
         self.num_active = max(self.num_active, slot + 1)
 
     def _open_blocks(self, slots: Tensor, block_start: Tensor) -> None:
-        masked = block_start[:, None] + self._columns >= self._prompt_length[slots, None]
+        positions = block_start[:, None] + self._columns
+        prompt_length = self._prompt_length[slots, None]
+        masked = positions >= prompt_length
+        if self._has_canvas:
+            masked &= positions < prompt_length + self._max_response_length
         self._block_start[slots] = block_start
         self._masked[slots] = masked
         self._masked_at_start[slots] = masked.sum(dim=-1)
@@ -192,14 +175,19 @@ class SlotTable:
         """Lay out the next forward of all slots in use."""
         active = slice(self.num_active)
         starts, block_start = self._start[active], self._block_start[active]
-        ends = block_start if self._shifted else block_start + self._config.block_size
+        if self._has_canvas:
+            ends = self._prompt_length[active] + self._max_response_length
+        elif self._config.is_autoregressive:
+            ends = block_start
+        else:
+            ends = block_start + self._block_size
         lengths = ends - starts
         offsets = lengths.cumsum(0) - lengths
         slots = torch.repeat_interleave(lengths)
         positions = torch.arange(len(slots)) + (starts - offsets)[slots]
         draw_slots, draw_columns = self._masked[active].nonzero(as_tuple=True)
         draw_position = block_start[draw_slots] + draw_columns
-        source = draw_position - 1 if self._shifted else draw_position
+        source = draw_position - 1 if self._config.shifted else draw_position
         return ForwardPlan(
             token_ids=self._tokens[slots, positions],
             position_ids=positions,
@@ -240,14 +228,17 @@ class SlotTable:
         masked[slots, plan.draw_columns[committed]] = False
         self._forwards[active] += 1
         self._step[active] += 1
-        # Keys before the block are final now; the block's own are once it is clean.
-        self._start[active] = plan.ends if self._shifted else self._block_start[active]
+        if self._config.is_autoregressive:
+            self._start[active] = plan.ends
+        elif not self._has_canvas:
+            # Keys before the block are final now; the block's own are once it is clean.
+            self._start[active] = self._block_start[active]
 
         full = (~masked.any(dim=-1)).nonzero()[:, 0]
         if not len(full):
             return []
         block_start = self._block_start[full]
-        block_end = block_start + self._config.block_size
+        block_end = block_start + self._block_size
         positions = block_start[:, None] + self._columns
         is_eos = self._tokens[full[:, None], positions] == self._eos_token_id
         is_eos &= positions >= self._prompt_length[full, None]
@@ -261,10 +252,14 @@ class SlotTable:
         prompt = self._prompts[slot]
         assert prompt is not None
         prompt_length = int(self._prompt_length[slot])
-        block_end = int(self._block_start[slot]) + self._config.block_size
-        tokens = self._tokens[slot, prompt_length:block_end].clone()
-        unmask_step = self._unmask_step[slot, prompt_length:block_end].clone()
-        if self._shifted:
+        end = int(self._block_start[slot]) + self._block_size
+        canvas_length = None
+        if self._has_canvas:
+            canvas_length = prompt_length + self._max_response_length
+            end = min(end, canvas_length)
+        tokens = self._tokens[slot, prompt_length:end].clone()
+        unmask_step = self._unmask_step[slot, prompt_length:end].clone()
+        if self._config.is_autoregressive:
             unmask_step.zero_()
         length = min(self._max_response_length, len(tokens))
         eos = (tokens[:length] == self._eos_token_id).nonzero()
@@ -279,6 +274,7 @@ class SlotTable:
             tail_ids=tokens[length:],
             tail_unmask_step=unmask_step[length:],
             finish_reason="eos" if len(eos) else "length",
+            canvas_length=canvas_length,
             denoising_forwards=forwards,
             # Prefill and commits travel in denoising forwards; none is made for them alone.
             total_forwards=forwards,

@@ -47,6 +47,9 @@ class Trajectory:
             the student saw them when it denoised that block, so its visited states contain them.
         tail_unmask_step: [T] int64.
         finish_reason: "eos" or "length".
+        canvas_length: Positions that every forward of this sequence saw under full attention: the
+            prompt and `max_response_length` more, MASK where a token was not committed yet, blocks
+            behind the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
         teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those
@@ -64,6 +67,7 @@ class Trajectory:
     tail_ids: Tensor = field(default_factory=_no_tokens)
     tail_unmask_step: Tensor = field(default_factory=_no_tokens)
     finish_reason: Literal["eos", "length"] = "eos"
+    canvas_length: int | None = None
     denoising_forwards: int = 0
     total_forwards: int = 0
     teacher_hidden: Tensor | None = None

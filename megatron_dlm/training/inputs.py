@@ -17,7 +17,9 @@ from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
+    BLOCK_DIFFUSION,
     Architecture,
+    DiffusionConvention,
     diffusion_convention,
     read_architecture,
 )
@@ -47,6 +49,11 @@ class RunInputs:
     special_tokens: SpecialTokens
     data: PromptDataset | ExampleDataset
     response_store: ResponseStore | None = None
+
+    def convention(self, config: Config) -> DiffusionConvention:
+        """How the student decodes: as its objective trains it, else as its config.json says."""
+        stated = diffusion_convention(self.architecture.hf_config)
+        return config.traits.convention or stated or BLOCK_DIFFUSION
 
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its convention and its MASK."""

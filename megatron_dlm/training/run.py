@@ -160,7 +160,9 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         assert isinstance(inputs.data, PromptDataset)
         engine = RolloutEngine(
             student.model,
-            generation=GenerationConfig.from_config(config),
+            generation=GenerationConfig.from_config(
+                config, inputs.convention(config), config.model.block_size
+            ),
             eos_token_id=inputs.special_tokens.eos_token_id,
             pad_token_id=inputs.special_tokens.pad_token_id,
             mask_token_id=inputs.special_tokens.mask_token_id,

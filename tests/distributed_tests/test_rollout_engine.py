@@ -11,6 +11,7 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.initialize import initialize
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
+    FULL_ATTENTION,
     load_model,
     make_engine,
     make_prompts,
@@ -20,6 +21,7 @@ from tests.unit_tests.rollout.tiny_models import (
 # The second share is empty: a data-parallel rank without any work has to keep step.
 LENGTHS = [5, 1, 8, 13, 2, 4, 11]
 SHARES = {1: [7], 2: [7, 0], 4: [4, 0, 1, 2]}
+BY_BLOCKS = {"block_size": 4, "remasking_strategy": "low_confidence_dynamic"}
 
 
 def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list[tuple]]:
@@ -39,6 +41,8 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
                 model, GenerationConfig.autoregressive(temperature=1.0, max_running_requests=3)
             ),
         ),
+        ("whole", make_engine(model, FULL_ATTENTION, shifted=True, denoising_steps_per_block=5)),
+        ("canvas", make_engine(model, FULL_ATTENTION, **BY_BLOCKS)),
     ):
         results[name] = [
             (
@@ -77,7 +81,7 @@ def mixture_of_experts(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 def check_layout(reference: Reference, world_size: int, parallel: dict[str, Any]) -> None:
     per_rank = run_distributed(rollout, world_size, reference.folder, parallel, timeout_seconds=300)
-    for name in ("sampled", "static", "autoregressive"):
+    for name in reference.results.keys() - {"data_parallel_rank"}:
         by_replica: dict[int, list[tuple]] = {}
         for results in per_rank:
             replica = results["data_parallel_rank"][0][0]

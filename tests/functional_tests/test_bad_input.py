@@ -353,8 +353,8 @@ def test_tool_options(files: Path, call: Call, tmp_path: Path) -> None:
     call(EVALUATE, *evaluate, "--settings", "static:3", "--block-size", 4).check_error(
         "--denoising-steps-per-block = 3", "divisor"
     )
-    call(GENERATE, *model, "--prompt", "x", "--decoding", "block_diffusion").check_error(
-        "--decoding = 'block_diffusion'", "add --block-size"
+    call(GENERATE, *model, "--prompt", "x", "--decoding", "diffusion").check_error(
+        "--decoding = 'diffusion'", "add --block-size"
     )
     call(EVALUATE, *evaluate, "--task", "essay").check_error("--task = 'essay'", "final_answer")
     call(EVALUATE, *evaluate, "--max-examples", 0).check_error("--max-examples = 0")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from megatron_dlm.data.arithmetic import write_examples
 from tests.functional_tests.entry_points import (
+    CONVERT,
     EVALUATE,
     GENERATE,
     Call,
@@ -129,6 +130,71 @@ def test_evaluation_counts_what_generation_writes(folder: Path, call: Call, tmp_
     # Three or four blocks of four tokens, depending on where the prompt ends.
     assert 3.0 <= summary["settings"]["static_1"]["tokens_per_forward"] <= 4.0
     assert summary["settings"]["autoregressive"]["tokens_per_forward"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def full_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose config.json says how it decodes."""
+    model = save_random_model(tmp_path_factory.mktemp("full") / "model")
+    config = json.loads((model / "config.json").read_text())
+    stated = {"attention_pattern": "full", "shifted": True}
+    (model / "config.json").write_text(json.dumps(config | stated))
+    return model
+
+
+def test_full_attention_is_decoded_as_the_checkpoint_says(
+    folder: Path, full_attention: Path, call: Call, tmp_path: Path
+) -> None:
+    data, results = folder / "examples.jsonl", tmp_path / "results.json"
+    model = ("--load", full_attention, *COMMON)
+    names = "static,static:6,entropy,entropy:3,entropy_bounded:0.5,dynamic:0.2"
+    evaluate = (*model, "--data", data, "--max-examples", 4, "--output", results)
+    outcome = call(EVALUATE, *evaluate, "--settings", names)
+    assert outcome.status == 0, outcome.stderr
+    settings = json.loads(results.read_text())["settings"]
+    assert list(settings) == names.replace(":", "_").split(",")
+    # A random model does not end by itself, so the whole response takes exactly these steps.
+    speed = {name: result["tokens_per_forward"] for name, result in settings.items()}
+    assert (speed["static"], speed["static_6"]) == (1.0, 2.0)
+    assert (speed["entropy"], speed["entropy_3"]) == (1.0, 4.0)
+
+    call(EVALUATE, *evaluate, "--settings", "static:1", "--block-size", 4)
+    # Three or four blocks of four tokens, depending on where the prompt ends.
+    by_blocks = json.loads(results.read_text())["settings"]["static_1"]
+    assert 3.0 <= by_blocks["tokens_per_forward"] <= 4.0
+    call(EVALUATE, *evaluate, "--settings", "entropy:3", "--block-size", 4).check_error(
+        "--denoising-steps-per-block = 3", "block size 4"
+    )
+    call(EVALUATE, *evaluate, "--settings", "entropy:x").check_error("entropy:<steps>")
+    call(EVALUATE, *evaluate, "--settings", "entropy_bounded:-1").check_error("--entropy-bound")
+
+
+def test_exported_full_attention_generates_the_same_in_transformers(
+    folder: Path, full_attention: Path, call: Call, tmp_path: Path
+) -> None:
+    exported, prompts = tmp_path / "exported", folder / "prompts.jsonl"
+    outcome = call(
+        CONVERT, "--load", full_attention, "--save", exported, "--target-format", "a2d-qwen3"
+    )
+    assert outcome.status == 0, outcome.stderr
+    decoding = ("--remasking-strategy", "entropy", "--denoising-steps-per-block", 5)
+    texts = [
+        [json.loads(line)["response"] for line in generated.stdout.splitlines()]
+        for load in (full_attention, exported)
+        for generated in [call(GENERATE, "--load", load, "--prompts", prompts, *COMMON, *decoding)]
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForMaskedLM.from_pretrained(exported, trust_remote_code=True).eval()
+    expected = []
+    for record in lines(prompts):
+        token_ids = tokenizer.apply_chat_template(
+            record["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        generated = model.generate(token_ids, max_new_tokens=LENGTH, denoising_steps=5)
+        response = generated[0, token_ids.shape[1] :]
+        expected.append(tokenizer.decode(response, skip_special_tokens=True))
+    assert len(expected) == 7
+    assert texts == [expected, expected]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside the weights: one file a target format.
+"""What a Hugging Face folder holds beside the weights: one function a target format.
 
 A format is a function that checks the request and writes config.json, tokenizer and other files.
 """
@@ -6,12 +6,15 @@ A format is a function that checks the request and writes config.json, tokenizer
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_dlm.conversion.formats.full_attention import write_a2d_qwen3, write_rnd1
 from megatron_dlm.conversion.formats.qwen3 import write_qwen3
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.formats.sdar import write_sdar
 
 TARGET_FORMATS: dict[str, Callable[[ExportRequest, Path], None]] = {
     "sdar": write_sdar,
+    "a2d-qwen3": write_a2d_qwen3,
+    "rnd1": write_rnd1,
     "qwen3": write_qwen3,
 }
 

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import (
+    Architecture,
+    DiffusionConvention,
+    diffusion_convention,
+)
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,10 @@ class ExportRequest:
         architecture: The model's.
         dtype: Type of the stored tensors.
         tokenizer_folder: Where the tokenizer's files are.
-        block_size: Block size that the model was trained with; None for autoregressive models.
+        block_size: Block size that the model was trained with, or, under full attention, that it
+            should be decoded with; None: none.
         mask_token_id: Id of the MASK token; None for autoregressive models.
         dynamic_threshold: Confidence threshold recommended to engines that serve the folder.
-        shifted: Whether logits at position i predict token i + 1 of a diffusion model.
     """
 
     architecture: Architecture
@@ -28,4 +32,8 @@ class ExportRequest:
     block_size: int | None
     mask_token_id: int | None
     dynamic_threshold: float
-    shifted: bool
+
+    @property
+    def convention(self) -> DiffusionConvention | None:
+        """What the model's config.json says of attention and shift; None: autoregressive."""
+        return diffusion_convention(self.architecture.hf_config)

@@ -142,13 +142,12 @@ def test_existing_folder_is_replaced_only_when_told(tmp_path, source):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shifted": True}, r"shifted \(position i predicts token i \+ 1\)"),
         ({"block_size": None}, "--block-size"),
         ({"mask_token_id": None}, "mask_token_id"),
         ({"mask_token_id": 150}, "mask_token_id = 150"),
         ({"mask_token_id": MASK_TOKEN_ID + 1}, "first free id is 30"),
         ({"tokenizer_folder": None}, "--tokenizer"),
-        ({"format": "gguf"}, "use sdar or qwen3"),
+        ({"format": "gguf"}, "use sdar or a2d-qwen3 or rnd1 or qwen3"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused(tmp_path, source, changes, message):
@@ -161,22 +160,6 @@ def test_what_a_format_cannot_express_is_refused(tmp_path, source, changes, mess
     with pytest.raises(UserError, match=message):
         export_hf(model, architecture, tmp_path / "out", **{**arguments, **changes})
     assert {path.name for path in tmp_path.iterdir()} == {"source", "tokenizer"}
-
-
-def test_rnd1_checkpoints_count_as_shifted(tmp_path, tokenizer):
-    source = save_hf_model(random_hf_model(moe=True), tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "rnd1"}))
-    model, architecture = imported(source)
-    with pytest.raises(UserError, match="shifted"):
-        export_hf(
-            model,
-            architecture,
-            tmp_path / "out",
-            tokenizer_folder=tokenizer,
-            block_size=4,
-            mask_token_id=MASK_TOKEN_ID,
-        )
 
 
 def test_names_under_transformer_engine_are_those_of_megatron(source):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,22 +24,25 @@ pytestmark = pytest.mark.usefixtures("single_process")
 SCRIPT = """
 import json, pathlib, sys, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 assert "megatron_dlm" not in sys.modules
 torch.set_num_threads(1)
 tokens, results = torch.tensor([json.loads(sys.argv[1])]), {}
 for folder in map(pathlib.Path, sys.argv[3:]):
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    auto = AutoModelForMaskedLM if folder.name in ("a2d-qwen3", "rnd1") else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():
         results[folder.name] = model(tokens).logits[0]
-    if folder.name.startswith("sdar"):
+    if not folder.name.startswith("qwen3"):
         mask_token_id = AutoTokenizer.from_pretrained(folder).mask_token_id
         assert mask_token_id == model.config.mask_token_id
         output = model.generate(tokens, max_new_tokens=10)
         assert tokens.shape[1] < output.shape[1] <= tokens.shape[1] + 10
         model.save_pretrained(folder / "again")
-        again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
-        assert again.config.block_size == model.config.block_size
+        again = auto.from_pretrained(folder / "again", trust_remote_code=True)
+        assert again.config.to_diff_dict().keys() == model.config.to_diff_dict().keys()
+        for name in ("block_size", "shifted", "attention_pattern"):
+            assert getattr(again.config, name, None) == getattr(model.config, name, None)
         assert torch.equal(again.generate(tokens, max_new_tokens=10), output)
 save_file(results, sys.argv[2])
 """
@@ -54,11 +58,16 @@ def test_folders_load_offline_and_give_our_logits(tmp_path):
         architecture = read_architecture(source)
         model = build_model(architecture, Config())
         load_hf_weights(model, architecture, source)
-        for target, pattern in (("sdar", "block_causal"), ("qwen3", "causal")):
-            name = f"{target}_moe" if moe else target
+        full = {"attention_pattern": "full", "shifted": True}
+        targets = (
+            ("sdar_moe" if moe else "sdar", "sdar", "block_causal", {}),
+            ("qwen3_moe" if moe else "qwen3", "qwen3", "causal", {}),
+            ("rnd1" if moe else "a2d-qwen3", "rnd1" if moe else "a2d-qwen3", "full", full),
+        )
+        for name, target, pattern, convention in targets:
             export_hf(
                 model,
-                architecture,
+                replace(architecture, hf_config=architecture.hf_config | convention),
                 tmp_path / name,
                 format=target,
                 tokenizer_folder=tokenizer,

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from megatron_dlm.config import Config
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.hf_import import load_hf_weights
-from megatron_dlm.conversion.remote_code.sdar.configuration_sdar import SDARConfig
-from megatron_dlm.conversion.remote_code.sdar.configuration_sdar_moe import SDARMoeConfig
-from megatron_dlm.conversion.remote_code.sdar.modeling_sdar import SDARForCausalLM, draw_tokens
-from megatron_dlm.conversion.remote_code.sdar.modeling_sdar_moe import SDARMoeForCausalLM
+from megatron_dlm.conversion.remote_code.configuration_sdar import SDARConfig
+from megatron_dlm.conversion.remote_code.configuration_sdar_moe import SDARMoeConfig
+from megatron_dlm.conversion.remote_code.modeling_sdar import SDARForCausalLM
+from megatron_dlm.conversion.remote_code.modeling_sdar_moe import SDARMoeForCausalLM
+from megatron_dlm.conversion.remote_code.token_draws import draw_tokens
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.rollout.engine import RolloutEngine

@@ -9,6 +9,7 @@ from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.rollout import drawing
 from megatron_dlm.rollout import engine as engine_module
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
@@ -186,7 +187,7 @@ def test_results_do_not_depend_on_the_batch(
     backwards = make_engine(model).generate(prompts[::-1], 14)
     assert [fields(t) for t in backwards[::-1]] == expected
     monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 9)
-    monkeypatch.setattr(engine_module, "MAX_LOGITS", 300)
+    monkeypatch.setattr(drawing, "MAX_LOGITS", 300)
     assert [fields(t) for t in make_engine(model).generate(prompts, 14)] == expected
 
 

@@ -18,6 +18,7 @@ from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.rollout.trajectory import Prompt
 
 VOCAB_SIZE, EOS, PAD, MASK = 61, 7, 8, 60
+SEED = 11
 
 # With weights this large a random model is as sure of some tokens as a trained one.
 INITIALIZER_RANGE = 0.2
@@ -85,6 +86,14 @@ GENERATION = GenerationConfig(
     max_running_requests=3,
 )
 
+FULL_ATTENTION = dataclasses.replace(
+    GENERATION,
+    attention_pattern="full",
+    block_size=None,
+    remasking_strategy="entropy",
+    denoising_steps_per_block=None,
+)
+
 
 def make_engine(
     model: torch.nn.Module,
@@ -100,6 +109,6 @@ def make_engine(
         pad_token_id=PAD,
         mask_token_id=MASK,
         vocab_size=VOCAB_SIZE,
-        seed=11,
+        seed=SEED,
         groups=groups,
     )

@@ -3,130 +3,32 @@
 Tokens of a block see each other and all earlier blocks; blocks are counted from the first token of
 the sequence, prompt included. Logits are not shifted: those at a position predict its own token.
 
-B: sequences; S: tokens of a forward; K: tokens in the cache and S; P: tokens of a prompt; d: head
-size; h: hidden size; V: vocabulary.
+B: sequences; S: tokens of a forward; K: tokens in the cache and S; P: tokens of a prompt; V:
+vocabulary.
 """
 
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .configuration_diffusion_qwen3 import DiffusionQwen3Config
 from .configuration_sdar import SDARConfig
+from .qwen3_layers import DecoderLayer, RMSNorm, rotary_angles
+from .token_draws import draw_tokens, padded_responses
 
 REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic")
-
-
-class SDARRMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        variance = x.float().pow(2).mean(-1, keepdim=True)
-        return self.weight * (x.float() * torch.rsqrt(variance + self.variance_epsilon)).to(x.dtype)
-
-
-def rotary_angles(position_ids: Tensor, config: SDARConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of positions [B, S], [B, 1, S, d] float32."""
-    # Not a buffer: loading through the meta device would leave it without values.
-    exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
-    inverse_frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
-    angles = position_ids[:, None, :, None].float() * inverse_frequency
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings to [B, heads, S, d]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
-
-
-class SDARAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
-
-    def __init__(self, config: SDARConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.head_dim = d = config.head_dim
-        query_size = config.num_attention_heads * d
-        key_size = config.num_key_value_heads * d
-        self.num_groups = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = SDARRMSNorm(d, config.rms_norm_eps)
-        self.k_norm = SDARRMSNorm(d, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, past_key_values: Cache | None
-    ) -> Tensor:
-        """Attend from x [B, S, h] under mask [B, 1, S, K], true where visible."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        key = key.repeat_interleave(self.num_groups, dim=1)
-        value = value.repeat_interleave(self.num_groups, dim=1)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.o_proj(context.transpose(1, 2).flatten(2))
-
-
-class SDARMLP(nn.Module):
-    """Gated feed-forward layer."""
-
-    def __init__(self, config: SDARConfig, intermediate_size: int | None = None) -> None:
-        super().__init__()
-        size = intermediate_size or config.intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class SDARDecoderLayer(nn.Module):
-    """Attention and feed-forward layer, each normalised before and added to its input."""
-
-    mlp_class: type[nn.Module] = SDARMLP
-
-    def __init__(self, config: SDARConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = SDARAttention(config, layer_idx)
-        self.mlp = self.mlp_class(config)
-        self.input_layernorm = SDARRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = SDARRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, past_key_values: Cache | None
-    ) -> Tensor:
-        """[B, S, h] -> [B, S, h]."""
-        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin, past_key_values)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class SDARPreTrainedModel(PreTrainedModel):
     """What transformers has to know to load and place the model."""
 
-    config_class: type[SDARConfig] = SDARConfig
+    config_class: type[DiffusionQwen3Config] = SDARConfig
     base_model_prefix = "model"
-    _no_split_modules: ClassVar = ["SDARDecoderLayer"]
+    _no_split_modules: ClassVar = ["DecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
 
@@ -134,15 +36,15 @@ class SDARPreTrainedModel(PreTrainedModel):
 class SDARModel(SDARPreTrainedModel):
     """The network without its output layer."""
 
-    layer_class: type[nn.Module] = SDARDecoderLayer
+    layer_class: type[nn.Module] = DecoderLayer
 
-    def __init__(self, config: SDARConfig) -> None:
+    def __init__(self, config: DiffusionQwen3Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [self.layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = SDARRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def forward(
@@ -190,7 +92,7 @@ class SDARForCausalLM(SDARPreTrainedModel):
     model_class: type[SDARModel] = SDARModel
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: SDARConfig) -> None:
+    def __init__(self, config: DiffusionQwen3Config) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -297,12 +199,8 @@ class SDARForCausalLM(SDARPreTrainedModel):
                     break
             responses.append(sequence[len(prompt) : len(prompt) + max_new_tokens])
 
-        longest = max(len(response) for response in responses)
         fill = pad if pad is not None else (eos[0] if eos else 0)
-        output = input_ids.new_full((len(responses), longest), fill)
-        for row, response in enumerate(responses):
-            output[row, : len(response)] = response
-        return torch.cat((input_ids, output), dim=1)
+        return padded_responses(input_ids, responses, fill)
 
     def _denoise_block(
         self,
@@ -347,22 +245,3 @@ class SDARForCausalLM(SDARPreTrainedModel):
             block[committed] = tokens[committed]
             masked[committed] = False
         return block
-
-
-def draw_tokens(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
-    """One token [n] for each row of logits [n, V] float32."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        # A token stays if those before it do not hold enough yet.
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

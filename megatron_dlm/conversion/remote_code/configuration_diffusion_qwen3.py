@@ -1,19 +1,19 @@
-"""Configuration of SDAR: the Qwen3 architecture, decoded by blocks."""
+"""Configuration of a diffusion model of the Qwen3 architecture."""
 
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 
-class SDARConfig(PretrainedConfig):
-    """Fields of Qwen3, and those of block diffusion.
+class DiffusionQwen3Config(PretrainedConfig):
+    """Fields of Qwen3, and those of diffusion.
 
     Args:
         block_size: Tokens that are denoised together; blocks are counted from the first token.
+            None: a response is denoised as a whole.
         mask_token_id: Id that stands for a token not decoded yet; needed to generate.
     """
 
-    model_type = "sdar"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     def __init__(
@@ -32,7 +32,7 @@ class SDARConfig(PretrainedConfig):
         rope_theta: float = 1000000.0,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
-        block_size: int = 4,
+        block_size: int | None = None,
         mask_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -66,3 +66,21 @@ class SDARConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+
+
+class DiffusionQwen3MoeConfig(DiffusionQwen3Config):
+    """Fields of `DiffusionQwen3Config`, and those of Qwen3's mixture of experts."""
+
+    def __init__(
+        self,
+        num_experts: int = 128,
+        num_experts_per_tok: int = 8,
+        moe_intermediate_size: int = 768,
+        norm_topk_prob: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.norm_topk_prob = norm_topk_prob
+        super().__init__(**kwargs)

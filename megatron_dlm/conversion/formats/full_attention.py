@@ -1,0 +1,118 @@
+"""Target formats of full attention: `a2d-qwen3` (dense) and `rnd1` (mixture of experts).
+
+Tensor names are Qwen3's and Qwen3-MoE's. The folder brings its own modelling code for plain
+transformers (`trust_remote_code`); its logits stay where the network has them, and config.json says
+whether they are shifted.
+"""
+
+from pathlib import Path
+
+from megatron_dlm.conversion.formats.diffusion_files import (
+    check_mask_and_tokenizer,
+    copy_remote_code,
+    suitable_format,
+    write_tokenizer,
+)
+from megatron_dlm.conversion.formats.qwen3 import qwen3_config, write_json
+from megatron_dlm.conversion.formats.request import ExportRequest
+from megatron_dlm.errors import bad_value
+
+NUM_DIFFUSION_STEPS = 256
+"""Denoising steps that an `rnd1` folder asks for, as the published one does."""
+
+_SHARED_CODE = (
+    "configuration_diffusion_qwen3",
+    "configuration_a2d_qwen3",
+    "qwen3_layers",
+    "token_draws",
+    "remasking",
+    "modeling_a2d_qwen3",
+)
+
+
+def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
+    """Write everything but the weights of an `a2d-qwen3` folder.
+
+    Raises:
+        UserError: The model is no dense one of full attention, or MASK or tokenizer are missing.
+    """
+    _check(request, "a2d-qwen3", "is a mixture of experts", not request.architecture.is_moe)
+    _write(
+        request,
+        folder,
+        {
+            "architectures": ["A2DQwen3LMHeadModel"],
+            "auto_map": {
+                "AutoConfig": "configuration_a2d_qwen3.A2DQwen3Config",
+                "AutoModel": "modeling_a2d_qwen3.A2DQwen3Model",
+                "AutoModelForMaskedLM": "modeling_a2d_qwen3.A2DQwen3LMHeadModel",
+            },
+            "model_type": "a2d-qwen3",
+        },
+    )
+
+
+def write_rnd1(request: ExportRequest, folder: Path) -> None:
+    """Write everything but the weights of an `rnd1` folder.
+
+    Raises:
+        UserError: The model is no mixture of experts of full attention with shifted logits, or MASK
+            or tokenizer are missing.
+    """
+    _check(request, "rnd1", "is dense", request.architecture.is_moe)
+    convention = request.convention
+    assert convention is not None
+    if not convention.shifted:
+        raise bad_value(
+            "--target-format",
+            "rnd1",
+            "the logits of this model are not shifted, and whatever reads rnd1 takes those at "
+            "position i for token i + 1",
+            suitable_format(request),
+        )
+    _write(
+        request,
+        folder,
+        {
+            "architectures": ["RND1LM"],
+            "auto_map": {
+                "AutoConfig": "configuration_rnd.RND1Config",
+                "AutoModel": "modeling_rnd.RND1Model",
+                "AutoModelForMaskedLM": "modeling_rnd.RND1LM",
+            },
+            "model_type": "rnd1",
+            "num_diffusion_steps": NUM_DIFFUSION_STEPS,
+        },
+    )
+    copy_remote_code(("configuration_rnd", "modeling_rnd"), folder)
+
+
+def _check(request: ExportRequest, format: str, otherwise: str, is_fit: bool) -> None:
+    convention = request.convention
+    problem = None
+    if convention is None:
+        problem = "this model is autoregressive"
+    elif convention.attention_pattern != "full":
+        problem = "this model attends by blocks"
+    elif not is_fit:
+        problem = f"this model {otherwise}"
+    if problem is not None:
+        raise bad_value("--target-format", format, problem, suitable_format(request))
+    check_mask_and_tokenizer(request, format)
+
+
+def _write(request: ExportRequest, folder: Path, identity: dict[str, object]) -> None:
+    convention = request.convention
+    assert convention is not None
+    config = qwen3_config(request) | identity
+    config |= {
+        "attention_pattern": convention.attention_pattern,
+        "mask_token_id": request.mask_token_id,
+        "shifted": convention.shifted,
+        "use_cache": False,
+    }
+    if request.block_size is not None:
+        config["block_size"] = request.block_size
+    write_json(folder / "config.json", config)
+    copy_remote_code(_SHARED_CODE, folder)
+    write_tokenizer(request, folder)

@@ -1,0 +1,14 @@
+"""Configuration of SDAR: the Qwen3 architecture, decoded by blocks."""
+
+from typing import Any
+
+from .configuration_diffusion_qwen3 import DiffusionQwen3Config
+
+
+class SDARConfig(DiffusionQwen3Config):
+    """Fields of `DiffusionQwen3Config`."""
+
+    model_type = "sdar"
+
+    def __init__(self, block_size: int = 4, **kwargs: Any) -> None:
+        super().__init__(block_size=block_size, **kwargs)

@@ -1,0 +1,14 @@
+"""Configuration of SDAR-MoE: the Qwen3-MoE architecture, decoded by blocks."""
+
+from typing import Any
+
+from .configuration_diffusion_qwen3 import DiffusionQwen3MoeConfig
+
+
+class SDARMoeConfig(DiffusionQwen3MoeConfig):
+    """Fields of `DiffusionQwen3MoeConfig`; every layer is a mixture of experts."""
+
+    model_type = "sdar_moe"
+
+    def __init__(self, block_size: int = 4, **kwargs: Any) -> None:
+        super().__init__(block_size=block_size, **kwargs)

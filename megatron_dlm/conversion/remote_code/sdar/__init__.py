@@ -1,1 +1,0 @@
-"""The `sdar` and `sdar_moe` architectures for plain transformers."""
