@@ -29,6 +29,10 @@ class Document:
         labels: [n] int64, the x_0 token that each of them should predict.
         weights: [n] float32, w(t).
         teacher_hidden: [n, h] of the teacher at the same predictions, or None.
+        document_ids: [T] from 0 without gaps, where the sample holds several texts that do not see
+            each other (a corpus window); None for one text.
+        loss_count: What the loss sum is divided by, summed over the global batch; None for the
+            number of supervised tokens.
     """
 
     token_ids: Tensor
@@ -39,6 +43,8 @@ class Document:
     labels: Tensor
     weights: Tensor
     teacher_hidden: Tensor | None = None
+    document_ids: Tensor | None = None
+    loss_count: int | None = None
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,11 @@ def train(run: Run) -> None:
             progress.iteration += 1
             times.student = laid_out + result.student_seconds
             times.optimizer = result.optimizer_seconds
+            held_out_loss = None
+            if run.validation is not None and run.validation.is_due(progress.iteration):
+                started = time.perf_counter()
+                held_out_loss = run.validation.loss(run.student.model, multiple)
+                times.validation = time.perf_counter() - started
             logger.step(
                 StepMetrics(
                     step=progress.iteration,
@@ -162,6 +167,7 @@ def train(run: Run) -> None:
                     tokens_per_forward=collected.tokens_per_forward,
                     eos_rate=collected.eos_rate,
                     time=times,
+                    validation_loss=held_out_loss,
                 )
             )
             times = PhaseTimes()
