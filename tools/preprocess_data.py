@@ -15,7 +15,9 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron_dlm.entry import report_user_errors
 from megatron_dlm.errors import UserError, bad_value
 
 LINES_PER_TASK = 64
+LINES_PER_WORKER = 16 * LINES_PER_TASK
 SECONDS_BETWEEN_REPORTS = 10.0
 
 
@@ -239,10 +242,13 @@ def encoded_documents(
         _start_worker(*encoder)
         yield from map(_encode, lines)
         return
+    workers = arguments.output.workers
     # spawn: a fork of a process with PyTorch's threads may hang.
-    processes = multiprocessing.get_context("spawn")
-    with processes.Pool(arguments.output.workers, _start_worker, encoder) as pool:
-        yield from pool.imap(_encode, lines, LINES_PER_TASK)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, encoder) as pool:
+        # A part at a time: `map` would read the whole corpus ahead of the workers.
+        while part := list(islice(lines, LINES_PER_WORKER * workers)):
+            yield from pool.map(_encode, part, chunksize=LINES_PER_TASK)
 
 
 def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:

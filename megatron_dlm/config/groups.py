@@ -251,8 +251,8 @@ class ObjectiveConfig:
     """Supervise the end-of-sequence token of a response as well."""
 
     loss_normalization: LossNormalization = "token"
-    """Divide by the supervised tokens of the global batch (token; under scp by all tokens that could
-    have been masked), or average over the rows of each row's mean (row_mean)."""
+    """Divide by the supervised tokens of the global batch, under scp by all that could have been
+    masked (token), or average over the rows of each row's mean (row_mean)."""
 
 
 @dataclass(frozen=True)

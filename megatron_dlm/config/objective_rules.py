@@ -49,7 +49,8 @@ def check_response_source(config: Config) -> None:
             "--prompts, not both",
             "leave one of the two out",
         )
-    if several and config.data.train_data is not None and config.data.data_path is not None:
+    both = config.data.train_data is not None and config.data.data_path is not None
+    if "corpus" in config.traits.response_sources and several and both:
         raise refuse(
             config,
             "data_path",

@@ -72,7 +72,7 @@ class Config:
 
     @property
     def response_source(self) -> ResponseSource:
-        """Where responses come from: of the objective's sources the first with data, or the last."""
+        """Where responses come from: the objective's first source with data, or its last."""
         given = {"corpus": self.data.data_path, "data": self.data.train_data}
         *several, last = self.traits.response_sources
         return next((source for source in several if given.get(source) is not None), last)

@@ -6,6 +6,7 @@ another window as a document of its own. No token is left out: the last window m
 """
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,10 @@ _DOCUMENT_ORDER = (0, 1)
 # A key of its own: the order of windows is keyed by the epoch alone.
 
 _SAMPLED_BYTES = 1 << 20
+
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+# magic, version, type of a token, number of sequences, number of documents + 1
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,15 @@ def _open(prefix: str, field: str) -> IndexedDataset:
     for path in (get_bin_path(prefix), get_idx_path(prefix)):
         if not Path(path).is_file():
             raise bad_value(field, prefix, f"there is no {path}", remedy)
-    try:
-        dataset = IndexedDataset(prefix)
-        expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
-    except (AssertionError, ValueError, OSError, IndexError) as error:
-        raise bad_value(field, prefix, f"{prefix}.idx or .bin is damaged", remedy) from error
+    if not _is_index(Path(get_idx_path(prefix))):
+        raise bad_value(
+            field, prefix, f"{prefix}.idx is damaged or no index", "preprocess the corpus again"
+        )
     size = Path(get_bin_path(prefix)).stat().st_size
+    if not size:
+        raise bad_value(field, prefix, f"{prefix}.bin is empty", remedy)
+    dataset = IndexedDataset(prefix)
+    expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
     if size != expected:
         raise bad_value(
             field,
@@ -157,6 +165,18 @@ def _open(prefix: str, field: str) -> IndexedDataset:
             "preprocess the corpus again",
         )
     return dataset
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is a whole index; Megatron-Core's reader asserts, or reads past its end."""
+    with path.open("rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size:
+        return False
+    magic, version, _, sequences, documents = _INDEX_HEADER.unpack(header)
+    # A length (int32) and a pointer (int64) for each sequence, an int64 for each document.
+    size = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+    return magic == _INDEX_MAGIC and version == 1 and path.stat().st_size == size
 
 
 def _fingerprint(prefix: str) -> str:

@@ -46,6 +46,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "opdlm_off": dict(objective="opdlm_off"),
     "off_policy": dict(objective="off_policy"),
     "sft": dict(objective="sft"),
+    "scp": dict(objective="scp", micro_batch_size=2, eval_interval=2, eval_iters=2),
     "mixture": dict(teacher_response_fraction=0.5, micro_batch_size=2),
 }
 """opdlm runs under every layout, the others once under each kind of parallelism."""
@@ -59,6 +60,8 @@ def _train(rank: int, folder: Path, runs: list[tuple[str, Path, dict[str, Any]]]
     results = {}
     for name, model, options in runs:
         save = str(folder / name.replace(" ", "_"))
+        if "eval_interval" in options:
+            options = {**options, "valid_data_path": str(folder / "corpus_heldout")}
         results[name] = run_training(run_config(folder, model, **{"save": save, **options}))
     return results
 
@@ -112,6 +115,9 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
             assert line[key] == expected[key], (name, key)
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
+        assert line["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4), name
+        is_due = "scp" in name and line["step"] in (2, 4, UPDATES)
+        assert (line["validation_loss"] is not None) == is_due, name
 
 
 def _check_layouts(

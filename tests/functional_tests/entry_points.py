@@ -17,6 +17,7 @@ PRETRAIN = REPOSITORY / "pretrain_opdlm.py"
 GENERATE = REPOSITORY / "tools" / "generate.py"
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 CONVERT = REPOSITORY / "tools" / "convert_checkpoint.py"
+PREPROCESS = REPOSITORY / "tools" / "preprocess_data.py"
 
 
 @dataclass(frozen=True)
