@@ -12,6 +12,7 @@ their names when they are complete.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -69,24 +70,28 @@ class Arguments:
 
 
 class DocumentEncoder:
-    """Token ids of JSONL lines; each worker process has one.
+    """Token ids of JSONL lines.
 
     Args:
         options: What to read.
-        mask_token_id: Refused in a document; None where the tokenizer cannot write it.
-        eos_token_id: Appended to a document, if that was asked for.
+
+    Raises:
+        UserError: There is no tokenizer, or it has no EOS and documents are to end with it.
     """
 
-    def __init__(
-        self, options: InputConfig, mask_token_id: int | None, eos_token_id: int | None
-    ) -> None:
+    def __init__(self, options: InputConfig) -> None:
         from megatron_dlm.data.tokenizer import load_tokenizer
 
         assert options.tokenizer is not None
-        self._tokenizer = load_tokenizer(options.tokenizer)
         self._options = options
-        self._mask_token_id = mask_token_id
-        self._eos_token_id = eos_token_id
+        self._tokenizer = load_tokenizer(options.tokenizer)
+        self._mask_token_id, eos_token_id = special_token_ids(self._tokenizer, options.tokenizer)
+        if options.append_eod and eos_token_id is None:
+            raise bad_value(
+                "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
+            )
+        self._end = [eos_token_id] if options.append_eod else []
+        self.largest_id = max([len(self._tokenizer), *self._end])
 
     def encode(self, numbered_line: tuple[int, bytes]) -> dict[str, list[int]]:
         """Token ids of one document by key; an empty text has none.
@@ -122,17 +127,11 @@ class DocumentEncoder:
                 f'{where}: "{key}" contains the MASK token (id {self._mask_token_id}),'
                 " which stands for text not yet written; remove it"
             )
-        if self._eos_token_id is not None:
-            encoded.append(self._eos_token_id)
-        return encoded
+        return encoded + self._end
 
 
 _encoder: DocumentEncoder | None = None
-
-
-def _start_worker(*arguments: Any) -> None:
-    global _encoder
-    _encoder = DocumentEncoder(*arguments)
+"""What this process, or the one that it was forked from, encodes with."""
 
 
 def _encode(numbered_line: tuple[int, bytes]) -> tuple[int, dict[str, list[int]]]:
@@ -191,15 +190,14 @@ def check_arguments(arguments: Arguments) -> dict[str, Path]:
     return prefixes
 
 
-def special_token_ids(folder: str) -> tuple[int | None, int | None]:
+def special_token_ids(tokenizer: Any, folder: str) -> tuple[int | None, int | None]:
     """MASK and EOS, from the config.json beside the tokenizer if there is one; None if unknown.
 
     Raises:
-        UserError: There is no tokenizer, or it does not fit the config.json.
+        UserError: The tokenizer does not fit the config.json.
     """
-    from megatron_dlm.data.tokenizer import MASK_TOKEN, load_tokenizer, resolve_special_tokens
+    from megatron_dlm.data.tokenizer import MASK_TOKEN, resolve_special_tokens
 
-    tokenizer = load_tokenizer(folder)
     config = Path(folder) / "config.json"
     if config.is_file():
         special = resolve_special_tokens(tokenizer, orjson.loads(config.read_bytes()), folder)
@@ -233,19 +231,19 @@ class Progress:
 
 
 def encoded_documents(
-    arguments: Arguments, encoder: tuple[InputConfig, int | None, int | None]
+    arguments: Arguments, encoder: DocumentEncoder
 ) -> Iterator[tuple[int, dict[str, list[int]]]]:
     """(bytes of the line, token ids by key) of all documents in their order."""
+    global _encoder
+    _encoder = encoder
     assert arguments.input.input is not None
-    lines = numbered_lines(arguments.input.input)
-    if arguments.output.workers == 1:
-        _start_worker(*encoder)
+    lines, workers = numbered_lines(arguments.input.input), arguments.output.workers
+    if workers == 1:
         yield from map(_encode, lines)
         return
-    workers = arguments.output.workers
-    # spawn: a fork of a process with PyTorch's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, encoder) as pool:
+    # Forked workers have the tokenizer already; its own threads must not have started before.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         # A part at a time: `map` would read the whole corpus ahead of the workers.
         while part := list(islice(lines, LINES_PER_WORKER * workers)):
             yield from pool.map(_encode, part, chunksize=LINES_PER_TASK)
@@ -260,18 +258,8 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from megatron_dlm.data.tokenizer import load_tokenizer
-
-    options = arguments.input
-    assert options.input is not None
-    assert options.tokenizer is not None
-    mask, eos = special_token_ids(options.tokenizer)
-    if options.append_eod and eos is None:
-        raise bad_value(
-            "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
-        )
-    largest_id = max(len(load_tokenizer(options.tokenizer)), eos or 0)
-    dtype = np.uint16 if largest_id < 2**16 else np.int32
+    encoder = DocumentEncoder(arguments.input)
+    dtype = np.uint16 if encoder.largest_id < 2**16 else np.int32
     for prefix in prefixes.values():
         prefix.parent.mkdir(parents=True, exist_ok=True)
     temporary = {key: f"{prefix}.tmp" for key, prefix in prefixes.items()}
@@ -279,7 +267,6 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
         key: IndexedDatasetBuilder(f"{name}.bin", dtype=dtype) for key, name in temporary.items()
     }
     progress = Progress()
-    encoder = (options, mask, eos if options.append_eod else None)
     try:
         for num_bytes, documents in encoded_documents(arguments, encoder):
             for key, token_ids in documents.items():
@@ -287,7 +274,7 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
                     builders[key].add_document(token_ids, [len(token_ids)])
             progress.add(num_bytes, sum(map(len, documents.values())))
         if not progress.tokens:
-            raise bad_value("--input", options.input, "holds no text", "name another file")
+            raise bad_value("--input", arguments.input.input, "holds no text", "name another file")
         for key, name in temporary.items():
             builders[key].finalize(f"{name}.idx")
         for key, name in temporary.items():
