@@ -9,11 +9,10 @@ import math
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import option_fields
+from megatron_dlm.training.optimizer import DEFAULT_GROUP
 
 HALF_STEP = 2.0**-9
 """Smallest relative change that can round a bf16 number to another one."""
-
-DEFAULT_GROUP = "default"
 
 
 def unseen_in_bf16(config: Config, initializer_range: float) -> list[str]:
