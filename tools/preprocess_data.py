@@ -86,12 +86,14 @@ class DocumentEncoder:
         self._options = options
         self._tokenizer = load_tokenizer(options.tokenizer)
         self._mask_token_id, eos_token_id = special_token_ids(self._tokenizer, options.tokenizer)
-        if options.append_eod and eos_token_id is None:
-            raise bad_value(
-                "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
-            )
-        self._end = [eos_token_id] if options.append_eod else []
-        self.largest_id = max([len(self._tokenizer), *self._end])
+        self._end: list[int] = []
+        if options.append_eod:
+            if eos_token_id is None:
+                raise bad_value(
+                    "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
+                )
+            self._end = [eos_token_id]
+        self.largest_id: int = max([len(self._tokenizer), *self._end])
 
     def encode(self, numbered_line: tuple[int, bytes]) -> dict[str, list[int]]:
         """Token ids of one document by key; an empty text has none.
