@@ -8,6 +8,8 @@
 #   MODEL           Hugging Face folder of the autoregressive model (--load, and the teacher)
 #   TEACHER         Hugging Face folder of another teacher (--teacher-load)
 #   PROMPTS         JSONL of prompts (--prompts)
+#   DATA_PATH       corpus (--data-path)
+#   VALID_DATA_PATH held-out corpus (--valid-data-path)
 #   SAVE            run folder (--save); on several nodes a folder that all of them see
 #   NUM_ROLLOUTS    length of the run (--num-rollouts)
 #   NPROC_PER_NODE  processes a node, one a GPU (8)
@@ -24,7 +26,10 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 flags=(--config "$config")
 load=${MODEL:-}
-teacher=${TEACHER:-$load}
+teacher=${TEACHER:-}
+if [[ -z $teacher ]] && grep -q '^teacher_load:' "$config"; then
+    teacher=$load
+fi
 save=${SAVE:-$(sed -n 's/^save: *//p' "$config")}
 if [[ -f $save/latest_checkpointed_iteration.txt ]]; then
     load=$save
@@ -32,6 +37,8 @@ fi
 [[ -z $load ]] || flags+=(--load "$load")
 [[ -z $teacher ]] || flags+=(--teacher-load "$teacher")
 [[ -z ${PROMPTS:-} ]] || flags+=(--prompts "$PROMPTS")
+[[ -z ${DATA_PATH:-} ]] || flags+=(--data-path "$DATA_PATH")
+[[ -z ${VALID_DATA_PATH:-} ]] || flags+=(--valid-data-path "$VALID_DATA_PATH")
 [[ -z ${NUM_ROLLOUTS:-} ]] || flags+=(--num-rollouts "$NUM_ROLLOUTS")
 flags+=(--save "$save")
 

@@ -13,6 +13,7 @@ from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import build_run
+from tests.corpora import random_documents, write_corpus
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER = REPOSITORY / "examples" / "tiny" / "qwen3"
@@ -66,10 +67,12 @@ def save_random_model(folder: Path, *, moe: bool = False, seed: int = 0, **chang
 
 
 def write_data(folder: Path, num: int = 48, split: Split = "train") -> tuple[Path, Path]:
-    """Write prompts and prompt + response examples; returns both files."""
+    """Write prompts, prompt + response examples and corpora; returns the first two files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "examples.jsonl"
     write_examples(path, split, 5, num)
+    write_corpus(folder / "corpus", random_documents(num, seed=1))
+    write_corpus(folder / "corpus_heldout", random_documents(num, seed=2))
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
         "".join(
@@ -107,6 +110,8 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
         values.update(num_rollouts=None, train_iters=5)
     if "data" in sources:
         values.update(max_response_length=40, prompts=None)
+    if sources == ("corpus",):
+        values.update(data_path=str(folder / "corpus"), seq_length=48)
     return Config.from_dict({**values, **options})
 
 

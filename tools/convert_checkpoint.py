@@ -25,9 +25,10 @@ from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.training.checkpointing import save_checkpoint
+from megatron_dlm.training.checkpointing import save_checkpoint, saved_config
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import ModelSource, open_model_source
+from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
 
 TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "qwen3"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -185,6 +186,10 @@ def main() -> int:
                 overwrite=conversion.overwrite,
             )
     if rank() == 0:
+        if source.is_megatron and dtype == torch.bfloat16:
+            run_config = config_of_run(saved_config(source.path))
+            for line in unseen_in_bf16(run_config, architecture.initializer_range):
+                print(line, file=sys.stderr)
         print(f"wrote {target} ({conversion.target_format}, {str(dtype).removeprefix('torch.')})")
     return 0
 

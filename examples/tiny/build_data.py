@@ -1,4 +1,4 @@
-"""Write the data of the tiny examples: problems to train on and held-out problems to evaluate.
+"""Write the data of the tiny examples: problems to train on, held-out ones, and text corpora.
 
 python examples/tiny/build_data.py --output runs/tiny/data
 """
@@ -6,13 +6,15 @@ python examples/tiny/build_data.py --output runs/tiny/data
 import argparse
 from pathlib import Path
 
-from megatron_dlm.data.arithmetic import Split, write_examples
+from megatron_dlm.data.arithmetic import Split, write_documents, write_examples
 
 FILES: dict[str, tuple[Split, int, int]] = {
     # file name: (split, seed, number of examples)
     "train.jsonl": ("train", 1, 200_000),
     "prompts.jsonl": ("train", 2, 8_000),
     "heldout.jsonl": ("heldout", 3, 500),
+    "corpus.jsonl": ("train", 4, 100_000),
+    "corpus_heldout.jsonl": ("heldout", 5, 1_000),
 }
 
 
@@ -24,7 +26,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.only or FILES:
         split, seed, num = FILES[name]
-        write_examples(options.output / name, split, seed, num)
+        write = write_documents if name.startswith("corpus") else write_examples
+        write(options.output / name, split, seed, num)
 
 
 if __name__ == "__main__":

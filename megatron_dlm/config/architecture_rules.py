@@ -153,10 +153,19 @@ def check_recompute_layers(config: Config, architecture: ArchitectureSizes) -> N
 
 
 def check_sequence_length(config: Config, architecture: ArchitectureSizes) -> None:
-    """The longest prompt with the longest generated response, in whole blocks, has positions."""
+    """A corpus window, or the longest prompt and response in whole blocks, has positions."""
     if config.response_source == "data":
         return
     block_size, limit = config.model.block_size, architecture.max_position_embeddings
+    if config.response_source == "corpus":
+        if config.data.seq_length > limit:
+            raise refuse(
+                config,
+                "seq_length",
+                f"exceeds the model's {limit} positions",
+                f"choose {limit} or less",
+            )
+        return
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
     if math.ceil((prompt + response) / block_size) * block_size <= limit:
         return

@@ -27,10 +27,12 @@ RemaskingStrategy = Literal[
     "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"
 ]
 FractionSchedule = Literal["constant", "linear", "cosine"]
+MaskEmbeddingInit = Literal["keep", "mean"]
 LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
 OptimizerName = Literal["adam"]
+ParamGroupPreset = Literal["rnd1"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
 
 
@@ -77,6 +79,11 @@ class ModelConfig:
     init_method_std: float | None = None
     """Standard deviation of randomly initialised weights (default: initializer_range of the
     model's config.json)."""
+
+    mask_embedding_init: MaskEmbeddingInit | None = None
+    """What the input embedding of MASK starts from in a conversion of an autoregressive model,
+    which has never seen that token: the row of the checkpoint (keep) or the mean of all other rows
+    (mean) (default: mean with --param-group-preset rnd1, which does not train it, else keep)."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,20 @@ class DataConfig:
     train_data: str | None = None
     """JSONL of prompts with answers for data-set objectives: `prompt` and `response`, or `messages`
     that end with the assistant's."""
+
+    data_path: str | None = None
+    """Pretraining corpus: prefix of the .bin and .idx file that tools/preprocess_data.py wrote
+    (Megatron's indexed dataset)."""
+
+    seq_length: int = 2048
+    """Tokens of a corpus window, the sample that --global-batch-size counts. Documents are packed
+    into windows end to end; those of a window do not see each other."""
+
+    valid_data_path: str | None = None
+    """Held-out corpus for the validation loss of a run on --data-path, in the same format."""
+
+    valid_data: str | None = None
+    """Held-out examples for the validation loss of a run on --train-data, in the same format."""
 
     max_prompt_length: int = 1024
     """Longest prompt in tokens, chat template included; a longer one is an error."""
@@ -214,7 +235,9 @@ class ObjectiveConfig:
     """opdlm: on-policy distillation of a block-diffusion student from an autoregressive teacher;
     opdlm_off: the same at random states of its rollouts; off_policy: distillation at random states
     of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
-    teacher's responses to --prompts; next_token: autoregressive training on --train-data."""
+    teacher's responses to --prompts; scp: continual pretraining on the corpus --data-path under
+    full attention with shifted predictions (RND1); next_token: autoregressive training on
+    --train-data or --data-path."""
 
     state_selection: StateSelection | None = None
     """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
@@ -222,15 +245,15 @@ class ObjectiveConfig:
     mask at random (random)."""
 
     loss_weighting: LossWeighting = "inverse_t"
-    """Weight of a token under sft: 1/t, where its block was masked with probability t (inverse_t),
-    or 1 (none). Distillation always weighs 1."""
+    """Weight of a token under sft and scp: 1/t, where its block (scp: its document) was masked with
+    probability t (inverse_t), or 1 (none). Distillation always weighs 1."""
 
     supervise_eos: bool = True
     """Supervise the end-of-sequence token of a response as well."""
 
     loss_normalization: LossNormalization = "token"
-    """Divide by the supervised tokens of the global batch (token), or average over the rows of
-    each row's mean (row_mean)."""
+    """Divide by the supervised tokens of the global batch, under scp by all that could have been
+    masked (token), or average over the rows of each row's mean (row_mean)."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +300,9 @@ class ParameterGroup:
     """Settings of the optimizer for the parameters that a pattern matches.
 
     Attributes:
-        pattern: attention, mlp, experts, router, embedding, norm, output, or a regular expression
-            searched in the parameter's name. A pattern that matches nothing is an error.
+        pattern: attention, mlp, experts, router, embedding, norm, output, default (all that is in
+            no other group), or a regular expression searched in the parameter's name. A pattern
+            that matches nothing is an error.
         lr: Peak learning rate (None: `--lr`).
         min_lr: Learning rate at the end of the decay (None: `--min-lr`).
         weight_decay: Weight decay (None: `--weight-decay`).
@@ -313,6 +337,9 @@ class OptimizerConfig:
     lr_warmup_iters: int = 0
     """Optimizer steps over which the learning rate rises from 0 to --lr."""
 
+    lr_warmup_fraction: float | None = None
+    """The same as a fraction of --lr-decay-iters, instead of --lr-warmup-iters."""
+
     lr_decay_iters: int | None = None
     """Optimizer step at which --min-lr is reached (default: the number of steps of the run)."""
 
@@ -333,8 +360,12 @@ class OptimizerConfig:
 
     param_groups: tuple[ParameterGroup, ...] = ()
     """Parameter groups with their own settings, a list of {pattern, lr, min_lr, weight_decay};
-    JSON on the command line. Patterns: attention, mlp, experts, router, embedding, norm, output, or
-    a regular expression."""
+    JSON on the command line. Patterns: attention, mlp, experts, router, embedding, norm, output,
+    default (what is in no other group), or a regular expression."""
+
+    param_group_preset: ParamGroupPreset | None = None
+    """Published parameter groups instead of --param-groups. rnd1: attention at a peak rate of 3e-4,
+    everything else at 1e-8, weight decay 0.1 (meant for --lr-decay-style constant)."""
 
 
 @dataclass(frozen=True)
@@ -342,16 +373,24 @@ class TrainingConfig:
     """Training: batch sizes and length of the run."""
 
     micro_batch_size: int = 1
-    """Trajectories packed into one row, the unit of a forward pass."""
+    """Trajectories (or corpus windows) packed into one row, the unit of a forward pass."""
 
     global_batch_size: int = 8
-    """Trajectories per optimizer update, over all data-parallel processes."""
+    """Trajectories (or corpus windows) per optimizer update, over all data-parallel processes."""
 
     train_iters: int | None = None
     """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
 
     epochs_per_rollout: int = 1
     """Passes over the trajectories of a rollout before the next one."""
+
+    eval_interval: int = 0
+    """Optimizer steps between two validation losses, where held-out data are given; 0 takes one
+    only, at the end of the run."""
+
+    eval_iters: int = 10
+    """Global batches of held-out data that a validation loss is taken over: always the same samples
+    with the same masks."""
 
 
 @dataclass(frozen=True)

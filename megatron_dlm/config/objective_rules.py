@@ -13,15 +13,14 @@ def _objective(config: Config) -> str:
 
 def check_objective_inputs(config: Config) -> None:
     """The objective has the data, the weights and the duration that it needs."""
-    data, duration = {
-        "rollout": ("prompts", "num_rollouts"),
-        "teacher": ("prompts", "train_iters"),
-        "data": ("train_data", "train_iters"),
-    }[config.response_source]
+    data = config.data_option
+    duration = "num_rollouts" if config.uses_rollouts else "train_iters"
     if value_of(config, data) is None:
         remedy = f"add {flag(data)}"
-        if "data" in config.traits.response_sources and data != "train_data":
-            remedy += ", or --train-data"
+        others = {"data": "--train-data", "corpus": "--data-path"}
+        for source in config.traits.response_sources:
+            if source in others and source != config.response_source:
+                remedy += f", or {others[source]}"
         raise refuse(config, data, f"{_objective(config)} needs it", remedy)
     if value_of(config, duration) is None:
         raise refuse(config, duration, f"{_objective(config)} needs it", f"add {flag(duration)}")
@@ -49,6 +48,32 @@ def check_response_source(config: Config) -> None:
             f"{_objective(config)} takes responses from --train-data, or the teacher's to "
             "--prompts, not both",
             "leave one of the two out",
+        )
+    both = config.data.train_data is not None and config.data.data_path is not None
+    if "corpus" in config.traits.response_sources and several and both:
+        raise refuse(
+            config,
+            "data_path",
+            f"{_objective(config)} trains on it or on --train-data, not on both",
+            "leave one of the two out",
+        )
+
+
+def check_validation(config: Config) -> None:
+    """Held-out data are of the kind that the run trains on, and its loss needs no rollout."""
+    for name in ("valid_data", "valid_data_path"):
+        if value_of(config, name) is None or name == config.validation_option:
+            continue
+        remedy = (
+            "leave it out; tools/evaluate.py measures held-out prompts"
+            if config.validation_option is None
+            else f"give {flag(config.validation_option)}"
+        )
+        raise refuse(
+            config,
+            name,
+            f"{_objective(config)} on {flag(config.data_option)} has no validation loss over it",
+            remedy,
         )
 
 
@@ -131,6 +156,14 @@ def check_offloading(config: Config) -> None:
 def check_nothing_is_ignored(config: Config) -> None:
     """What the objective has no use for is not given."""
     unused: list[tuple[str, object]] = []
+    if config.response_source == "corpus":
+        unused.append(("supervise_eos", True))
+    else:
+        unused.append(("data_path", None))
+    if config.validation_path is None:
+        unused.append(("eval_interval", 0))
+    if config.traits.convention is None:
+        unused.append(("mask_embedding_init", None))
     if not config.needs_teacher:
         unused.append(("teacher_load", None))
     if not config.traits.uses_teacher:

@@ -7,11 +7,11 @@ classes in `megatron_dlm.objectives` carry them as `traits`.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, RND1, DiffusionConvention
 
-ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "next_token"]
+ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token"]
 StateSelection = Literal["per_block", "global", "all", "random"]
-ResponseSource = Literal["rollout", "teacher", "data"]
+ResponseSource = Literal["rollout", "teacher", "data", "corpus"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class ObjectiveTraits:
 
     Attributes:
         response_sources: Where the responses of x_0 can come from: the student's `rollout`, the
-            autoregressive `teacher` (generated once), or `data` (`--train-data`). Where `data` is
-            one of several, `--train-data` chooses it.
+            autoregressive `teacher` (generated once), `data` (`--train-data`), or windows of a
+            pretraining `corpus` (`--data-path`). Of several, it is the one whose data are given.
         uses_teacher: Whether the frozen teacher annotates trajectories with hidden states.
         state_selections: Which denoising states it can be trained on, the default first; none for
             a model that stays autoregressive.
@@ -40,5 +40,6 @@ OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
     "opdlm_off": ObjectiveTraits(("rollout",), True, ("random",), BLOCK_DIFFUSION),
     "off_policy": ObjectiveTraits(("teacher",), True, ("random",), BLOCK_DIFFUSION),
     "sft": ObjectiveTraits(("data", "teacher"), False, ("random",), BLOCK_DIFFUSION),
-    "next_token": ObjectiveTraits(("data",), False),
+    "scp": ObjectiveTraits(("corpus",), False, ("random",), RND1),
+    "next_token": ObjectiveTraits(("corpus", "data"), False),
 }

@@ -12,6 +12,7 @@ from megatron_dlm.config.groups import (
     DecodingConfig,
     DistillationConfig,
     LoggingConfig,
+    MaskEmbeddingInit,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -26,6 +27,7 @@ from megatron_dlm.config.objective_traits import (
     ResponseSource,
     StateSelection,
 )
+from megatron_dlm.config.param_group_presets import PARAM_GROUP_PRESETS
 
 __all__ = [
     "Config",
@@ -70,11 +72,27 @@ class Config:
 
     @property
     def response_source(self) -> ResponseSource:
-        """Where responses come from: the only source the objective has, or the one with data."""
-        sources = self.traits.response_sources
-        if len(sources) > 1 and self.data.train_data is None:
-            sources = tuple(source for source in sources if source != "data")
-        return sources[0]
+        """Where responses come from: the objective's first source with data, or its last."""
+        given = {"corpus": self.data.data_path, "data": self.data.train_data}
+        *several, last = self.traits.response_sources
+        return next((source for source in several if given.get(source) is not None), last)
+
+    @property
+    def data_option(self) -> str:
+        """Name of the option that holds the run's data."""
+        return {"corpus": "data_path", "data": "train_data"}.get(self.response_source, "prompts")
+
+    @property
+    def validation_option(self) -> str | None:
+        """Name of the option that holds data held out from the run's; None if there cannot be."""
+        held_out = {"corpus": "valid_data_path", "data": "valid_data"}
+        return held_out.get(self.response_source)
+
+    @property
+    def validation_path(self) -> str | None:
+        """Held-out data, if a validation loss is measured."""
+        option = self.validation_option
+        return None if option is None else getattr(self.data, option)
 
     @property
     def uses_rollouts(self) -> bool:
@@ -148,6 +166,27 @@ class Config:
         if self.uses_rollouts:
             return (self.rollout.num_rollouts or 0) * self.updates_per_rollout
         return self.training.train_iters or 0
+
+    @property
+    def lr_warmup_iters(self) -> int:
+        """Optimizer steps of the warm-up, whichever way they are given."""
+        fraction = self.optimizer.lr_warmup_fraction
+        if fraction is None:
+            return self.optimizer.lr_warmup_iters
+        return round(fraction * self.lr_decay_iters)
+
+    @property
+    def param_groups(self) -> tuple[ParameterGroup, ...]:
+        """Parameter groups, a preset resolved."""
+        preset = self.optimizer.param_group_preset
+        return self.optimizer.param_groups if preset is None else PARAM_GROUP_PRESETS[preset]
+
+    @property
+    def mask_embedding_init(self) -> MaskEmbeddingInit:
+        """What the input embedding of MASK starts from, default resolved."""
+        if self.model.mask_embedding_init is not None:
+            return self.model.mask_embedding_init
+        return "mean" if self.optimizer.param_group_preset == "rnd1" else "keep"
 
     @property
     def lr_decay_iters(self) -> int:

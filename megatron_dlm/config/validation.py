@@ -30,6 +30,7 @@ def validate(config: Config, world_size: int) -> None:
     value_rules.check_optional_packages(config)
     objective_rules.check_objective_inputs(config)
     objective_rules.check_response_source(config)
+    objective_rules.check_validation(config)
     objective_rules.check_state_selection(config)
     objective_rules.check_teacher_response_fraction(config)
     objective_rules.check_teacher_responses(config)

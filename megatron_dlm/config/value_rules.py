@@ -14,6 +14,8 @@ from megatron_dlm.training.run_folder import LATEST
 
 AT_LEAST_ONE = (
     "block_size",
+    "seq_length",
+    "eval_iters",
     "recompute_num_layers",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -48,6 +50,7 @@ AT_LEAST_ZERO = (
     "lr_warmup_iters",
     "weight_decay",
     "clip_grad",
+    "eval_interval",
     "save_interval",
     "keep_checkpoints",
 )
@@ -59,7 +62,11 @@ ABOVE_ZERO = ("init_method_std", "lr", "adam_eps")
 PROBABILITIES = ("dynamic_threshold", "top_p")
 """Fields whose value lies in (0, 1]."""
 
-FRACTIONS = ("teacher_response_fraction", "final_teacher_response_fraction")
+FRACTIONS = (
+    "teacher_response_fraction",
+    "final_teacher_response_fraction",
+    "lr_warmup_fraction",
+)
 """Fields whose value lies in [0, 1]."""
 
 MOMENT_DECAYS = ("adam_beta1", "adam_beta2")
@@ -149,6 +156,13 @@ def check_learning_rates(config: Config) -> None:
 def check_parameter_groups(config: Config) -> None:
     """Each parameter group has a pattern of its own and settings like the global ones."""
     optimizer = config.optimizer
+    if optimizer.param_group_preset is not None and optimizer.param_groups:
+        raise refuse(
+            config,
+            "param_group_preset",
+            "stands for parameter groups, and --param-groups names others",
+            "leave one of the two out",
+        )
     patterns: set[str] = set()
     for i, group in enumerate(optimizer.param_groups):
         where = f"{flag('param_groups')}[{i}]"
@@ -268,12 +282,22 @@ def check_save(config: Config) -> None:
 
 
 def check_schedule_length(config: Config) -> None:
-    """The warm-up ends before the decay does."""
-    warmup, decay = config.optimizer.lr_warmup_iters, config.lr_decay_iters
+    """The warm-up is given in one way and ends before the decay does."""
+    warmup, decay = config.lr_warmup_iters, config.lr_decay_iters
+    by_fraction = config.optimizer.lr_warmup_fraction is not None
+    if by_fraction and config.optimizer.lr_warmup_iters:
+        raise refuse(
+            config,
+            "lr_warmup_fraction",
+            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} says it otherwise",
+            "leave one of the two out",
+        )
     if warmup >= decay:
         raise refuse(
             config,
-            "lr_warmup_iters",
+            "lr_warmup_fraction" if by_fraction else "lr_warmup_iters",
             f"is not below the end of the decay at step {decay}",
-            f"choose 0 to {decay - 1}, or a larger --lr-decay-iters",
+            "choose less than 1"
+            if by_fraction
+            else f"choose 0 to {decay - 1}, or a larger --lr-decay-iters",
         )

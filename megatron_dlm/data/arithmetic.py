@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -134,10 +134,21 @@ def examples(split: Split, seed: int, start: int = 0) -> Iterator[dict[str, Any]
 
 def write_examples(path: Path, split: Split, seed: int, num: int) -> None:
     """Write examples 0..num-1 of (split, seed) as JSONL, creating the folder if needed."""
+    _write_records(path, (generate_example(split, seed, index) for index in range(num)))
+
+
+def write_documents(path: Path, split: Split, seed: int, num: int) -> None:
+    """Write the same problems as plain text, question and solution, for a pretraining corpus."""
+    generated = (generate_example(split, seed, index) for index in range(num))
+    texts = (f"{e['messages'][0]['content']}\n{e['response']}" for e in generated)
+    _write_records(path, ({"text": text} for text in texts))
+
+
+def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        for index in range(num):
-            file.write(orjson.dumps(generate_example(split, seed, index)) + b"\n")
+        for record in records:
+            file.write(orjson.dumps(record) + b"\n")
 
 
 def _draw_problem(rng: random.Random) -> Problem:

@@ -25,7 +25,7 @@ class TrainingBatch:
         teacher_hidden: [n, h] or None.
         teacher_top_k: [n] distributions or None.
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
-            tokens, or rows under `row_mean`.
+            tokens (or what the objective counts), or samples under `row_mean`.
     """
 
     row: Row
@@ -51,9 +51,7 @@ def pack(
     starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     layout = torch.stack(
         (
-            torch.repeat_interleave(
-                torch.arange(len(documents), dtype=torch.int32), torch.tensor(lengths)
-            ),
+            _document_ids(documents).int(),
             torch.cat([document.block for document in documents]).int(),
             torch.cat([document.stream for document in documents]).int(),
             torch.cat([document.position for document in documents]).int(),
@@ -68,8 +66,12 @@ def pack(
         [document.supervised + start for document, start in zip(documents, starts, strict=True)]
     )
     weights = torch.cat([document.weights for document in documents])
+    loss_counts = [
+        len(document.supervised) if document.loss_count is None else document.loss_count
+        for document in documents
+    ]
     if row_mean:
-        counts = torch.tensor([max(len(document.supervised), 1) for document in documents])
+        counts = torch.tensor(loss_counts).clamp(min=1)
         weights = weights / torch.repeat_interleave(
             counts, torch.tensor([len(document.supervised) for document in documents])
         )
@@ -83,8 +85,20 @@ def pack(
         # All documents of a row have been annotated, or none.
         teacher_hidden=torch.cat(hidden) if len(hidden) == len(documents) else None,
         teacher_top_k=TopKTargets.cat(top_k) if len(top_k) == len(documents) else None,
-        loss_count=len(documents) if row_mean else len(supervised),
+        loss_count=len(documents) if row_mean else sum(loss_counts),
     )
+
+
+def _document_ids(documents: Sequence[Document]) -> Tensor:
+    """Document of each token of a row, numbered 0, 1, ... over all of its samples."""
+    numbered, first = [], 0
+    for document in documents:
+        own = document.document_ids
+        if own is None:
+            own = torch.zeros(len(document.token_ids), dtype=torch.int64)
+        numbered.append(own + first)
+        first += int(own[-1]) + 1 if len(own) else 1
+    return torch.cat(numbered)
 
 
 def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:

@@ -10,6 +10,16 @@ from numpy.typing import NDArray
 from megatron_dlm.errors import bad_value
 
 
+def shuffled_order(num_records: int, seed: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of `num_records` that depends on the seed and the key (each at least 0) only.
+
+    Sorting raw generator output instead of Generator.permutation: numpy keeps the former stable
+    between versions, not the latter.
+    """
+    keys = np.random.Philox(np.random.SeedSequence([seed, *key])).random_raw(num_records)
+    return np.argsort(keys, kind="stable")
+
+
 class ShuffledSampler:
     """Endless epochs over N records, each in its own seeded order.
 
@@ -50,17 +60,10 @@ class ShuffledSampler:
         if not self.shuffle:
             return position
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._epoch_order(epoch)
+            self._epoch = epoch
+            self._order = shuffled_order(self.num_records, self.seed, epoch)
         return int(self._order[position])
 
     def samples(self, start: int, count: int) -> list[tuple[int, int]]:
         """Return (sample_index, record index) of the `count` samples from `start` on."""
         return [(g, self.record_index(g)) for g in range(start, start + count)]
-
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        # Sorting raw generator output instead of Generator.permutation: numpy keeps the former
-        # stable between versions, not the latter.
-        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(
-            self.num_records
-        )
-        return np.argsort(keys, kind="stable")

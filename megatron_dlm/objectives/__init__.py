@@ -6,6 +6,7 @@ from megatron_dlm.objectives.next_token import NextToken
 from megatron_dlm.objectives.off_policy import OffPolicy
 from megatron_dlm.objectives.opdlm import OPDLM
 from megatron_dlm.objectives.opdlm_off import OPDLMOff
+from megatron_dlm.objectives.scp import SCP
 from megatron_dlm.objectives.sft import SFT
 
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
@@ -13,5 +14,6 @@ OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
     "opdlm_off": OPDLMOff,
     "off_policy": OffPolicy,
     "sft": SFT,
+    "scp": SCP,
     "next_token": NextToken,
 }

@@ -31,6 +31,10 @@ class Document:
         weights: [n] float32, w(t).
         teacher_hidden: [n, h] of the teacher at the same predictions, or None.
         teacher_top_k: [n] distributions of the teacher, or None.
+        document_ids: [T] from 0 without gaps, where the sample holds several texts that do not see
+            each other (a corpus window); None for one text.
+        loss_count: What the loss sum is divided by, summed over the global batch; None for the
+            number of supervised tokens.
     """
 
     token_ids: Tensor
@@ -42,6 +46,8 @@ class Document:
     weights: Tensor
     teacher_hidden: Tensor | None = None
     teacher_top_k: TopKTargets | None = None
+    document_ids: Tensor | None = None
+    loss_count: int | None = None
 
 
 @dataclass(frozen=True)

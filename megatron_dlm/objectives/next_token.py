@@ -1,4 +1,4 @@
-"""Ordinary autoregressive training on prompt + response; it makes a teacher."""
+"""Ordinary autoregressive training on prompt + response or a corpus; it makes a teacher."""
 
 import torch
 from torch import Tensor
@@ -16,21 +16,23 @@ class NextToken(Objective):
     traits = OBJECTIVE_TRAITS["next_token"]
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
-        """The sequence without its last token; each position predicts the next one."""
+        """The sequence without its last token; each position predicts the next of its document."""
         tokens = trajectory.token_ids
-        prompt = len(trajectory.prompt_ids)
-        length = len(tokens) - 1
-        position = torch.arange(length, dtype=torch.int32)
-        first = max(prompt - 1, 0)
-        last = length - (not self.config.objective.supervise_eos)
+        document, position = trajectory.documents()
+        target = (position > 0) & (torch.arange(len(tokens)) >= len(trajectory.prompt_ids))
+        if not self.config.objective.supervise_eos:
+            target[-1] = False
+        predicted = target.nonzero()[:, 0]
+        position = position[:-1].int()
         return Document(
             token_ids=tokens[:-1],
             block=position,
             stream=torch.full_like(position, CLEAN),
             position=position,
-            supervised=torch.arange(first, last),
-            labels=tokens[first + 1 : last + 1],
-            weights=torch.ones(last - first),
+            supervised=predicted - 1,
+            labels=tokens[predicted],
+            weights=torch.ones(len(predicted)),
+            document_ids=document[:-1],
         )
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,8 @@ class Trajectory:
         teacher_top_k: [L], the teacher's distributions of the same tokens where they were stored;
             instead of `teacher_hidden`.
         record: The prompt's JSON object.
+        document_lengths: Tokens of each document of a corpus window, in order; they do not see each
+            other. Empty where prompt and response are one document.
     """
 
     sample_index: int
@@ -73,11 +75,20 @@ class Trajectory:
     teacher_hidden: Tensor | None = None
     teacher_top_k: TopKTargets | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    document_lengths: tuple[int, ...] = ()
 
     @property
     def token_ids(self) -> Tensor:
         """x_0: prompt and response, [P + L] int64, without the tail."""
         return torch.cat((self.prompt_ids, self.response_ids))
+
+    def documents(self) -> tuple[Tensor, Tensor]:
+        """Document, from 0, and position in it of each token of x_0; each [P + L] int64."""
+        tokens = len(self.prompt_ids) + len(self.response_ids)
+        lengths = torch.tensor(self.document_lengths or (tokens,))
+        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        starts = lengths.cumsum(0) - lengths
+        return document, torch.arange(tokens) - starts[document]
 
     @property
     def is_rollout(self) -> bool:

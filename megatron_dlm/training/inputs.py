@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,9 @@ from megatron_dlm.models.architecture import (
 )
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
+if TYPE_CHECKING:
+    from megatron_dlm.data.corpus import CorpusDataset
+
 
 @dataclass(frozen=True)
 class RunInputs:
@@ -37,8 +40,9 @@ class RunInputs:
         tokenizer: Shared by student and teacher.
         tokenizer_folder: Where it was read from.
         special_tokens: EOS, padding and MASK, resolved once.
-        data: Prompts that student or teacher answer, else prompt + response examples.
+        data: Prompts that student or teacher answer, else prompt + response examples or a corpus.
         response_store: Where the teacher's responses to the prompts are; None if none are used.
+        held_out: What the validation loss is measured on; None if none is.
     """
 
     source: ModelSource | None
@@ -47,8 +51,14 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_folder: Path
     special_tokens: SpecialTokens
-    data: PromptDataset | ExampleDataset
+    data: "PromptDataset | ExampleDataset | CorpusDataset"
     response_store: ResponseStore | None = None
+    held_out: "ExampleDataset | CorpusDataset | None" = None
+
+    @property
+    def starts_autoregressive(self) -> bool:
+        """Whether the weights that the run starts from are an autoregressive model's."""
+        return self.source is not None and diffusion_convention(self.architecture.hf_config) is None
 
     def convention(self, config: Config) -> DiffusionConvention:
         """How the student decodes: as its objective trains it, else as its config.json says."""
@@ -106,6 +116,56 @@ def _response_store(config: Config, teacher: ModelSource, prompts: PromptDataset
     return ResponseStore(config.teacher_responses, header, "--teacher-responses")
 
 
+def _given_responses(
+    config: Config,
+    option: str,
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: SpecialTokens,
+    vocab_size: int,
+    *,
+    shuffle: bool,
+) -> "ExampleDataset | CorpusDataset":
+    """The data that an option names: examples, or windows of a corpus."""
+    path, field = getattr(config.data, option), "--" + option.replace("_", "-")
+    if config.response_source == "corpus":
+        from megatron_dlm.data.corpus import CorpusDataset  # loads PyTorch and Megatron-Core
+
+        return CorpusDataset(
+            path,
+            config.data.seq_length,
+            seed=config.data.seed,
+            shuffle=shuffle,
+            vocab_size=vocab_size,
+            special_tokens=special_tokens,
+            field=field,
+        )
+    return read_examples(
+        path,
+        tokenizer,
+        special_tokens,
+        config.data.max_prompt_length,
+        config.rollout.max_response_length,
+        config.data.chat_template_kwargs,
+        field,
+    )
+
+
+def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") -> None:
+    wanted = config.training.eval_iters * config.training.global_batch_size
+    if wanted > len(held_out):
+        field = "--" + str(config.validation_option).replace("_", "-")
+        batch = config.training.global_batch_size
+        raise bad_value(
+            field,
+            held_out.file.path,
+            f"has {len(held_out)} samples, --eval-iters {config.training.eval_iters} of "
+            f"--global-batch-size {batch} need {wanted}",
+            f"choose --eval-iters {len(held_out) // batch} or less"
+            if len(held_out) >= batch
+            else "hold out more",
+        )
+
+
 def read_inputs(config: Config) -> RunInputs:
     """Read and check checkpoints' descriptions, tokenizer and data; loads no weights.
 
@@ -140,18 +200,28 @@ def read_inputs(config: Config) -> RunInputs:
     special_tokens = resolve_special_tokens(
         tokenizer, architecture.hf_config, str(tokenizer_folder)
     )
-    data: PromptDataset | ExampleDataset
-    response_store = None
-    if config.response_source == "data":
-        assert config.data.train_data is not None
-        data = read_examples(
-            config.data.train_data,
+    data: PromptDataset | ExampleDataset | CorpusDataset
+    response_store = held_out = None
+    if config.response_source in ("data", "corpus"):
+        data = _given_responses(
+            config,
+            config.data_option,
             tokenizer,
             special_tokens,
-            config.data.max_prompt_length,
-            config.rollout.max_response_length,
-            config.data.chat_template_kwargs,
+            architecture.vocab_size,
+            shuffle=config.data.shuffle,
         )
+        if config.validation_path is not None:
+            assert config.validation_option is not None
+            held_out = _given_responses(
+                config,
+                config.validation_option,
+                tokenizer,
+                special_tokens,
+                architecture.vocab_size,
+                shuffle=True,  # documents of one kind often lie together: take some of all
+            )
+            _check_held_out(config, held_out)
     else:
         assert config.data.prompts is not None
         data = read_prompts(
@@ -173,4 +243,5 @@ def read_inputs(config: Config) -> RunInputs:
         special_tokens,
         data,
         response_store,
+        held_out,
     )

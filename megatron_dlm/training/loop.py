@@ -21,6 +21,7 @@ from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
+from megatron_dlm.training.rate_precision import unseen_in_bf16
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.train_step import train_step
 
@@ -120,6 +121,9 @@ def train(run: Run) -> None:
     )
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
+    if config.model.bf16:
+        for line in unseen_in_bf16(config, run.inputs.architecture.initializer_range):
+            logger.print(line)
     saved_at = progress.iteration
     multiple = row_multiple(run)
     while progress.iteration < config.train_iters:
@@ -152,6 +156,11 @@ def train(run: Run) -> None:
             progress.iteration += 1
             times.student = laid_out + result.student_seconds
             times.optimizer = result.optimizer_seconds
+            held_out_loss = None
+            if run.validation is not None and run.validation.is_due(progress.iteration):
+                started = time.perf_counter()
+                held_out_loss = run.validation.loss(run.student.model, multiple)
+                times.validation = time.perf_counter() - started
             logger.step(
                 StepMetrics(
                     step=progress.iteration,
@@ -165,6 +174,7 @@ def train(run: Run) -> None:
                     tokens_per_forward=collected.tokens_per_forward,
                     eos_rate=collected.eos_rate,
                     time=times,
+                    validation_loss=held_out_loss,
                 )
             )
             times = PhaseTimes()

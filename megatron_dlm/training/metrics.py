@@ -9,15 +9,17 @@ from typing import Any, TextIO
 
 @dataclass
 class PhaseTimes:
-    """Seconds of wall clock; `rollout` and `teacher` are booked on the first update after them.
+    """Seconds of wall clock.
 
-    The columns of `metrics.jsonl` therefore add up to the run's time in each phase.
+    `rollout` and `teacher` are booked on the first update after them, `validation` on the one
+    before it. The columns of `metrics.jsonl` therefore add up to the run's time in each phase.
     """
 
     rollout: float = 0.0
     teacher: float = 0.0
     student: float = 0.0
     optimizer: float = 0.0
+    validation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class StepMetrics:
             for objectives without one.
         eos_rate: Share of the current batch's responses that ended in EOS.
         time: Seconds by phase.
+        validation_loss: Of the held-out data after this update; None where it was not measured.
     """
 
     step: int
@@ -50,6 +53,7 @@ class StepMetrics:
     tokens_per_forward: float | None
     eos_rate: float
     time: PhaseTimes
+    validation_loss: float | None = None
 
 
 def format_duration(seconds: float) -> str:
@@ -135,7 +139,8 @@ class MetricsLogger:
         self._window_tokens += metrics.supervised_tokens
         for name, seconds in asdict(metrics.time).items():
             setattr(self._window, name, getattr(self._window, name) + seconds)
-        if metrics.step % self._log_interval == 0 or metrics.step == self._total_steps:
+        due = metrics.step % self._log_interval == 0 or metrics.step == self._total_steps
+        if due or metrics.validation_loss is not None:
             self._print_step(metrics)
 
     def _print_step(self, metrics: StepMetrics) -> None:
@@ -149,8 +154,13 @@ class MetricsLogger:
             if metrics.tokens_per_forward is not None
             else ""
         )
+        validation = (
+            f"| validation loss {metrics.validation_loss:.4f} "
+            if metrics.validation_loss is not None
+            else ""
+        )
         self.print(
-            f"step {metrics.step}/{self._total_steps} | loss {metrics.loss:.4f} "
+            f"step {metrics.step}/{self._total_steps} | loss {metrics.loss:.4f} {validation}"
             f"| grad {metrics.grad_norm:.2f} | lr {max(metrics.lr.values()):.2e}{decoding} "
             f"| {self._window_tokens / max(seconds, 1e-9):,.0f} supervised tok/s "
             f"| rollout {window.rollout:.1f}s teacher {window.teacher:.1f}s "

@@ -1,11 +1,11 @@
 """Megatron's optimizer and schedule, with parameter groups chosen by name.
 
-Each group has its own peak and minimum learning rate and weight decay (RND1 section 3: 3e-4 for
+Each group has its own peak and minimum learning rate and weight decay (RND1 section 4.2: 3e-4 for
 attention, 1e-8 for everything else).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ GROUPS = {
 """Named groups of parameters and the names they stand for; no two share a parameter."""
 
 DEFAULT_GROUP = "default"
+"""Name of the group of all parameters that are in no other."""
 
 
 def _pattern(group: ParameterGroup) -> re.Pattern[str]:
@@ -58,6 +59,7 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
     Raises:
         UserError: A pattern matches nothing on any rank, or two patterns match the same parameter.
     """
+    groups = [group for group in groups if group.pattern != DEFAULT_GROUP]
     if not groups:
         return
     patterns = [_pattern(group) for group in groups]
@@ -90,15 +92,14 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
 def _overrides(config: Config, optimizer_config: OptimizerConfig) -> dict[ParamKey, Any]:
     # Megatron's own rules come first: no weight decay on norms and biases.
     overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config)
-    patterns = [_pattern(group) for group in config.optimizer.param_groups]
+    groups = {group.pattern: group for group in config.param_groups}
+    rest = groups.pop(DEFAULT_GROUP, ParameterGroup(DEFAULT_GROUP))
+    patterns = [_pattern(group) for group in groups.values()]
 
     def in_no_group(_: Any, name: str) -> bool:
         return not any(pattern.search(name) for pattern in patterns)
 
-    rest = ParamWithNamePredicate(name=DEFAULT_GROUP, fn=in_no_group)
-    overrides[ParamKey(with_name_predicate=rest)] = {"name": DEFAULT_GROUP}
-    for group in config.optimizer.param_groups:
-        pattern = _pattern(group)
+    def add(group: ParameterGroup, predicate: Callable[[Any, str], bool]) -> None:
         override: dict[str, Any] = {"name": group.pattern}
         if group.lr is not None:
             override["max_lr"] = group.lr
@@ -107,12 +108,16 @@ def _overrides(config: Config, optimizer_config: OptimizerConfig) -> dict[ParamK
             override["min_lr"] = group.min_lr
         if group.weight_decay is not None:
             override["start_wd"] = override["end_wd"] = group.weight_decay
+        named = ParamWithNamePredicate(name=group.pattern, fn=predicate)
+        overrides[ParamKey(with_name_predicate=named)] = override
+
+    add(rest, in_no_group)
+    for group, pattern in zip(groups.values(), patterns, strict=True):
 
         def matches(_: Any, name: str, pattern: re.Pattern[str] = pattern) -> bool:
             return pattern.search(name) is not None
 
-        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=group.pattern, fn=matches))
-        overrides[key] = override
+        add(group, matches)
     return overrides
 
 
@@ -124,7 +129,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     """
     options = config.optimizer
     check_groups(
-        options.param_groups,
+        config.param_groups,
         [name for name, param in model.named_parameters() if param.requires_grad],
     )
     optimizer_config = OptimizerConfig(
@@ -155,7 +160,7 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=options.lr_warmup_iters,
+        lr_warmup_steps=config.lr_warmup_iters,
         lr_decay_steps=config.lr_decay_iters,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
+from megatron_dlm.config.fields import plain_value
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.distillation.stored_teacher import StoredTeacher
@@ -23,15 +24,18 @@ from megatron_dlm.training.checkpointing import (
     saved_config,
 )
 from megatron_dlm.training.inputs import RunInputs
+from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.student import Student, build_student
 from megatron_dlm.training.teacher_choice import choose_teacher
 from megatron_dlm.training.trajectory_source import TrajectorySource
+from megatron_dlm.training.validation import Validation
 
 RESUME_FIXED = (
     "objective",
     "seed",
     "shuffle",
+    "seq_length",
     "block_size",
     "rollout_batch_size",
     "global_batch_size",
@@ -70,6 +74,7 @@ class Run:
     sampler: ShuffledSampler
     progress: Progress
     offload: PhaseOffload
+    validation: Validation | None = None
 
     def save(self) -> None:
         """Publish a checkpoint of the current progress in the run folder."""
@@ -91,6 +96,8 @@ def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """The flat configuration with what a resumed run is compared by, resolved."""
     return config.to_dict() | {
         "lr_decay_iters": config.lr_decay_iters,
+        "lr_warmup_iters": config.lr_warmup_iters,
+        "param_groups": [plain_value(group) for group in config.param_groups],
         DATA_FINGERPRINT: inputs.data.file.fingerprint,
     }
 
@@ -99,10 +106,10 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
     now, before = _resumable_config(config, inputs), saved_config(load)
     if before.get(DATA_FINGERPRINT, now[DATA_FINGERPRINT]) != now[DATA_FINGERPRINT]:
         raise bad_value(
-            "--prompts" if isinstance(inputs.data, PromptDataset) else "--train-data",
+            "--" + config.data_option.replace("_", "-"),
             inputs.data.file.path,
-            f"is not the file that the run in {load} was reading",
-            "name that file to resume it, or --finetune for a new run from its weights",
+            f"is not what the run in {load} was reading",
+            "name that to resume it, or --finetune for a new run from its weights",
         )
     for name in RESUME_FIXED:
         if name in before and before[name] != now[name]:
@@ -147,6 +154,13 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
         inputs.source.load_into(model)
+        if inputs.starts_autoregressive and config.traits.convention is not None:
+            initialize_mask_embedding(
+                model,
+                inputs.special_tokens.mask_token_id,
+                inputs.architecture.vocab_size,
+                config.mask_embedding_init,
+            )
     student = build_student(model, config)
     progress = Progress()
     if resume:
@@ -171,4 +185,9 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         )
         source = TrajectorySource(config, inputs.data, engine, examples)
     offload = build_offload(config, student, teacher)
-    return Run(config, inputs, student, teacher, objective, source, sampler, progress, offload)
+    validation = None
+    if inputs.held_out is not None:
+        validation = Validation(config, objective, inputs.held_out)
+    return Run(
+        config, inputs, student, teacher, objective, source, sampler, progress, offload, validation
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
+from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset, TokenTable
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def choose_teacher(
     config: Config, inputs: RunInputs, sampler: ShuffledSampler
-) -> tuple[Teacher | StoredTeacher | None, ExampleDataset | None]:
+) -> tuple[Teacher | StoredTeacher | None, ExampleDataset | CorpusDataset | None]:
     """Have the teacher do what it does once, and keep it only if training asks it; collective.
 
     Args:
@@ -36,12 +37,13 @@ def choose_teacher(
 
     Returns:
         What says what the teacher would have predicted, None where nobody asks; and the records
-        with given responses, a data set's or the teacher's, None where all are the student's.
+        with given responses or texts, a data set's or the teacher's, None where all are the
+        student's.
 
     Raises:
         UserError: A folder cannot be used.
     """
-    examples = inputs.data if isinstance(inputs.data, ExampleDataset) else None
+    examples = None if isinstance(inputs.data, PromptDataset) else inputs.data
     if inputs.teacher_source is None:
         return None, examples
 

@@ -40,7 +40,7 @@ class StepResult:
     optimizer_seconds: float
 
 
-def _reduce_sums(local: list[Tensor]) -> Tensor:
+def reduce_sums(local: list[Tensor]) -> Tensor:
     """Add up what the last stages of all data-parallel replicas measured; known to all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
     if parallel_state.is_pipeline_last_stage():
@@ -124,7 +124,7 @@ def train_step(
         seq_length=len(batches[0].row.token_ids),
         micro_batch_size=1,
     )
-    sums = _reduce_sums(measured)
+    sums = reduce_sums(measured)
     loss = float(sums[0] / sums[1].clamp(min=1.0))
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss {loss}: training diverged")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm.config import Config
+from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -21,14 +22,14 @@ class TrajectorySource:
         config: The run's configuration.
         prompts: What the student answers; None without rollouts.
         engine: Decodes with the student's current weights; None without rollouts.
-        examples: The same records with given responses: a data set's, or the teacher's; None where
-            every response is the student's.
+        examples: The same records with given responses: a data set's, a corpus's windows, or the
+            teacher's; None where every response is the student's.
     """
 
     config: Config
     prompts: PromptDataset | None = None
     engine: RolloutEngine | None = None
-    examples: ExampleDataset | None = None
+    examples: ExampleDataset | CorpusDataset | None = None
 
     def trajectories(self, samples: Sequence[tuple[int, int]], rollout: int) -> list[Trajectory]:
         """The trajectories of this rank's samples, in their order; all ranks call this.

@@ -62,6 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
     ),
     "sft": dict(objective="sft", train_iters=2),
     "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
+    "scp": dict(objective="scp", train_iters=2, micro_batch_size=2, eval_interval=2, eval_iters=2),
     "next_token": dict(objective="next_token", train_iters=2),
 }
 """opdlm runs under every layout and longest, the others once under each kind of parallelism."""
@@ -74,6 +75,7 @@ OBJECTIVES = (
     "off_policy",
     "sft",
     "sft_of_teacher",
+    "scp",
     "next_token",
 )
 """Those that run under products of kinds as well: four processes are slow on few cores."""
@@ -106,6 +108,8 @@ def _train(rank: int, folder: Path, runs: list[tuple[str, Path, dict[str, Any]]]
     results = {}
     for name, model, options in runs:
         save = str(folder / name.replace(" ", "_"))
+        if "eval_interval" in options:
+            options = {**options, "valid_data_path": str(folder / "corpus_heldout")}
         config = run_config(folder, model, **{"save": save, **options})
         # One checkpoint a layout says enough; writing it takes longer than a short run.
         with nullcontext() if name.endswith(" opdlm") else mock.patch.object(Run, "save"):
@@ -165,6 +169,11 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
             assert line[key] == expected[key], (name, key)
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
+        is_due = "scp" in name and line["step"] == 2
+        assert (line["validation_loss"] is not None) == is_due, name
+        if is_due:
+            held_out = pytest.approx(expected["validation_loss"], rel=1e-4)
+            assert line["validation_loss"] == held_out, name
 
 
 def _check_layouts(

@@ -17,6 +17,8 @@ PRETRAIN = REPOSITORY / "pretrain_opdlm.py"
 GENERATE = REPOSITORY / "tools" / "generate.py"
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 CONVERT = REPOSITORY / "tools" / "convert_checkpoint.py"
+PREPROCESS = REPOSITORY / "tools" / "preprocess_data.py"
+CRITICAL_BATCH_SIZE = REPOSITORY / "tools" / "critical_batch_size.py"
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
                 "teacher_response_fraction_schedule": "linear",
             },
         ),
+        ("moe", {"objective": "scp", "train_iters": 6, "num_rollouts": None}),
         ("dense", {"param_groups": GROUPS}),
         ("dense", {"param_groups": GROUPS, "use_distributed_optimizer": True}),
         (
@@ -111,6 +112,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
         "bf16",
         "off_policy",
         "mixture",
+        "scp",
         "groups",
         "groups distributed",
         "off_policy stored",
@@ -131,7 +133,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     broken = str(tmp_path / "broken")
     interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
     _interrupt_after(monkeypatch, 5, interrupted)
-    if options.get("objective") != "next_token":
+    if options.get("objective") not in ("next_token", "scp"):
         options["teacher_load"] = str(folder / model)
     resumed = run_config(folder, Path(broken), **options, save=broken)
     lines = run_training(resumed)

@@ -13,7 +13,13 @@ from megatron_dlm.config.fields import option_fields
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
-ENTRY_POINTS = ("evaluate", "generate", "convert_checkpoint")
+ENTRY_POINTS = (
+    "evaluate",
+    "generate",
+    "convert_checkpoint",
+    "preprocess_data",
+    "critical_batch_size",
+)
 PAGE_IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 
 

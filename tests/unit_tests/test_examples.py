@@ -89,13 +89,41 @@ def test_recipe_is_the_papers(name: str) -> None:
     assert (lengths[0], lengths[-2], lengths[-1]) == (100, 4000, 4000)
 
 
-def launch(name: str, tmp_path: Path, **environment: str) -> list[str]:
-    """Arguments with which the example's script starts torchrun; `echo` stands in its place."""
+def test_scp_recipe_is_rnd1s(tmp_path: Path) -> None:
+    config = parse_config(["--config", str(EXAMPLES / "qwen3_30b_a3b" / "scp.yaml")])
+    config = Config.from_dict({**config.to_dict(), "save": str(tmp_path / "run")})
+    validate(config, 64)
+    validate_architecture(config, architecture_from_hf(MODELS["qwen3_30b_a3b"]))
+    batch_tokens = config.training.global_batch_size * config.data.seq_length
+    assert batch_tokens == pytest.approx(33.5e6, rel=0.01)
+    assert batch_tokens * config.train_iters == pytest.approx(500e9, rel=0.001)
+    assert config.lr_warmup_iters == round(0.02 * config.train_iters)
+    assert [(g.pattern, g.lr, g.weight_decay) for g in config.param_groups] == [
+        ("attention", 3e-4, 0.1),
+        ("default", 1e-8, 0.1),
+    ]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("tiny/*.yaml")), ids=lambda path: path.stem)
+def test_tiny_recipe_works_on_its_processes(file: Path, tmp_path: Path) -> None:
+    config = parse_config(["--config", str(file)])
+    processes = 2 if "--nproc-per-node 2" in file.read_text() else 1
+    validate(Config.from_dict({**config.to_dict(), "save": str(tmp_path / "run")}), processes)
+
+
+def launch(name: str, tmp_path: Path, recipe: str = "", **environment: str) -> list[str]:
+    """Arguments with which the example's script (or launch.sh with a recipe) starts torchrun.
+
+    `echo` stands in torchrun's place.
+    """
+    script = [str(EXAMPLES / name / "train.sh")]
+    if recipe:
+        script = [str(EXAMPLES / "launch.sh"), str(EXAMPLES / name / recipe)]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "torchrun").symlink_to(str(shutil.which("echo")))
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(EXAMPLES / name / "train.sh"), "--seed", "7"],
+        ["bash", *script, "--seed", "7"],
         env={"PATH": path, **environment},
         capture_output=True,
         text=True,
@@ -123,6 +151,15 @@ def test_script_resumes_a_run_with_its_teacher(tmp_path: Path) -> None:
     config = parse_config(arguments[entry + 1 :])
     assert config.model.load == str(tmp_path)
     assert config.distillation.teacher_load == "weights"
+
+
+def test_script_gives_scp_no_teacher(tmp_path: Path) -> None:
+    environment = {"MODEL": "weights", "DATA_PATH": "c", "VALID_DATA_PATH": "v"}
+    arguments = launch("qwen3_30b_a3b", tmp_path, "scp.yaml", **environment)
+    entry = next(i for i, word in enumerate(arguments) if word.endswith("pretrain_opdlm.py"))
+    config = parse_config(arguments[entry + 1 :])
+    assert (config.model.load, config.distillation.teacher_load) == ("weights", None)
+    assert (config.data.data_path, config.data.valid_data_path) == ("c", "v")
 
 
 def test_script_leaves_paths_to_the_configuration(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ OFF_POLICY = {
     "save": "no_such_folder",
 }
 SFT = {**NEXT_TOKEN, "objective": "sft"}
+SCP = {"objective": "scp", "load": "weights", "data_path": "corpus", "train_iters": 100}
+NEXT_TOKEN_ON_CORPUS = {**SCP, "objective": "next_token"}
 SFT_ON_TEACHER = {**OFF_POLICY, "objective": "sft"}
 STORED = {"teacher_top_k_cache": True, "divergence_top_k": 16}
 GROWING = {"response_length_schedule": "linear", "response_length_warmup_rollouts": 3}
@@ -45,7 +47,22 @@ def config_with(base: dict[str, object], **changes: object) -> Config:
     return Config.from_dict({**base, **changes})
 
 
-@pytest.mark.parametrize("base", [OPDLM, OPDLM_OFF, OFF_POLICY, SFT, SFT_ON_TEACHER, NEXT_TOKEN])
+@pytest.mark.parametrize(
+    "base",
+    [
+        OPDLM,
+        OPDLM_OFF,
+        OFF_POLICY,
+        SFT,
+        SFT_ON_TEACHER,
+        SCP,
+        NEXT_TOKEN,
+        NEXT_TOKEN_ON_CORPUS,
+        {**SCP, "valid_data_path": "c", "eval_interval": 5, "param_group_preset": "rnd1"},
+        {**SCP, "lr_warmup_fraction": 0.02, "lr_decay_style": "constant"},
+        {**SFT, "valid_data": "v.jsonl"},
+    ],
+)
 def test_complete_configuration_passes(base: dict[str, object]) -> None:
     assert refusal(validate, config_with(base), 1) is None
 
@@ -468,3 +485,50 @@ def test_the_whole_vocabulary_is_not_stored() -> None:
     )
     message = refusal(validate_architecture, stored, architecture()) or ""
     assert "is the whole vocabulary" in message
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "fragments"),
+    [
+        (SCP, {"data_path": None}, ["--data-path = None", "scp needs it"]),
+        (SCP, {"train_iters": None}, ["--train-iters = None", "scp needs it"]),
+        (SCP, {"load": None}, ["--load = None"]),
+        (SCP, {"seq_length": 0}, ["--seq-length = 0", "1 or more"]),
+        (SCP, {"state_selection": "global"}, ["--state-selection = 'global'", "choose random"]),
+        (SCP, {"supervise_eos": False}, ["--supervise-eos = False", "no use"]),
+        (SCP, {"teacher_load": "t"}, ["--teacher-load = 't'", "no use"]),
+        (SCP, {"valid_data": "v"}, ["--valid-data = 'v'", "give --valid-data-path"]),
+        (SCP, {"eval_interval": 5}, ["--eval-interval = 5", "no use"]),
+        (SCP, {"eval_iters": 0}, ["--eval-iters = 0", "1 or more"]),
+        (OPDLM, {"valid_data": "v"}, ["--valid-data = 'v'", "opdlm on --prompts", "evaluate.py"]),
+        (OPDLM, {"data_path": "c"}, ["--data-path = 'c'", "opdlm has no use"]),
+        (SFT, {"data_path": "c"}, ["--data-path = 'c'", "sft has no use"]),
+        (NEXT_TOKEN, {"data_path": "c"}, ["--data-path = 'c'", "not on both"]),
+        (NEXT_TOKEN, {"mask_embedding_init": "mean"}, ["--mask-embedding-init", "no use"]),
+        (SCP, {"lr_warmup_fraction": 1.5}, ["--lr-warmup-fraction = 1.5", "[0, 1]"]),
+        (SCP, {"lr_warmup_fraction": 1.0}, ["--lr-warmup-fraction = 1.0", "less than 1"]),
+        (
+            SCP,
+            {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 3},
+            ["--lr-warmup-fraction = 0.1", "--lr-warmup-iters 3"],
+        ),
+        (
+            SCP,
+            {"param_group_preset": "rnd1", "param_groups": [{"pattern": "mlp"}]},
+            ["--param-group-preset = 'rnd1'", "--param-groups"],
+        ),
+    ],
+)
+def test_corpora_held_out_data_and_presets(
+    base: dict[str, object], changes: dict[str, object], fragments: list[str]
+) -> None:
+    message = refusal(validate, config_with(base, **changes), 1) or ""
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_a_window_has_to_have_positions() -> None:
+    limit = architecture().max_position_embeddings
+    fits, too_long = (config_with(SCP, seq_length=length) for length in (limit, limit + 1))
+    assert refusal(validate_architecture, fits, architecture()) is None
+    message = refusal(validate_architecture, too_long, architecture()) or ""
+    assert f"--seq-length = {limit + 1}: exceeds" in message

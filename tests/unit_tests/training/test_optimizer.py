@@ -71,18 +71,50 @@ def test_rates_and_decay_of_each_group(tmp_path: Path) -> None:
     rates = learning_rates(student.optimizer)
     assert rates["attention"] == pytest.approx(1e-4 + middle * (4e-3 - 1e-4))
     assert rates["embedding"] == pytest.approx(1e-8)
-    by_id = {id(param): name for name, param in student.ddp.named_parameters()}
-    decay = {}
-    for group in student.optimizer.param_groups:
-        for param in group["params"]:
-            decay[by_id[id(param)]] = group["weight_decay"]
-    for name, value in decay.items():
+    for name, value in _weight_decay(student).items():
         if "layernorm" in name:
             assert value == 0.0, name
         elif "self_attention.linear" in name:
             assert value == 0.5, name
         else:
             assert value == 0.01, name
+
+
+def _weight_decay(student: Student) -> dict[str, float]:
+    by_id = {id(param): name for name, param in student.ddp.named_parameters()}
+    return {
+        by_id[id(param)]: group["weight_decay"]
+        for group in student.optimizer.param_groups
+        for param in group["params"]
+    }
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_the_preset_of_rnd1(tmp_path: Path, moe: bool) -> None:
+    student = _student(tmp_path, moe, param_group_preset="rnd1", lr_decay_style="constant", lr=7.0)
+    for _ in range(2):  # the end of the warm-up, and long after it
+        student.scheduler.step(increment=4)
+        assert learning_rates(student.optimizer) == {"attention": 3e-4, "default": 1e-8}
+    rate = {
+        id(param): group["lr"]
+        for group in student.optimizer.param_groups
+        for param in group["params"]
+    }
+    for name, param in student.ddp.named_parameters():
+        projection = "linear_qkv.weight" in name or "linear_proj.weight" in name
+        assert rate[id(param)] == (3e-4 if projection else 1e-8), name
+    for name, decay in _weight_decay(student).items():
+        assert decay == (0.0 if "layernorm" in name else 0.1), name
+
+
+def test_a_warm_up_fraction_is_one_of_the_decay(tmp_path: Path) -> None:
+    options = dict(lr=1.0, min_lr=0.0, lr_decay_style="constant", lr_decay_iters=40)
+    by_fraction = _student(tmp_path, **options, lr_warmup_iters=0, lr_warmup_fraction=0.1)
+    by_steps = _student(tmp_path, **options, lr_warmup_iters=4)
+    for expected in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0):
+        for student in (by_fraction, by_steps):
+            assert learning_rates(student.optimizer) == {"default": expected}
+            student.scheduler.step(increment=1)
 
 
 @pytest.mark.parametrize("pattern", ["router", "no_such_parameter", "("])

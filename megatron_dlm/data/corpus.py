@@ -1,0 +1,192 @@
+"""Windows of a pretraining corpus in Megatron's indexed dataset format (`.bin` and `.idx`).
+
+The documents, in a seeded order, are laid end to end and cut every `seq_length` tokens. A window
+says where its documents begin, so that they need not see each other; one that is cut goes on in
+another window as a document of its own. No token is left out: the last window may be shorter.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from numpy.typing import NDArray
+
+from megatron_dlm.data.sampler import shuffled_order
+from megatron_dlm.data.tokenizer import SpecialTokens
+from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.rollout.trajectory import Trajectory
+
+_DOCUMENT_ORDER = (0, 1)
+# A key of its own: the order of windows is keyed by the epoch alone.
+
+_SAMPLED_BYTES = 1 << 20
+
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+# magic, version, type of a token, number of sequences, number of documents + 1
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """Which corpus a run reads.
+
+    Attributes:
+        path: The prefix, as the user wrote it.
+        fingerprint: SHA-256 of the index, and of the size and the ends of the tokens.
+    """
+
+    path: str
+    fingerprint: str
+
+
+class CorpusDataset:
+    """A corpus as N windows of `seq_length` tokens.
+
+    Args:
+        prefix: Path of the two files without `.bin` and `.idx`.
+        seq_length: Tokens of a window.
+        seed: Decides the order of documents.
+        shuffle: False keeps the order of the files.
+        vocab_size: Ids from here on do not exist.
+        special_tokens: A corpus cannot hold MASK.
+        field: The flag that the prefix came from, for error messages.
+
+    Raises:
+        UserError: The files do not exist, are damaged or hold no token.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        seq_length: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        vocab_size: int,
+        special_tokens: SpecialTokens,
+        field: str = "--data-path",
+    ) -> None:
+        self._tokens = _open(prefix, field)
+        self._field = field
+        self._seq_length = seq_length
+        self._vocab_size = vocab_size
+        self._mask_token_id = special_tokens.mask_token_id
+        starts = self._tokens.document_indices
+        tokens_before = np.concatenate(
+            ([0], np.cumsum(self._tokens.sequence_lengths, dtype=np.int64))
+        )
+        lengths = np.diff(tokens_before[starts])
+        num_documents = len(lengths)
+        self._order = (
+            shuffled_order(num_documents, seed, *_DOCUMENT_ORDER)
+            if shuffle
+            else np.arange(num_documents)
+        )
+        self._ends = np.cumsum(lengths[self._order])
+        self.num_tokens = int(self._ends[-1]) if num_documents else 0
+        if self.num_tokens < 2:
+            raise bad_value(field, prefix, "holds no two tokens", "preprocess a longer corpus")
+        self.file = CorpusFile(prefix, _fingerprint(prefix))
+
+    def __len__(self) -> int:
+        return -(-self.num_tokens // self._seq_length)
+
+    def sample(self, index: int, sample_index: int) -> Trajectory:
+        """Return window `index` as global sample `sample_index` of a run.
+
+        Raises:
+            UserError: It holds MASK, or an id outside the vocabulary.
+        """
+        position = range(len(self))[index] * self._seq_length
+        end = min(position + self._seq_length, self.num_tokens)
+        rank = int(np.searchsorted(self._ends, position, side="right"))
+        pieces: list[NDArray[np.int64]] = []
+        while position < end:
+            stop = min(end, int(self._ends[rank]))
+            if stop > position:  # else an empty document
+                pieces.append(self._read(rank, position, stop))
+            position, rank = stop, rank + 1
+        token_ids = torch.from_numpy(np.concatenate(pieces))
+        return Trajectory(
+            sample_index=sample_index,
+            prompt_ids=token_ids[:0],
+            response_ids=token_ids,
+            unmask_step=torch.zeros_like(token_ids),
+            finish_reason="length",
+            document_lengths=tuple(len(piece) for piece in pieces),
+        )
+
+    def _read(self, rank: int, position: int, stop: int) -> NDArray[np.int64]:
+        """Tokens `position` to `stop` of the shuffled corpus, all of the document at `rank`."""
+        document = int(self._order[rank])
+        length = int(self._ends[rank] - (self._ends[rank - 1] if rank else 0))
+        offset = position - (int(self._ends[rank]) - length)
+        sequence = int(self._tokens.document_indices[document])
+        # The sequences of a document lie behind each other, so one read spans them.
+        ids = self._tokens.get(sequence, offset, stop - position).astype(np.int64)
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise bad_value(
+                f"{self._field}: document {document}",
+                int(ids.max()),
+                f"is no token of the model's vocabulary of {self._vocab_size}",
+                "preprocess the corpus with the tokenizer of the model",
+            )
+        if (ids == self._mask_token_id).any():
+            raise UserError(
+                f"{self._field}: document {document} contains the MASK token"
+                f" (id {self._mask_token_id}), which stands for text not yet written; remove it"
+            )
+        return ids
+
+
+def _open(prefix: str, field: str) -> IndexedDataset:
+    remedy = "name the prefix of the .bin and .idx file that tools/preprocess_data.py wrote"
+    for path in (get_bin_path(prefix), get_idx_path(prefix)):
+        if not Path(path).is_file():
+            raise bad_value(field, prefix, f"there is no {path}", remedy)
+    if not _is_index(Path(get_idx_path(prefix))):
+        raise bad_value(
+            field, prefix, f"{prefix}.idx is damaged or no index", "preprocess the corpus again"
+        )
+    size = Path(get_bin_path(prefix)).stat().st_size
+    if not size:
+        raise bad_value(field, prefix, f"{prefix}.bin is empty", remedy)
+    dataset = IndexedDataset(prefix)
+    expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
+    if size != expected:
+        raise bad_value(
+            field,
+            prefix,
+            f"{prefix}.bin has {size} bytes, its index speaks of {expected}",
+            "preprocess the corpus again",
+        )
+    return dataset
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is a whole index; Megatron-Core's reader asserts, or reads past its end."""
+    with path.open("rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size:
+        return False
+    magic, version, _, sequences, documents = _INDEX_HEADER.unpack(header)
+    # A length (int32) and a pointer (int64) for each sequence, an int64 for each document.
+    size = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+    return magic == _INDEX_MAGIC and version == 1 and path.stat().st_size == size
+
+
+def _fingerprint(prefix: str) -> str:
+    with Path(get_idx_path(prefix)).open("rb") as index:
+        digest = hashlib.file_digest(index, "sha256")
+    # The tokens may be terabytes: their number and both ends tell corpora apart.
+    with Path(get_bin_path(prefix)).open("rb") as tokens:
+        digest.update(tokens.read(_SAMPLED_BYTES))
+        size = tokens.seek(0, 2)
+        tokens.seek(max(0, size - _SAMPLED_BYTES))
+        digest.update(tokens.read())
+    digest.update(str(size).encode())
+    return digest.hexdigest()

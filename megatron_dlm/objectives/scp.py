@@ -1,0 +1,63 @@
+"""Simple continual pretraining (RND1): full attention from the first step, on a corpus."""
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
+from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from megatron_dlm.models.attention_layout import CLEAN
+from megatron_dlm.objectives.base import Document, LossInputs, Objective
+from megatron_dlm.rollout.trajectory import Trajectory
+
+
+class SCP(Objective):
+    """Masked diffusion of whole documents, with the autoregressive model's shift (RND1 eq. 2).
+
+    For each document t ~ U(0, 1); every token but the first is masked with probability t:
+
+        sum over i of 1[x_t^{i+1} = MASK] * (1/t) * -log p(x_0^{i+1} | x_t), read off position i.
+
+    Nothing predicts the first token, so it always shows. Divided by the number of the other tokens,
+    masked or not, the expectation is an upper bound of their negative log-likelihood given the
+    first one, in nats a token. A document in which no token happens to be masked adds nothing: to
+    draw again, as short blocks do, would bias the bound.
+    """
+
+    traits = OBJECTIVE_TRAITS["scp"]
+
+    def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
+        """The window under full attention, each of its documents by itself."""
+        tokens = trajectory.token_ids
+        document, position = trajectory.documents()
+        maskable = position > 0
+        draws = torch.rand(int(document[-1]) + 1, generator=generator, dtype=torch.float64)
+        t = draws[document]
+        masked = maskable & (torch.rand(len(tokens), generator=generator, dtype=torch.float64) < t)
+        target = masked.nonzero()[:, 0]
+        weights = torch.ones(len(target))
+        if self.config.objective.loss_weighting == "inverse_t":
+            weights = t[target].reciprocal().float()
+        everything = torch.zeros(len(tokens), dtype=torch.int32)
+        return Document(
+            token_ids=tokens.masked_fill(masked, self.mask_token_id),
+            block=everything,  # one block: full attention
+            stream=everything + CLEAN,
+            position=position,
+            supervised=target - 1,
+            labels=tokens[target],
+            weights=weights,
+            document_ids=document,
+            loss_count=int(maskable.sum()),
+        )
+
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        """Cross entropy; see `Objective.loss`."""
+        return vocab_parallel_cross_entropy(
+            inputs.hidden,
+            inputs.head,
+            inputs.labels,
+            inputs.weights,
+            vocab_size=self.vocab_size,
+            tp_group=inputs.tp_group,
+            chunk_size=self.config.distillation.divergence_chunk_size,
+        )

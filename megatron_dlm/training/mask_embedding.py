@@ -1,0 +1,48 @@
+"""What the input embedding of MASK starts from when an autoregressive model is converted.
+
+No text held MASK, so its row is whatever the initialisation (or padding) of the table left. Where
+the embedding is trained, that is enough. Under RND1's rates it practically stays as it is, and then
+the row should at least lie among the inputs that the layers know.
+"""
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dlm.config.groups import MaskEmbeddingInit
+from megatron_dlm.models.model import DiffusionGPTModel
+
+
+@torch.no_grad()
+def initialize_mask_embedding(
+    model: DiffusionGPTModel, mask_token_id: int, vocab_size: int, init: MaskEmbeddingInit
+) -> None:
+    """Replace the row of MASK by the mean of all other rows, or keep it; all ranks call this.
+
+    A tied output layer shares the table, on the last pipeline stage as a copy: it is changed as
+    well. An output layer of its own is not.
+
+    Args:
+        model: This rank's part, weights loaded.
+        mask_token_id: Id of MASK.
+        vocab_size: Rows from here on are padding.
+        init: `mean` or `keep`.
+    """
+    if init == "keep":
+        return
+    if model.pre_process:
+        _fill_row(model.embedding.word_embeddings.weight, mask_token_id, vocab_size)
+    elif model.post_process and model.share_embeddings_and_output_weights:
+        _fill_row(model.shared_embedding_or_output_weight(), mask_token_id, vocab_size)
+
+
+def _fill_row(table: torch.Tensor, row: int, vocab_size: int) -> None:
+    """Write the mean of the other rows of a vocabulary-parallel table [V / tp, h] into a row."""
+    start = parallel_state.get_tensor_model_parallel_rank() * len(table)
+    here = start <= row < start + len(table)
+    total = table[: max(0, vocab_size - start)].double().sum(0)
+    if here:
+        total -= table[row - start].double()
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.all_reduce(total, group=group)
+    if here:
+        table[row - start] = (total / (vocab_size - 1)).to(table.dtype)

@@ -1,0 +1,45 @@
+"""Learning rates whose updates bf16 weights are too coarse to show (RND1's 1e-8 for most groups).
+
+Under `--bf16` the optimizer moves float32 master weights, so nothing is lost in training. But the
+copies that compute, and a bf16 export, hold a weight w in steps of about |w| / 256: where the
+master has moved by less than half of that, they are still what the run started from.
+"""
+
+import math
+
+from megatron_dlm.config import Config
+from megatron_dlm.config.fields import option_fields
+from megatron_dlm.training.optimizer import DEFAULT_GROUP
+
+HALF_STEP = 2.0**-9
+"""Smallest relative change that can round a bf16 number to another one."""
+
+
+def unseen_in_bf16(config: Config, initializer_range: float) -> list[str]:
+    """Warnings, one for each parameter group whose updates bf16 weights will hardly show.
+
+    An Adam update is about as large as the learning rate, its sign close to random: n of them move
+    a weight by about lr * sqrt(n), which is compared with a weight of the usual size.
+
+    Args:
+        config: The run's configuration.
+        initializer_range: Standard deviation of the weights, from config.json.
+    """
+    rates = {group.pattern: group.lr for group in config.param_groups}
+    warnings = []
+    for name, given in {DEFAULT_GROUP: None, **rates}.items():
+        lr = config.optimizer.lr if given is None else given
+        drift = lr * math.sqrt(config.train_iters)
+        if 0 < drift < HALF_STEP * initializer_range:
+            warnings.append(
+                f"warning: parameter group {name}: {config.train_iters} updates at {lr:g} move a "
+                f"weight by about {drift:.1g}, less than bf16 shows at {initializer_range:g}; "
+                "float32 master weights keep it, bf16 weights and exports do not"
+            )
+    return warnings
+
+
+def config_of_run(saved: dict[str, object]) -> Config:
+    """The configuration in a checkpoint, without what this version does not know."""
+    known = option_fields(Config)
+    return Config.from_dict({name: value for name, value in saved.items() if name in known})

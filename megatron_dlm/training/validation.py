@@ -1,0 +1,116 @@
+"""The validation loss: the run's objective on held-out data, always in the same states.
+
+The samples are the first ones of the held-out data, and every random choice is keyed by the seed
+and a sample's index. Losses of different steps, layouts and batch sizes are therefore of the same
+masked tokens. Nothing of the training is touched.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dlm import platform
+from megatron_dlm.config import Config
+from megatron_dlm.data.corpus import CorpusDataset
+from megatron_dlm.data.packing import TrainingBatch, batch_to, pack
+from megatron_dlm.data.prompts import ExampleDataset
+from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.models.forward import forward_hidden
+from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.objectives.base import LossInputs, Objective
+from megatron_dlm.training.train_step import reduce_sums
+
+HELD_OUT = -1
+"""In the place of the epoch in the key of a held-out sample's draws."""
+
+ROWS_PER_STAGE = 4
+"""Rows in flight for each pipeline stage: their hidden states exist at the same time."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out data with the objective that judges them.
+
+    Attributes:
+        config: The run's configuration.
+        objective: Lays the samples out and computes the loss; needs no teacher.
+        data: At least `eval_iters` global batches of samples.
+    """
+
+    config: Config
+    objective: Objective
+    data: ExampleDataset | CorpusDataset
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether the loss is measured after this optimizer step."""
+        interval = self.config.training.eval_interval
+        return iteration == self.config.train_iters or bool(interval and iteration % interval == 0)
+
+    @torch.no_grad()
+    def loss(self, model: DiffusionGPTModel, row_multiple: int) -> float:
+        """Loss sum over the held-out samples divided by its count; all ranks call this.
+
+        Args:
+            model: This rank's part of the student, bare.
+            row_multiple: What the length of a packed row must be a multiple of.
+
+        Returns:
+            The same number on all ranks.
+        """
+        was_training = model.training
+        model.eval()
+        parallel, training = self.config.parallel, self.config.training
+        chunk = 1
+        if parallel.pipeline_model_parallel_size > 1:
+            chunk = ROWS_PER_STAGE * parallel.pipeline_model_parallel_size
+        dp_rank = parallel_state.get_data_parallel_rank()
+        dp_size = parallel_state.get_data_parallel_world_size()
+        own = range(dp_rank, training.eval_iters * training.global_batch_size, dp_size)
+        rows = [
+            own[start : start + training.micro_batch_size]
+            for start in range(0, len(own), training.micro_batch_size)
+        ]
+        sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
+        for start in range(0, len(rows), chunk):
+            batches = [
+                self._batch(samples, row_multiple) for samples in rows[start : start + chunk]
+            ]
+            hidden = forward_hidden(model, [batch.row for batch in batches])
+            if hidden is None:
+                continue
+            for batch, row in zip(batches, hidden, strict=True):
+                sums += self._sums(model, batch, row)
+        model.train(was_training)
+        sums = reduce_sums([sums])
+        return float(sums[0] / sums[1].clamp(min=1.0))
+
+    def _batch(self, samples: range, row_multiple: int) -> TrainingBatch:
+        documents = [
+            self.objective.document(
+                self.data.sample(index, index),
+                keyed_generator(self.config.data.seed, index, HELD_OUT),
+            )
+            for index in samples
+        ]
+        row_mean = self.config.objective.loss_normalization == "row_mean"
+        return pack(documents, pad_multiple=row_multiple, row_mean=row_mean)
+
+    def _sums(
+        self, model: DiffusionGPTModel, batch: TrainingBatch, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss sum, loss count and supervised tokens of one row, as training measures them."""
+        batch = batch_to(batch, platform.device())
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        loss_sum, _ = self.objective.loss(
+            LossInputs(
+                hidden=hidden[batch.supervised],
+                head=head_weight(model),
+                labels=batch.labels,
+                weights=batch.weights,
+                tp_group=tp_group if tp_group.size() > 1 else None,
+            )
+        )
+        counts = torch.tensor([0, batch.loss_count, len(batch.supervised)], dtype=torch.float64)
+        counts[0] = float(loss_sum)
+        return counts.to(platform.device())

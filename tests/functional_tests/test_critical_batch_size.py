@@ -1,0 +1,82 @@
+"""tools/critical_batch_size.py: real branches, resumed, compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.functional_tests.entry_points import CRITICAL_BATCH_SIZE, Call, caller
+from tests.tiny import run_config, save_random_model, write_data
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    return caller(monkeypatch, capsys)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_branches_are_trained_once_and_compared(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    model = save_random_model(tmp_path / "model")
+    config = run_config(
+        tmp_path,
+        model,
+        objective="scp",
+        seq_length=16,
+        eval_iters=2,
+        eval_interval=1,
+        valid_data_path=str(tmp_path / "corpus_heldout"),
+    )
+    recipe = tmp_path / "recipe.yaml"
+    values = {name: value for name, value in config.to_dict().items() if value is not None}
+    recipe.write_text(yaml.safe_dump(values))
+    study = tmp_path / "study"
+    arguments = ("--training-config", recipe, "--load", model, "--save", study)
+    arguments = (*arguments, "--batch-sizes", "4,8", "--token-budget", 4 * 8 * 16)
+
+    first = call(CRITICAL_BATCH_SIZE, *arguments)
+    assert first.status == 0, first.stderr
+    results = lines(study / "results.jsonl")
+    assert [(r["batch_size"], r["train_iters"], r["tokens"]) for r in results] == [
+        (4, 8, 512),
+        (8, 4, 512),
+    ]
+    metrics = [lines(study / f"batch_{size}" / "metrics.jsonl") for size in (4, 8)]
+    for result, branch in zip(results, metrics, strict=True):
+        assert len(branch) == result["train_iters"]
+        assert result["validation_loss"] == branch[-1]["validation_loss"]
+        assert branch[-1]["response_tokens_total"] == 512
+    assert metrics[1][0]["lr"]["default"] == pytest.approx(2**0.5 * metrics[0][0]["lr"]["default"])
+    summary = json.loads((study / "summary.json").read_text())
+    assert summary["critical_batch_size"] in (4, 8)
+    assert (study / "critical_batch_size.png").stat().st_size > 1000
+
+    def no_run(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a finished branch was started again")
+
+    monkeypatch.setattr("subprocess.run", no_run)
+    assert call(CRITICAL_BATCH_SIZE, *arguments).status == 0
+    assert lines(study / "results.jsonl") == results
+    call(CRITICAL_BATCH_SIZE, *arguments, "--options", '{"lr": 0.5}').check_error(
+        "batch_4", "other settings"
+    )
+
+
+def test_arguments_that_cannot_work(tmp_path: Path, call: Call) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("objective: scp\ndata_path: c\nseq_length: 16\n")
+    common = ("--training-config", recipe, "--save", tmp_path / "s", "--token-budget", 1280)
+    call(CRITICAL_BATCH_SIZE).check_error("--training-config = None")
+    call(CRITICAL_BATCH_SIZE, *common).check_error("--load = None")
+    loaded = (*common, "--load", "model")
+    call(CRITICAL_BATCH_SIZE, *loaded).check_error("--batch-sizes = []")
+    call(CRITICAL_BATCH_SIZE, *loaded, "--batch-sizes", "3").check_error("--token-budget = 1280")
+    call(CRITICAL_BATCH_SIZE, *loaded, "--tolerance", -1).check_error("--tolerance = -1.0")
+    call(CRITICAL_BATCH_SIZE, *loaded, "--options", '{"blok": 1}').check_error("'blok'")
