@@ -30,6 +30,8 @@ FractionSchedule = Literal["constant", "linear", "cosine"]
 LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
+LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+RewardName = Literal["exact_match", "math_verify"]
 OptimizerName = Literal["adam"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
 
@@ -77,6 +79,27 @@ class ModelConfig:
     init_method_std: float | None = None
     """Standard deviation of randomly initialised weights (default: initializer_range of the
     model's config.json)."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA: low-rank adapters that are trained in place of the weights."""
+
+    lora_rank: int | None = None
+    """Train adapters of this rank on frozen weights instead of the weights themselves; exports,
+    evaluations and runs that start from the result get them merged."""
+
+    lora_alpha: float | None = None
+    """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
+
+    lora_target_modules: tuple[LoRATarget, ...] = (
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    )
+    """Layers with an adapter, by Megatron's names: attention's fused projection and its output,
+    the feed-forward layers (those of every expert too)."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +216,10 @@ class RolloutConfig(DecodingConfig):
     response_length_warmup_rollouts: int = 0
     """Rollouts until the response limit has reached --max-response-length."""
 
+    max_tries: int = 8
+    """Responses to a prompt, each with other noise, until --reward calls one right (objectives that
+    verify responses)."""
+
     teacher_response_fraction: float = 0.0
     """Share of a rollout's prompts, in [0, 1], whose response is taken from the autoregressive
     teacher instead of the student; at the first rollout, if a schedule changes it."""
@@ -213,12 +240,13 @@ class ObjectiveConfig:
     """opdlm: on-policy distillation of a block-diffusion student from an autoregressive teacher;
     opdlm_off: the same at random states of its rollouts; off_policy: distillation at random states
     of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
-    teacher's responses to --prompts; next_token: autoregressive training on --train-data."""
+    teacher's responses to --prompts; next_token: autoregressive training on --train-data; d_opsd:
+    on-policy self-distillation of a diffusion model from its own view of what it wrote later."""
 
     state_selection: StateSelection | None = None
     """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
-    one of the whole trajectory (global), or every step (all); the other block-diffusion objectives
-    mask at random (random)."""
+    one of the whole trajectory (global), or every step (all); d_opsd: every step of every block but
+    the last (all); the other block-diffusion objectives mask at random (random)."""
 
     loss_weighting: LossWeighting = "inverse_t"
     """Weight of a token under sft: 1/t, where its block was masked with probability t (inverse_t),
@@ -228,8 +256,12 @@ class ObjectiveConfig:
     """Supervise the end-of-sequence token of a response as well."""
 
     loss_normalization: LossNormalization = "token"
-    """Divide by the supervised tokens of the global batch (token), or average over the rows of
-    each row's mean (row_mean)."""
+    """Divide by the supervised tokens of the global batch (token; d_opsd: by its states), or
+    average over the rows of each row's mean (row_mean)."""
+
+    reward: RewardName = "exact_match"
+    """What makes a response right where an objective verifies it: exact_match compares what follows
+    the last #### with the prompt record's `answer`, math_verify its last mathematical expression."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +269,9 @@ class DistillationConfig:
     """Distillation: the teacher and the divergence from it."""
 
     teacher_load: str | None = None
-    """Frozen autoregressive teacher, a Hugging Face folder or Megatron checkpoint (default:
-    --load, the weights that the student starts from)."""
+    """Frozen teacher, a Hugging Face folder or Megatron checkpoint: autoregressive (default: --load,
+    the weights that the student starts from), for d_opsd a diffusion model like the student
+    (default: the student without its adapters)."""
 
     teacher_responses: str | None = None
     """Folder with the teacher's responses to --prompts, where an objective or
@@ -261,6 +294,24 @@ class DistillationConfig:
 
     divergence_chunk_size: int = 256
     """Supervised tokens whose logits exist at the same time: bounds peak memory, not the value."""
+
+
+@dataclass(frozen=True)
+class SelfDistillationConfig:
+    """Self-distillation (d_opsd): what the teacher sees and what of it is taught."""
+
+    reveal_fraction: float = 0.25
+    """Share of the positions in later blocks at which the teacher sees what the student went on to
+    write."""
+
+    positions_per_state: int = 2
+    """Masked positions of the current block that are supervised: those the teacher is surest of."""
+
+    teacher_top_k: int = 20
+    """Teacher's most likely tokens that are compared, both sides renormalised over them."""
+
+    divergence_term_limit: float = 0.05
+    """Largest share of one vocabulary entry in a divergence; what lies above has no gradient."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.platform.megatron_gaps import identify_param_groups_by_name
 
 GROUPS = {
-    "attention": r"\.self_attention\.linear_(qkv|proj)\.weight$",
-    "mlp": r"\.mlp\.linear_fc[12]\.weight$",
+    "attention": r"\.self_attention\.linear_(qkv|proj)\.(weight|lora_[ab])$",
+    "mlp": r"\.mlp\.linear_fc[12]\.(weight|lora_[ab])$",
     "experts": r"\.mlp\.experts\.",
     "router": r"\.mlp\.router\.",
     "embedding": r"(^|\.)embedding\.",

@@ -9,6 +9,7 @@ from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
+from megatron_dlm.models.lora import train_adapters_only
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model, build_teacher
 from megatron_dlm.objectives import OBJECTIVES
@@ -17,6 +18,7 @@ from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.checkpointing import (
     Progress,
+    attach_adapters_of_run,
     has_training_state,
     load_training_state,
     save_checkpoint,
@@ -48,6 +50,9 @@ RESUME_FIXED = (
     "adam_beta2",
     "adam_eps",
     "param_groups",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
 )
 """Options that a resumed run cannot change: it would be another run, or they would be ignored, as
 they live on in the checkpointed optimizer and schedule."""
@@ -158,6 +163,9 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
         inputs.source.load_into(model)
+    if config.lora.lora_rank is not None:
+        attach_adapters_of_run(model, config.to_dict())
+        train_adapters_only(model)
     student = build_student(model, config)
     progress = Progress()
     if resume:
