@@ -260,8 +260,9 @@ class ObjectiveConfig:
     average over the rows of each row's mean (row_mean)."""
 
     reward: RewardName = "exact_match"
-    """What makes a response right where an objective verifies it: exact_match compares what follows
-    the last #### with the prompt record's `answer`, math_verify its last mathematical expression."""
+    """What makes a response right where an objective verifies it, given the `answer` of the prompt's
+    record: exact_match compares what follows the last ####, math_verify the last mathematical
+    expression, by its value."""
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,9 @@ class DistillationConfig:
     """Distillation: the teacher and the divergence from it."""
 
     teacher_load: str | None = None
-    """Frozen teacher, a Hugging Face folder or Megatron checkpoint: autoregressive (default: --load,
-    the weights that the student starts from), for d_opsd a diffusion model like the student
-    (default: the student without its adapters)."""
+    """Frozen teacher, a Hugging Face folder or Megatron checkpoint: an autoregressive one (default:
+    --load, the weights that the student starts from); for d_opsd a copy of the diffusion model that
+    the student starts as (default: the student without its adapters)."""
 
     teacher_responses: str | None = None
     """Folder with the teacher's responses to --prompts, where an objective or

@@ -46,7 +46,5 @@ OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
     "off_policy": ObjectiveTraits(("teacher",), True, ("random",), BLOCK_DIFFUSION),
     "sft": ObjectiveTraits(("data", "teacher"), False, ("random",), BLOCK_DIFFUSION),
     "next_token": ObjectiveTraits(("data",), False),
-    "d_opsd": ObjectiveTraits(
-        ("rollout",), True, ("all",), self_distillation=True, verifies=True
-    ),
+    "d_opsd": ObjectiveTraits(("rollout",), True, ("all",), self_distillation=True, verifies=True),
 }

@@ -100,9 +100,7 @@ class Config:
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher of its own has a part in the run: distributions, responses or both."""
-        return self.uses_teacher_responses or (
-            self.traits.uses_teacher and not self.teaches_itself
-        )
+        return self.uses_teacher_responses or (self.traits.uses_teacher and not self.teaches_itself)
 
     @property
     def teaches_itself(self) -> bool:

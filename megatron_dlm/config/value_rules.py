@@ -34,6 +34,10 @@ AT_LEAST_ONE = (
     "train_iters",
     "epochs_per_rollout",
     "log_interval",
+    "lora_rank",
+    "max_tries",
+    "positions_per_state",
+    "teacher_top_k",
 )
 """Fields whose value, when there is one, is a count of at least 1."""
 
@@ -53,13 +57,17 @@ AT_LEAST_ZERO = (
 )
 """Fields whose value cannot be negative."""
 
-ABOVE_ZERO = ("init_method_std", "lr", "adam_eps")
+ABOVE_ZERO = ("init_method_std", "lr", "adam_eps", "lora_alpha", "divergence_term_limit")
 """Fields whose value, when there is one, is larger than 0."""
 
 PROBABILITIES = ("dynamic_threshold", "top_p")
 """Fields whose value lies in (0, 1]."""
 
-FRACTIONS = ("teacher_response_fraction", "final_teacher_response_fraction")
+FRACTIONS = (
+    "teacher_response_fraction",
+    "final_teacher_response_fraction",
+    "reveal_fraction",
+)
 """Fields whose value lies in [0, 1]."""
 
 MOMENT_DECAYS = ("adam_beta1", "adam_beta2")

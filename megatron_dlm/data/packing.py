@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.objectives.base import Document
 
@@ -22,8 +23,9 @@ class TrainingBatch:
         labels: [n] int64.
         weights: [n] float32.
         teacher_hidden: [n, h] or None.
+        teacher_top_k: n distributions or None.
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
-            tokens, or rows under `row_mean`.
+            tokens (or what the objective counts), or samples under `row_mean`.
     """
 
     row: Row
@@ -32,6 +34,7 @@ class TrainingBatch:
     weights: Tensor
     teacher_hidden: Tensor | None
     loss_count: int
+    teacher_top_k: TopKTargets | None = None
 
 
 def pack(
@@ -48,9 +51,7 @@ def pack(
     starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     layout = torch.stack(
         (
-            torch.repeat_interleave(
-                torch.arange(len(documents), dtype=torch.int32), torch.tensor(lengths)
-            ),
+            _document_ids(documents).int(),
             torch.cat([document.block for document in documents]).int(),
             torch.cat([document.stream for document in documents]).int(),
             torch.cat([document.position for document in documents]).int(),
@@ -65,12 +66,17 @@ def pack(
         [document.supervised + start for document, start in zip(documents, starts, strict=True)]
     )
     weights = torch.cat([document.weights for document in documents])
+    loss_counts = [
+        len(document.supervised) if document.loss_count is None else document.loss_count
+        for document in documents
+    ]
     if row_mean:
-        counts = torch.tensor([max(len(document.supervised), 1) for document in documents])
+        counts = torch.tensor(loss_counts).clamp(min=1)
         weights = weights / torch.repeat_interleave(
             counts, torch.tensor([len(document.supervised) for document in documents])
         )
     teacher = [document.teacher_hidden for document in documents]
+    top_k = [document.teacher_top_k for document in documents]
     return TrainingBatch(
         row=pad_row(row, pad_multiple),
         supervised=supervised,
@@ -79,8 +85,23 @@ def pack(
         teacher_hidden=None
         if any(hidden is None for hidden in teacher)
         else torch.cat([hidden for hidden in teacher if hidden is not None]),
-        loss_count=len(documents) if row_mean else len(supervised),
+        loss_count=len(documents) if row_mean else sum(loss_counts),
+        teacher_top_k=None
+        if any(targets is None for targets in top_k)
+        else TopKTargets.cat([targets for targets in top_k if targets is not None]),
     )
+
+
+def _document_ids(documents: Sequence[Document]) -> Tensor:
+    """Document of each token of a row, numbered 0, 1, ... over all of its samples."""
+    numbered, first = [], 0
+    for document in documents:
+        own = document.document_ids
+        if own is None:
+            own = torch.zeros(len(document.token_ids), dtype=torch.int64)
+        numbered.append(own + first)
+        first += int(own[-1]) + 1 if len(own) else 1
+    return torch.cat(numbered)
 
 
 def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
@@ -102,4 +123,5 @@ def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
         labels=move(batch.labels),
         weights=move(batch.weights),
         teacher_hidden=None if batch.teacher_hidden is None else move(batch.teacher_hidden),
+        teacher_top_k=None if batch.teacher_top_k is None else batch.teacher_top_k.to(device),
     )

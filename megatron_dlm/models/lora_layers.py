@@ -1,8 +1,8 @@
 """Megatron's parallel linear layers with an optional low-rank adapter (LoRA, Hu et al. 2021).
 
-y = W x + (alpha / r) B A x, with W frozen by whoever attached the adapter. The adapter is split like
-its layer: of a column-parallel layer every rank holds A whole and its rows of B, of a row-parallel
-one its columns of A and B whole. Only activations of width r are exchanged for it.
+y = W x + (alpha / r) B A x. The adapter is split like its layer: of a column-parallel layer every
+rank holds A whole and its rows of B, of a row-parallel one its columns of A and B whole. Only
+activations of width r are exchanged for it.
 
 Not PEFT's `LoraParallelLinear`: it leaves the gradients of what it replicates unreduced under
 sequence parallelism, and neither its names nor its shards fit distributed checkpoints.
@@ -122,7 +122,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
     ) -> tuple[Tensor, Tensor | None]:
         """See the parent; [S, 1, in] -> [S of all ranks, 1, out / tp]."""
         output, bias = super().forward(input_, weight, runtime_gather_output)
-        if self.lora_a is None or not self.adapter_enabled:
+        if self.lora_a is None or self.lora_b is None or not self.adapter_enabled:
             return output, bias
         low = F.linear(input_, self.lora_a)
         if self.sequence_parallel:
@@ -178,7 +178,7 @@ class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """See the parent; [S of all ranks, 1, in / tp] -> [S, 1, out]."""
         output, bias = super().forward(input_)
-        if self.lora_a is None or not self.adapter_enabled:
+        if self.lora_a is None or self.lora_b is None or not self.adapter_enabled:
             return output, bias
         low = F.linear(input_, self.lora_a)  # this rank's share of the sum
         if self.sequence_parallel and self.tp_group.size() > 1:

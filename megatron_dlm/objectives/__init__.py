@@ -2,6 +2,7 @@
 
 from megatron_dlm.config.objective_traits import ObjectiveName
 from megatron_dlm.objectives.base import Objective
+from megatron_dlm.objectives.d_opsd import DOPSD
 from megatron_dlm.objectives.next_token import NextToken
 from megatron_dlm.objectives.off_policy import OffPolicy
 from megatron_dlm.objectives.opdlm import OPDLM
@@ -14,4 +15,5 @@ OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
     "off_policy": OffPolicy,
     "sft": SFT,
     "next_token": NextToken,
+    "d_opsd": DOPSD,
 }

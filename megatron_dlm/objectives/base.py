@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.models.architecture import DiffusionConvention
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
@@ -29,6 +31,11 @@ class Document:
         labels: [n] int64, the x_0 token that each of them should predict.
         weights: [n] float32, w(t).
         teacher_hidden: [n, h] of the teacher at the same predictions, or None.
+        teacher_top_k: n distributions of the teacher at the same predictions, or None.
+        document_ids: [T] from 0 without gaps, where the sample holds several texts that do not see
+            each other (a corpus window); None for one text.
+        loss_count: What the loss sum is divided by, summed over the global batch; None for the
+            number of supervised tokens.
     """
 
     token_ids: Tensor
@@ -39,6 +46,9 @@ class Document:
     labels: Tensor
     weights: Tensor
     teacher_hidden: Tensor | None = None
+    teacher_top_k: TopKTargets | None = None
+    document_ids: Tensor | None = None
+    loss_count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class LossInputs:
         tp_group: Tensor-parallel group; None for a group of one.
         teacher_hidden: [n, h_teacher] or None.
         teacher_head: [V/tp, h_teacher] or None.
+        teacher_top_k: n distributions of the teacher, or None.
     """
 
     hidden: Tensor
@@ -62,6 +73,7 @@ class LossInputs:
     tp_group: torch.distributed.ProcessGroup | None = None
     teacher_hidden: Tensor | None = None
     teacher_head: Tensor | None = None
+    teacher_top_k: TopKTargets | None = None
 
 
 class Objective(ABC):
@@ -69,14 +81,22 @@ class Objective(ABC):
 
     Attributes:
         traits: What it needs; its line in `config.objective_traits.OBJECTIVE_TRAITS`.
+        convention: Attention and prediction of the trained model; None for an autoregressive one.
     """
 
     traits: ClassVar[ObjectiveTraits]
 
-    def __init__(self, config: Config, mask_token_id: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mask_token_id: int,
+        vocab_size: int,
+        convention: DiffusionConvention | None = None,
+    ) -> None:
         self.config = config
         self.mask_token_id = mask_token_id
         self.vocab_size = vocab_size
+        self.convention = convention
 
     @abstractmethod
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -24,6 +26,21 @@ class Prompt:
     sample_index: int
     token_ids: Tensor
     record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StateTargets:
+    """A teacher's distributions at positions of visited states; the same on every rank.
+
+    Attributes:
+        state: [n] int64, number of the visited state, ascending.
+        position: [n] int64, position in the sequence, ascending within a state.
+        top_k: The n distributions.
+    """
+
+    state: Tensor
+    position: Tensor
+    top_k: TopKTargets
 
 
 def _no_tokens() -> Tensor:
@@ -45,11 +62,18 @@ class Trajectory:
             the student saw them when it denoised that block, so its visited states contain them.
         tail_unmask_step: [T] int64.
         finish_reason: "eos" or "length".
+        canvas_length: Positions that every forward of this sequence saw under full attention: the
+            prompt and `max_response_length` more, MASK where a token was not committed yet, blocks
+            behind the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
         teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those
             of the position before it); on the last pipeline stage after the teacher phase, else
             None.
+        targets: What a self-distilling teacher made of its visited states; None before the teacher
+            phase and where nothing of it is trained on.
+        correct: Whether the run's reward calls the response right; None where nobody asked.
+        tries: Responses that were made to the prompt, this one the last.
         record: The prompt's JSON object.
     """
 
@@ -60,9 +84,13 @@ class Trajectory:
     tail_ids: Tensor = field(default_factory=_no_tokens)
     tail_unmask_step: Tensor = field(default_factory=_no_tokens)
     finish_reason: Literal["eos", "length"] = "eos"
+    canvas_length: int | None = None
     denoising_forwards: int = 0
     total_forwards: int = 0
     teacher_hidden: Tensor | None = None
+    targets: StateTargets | None = None
+    correct: bool | None = None
+    tries: int = 1
     record: dict[str, Any] = field(default_factory=dict)
 
     @property

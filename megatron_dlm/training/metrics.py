@@ -36,6 +36,9 @@ class StepMetrics:
         tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None
             for objectives without one.
         eos_rate: Share of the current batch's responses that ended in EOS.
+        accuracy: Share of the current batch's prompts whose first response is right; None where
+            responses are not verified.
+        solved_rate: Share of them with a right response within `--max-tries`; None likewise.
         time: Seconds by phase.
     """
 
@@ -49,6 +52,8 @@ class StepMetrics:
     response_length: float
     tokens_per_forward: float | None
     eos_rate: float
+    accuracy: float | None
+    solved_rate: float | None
     time: PhaseTimes
 
 
@@ -149,6 +154,8 @@ class MetricsLogger:
             if metrics.tokens_per_forward is not None
             else ""
         )
+        if metrics.accuracy is not None:
+            decoding += f" right {metrics.accuracy:.0%} solved {metrics.solved_rate:.0%}"
         self.print(
             f"step {metrics.step}/{self._total_steps} | loss {metrics.loss:.4f} "
             f"| grad {metrics.grad_norm:.2f} | lr {max(metrics.lr.values()):.2e}{decoding} "

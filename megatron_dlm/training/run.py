@@ -7,8 +7,10 @@ from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.distillation.self_teacher import SelfTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
+from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.lora import train_adapters_only
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model, build_teacher
@@ -28,6 +30,7 @@ from megatron_dlm.training.inputs import RunInputs
 from megatron_dlm.training.student import Student, build_student
 from megatron_dlm.training.teacher_responses import teacher_responses
 from megatron_dlm.training.trajectory_source import TrajectorySource
+from megatron_dlm.training.verified_rollout import Verifier
 
 RESUME_FIXED = (
     "objective",
@@ -68,7 +71,7 @@ class Run:
     config: Config
     inputs: RunInputs
     student: Student
-    teacher: Teacher | None
+    teacher: Teacher | SelfTeacher | None
     objective: Objective
     source: TrajectorySource
     sampler: ShuffledSampler
@@ -172,10 +175,22 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         assert load is not None
         progress = load_training_state(load, student)
     objective = OBJECTIVES[config.objective.objective](
-        config, inputs.special_tokens.mask_token_id, inputs.architecture.vocab_size
+        config,
+        inputs.special_tokens.mask_token_id,
+        inputs.architecture.vocab_size,
+        inputs.convention(config),
     )
-    teacher = None
-    if teacher_model is not None:
+    teacher: Teacher | SelfTeacher | None = None
+    if config.traits.self_distillation:
+        convention = inputs.convention(config)
+        teacher = SelfTeacher(
+            teacher_model or student.model,
+            config,
+            mask_token_id=inputs.special_tokens.mask_token_id,
+            vocab_size=inputs.architecture.vocab_size,
+            shifted=convention is not None and convention.shifted,
+        )
+    elif teacher_model is not None:
         teacher = Teacher(teacher_model, config.training.micro_batch_size)
     source = TrajectorySource(config, examples=examples)
     if config.uses_rollouts:
@@ -189,6 +204,10 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
             vocab_size=inputs.architecture.vocab_size,
             seed=config.data.seed,
         )
-        source = TrajectorySource(config, inputs.data, engine, examples)
+        verifier = None
+        if config.traits.verifies:
+            reward = REWARDS[config.objective.reward]
+            verifier = Verifier(reward, inputs.tokenizer, config.rollout.max_tries)
+        source = TrajectorySource(config, inputs.data, engine, examples, verifier)
     sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
     return Run(config, inputs, student, teacher, objective, source, sampler, progress)

@@ -102,6 +102,7 @@ def train_step(
                     tp_group=tp_group if tp_group.size() > 1 else None,
                     teacher_hidden=batch.teacher_hidden,
                     teacher_head=teacher_head,
+                    teacher_top_k=batch.teacher_top_k,
                 )
             )
             count = torch.tensor(batch.loss_count, dtype=torch.int, device=device)
