@@ -260,7 +260,7 @@ class ObjectiveConfig:
     average over the rows of each row's mean (row_mean)."""
 
     reward: RewardName = "exact_match"
-    """What makes a response right where an objective verifies it, given the `answer` of the prompt's
+    """What makes a response right where an objective verifies it, by the `answer` of its prompt's
     record: exact_match compares what follows the last ####, math_verify the last mathematical
     expression, by its value."""
 

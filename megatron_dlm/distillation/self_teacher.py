@@ -87,25 +87,22 @@ class SelfTeacher:
             if trajectory.correct
         ]
         visited = [(trajectory, states) for trajectory, states in visited if len(states)]
-        views = [self._view(trajectory, states) for trajectory, states in visited]
+        views = [
+            teacher_view(
+                trajectory,
+                states,
+                fraction=self._config.self_distillation.reveal_fraction,
+                mask_token_id=self._mask_token_id,
+                seed=self._config.data.seed,
+            )
+            for trajectory, states in visited
+        ]
         hidden = forward_hidden(self._model, [_row(views)])
         start = 0
         for (trajectory, states), view in zip(visited, views, strict=True):
             rows = None if hidden is None else hidden[0][start : start + view.numel()]
             trajectory.targets = self._targets(states, rows)
             start += view.numel()
-
-    def _view(self, trajectory: Trajectory, states: VisitedStates) -> Tensor:
-        """What the teacher sees of each state, [m, C] int64."""
-        canvas = final_canvas(trajectory, self._mask_token_id)
-        hidden = states.masked
-        fraction = self._config.self_distillation.reveal_fraction
-        generator = keyed_generator(self._config.data.seed, trajectory.sample_index, "reveal")
-        for state in range(len(states)):
-            candidates = (states.later[state] & states.written).nonzero()[:, 0]
-            order = torch.randperm(len(candidates), generator=generator)
-            hidden[state, candidates[order[: math.ceil(fraction * len(candidates))]]] = False
-        return canvas.expand_as(hidden).masked_fill(hidden, self._mask_token_id)
 
     def _targets(self, states: VisitedStates, hidden: Tensor | None) -> StateTargets:
         """The targets of one trajectory, from its hidden states [m * C, h] on the last stage."""
@@ -156,6 +153,33 @@ class SelfTeacher:
         chosen &= states.current
         kept = chosen[state, position]
         return position[kept].to(hidden.device), top_k[kept.to(hidden.device)]
+
+
+def teacher_view(
+    trajectory: Trajectory,
+    states: VisitedStates,
+    *,
+    fraction: float,
+    mask_token_id: int,
+    seed: int,
+) -> Tensor:
+    """What the teacher sees of each state, [m, C] int64.
+
+    Args:
+        trajectory: What the student wrote in the end.
+        states: Its visited states.
+        fraction: Share of the written positions of later blocks that are revealed, rounded up.
+        mask_token_id: Id of MASK.
+        seed: With the sample, decides which positions.
+    """
+    canvas = final_canvas(trajectory, mask_token_id)
+    masked = states.masked
+    generator = keyed_generator(seed, trajectory.sample_index, "reveal")
+    for state in range(len(states)):
+        candidates = (states.later[state] & states.written).nonzero()[:, 0]
+        order = torch.randperm(len(candidates), generator=generator)
+        masked[state, candidates[order[: math.ceil(fraction * len(candidates))]]] = False
+    return canvas.expand_as(masked).masked_fill(masked, mask_token_id)
 
 
 def _row(views: Sequence[Tensor]) -> Row:
