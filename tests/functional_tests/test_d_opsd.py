@@ -7,9 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dlm.data.packing import pack
+from megatron_dlm.models.forward import forward_hidden
+from megatron_dlm.models.model import head_weight
+from megatron_dlm.objectives.base import LossInputs
+from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training import loop
+from megatron_dlm.training.initialize import initialized
+from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.training.loop import train
+from megatron_dlm.training.run import Run, build_run
 from tests.functional_tests.entry_points import CONVERT, run_process
 from tests.tiny import (
+    REPOSITORY,
     reward_every_third,
     run_config,
     run_training,
@@ -92,3 +102,58 @@ def test_a_new_run_starts_from_the_merged_weights(folder: Path, tmp_path: Path) 
     again = _run(folder, first, tmp_path / "second", finetune=True, **options)
     exported = _run(folder, tmp_path / "merged", tmp_path / "third", **options)
     assert again == exported
+
+
+def _loss(run: Run, trajectories: list[Trajectory]) -> float:
+    """Mean loss of a state, at the run's present weights."""
+    documents = [run.objective.document(t, torch.Generator()) for t in trajectories]
+    batch = pack(documents)
+    model = run.student.model.eval()
+    hidden = forward_hidden(model, [batch.row])
+    assert hidden is not None
+    with torch.no_grad():
+        loss, _ = run.objective.loss(
+            LossInputs(
+                hidden=hidden[0][batch.supervised],
+                head=head_weight(model),
+                labels=batch.labels,
+                weights=batch.weights,
+                teacher_top_k=batch.teacher_top_k,
+            )
+        )
+    return float(loss) / batch.loss_count
+
+
+def test_it_comes_closer_to_its_teacher_on_held_out_problems(tmp_path: Path) -> None:
+    """Held-out responses of the untrained student, their states and targets stay the same."""
+    write_data(tmp_path, num=96)
+    converted = tmp_path / "converted"
+    sft = dict(objective="sft", train_iters=30, global_batch_size=16, micro_batch_size=8)
+    tiny = REPOSITORY / "examples" / "tiny" / "qwen3"
+    run_training(run_config(tmp_path, tiny, save=str(converted), **sft))
+    config = run_config(
+        tmp_path,
+        converted,
+        objective="d_opsd",
+        finetune=True,
+        lora_rank=8,
+        num_rollouts=4,
+        rollout_batch_size=16,
+        global_batch_size=4,
+        micro_batch_size=4,
+        max_response_length=24,
+        lr=3e-3,
+        save=str(tmp_path / "run"),
+    )
+    inputs = read_inputs(config)
+    with reward_every_third(), initialized(config):
+        run = build_run(config, inputs)
+        assert run.teacher is not None
+        # Training takes the first 64 samples of the epoch; these records come last in it.
+        held_out = run.source.trajectories(run.sampler.samples(80, 16), rollout=0)
+        run.teacher.annotate(held_out)
+        before = _loss(run, held_out)
+        train(run)
+        after = _loss(run, held_out)
+    assert before > 0
+    assert after < 0.8 * before, (before, after)
