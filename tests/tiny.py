@@ -1,6 +1,8 @@
 """Small random models and runs that many tests share."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from megatron_dlm.config import Config, validate
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.data.arithmetic import Split, write_examples
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
@@ -76,11 +80,42 @@ def write_data(folder: Path, num: int = 48, split: Split = "train") -> tuple[Pat
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
         "".join(
-            json.dumps({"messages": json.loads(line)["messages"]}) + "\n"
+            json.dumps({key: json.loads(line)[key] for key in ("messages", "answer")}) + "\n"
             for line in path.read_text().splitlines()
         )
     )
     return prompts, path
+
+
+def state_convention(model: Path, attention_pattern: str, *, shifted: bool) -> None:
+    """Make a folder's config.json that of a diffusion model with blocks of 4."""
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"attention_pattern": attention_pattern, "shifted": shifted, "mask_token_id": 511}
+    if attention_pattern == "block_causal":
+        config["block_size"] = 4
+    file.write_text(json.dumps(config))
+
+
+class _EveryThird:
+    """Calls responses of a third of all lengths wrong: something that random models achieve."""
+
+    def check(self, prompts: PromptDataset) -> None:
+        pass
+
+    def __call__(self, record: Mapping[str, Any], response: str) -> float:
+        return float(len(response) % 3 != 0)
+
+
+@contextmanager
+def reward_every_third() -> Iterator[None]:
+    """Let `exact_match` stand for a reward that a random model earns with most responses."""
+    original = REWARDS["exact_match"]
+    REWARDS["exact_match"] = _EveryThird()
+    try:
+        yield
+    finally:
+        REWARDS["exact_match"] = original
 
 
 def run_config(folder: Path, model: Path, **options: Any) -> Config:

@@ -36,10 +36,11 @@ class EvaluationConfig:
     """Evaluation: on what, of what, under which settings."""
 
     data: str | None = None
-    """JSONL of prompts with the reference that the task compares with (final_answer: `answer`)."""
+    """JSONL of prompts with the reference that the task compares with, `answer`."""
 
     task: str = "final_answer"
-    """What a correct response is: final_answer compares what follows the last ####."""
+    """What a correct response is: final_answer compares what follows the last ####, math_verify the
+    last mathematical expression, by its value."""
 
     settings: tuple[str, ...] = ()
     """Decoding settings to evaluate one after the other, separated by commas: static,

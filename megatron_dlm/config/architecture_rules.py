@@ -60,6 +60,8 @@ def validate_architecture(config: Config, architecture: ArchitectureSizes) -> No
     check_recompute_layers(config, architecture)
     check_sequence_length(config, architecture)
     check_divergence_top_k(config, architecture)
+    check_teacher_top_k(config, architecture)
+    check_expert_adapters(config, architecture)
 
 
 def check_tensor_parallel(config: Config, architecture: ArchitectureSizes) -> None:
@@ -202,4 +204,31 @@ def check_divergence_top_k(config: Config, architecture: ArchitectureSizes) -> N
             "divergence_top_k",
             "is the whole vocabulary, which --teacher-top-k-cache cannot store",
             "choose e.g. 16",
+        )
+
+
+def check_teacher_top_k(config: Config, architecture: ArchitectureSizes) -> None:
+    """A teacher that shows its k most likely tokens leaves some out."""
+    top_k, vocab_size = config.self_distillation.teacher_top_k, architecture.vocab_size
+    if config.traits.self_distillation and top_k >= vocab_size:
+        raise refuse(
+            config,
+            "teacher_top_k",
+            f"leaves nothing out of a vocabulary of {vocab_size}",
+            f"choose 1 to {vocab_size - 1}",
+        )
+
+
+def check_expert_adapters(config: Config, architecture: ArchitectureSizes) -> None:
+    """An expert with adapters lies on one process."""
+    if config.lora.lora_rank is None or architecture.num_moe_experts is None:
+        return
+    if config.expert_tensor_parallel_size > 1 and any(
+        name in config.lora.lora_target_modules for name in ("linear_fc1", "linear_fc2")
+    ):
+        raise refuse(
+            config,
+            "lora_target_modules",
+            f"experts split over {config.expert_tensor_parallel_size} processes have no adapters",
+            "choose --expert-tensor-parallel-size 1, or linear_qkv,linear_proj",
         )

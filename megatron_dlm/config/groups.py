@@ -31,6 +31,8 @@ MaskEmbeddingInit = Literal["keep", "mean"]
 LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
+LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+RewardName = Literal["exact_match", "math_verify"]
 OptimizerName = Literal["adam"]
 ParamGroupPreset = Literal["rnd1"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
@@ -84,6 +86,27 @@ class ModelConfig:
     """What the input embedding of MASK starts from in a conversion of an autoregressive model,
     which has never seen that token: the row of the checkpoint (keep) or the mean of all other rows
     (mean) (default: mean with --param-group-preset rnd1, which does not train it, else keep)."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA: low-rank adapters that are trained in place of the weights."""
+
+    lora_rank: int | None = None
+    """Train adapters of this rank on frozen weights instead of the weights themselves; exports,
+    evaluations and runs that start from the result get them merged."""
+
+    lora_alpha: float | None = None
+    """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
+
+    lora_target_modules: tuple[LoRATarget, ...] = (
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    )
+    """Layers with an adapter, by Megatron's names: attention's fused projection and its output,
+    the feed-forward layers (those of every expert too)."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +238,10 @@ class RolloutConfig(DecodingConfig):
     response_length_warmup_rollouts: int = 0
     """Rollouts until the response limit has reached --max-response-length."""
 
+    max_tries: int = 8
+    """Responses to a prompt, each with other noise, until --reward calls one right (objectives that
+    verify responses)."""
+
     teacher_response_fraction: float = 0.0
     """Share of a rollout's prompts, in [0, 1], whose response is taken from the autoregressive
     teacher instead of the student; at the first rollout, if a schedule changes it."""
@@ -237,12 +264,13 @@ class ObjectiveConfig:
     of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
     teacher's responses to --prompts; scp: continual pretraining on the corpus --data-path under
     full attention with shifted predictions (RND1); next_token: autoregressive training on
-    --train-data or --data-path."""
+    --train-data or --data-path; d_opsd: on-policy self-distillation of a diffusion model from its
+    own view of what it wrote later."""
 
     state_selection: StateSelection | None = None
     """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
-    one of the whole trajectory (global), or every step (all); the other block-diffusion objectives
-    mask at random (random)."""
+    one of the whole trajectory (global), or every step (all); d_opsd: every step of every block but
+    the last (all); the other block-diffusion objectives mask at random (random)."""
 
     loss_weighting: LossWeighting = "inverse_t"
     """Weight of a token under sft and scp: 1/t, where its block (scp: its document) was masked with
@@ -252,8 +280,13 @@ class ObjectiveConfig:
     """Supervise the end-of-sequence token of a response as well."""
 
     loss_normalization: LossNormalization = "token"
-    """Divide by the supervised tokens of the global batch, under scp by all that could have been
-    masked (token), or average over the rows of each row's mean (row_mean)."""
+    """Divide by the supervised tokens of the global batch (token; scp: by all that could have been
+    masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean)."""
+
+    reward: RewardName = "exact_match"
+    """What makes a response right where an objective verifies it, by the `answer` of its prompt's
+    record: exact_match compares what follows the last ####, math_verify the last mathematical
+    expression, by its value."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +294,9 @@ class DistillationConfig:
     """Distillation: the teacher and the divergence from it."""
 
     teacher_load: str | None = None
-    """Frozen autoregressive teacher, a Hugging Face folder or Megatron checkpoint (default:
-    --load, the weights that the student starts from)."""
+    """Frozen teacher, a Hugging Face folder or Megatron checkpoint: an autoregressive one (default:
+    --load, the weights that the student starts from); for d_opsd a copy of the diffusion model that
+    the student starts as (default: the student without its adapters)."""
 
     teacher_responses: str | None = None
     """Folder with the teacher's responses to --prompts, where an objective or
@@ -293,6 +327,24 @@ class DistillationConfig:
 
     divergence_chunk_size: int = 256
     """Supervised tokens whose logits exist at the same time: bounds peak memory, not the value."""
+
+
+@dataclass(frozen=True)
+class SelfDistillationConfig:
+    """Self-distillation (d_opsd): what the teacher sees and what of it is taught."""
+
+    reveal_fraction: float = 0.25
+    """Share of the positions in later blocks at which the teacher sees what the student went on to
+    write."""
+
+    positions_per_state: int = 2
+    """Masked positions of the current block that are supervised: those the teacher is surest of."""
+
+    teacher_top_k: int = 20
+    """Teacher's most likely tokens that are compared, both sides renormalised over them."""
+
+    divergence_term_limit: float = 0.05
+    """Largest share of one vocabulary entry in a divergence; what lies above has no gradient."""
 
 
 @dataclass(frozen=True)

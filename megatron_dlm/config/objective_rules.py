@@ -151,6 +151,13 @@ def check_offloading(config: Config) -> None:
             "with --teacher-top-k-cache there is no teacher in memory",
             "drop --offload-teacher",
         )
+    if config.distillation.offload_teacher and config.teaches_itself:
+        raise refuse(
+            config,
+            "offload_teacher",
+            "the teacher is the student without its adapters",
+            "drop --offload-teacher, or name a frozen copy with --teacher-load",
+        )
 
 
 def check_nothing_is_ignored(config: Config) -> None:

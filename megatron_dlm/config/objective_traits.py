@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_dlm.models.architecture import BLOCK_DIFFUSION, RND1, DiffusionConvention
 
-ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token"]
+ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd"]
 StateSelection = Literal["per_block", "global", "all", "random"]
 ResponseSource = Literal["rollout", "teacher", "data", "corpus"]
 
@@ -26,13 +26,18 @@ class ObjectiveTraits:
         state_selections: Which denoising states it can be trained on, the default first; none for
             a model that stays autoregressive.
         convention: Attention and prediction of the trained model, written into its config.json;
-            None for a model that stays autoregressive.
+            None for a model that stays what it was.
+        self_distillation: Whether student and teacher are one diffusion model, the teacher frozen
+            and shown more of the sequence.
+        verifies: Whether the student answers a prompt again until `--reward` calls it right.
     """
 
     response_sources: tuple[ResponseSource, ...]
     uses_teacher: bool
     state_selections: tuple[StateSelection, ...] = ()
     convention: DiffusionConvention | None = None
+    self_distillation: bool = False
+    verifies: bool = False
 
 
 OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
@@ -42,4 +47,5 @@ OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
     "sft": ObjectiveTraits(("data", "teacher"), False, ("random",), BLOCK_DIFFUSION),
     "scp": ObjectiveTraits(("corpus",), False, ("random",), RND1),
     "next_token": ObjectiveTraits(("corpus", "data"), False),
+    "d_opsd": ObjectiveTraits(("rollout",), True, ("all",), self_distillation=True, verifies=True),
 }

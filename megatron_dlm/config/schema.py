@@ -12,6 +12,7 @@ from megatron_dlm.config.groups import (
     DecodingConfig,
     DistillationConfig,
     LoggingConfig,
+    LoRAConfig,
     MaskEmbeddingInit,
     ModelConfig,
     ObjectiveConfig,
@@ -19,6 +20,7 @@ from megatron_dlm.config.groups import (
     ParallelConfig,
     ParameterGroup,
     RolloutConfig,
+    SelfDistillationConfig,
     TrainingConfig,
 )
 from megatron_dlm.config.objective_traits import (
@@ -34,6 +36,7 @@ __all__ = [
     "DataConfig",
     "DecodingConfig",
     "DistillationConfig",
+    "LoRAConfig",
     "LoggingConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "ParallelConfig",
     "ParameterGroup",
     "RolloutConfig",
+    "SelfDistillationConfig",
     "TrainingConfig",
 ]
 
@@ -50,11 +54,13 @@ class Config:
     """Configuration of a training run; flags win over the YAML file, which wins over defaults."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -111,8 +117,13 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher has a part in the run: its distributions, its responses or both."""
-        return self.traits.uses_teacher or self.uses_teacher_responses
+        """Whether a teacher of its own has a part in the run: distributions, responses or both."""
+        return self.uses_teacher_responses or (self.traits.uses_teacher and not self.teaches_itself)
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the teacher is the student without its adapters: no second model is needed."""
+        return self.traits.self_distillation and self.distillation.teacher_load is None
 
     @property
     def state_selection(self) -> StateSelection | None:

@@ -5,7 +5,13 @@ that a run that cannot work ends within seconds. What depends on the model's siz
 `architecture_rules`.
 """
 
-from megatron_dlm.config import architecture_rules, layout_rules, objective_rules, value_rules
+from megatron_dlm.config import (
+    architecture_rules,
+    layout_rules,
+    objective_rules,
+    self_distillation_rules,
+    value_rules,
+)
 from megatron_dlm.config.schema import Config
 
 
@@ -33,6 +39,8 @@ def validate(config: Config, world_size: int) -> None:
     objective_rules.check_validation(config)
     objective_rules.check_state_selection(config)
     objective_rules.check_teacher_response_fraction(config)
+    self_distillation_rules.check_lora(config)
+    self_distillation_rules.check_self_distillation(config)
     objective_rules.check_teacher_responses(config)
     objective_rules.check_teacher_top_k_cache(config)
     objective_rules.check_offloading(config)

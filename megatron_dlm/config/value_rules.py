@@ -36,6 +36,10 @@ AT_LEAST_ONE = (
     "train_iters",
     "epochs_per_rollout",
     "log_interval",
+    "lora_rank",
+    "max_tries",
+    "positions_per_state",
+    "teacher_top_k",
 )
 """Fields whose value, when there is one, is a count of at least 1."""
 
@@ -56,7 +60,7 @@ AT_LEAST_ZERO = (
 )
 """Fields whose value cannot be negative."""
 
-ABOVE_ZERO = ("init_method_std", "lr", "adam_eps")
+ABOVE_ZERO = ("init_method_std", "lr", "adam_eps", "lora_alpha", "divergence_term_limit")
 """Fields whose value, when there is one, is larger than 0."""
 
 PROBABILITIES = ("dynamic_threshold", "top_p")
@@ -66,6 +70,7 @@ FRACTIONS = (
     "teacher_response_fraction",
     "final_teacher_response_fraction",
     "lr_warmup_fraction",
+    "reveal_fraction",
 )
 """Fields whose value lies in [0, 1]."""
 

@@ -84,14 +84,14 @@ def local_parameters(
             by_name[mapping.transformer_engine] = mapping
     part = cast(DiffusionGPTModel, unwrap_model(model))
     for name, parameter in part.named_parameters():
-        mapping = by_name[_global_name(part, name)]
+        mapping = by_name[global_name(part, name)]
         rank, size = ranks.expert if _EXPERT.search(name) else ranks.dense
         if isinstance(mapping.layout, Replicated):
             rank, size = 0, 1
         yield LocalParameter(parameter, mapping, shard=rank, num_shards=size)
 
 
-def _global_name(model: DiffusionGPTModel, name: str) -> str:
+def global_name(model: DiffusionGPTModel, name: str) -> str:
     """Turn this rank's layer and expert numbers into those of the whole model."""
     found = _LAYER.search(name)
     if found is None:

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-def keyed_generator(*key: int) -> torch.Generator:
+def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator determined by the key, such as (seed, sample index, epoch).
 
     Different keys give unrelated streams. Draws for a sample therefore do not depend on the

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.evaluation.math_scoring import math_answer, math_answers_match
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
 
 
@@ -57,6 +58,12 @@ TASKS: dict[str, Task] = {
             reference_field="answer",
             extract=final_answer,
             matches=answers_match,
+        ),
+        Task(
+            name="math_verify",
+            reference_field="answer",
+            extract=math_answer,
+            matches=math_answers_match,
         ),
     )
 }

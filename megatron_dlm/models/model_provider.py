@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -20,6 +21,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import DiffusionAttention
+from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.rms_norm import RMSNorm
 from megatron_dlm.models.router import TorchTopKRouter
@@ -130,12 +132,26 @@ def _layer_spec(
         layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
         if config.num_moe_experts is not None:
             layer.submodules.mlp.submodules.router = TorchTopKRouter
+        _make_adaptable(layer.submodules.self_attention.submodules)
+        mlp = layer.submodules.mlp.submodules
+        _make_adaptable(mlp.experts.submodules if config.num_moe_experts is not None else mlp)
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=DiffusionAttention, params={"backend": attention_backend}
     )
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=layer_norm
     )
+
+
+def _make_adaptable(submodules: Any) -> None:
+    """Let the linear layers of an attention or feed-forward spec carry low-rank adapters."""
+    replacement = {
+        ColumnParallelLinear: LoRAColumnParallelLinear,
+        RowParallelLinear: LoRARowParallelLinear,
+    }
+    for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+        if hasattr(submodules, name):
+            setattr(submodules, name, replacement[getattr(submodules, name)])
 
 
 def attention_backend(config: Config) -> str:

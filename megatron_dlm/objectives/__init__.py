@@ -2,6 +2,7 @@
 
 from megatron_dlm.config.objective_traits import ObjectiveName
 from megatron_dlm.objectives.base import Objective
+from megatron_dlm.objectives.d_opsd import DOPSD
 from megatron_dlm.objectives.next_token import NextToken
 from megatron_dlm.objectives.off_policy import OffPolicy
 from megatron_dlm.objectives.opdlm import OPDLM
@@ -16,4 +17,5 @@ OBJECTIVES: dict[ObjectiveName, type[Objective]] = {
     "sft": SFT,
     "scp": SCP,
     "next_token": NextToken,
+    "d_opsd": DOPSD,
 }

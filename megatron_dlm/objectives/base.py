@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.models.architecture import DiffusionConvention
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
@@ -80,14 +81,22 @@ class Objective(ABC):
 
     Attributes:
         traits: What it needs; its line in `config.objective_traits.OBJECTIVE_TRAITS`.
+        convention: Attention and prediction of the trained model; None for an autoregressive one.
     """
 
     traits: ClassVar[ObjectiveTraits]
 
-    def __init__(self, config: Config, mask_token_id: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mask_token_id: int,
+        vocab_size: int,
+        convention: DiffusionConvention | None = None,
+    ) -> None:
         self.config = config
         self.mask_token_id = mask_token_id
         self.vocab_size = vocab_size
+        self.convention = convention
 
     @abstractmethod
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:

@@ -54,7 +54,7 @@ def block_diffusion_document(
     Args:
         trajectory: The terminal sequence.
         states: For each state, [F] bool, where x_t holds MASK.
-        supervised: [F] bool, where a loss may fall.
+        supervised: [F] bool, where a loss may fall, or [states, F] bool for each state.
         block_size: B.
         mask_token_id: Id of MASK.
         weights: [F] loss weights, default 1.

@@ -13,6 +13,7 @@ from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
+from megatron_dlm.models.architecture import DiffusionConvention
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.rollout.trajectory import Trajectory
@@ -21,8 +22,14 @@ from megatron_dlm.rollout.trajectory import Trajectory
 class DistillationObjective(BlockDiffusionObjective):
     """Divergence between teacher and student at the MASKs of random states, all weights 1."""
 
-    def __init__(self, config: Config, mask_token_id: int, vocab_size: int) -> None:
-        super().__init__(config, mask_token_id, vocab_size)
+    def __init__(
+        self,
+        config: Config,
+        mask_token_id: int,
+        vocab_size: int,
+        convention: DiffusionConvention | None = None,
+    ) -> None:
+        super().__init__(config, mask_token_id, vocab_size, convention)
         options = config.distillation
         self.divergence = DivergenceSpec.parse(
             options.divergence,

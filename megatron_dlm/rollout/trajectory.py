@@ -28,6 +28,21 @@ class Prompt:
     record: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class StateTargets:
+    """A teacher's distributions at positions of visited states; the same on every rank.
+
+    Attributes:
+        state: [n] int64, number of the visited state, ascending.
+        position: [n] int64, position in the sequence, ascending within a state.
+        top_k: The n distributions.
+    """
+
+    state: Tensor
+    position: Tensor
+    top_k: TopKTargets
+
+
 def _no_tokens() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
@@ -57,6 +72,10 @@ class Trajectory:
             None.
         teacher_top_k: [L], the teacher's distributions of the same tokens where they were stored;
             instead of `teacher_hidden`.
+        targets: What a self-distilling teacher made of its visited states; None before the teacher
+            phase and where nothing of it is trained on.
+        correct: Whether the run's reward calls the response right; None where nobody asked.
+        tries: Responses that were made to the prompt, this one the last.
         record: The prompt's JSON object.
         document_lengths: Tokens of each document of a corpus window, in order; they do not see each
             other. Empty where prompt and response are one document.
@@ -74,6 +93,9 @@ class Trajectory:
     total_forwards: int = 0
     teacher_hidden: Tensor | None = None
     teacher_top_k: TopKTargets | None = None
+    targets: StateTargets | None = None
+    correct: bool | None = None
+    tries: int = 1
     record: dict[str, Any] = field(default_factory=dict)
     document_lengths: tuple[int, ...] = ()
 

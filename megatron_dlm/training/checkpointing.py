@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.models.lora import attach_adapters, can_have_adapters, merge_adapters
 from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.optimizer_state import load_optimizer_state, loading_optimizer_state
 from megatron_dlm.training.run_folder import (
@@ -202,15 +203,50 @@ def _load_common(checkpoint: Path, field: str) -> dict[str, Any]:
 def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load") -> None:
     """Load the weights of a checkpoint into a model of any parallel layout.
 
+    Adapters of a checkpoint are merged: what is loaded is the model that was trained.
+
+    Args:
+        path: Run folder or one of its iteration folders.
+        model: Without adapters.
+        field: What the user named the path with, for error messages.
+
     Raises:
         UserError: There is no checkpoint, or it does not fit the model.
     """
     checkpoint = find_checkpoint(path, field)
+    run_config = saved_config(checkpoint, field)
+    with errors_on_all_ranks():
+        attach_adapters_of_run(model, run_config, field)
     state = _sharded_state(model, None, is_loading=True)
     with errors_on_all_ranks():
         _check_shapes(state, checkpoint, field)
     loaded = _load(state, checkpoint, field)
     unwrap_model(model).load_state_dict(loaded["model"])
+    merge_adapters(model)
+
+
+def attach_adapters_of_run(
+    model: torch.nn.Module, run_config: dict[str, Any], field: str = "--lora-rank"
+) -> None:
+    """Attach the adapters that a run's flat configuration asks for, if any, as at its start.
+
+    Raises:
+        UserError: It asks for adapters and the model's layers cannot carry them.
+    """
+    rank = run_config.get("lora_rank")
+    if rank is None:
+        return
+    if not can_have_adapters(model):
+        raise bad_value(
+            field, rank, "adapters need Megatron's local layers", "choose --transformer-impl local"
+        )
+    attach_adapters(
+        model,
+        rank=rank,
+        alpha=run_config["lora_alpha"] or rank,
+        target_modules=run_config["lora_target_modules"],
+        seed=run_config["seed"],
+    )
 
 
 def load_training_state(path: str | Path, student: Student, field: str = "--load") -> Progress:

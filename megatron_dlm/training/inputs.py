@@ -16,8 +16,8 @@ from megatron_dlm.data.prompts import (
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
 from megatron_dlm.errors import bad_value
+from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.architecture import (
-    BLOCK_DIFFUSION,
     Architecture,
     DiffusionConvention,
     diffusion_convention,
@@ -60,24 +60,68 @@ class RunInputs:
         """Whether the weights that the run starts from are an autoregressive model's."""
         return self.source is not None and diffusion_convention(self.architecture.hf_config) is None
 
-    def convention(self, config: Config) -> DiffusionConvention:
-        """How the student decodes: as its objective trains it, else as its config.json says."""
-        stated = diffusion_convention(self.architecture.hf_config)
-        return config.traits.convention or stated or BLOCK_DIFFUSION
+    def convention(self, config: Config) -> DiffusionConvention | None:
+        """Attention and prediction of the trained model; None for an autoregressive one."""
+        if config.traits.convention is not None or not config.traits.self_distillation:
+            return config.traits.convention
+        return diffusion_convention(self.architecture.hf_config)
 
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its convention and its MASK."""
         hf_config = dict(self.architecture.hf_config)
-        convention = config.traits.convention
+        convention = self.convention(config)
         if convention is not None:
             hf_config |= {
                 "attention_pattern": convention.attention_pattern,
                 "shifted": convention.shifted,
                 "mask_token_id": self.special_tokens.mask_token_id,
             }
+            # A model of full attention is decoded as a whole unless blocks are asked for.
+            hf_config.pop("block_size", None)
             if convention.attention_pattern == "block_causal":
                 hf_config["block_size"] = config.model.block_size
         return hf_config
+
+
+def _check_diffusion_student(config: Config, student: Architecture) -> DiffusionConvention:
+    """What a model that teaches itself has to be; returns its convention."""
+    load, hf_config = config.model.load, student.hf_config
+    convention = diffusion_convention(hf_config)
+    if convention is None:
+        raise bad_value(
+            "--load",
+            load,
+            f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
+            "convert it first, for one with --objective opdlm",
+        )
+    if convention.attention_pattern == "full":
+        return convention
+    if convention.shifted:
+        raise bad_value(
+            "--load", load, "states shifted logits of a block-causal model", "repair config.json"
+        )
+    block_size = hf_config.get("block_size", config.model.block_size)
+    if block_size != config.model.block_size:
+        raise bad_value(
+            "--block-size",
+            config.model.block_size,
+            f"the model in {load} has blocks of {block_size}",
+            f"choose {block_size}",
+        )
+    return convention
+
+
+def _check_self_teacher(
+    student: Architecture, convention: DiffusionConvention, teacher: ModelSource
+) -> None:
+    if diffusion_convention(teacher.architecture.hf_config) != convention:
+        raise bad_value(
+            teacher.field,
+            str(teacher.path),
+            f"is no diffusion model with {convention.attention_pattern} attention like the student",
+            "name the weights that the student started from",
+        )
+    _check_vocabulary(student, teacher)
 
 
 def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
@@ -88,6 +132,10 @@ def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
             "is a diffusion model; the teacher has to be autoregressive",
             "name the autoregressive model's folder with --teacher-load",
         )
+    _check_vocabulary(student, teacher)
+
+
+def _check_vocabulary(student: Architecture, teacher: ModelSource) -> None:
     if teacher.architecture.vocab_size != student.vocab_size:
         raise bad_value(
             teacher.field,
@@ -183,12 +231,18 @@ def read_inputs(config: Config) -> RunInputs:
             "--load", None, "nothing to train", "name a model folder, or give --model-config"
         )
     validate_architecture(config, architecture)
+    convention = None
+    if config.traits.self_distillation:
+        convention = _check_diffusion_student(config, architecture)
     if config.needs_teacher:
         path = config.distillation.teacher_load or config.model.load
         assert path is not None
         field = "--teacher-load" if config.distillation.teacher_load else "--load"
         teacher_source = open_model_source(path, field)
-        _check_teacher(architecture, teacher_source)
+        if convention is None:
+            _check_teacher(architecture, teacher_source)
+        else:
+            _check_self_teacher(architecture, convention, teacher_source)
         validate_architecture(config, teacher_source.architecture)
     if config.model.tokenizer is not None:
         tokenizer_folder = Path(config.model.tokenizer)
@@ -231,6 +285,8 @@ def read_inputs(config: Config) -> RunInputs:
             config.data.max_prompt_length,
             config.data.chat_template_kwargs,
         )
+        if config.traits.verifies:
+            REWARDS[config.objective.reward].check(data)
         if config.uses_teacher_responses:
             assert teacher_source is not None
             response_store = _response_store(config, teacher_source, data)

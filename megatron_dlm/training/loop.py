@@ -35,6 +35,8 @@ class Collected:
     response_length: float
     tokens_per_forward: float | None
     eos_rate: float
+    accuracy: float | None
+    solved_rate: float | None
 
 
 def collect(run: Run) -> Collected:
@@ -57,18 +59,23 @@ def collect(run: Run) -> Collected:
             sum(len(trajectory.response_ids) for trajectory in rolled_out),
             sum(trajectory.total_forwards for trajectory in rolled_out),
             sum(trajectory.finish_reason == "eos" for trajectory in trajectories),
+            sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in trajectories),
+            sum(bool(trajectory.correct) for trajectory in trajectories),
         ],
         dtype=torch.float64,
         device=platform.device(),
     )
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    tokens, rolled_out_tokens, forwards, ended = sums.tolist()
+    tokens, rolled_out_tokens, forwards, ended, right_at_once, right = sums.tolist()
+    verifies = config.traits.verifies
     return Collected(
         trajectories=trajectories,
         response_tokens=int(tokens),
         response_length=tokens / count,
         tokens_per_forward=rolled_out_tokens / forwards if forwards else None,
         eos_rate=ended / count,
+        accuracy=right_at_once / count if verifies else None,
+        solved_rate=right / count if verifies else None,
     )
 
 
@@ -173,6 +180,8 @@ def train(run: Run) -> None:
                     response_length=collected.response_length,
                     tokens_per_forward=collected.tokens_per_forward,
                     eos_rate=collected.eos_rate,
+                    accuracy=collected.accuracy,
+                    solved_rate=collected.solved_rate,
                     time=times,
                     validation_loss=held_out_loss,
                 )

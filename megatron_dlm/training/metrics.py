@@ -38,6 +38,9 @@ class StepMetrics:
         tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None
             for objectives without one.
         eos_rate: Share of the current batch's responses that ended in EOS.
+        accuracy: Share of the current batch's prompts whose first response is right; None where
+            responses are not verified.
+        solved_rate: Share of them with a right response within `--max-tries`; None likewise.
         time: Seconds by phase.
         validation_loss: Of the held-out data after this update; None where it was not measured.
     """
@@ -52,6 +55,8 @@ class StepMetrics:
     response_length: float
     tokens_per_forward: float | None
     eos_rate: float
+    accuracy: float | None
+    solved_rate: float | None
     time: PhaseTimes
     validation_loss: float | None = None
 
@@ -159,6 +164,8 @@ class MetricsLogger:
             if metrics.validation_loss is not None
             else ""
         )
+        if metrics.accuracy is not None:
+            decoding += f" right {metrics.accuracy:.0%} solved {metrics.solved_rate:.0%}"
         self.print(
             f"step {metrics.step}/{self._total_steps} | loss {metrics.loss:.4f} {validation}"
             f"| grad {metrics.grad_norm:.2f} | lr {max(metrics.lr.values()):.2e}{decoding} "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
+from megatron_dlm.distillation.self_teacher import SelfTeacher
 from megatron_dlm.distillation.stored_teacher import StoredTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.training.student import Student
@@ -111,12 +112,12 @@ class PhaseOffload:
 
 
 def build_offload(
-    config: Config, student: Student, teacher: Teacher | StoredTeacher | None
+    config: Config, student: Student, teacher: Teacher | StoredTeacher | SelfTeacher | None
 ) -> PhaseOffload:
     """What `--offload-teacher` and `--offload-optimizer` ask for."""
     residents: list[tuple[HostedTensors | _Gradients, set[Phase]]] = []
     if config.distillation.offload_teacher:
-        assert isinstance(teacher, Teacher)
+        assert isinstance(teacher, Teacher | SelfTeacher)
         head = [] if teacher.head is None else [teacher.head]
         body = _without([*teacher.model.parameters(), *teacher.model.buffers()], head)
         residents += [

@@ -23,8 +23,8 @@ from megatron_dlm.config.schema import Config, ParameterGroup
 from megatron_dlm.errors import bad_value
 
 GROUPS = {
-    "attention": r"\.self_attention\.linear_(qkv|proj)\.weight$",
-    "mlp": r"\.mlp\.linear_fc[12]\.weight$",
+    "attention": r"\.self_attention\.linear_(qkv|proj)\.(weight|lora_[ab])$",
+    "mlp": r"\.mlp\.linear_fc[12]\.(weight|lora_[ab])$",
     "experts": r"\.mlp\.experts\.",
     "router": r"\.mlp\.router\.",
     "embedding": r"(^|\.)embedding\.",

@@ -8,9 +8,12 @@ from megatron_dlm.config import Config
 from megatron_dlm.config.fields import plain_value
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.distillation.self_teacher import SelfTeacher
 from megatron_dlm.distillation.stored_teacher import StoredTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
+from megatron_dlm.evaluation.rewards import REWARDS
+from megatron_dlm.models.lora import train_adapters_only
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
@@ -18,6 +21,7 @@ from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.checkpointing import (
     Progress,
+    attach_adapters_of_run,
     has_training_state,
     load_training_state,
     save_checkpoint,
@@ -27,9 +31,10 @@ from megatron_dlm.training.inputs import RunInputs
 from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.student import Student, build_student
-from megatron_dlm.training.teacher_choice import choose_teacher
+from megatron_dlm.training.teacher_choice import choose_teacher, self_teacher
 from megatron_dlm.training.trajectory_source import TrajectorySource
 from megatron_dlm.training.validation import Validation
+from megatron_dlm.training.verified_rollout import Verifier
 
 RESUME_FIXED = (
     "objective",
@@ -53,6 +58,9 @@ RESUME_FIXED = (
     "adam_beta2",
     "adam_eps",
     "param_groups",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
 )
 """Options that a resumed run cannot change: it would be another run, or they would be ignored, as
 they live on in the checkpointed optimizer and schedule."""
@@ -68,7 +76,7 @@ class Run:
     config: Config
     inputs: RunInputs
     student: Student
-    teacher: Teacher | StoredTeacher | None
+    teacher: Teacher | StoredTeacher | SelfTeacher | None
     objective: Objective
     source: TrajectorySource
     sampler: ShuffledSampler
@@ -150,6 +158,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
             "start with both sizes 1, and load that checkpoint at any layout",
         )
     sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
+    teacher: Teacher | StoredTeacher | SelfTeacher | None
     teacher, examples = choose_teacher(config, inputs, sampler)
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
@@ -161,29 +170,41 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
                 inputs.architecture.vocab_size,
                 config.mask_embedding_init,
             )
+    if config.lora.lora_rank is not None:
+        attach_adapters_of_run(model, config.to_dict())
+        train_adapters_only(model)
     student = build_student(model, config)
     progress = Progress()
     if resume:
         assert load is not None
         progress = load_training_state(load, student)
+    convention = inputs.convention(config)
     objective = OBJECTIVES[config.objective.objective](
-        config, inputs.special_tokens.mask_token_id, inputs.architecture.vocab_size
+        config,
+        inputs.special_tokens.mask_token_id,
+        inputs.architecture.vocab_size,
+        convention,
     )
+    if config.traits.self_distillation:
+        teacher = self_teacher(config, inputs, student.model)
     source = TrajectorySource(config, examples=examples)
     if config.uses_rollouts:
         assert isinstance(inputs.data, PromptDataset)
+        assert convention is not None
         engine = RolloutEngine(
             student.model,
-            generation=GenerationConfig.from_config(
-                config, inputs.convention(config), config.model.block_size
-            ),
+            generation=GenerationConfig.from_config(config, convention, config.model.block_size),
             eos_token_id=inputs.special_tokens.eos_token_id,
             pad_token_id=inputs.special_tokens.pad_token_id,
             mask_token_id=inputs.special_tokens.mask_token_id,
             vocab_size=inputs.architecture.vocab_size,
             seed=config.data.seed,
         )
-        source = TrajectorySource(config, inputs.data, engine, examples)
+        verifier = None
+        if config.traits.verifies:
+            reward = REWARDS[config.objective.reward]
+            verifier = Verifier(reward, inputs.tokenizer, config.rollout.max_tries)
+        source = TrajectorySource(config, inputs.data, engine, examples, verifier)
     offload = build_offload(config, student, teacher)
     validation = None
     if inputs.held_out is not None:

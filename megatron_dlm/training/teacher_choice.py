@@ -13,6 +13,7 @@ from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset, TokenTable
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
+from megatron_dlm.distillation.self_teacher import SelfTeacher
 from megatron_dlm.distillation.stored_teacher import StoredTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.models.model import DiffusionGPTModel
@@ -44,7 +45,7 @@ def choose_teacher(
         UserError: A folder cannot be used.
     """
     examples = None if isinstance(inputs.data, PromptDataset) else inputs.data
-    if inputs.teacher_source is None:
+    if inputs.teacher_source is None or config.traits.self_distillation:
         return None, examples
 
     @functools.cache
@@ -71,6 +72,22 @@ def choose_teacher(
     if not config.traits.uses_teacher:
         return None, examples
     return Teacher(load(), config.training.micro_batch_size), examples
+
+
+def self_teacher(config: Config, inputs: RunInputs, student: DiffusionGPTModel) -> SelfTeacher:
+    """The teacher of self-distillation: a frozen copy, or the student without its adapters."""
+    model = student
+    if inputs.teacher_source is not None:
+        model = build_teacher(inputs.teacher_source.architecture, config)
+        inputs.teacher_source.load_into(model)
+    convention = inputs.convention(config)
+    return SelfTeacher(
+        model,
+        config,
+        mask_token_id=inputs.special_tokens.mask_token_id,
+        vocab_size=inputs.architecture.vocab_size,
+        shifted=convention is not None and convention.shifted,
+    )
 
 
 def _stored_top_k(

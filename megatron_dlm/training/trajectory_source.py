@@ -12,6 +12,7 @@ from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.curriculum import response_length, teacher_response_fraction
+from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class TrajectorySource:
         engine: Decodes with the student's current weights; None without rollouts.
         examples: The same records with given responses: a data set's, a corpus's windows, or the
             teacher's; None where every response is the student's.
+        verifier: Has a prompt answered again until the answer is right; None takes the first.
     """
 
     config: Config
     prompts: PromptDataset | None = None
     engine: RolloutEngine | None = None
     examples: ExampleDataset | CorpusDataset | None = None
+    verifier: Verifier | None = None
 
     def trajectories(self, samples: Sequence[tuple[int, int]], rollout: int) -> list[Trajectory]:
         """The trajectories of this rank's samples, in their order; all ranks call this.
@@ -51,7 +54,12 @@ class TrajectorySource:
         prompts = [
             self.prompts.sample(record, sample) for sample, record in samples if sample not in given
         ]
-        rolled_out = iter(self.engine.generate(prompts, response_length(self.config, rollout)))
+        length = response_length(self.config, rollout)
+        if self.verifier is None:
+            trajectories = self.engine.generate(prompts, length)
+        else:
+            trajectories = generate_until_right(self.engine, prompts, length, self.verifier)
+        rolled_out = iter(trajectories)
         return [given[sample] if sample in given else next(rolled_out) for sample, _ in samples]
 
 

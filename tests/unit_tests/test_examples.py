@@ -169,3 +169,25 @@ def test_script_leaves_paths_to_the_configuration(tmp_path: Path) -> None:
     file = parse_config(["--config", str(EXAMPLES / "qwen3_30b_a3b" / "opdlm.yaml")])
     assert config.model == file.model
     assert config.logging == file.logging
+
+
+def test_self_distillation_recipe_is_the_papers(tmp_path: Path) -> None:
+    file = EXAMPLES / "qwen3_8b" / "d_opsd.yaml"
+    config = parse_config(["--config", str(file), "--save", str(tmp_path / "run")])
+    validate(config, world_size=8)
+    validate_architecture(config, architecture_from_hf(MODELS["qwen3_8b"]))
+    assert config.teaches_itself
+    assert config.model.block_size // config.denoising_steps_per_block == 2
+    assert (config.lora.lora_rank, config.lora.lora_alpha) == (128, 64)
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad) == (5e-6, 0.1, 0.2)
+    assert (optimizer.adam_beta1, optimizer.adam_beta2) == (0.9, 0.99)
+
+
+def test_tiny_self_distillation_starts_where_the_conversion_ends(tmp_path: Path) -> None:
+    file, conversion = EXAMPLES / "tiny" / "d_opsd.yaml", EXAMPLES / "tiny" / "opdlm.yaml"
+    config = parse_config(["--config", str(file), "--save", str(tmp_path / "run")])
+    validate(config, world_size=2)
+    before = parse_config(["--config", str(conversion)])
+    assert config.model.load == before.logging.save
+    assert config.model.block_size == before.model.block_size

@@ -145,3 +145,25 @@ def _with_gradients(
     loss_sum = (per_token * inputs.token_weights.double()).sum()
     grad_hidden, grad_head = torch.autograd.grad(loss_sum, (hidden, head))
     return loss_sum.detach(), per_token.detach(), grad_hidden, grad_head
+
+
+def teacher_targets(inputs: LossInputs, k: int) -> TopKTargets:
+    """The teacher's k most likely tokens, read off its whole distribution."""
+    head = inputs.teacher_head[: inputs.vocab_size].detach()
+    log_p = (inputs.teacher_hidden @ head.T).double().log_softmax(-1)
+    log_probs, ids = log_p.sort(dim=1, descending=True)
+    return TopKTargets(ids[:, :k].int(), log_probs[:, :k])
+
+
+def dense_clipped_reverse_kl(inputs: LossInputs, k: int, limit: float) -> tuple[Tensor, ...]:
+    """Loss sum, per token, and the gradients of hidden states and head, by autograd."""
+    hidden = inputs.student_hidden.detach().double().requires_grad_()
+    head = inputs.student_head.detach().double().requires_grad_()
+    targets = teacher_targets(inputs, k)
+    q = (hidden @ head[: inputs.vocab_size].T).gather(1, targets.token_ids.long()).softmax(-1)
+    p = targets.log_probs.exp() / targets.log_probs.exp().sum(1, keepdim=True)
+    terms = torch.stack([q[:, v] * (q[:, v] / p[:, v]).log() for v in range(k)], dim=1)
+    per_token = torch.where(terms > limit, torch.full_like(terms, limit), terms).sum(1)
+    loss_sum = (per_token * inputs.token_weights.double()).sum()
+    gradients = torch.autograd.grad(loss_sum, (hidden, head))
+    return (loss_sum.detach(), per_token.detach(), *gradients)

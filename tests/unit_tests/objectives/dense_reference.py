@@ -52,6 +52,7 @@ class Models:
                 batch.weights,
                 teacher_hidden=batch.teacher_hidden,
                 teacher_head=self.teacher.head,
+                teacher_top_k=batch.teacher_top_k,
             )
         )
         return float(loss.detach())

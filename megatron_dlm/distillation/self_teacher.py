@@ -1,0 +1,193 @@
+"""The teacher of d-OPSD: the student as it was, which sees some of its own future.
+
+It runs once over each rollout batch. Before a visited state it sees what the student saw and, at a
+random share of the positions in later blocks, what the student went on to write; its attention is
+bidirectional over the whole canvas, whatever the student's is. Its k most likely tokens at the
+masked positions of which it is surest become the targets.
+
+C: canvas (`rollout.visited_states`); m: states; n: targets; k: tokens of a target.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_dlm import platform
+from megatron_dlm.config.schema import Config
+from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
+from megatron_dlm.models.attention_layout import Field, clean_layout
+from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.lora import adapters_disabled
+from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.rollout.trajectory import StateTargets, Trajectory
+from megatron_dlm.rollout.visited_states import (
+    VisitedStates,
+    final_canvas,
+    states_before_last_block,
+)
+
+
+class SelfTeacher:
+    """Annotates right responses with targets at their visited states.
+
+    Args:
+        model: This rank's part of the student, whose adapters are left out, or of a frozen copy.
+        config: The run's configuration.
+        mask_token_id: Id of MASK.
+        vocab_size: Ids from here on are padding.
+        shifted: Whether the model's logits at position i predict token i + 1.
+    """
+
+    head: None = None
+    """Targets say all that the loss needs of this teacher."""
+
+    def __init__(
+        self,
+        model: DiffusionGPTModel,
+        config: Config,
+        *,
+        mask_token_id: int,
+        vocab_size: int,
+        shifted: bool,
+    ) -> None:
+        self.model = model
+        self._config = config
+        self._mask_token_id = mask_token_id
+        self._vocab_size = vocab_size
+        self._shifted = shifted
+
+    def annotate(self, trajectories: Sequence[Trajectory]) -> None:
+        """Set `targets` of each right response with more than one block; all ranks call this."""
+        training = self.model.training
+        self.model.eval()
+        own_view: AbstractContextManager[None] = nullcontext()
+        if self._config.teaches_itself:
+            own_view = adapters_disabled(self.model)
+        # The unit of a forward is that of training, so that it needs no more memory and ranks that
+        # share experts run equally many.
+        size = self._config.training.micro_batch_size
+        with own_view, torch.no_grad():
+            for start in range(0, len(trajectories), size):
+                self._annotate_row(trajectories[start : start + size])
+        self.model.train(training)
+
+    def _annotate_row(self, trajectories: Sequence[Trajectory]) -> None:
+        """One forward over all states of some trajectories."""
+        block_size = self._config.model.block_size
+        visited = [
+            (trajectory, states_before_last_block(trajectory, block_size))
+            for trajectory in trajectories
+            if trajectory.correct
+        ]
+        visited = [(trajectory, states) for trajectory, states in visited if len(states)]
+        views = [
+            teacher_view(
+                trajectory,
+                states,
+                fraction=self._config.self_distillation.reveal_fraction,
+                mask_token_id=self._mask_token_id,
+                seed=self._config.data.seed,
+            )
+            for trajectory, states in visited
+        ]
+        hidden = forward_hidden(self.model, [_row(views)])
+        start = 0
+        for (trajectory, states), view in zip(visited, views, strict=True):
+            rows = None if hidden is None else hidden[0][start : start + view.numel()]
+            trajectory.targets = self._targets(states, rows)
+            start += view.numel()
+
+    def _targets(self, states: VisitedStates, hidden: Tensor | None) -> StateTargets:
+        """The targets of one trajectory, from its hidden states [m * C, h] on the last stage."""
+        options = self._config.self_distillation
+        counts = states.current.sum(1).clamp(max=options.positions_per_state)
+        state = torch.repeat_interleave(counts)
+        k = options.teacher_top_k
+        # float64 carries ids and probabilities exactly in one message.
+        packed = torch.empty(len(state), 1 + 2 * k, dtype=torch.float64, device=platform.device())
+        if hidden is not None:
+            position, top_k = self._surest(states, hidden)
+            packed[:, 0] = position
+            packed[:, 1 : 1 + k] = top_k.token_ids
+            packed[:, 1 + k :] = top_k.log_probs
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast(
+                packed,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        packed = packed.cpu()
+        return StateTargets(
+            state=state,
+            position=packed[:, 0].long(),
+            top_k=TopKTargets(packed[:, 1 : 1 + k].int(), packed[:, 1 + k :].float()),
+        )
+
+    def _surest(self, states: VisitedStates, hidden: Tensor) -> tuple[Tensor, TopKTargets]:
+        """Positions [n] with the likeliest tokens of each state, ascending, and their targets."""
+        options = self._config.self_distillation
+        state, position = states.current.nonzero(as_tuple=True)
+        source = state * states.current.shape[1] + position - int(self._shifted)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        top_k = vocab_parallel_top_k(
+            hidden[source.to(hidden.device)],
+            head_weight(self.model),
+            options.teacher_top_k,
+            self._vocab_size,
+            tp_group if tp_group.size() > 1 else None,
+            self._config.distillation.divergence_chunk_size,
+        )
+        confidence = torch.full(states.current.shape, -torch.inf)
+        confidence[state, position] = top_k.log_probs[:, 0].cpu()
+        # A stable sort leaves equals to the earlier position.
+        ranked = confidence.sort(dim=1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(states.current)
+        chosen.scatter_(1, ranked[:, : options.positions_per_state], True)
+        chosen &= states.current
+        kept = chosen[state, position]
+        return position[kept].to(hidden.device), top_k[kept.to(hidden.device)]
+
+
+def teacher_view(
+    trajectory: Trajectory,
+    states: VisitedStates,
+    *,
+    fraction: float,
+    mask_token_id: int,
+    seed: int,
+) -> Tensor:
+    """What the teacher sees of each state, [m, C] int64.
+
+    Args:
+        trajectory: What the student wrote in the end.
+        states: Its visited states.
+        fraction: Share of the written positions of later blocks that are revealed, rounded up.
+        mask_token_id: Id of MASK.
+        seed: With the sample, decides which positions.
+    """
+    canvas = final_canvas(trajectory, mask_token_id)
+    masked = states.masked
+    generator = keyed_generator(seed, trajectory.sample_index, "reveal")
+    for state in range(len(states)):
+        candidates = (states.later[state] & states.written).nonzero()[:, 0]
+        order = torch.randperm(len(candidates), generator=generator)
+        masked[state, candidates[order[: math.ceil(fraction * len(candidates))]]] = False
+    return canvas.expand_as(masked).masked_fill(masked, mask_token_id)
+
+
+def _row(views: Sequence[Tensor]) -> Row:
+    """One row of all views [m, C], each state a text of its own under full attention."""
+    lengths = [view.shape[1] for view in views for _ in range(view.shape[0])]
+    if not lengths:  # ranks that share experts run this forward all the same
+        none = torch.empty(0, dtype=torch.int64)
+        return Row(none, none, torch.empty(4, 0, dtype=torch.int32))
+    layout = clean_layout(lengths, "full", block_size=1)
+    token_ids = torch.cat([view.flatten() for view in views])
+    return Row(token_ids, layout[Field.POSITION].long(), layout)

@@ -1,0 +1,202 @@
+"""Megatron's parallel linear layers with an optional low-rank adapter (LoRA, Hu et al. 2021).
+
+y = W x + (alpha / r) B A x. The adapter is split like its layer: of a column-parallel layer every
+rank holds A whole and its rows of B, of a row-parallel one its columns of A and B whole. Only
+activations of width r are exchanged for it.
+
+Not PEFT's `LoraParallelLinear`: it leaves the gradients of what it replicates unreduced under
+sequence parallelism, and neither its names nor its shards fit distributed checkpoints.
+
+S: tokens (a part of them under sequence parallelism); r: rank; tp: tensor-parallel size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class LowRankAdapter:
+    """What both kinds of layer have in common: the adapter's parameters and what is done to them.
+
+    Attributes:
+        lora_a: This rank's part of A [r, in], or None without adapter.
+        lora_b: This rank's part of B [out, r], or None without adapter.
+        lora_scale: alpha / r.
+        adapter_enabled: Whether the forward pass adds the adapter's output.
+    """
+
+    weight: Parameter
+    lora_a: Parameter | None
+    lora_b: Parameter | None
+    lora_scale: float
+    adapter_enabled: bool
+    is_expert: bool
+    expert_parallel: bool
+
+    @property
+    def in_features_total(self) -> int:
+        """Input size of the whole layer."""
+        raise NotImplementedError
+
+    def local_columns(self, lora_a: Tensor) -> Tensor:
+        """This rank's part of a whole A [r, in]."""
+        raise NotImplementedError
+
+    def attach_adapter(self, lora_a: Tensor, alpha: float) -> None:
+        """Add an adapter that changes nothing yet: B is zero.
+
+        Args:
+            lora_a: The whole A [r, in], the same on every rank.
+            alpha: Numerator of the scale.
+        """
+        rank, weight = lora_a.shape[0], self.weight
+        self.lora_a = Parameter(self.local_columns(lora_a).to(weight).contiguous())
+        self.lora_b = Parameter(weight.new_zeros(weight.shape[0], rank))
+        self.lora_scale = alpha / rank
+        self.adapter_enabled = True
+        for parameter in (self.lora_a, self.lora_b):
+            parameter.allreduce = not (self.is_expert and self.expert_parallel)  # type: ignore[attr-defined]
+        self._mark_shards(self.lora_a, self.lora_b)
+
+    def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
+        """Tell Megatron which of the two is split and which has a gradient to be summed up."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weight, in float32, and remove it."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        delta = self.lora_scale * (self.lora_b.float() @ self.lora_a.float())
+        self.weight.copy_(self.weight.float() + delta)
+        self.lora_a = self.lora_b = None
+
+
+def _without_adapter(layer: torch.nn.Module) -> None:
+    layer.register_parameter("lora_a", None)
+    layer.register_parameter("lora_b", None)
+    layer.lora_scale = 0.0  # type: ignore[assignment]
+    layer.adapter_enabled = False  # type: ignore[assignment]
+
+
+class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
+    """A column-parallel layer: linear_qkv, linear_fc1. Without adapter it is its parent."""
+
+    def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, stride=stride, **kwargs)
+        self._is_gate_and_up = stride == 2  # as Megatron marks the two halves of SwiGLU
+        _without_adapter(self)
+
+    @property
+    def in_features_total(self) -> int:
+        """See `LowRankAdapter`."""
+        return int(self.input_size)
+
+    def local_columns(self, lora_a: Tensor) -> Tensor:
+        """See `LowRankAdapter`."""
+        return lora_a
+
+    def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
+        set_tensor_model_parallel_attributes(lora_b, True, 0, 1)
+        lora_a.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See the parent; [S, 1, in] -> [S of all ranks, 1, out / tp]."""
+        output, bias = super().forward(input_, weight, runtime_gather_output)
+        if self.lora_a is None or self.lora_b is None or not self.adapter_enabled:
+            return output, bias
+        low = F.linear(input_, self.lora_a)
+        if self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(
+                low, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        else:
+            low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
+        return output + self.lora_scale * F.linear(low, self.lora_b), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """See the parent; B is split along its rows, by halves where the weight is."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0, "bias": 0, "lora_b": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        key = f"{prefix}lora_b"
+        if self._is_gate_and_up and key in state:
+            state[key] = apply_swiglu_sharded_factory(
+                state[key], sharded_offsets, metadata.get("singleton_local_shards", False)
+            )
+        return state
+
+
+class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
+    """A row-parallel layer: linear_proj, linear_fc2. Without adapter it is its parent."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _without_adapter(self)
+
+    @property
+    def in_features_total(self) -> int:
+        """See `LowRankAdapter`."""
+        return int(self.input_size)
+
+    def local_columns(self, lora_a: Tensor) -> Tensor:
+        """See `LowRankAdapter`."""
+        columns = self.input_size_per_partition
+        rank = self.tp_group.rank()
+        return lora_a[:, rank * columns : (rank + 1) * columns]
+
+    def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
+        set_tensor_model_parallel_attributes(lora_a, True, 1, 1)
+        lora_b.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See the parent; [S of all ranks, 1, in / tp] -> [S, 1, out]."""
+        output, bias = super().forward(input_)
+        if self.lora_a is None or self.lora_b is None or not self.adapter_enabled:
+            return output, bias
+        low = F.linear(input_, self.lora_a)  # this rank's share of the sum
+        if self.sequence_parallel and self.tp_group.size() > 1:
+            low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
+        else:
+            low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
+        return output + self.lora_scale * F.linear(low, self.lora_b), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """See the parent; A is split along its columns."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 1, "lora_a": 1},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state

@@ -1,0 +1,119 @@
+"""d-OPSD: a diffusion model learns from itself, shown its own future (arXiv:2606.18195).
+
+The student stands before a visited state; its teacher, the same model as it was, before the same
+state with some of what the student went on to write in later blocks filled in
+(`distillation.self_teacher`). Only right responses are learnt from. The loss of a state falls on
+the few masked positions of which the teacher is surest, and the sum is divided by the states.
+
+C: canvas (`rollout.visited_states`).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
+from megatron_dlm.distillation.clipped_reverse_kl import clipped_reverse_kl
+from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.models.attention_layout import CLEAN
+from megatron_dlm.objectives.base import Document, LossInputs, Objective
+from megatron_dlm.objectives.block_diffusion import block_diffusion_document
+from megatron_dlm.rollout.trajectory import StateTargets, Trajectory
+from megatron_dlm.rollout.visited_states import (
+    VisitedStates,
+    final_canvas,
+    states_before_last_block,
+)
+
+
+class DOPSD(Objective):
+    """Clipped reverse KL from the self-teacher at visited states of right responses."""
+
+    traits = OBJECTIVE_TRAITS["d_opsd"]
+
+    def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
+        """Lay out the states that have targets, as the rollout saw them; see `Objective.document`.
+
+        Nothing is drawn here: all states are trained on, and the teacher has chosen the positions.
+        """
+        targets = trajectory.targets
+        if targets is None:
+            return self._empty_document()
+        states = states_before_last_block(trajectory, self.config.model.block_size)
+        assert self.convention is not None
+        if self.convention.attention_pattern == "full":
+            return self._full_document(trajectory, states, targets, self.convention.shifted)
+        return self._block_causal_document(trajectory, states, targets)
+
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        """Clipped reverse KL; see `Objective.loss`."""
+        assert inputs.teacher_top_k is not None
+        return clipped_reverse_kl(
+            inputs.hidden,
+            inputs.head,
+            inputs.teacher_top_k,
+            inputs.weights,
+            self.config.self_distillation.divergence_term_limit,
+            self.vocab_size,
+            inputs.tp_group,
+            self.config.distillation.divergence_chunk_size,
+        )
+
+    def _empty_document(self) -> Document:
+        none = torch.empty(0, dtype=torch.int64)
+        k = self.config.self_distillation.teacher_top_k
+        return Document(
+            token_ids=none,
+            block=none,
+            stream=none,
+            position=none,
+            supervised=none,
+            labels=none,
+            weights=torch.empty(0),
+            teacher_top_k=TopKTargets(
+                torch.empty(0, k, dtype=torch.int32), torch.empty(0, k, dtype=torch.float32)
+            ),
+            loss_count=0,
+        )
+
+    def _full_document(
+        self, trajectory: Trajectory, states: VisitedStates, targets: StateTargets, shifted: bool
+    ) -> Document:
+        """Every state is a text of its own of C tokens, all of which see each other."""
+        canvas = final_canvas(trajectory, self.mask_token_id)
+        num_states, length = len(states), len(canvas)
+        token_ids = canvas.expand(num_states, length).masked_fill(states.masked, self.mask_token_id)
+        nothing = torch.zeros(num_states * length, dtype=torch.int64)
+        return Document(
+            token_ids=token_ids.flatten(),
+            block=nothing,
+            stream=torch.full_like(nothing, CLEAN),
+            position=torch.arange(length).repeat(num_states),
+            supervised=targets.state * length + targets.position - int(shifted),
+            labels=canvas[targets.position],
+            weights=torch.ones(len(targets.position)),
+            teacher_top_k=targets.top_k,
+            document_ids=torch.arange(num_states).repeat_interleave(length),
+            loss_count=num_states,
+        )
+
+    def _block_causal_document(
+        self, trajectory: Trajectory, states: VisitedStates, targets: StateTargets
+    ) -> Document:
+        """One clean stream and a noisy one for each step number, which all blocks share."""
+        canvas = final_canvas(trajectory, self.mask_token_id)
+        step = states.step[targets.state]
+        num_steps = int(step.max())
+        masked = [states.current[states.step == k].any(0) for k in range(1, num_steps + 1)]
+        supervised = torch.zeros(num_steps, len(canvas), dtype=torch.bool)
+        supervised[step - 1, targets.position] = True
+        document = block_diffusion_document(
+            trajectory,
+            masked,
+            supervised,
+            block_size=self.config.model.block_size,
+            mask_token_id=self.mask_token_id,
+        )
+        order = (step * len(canvas) + targets.position).argsort()
+        return replace(document, teacher_top_k=targets.top_k[order], loss_count=len(states))

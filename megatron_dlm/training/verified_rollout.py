@@ -1,0 +1,90 @@
+"""Rollouts that are repeated until the answer is right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dlm import platform
+from megatron_dlm.evaluation.rewards import RIGHT, Reward
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+
+# Noise is keyed by the sample: later tries of a sample use indices that no run ever reaches.
+TRY_STRIDE = 1 << 40
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """Tells right responses from wrong ones, the same on all ranks of a model replica.
+
+    Attributes:
+        reward: What is right.
+        tokenizer: Decodes responses.
+        max_tries: Responses to a prompt at most.
+    """
+
+    reward: Reward
+    tokenizer: PreTrainedTokenizerBase
+    max_tries: int
+
+    def verify(self, trajectories: Sequence[Trajectory]) -> None:
+        """Set `correct` of each trajectory; all ranks of the replica call this with the same."""
+        group = parallel_state.get_model_parallel_group()
+        verdicts = torch.zeros(len(trajectories), dtype=torch.int32, device=platform.device())
+        if group.rank() == 0:
+            for i, trajectory in enumerate(trajectories):
+                ids = trajectory.response_ids.tolist()
+                text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+                verdicts[i] = self.reward(trajectory.record, text) >= RIGHT
+        if group.size() > 1:
+            dist.broadcast(verdicts, group=group, group_src=0)
+        for trajectory, verdict in zip(trajectories, verdicts.tolist(), strict=True):
+            trajectory.correct = bool(verdict)
+
+
+def generate_until_right(
+    engine: RolloutEngine, prompts: Sequence[Prompt], max_response_length: int, verifier: Verifier
+) -> list[Trajectory]:
+    """Answer each prompt, again with other noise while the answer is wrong; all ranks call this.
+
+    Args:
+        engine: Decodes.
+        prompts: This data-parallel rank's.
+        max_response_length: In tokens.
+        verifier: What is right, and how often to try.
+
+    Returns:
+        The last response to each prompt, in their order; wrong ones are marked as such.
+    """
+    latest: list[Trajectory | None] = [None] * len(prompts)
+    pending = list(range(len(prompts)))
+    for number in range(verifier.max_tries):
+        # Ranks that share experts decode in step: none stops while another goes on.
+        if not _any_rank(bool(pending)):
+            break
+        again = [
+            replace(prompts[i], sample_index=prompts[i].sample_index + number * TRY_STRIDE)
+            for i in pending
+        ]
+        trajectories = engine.generate(again, max_response_length)
+        verifier.verify(trajectories)
+        for i, trajectory in zip(pending, trajectories, strict=True):
+            trajectory.sample_index = prompts[i].sample_index
+            trajectory.tries = number + 1
+            latest[i] = trajectory
+        pending = [i for i in pending if not _is_right(latest[i])]
+    return [trajectory for trajectory in latest if trajectory is not None]
+
+
+def _is_right(trajectory: Trajectory | None) -> bool:
+    return trajectory is not None and bool(trajectory.correct)
+
+
+def _any_rank(works: bool) -> bool:
+    flag = torch.tensor([int(works)], device=platform.device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return bool(flag.item())

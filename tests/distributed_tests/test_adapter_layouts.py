@@ -1,0 +1,154 @@
+"""Adapters, and the objective made for them, train under every layout like one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_dlm.config import Config
+from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.training.initialize import initialized
+from megatron_dlm.training.model_source import open_model_source
+from tests.distributed_tests.spawn import run_distributed
+from tests.tiny import (
+    reward_every_third,
+    run_config,
+    run_training,
+    save_random_model,
+    state_convention,
+    write_data,
+)
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapters": ("dense", dict(lora_rank=3, lora_alpha=6, micro_batch_size=2)),
+    "d_opsd": ("block_causal", dict(objective="d_opsd", lora_rank=3, lora_alpha=6)),
+    "d_opsd full copy": ("full", dict(objective="d_opsd", micro_batch_size=2)),
+    "moe d_opsd": ("moe", dict(objective="d_opsd", lora_rank=3)),
+}
+"""Model and options by name; without adapters d_opsd has a frozen copy of the model."""
+
+DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": dict(tensor_model_parallel_size=2),
+    "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+    "PP2": dict(pipeline_model_parallel_size=2, recompute_granularity="full"),
+    "DP2": dict(use_distributed_optimizer=True),
+}
+MOE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "EP2": dict(expert_model_parallel_size=2),
+    "PP2": dict(pipeline_model_parallel_size=2),
+    "EP2 TP2 SP": dict(
+        expert_model_parallel_size=2,
+        tensor_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=True,
+    ),
+}
+FOUR_LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 PP2 SP": dict(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
+    ),
+}
+KEYS = ("supervised_tokens", "response_tokens_total", "tokens_per_forward", "accuracy")
+
+
+def _train(rank: int, folder: Path, runs: list[tuple[str, dict[str, Any]]], prefix: str) -> Any:
+    """Train each run, then load its checkpoint without adapters and export it; metrics lines."""
+    results = {}
+    for name, layout in runs:
+        model, options = RUNS[name]
+        save = folder / f"{prefix}-{name}".replace(" ", "_")
+        if options.get("objective") == "d_opsd" and "lora_rank" not in options:
+            options = dict(options, teacher_load=str(folder / model))
+        config = run_config(folder, folder / model, save=str(save), **options, **layout)
+        with reward_every_third():
+            results[name] = run_training(config)
+        _export(config, save, save / "hf")
+    return results
+
+
+def _export(config: Config, run: Path, target: Path) -> None:
+    source = open_model_source(str(run), "--load")
+    with initialized(config):
+        model = build_model(source.architecture, config)
+        source.load_into(model)
+        export_hf(model, source.architecture, target, format="qwen3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    write_data(folder)
+    for name in ("dense", "block_causal", "full", "moe"):
+        save_random_model(folder / name, moe=name == "moe")
+    state_convention(folder / "block_causal", "block_causal", shifted=False)
+    state_convention(folder / "moe", "block_causal", shifted=False)
+    state_convention(folder / "full", "full", shifted=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    runs = [(name, {}) for name in RUNS]
+    return run_distributed(_train, 1, folder, runs, "single", timeout_seconds=300)[0]
+
+
+def _weights(folder: Path, prefix: str, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{prefix}-{name}".replace(" ", "_") / "hf" / "model.safetensors")
+
+
+def _check(
+    folder: Path,
+    single: dict[str, list[dict[str, Any]]],
+    world_size: int,
+    layouts: dict[str, dict[str, Any]],
+    names: list[str],
+) -> None:
+    for layout, options in layouts.items():
+        runs = [(name, options) for name in names]
+        results = run_distributed(_train, world_size, folder, runs, layout, timeout_seconds=300)[0]
+        for name in names:
+            assert len(results[name]) == len(single[name]) == 5
+            for line, expected in zip(results[name], single[name], strict=True):
+                assert [line[key] for key in KEYS] == [expected[key] for key in KEYS], (
+                    name,
+                    layout,
+                )
+                for key in ("loss", "grad_norm"):
+                    assert line[key] == pytest.approx(expected[key], rel=1e-4), (name, layout)
+            weights, reference = _weights(folder, layout, name), _weights(folder, "single", name)
+            assert weights.keys() == reference.keys()
+            for key, tensor in reference.items():
+                torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-5)
+
+
+def test_runs_are_what_they_are_meant_to_be(
+    folder: Path, single: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Some but not all first answers are right, and every objective moves the weights."""
+    for name, (model, options) in RUNS.items():
+        if "objective" in options:
+            assert 0 < single[name][0]["accuracy"] < single[name][0]["solved_rate"]
+        before = load_file(folder / model / "model.safetensors")
+        after = _weights(folder, "single", name)
+        moved = {key for key, tensor in before.items() if not torch.equal(after[key], tensor)}
+        if "lora_rank" in options:
+            assert moved
+            assert all(key.endswith("_proj.weight") for key in moved)
+    config = json.loads((folder / "single-d_opsd" / "iter_0000005/hf/config.json").read_text())
+    assert (config["attention_pattern"], config["block_size"]) == ("block_causal", 4)
+
+
+def test_dense_layouts(folder: Path, single: dict[str, Any]) -> None:
+    _check(folder, single, 2, DENSE_LAYOUTS, ["adapters", "d_opsd", "d_opsd full copy"])
+
+
+def test_moe_layouts(folder: Path, single: dict[str, Any]) -> None:
+    _check(folder, single, 2, MOE_LAYOUTS, ["moe d_opsd"])
+
+
+def test_four_processes(folder: Path, single: dict[str, Any]) -> None:
+    _check(folder, single, 4, FOUR_LAYOUTS, ["adapters", "d_opsd", "d_opsd full copy"])

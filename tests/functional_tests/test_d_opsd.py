@@ -1,0 +1,159 @@
+"""Self-distillation as a user runs it: it resumes, hands on what it learnt, and improves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_dlm.data.packing import pack
+from megatron_dlm.models.forward import forward_hidden
+from megatron_dlm.models.model import head_weight
+from megatron_dlm.objectives.base import LossInputs
+from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.training import loop
+from megatron_dlm.training.initialize import initialized
+from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.training.loop import train
+from megatron_dlm.training.run import Run, build_run
+from tests.functional_tests.entry_points import CONVERT, run_process
+from tests.tiny import (
+    REPOSITORY,
+    reward_every_third,
+    run_config,
+    run_training,
+    save_random_model,
+    state_convention,
+    write_data,
+)
+
+ROLLOUTS = dict(objective="d_opsd", num_rollouts=3, rollout_batch_size=8)
+
+
+class Interrupted(Exception):
+    """Stands for a node that dies."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("d_opsd")
+    write_data(folder)
+    save_random_model(folder / "model")
+    state_convention(folder / "model", "block_causal", shifted=False)
+    return folder
+
+
+def _run(folder: Path, load: Path, save: Path, **options: Any) -> list[dict[str, Any]]:
+    config = run_config(folder, load, save=str(save), **{**ROLLOUTS, **options})
+    with reward_every_third():
+        lines = run_training(config)
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    train_step = loop.train_step
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal updates
+        if updates == 0:
+            raise Interrupted
+        updates -= 1
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", failing)
+
+
+def _exported(run: Path, target: Path) -> dict[str, torch.Tensor]:
+    done = run_process(CONVERT, "--load", run, "--save", target, "--target-format", "qwen3")
+    assert done.status == 0, done.stderr
+    return load_file(target / "model.safetensors")
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    model = folder / "model"
+    options: dict[str, Any] = dict(lora_rank=3, use_distributed_optimizer=True)
+    if not adapters:
+        options = dict(teacher_load=str(model))
+    expected = _run(folder, model, tmp_path / "whole", **options)
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 5)
+        with pytest.raises(Interrupted):
+            _run(folder, model, broken, save_interval=1, **options)
+    assert _run(folder, broken, broken, **options) == expected
+    weights = _exported(broken, tmp_path / "broken_hf")
+    for name, tensor in _exported(tmp_path / "whole", tmp_path / "whole_hf").items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_new_run_starts_from_the_merged_weights(folder: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    _run(folder, folder / "model", first, lora_rank=3)
+    merged = _exported(first, tmp_path / "merged")
+    state_convention(tmp_path / "merged", "block_causal", shifted=False)  # as a qwen3, it is AR
+    before = load_file(folder / "model" / "model.safetensors")
+    assert any(not torch.equal(merged[name], tensor) for name, tensor in before.items())
+    # Adapters start anew, with nothing learnt: the first loss is that of the exported weights.
+    options: dict[str, Any] = dict(num_rollouts=1, lora_rank=2)
+    again = _run(folder, first, tmp_path / "second", finetune=True, **options)
+    exported = _run(folder, tmp_path / "merged", tmp_path / "third", **options)
+    assert again == exported
+
+
+def _loss(run: Run, trajectories: list[Trajectory]) -> float:
+    """Mean loss of a state, at the run's present weights."""
+    documents = [run.objective.document(t, torch.Generator()) for t in trajectories]
+    batch = pack(documents)
+    model = run.student.model.eval()
+    hidden = forward_hidden(model, [batch.row])
+    assert hidden is not None
+    with torch.no_grad():
+        loss, _ = run.objective.loss(
+            LossInputs(
+                hidden=hidden[0][batch.supervised],
+                head=head_weight(model),
+                labels=batch.labels,
+                weights=batch.weights,
+                teacher_top_k=batch.teacher_top_k,
+            )
+        )
+    return float(loss) / batch.loss_count
+
+
+def test_it_comes_closer_to_its_teacher_on_held_out_problems(tmp_path: Path) -> None:
+    """Held-out responses of the untrained student, their states and targets stay the same."""
+    write_data(tmp_path, num=96)
+    converted = tmp_path / "converted"
+    sft = dict(objective="sft", train_iters=30, global_batch_size=16, micro_batch_size=8)
+    tiny = REPOSITORY / "examples" / "tiny" / "qwen3"
+    run_training(run_config(tmp_path, tiny, save=str(converted), **sft))
+    config = run_config(
+        tmp_path,
+        converted,
+        objective="d_opsd",
+        finetune=True,
+        lora_rank=8,
+        num_rollouts=4,
+        rollout_batch_size=16,
+        global_batch_size=4,
+        micro_batch_size=4,
+        max_response_length=24,
+        lr=3e-3,
+        save=str(tmp_path / "run"),
+    )
+    inputs = read_inputs(config)
+    with reward_every_third(), initialized(config):
+        run = build_run(config, inputs)
+        assert run.teacher is not None
+        # Training takes the first 64 samples of the epoch; these records come last in it.
+        held_out = run.source.trajectories(run.sampler.samples(80, 16), rollout=0)
+        run.teacher.annotate(held_out)
+        before = _loss(run, held_out)
+        train(run)
+        after = _loss(run, held_out)
+    assert before > 0
+    assert after < 0.8 * before, (before, after)

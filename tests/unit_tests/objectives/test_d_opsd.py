@@ -1,0 +1,200 @@
+"""The d-OPSD loss against transformers in float64: one forward a state, dense masks."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_dlm.config import Config
+from megatron_dlm.data.packing import pack
+from megatron_dlm.distillation.self_teacher import SelfTeacher, teacher_view
+from megatron_dlm.models.architecture import RND1, DiffusionConvention
+from megatron_dlm.objectives import OBJECTIVES
+from megatron_dlm.objectives.base import Objective
+from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.rollout.visited_states import states_before_last_block
+from tests.unit_tests.objectives.dense_reference import (
+    MASK,
+    VOCABULARY,
+    Models,
+    full_sequence,
+    trajectories,
+)
+
+pytestmark = pytest.mark.usefixtures("single_process")
+CONVENTIONS = [
+    DiffusionConvention("block_causal", shifted=False),
+    DiffusionConvention("full", shifted=False),
+    RND1,
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration and rollouts of a model of some convention."""
+
+    config: Config
+    convention: DiffusionConvention
+    batch: list[Trajectory]
+
+    def objective(self) -> Objective:
+        return OBJECTIVES["d_opsd"](self.config, MASK, VOCABULARY, self.convention)
+
+    def annotate(self, models: Models) -> None:
+        """The frozen copy is another model here, so that nobody's part can be mixed up."""
+        SelfTeacher(
+            models.teacher.model,
+            self.config,
+            mask_token_id=MASK,
+            vocab_size=VOCABULARY,
+            shifted=self.convention.shifted,
+        ).annotate(self.batch)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    block_size = draw(st.integers(1, 4))
+    convention = draw(st.sampled_from(CONVENTIONS))
+    options: dict[str, Any] = dict(
+        objective="d_opsd",
+        teacher_load="a frozen copy",
+        block_size=block_size,
+        reveal_fraction=draw(st.sampled_from([0.0, 0.25, 1.0])),
+        positions_per_state=draw(st.integers(1, 3)),
+        teacher_top_k=draw(st.sampled_from([1, 5, 20])),
+        divergence_term_limit=draw(st.sampled_from([0.05, 10.0])),
+        divergence_chunk_size=draw(st.sampled_from([3, 64])),
+        micro_batch_size=draw(st.integers(1, 2)),
+    )
+    batch = [draw(trajectories(block_size)) for _ in range(draw(st.integers(1, 3)))]
+    for trajectory in batch:
+        trajectory.correct = draw(st.booleans())
+        if convention.attention_pattern == "full" and draw(st.booleans()):
+            trajectory.canvas_length = len(full_sequence(trajectory)) + draw(st.integers(0, 5))
+    return Case(Config.from_dict({"device": "cpu", **options}), convention, batch)
+
+
+def log_probs(model: torch.nn.Module, ids: Tensor, visible: Tensor) -> Tensor:
+    """Log-probabilities [S, V] of ids [S] under a dense mask [S, S]."""
+    bias = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+    with torch.no_grad():
+        logits: Tensor = model(ids[None], attention_mask=bias[None, None]).logits[0]
+    return logits.log_softmax(-1)
+
+
+def visited(trajectory: Trajectory, block_size: int) -> list[tuple[Tensor, list[int]]]:
+    """(canvas [C], masked positions of the block in decoding) of every state that counts."""
+    full = full_sequence(trajectory)
+    prompt = len(trajectory.prompt_ids)
+    steps = torch.cat((trajectory.unmask_step, trajectory.tail_unmask_step)).tolist()
+    steps = [0] * prompt + steps
+    length = max(len(full), trajectory.canvas_length or 0)
+    states = []
+    for start in range(0, (len(full) - 1) // block_size * block_size, block_size):
+        block = range(start, start + block_size)
+        for step in range(1, max(steps[i] for i in block) + 1):
+            masked = [i for i in block if steps[i] >= step]
+            canvas = torch.full((length,), MASK)
+            canvas[: start + block_size] = full[: start + block_size]
+            canvas[masked] = MASK
+            states.append((canvas, masked))
+    return states
+
+
+def dense_loss(models: Models, case: Case) -> tuple[float, int, int]:
+    """Loss sum, states and predictions by the definition; one forward a state and model."""
+    options = case.config.self_distillation
+    block_size = case.config.model.block_size
+    shift = int(case.convention.shifted)
+    total, num_states, predictions = 0.0, 0, 0
+    for trajectory in case.batch:
+        if not trajectory.correct:
+            continue
+        states = states_before_last_block(trajectory, block_size)
+        views = teacher_view(
+            trajectory,
+            states,
+            fraction=options.reveal_fraction,
+            mask_token_id=MASK,
+            seed=case.config.data.seed,
+        )
+        for view, (canvas, masked) in zip(views, visited(trajectory, block_size), strict=True):
+            length = len(canvas)
+            everything = torch.ones(length, length, dtype=torch.bool)
+            teacher = log_probs(models.hf_teacher, view, everything)
+            if case.convention.attention_pattern == "full":
+                student = log_probs(models.hf_student, canvas, everything)
+            else:
+                block = torch.arange(length) // block_size
+                student = log_probs(models.hf_student, canvas, block[None, :] <= block[:, None])
+            surest = sorted(masked, key=lambda i: -float(teacher[i - shift].max()))
+            for i in surest[: options.positions_per_state]:
+                top = teacher[i - shift].topk(options.teacher_top_k)
+                p = top.values.exp() / top.values.exp().sum()
+                q = student[i - shift][top.indices].exp()
+                q = q / q.sum()
+                terms = q * (q / p).log()
+                total += float(terms.clamp(max=options.divergence_term_limit).sum())
+                predictions += 1
+            num_states += 1
+    return total, num_states, predictions
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_loss_equals_dense_forwards(models: Models, case: Case) -> None:
+    case.annotate(models)
+    objective = case.objective()
+    documents = [objective.document(t, torch.Generator()) for t in case.batch]
+    packed = pack(documents, pad_multiple=4)
+    total, num_states, predictions = dense_loss(models, case)
+    assert packed.loss_count == num_states
+    assert len(packed.supervised) == predictions
+    assert models.loss(objective, packed) == pytest.approx(total, rel=1e-4, abs=1e-5)
+
+
+@given(cases())
+def test_teacher_sees_the_states_and_a_share_of_what_came_later(case: Case) -> None:
+    fraction = case.config.self_distillation.reveal_fraction
+    block_size = case.config.model.block_size
+    for trajectory in case.batch:
+        full = full_sequence(trajectory)
+        states = states_before_last_block(trajectory, block_size)
+        views = [
+            teacher_view(trajectory, states, fraction=fraction, mask_token_id=MASK, seed=seed)
+            for seed in (1, 1, 2)
+        ]
+        assert torch.equal(views[0], views[1])
+        if 0 < fraction < 1 and len(states) * len(full) > 200:
+            assert not torch.equal(views[0], views[2])
+        for view, (canvas, masked) in zip(views[0], visited(trajectory, block_size), strict=True):
+            later = (masked[0] // block_size + 1) * block_size
+            assert torch.equal(view[:later], canvas[:later])
+            revealed = [i for i in range(later, len(canvas)) if int(view[i]) != MASK]
+            assert len(revealed) == math.ceil(fraction * (len(full) - later))
+            assert all(int(view[i]) == int(full[i]) for i in revealed)
+
+
+def test_wrong_responses_and_single_blocks_are_not_trained_on(models: Models) -> None:
+    config = Config.from_dict(
+        {"device": "cpu", "objective": "d_opsd", "teacher_load": "a", "block_size": 2}
+    )
+    response = torch.tensor([5, 6, 7, 8])
+    wrong = Trajectory(0, torch.tensor([1, 2]), response, torch.ones(4).long(), correct=False)
+    short = Trajectory(1, torch.tensor([1, 2]), response[:2], torch.ones(2).long(), correct=True)
+    case = Case(config, CONVENTIONS[0], [wrong, short])
+    case.annotate(models)
+    documents = [case.objective().document(t, torch.Generator()) for t in case.batch]
+    packed = pack(documents, pad_multiple=4)
+    assert packed.loss_count == 0
+    assert models.loss(case.objective(), packed) == 0.0

@@ -1,0 +1,63 @@
+"""What d_opsd starts from is checked before any weight is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dlm.errors import UserError
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, RND1
+from megatron_dlm.training.inputs import read_inputs
+from tests.tiny import run_config, save_random_model, state_convention, write_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_data(folder)
+    for name in ("ar", "block_causal", "full"):
+        save_random_model(folder / name)
+    state_convention(folder / "block_causal", "block_causal", shifted=False)
+    state_convention(folder / "full", "full", shifted=True)
+    return folder
+
+
+def _read(folder: Path, model: str, **options: Any) -> Any:
+    config = run_config(folder, folder / model, objective="d_opsd", lora_rank=2, **options)
+    return config, read_inputs(config)
+
+
+def test_the_students_convention_is_kept(folder: Path) -> None:
+    config, inputs = _read(folder, "block_causal")
+    assert inputs.teacher_source is None
+    assert inputs.convention(config) == BLOCK_DIFFUSION
+    config, inputs = _read(folder, "full", block_size=8, teacher_load=str(folder / "full"))
+    assert inputs.teacher_source is not None
+    assert inputs.convention(config) == RND1
+    written = inputs.hf_config(config)
+    assert (written["attention_pattern"], written["shifted"]) == ("full", True)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("ar", {}, r"--load = .*autoregressive.*opdlm"),
+        ("block_causal", {"block_size": 8}, r"--block-size = 8: .*blocks of 4; choose 4"),
+        ("block_causal", {"teacher_load": "full"}, r"--teacher-load = .*block_causal"),
+        ("block_causal", {"teacher_load": "ar"}, r"--teacher-load = .*no diffusion model"),
+    ],
+)
+def test_what_cannot_teach_itself_is_refused(
+    folder: Path, model: str, options: dict[str, Any], message: str
+) -> None:
+    if "teacher_load" in options:
+        options = {"teacher_load": str(folder / options["teacher_load"])}
+    with pytest.raises(UserError, match=message):
+        _read(folder, model, **options)
+
+
+def test_prompts_without_answers_are_refused(folder: Path) -> None:
+    bare = folder / "bare.jsonl"
+    bare.write_text('{"prompt": "2 + 2?"}\n')
+    with pytest.raises(UserError, match=r'bare.jsonl:1: "answer" = None'):
+        _read(folder, "block_causal", prompts=str(bare))
