@@ -68,8 +68,8 @@ def main() -> int:
         for cell in all_cells(sizes)
         if options.only is None or cell.recipe.name in options.only
     ]
-    trained = {cell.recipe.num_prompts for cell in cells if cell.recipe.example is not None}
-    write_problems(folders.data, sizes.heldout, trained)
+    trained = {cell.recipe.name: cell.recipe for cell in cells if cell.recipe.example is not None}
+    write_problems(folders.data, sizes.heldout, trained.values())
     run_cells(cells, folders, options.jobs)
     missing = [cell.name for cell in cells if finished_result(folders.results, cell) is None]
     if options.only is None:

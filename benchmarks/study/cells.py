@@ -42,9 +42,13 @@ class Cell:
 
     def specification(self) -> dict[str, Any]:
         """Everything that decides the result, as a JSON object."""
+        documents = self.recipe.documents
+        data = (
+            {"num_documents": documents} if documents else {"num_prompts": self.recipe.num_prompts}
+        )
         specification = {
             "training": self.recipe.training_options(self.seed),
-            "num_prompts": self.recipe.num_prompts,
+            **data,
             "num_heldout": self.num_heldout,
             "max_response_length": max_response_length(),
             "evaluations": [asdict(evaluation) for evaluation in self.recipe.evaluations],

@@ -17,6 +17,9 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 TEACHER = "examples/tiny/qwen3"
 ROLLOUT_RECIPE = "examples/tiny/opdlm.yaml"
+SCP_RECIPE = "benchmarks/study/scp.yaml"
+RND1_RATIO = 1e-8 / 3e-4
+"""RND1's learning rate of all other parameters over that of attention."""
 TRAINED_BLOCK_SIZE = 4
 BLOCK_SIZES = (4, 8, 16)
 THRESHOLDS = (0.9, 0.8, 0.7)
@@ -33,6 +36,7 @@ class Sizes:
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
+        documents: Documents of the corpus that SCP is pretrained on.
         heldout: Held-out problems that each setting is evaluated on.
     """
 
@@ -40,6 +44,7 @@ class Sizes:
     best_seeds: int = 1
     rollouts: int = 60
     best_rollouts: int = 160
+    documents: int = 20_000
     heldout: int = 250
 
 
@@ -72,6 +77,7 @@ class Recipe:
         evaluations: What is measured afterwards.
         seeds: Number of runs.
         rollouts: Length of training, as `Sizes.rollouts`.
+        documents: Documents of its corpus, 0 where it trains on prompts.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Recipe:
     evaluations: tuple[Evaluation, ...]
     seeds: int
     rollouts: int = 0
+    documents: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -139,6 +146,11 @@ _AUTOREGRESSIVE = (
     Evaluation("seen_autoregressive", ("autoregressive",), "seen"),
     Evaluation("unseen_autoregressive", ("autoregressive",), "unseen"),
 )
+_FORGETTING = (
+    Evaluation("seen", ("static", "dynamic:0.9"), "seen", TRAINED_BLOCK_SIZE),
+    Evaluation("unseen", ("static", "dynamic:0.9"), "unseen", TRAINED_BLOCK_SIZE),
+    *_AUTOREGRESSIVE[1:],
+)
 
 
 def recipes(sizes: Sizes) -> list[Recipe]:
@@ -152,7 +164,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
 
     def conversion(name: str, title: str, example: str, **options: Any) -> Recipe:
         path = f"examples/tiny/{example}.yaml"
-        return Recipe(name, title, path, blocks, sizes.seeds, sizes.rollouts, options)
+        return Recipe(name, title, path, blocks, sizes.seeds, sizes.rollouts, options=options)
 
     def trained_for(block_size: int) -> Recipe:
         return Recipe(
@@ -162,9 +174,23 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             (_BLOCKS[block_size],),
             sizes.seeds,
             sizes.rollouts,
-            {"block_size": block_size},
+            options={"block_size": block_size},
         )
 
+    def pretraining(name: str, title: str, **options: Any) -> Recipe:
+        return Recipe(
+            name,
+            title,
+            SCP_RECIPE,
+            _FORGETTING,
+            sizes.seeds,
+            sizes.rollouts,
+            sizes.documents,
+            options,
+        )
+
+    attention = float(read_yaml(SCP_RECIPE)["lr"])
+    rnd1_groups = [{"pattern": "default", "lr": attention * RND1_RATIO}, {"pattern": "attention"}]
     return [
         Recipe(
             "teacher",
@@ -194,5 +220,11 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             blocks,
             sizes.best_seeds,
             sizes.best_rollouts,
+        ),
+        pretraining("scp_one_lr", "SCP, one learning rate"),
+        pretraining(
+            "scp_rnd1_groups",
+            "SCP, RND1's rates by parameter group",
+            param_groups=rnd1_groups,
         ),
     ]

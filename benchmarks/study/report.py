@@ -133,8 +133,9 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
 _FORGETTING = (
     "The corpus holds problems that add and subtract (seen) and none that multiply (unseen); the "
     "AR model that training starts from solves both. Held-out problems of each kind, decoded by "
-    "diffusion as trained, and with the same weights read out autoregressively under a causal "
-    "mask."
+    "diffusion as trained (full attention, shifted, four positions at a time), and with the same "
+    "weights read out autoregressively under a causal mask. Both recipes train attention at the "
+    "same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
 )
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.study.cells import Cell, finished_result, training_summary, write_result
 from benchmarks.study.environment import commit
-from benchmarks.study.problems import heldout_path, prompts_path
+from benchmarks.study.problems import heldout_path, training_data
 from benchmarks.study.recipes import (
     REPOSITORY,
     TEACHER,
@@ -108,11 +108,9 @@ def _run_cell(cell: Cell, folders: Folders) -> str:
     measured: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
     options = cell.recipe.training_options(cell.seed)
     if options is not None:
-        prompts = prompts_path(folders.data, cell.recipe.num_prompts)
+        data, path = training_data(folders.data, cell.recipe)
         configuration = run / "recipe.yaml"
-        configuration.write_text(
-            yaml.safe_dump({**options, "prompts": str(prompts), "save": str(run)})
-        )
+        configuration.write_text(yaml.safe_dump({**options, data: str(path), "save": str(run)}))
         _call(log, "pretrain_opdlm.py", "--config", configuration)
         measured["training"] = {
             **training_summary(run / "metrics.jsonl"),

@@ -107,7 +107,8 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
         return read
 
     def prompts(result: Result) -> float:
-        return float(result["specification"]["num_prompts"])
+        specification = result["specification"]
+        return float(specification.get("num_documents") or specification["num_prompts"])
 
     quantities: list[Quantity] = [
         prompts,
@@ -120,7 +121,9 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
         samples = [sample(results, recipe.name, quantity) for quantity in quantities]
         if samples[1] is not None:
             rows.append([recipe.title, *(f"{s.mean:,.0f}" if s else NOT_MEASURED for s in samples)])
-    return markdown_table(["", "prompts", "updates", "response tokens", "seconds"], rows)
+    return markdown_table(
+        ["", "prompts or documents", "updates", "response tokens", "seconds"], rows
+    )
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
 
-from benchmarks.study.problems import heldout_path, prompts_path, write_problems
+from benchmarks.study.problems import HELDOUT, heldout_path, training_data, write_problems
 from benchmarks.study.recipes import (
     BLOCK_SIZES,
     REPOSITORY,
@@ -39,7 +41,8 @@ MAY_DIFFER = {
 def config_of(recipe: Recipe, folder: Path = Path("run")) -> Config:
     options = recipe.training_options(seed=1)
     assert options is not None
-    return Config.from_dict({**options, "prompts": "prompts.jsonl", "save": str(folder)})
+    data, path = training_data(folder, recipe)
+    return Config.from_dict({**options, data: str(path), "save": str(folder)})
 
 
 def test_the_papers_objectives_are_there() -> None:
@@ -56,7 +59,10 @@ def test_recipe_is_a_valid_configuration(recipe: Recipe, sizes: Sizes, tmp_path:
     assert config.train_iters == same.updates
 
 
-@pytest.mark.parametrize("recipe", TRAINED, ids=lambda recipe: recipe.name)
+ON_PROMPTS = [recipe for recipe in TRAINED if not recipe.documents]
+
+
+@pytest.mark.parametrize("recipe", ON_PROMPTS, ids=lambda recipe: recipe.name)
 def test_every_prompt_is_visited_equally_often(recipe: Recipe) -> None:
     config = config_of(recipe)
     visits = config.train_iters * config.training.global_batch_size
@@ -89,23 +95,53 @@ def test_settings_are_what_evaluation_calls_them(recipe: Recipe) -> None:
         names = tuple(setting_name(setup.setting(text)) for text in evaluation.settings)
         if evaluation.block_size is None:
             assert names == ("autoregressive",)
+        elif recipe.documents:
+            assert set(names) <= set(SETTINGS)
+            assert evaluation.data in HELDOUT
         else:
             assert names == SETTINGS
             assert evaluation.name == f"block_{evaluation.block_size}"
             assert evaluation.block_size in BLOCK_SIZES
 
 
+def responses(path: Path) -> list[str]:
+    return [json.loads(line)["response"] for line in path.read_text().splitlines()]
+
+
 def test_problems_of_each_kind(tmp_path: Path) -> None:
-    write_problems(tmp_path, 20, (5, 9))
-
-    def answers(path: Path) -> list[str]:
-        return [json.loads(line)["response"] for line in path.read_text().splitlines()]
-
-    assert len(answers(heldout_path(tmp_path, "heldout"))) == 20
-    seen, unseen = (answers(heldout_path(tmp_path, name)) for name in ("seen", "unseen"))
+    write_problems(tmp_path, 20, ())
+    assert len(responses(heldout_path(tmp_path, "heldout"))) == 20
+    seen, unseen = (responses(heldout_path(tmp_path, name)) for name in ("seen", "unseen"))
     assert len(seen) == len(unseen) == 20
-    assert not any("*" in answer for answer in seen)
-    assert all("*" in answer for answer in unseen)
-    short, long = (answers(prompts_path(tmp_path, num)) for num in (5, 9))
-    assert (len(short), len(long)) == (5, 9)
-    assert long[:5] == short
+    assert not any("*" in response for response in seen)
+    assert all("*" in response for response in unseen)
+
+
+def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(tmp_path: Path) -> None:
+    small = {r.name: r for r in recipes(Sizes(rollouts=1, best_rollouts=2))}
+    write_problems(tmp_path, 1, [small["opdlm"], small["best"]])
+    short, long = (responses(training_data(tmp_path, small[name])[1]) for name in ("opdlm", "best"))
+    assert len(short) == small["opdlm"].num_prompts
+    assert len(long) == 2 * len(short)
+    assert long[: len(short)] == short
+
+
+def test_the_corpus_fills_its_canvas_and_never_multiplies(tmp_path: Path) -> None:
+    [recipe] = [r for r in recipes(Sizes(documents=30)) if r.name == "scp_one_lr"]
+    write_problems(tmp_path, 1, [recipe])
+    _, prefix = training_data(tmp_path, recipe)
+    documents = IndexedDataset(str(prefix))
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / TEACHER)
+    assert len(documents) == 30
+    for ids in documents:
+        text = tokenizer.decode(ids.tolist())
+        assert " * " not in text
+        _, _, answer = text.partition("<|im_start|>assistant\n")
+        assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == 40
+        assert answer.partition("<|im_end|>")[2].replace("<|im_end|>", "") == ""
+
+
+def test_pretraining_differs_in_learning_rates_only() -> None:
+    one, groups = (config_of(r).to_dict() for r in TRAINED if r.documents)
+    different = {name for name in one if one[name] != groups[name]}
+    assert different == {"param_groups"}
