@@ -20,13 +20,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import orjson
+from typing import TYPE_CHECKING
 
 from megatron_dlm.config import parse_arguments
 from megatron_dlm.entry import report_user_errors
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.errors import bad_value
+
+if TYPE_CHECKING:
+    from megatron_dlm.data.document_encoder import DocumentEncoder
 
 LINES_PER_TASK = 64
 LINES_PER_WORKER = 16 * LINES_PER_TASK
@@ -69,76 +70,13 @@ class Arguments:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
-class DocumentEncoder:
-    """Token ids of JSONL lines.
-
-    Args:
-        options: What to read.
-
-    Raises:
-        UserError: There is no tokenizer, or it has no EOS and documents are to end with it.
-    """
-
-    def __init__(self, options: InputConfig) -> None:
-        from megatron_dlm.data.tokenizer import load_tokenizer
-
-        assert options.tokenizer is not None
-        self._options = options
-        self._tokenizer = load_tokenizer(options.tokenizer)
-        self._mask_token_id, eos_token_id = special_token_ids(self._tokenizer, options.tokenizer)
-        self._end: list[int] = []
-        if options.append_eod:
-            if eos_token_id is None:
-                raise bad_value(
-                    "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
-                )
-            self._end = [eos_token_id]
-        self.largest_id: int = max([len(self._tokenizer), *self._end])
-
-    def encode(self, numbered_line: tuple[int, bytes]) -> dict[str, list[int]]:
-        """Token ids of one document by key; an empty text has none.
-
-        Raises:
-            UserError: The line is no document; names file and line.
-        """
-        number, line = numbered_line
-        where = f"{self._options.input}:{number}"
-        remedy = f'write one JSON object a line, with "{self._options.json_keys[0]}"'
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            problem = f"broken JSON ({error.msg} at column {error.colno})"
-            raise UserError(f"{where}: {problem}; {remedy}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: the line is not an object; {remedy}")
-        return {key: self._encode_text(record, key, where) for key in self._options.json_keys}
-
-    def _encode_text(self, record: dict[str, Any], key: str, where: str) -> list[int]:
-        text = record.get(key)
-        if not isinstance(text, str):
-            problem = "is not a string" if key in record else "is missing"
-            raise UserError(f'{where}: "{key}" {problem}; write the document\'s text')
-        if not text:
-            return []
-        # verbose=False: documents longer than the model's maximum are cut into windows later.
-        encoded: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        if self._mask_token_id in encoded:
-            raise UserError(
-                f'{where}: "{key}" contains the MASK token (id {self._mask_token_id}),'
-                " which stands for text not yet written; remove it"
-            )
-        return encoded + self._end
-
-
 _encoder: DocumentEncoder | None = None
 """What this process, or the one that it was forked from, encodes with."""
 
 
 def _encode(numbered_line: tuple[int, bytes]) -> tuple[int, dict[str, list[int]]]:
     assert _encoder is not None
-    return len(numbered_line[1]), _encoder.encode(numbered_line)
+    return len(numbered_line[1]), _encoder.encode(*numbered_line)
 
 
 def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -190,22 +128,6 @@ def check_arguments(arguments: Arguments) -> dict[str, Path]:
                     "name others, or remove them",
                 )
     return prefixes
-
-
-def special_token_ids(tokenizer: Any, folder: str) -> tuple[int | None, int | None]:
-    """MASK and EOS, from the config.json beside the tokenizer if there is one; None if unknown.
-
-    Raises:
-        UserError: The tokenizer does not fit the config.json.
-    """
-    from megatron_dlm.data.tokenizer import MASK_TOKEN, resolve_special_tokens
-
-    config = Path(folder) / "config.json"
-    if config.is_file():
-        special = resolve_special_tokens(tokenizer, orjson.loads(config.read_bytes()), folder)
-        return special.mask_token_id, special.eos_token_id
-    mask = tokenizer.mask_token_id
-    return tokenizer.get_vocab().get(MASK_TOKEN) if mask is None else mask, tokenizer.eos_token_id
 
 
 class Progress:
@@ -260,7 +182,14 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    encoder = DocumentEncoder(arguments.input)
+    from megatron_dlm.data.document_encoder import DocumentEncoder
+
+    options = arguments.input
+    assert options.input is not None
+    assert options.tokenizer is not None
+    encoder = DocumentEncoder(
+        options.input, options.json_keys, options.tokenizer, options.append_eod
+    )
     dtype = np.uint16 if encoder.largest_id < 2**16 else np.int32
     for prefix in prefixes.values():
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +205,7 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
                     builders[key].add_document(token_ids, [len(token_ids)])
             progress.add(num_bytes, sum(map(len, documents.values())))
         if not progress.tokens:
-            raise bad_value("--input", arguments.input.input, "holds no text", "name another file")
+            raise bad_value("--input", options.input, "holds no text", "name another file")
         for key, name in temporary.items():
             builders[key].finalize(f"{name}.idx")
         for key, name in temporary.items():

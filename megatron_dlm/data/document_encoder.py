@@ -1,0 +1,83 @@
+"""Token ids of a text corpus's documents, with file and line in errors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dlm.data.tokenizer import MASK_TOKEN, load_tokenizer, resolve_special_tokens
+from megatron_dlm.errors import UserError, bad_value
+
+
+class DocumentEncoder:
+    """Turns JSONL lines into token ids.
+
+    Args:
+        path: The JSONL file, for error messages.
+        keys: Fields that hold text.
+        tokenizer: Folder of the tokenizer; a config.json in it says which id is EOS.
+        append_eod: Whether every document ends with EOS.
+
+    Raises:
+        UserError: There is no tokenizer, or it has no EOS and documents are to end with it.
+    """
+
+    def __init__(self, path: str, keys: Sequence[str], tokenizer: str, append_eod: bool) -> None:
+        self._path, self._keys = path, keys
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._mask_token_id, eos_token_id = _mask_and_eos(self._tokenizer, tokenizer)
+        self._end: list[int] = []
+        if append_eod:
+            if eos_token_id is None:
+                raise bad_value(
+                    "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
+                )
+            self._end = [eos_token_id]
+        self.largest_id: int = max([len(self._tokenizer), *self._end])
+
+    def encode(self, number: int, line: bytes) -> dict[str, list[int]]:
+        """Token ids of the document on a line, by key; an empty text has none.
+
+        Raises:
+            UserError: The line is no document; names file and line.
+        """
+        where = f"{self._path}:{number}"
+        remedy = f'write one JSON object a line, with "{self._keys[0]}"'
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            problem = f"broken JSON ({error.msg} at column {error.colno})"
+            raise UserError(f"{where}: {problem}; {remedy}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: the line is not an object; {remedy}")
+        return {key: self._encode_text(record, key, where) for key in self._keys}
+
+    def _encode_text(self, record: dict[str, Any], key: str, where: str) -> list[int]:
+        text = record.get(key)
+        if not isinstance(text, str):
+            problem = "is not a string" if key in record else "is missing"
+            raise UserError(f'{where}: "{key}" {problem}; write the document\'s text')
+        if not text:
+            return []
+        # verbose=False: documents longer than the model's maximum are cut into windows later.
+        encoded: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        if self._mask_token_id in encoded:
+            raise UserError(
+                f'{where}: "{key}" contains the MASK token (id {self._mask_token_id}),'
+                " which stands for text not yet written; remove it"
+            )
+        return encoded + self._end
+
+
+def _mask_and_eos(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[int | None, int | None]:
+    """From the config.json beside the tokenizer if there is one; None if unknown."""
+    config = Path(folder) / "config.json"
+    if config.is_file():
+        special = resolve_special_tokens(tokenizer, orjson.loads(config.read_bytes()), folder)
+        return special.mask_token_id, special.eos_token_id
+    mask = tokenizer.mask_token_id
+    return tokenizer.get_vocab().get(MASK_TOKEN) if mask is None else mask, tokenizer.eos_token_id
