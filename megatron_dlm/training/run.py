@@ -182,13 +182,12 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     )
     teacher: Teacher | SelfTeacher | None = None
     if config.traits.self_distillation:
-        convention = inputs.convention(config)
         teacher = SelfTeacher(
             teacher_model or student.model,
             config,
             mask_token_id=inputs.special_tokens.mask_token_id,
             vocab_size=inputs.architecture.vocab_size,
-            shifted=convention is not None and convention.shifted,
+            shifted=inputs.convention(config).shifted,
         )
     elif teacher_model is not None:
         teacher = Teacher(teacher_model, config.training.micro_batch_size)
