@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.top_k_targets import TopKTargets
-from megatron_dlm.models.architecture import DiffusionConvention
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
@@ -81,7 +81,7 @@ class Objective(ABC):
 
     Attributes:
         traits: What it needs; its line in `config.objective_traits.OBJECTIVE_TRAITS`.
-        convention: Attention and prediction of the trained model; None for an autoregressive one.
+        convention: Attention and prediction of the model in rollouts.
     """
 
     traits: ClassVar[ObjectiveTraits]
@@ -91,7 +91,7 @@ class Objective(ABC):
         config: Config,
         mask_token_id: int,
         vocab_size: int,
-        convention: DiffusionConvention | None = None,
+        convention: DiffusionConvention = BLOCK_DIFFUSION,
     ) -> None:
         self.config = config
         self.mask_token_id = mask_token_id

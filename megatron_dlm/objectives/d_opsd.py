@@ -41,7 +41,6 @@ class DOPSD(Objective):
         if targets is None:
             return self._empty_document()
         states = states_before_last_block(trajectory, self.config.model.block_size)
-        assert self.convention is not None
         if self.convention.attention_pattern == "full":
             return self._full_document(trajectory, states, targets, self.convention.shifted)
         return self._block_causal_document(trajectory, states, targets)

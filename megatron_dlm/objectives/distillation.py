@@ -13,7 +13,7 @@ from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
-from megatron_dlm.models.architecture import DiffusionConvention
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.rollout.trajectory import Trajectory
@@ -27,7 +27,7 @@ class DistillationObjective(BlockDiffusionObjective):
         config: Config,
         mask_token_id: int,
         vocab_size: int,
-        convention: DiffusionConvention | None = None,
+        convention: DiffusionConvention = BLOCK_DIFFUSION,
     ) -> None:
         super().__init__(config, mask_token_id, vocab_size, convention)
         options = config.distillation

@@ -18,6 +18,7 @@ from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_s
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.architecture import (
+    BLOCK_DIFFUSION,
     Architecture,
     DiffusionConvention,
     diffusion_convention,
@@ -60,17 +61,16 @@ class RunInputs:
         """Whether the weights that the run starts from are an autoregressive model's."""
         return self.source is not None and diffusion_convention(self.architecture.hf_config) is None
 
-    def convention(self, config: Config) -> DiffusionConvention | None:
-        """Attention and prediction of the trained model; None for an autoregressive one."""
-        if config.traits.convention is not None or not config.traits.self_distillation:
-            return config.traits.convention
-        return diffusion_convention(self.architecture.hf_config)
+    def convention(self, config: Config) -> DiffusionConvention:
+        """How the student decodes: as its objective trains it, else as its config.json says."""
+        stated = diffusion_convention(self.architecture.hf_config)
+        return config.traits.convention or stated or BLOCK_DIFFUSION
 
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its convention and its MASK."""
         hf_config = dict(self.architecture.hf_config)
-        convention = self.convention(config)
-        if convention is not None:
+        if config.traits.convention is not None or config.traits.self_distillation:
+            convention = self.convention(config)
             hf_config |= {
                 "attention_pattern": convention.attention_pattern,
                 "shifted": convention.shifted,

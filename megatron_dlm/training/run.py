@@ -190,7 +190,6 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     source = TrajectorySource(config, examples=examples)
     if config.uses_rollouts:
         assert isinstance(inputs.data, PromptDataset)
-        assert convention is not None
         engine = RolloutEngine(
             student.model,
             generation=GenerationConfig.from_config(config, convention, config.model.block_size),

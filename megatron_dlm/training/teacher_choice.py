@@ -80,13 +80,12 @@ def self_teacher(config: Config, inputs: RunInputs, student: DiffusionGPTModel) 
     if inputs.teacher_source is not None:
         model = build_teacher(inputs.teacher_source.architecture, config)
         inputs.teacher_source.load_into(model)
-    convention = inputs.convention(config)
     return SelfTeacher(
         model,
         config,
         mask_token_id=inputs.special_tokens.mask_token_id,
         vocab_size=inputs.architecture.vocab_size,
-        shifted=convention is not None and convention.shifted,
+        shifted=inputs.convention(config).shifted,
     )
 
 
