@@ -5,7 +5,8 @@
     python -m benchmarks.study --only opdlm sft         # some recipes' cells, and no report yet
     python -m benchmarks.study --report-only            # the report again, from results.json
 
-What is finished is not run again: after an interruption, repeat the command.
+What is finished is not run again: after an interruption, repeat the command. The cells of the
+results.json in the output folder count as finished, as long as their recipes have not changed.
 """
 
 import argparse
@@ -14,10 +15,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.study.cells import all_cells, finished_result
+from benchmarks.study.cells import all_cells, finished_result, restore_results
 from benchmarks.study.problems import write_problems
 from benchmarks.study.recipes import REPOSITORY, Sizes, recipes
-from benchmarks.study.report import collect, write_report
+from benchmarks.study.report import collect, published_results, write_report
 from benchmarks.study.runner import Folders, run_cells
 from megatron_dlm.entry import report_user_errors
 
@@ -70,6 +71,7 @@ def main() -> int:
     ]
     trained = {cell.recipe.name: cell.recipe for cell in cells if cell.recipe.example is not None}
     write_problems(folders.data, sizes.heldout, trained.values())
+    restore_results(published_results(options.output), folders.results)
     run_cells(cells, folders, options.jobs)
     missing = [cell.name for cell in cells if finished_result(folders.results, cell) is None]
     if options.only is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def write_result(folder: Path, cell: Cell, measured: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def restore_results(published: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Take over what an earlier study, on another machine perhaps, has published.
+
+    Args:
+        published: Results of cells, as in `results.json`.
+        folder: Of this study's results; what is there already stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in published:
+        path = folder / f"{result['recipe']}-seed{result['seed']}.json"
+        if not path.exists():
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def training_summary(metrics_file: Path) -> dict[str, Any]:

@@ -56,6 +56,14 @@ def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> 
     temporary.replace(output / RESULTS)
 
 
+def published_results(output: Path) -> list[dict[str, Any]]:
+    """The cells of the results.json in a folder, which need not exist."""
+    path = output / RESULTS
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    assert isinstance(cells, list)
+    return cells
+
+
 def write_report(output: Path) -> None:
     """Write report.md and its plots from results.json.
 

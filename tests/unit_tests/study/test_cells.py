@@ -12,6 +12,7 @@ from benchmarks.study.cells import (
     Cell,
     all_cells,
     finished_result,
+    restore_results,
     result_path,
     training_summary,
     write_result,
@@ -82,6 +83,19 @@ def test_only_a_result_of_the_present_specification_counts(tmp_path: Path) -> No
     more_heldout = Cell(cell.recipe, cell.seed, cell.num_heldout + 1)
     assert finished_result(tmp_path, more_heldout) is None
     assert [file.name for file in tmp_path.iterdir()] == ["opdlm-seed1.json"]
+
+
+def test_published_results_count_as_finished(tmp_path: Path) -> None:
+    cell, other = CELLS["opdlm-seed1"], CELLS["opdlm-seed2"]
+    write_result(tmp_path, cell, {"seconds": 1.0})
+    published = finished_result(tmp_path, cell)
+    assert published is not None
+    elsewhere = tmp_path / "elsewhere"
+    restore_results([published], elsewhere)
+    assert finished_result(elsewhere, cell) == published
+    assert finished_result(elsewhere, other) is None
+    restore_results([{**published, "seconds": 2.0}], elsewhere)
+    assert finished_result(elsewhere, cell) == published
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
