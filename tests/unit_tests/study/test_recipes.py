@@ -19,8 +19,13 @@ from benchmarks.study.recipes import (
     read_yaml,
     recipes,
 )
-from megatron_dlm.config import Config, DecodingConfig, ParallelConfig, validate
-from megatron_dlm.evaluation.options import InferenceConfig, resolve_inference, setting_name
+from megatron_dlm.config import Config, ParallelConfig, validate
+from megatron_dlm.evaluation.options import (
+    InferenceArguments,
+    InferenceConfig,
+    resolve_inference,
+    setting_name,
+)
 
 SIZES = Sizes()
 TRAINED = [recipe for recipe in recipes(SIZES) if recipe.example is not None]
@@ -91,7 +96,8 @@ def test_a_seed_changes_nothing_else() -> None:
 def test_settings_are_what_evaluation_calls_them(recipe: Recipe) -> None:
     for evaluation in recipe.evaluations:
         options = InferenceConfig(load=str(REPOSITORY / TEACHER), block_size=evaluation.block_size)
-        setup = resolve_inference(options, DecodingConfig(), ParallelConfig(device="cpu"), 1)
+        arguments = InferenceArguments(options, parallel=ParallelConfig(device="cpu"))
+        setup = resolve_inference(arguments, 1)
         names = tuple(setting_name(setup.setting(text)) for text in evaluation.settings)
         if evaluation.block_size is None:
             assert names == ("autoregressive",)
