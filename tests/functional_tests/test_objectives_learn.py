@@ -5,11 +5,13 @@ and updates of an objective point the same way.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megatron_dlm.config import Config, validate
 from megatron_dlm.data.packing import pack
@@ -21,6 +23,7 @@ from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import collect, train
 from megatron_dlm.training.run import Run, build_run
+from tests.corpora import write_corpus
 from tests.tiny import REPOSITORY, TOKENIZER, run_config, write_data
 
 MODEL = REPOSITORY / "examples" / "tiny" / "qwen3"
@@ -33,6 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "opdlm_off": ROLLOUTS,
     "off_policy": UPDATES,
     "sft": UPDATES,
+    "scp": dict(UPDATES, seq_length=128, train_data=None),
     "next_token": dict(
         UPDATES, load=None, model_config=str(MODEL / "config.json"), tokenizer=str(TOKENIZER)
     ),
@@ -43,8 +47,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders with problems to train on, and with others."""
     train, held_out = (tmp_path_factory.mktemp(name) for name in ("train", "held_out"))
-    write_data(train, 256)
-    write_data(held_out, HELD_OUT, split="heldout")
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for folder, num, split in ((train, 256, "train"), (held_out, HELD_OUT, "heldout")):
+        _, examples = write_data(folder, num, split=split)
+        texts = [json.loads(line)["response"] for line in examples.read_text().splitlines()]
+        write_corpus(folder / "corpus", [tokenizer.encode(text) for text in texts])
     return train, held_out
 
 
@@ -75,7 +82,7 @@ def held_out_trajectories(folder: Path, objective: str) -> list[Trajectory]:
 
 @torch.no_grad()
 def loss_on(run: Run, trajectories: list[Trajectory]) -> float:
-    """Mean loss per supervised token, at states drawn by the trajectory's index alone."""
+    """The loss as training divides it, at states drawn by the trajectory's index alone."""
     if run.teacher is not None:
         run.teacher.annotate(trajectories)
     batch = pack(
@@ -86,7 +93,7 @@ def loss_on(run: Run, trajectories: list[Trajectory]) -> float:
         position_ids=batch.row.position_ids[None],
         attention_mask=batch.row.attention,
     )
-    _, per_token = run.objective.loss(
+    loss, _ = run.objective.loss(
         LossInputs(
             hidden=full_hidden_states(output, sequence_parallel=False)[batch.supervised],
             head=head_weight(run.student.model),
@@ -96,7 +103,7 @@ def loss_on(run: Run, trajectories: list[Trajectory]) -> float:
             teacher_head=run.teacher.head if run.teacher is not None else None,
         )
     )
-    return float(per_token.mean())
+    return float(loss) / batch.loss_count
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
