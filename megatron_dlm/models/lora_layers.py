@@ -70,7 +70,13 @@ class LowRankAdapter:
         self.adapter_enabled = True
         for parameter in (self.lora_a, self.lora_b):
             parameter.allreduce = not (self.is_expert and self.expert_parallel)  # type: ignore[attr-defined]
-        self._mark_shards(self.lora_a, self.lora_b)
+        if self.is_expert:
+            # One process has an expert whole (`check_expert_adapters`), and no other has it: to
+            # Megatron both parts are shards, which nobody else's gradient belongs to.
+            for parameter in (self.lora_a, self.lora_b):
+                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        else:
+            self._mark_shards(self.lora_a, self.lora_b)
 
     def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
         """Tell Megatron which of the two is split and which has a gradient to be summed up."""
