@@ -33,6 +33,7 @@ fi
 save=${SAVE:-$(sed -n 's/^save: *//p' "$config")}
 if [[ -f $save/latest_checkpointed_iteration.txt ]]; then
     load=$save
+    set -- --no-finetune "$@"
 fi
 [[ -z $load ]] || flags+=(--load "$load")
 [[ -z $teacher ]] || flags+=(--teacher-load "$teacher")

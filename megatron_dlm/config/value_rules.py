@@ -278,11 +278,12 @@ def check_save(config: Config) -> None:
     load = config.model.load
     resumes = load is not None and folder.resolve() == Path(load).resolve()
     if is_run_folder(logging.save) and (config.model.finetune or not resumes):
+        resume = "--no-finetune" if resumes else f"--load {logging.save}"
         raise refuse(
             config,
             "save",
             "holds another run",
-            f"choose a new folder, or resume that run with --load {logging.save}",
+            f"choose a new folder, or resume that run with {resume}",
         )
 
 

@@ -69,17 +69,20 @@ class RunInputs:
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its convention and its MASK."""
         hf_config = dict(self.architecture.hf_config)
-        if config.traits.convention is not None or config.traits.self_distillation:
-            convention = self.convention(config)
-            hf_config |= {
-                "attention_pattern": convention.attention_pattern,
-                "shifted": convention.shifted,
-                "mask_token_id": self.special_tokens.mask_token_id,
-            }
-            # A model of full attention is decoded as a whole unless blocks are asked for.
-            hf_config.pop("block_size", None)
-            if convention.attention_pattern == "block_causal":
-                hf_config["block_size"] = config.model.block_size
+        for key in ("attention_pattern", "shifted", "block_size"):
+            hf_config.pop(key, None)
+        if config.traits.convention is None and not config.traits.self_distillation:
+            hf_config["model_type"] = "qwen3_moe" if self.architecture.is_moe else "qwen3"
+            return hf_config
+        convention = self.convention(config)
+        hf_config |= {
+            "attention_pattern": convention.attention_pattern,
+            "shifted": convention.shifted,
+            "mask_token_id": self.special_tokens.mask_token_id,
+        }
+        # A model of full attention is decoded as a whole unless its rollouts went by blocks.
+        if convention.attention_pattern == "block_causal" or config.uses_rollouts:
+            hf_config["block_size"] = config.model.block_size
         return hf_config
 
 

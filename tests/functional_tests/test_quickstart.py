@@ -42,7 +42,8 @@ def test_short_quickstart(tmp_path: Path) -> None:
     keys = {"step", "rollout", "loss", "grad_norm", "lr", "supervised_tokens"}
     keys |= {"response_tokens_total", "tokens_per_forward", "eos_rate", "time"}
     assert all(keys <= line.keys() for line in metrics)
-    assert set(metrics[0]["time"]) == {"rollout", "teacher", "student", "optimizer"}
+    phases = {"rollout", "teacher", "student", "optimizer", "validation"}
+    assert set(metrics[0]["time"]) == phases
     assert (run / "report.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir())
     assert "block_size: 4" in (run / "config.yaml").read_text()

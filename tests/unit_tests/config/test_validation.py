@@ -291,8 +291,8 @@ def test_the_student_starts_as_the_teacher() -> None:
 
 def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    for changes in ({}, {"load": run, "finetune": True}):
-        with pytest.raises(UserError, match="holds another run"):
+    for changes, remedy in (({}, f"--load {run}"), ({"load": run, "finetune": True}, "--no-fine")):
+        with pytest.raises(UserError, match=f"holds another run.*{remedy}"):
             value_rules.check_save(config_with(OPDLM, save=run, **changes))
     for changes in ({"save": run, "load": run}, {"save": str(tmp_path / "new")}):
         assert refusal(value_rules.check_save, config_with(OPDLM, **changes)) is None

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import BLOCK_DIFFUSION, RND1
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, RND1, diffusion_convention
 from megatron_dlm.training.inputs import read_inputs
 from tests.tiny import run_config, save_random_model, state_convention, write_data
 
@@ -36,6 +36,13 @@ def test_the_students_convention_is_kept(folder: Path) -> None:
     assert inputs.convention(config) == RND1
     written = inputs.hf_config(config)
     assert (written["attention_pattern"], written["shifted"]) == ("full", True)
+    assert written["block_size"] == 8  # which its rollouts had
+
+
+def test_what_becomes_autoregressive_no_longer_says_diffusion(folder: Path) -> None:
+    config = run_config(folder, folder / "full", objective="next_token", data_path=None)
+    written = read_inputs(config).hf_config(config)
+    assert diffusion_convention(written) is None
 
 
 @pytest.mark.parametrize(
