@@ -22,7 +22,8 @@ class ObjectiveTraits:
         response_sources: Where the responses of x_0 can come from: the student's `rollout`, the
             autoregressive `teacher` (generated once), `data` (`--train-data`), or windows of a
             pretraining `corpus` (`--data-path`). Of several, it is the one whose data are given.
-        uses_teacher: Whether the frozen teacher annotates trajectories with hidden states.
+        uses_teacher: Whether a frozen teacher annotates trajectories: with its hidden states, or
+            with its most likely tokens where these were stored or the student teaches itself.
         state_selections: Which denoising states it can be trained on, the default first; none for
             a model that stays autoregressive.
         convention: Attention and prediction of the trained model, written into its config.json;

@@ -64,8 +64,13 @@ def clean_layout(lengths: list[int], pattern: Pattern, block_size: int) -> Tenso
 
 
 def pad_layout(layout: Tensor, length: int) -> Tensor:
-    """Append padding tokens, which see nothing and are seen by nobody, up to `length`."""
+    """Append padding tokens, which see nothing and are seen by nobody, up to `length`.
+
+    A layout of that length is returned as it is, so that what was derived from it is found again.
+    """
     missing = length - layout.shape[1]
+    if not missing:
+        return layout
     padding = torch.zeros(4, missing, dtype=layout.dtype, device=layout.device)
     padding[Field.DOCUMENT] = PADDING_DOCUMENT
     return torch.cat((layout, padding), dim=1)

@@ -23,7 +23,8 @@ class Row:
     Attributes:
         token_ids: [S] int64.
         position_ids: [S] int64.
-        attention: Layout [4, S], or a `CachedAttention` that ignores tokens behind those it knows.
+        attention: Layout [4, S], or one that has the row's padding already, or a
+            `CachedAttention` that ignores tokens behind those it knows.
     """
 
     token_ids: Tensor
@@ -48,6 +49,12 @@ def pad_row(row: Row, multiple: int) -> Row:
     )
 
 
+def sequence_parallel_multiple(model: torch.nn.Module) -> int:
+    """What the length of a row in `forward_hidden` is padded to a multiple of."""
+    config = get_model_config(model)
+    return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
+
+
 @torch.no_grad()
 def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] | None:
     """Final hidden states of packed rows, by Megatron's forward-only schedule.
@@ -64,7 +71,7 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         padding; on other stages None.
     """
     config = get_model_config(model)
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    multiple = sequence_parallel_multiple(model)
     device = platform.device()
     padded = [pad_row(row, multiple) for row in rows]
 

@@ -40,6 +40,7 @@ class LowRankAdapter:
     """
 
     weight: Parameter
+    input_size: int
     lora_a: Parameter | None
     lora_b: Parameter | None
     lora_scale: float
@@ -50,7 +51,7 @@ class LowRankAdapter:
     @property
     def in_features_total(self) -> int:
         """Input size of the whole layer."""
-        raise NotImplementedError
+        return int(self.input_size)
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """This rank's part of a whole A [r, in]."""
@@ -99,6 +100,25 @@ def _without_adapter(layer: torch.nn.Module) -> None:
     layer.adapter_enabled = False  # type: ignore[assignment]
 
 
+def _sharded_state(
+    layer: torch.nn.Module,
+    prefix: str,
+    split_axes: dict[str, int],
+    sharded_offsets: Any,
+    metadata: Any,
+) -> dict[str, Any]:
+    """The layer's tensors for a distributed checkpoint; those in `split_axes` are split there."""
+    state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        layer.state_dict(prefix="", keep_vars=True),
+        prefix,
+        split_axes,
+        sharded_offsets,
+        tp_group=layer.tp_group,
+        dp_cp_group=metadata["dp_cp_group"],
+    )
+    return state
+
+
 class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
     """A column-parallel layer: linear_qkv, linear_fc1. Without adapter it is its parent."""
 
@@ -106,11 +126,6 @@ class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
         super().__init__(*args, stride=stride, **kwargs)
         self._is_gate_and_up = stride == 2  # as Megatron marks the two halves of SwiGLU
         _without_adapter(self)
-
-    @property
-    def in_features_total(self) -> int:
-        """See `LowRankAdapter`."""
-        return int(self.input_size)
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """See `LowRankAdapter`."""
@@ -143,13 +158,8 @@ class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
         """See the parent; B is split along its rows, by halves where the weight is."""
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0, "bias": 0, "lora_b": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
+        state = _sharded_state(
+            self, prefix, {"weight": 0, "bias": 0, "lora_b": 0}, sharded_offsets, metadata
         )
         key = f"{prefix}lora_b"
         if self._is_gate_and_up and key in state:
@@ -165,11 +175,6 @@ class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _without_adapter(self)
-
-    @property
-    def in_features_total(self) -> int:
-        """See `LowRankAdapter`."""
-        return int(self.input_size)
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """See `LowRankAdapter`."""
@@ -197,12 +202,4 @@ class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
         """See the parent; A is split along its columns."""
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 1, "lora_a": 1},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return state
+        return _sharded_state(self, prefix, {"weight": 1, "lora_a": 1}, sharded_offsets, metadata)

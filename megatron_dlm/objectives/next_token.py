@@ -1,16 +1,15 @@
 """Ordinary autoregressive training on prompt + response or a corpus; it makes a teacher."""
 
 import torch
-from torch import Tensor
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document, LossInputs, Objective
+from megatron_dlm.objectives.base import Document
+from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
-class NextToken(Objective):
+class NextToken(CrossEntropyObjective):
     """Cross entropy of each response token given everything before it, under causal attention."""
 
     traits = OBJECTIVE_TRAITS["next_token"]
@@ -33,16 +32,4 @@ class NextToken(Objective):
             labels=tokens[predicted],
             weights=torch.ones(len(predicted)),
             document_ids=document[:-1],
-        )
-
-    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        """Cross entropy; see `Objective.loss`."""
-        return vocab_parallel_cross_entropy(
-            inputs.hidden,
-            inputs.head,
-            inputs.labels,
-            inputs.weights,
-            vocab_size=self.vocab_size,
-            tp_group=inputs.tp_group,
-            chunk_size=self.config.distillation.divergence_chunk_size,
         )

@@ -1,16 +1,15 @@
 """Simple continual pretraining (RND1): full attention from the first step, on a corpus."""
 
 import torch
-from torch import Tensor
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document, LossInputs, Objective
+from megatron_dlm.objectives.base import Document
+from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
-class SCP(Objective):
+class SCP(CrossEntropyObjective):
     """Masked diffusion of whole documents, with the autoregressive model's shift (RND1 eq. 2).
 
     For each document t ~ U(0, 1); every token but the first is masked with probability t:
@@ -48,16 +47,4 @@ class SCP(Objective):
             weights=weights,
             document_ids=document,
             loss_count=int(maskable.sum()),
-        )
-
-    def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        """Cross entropy; see `Objective.loss`."""
-        return vocab_parallel_cross_entropy(
-            inputs.hidden,
-            inputs.head,
-            inputs.labels,
-            inputs.weights,
-            vocab_size=self.vocab_size,
-            tp_group=inputs.tp_group,
-            chunk_size=self.config.distillation.divergence_chunk_size,
         )

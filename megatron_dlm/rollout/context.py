@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import clean_layout, pad_layout
+from megatron_dlm.models.forward import sequence_parallel_multiple
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.kv_cache import CacheView, KVCache
@@ -78,21 +79,26 @@ class CanvasContext:
     """Full attention: every forward holds whole sequences, and nothing outlives it.
 
     A key would change with every token that is committed anywhere, so there is nothing to cache.
+
+    Args:
+        multiple: What the length of a forward is padded to a multiple of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, multiple: int) -> None:
+        self._multiple = multiple
         self._lengths: list[int] | None = None
         self._layout = torch.empty(0)
 
     def attention(self, starts: Tensor, ends: Tensor) -> Tensor:
-        """See `RolloutContext`; a layout tensor."""
+        """See `RolloutContext`; a layout tensor, with the padding of the forward."""
         lengths = (ends - starts).tolist()
         # The same tensor while no sequence ends, so that masks derived from it are kept.
         if lengths != self._lengths:
             self._lengths = lengths
             nothing = torch.empty(4, 0, dtype=torch.int32)
             layout = clean_layout(lengths, "full", 1) if lengths else pad_layout(nothing, 1)
-            self._layout = layout.to(platform.device())
+            padded = -(-layout.shape[1] // self._multiple) * self._multiple
+            self._layout = pad_layout(layout, padded).to(platform.device())
         return self._layout
 
     def move(self, source: int, target: int) -> None:
@@ -109,7 +115,7 @@ def rollout_context(
 ) -> RolloutContext:
     """An empty context, in which nothing is older than the model's weights."""
     if generation.attention_pattern == "full":
-        return CanvasContext()
+        return CanvasContext(sequence_parallel_multiple(model))
     assert generation.block_size is not None
     return CachedContext(
         model,

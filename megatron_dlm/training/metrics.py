@@ -33,7 +33,8 @@ class StepMetrics:
         grad_norm: Before clipping.
         lr: Learning rate of this update by parameter group.
         supervised_tokens: In this update's global batch.
-        response_tokens_total: Response tokens generated or read so far, all ranks.
+        response_tokens_total: Response tokens generated or read so far, all ranks; of a prompt that
+            was answered again, those of the last response.
         response_length: Mean response length of the current rollout batch, tokens.
         tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None
             for objectives without one.

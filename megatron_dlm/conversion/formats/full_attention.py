@@ -23,6 +23,7 @@ NUM_DIFFUSION_STEPS = 256
 _SHARED_CODE = (
     "configuration_diffusion_qwen3",
     "configuration_a2d_qwen3",
+    "generation_inputs",
     "qwen3_layers",
     "token_draws",
     "remasking",

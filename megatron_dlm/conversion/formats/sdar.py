@@ -20,6 +20,7 @@ from megatron_dlm.errors import bad_value
 _DENSE_CODE = (
     "configuration_diffusion_qwen3",
     "configuration_sdar",
+    "generation_inputs",
     "qwen3_layers",
     "token_draws",
     "modeling_sdar",

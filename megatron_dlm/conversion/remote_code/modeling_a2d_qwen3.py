@@ -15,6 +15,11 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from .configuration_a2d_qwen3 import A2DQwen3Config
 from .configuration_diffusion_qwen3 import DiffusionQwen3Config
+from .generation_inputs import (
+    check_generation_arguments,
+    prompts_without_padding,
+    special_tokens,
+)
 from .qwen3_layers import DecoderLayer, RMSNorm, rotary_angles
 from .remasking import REMASKING_STRATEGIES, committed_positions
 from .token_draws import draw_tokens, padded_responses
@@ -129,28 +134,17 @@ class A2DQwen3LMHeadModel(A2DQwen3PreTrainedModel):
         """
         config = self.config
         block_size = config.block_size if block_size is None else block_size
-        mask_token_id = config.mask_token_id if mask_token_id is None else mask_token_id
-        eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
-        eos = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        eos = [token for token in eos if token is not None]
-        pad = config.pad_token_id if pad_token_id is None else pad_token_id
-        if mask_token_id is None:
-            raise ValueError("mask_token_id is neither given nor in the config")
-        if remasking_strategy not in REMASKING_STRATEGIES:
-            raise ValueError(f"remasking_strategy must be one of {', '.join(REMASKING_STRATEGIES)}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        special = special_tokens(config, mask_token_id, eos_token_id, pad_token_id)
+        check_generation_arguments(remasking_strategy, REMASKING_STRATEGIES, max_new_tokens)
         if config.shifted and input_ids.shape[1] == 0:
             raise ValueError("a prompt needs a token to predict the first one from")
 
         size = block_size or max_new_tokens
         steps = denoising_steps or config.num_diffusion_steps or size
         responses = []
-        for row, prompt in enumerate(input_ids):
-            if attention_mask is not None:
-                prompt = prompt[attention_mask[row].bool()]
+        for prompt in prompts_without_padding(input_ids, attention_mask):
             start = len(prompt)
-            canvas = torch.cat((prompt, prompt.new_full((max_new_tokens,), mask_token_id)))
+            canvas = torch.cat((prompt, prompt.new_full((max_new_tokens,), special.mask)))
             first_block = start if block_size is None else start // size * size
             for block_start in range(first_block, len(canvas), size):
                 block = slice(max(start, block_start), min(block_start + size, len(canvas)))
@@ -159,7 +153,7 @@ class A2DQwen3LMHeadModel(A2DQwen3PreTrainedModel):
                 step = 1
                 while len(masked):
                     logits = self(canvas[None]).logits[0, masked - int(config.shifted)].float()
-                    logits[:, mask_token_id] = -torch.inf
+                    logits[:, special.mask] = -torch.inf
                     tokens = draw_tokens(logits, temperature, top_k, top_p, generator)
                     probabilities = logits.softmax(dim=-1)
                     committed = committed_positions(
@@ -178,11 +172,9 @@ class A2DQwen3LMHeadModel(A2DQwen3PreTrainedModel):
                     stays[committed] = False
                     masked = masked[stays]
                     step += 1
-                is_eos = torch.isin(canvas[start : block.stop], canvas.new_tensor(eos))
+                is_eos = torch.isin(canvas[start : block.stop], canvas.new_tensor(special.eos))
                 if is_eos.any():
                     break
             end = int(is_eos.int().argmax()) + 1 if is_eos.any() else max_new_tokens
             responses.append(canvas[start : start + end])
-        return padded_responses(
-            input_ids, responses, pad if pad is not None else (eos[0] if eos else 0)
-        )
+        return padded_responses(input_ids, responses, special.fill)

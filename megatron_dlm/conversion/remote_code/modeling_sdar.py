@@ -17,6 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_diffusion_qwen3 import DiffusionQwen3Config
 from .configuration_sdar import SDARConfig
+from .generation_inputs import (
+    check_generation_arguments,
+    prompts_without_padding,
+    special_tokens,
+)
 from .qwen3_layers import DecoderLayer, RMSNorm, rotary_angles
 from .token_draws import draw_tokens, padded_responses
 
@@ -156,26 +161,15 @@ class SDARForCausalLM(SDARPreTrainedModel):
         config = self.config
         block_size = block_size or config.block_size
         denoising_steps = denoising_steps or block_size
-        mask_token_id = config.mask_token_id if mask_token_id is None else mask_token_id
-        eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
-        eos = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        eos = [token for token in eos if token is not None]
-        pad = config.pad_token_id if pad_token_id is None else pad_token_id
-        if mask_token_id is None:
-            raise ValueError("mask_token_id is neither given nor in the config")
-        if remasking_strategy not in REMASKING_STRATEGIES:
-            raise ValueError(f"remasking_strategy must be one of {', '.join(REMASKING_STRATEGIES)}")
+        special = special_tokens(config, mask_token_id, eos_token_id, pad_token_id)
+        check_generation_arguments(remasking_strategy, REMASKING_STRATEGIES, max_new_tokens)
         if block_size % denoising_steps:
             raise ValueError(
                 f"denoising_steps {denoising_steps} must divide the block {block_size}"
             )
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
 
         responses = []
-        for row, prompt in enumerate(input_ids):
-            if attention_mask is not None:
-                prompt = prompt[attention_mask[row].bool()]
+        for prompt in prompts_without_padding(input_ids, attention_mask):
             sequence, cache = prompt, DynamicCache()
             while True:
                 block = self._denoise_block(
@@ -187,20 +181,18 @@ class SDARForCausalLM(SDARPreTrainedModel):
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
-                    mask_token_id=mask_token_id,
+                    mask_token_id=special.mask,
                     generator=generator,
                 )
                 decoded = len(sequence)
                 sequence = torch.cat((sequence, block[decoded % block_size :]))
-                is_eos = torch.isin(sequence[decoded:], sequence.new_tensor(eos))
+                is_eos = torch.isin(sequence[decoded:], sequence.new_tensor(special.eos))
                 if is_eos.any():
                     sequence = sequence[: decoded + int(is_eos.int().argmax()) + 1]
                 if is_eos.any() or len(sequence) >= len(prompt) + max_new_tokens:
                     break
             responses.append(sequence[len(prompt) : len(prompt) + max_new_tokens])
-
-        fill = pad if pad is not None else (eos[0] if eos else 0)
-        return padded_responses(input_ids, responses, fill)
+        return padded_responses(input_ids, responses, special.fill)
 
     def _denoise_block(
         self,

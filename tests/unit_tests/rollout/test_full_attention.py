@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.forward import Row
+from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout import engine as engine_module
+from megatron_dlm.rollout.context import CanvasContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 from megatron_dlm.training.initialize import initialized
@@ -182,3 +183,21 @@ def test_settings_that_cannot_work() -> None:
         GenerationConfig(**block_causal, block_size=None)
     with pytest.raises(UserError, match=r"config.json: shifted = True"):
         GenerationConfig(**block_causal, block_size=4, shifted=True)
+
+
+@pytest.mark.parametrize("lengths", [[5, 2], [4, 4], []], ids=["unaligned", "aligned", "idle"])
+def test_forwards_share_a_layout_while_no_sequence_ends(lengths: list[int]) -> None:
+    """Masks are found by the storage of the layout; padding must not make another one."""
+    context = CanvasContext(multiple=4)
+    starts, ends = torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(lengths).long()
+    tokens = torch.zeros(max(sum(lengths), 1), dtype=torch.int64)
+
+    def layout() -> torch.Tensor:
+        attention = pad_row(Row(tokens, tokens, context.attention(starts, ends)), 4).attention
+        assert isinstance(attention, torch.Tensor)
+        return attention
+
+    first = layout()
+    assert first.shape == (4, -(-len(tokens) // 4) * 4)
+    assert first[0].tolist().count(-1) == first.shape[1] - sum(lengths)
+    assert layout().data_ptr() == first.data_ptr()
