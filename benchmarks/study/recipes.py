@@ -33,6 +33,7 @@ class Sizes:
 
     Attributes:
         seeds: Runs of each recipe.
+        block_seeds: Runs at each other block size of training.
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
@@ -41,6 +42,7 @@ class Sizes:
     """
 
     seeds: int = 3
+    block_seeds: int = 1
     best_seeds: int = 1
     rollouts: int = 60
     best_rollouts: int = 160
@@ -172,7 +174,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             f"OPDLM, teacher's responses first, blocks of {block_size}",
             ROLLOUT_RECIPE,
             (_BLOCKS[block_size],),
-            sizes.seeds,
+            sizes.block_seeds,
             sizes.rollouts,
             options={"block_size": block_size},
         )
