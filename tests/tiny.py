@@ -124,7 +124,6 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
     values: dict[str, Any] = dict(
         load=str(model),
         prompts=str(prompts),
-        train_data=str(examples),
         save=str(folder / "run"),
         num_rollouts=1,
         rollout_batch_size=20,
@@ -144,9 +143,9 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
     if "rollout" not in sources:
         values.update(num_rollouts=None, train_iters=5)
     if "data" in sources:
-        values.update(max_response_length=40, prompts=None)
+        values.update(max_response_length=40, prompts=None, train_data=str(examples))
     if sources == ("corpus",):
-        values.update(data_path=str(folder / "corpus"), seq_length=48)
+        values.update(prompts=None, data_path=str(folder / "corpus"), seq_length=48)
     return Config.from_dict({**values, **options})
 
 

@@ -281,7 +281,8 @@ class ObjectiveConfig:
 
     loss_normalization: LossNormalization = "token"
     """Divide by the supervised tokens of the global batch (token; scp: by all that could have been
-    masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean)."""
+    masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean; d_opsd:
+    over those with states)."""
 
     reward: RewardName = "exact_match"
     """What makes a response right where an objective verifies it, by the `answer` of its prompt's

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.config.rule_support import flag, refuse, value_of
+from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
+
+DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 
 
 def _objective(config: Config) -> str:
@@ -40,8 +42,9 @@ def check_objective_inputs(config: Config) -> None:
 
 def check_response_source(config: Config) -> None:
     """Where an objective could take responses from two places, one is named."""
-    several = len(config.traits.response_sources) > 1
-    if several and config.data.train_data is not None and config.data.prompts is not None:
+    sources = config.traits.response_sources
+    either = "data" in sources and "teacher" in sources
+    if either and config.data.train_data is not None and config.data.prompts is not None:
         raise refuse(
             config,
             "prompts",
@@ -50,7 +53,7 @@ def check_response_source(config: Config) -> None:
             "leave one of the two out",
         )
     both = config.data.train_data is not None and config.data.data_path is not None
-    if "corpus" in config.traits.response_sources and several and both:
+    if "corpus" in sources and "data" in sources and both:
         raise refuse(
             config,
             "data_path",
@@ -161,24 +164,25 @@ def check_offloading(config: Config) -> None:
 
 
 def check_nothing_is_ignored(config: Config) -> None:
-    """What the objective has no use for is not given."""
-    unused: list[tuple[str, object]] = []
-    if config.response_source == "corpus":
-        unused.append(("supervise_eos", True))
-    else:
-        unused.append(("data_path", None))
-    if config.validation_path is None:
-        unused.append(("eval_interval", 0))
-    if config.traits.convention is None:
-        unused.append(("mask_embedding_init", None))
-    if not config.needs_teacher:
-        unused.append(("teacher_load", None))
-    if not config.traits.uses_teacher:
-        unused += [("teacher_top_k_cache", False), ("offload_teacher", False)]
-    if not config.uses_rollouts:
-        unused += [("epochs_per_rollout", 1), ("offload_optimizer", False)]
-    for name, default in unused:
-        if value_of(config, name) != default:
+    """What the objective has no use for keeps its default."""
+    traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
+    corpus, held_out = source == "corpus", config.validation_path is not None
+    uses = (
+        (source in ("rollout", "teacher"), ("prompts",)),
+        (source == "data", ("train_data",)),
+        (corpus, ("data_path", "seq_length")),
+        (rollouts, ("num_rollouts", "epochs_per_rollout", "offload_optimizer")),
+        (not rollouts, ("train_iters",)),
+        (held_out, ("eval_interval", "eval_iters")),
+        (not corpus and not traits.self_distillation, ("supervise_eos",)),
+        (traits.weighs_tokens, ("loss_weighting",)),
+        (traits.convention is not None, ("mask_embedding_init",)),
+        (config.needs_teacher, ("teacher_load",)),
+        (config.uses_teacher_responses, ("teacher_responses",)),
+        (traits.uses_teacher, ("teacher_top_k_cache", "offload_teacher", *DIVERGENCE_FIELDS)),
+    )
+    for name in (name for is_used, names in uses if not is_used for name in names):
+        if value_of(config, name) != default_of(name):
             raise refuse(
                 config, name, f"{_objective(config)} has no use for it", f"drop {flag(name)}"
             )

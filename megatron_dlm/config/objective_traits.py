@@ -31,6 +31,7 @@ class ObjectiveTraits:
         self_distillation: Whether student and teacher are one diffusion model, the teacher frozen
             and shown more of the sequence.
         verifies: Whether the student answers a prompt again until `--reward` calls it right.
+        weighs_tokens: Whether `--loss-weighting` chooses the weight w(t) of a token.
     """
 
     response_sources: tuple[ResponseSource, ...]
@@ -39,14 +40,17 @@ class ObjectiveTraits:
     convention: DiffusionConvention | None = None
     self_distillation: bool = False
     verifies: bool = False
+    weighs_tokens: bool = False
 
 
 OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
     "opdlm": ObjectiveTraits(("rollout",), True, ("per_block", "global", "all"), BLOCK_DIFFUSION),
     "opdlm_off": ObjectiveTraits(("rollout",), True, ("random",), BLOCK_DIFFUSION),
     "off_policy": ObjectiveTraits(("teacher",), True, ("random",), BLOCK_DIFFUSION),
-    "sft": ObjectiveTraits(("data", "teacher"), False, ("random",), BLOCK_DIFFUSION),
-    "scp": ObjectiveTraits(("corpus",), False, ("random",), RND1),
+    "sft": ObjectiveTraits(
+        ("data", "teacher"), False, ("random",), BLOCK_DIFFUSION, weighs_tokens=True
+    ),
+    "scp": ObjectiveTraits(("corpus",), False, ("random",), RND1, weighs_tokens=True),
     "next_token": ObjectiveTraits(("corpus", "data"), False),
     "d_opsd": ObjectiveTraits(("rollout",), True, ("all",), self_distillation=True, verifies=True),
 }

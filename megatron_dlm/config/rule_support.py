@@ -26,6 +26,11 @@ def value_of(config: Config, name: str) -> Any:
     return getattr(getattr(config, group) if group else config, name)
 
 
+def default_of(name: str) -> Any:
+    """The default of a field by its flat name."""
+    return option_fields(Config)[name].default
+
+
 def refuse(config: Config, name: str, problem: str, remedy: str) -> UserError:
     """The error for one field of a configuration."""
     return bad_value(flag(name), value_of(config, name), problem, remedy)

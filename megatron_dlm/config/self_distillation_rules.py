@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from megatron_dlm.config.fields import option_fields
-from megatron_dlm.config.rule_support import flag, refuse, value_of
+from megatron_dlm.config.objective_rules import DIVERGENCE_FIELDS
+from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config, SelfDistillationConfig
 
 VERIFICATION_FIELDS = ("reward", "max_tries")
-DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 
 
 def check_lora(config: Config) -> None:
@@ -66,9 +66,31 @@ def check_self_distillation(config: Config) -> None:
         )
 
 
+def check_something_to_learn(config: Config) -> None:
+    """Another try differs from the first, and some state has a later block to learn from."""
+    rollout = config.rollout
+    if config.traits.verifies and rollout.max_tries > 1:
+        for name, value in (("temperature", 0), ("top_k", 1)):
+            if value_of(config, name) == value:
+                raise refuse(
+                    config,
+                    name,
+                    f"all {rollout.max_tries} tries would be the same response",
+                    "sample it, or choose --max-tries 1",
+                )
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    if config.traits.self_distillation and longest <= config.model.block_size:
+        raise refuse(
+            config,
+            "block_size",
+            f"holds the longest prompt and response ({longest} tokens), so that no state has a "
+            "later block to learn from",
+            f"choose less than {longest}, or a larger --max-response-length",
+        )
+
+
 def _refuse_changes(config: Config, names: tuple[str, ...], problem: str, use: str) -> None:
     """Refuse a value other than the default in any of these fields."""
-    table = option_fields(Config)
     for name in names:
-        if value_of(config, name) != table[name].default:
+        if value_of(config, name) != default_of(name):
             raise refuse(config, name, problem, f"drop {flag(name)}, or use {use}")

@@ -25,7 +25,8 @@ class TrainingBatch:
         teacher_hidden: [n, h] or None.
         teacher_top_k: [n] distributions or None.
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
-            tokens (or what the objective counts), or samples under `row_mean`.
+            tokens (or what the objective counts), or under `row_mean` samples, but for those in
+            which the objective counts nothing.
     """
 
     row: Row
@@ -85,7 +86,7 @@ def pack(
         # All documents of a row have been annotated, or none.
         teacher_hidden=torch.cat(hidden) if len(hidden) == len(documents) else None,
         teacher_top_k=TopKTargets.cat(top_k) if len(top_k) == len(documents) else None,
-        loss_count=len(documents) if row_mean else sum(loss_counts),
+        loss_count=sum(d.loss_count != 0 for d in documents) if row_mean else sum(loss_counts),
     )
 
 

@@ -1,6 +1,8 @@
 """Compare mathematical answers by their value, with math-verify."""
 
-from megatron_dlm.evaluation.scoring import final_answer
+from typing import Any
+
+from megatron_dlm.evaluation.scoring import answers_match, final_answer
 
 
 def math_answer(text: str) -> str | None:
@@ -20,11 +22,24 @@ def math_answer(text: str) -> str | None:
 
 
 def math_answers_match(predicted: str | None, expected: str) -> bool:
-    """Whether two expressions have the same value; one that cannot be read has none."""
+    """Whether two answers are the same number or text, or two expressions have the same value."""
     if predicted is None:
         return False
-    from math_verify import parse, verify
+    # math-verify knows less of plain numbers: to it, 1e3 is a product with Euler's number.
+    if answers_match(predicted, expected):
+        return True
+    from math_verify import verify
 
-    # Boxed is what math-verify takes for an answer as a whole.
-    gold, answer = (parse(f"\\boxed{{{text}}}") for text in (expected.strip("$"), predicted))
-    return bool(verify(gold, answer))
+    return bool(verify(_parse(expected), _parse(predicted)))
+
+
+def is_math(reference: str) -> bool:
+    """Whether math-verify reads an expression, rather than text alone or nothing."""
+    return any(not isinstance(found, str) for found in _parse(reference))
+
+
+def _parse(answer: str) -> list[Any]:
+    """What math-verify reads in an answer as a whole, which it takes a box for."""
+    from math_verify import parse
+
+    return list(parse(f"\\boxed{{{answer.strip('$')}}}"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.evaluation.math_scoring import math_answer, math_answers_match
+from megatron_dlm.evaluation.math_scoring import is_math, math_answer, math_answers_match
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
 
 
@@ -19,12 +19,14 @@ class Task:
         reference_field: The field of a prompt record that holds the reference.
         extract: From the text of a response to its answer; None if it gives none.
         matches: Whether an extracted answer equals the reference.
+        can_read: Whether a reference is one that answers can be compared with.
     """
 
     name: str
     reference_field: str
     extract: Callable[[str], str | None]
     matches: Callable[[str | None, str], bool]
+    can_read: Callable[[str], bool] = bool
 
     def reference(self, record: Mapping[str, Any], where: str) -> str:
         """Return the reference of a record.
@@ -44,10 +46,15 @@ class Task:
         """Check that every record can be scored, before anything is generated.
 
         Raises:
-            UserError: As in `reference`, with file and line.
+            UserError: A reference is missing or cannot be read; names file and line.
         """
         for where, record in prompts.file.records():
-            self.reference(record, where)
+            reference = self.reference(record, where)
+            if not self.can_read(reference):
+                raise UserError(
+                    f'{where}: "{self.reference_field}" = {reference!r}: task {self.name!r} cannot '
+                    "read it, so no answer could be right; repair it or choose another task"
+                )
 
 
 TASKS: dict[str, Task] = {
@@ -64,6 +71,7 @@ TASKS: dict[str, Task] = {
             reference_field="answer",
             extract=math_answer,
             matches=math_answers_match,
+            can_read=is_math,
         ),
     )
 }

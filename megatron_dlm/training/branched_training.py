@@ -15,6 +15,7 @@ from typing import Any
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import plain_value
 from megatron_dlm.errors import bad_value
+from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run_folder import latest_iteration
 
 SMOOTHED_PART = 0.1
@@ -57,7 +58,8 @@ def plan_branches(
         token_budget: Tokens of each branch.
 
     Raises:
-        UserError: The budget or the held-out data cannot be divided into whole batches.
+        UserError: There is no such checkpoint, or the budget or the held-out data cannot be divided
+            into whole batches.
     """
     if base.response_source != "corpus":
         raise bad_value(
@@ -80,10 +82,20 @@ def plan_branches(
             f"{base.data.seq_length} tokens",
             f"choose a multiple of {unit}",
         )
-    return [_branch(base, load, save, size, token_budget) for size in sizes]
+    # Stated, as the branches do without the preset that it may follow from.
+    converts = base.traits.convention is not None
+    converts = converts and open_model_source(load, "--load").is_autoregressive
+    start = {
+        "load": load,
+        "finetune": True,
+        "mask_embedding_init": base.mask_embedding_init if converts else None,
+    }
+    return [_branch(base, start, save, size, token_budget) for size in sizes]
 
 
-def _branch(base: Config, load: str, save: str, batch_size: int, token_budget: int) -> Branch:
+def _branch(
+    base: Config, start: dict[str, Any], save: str, batch_size: int, token_budget: int
+) -> Branch:
     ratio = batch_size / base.training.global_batch_size
     optimizer, training = base.optimizer, base.training
 
@@ -98,8 +110,7 @@ def _branch(base: Config, load: str, save: str, batch_size: int, token_budget: i
         scaled = plain_value(group) | {"lr": rate(group.lr), "min_lr": rate(group.min_lr)}
         groups.append({key: value for key, value in scaled.items() if value is not None})
     changes: dict[str, Any] = {
-        "load": load,
-        "finetune": True,
+        **start,
         "save": str(Path(save) / f"batch_{batch_size}"),
         "global_batch_size": batch_size,
         "train_iters": token_budget // (batch_size * base.data.seq_length),
@@ -107,7 +118,6 @@ def _branch(base: Config, load: str, save: str, batch_size: int, token_budget: i
         "min_lr": rate(optimizer.min_lr),
         "param_groups": groups,
         "param_group_preset": None,
-        "mask_embedding_init": base.mask_embedding_init if base.traits.convention else None,
         "lr_warmup_iters": steps(optimizer.lr_warmup_iters),
         "lr_decay_iters": optimizer.lr_decay_iters and steps(optimizer.lr_decay_iters),
         "eval_interval": steps(training.eval_interval),

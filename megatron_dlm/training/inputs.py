@@ -59,7 +59,7 @@ class RunInputs:
     @property
     def starts_autoregressive(self) -> bool:
         """Whether the weights that the run starts from are an autoregressive model's."""
-        return self.source is not None and diffusion_convention(self.architecture.hf_config) is None
+        return self.source is not None and self.source.is_autoregressive
 
     def convention(self, config: Config) -> DiffusionConvention:
         """How the student decodes: as its objective trains it, else as its config.json says."""
@@ -84,6 +84,30 @@ class RunInputs:
         if convention.attention_pattern == "block_causal" or config.uses_rollouts:
             hf_config["block_size"] = config.model.block_size
         return hf_config
+
+
+def resumes(config: Config, source: ModelSource | None) -> bool:
+    """Whether `--load` is a run that goes on, rather than weights for a new one."""
+    if source is None or not source.is_megatron or config.model.finetune:
+        return False
+    from megatron_dlm.training.checkpointing import has_training_state  # loads PyTorch
+
+    return has_training_state(source.path)
+
+
+def _check_mask_embedding(config: Config, source: ModelSource | None) -> None:
+    """Only a conversion gives MASK a row; one that is resumed has given it already."""
+    init = config.model.mask_embedding_init
+    converts = source is not None and source.is_autoregressive
+    if init is None or converts or resumes(config, source):
+        return
+    start = "random weights are" if source is None else f"the model in {source.path} is"
+    raise bad_value(
+        "--mask-embedding-init",
+        init,
+        f"{start} no autoregressive model to convert",
+        "drop --mask-embedding-init",
+    )
 
 
 def _check_diffusion_student(config: Config, student: Architecture) -> DiffusionConvention:
@@ -234,6 +258,7 @@ def read_inputs(config: Config) -> RunInputs:
             "--load", None, "nothing to train", "name a model folder, or give --model-config"
         )
     validate_architecture(config, architecture)
+    _check_mask_embedding(config, source)
     convention = None
     if config.traits.self_distillation:
         convention = _check_diffusion_student(config, architecture)

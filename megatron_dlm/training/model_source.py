@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture, read_architecture
+from megatron_dlm.models.architecture import (
+    Architecture,
+    diffusion_convention,
+    read_architecture,
+)
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
 
 if TYPE_CHECKING:
@@ -29,6 +33,11 @@ class ModelSource:
     hf_folder: Path
     is_megatron: bool
     architecture: Architecture
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether config.json describes no diffusion model."""
+        return diffusion_convention(self.architecture.hf_config) is None
 
     def load_into(self, model: "torch.nn.Module") -> None:
         """Fill this rank's part of a model; all ranks call this.

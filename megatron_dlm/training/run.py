@@ -22,12 +22,11 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.checkpointing import (
     Progress,
     attach_adapters_of_run,
-    has_training_state,
     load_training_state,
     save_checkpoint,
     saved_config,
 )
-from megatron_dlm.training.inputs import RunInputs
+from megatron_dlm.training.inputs import RunInputs, resumes
 from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.student import Student, build_student
@@ -40,7 +39,6 @@ RESUME_FIXED = (
     "objective",
     "seed",
     "shuffle",
-    "seq_length",
     "block_size",
     "rollout_batch_size",
     "global_batch_size",
@@ -65,6 +63,7 @@ RESUME_FIXED = (
 """Options that a resumed run cannot change: it would be another run, or they would be ignored, as
 they live on in the checkpointed optimizer and schedule."""
 
+RESUME_FIXED_ON_CORPUS = (*RESUME_FIXED, "seq_length")
 
 DATA_FINGERPRINT = "data_fingerprint"
 
@@ -119,7 +118,8 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             f"is not what the run in {load} was reading",
             "name that to resume it, or --finetune for a new run from its weights",
         )
-    for name in RESUME_FIXED:
+    on_corpus = config.response_source == "corpus"
+    for name in RESUME_FIXED_ON_CORPUS if on_corpus else RESUME_FIXED:
         if name in before and before[name] != now[name]:
             raise bad_value(
                 "--" + name.replace("_", "-"),
@@ -138,13 +138,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         UserError: A checkpoint does not fit, or a resumed run was started with other options.
     """
     load = config.model.load
-    resume = (
-        load is not None
-        and inputs.source is not None
-        and inputs.source.is_megatron
-        and not config.model.finetune
-        and has_training_state(load)
-    )
+    resume = resumes(config, inputs.source)
     if resume:
         assert load is not None
         _check_resumable(config, inputs, load)

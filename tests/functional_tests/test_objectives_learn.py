@@ -36,7 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "opdlm_off": ROLLOUTS,
     "off_policy": UPDATES,
     "sft": UPDATES,
-    "scp": dict(UPDATES, seq_length=128, train_data=None),
+    "scp": dict(UPDATES, seq_length=128),
     "next_token": dict(
         UPDATES, load=None, model_config=str(MODEL / "config.json"), tokenizer=str(TOKENIZER)
     ),

@@ -25,7 +25,12 @@ ROPE = {"rope_theta": 1000.0}
         {**ADAPTERS, "teacher_load": "weights"},
         {**ADAPTERS, "lora_alpha": 4, "lora_target_modules": "linear_qkv,linear_proj"},
         {**ADAPTERS, "reward": "math_verify", "max_tries": 1, "reveal_fraction": 0},
+        {**ADAPTERS, "temperature": 0, "max_tries": 1},
+        {**ADAPTERS, "top_k": 1, "max_tries": 1},
+        {**ADAPTERS, "max_prompt_length": 16, "max_response_length": 17, "block_size": 32},
         {**OPDLM, "lora_rank": 8},
+        {**OPDLM, "temperature": 0},
+        {**OPDLM, "max_prompt_length": 16, "max_response_length": 16, "block_size": 32},
     ],
 )
 def test_complete_configurations_pass(values: dict[str, object]) -> None:
@@ -49,6 +54,12 @@ def test_complete_configurations_pass(values: dict[str, object]) -> None:
         ({**COPY, "reveal_fraction": 1.5}, ["--reveal-fraction = 1.5"]),
         ({**COPY, "max_tries": 0}, ["--max-tries = 0"]),
         ({**COPY, "divergence_term_limit": 0}, ["--divergence-term-limit = 0"]),
+        ({**COPY, "temperature": 0}, ["--temperature = 0", "all 8 tries", "--max-tries 1"]),
+        ({**COPY, "top_k": 1, "max_tries": 2}, ["--top-k = 1", "all 2 tries", "--max-tries 1"]),
+        (
+            {**COPY, "max_prompt_length": 16, "max_response_length": 16, "block_size": 32},
+            ["--block-size = 32", "(32 tokens)", "less than 32", "--max-response-length"],
+        ),
         ({**COPY, "state_selection": "global"}, ["--state-selection = 'global'", "all"]),
     ],
 )

@@ -39,6 +39,7 @@ SFT = {**NEXT_TOKEN, "objective": "sft"}
 SCP = {"objective": "scp", "load": "weights", "data_path": "corpus", "train_iters": 100}
 NEXT_TOKEN_ON_CORPUS = {**SCP, "objective": "next_token"}
 SFT_ON_TEACHER = {**OFF_POLICY, "objective": "sft"}
+D_OPSD = {**OPDLM, "objective": "d_opsd", "lora_rank": 8}
 STORED = {"teacher_top_k_cache": True, "divergence_top_k": 16}
 GROWING = {"response_length_schedule": "linear", "response_length_warmup_rollouts": 3}
 
@@ -454,6 +455,57 @@ def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, object])
     config = Config.from_dict({**options, "load": "weights", **changes})
     with pytest.raises(UserError, match="has no use for it"):
         objective_rules.check_nothing_is_ignored(config)
+
+
+ON_PROMPTS = {"prompts": "p.jsonl"}
+ON_EXAMPLES = {"train_data": "t.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("bases", "changes"),
+    [
+        ((SCP, NEXT_TOKEN, NEXT_TOKEN_ON_CORPUS), ON_PROMPTS),
+        ((SCP, OPDLM, OFF_POLICY, D_OPSD), ON_EXAMPLES),
+        ((SCP, SFT, OFF_POLICY, NEXT_TOKEN), {"num_rollouts": 3}),
+        ((OPDLM, OPDLM_OFF, D_OPSD), {"train_iters": 3}),
+        ((OPDLM, SFT, NEXT_TOKEN, OFF_POLICY), {"seq_length": 64}),
+        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"divergence": "jsd"}),
+        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"jsd_beta": 0.1}),
+        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"divergence_top_k": 16}),
+        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"divergence_tail": "ignore"}),
+        ((SCP, SFT, NEXT_TOKEN, OPDLM, D_OPSD), {"teacher_responses": "folder"}),
+        ((SCP, SFT, NEXT_TOKEN, OPDLM), {"eval_iters": 3}),
+        ((SCP, D_OPSD), {"supervise_eos": False}),
+        ((OPDLM, OPDLM_OFF, OFF_POLICY, NEXT_TOKEN, D_OPSD), {"loss_weighting": "none"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_nothing_is_ignored_without_a_word(
+    bases: tuple[dict[str, object], ...], changes: dict[str, object]
+) -> None:
+    [name] = changes
+    for base in bases:
+        message = refusal(validate, config_with(base, **changes), 1) or ""
+        assert message.startswith(f"--{name.replace('_', '-')} = "), (base, message)
+        assert "has no use for it; drop" in message
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (SCP, {"seq_length": 64, "loss_weighting": "none"}),
+        (NEXT_TOKEN_ON_CORPUS, {"seq_length": 64}),
+        ({**SCP, "valid_data_path": "v"}, {"eval_iters": 3}),
+        (SFT, {"loss_weighting": "none", "supervise_eos": False}),
+        (SFT_ON_TEACHER, {"teacher_responses": "folder", "divergence": "forward_kl"}),
+        (OFF_POLICY, {"teacher_responses": "folder", "divergence": "jsd", "jsd_beta": 0.1}),
+        ({**OPDLM, "teacher_response_fraction": 0.5}, {"teacher_responses": "folder"}),
+    ],
+)
+def test_what_is_used_or_a_default_is_accepted(
+    base: dict[str, object], changes: dict[str, object]
+) -> None:
+    assert refusal(validate, config_with(base, **changes), 1) is None
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from megatron_dlm.data.prompts import PromptDataset, TokenTable
@@ -12,6 +15,8 @@ from megatron_dlm.evaluation.rewards import REWARDS, RIGHT
         ("3 + 4 = 7\n#### 7", "7", True, True),
         ("3 + 4 = 7\n#### 8", "7", False, False),
         ("#### 1,200", 1200, True, True),
+        ("#### 1000", "1e3", True, True),
+        ("#### 1e3", 1000, True, True),
         ("#### 1/2", "0.5", False, True),
         ("#### $x+1$", "1+x", False, True),
         (r"so it is \boxed{\frac{3}{4}}", "0.75", False, True),
@@ -33,3 +38,14 @@ def test_a_prompt_without_answer_is_refused_at_the_start(name: str) -> None:
     prompts = PromptDataset(RecordFile.of({"prompt": "2 + 2?"}, "prompts.jsonl"), TokenTable())
     with pytest.raises(UserError, match=r'prompts.jsonl:1: "answer" = None'):
         REWARDS[name].check(prompts)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("answer", ["x+", r"\frac{1}{", "???", "", "$"])
+def test_a_reference_without_a_value_is_refused_at_the_start(tmp_path: Path, answer: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    records = [{"prompt": "2 + 2?", "answer": value} for value in (4, r"$\frac{1}{2}$", answer)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    prompts = PromptDataset(RecordFile.read(path, "--prompts"), TokenTable())
+    with pytest.raises(UserError) as raised:
+        REWARDS["math_verify"].check(prompts)
+    assert str(raised.value).startswith(f'{path}:3: "answer" = {answer!r}: ')

@@ -1,7 +1,7 @@
 """The d-OPSD loss against transformers in float64: one forward a state, dense masks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -163,6 +163,19 @@ def test_loss_equals_dense_forwards(models: Models, case: Case) -> None:
     assert models.loss(objective, packed) == pytest.approx(total, rel=1e-4, abs=1e-5)
 
 
+@settings(max_examples=20)
+@given(cases())
+def test_a_mean_of_rows_is_over_those_with_states(models: Models, case: Case) -> None:
+    case.annotate(models)
+    objective = case.objective()
+    documents = [objective.document(t, torch.Generator()) for t in case.batch]
+    packed = pack(documents, row_mean=True)
+    rows = [dense_loss(models, replace(case, batch=[t])) for t in case.batch]
+    means = [total / num_states for total, num_states, _ in rows if num_states]
+    assert packed.loss_count == len(means)
+    assert models.loss(objective, packed) == pytest.approx(sum(means), rel=1e-4, abs=1e-5)
+
+
 @given(cases())
 def test_teacher_sees_the_states_and_a_share_of_what_came_later(case: Case) -> None:
     fraction = case.config.self_distillation.reveal_fraction
@@ -196,5 +209,5 @@ def test_wrong_responses_and_single_blocks_are_not_trained_on(models: Models) ->
     case.annotate(models)
     documents = [case.objective().document(t, torch.Generator()) for t in case.batch]
     packed = pack(documents, pad_multiple=4)
-    assert packed.loss_count == 0
+    assert packed.loss_count == pack(documents, row_mean=True).loss_count == 0
     assert models.loss(case.objective(), packed) == 0.0

@@ -1,5 +1,6 @@
 """Branches differ in the batch size only, aligned in tokens; the critical one is read off."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import pytest
 from megatron_dlm.config import Config, validate
 from megatron_dlm.errors import UserError
 from megatron_dlm.training.branched_training import (
+    Branch,
     BranchResult,
     critical_batch_size,
     plan_branches,
 )
+from tests.tiny import REPOSITORY, state_convention
 
+MODEL = REPOSITORY / "examples" / "tiny" / "qwen3"
 BASE: dict[str, Any] = dict(
     objective="scp",
     load="elsewhere",
@@ -29,9 +33,9 @@ BASE: dict[str, Any] = dict(
 )
 
 
-def plan(sizes: list[int], budget: int, **changes: Any):
+def plan(sizes: list[int], budget: int, load: Path = MODEL, **changes: Any) -> list[Branch]:
     base = Config.from_dict({**BASE, **changes})
-    return plan_branches(base, load="ckpt", save="study", batch_sizes=sizes, token_budget=budget)
+    return plan_branches(base, load=str(load), save="study", batch_sizes=sizes, token_budget=budget)
 
 
 def test_branches_are_aligned_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +53,8 @@ def test_branches_are_aligned_in_tokens(tmp_path: Path, monkeypatch: pytest.Monk
         assert attention.lr == pytest.approx(3e-4 * (size / 8) ** 0.5)
         assert rest.lr == pytest.approx(1e-8 * (size / 8) ** 0.5)
         assert attention.weight_decay == 0.1
-        assert config.mask_embedding_init == Config.from_dict(BASE).mask_embedding_init
-        assert (config.model.load, config.model.finetune) == ("ckpt", True)
+        assert config.mask_embedding_init == "mean"  # as the preset has it
+        assert (config.model.load, config.model.finetune) == (str(MODEL), True)
         assert branch.folder == Path(f"study/batch_{size}")
         assert not branch.is_finished
     # Nothing else differs.
@@ -66,6 +70,14 @@ def test_branches_are_aligned_in_tokens(tmp_path: Path, monkeypatch: pytest.Monk
     }
     first, last = branches[0].config.to_dict(), branches[-1].config.to_dict()
     assert {name for name in first if first[name] != last[name]} == told_apart
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_embedding_init": "mean"}])
+def test_a_diffusion_model_keeps_its_mask(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    state_convention(model, "full", shifted=True)
+    [branch] = plan([8], 800, load=model, **changes)
+    assert branch.config.model.mask_embedding_init is None
 
 
 def test_steps_of_warm_up_and_decay_are_tokens_too() -> None:
@@ -90,6 +102,7 @@ def test_steps_of_warm_up_and_decay_are_tokens_too() -> None:
         ([8, 8], 1600, {}, "--batch-sizes"),
         ([], 1600, {}, "--batch-sizes"),
         ([64], 6400, {}, r"--batch-sizes = 64: does not divide the 32 held-out samples"),
+        ([8], 800, {"load": Path("nowhere")}, "--load = 'nowhere'"),
         ([8], 800, {"objective": "sft", "train_data": "x"}, "--training-config = 'sft'"),
     ],
 )

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dlm.config import Config
+from megatron_dlm.errors import UserError
 from megatron_dlm.training.checkpointing import find_checkpoint
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run import build_run
 from tests.distributed_tests.spawn import run_distributed
-from tests.tiny import run_config, run_training, save_random_model, write_data
+from tests.tiny import TOKENIZER, run_config, run_training, save_random_model, write_data
 
 MASK = 511
 
@@ -89,10 +90,24 @@ def test_a_diffusion_model_keeps_its_row(folder: Path, tmp_path: Path) -> None:
     assert "block_size" not in hf_config
     config = run_config(folder, Path(save), objective="scp", save=None, finetune=True)
     trained, again = (
-        _embedding(config.to_dict() | {"mask_embedding_init": init}) for init in ("keep", "mean")
+        _embedding(config.to_dict() | options) for options in ({}, {"param_group_preset": "rnd1"})
     )
     assert torch.equal(trained, again)
     assert not torch.equal(trained, original(folder, "tied"))
+    for init in ("keep", "mean"):
+        stated = Config.from_dict(config.to_dict() | {"mask_embedding_init": init})
+        with pytest.raises(UserError, match=rf"--mask-embedding-init = '{init}': .*{save}"):
+            read_inputs(stated)
+        # The run itself goes on with the options that it was started with.
+        read_inputs(Config.from_dict(stated.to_dict() | {"finetune": False}))
+
+
+def test_random_weights_have_no_row_to_start_from(folder: Path) -> None:
+    options = dict(model_config=str(folder / "tied" / "config.json"), tokenizer=str(TOKENIZER))
+    config = run_config(folder, folder / "tied", objective="scp", load=None, **options)
+    read_inputs(config)
+    with pytest.raises(UserError, match="--mask-embedding-init = 'mean': random weights"):
+        read_inputs(Config.from_dict(config.to_dict() | {"mask_embedding_init": "mean"}))
 
 
 def _embedding(options: dict[str, Any]) -> torch.Tensor:
