@@ -10,6 +10,7 @@ sequence parallelism, and neither its names nor its shards fit distributed check
 S: tokens (a part of them under sequence parallelism); r: rank; tp: tensor-parallel size.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-class LowRankAdapter:
+class LowRankAdapter(ABC):
     """What both kinds of layer have in common: the adapter's parameters and what is done to them.
 
     Attributes:
@@ -53,9 +54,9 @@ class LowRankAdapter:
         """Input size of the whole layer."""
         return int(self.input_size)
 
+    @abstractmethod
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """This rank's part of a whole A [r, in]."""
-        raise NotImplementedError
 
     def attach_adapter(self, lora_a: Tensor, alpha: float) -> None:
         """Add an adapter that changes nothing yet: B is zero.
@@ -79,9 +80,9 @@ class LowRankAdapter:
         else:
             self._mark_shards(self.lora_a, self.lora_b)
 
+    @abstractmethod
     def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
         """Tell Megatron which of the two is split and which has a gradient to be summed up."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def merge_adapter(self) -> None:

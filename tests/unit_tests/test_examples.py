@@ -108,7 +108,8 @@ def test_scp_recipe_is_rnd1s(tmp_path: Path) -> None:
 def test_tiny_recipe_works_on_its_processes(file: Path, tmp_path: Path) -> None:
     config = parse_config(["--config", str(file)])
     processes = 2 if "--nproc-per-node 2" in file.read_text() else 1
-    validate(Config.from_dict({**config.to_dict(), "save": str(tmp_path / "run")}), processes)
+    fresh = Config.from_dict({**config.to_dict(), "save": str(tmp_path / "run")})
+    assert refusal(validate, fresh, processes) is None
 
 
 def launch(name: str, tmp_path: Path, recipe: str = "", **environment: str) -> list[str]:
