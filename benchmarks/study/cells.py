@@ -116,7 +116,8 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
     """What a result keeps of `metrics.jsonl`: totals, and curves averaged over stretches of steps.
 
     Every point of a curve is the mean over as many steps as its distance from the point before;
-    `step` is the last of them. A quantity that the objective does not have is left out.
+    `step` is the last of them. A quantity that the objective does not have is left out. The
+    validation loss has steps of its own, those that it was measured at.
     """
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     stretch = -(-len(lines) // CURVE_POINTS)
@@ -127,6 +128,10 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
             curves[name] = [
                 round(sum(line[name] for line in part) / len(part), 5) for part in stretches
             ]
+    measured = [line for line in lines if line.get("validation_loss") is not None]
+    if measured:
+        curves["validation_step"] = [line["step"] for line in measured]
+        curves["validation_loss"] = [round(line["validation_loss"], 5) for line in measured]
     return {
         "updates": lines[-1]["step"],
         "response_tokens": lines[-1]["response_tokens_total"],

@@ -1,20 +1,20 @@
-"""The pretraining corpus of the study: problems with their answers that never multiply."""
+"""The corpora of the study: problems with their answers, as documents of one length."""
 
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from benchmarks.study.problems import HELDOUT, PROMPTS_SEED, write_jsonl
+from benchmarks.study.problems import write_jsonl
 from benchmarks.study.recipes import REPOSITORY, TEACHER, max_response_length
-from megatron_dlm.data.arithmetic import examples
 from megatron_dlm.data.prompts import read_examples
 from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
 from megatron_dlm.models.architecture import read_architecture
 
 
-def write_corpus(prefix: Path, num_documents: int) -> None:
+def write_corpus(prefix: Path, problems: Iterable[dict[str, Any]]) -> None:
     """Write the corpus in Megatron's indexed dataset format, and its text beside it.
 
     A document is as long as the canvas that a response is decoded on: EOS fills it behind the
@@ -27,9 +27,7 @@ def write_corpus(prefix: Path, num_documents: int) -> None:
     canvas, longest_prompt = max_response_length(), teacher.max_position_embeddings
 
     text = prefix.with_suffix(".jsonl")
-    write_jsonl(
-        text, islice(filter(HELDOUT["seen"], examples("train", PROMPTS_SEED)), num_documents)
-    )
+    write_jsonl(text, problems)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for example in read_examples(text, tokenizer, special_tokens, longest_prompt, canvas):
         response = example.response_ids.tolist()

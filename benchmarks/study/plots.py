@@ -66,6 +66,41 @@ def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], pat
     plt.close(figure)
 
 
+def plot_forgetting(results: Sequence[Result], recipes: Sequence[Recipe], path: Path) -> None:
+    """Losses of continual pretraining: on its corpus, and on held-out documents of another kind."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for recipe in recipes:
+        curves = [
+            result["training"]["curves"]
+            for result in results
+            if result["recipe"] == recipe.name and recipe.documents and "training" in result
+        ]
+        if not any("validation_loss" in curve for curve in curves):
+            continue
+        losses = {
+            "seen": ("step", "loss", "--"),
+            "unseen": ("validation_step", "validation_loss", "-"),
+        }
+        color = None
+        for kind, (steps, loss, style) in losses.items():
+            mean = mean_curve([curve[loss] for curve in curves])
+            (line,) = axes.plot(
+                curves[0][steps][: len(mean)],
+                mean,
+                style,
+                color=color,
+                linewidth=1.2,
+                label=f"{recipe.title}, {kind} (n={len(curves)})",
+            )
+            color = line.get_color()
+    axes.set(xlabel="optimizer step", ylabel="diffusion loss, nats per token", yscale="log")
+    axes.set_title("Continual pretraining: mean over seeds")
+    if axes.lines:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _draw_settings(
     axes: Any, results: Sequence[Result], recipe: str, block_size: int, label: str
 ) -> None:

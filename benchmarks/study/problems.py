@@ -35,11 +35,17 @@ def heldout_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def training_data(folder: Path, recipe: Recipe) -> tuple[str, Path]:
-    """The option that names what a recipe trains on, and its value."""
+def training_data(folder: Path, recipe: Recipe) -> dict[str, Path]:
+    """The options that name what a recipe trains on, and their values.
+
+    Pretraining also has a held-out corpus, of the unseen kind.
+    """
     if recipe.documents:
-        return "data_path", folder / f"corpus_{recipe.documents}"
-    return "prompts", folder / f"prompts_{recipe.num_prompts}.jsonl"
+        return {
+            "data_path": folder / f"corpus_{recipe.documents}",
+            "valid_data_path": folder / "corpus_unseen",
+        }
+    return {"prompts": folder / f"prompts_{recipe.num_prompts}.jsonl"}
 
 
 def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) -> None:
@@ -51,14 +57,25 @@ def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) ->
     from benchmarks.study.corpus import write_corpus
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, belongs in HELDOUT.items():
-        problems = filter(belongs, examples("heldout", HELDOUT_SEED))
-        write_jsonl(heldout_path(folder, name), islice(problems, num_heldout))
-    for path, recipe in {training_data(folder, recipe)[1]: recipe for recipe in trained}.items():
+
+    def heldout(name: str) -> Iterable[dict[str, Any]]:
+        return islice(filter(HELDOUT[name], examples("heldout", HELDOUT_SEED)), num_heldout)
+
+    for name in HELDOUT:
+        write_jsonl(heldout_path(folder, name), heldout(name))
+    done = set[Path]()
+    for recipe in trained:
+        data = training_data(folder, recipe)
+        if done.issuperset(data.values()):
+            continue
+        done.update(data.values())
+        problems = examples("train", PROMPTS_SEED)
         if recipe.documents:
-            write_corpus(path, recipe.documents)
+            seen = filter(HELDOUT["seen"], problems)
+            write_corpus(data["data_path"], islice(seen, recipe.documents))
+            write_corpus(data["valid_data_path"], heldout("unseen"))
         else:
-            write_jsonl(path, islice(examples("train", PROMPTS_SEED), recipe.num_prompts))
+            write_jsonl(data["prompts"], islice(problems, recipe.num_prompts))
 
 
 def write_jsonl(path: Path, problems: Iterable[dict[str, Any]]) -> None:

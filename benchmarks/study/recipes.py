@@ -46,7 +46,7 @@ class Sizes:
     best_seeds: int = 1
     rollouts: int = 80
     best_rollouts: int = 160
-    documents: int = 20_000
+    documents: int = 40_000
     heldout: int = 250
 
 

@@ -108,9 +108,11 @@ def _run_cell(cell: Cell, folders: Folders) -> str:
     measured: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
     options = cell.recipe.training_options(cell.seed)
     if options is not None:
-        data, path = training_data(folders.data, cell.recipe)
+        paths = {**training_data(folders.data, cell.recipe), "save": run}
         configuration = run / "recipe.yaml"
-        configuration.write_text(yaml.safe_dump({**options, data: str(path), "save": str(run)}))
+        configuration.write_text(
+            yaml.safe_dump({**options, **{name: str(path) for name, path in paths.items()}})
+        )
         _call(log, "pretrain_opdlm.py", "--config", configuration)
         measured["training"] = {
             **training_summary(run / "metrics.jsonl"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.study.claims import Claim, Quantity, accuracy, format_sample, speed
+from benchmarks.study.claims import (
+    Claim,
+    Quantity,
+    accuracy,
+    final_loss,
+    format_sample,
+    speed,
+)
 from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, TRAINED_BLOCK_SIZE, Recipe
 from benchmarks.study.statistics import Result, sample
 
@@ -77,7 +84,8 @@ def own_block_size_table(results: Sequence[Result], recipe_of: dict[int, str]) -
 
 
 def forgetting_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str | None:
-    """Accuracy on problems that the corpus had and on those it had not; None without such cells."""
+    """Loss and accuracy on problems that the corpus had and had not; None without such cells."""
+    losses = {"seen, loss": "loss", "unseen, loss": "validation_loss"}
     columns = {
         "seen, diffusion": ("seen", "static"),
         "unseen, diffusion": ("unseen", "static"),
@@ -87,13 +95,14 @@ def forgetting_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> st
     rows = [
         [
             recipe.title,
+            *(_cell(results, recipe.name, final_loss(name), 2) for name in losses.values()),
             *(_cell(results, recipe.name, accuracy(*key), 1) for key in columns.values()),
         ]
         for recipe in recipes
         if any(entry.name == "unseen_autoregressive" for entry in recipe.evaluations)
     ]
-    trained = [row for row in rows if row[1] != NOT_MEASURED]
-    return markdown_table(["", *columns], rows) if trained else None
+    trained = any(row[1] != NOT_MEASURED for row in rows)
+    return markdown_table(["", *losses, *columns], rows) if trained else None
 
 
 def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:

@@ -5,12 +5,15 @@ They change only with the method, the data or the weights. After such a change, 
 """
 
 import json
+import multiprocessing
 import shutil
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import (
     REPOSITORY,
@@ -48,7 +51,16 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 KEYS = ("loss", "grad_norm", "supervised_tokens", "response_tokens_total")
 
 
-def measure(folder: Path, name: str) -> list[dict[str, Any]]:
+FLEX_RUNS = (
+    "opdlm dense",
+    "opdlm mixture of experts top-16",
+    "scp mixture of experts",
+    "d_opsd full attention",
+)
+"""Repeated with FlexAttention, which compiles for a minute: each kind of visibility once."""
+
+
+def measure(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
     """Loss and gradient norm of five updates."""
     model, options = RUNS[name]
     write_data(folder)
@@ -56,21 +68,42 @@ def measure(folder: Path, name: str) -> list[dict[str, Any]]:
     if options.get("objective") == "d_opsd":  # it wants a model that is a diffusion model already
         path = Path(shutil.copytree(path, folder / model))
         state_convention(path, "full", shifted=True)
-    config = run_config(folder, path, **options)
+    config = run_config(folder, path, **{**options, **changes})
     with reward_every_third():
         return [{key: line[key] for key in KEYS} for line in run_training(config)]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_losses_are_as_they_were(tmp_path: Path, name: str) -> None:
+def check(name: str, actual: list[dict[str, Any]]) -> None:
+    """Compare with the golden losses."""
     expected = json.loads(GOLDEN.read_text())[name]
-    actual = measure(tmp_path, name)
     assert len(actual) == len(expected) >= 5
     for line, golden in zip(actual, expected, strict=True):
         assert line["supervised_tokens"] == golden["supervised_tokens"]
         assert line["response_tokens_total"] == golden["response_tokens_total"]
         assert line["loss"] == pytest.approx(golden["loss"], rel=1e-3)
         assert line["grad_norm"] == pytest.approx(golden["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_as_they_were(tmp_path: Path, name: str) -> None:
+    check(name, measure(tmp_path, name))
+
+
+def measure_on_gpu(folder: Path, name: str, attention_backend: str) -> list[dict[str, Any]]:
+    """`measure` in float32 on a CUDA device."""
+    return measure(folder, name, device="cuda", attention_backend=attention_backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(
+    ("name", "attention_backend"),
+    [*((name, "sdpa") for name in RUNS), *((name, "flex") for name in FLEX_RUNS)],
+)
+def test_a_gpu_has_the_losses_of_a_cpu(tmp_path: Path, name: str, attention_backend: str) -> None:
+    # This process computes on the CPU: one that uses the GPU is another.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        check(name, pool.submit(measure_on_gpu, tmp_path, name, attention_backend).result())
 
 
 if __name__ == "__main__":

@@ -161,3 +161,13 @@ def test_curves_are_thinned_by_averaging(steps: int, tmp_path: Path) -> None:
     ]
     total = sum(length * loss for length, loss in zip(lengths, curves["loss"], strict=True))
     assert total == pytest.approx(sum(1 / step for step in range(1, steps + 1)), rel=1e-2)
+
+
+def test_the_validation_loss_keeps_its_steps(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in metrics(6).splitlines()]
+    for line in lines:
+        line["validation_loss"] = 2.0 / line["step"] if line["step"] % 3 == 0 else None
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = training_summary(path)["curves"]
+    assert (curves["validation_step"], curves["validation_loss"]) == ([3, 6], [0.66667, 0.33333])

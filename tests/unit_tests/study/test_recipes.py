@@ -46,8 +46,8 @@ MAY_DIFFER = {
 def config_of(recipe: Recipe, folder: Path = Path("run")) -> Config:
     options = recipe.training_options(seed=1)
     assert options is not None
-    data, path = training_data(folder, recipe)
-    return Config.from_dict({**options, data: str(path), "save": str(folder)})
+    data = {name: str(path) for name, path in training_data(folder, recipe).items()}
+    return Config.from_dict({**options, **data, "save": str(folder)})
 
 
 def test_the_papers_objectives_are_there() -> None:
@@ -126,22 +126,28 @@ def test_problems_of_each_kind(tmp_path: Path) -> None:
 def test_a_longer_run_begins_with_the_prompts_of_a_shorter_one(tmp_path: Path) -> None:
     small = {r.name: r for r in recipes(Sizes(rollouts=1, best_rollouts=2))}
     write_problems(tmp_path, 1, [small["opdlm"], small["best"]])
-    short, long = (responses(training_data(tmp_path, small[name])[1]) for name in ("opdlm", "best"))
+    short, long = (
+        responses(training_data(tmp_path, small[name])["prompts"]) for name in ("opdlm", "best")
+    )
     assert len(short) == small["opdlm"].num_prompts
     assert len(long) == 2 * len(short)
     assert long[: len(short)] == short
 
 
-def test_the_corpus_fills_its_canvas_and_never_multiplies(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "multiplies"), [("data_path", False), ("valid_data_path", True)]
+)
+def test_a_corpus_fills_its_canvas_and_is_of_one_kind(
+    option: str, multiplies: bool, tmp_path: Path
+) -> None:
     [recipe] = [r for r in recipes(Sizes(documents=30)) if r.name == "scp_one_lr"]
-    write_problems(tmp_path, 1, [recipe])
-    _, prefix = training_data(tmp_path, recipe)
-    documents = IndexedDataset(str(prefix))
+    write_problems(tmp_path, 30, [recipe])
+    documents = IndexedDataset(str(training_data(tmp_path, recipe)[option]))
     tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / TEACHER)
     assert len(documents) == 30
     for ids in documents:
         text = tokenizer.decode(ids.tolist())
-        assert " * " not in text
+        assert (" * " in text) is multiplies
         _, _, answer = text.partition("<|im_start|>assistant\n")
         assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == 40
         assert answer.partition("<|im_end|>")[2].replace("<|im_end|>", "") == ""

@@ -33,6 +33,13 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
     if recipe == "teacher":
         return {"evaluations": {"autoregressive": {"autoregressive": {"accuracy": 0.98}}}}
     curve = {"step": [1, 2, 3, 4], "tokens_per_forward": [1.0, 2.0, 2.5, 2.6]}
+    if recipe.startswith("scp"):
+        unseen = 1.5 if recipe == "scp_rnd1_groups" else 2.5
+        curve |= {"loss": [3.0, 2.0, 1.0, 1.0 + 10 * JITTER[seed - 1]]}
+        curve |= {
+            "validation_step": [2, 4],
+            "validation_loss": [3.0, unseen + 10 * JITTER[seed - 1]],
+        }
     training = {"updates": 32, "response_tokens": 100, "seconds": 9.0, "curves": curve}
     return {"evaluations": blocks, "training": training}
 
@@ -70,6 +77,9 @@ def test_verdicts_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert find(claims, "threshold 0.7 decodes more").verdict == "supported"
     assert find(claims, "rise more in the first half").verdict == "supported"
     assert find(claims, "larger teacher").verdict is None
+    forgotten = find(claims, "forgets less", "diffusion loss")
+    assert forgotten.measured == "2.50 ± 0.05 against 1.50 ± 0.05: +1.00, std 0.05"
+    assert forgotten.verdict == "supported"
 
 
 def test_verdicts_turn_with_the_numbers(results: list[dict[str, Any]]) -> None:
@@ -107,6 +117,7 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     assert "Incomplete" not in report
     assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
     assert "abc1234" in report
+    assert "| SCP, one learning rate | 1.00 ± 0.05 | 2.50 ± 0.05 |" in report
     assert "-10.0" in report  # OPDLM, static: 88 against the teacher's 98
     for line in report.splitlines():
         if line.startswith("!["):
