@@ -1,6 +1,6 @@
 """Peak memory and time of the fused divergence against plain autograd on the whole logits.
 
-    python benchmarks/divergence_memory.py
+    python -m benchmarks.divergence_memory
 
 Forward KL over the full vocabulary, forward and backward, gradients of hidden states and head
 included. Each measurement is a process of its own: on CPU the peak resident set above what is
@@ -12,7 +12,6 @@ seconds.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import commit, machine, versions
 from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
@@ -105,41 +105,11 @@ def peak_bytes(device: str) -> int:
 
 
 def measure_apart(method: str, chunk_size: int, device: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", method, "--device", device]
+    command = [sys.executable, "-m", "benchmarks.divergence_memory", "--measure", method]
+    command += ["--device", device]
     command += ["--chunk-size", str(chunk_size)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output)
-
-
-def machine(device: str) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
-    if device == "cuda":
-        described["gpu"] = torch.cuda.get_device_name()
-    return described
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    """The commit measured, marked where the measured files differ from it."""
-    root = Path(__file__).parent.parent
-    head = git(root, "rev-parse", "--verify", "--quiet", "HEAD")
-    changed = git(root, "status", "--porcelain", "--", "megatron_dlm/distillation", __file__)
-    return (head or "none") + (" with uncommitted changes" if changed else "")
-
-
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def compare(chunk_size: int, device: str, repetitions: int) -> dict[str, Any]:
@@ -175,9 +145,9 @@ def compare(chunk_size: int, device: str, repetitions: int) -> dict[str, Any]:
         "time_ratio": ratios["seconds"],
         "cpu_time_ratio": ratios["cpu_seconds"],
         "runs": runs,
-        "machine": machine(device),
+        "machine": {**machine(device), "torch_threads": torch.get_num_threads()},
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -15,9 +15,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from benchmarks.environment import REPOSITORY
 from benchmarks.study.cells import all_cells, finished_result, restore_results
 from benchmarks.study.problems import write_problems
-from benchmarks.study.recipes import REPOSITORY, Sizes, recipes
+from benchmarks.study.recipes import Sizes, recipes
 from benchmarks.study.report import collect, published_results, write_report
 from benchmarks.study.runner import Folders, run_cells
 from megatron_dlm.entry import report_user_errors

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import REPOSITORY
 from benchmarks.study.recipes import (
-    REPOSITORY,
     TEACHER,
     Recipe,
     Sizes,

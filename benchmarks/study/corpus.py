@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from benchmarks.environment import REPOSITORY
 from benchmarks.study.problems import write_jsonl
-from benchmarks.study.recipes import REPOSITORY, TEACHER, max_response_length
+from benchmarks.study.recipes import TEACHER, max_response_length
 from megatron_dlm.data.prompts import read_examples
 from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
 from megatron_dlm.models.architecture import read_architecture

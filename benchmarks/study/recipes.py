@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-REPOSITORY = Path(__file__).parents[2]
+from benchmarks.environment import REPOSITORY
+
 TEACHER = "examples/tiny/qwen3"
 ROLLOUT_RECIPE = "examples/tiny/opdlm.yaml"
 SCP_RECIPE = "benchmarks/study/scp.yaml"

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import machine, versions
 from benchmarks.study.cells import Cell, finished_result
 from benchmarks.study.claims import CLOSE_POINTS, papers_claims, plateau_claims
-from benchmarks.study.environment import machine, versions
 from benchmarks.study.plots import plot_accuracy_against_speed, plot_forgetting, plot_rollout_speed
 from benchmarks.study.recipes import BLOCK_SIZES, TRAINED_BLOCK_SIZE, Recipe, Sizes, recipes
 from benchmarks.study.statistics import Result
@@ -161,6 +161,7 @@ def _setup(study: dict[str, Any]) -> str:
     dates = sorted({result["date"] for result in results})
     span = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
     software = ", ".join(f"{name} {number}" for name, number in study["versions"].items())
+    processor = "{cpu}, {cores} cores".format(**study["machine"])
     hours = sum(result["seconds"] for result in results) / 3600
     return "\n".join(
         [
@@ -171,7 +172,8 @@ def _setup(study: dict[str, Any]) -> str:
             f"- {sizes['heldout']} held-out problems, greedy, the same for all: the binomial "
             f"standard error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} "
             "points. tok/fwd counts response tokens and forwards that draw tokens.",
-            f"- {study['machine']}; {software}; commit {commits}; {span}; {hours:.1f} core hours.",
+            f"- {processor}, no GPU used; {software}; commit {commits}; {span}; "
+            f"{hours:.1f} core hours.",
         ]
     )
 

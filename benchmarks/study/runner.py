@@ -17,11 +17,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks.environment import REPOSITORY, commit
 from benchmarks.study.cells import Cell, finished_result, training_summary, write_result
-from benchmarks.study.environment import commit
 from benchmarks.study.problems import heldout_path, training_data
 from benchmarks.study.recipes import (
-    REPOSITORY,
     TEACHER,
     Evaluation,
     max_response_length,

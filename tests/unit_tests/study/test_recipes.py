@@ -7,10 +7,10 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from benchmarks.environment import REPOSITORY
 from benchmarks.study.problems import HELDOUT, heldout_path, training_data, write_problems
 from benchmarks.study.recipes import (
     BLOCK_SIZES,
-    REPOSITORY,
     ROLLOUT_RECIPE,
     SETTINGS,
     TEACHER,

@@ -6,8 +6,9 @@ import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from benchmarks.study.recipes import REPOSITORY
+REPOSITORY = Path(__file__).parents[1]
 
 
 @cache
@@ -27,16 +28,23 @@ def commit() -> str:
         return "unknown"
 
 
-def machine() -> str:
-    """Processor and number of cores."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor and number of cores; the GPU's name where `device` is `cuda`."""
     cpuinfo = Path("/proc/cpuinfo")
     models = [
         line.partition(":")[2].strip()
         for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else ())
         if line.startswith("model name")
     ]
-    model = models[0] if models else platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores, no GPU used"
+    described: dict[str, Any] = {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    if device == "cuda":
+        import torch
+
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
 
 
 def versions() -> dict[str, str]:
