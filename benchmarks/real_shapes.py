@@ -136,6 +136,7 @@ def measure_training(folder: Path, backend: str, load: Load) -> dict[str, float]
         "max-running-requests": load.sequences,
         "global-batch-size": max(1, load.sequences // 4),
         "micro-batch-size": 1,
+        "max-prompt-length": 128,
         "max-response-length": load.response_length,
         "lr": 1e-6,
         "log-interval": 1,

@@ -23,6 +23,8 @@ from benchmarks.study.report import collect, published_results, write_report
 from benchmarks.study.runner import Folders, run_cells
 from megatron_dlm.entry import report_user_errors
 
+PUBLISHED = REPOSITORY / "benchmarks/results/study"
+
 
 def parse_options() -> argparse.Namespace:
     """The command line; sizes are options of the names in `Sizes`."""
@@ -37,8 +39,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        default=REPOSITORY / "benchmarks/results/study",
-        help="folder of results.json, report.md and plots",
+        help="folder of results.json, report.md and plots (benchmarks/results/study; of a study of "
+        "other sizes, WORK/report)",
     )
     names = [recipe.name for recipe in recipes(Sizes())]
     parser.add_argument("--only", nargs="+", choices=names, help="run these recipes, no report")
@@ -60,11 +62,12 @@ def _positive(text: str) -> int:
 def main() -> int:
     """Write data, run cells, collect, report; exit status 1 if a cell is missing."""
     options = parse_options()
-    if options.report_only:
-        write_report(options.output)
-        return 0
     sizes = Sizes(**{size.name: getattr(options, size.name) for size in fields(Sizes)})
     folders = Folders(options.work.resolve())
+    output = options.output or (PUBLISHED if sizes == Sizes() else folders.work / "report")
+    if options.report_only:
+        write_report(output)
+        return 0
     cells = [
         cell
         for cell in all_cells(sizes)
@@ -72,13 +75,13 @@ def main() -> int:
     ]
     trained = {cell.recipe.name: cell.recipe for cell in cells if cell.recipe.example is not None}
     write_problems(folders.data, sizes.heldout, trained.values())
-    restore_results(published_results(options.output), folders.results)
+    restore_results(published_results(output), cells, folders.results)
     run_cells(cells, folders, options.jobs)
     missing = [cell.name for cell in cells if finished_result(folders.results, cell) is None]
     if options.only is None:
-        collect(cells, folders.results, options.output, sizes)
-        write_report(options.output)
-        print(f"report: {options.output / 'report.md'}")
+        collect(cells, folders.results, output, sizes)
+        write_report(output)
+        print(f"report: {output / 'report.md'}")
     if missing:
         print(f"missing, repeat the command to run them: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0

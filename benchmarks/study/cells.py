@@ -11,10 +11,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY
+from benchmarks.study.problems import HELDOUT_SEED, PROMPTS_SEED
 from benchmarks.study.recipes import (
     TEACHER,
     Recipe,
@@ -23,6 +25,7 @@ from benchmarks.study.recipes import (
     recipes,
 )
 
+GOLDEN_LOSSES = "tests/golden/losses.json"
 CURVE_POINTS = 120
 """Points of a training curve that a result keeps, at most."""
 CURVES = ("loss", "response_tokens_total", "response_length", "tokens_per_forward")
@@ -42,7 +45,11 @@ class Cell:
         return f"{self.recipe.name}-seed{self.seed}"
 
     def specification(self) -> dict[str, Any]:
-        """Everything that decides the result, as a JSON object."""
+        """Everything that decides the result, as a JSON object.
+
+        The method is in it by the golden losses of its objective, which are rewritten when the
+        method, the generated problems or the models change, and only then.
+        """
         documents = self.recipe.documents
         data = (
             {"num_documents": documents} if documents else {"num_prompts": self.recipe.num_prompts}
@@ -54,6 +61,8 @@ class Cell:
             "max_response_length": max_response_length(),
             "evaluations": [asdict(evaluation) for evaluation in self.recipe.evaluations],
             "teacher": _teacher_digest(),
+            "problem_seeds": {"prompts": PROMPTS_SEED, "heldout": HELDOUT_SEED},
+            "golden_losses": _golden_digest(self.recipe.objective),
         }
         parsed = json.loads(json.dumps(specification))  # as it will be read from the result
         assert isinstance(parsed, dict)
@@ -84,32 +93,46 @@ def finished_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
     return result if result["specification"] == cell.specification() else None
 
 
-def write_result(folder: Path, cell: Cell, measured: dict[str, Any]) -> None:
-    """Publish a cell's result by renaming it into place."""
-    result = {
-        "recipe": cell.recipe.name,
-        "seed": cell.seed,
-        "specification": cell.specification(),
-        **measured,
-    }
-    path = result_path(folder, cell)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def write_result(
+    folder: Path, cell: Cell, specification: dict[str, Any], measured: dict[str, Any]
+) -> None:
+    """Publish a cell's result.
+
+    Args:
+        folder: Of all results.
+        cell: Whose result it is.
+        specification: The cell's, taken before it ran.
+        measured: All that came out.
+    """
+    identity = {"recipe": cell.recipe.name, "seed": cell.seed, "specification": specification}
+    _replace(result_path(folder, cell), {**identity, **measured})
 
 
-def restore_results(published: Sequence[dict[str, Any]], folder: Path) -> None:
+def restore_results(
+    published: Sequence[dict[str, Any]], cells: Sequence[Cell], folder: Path
+) -> None:
     """Take over what an earlier study, on another machine perhaps, has published.
 
     Args:
         published: Results of cells, as in `results.json`.
-        folder: Of this study's results; what is there already stays.
+        cells: Of this study; those that are finished already stay.
+        folder: Of this study's results.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for result in published:
-        path = folder / f"{result['recipe']}-seed{result['seed']}.json"
-        if not path.exists():
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    by_name = {(result["recipe"], result["seed"]): result for result in published}
+    for cell in cells:
+        result = by_name.get((cell.recipe.name, cell.seed))
+        if result is None or finished_result(folder, cell) is not None:
+            continue
+        if result["specification"] == cell.specification():
+            _replace(result_path(folder, cell), result)
+
+
+def _replace(path: Path, result: dict[str, Any]) -> None:
+    """Write a file by renaming it into place: an interruption leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def training_summary(metrics_file: Path) -> dict[str, Any]:
@@ -139,6 +162,15 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
     }
 
 
+@cache
+def _golden_digest(objective: str) -> str:
+    golden = json.loads((REPOSITORY / GOLDEN_LOSSES).read_text())
+    own = {name: losses for name, losses in golden.items() if name.split()[0] == objective}
+    assert own, objective
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+@cache
 def _teacher_digest() -> str:
     digest = hashlib.sha256()
     for file in ("config.json", "model.safetensors"):

@@ -92,6 +92,12 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def objective(self) -> str:
+        """What it trains with; of the teacher, which it does not train, how it decodes: opdlm."""
+        example = {} if self.example is None else read_yaml(self.example)
+        return str({"objective": "opdlm", **example, **self.options}["objective"])
+
+    @property
     def num_prompts(self) -> int:
         """Prompts in its file: each rollout takes new ones."""
         return self.rollouts * int(read_yaml(ROLLOUT_RECIPE)["rollout_batch_size"])

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import machine, versions
+from benchmarks.environment import versions
 from benchmarks.study.cells import Cell, finished_result
 from benchmarks.study.claims import CLOSE_POINTS, papers_claims, plateau_claims
 from benchmarks.study.plots import plot_accuracy_against_speed, plot_forgetting, plot_rollout_speed
@@ -45,7 +45,6 @@ def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> 
     output.mkdir(parents=True, exist_ok=True)
     finished = [finished_result(folder, cell) for cell in cells]
     study = {
-        "machine": machine(),
         "versions": versions(),
         "sizes": asdict(sizes),
         "expected": Counter(cell.recipe.name for cell in cells),
@@ -138,8 +137,9 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
         "SFT and off-policy distillation have no rollouts.",
         "## What training took",
         cost_table(results, known),
-        "Seconds of one process on one core while the other cores ran other cells; the teacher's "
-        "responses are generated within them.",
+        "Response tokens are generated ones, or those of the data set, however often they are "
+        "trained on. Seconds of one process on one core while the other cores ran other cells; the "
+        "teacher's responses are generated within them.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -161,7 +161,9 @@ def _setup(study: dict[str, Any]) -> str:
     dates = sorted({result["date"] for result in results})
     span = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
     software = ", ".join(f"{name} {number}" for name, number in study["versions"].items())
-    processor = "{cpu}, {cores} cores".format(**study["machine"])
+    machines = "; ".join(
+        sorted({"{cpu}, {cores} cores".format(**result["machine"]) for result in results})
+    )
     hours = sum(result["seconds"] for result in results) / 3600
     return "\n".join(
         [
@@ -172,7 +174,7 @@ def _setup(study: dict[str, Any]) -> str:
             f"- {sizes['heldout']} held-out problems, greedy, the same for all: the binomial "
             f"standard error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} "
             "points. tok/fwd counts response tokens and forwards that draw tokens.",
-            f"- {processor}, no GPU used; {software}; commit {commits}; {span}; "
+            f"- {machines}, no GPU used; {software}; commit {commits}; {span}; "
             f"{hours:.1f} core hours.",
         ]
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.environment import REPOSITORY, commit
+from benchmarks.environment import REPOSITORY, commit, machine
 from benchmarks.study.cells import Cell, finished_result, training_summary, write_result
 from benchmarks.study.problems import heldout_path, training_data
 from benchmarks.study.recipes import (
@@ -104,7 +104,12 @@ def _run_cell(cell: Cell, folders: Folders) -> str:
     run.mkdir(parents=True)
     log = run.with_suffix(".log")
     log.unlink(missing_ok=True)
-    measured: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    specification = cell.specification()
+    measured: dict[str, Any] = {
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     options = cell.recipe.training_options(cell.seed)
     if options is not None:
         paths = {**training_data(folders.data, cell.recipe), "save": run}
@@ -123,7 +128,7 @@ def _run_cell(cell: Cell, folders: Folders) -> str:
         for evaluation in cell.recipe.evaluations
     }
     measured["seconds"] = round(time.perf_counter() - started, 1)
-    write_result(folders.results, cell, measured)
+    write_result(folders.results, cell, specification, measured)
     shutil.rmtree(run)
     return _headline(measured)
 
@@ -153,6 +158,7 @@ def _call(log: Path, script: str, *arguments: object) -> None:
     """
     environment = {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "TOKENIZERS_PARALLELISM": "false",

@@ -119,10 +119,18 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
         specification = result["specification"]
         return float(specification.get("num_documents") or specification["num_prompts"])
 
+    def response_tokens(result: Result) -> float | None:
+        # What is read and not rolled out is counted in every pass.
+        total, specification = training("response_tokens")(result), result["specification"]
+        options = specification["training"]
+        if total is None or "num_rollouts" in options or "num_documents" in specification:
+            return total
+        return total * prompts(result) / (options["train_iters"] * options["global_batch_size"])
+
     quantities: list[Quantity] = [
         prompts,
         training("updates"),
-        training("response_tokens"),
+        response_tokens,
         training("seconds"),
     ]
     rows = []

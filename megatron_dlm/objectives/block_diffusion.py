@@ -57,7 +57,8 @@ def block_diffusion_document(
         supervised: [F] bool, where a loss may fall, or [states, F] bool for each state.
         block_size: B.
         mask_token_id: Id of MASK.
-        weights: [F] loss weights, default 1.
+        weights: [F] loss weights, default 1. A weighted loss is divided by the number of supervised
+            tokens, masked or not; without weights, by that of the supervised MASKs.
     """
     tokens = sequence_with_tail(trajectory)
     position = torch.arange(len(tokens))
@@ -89,6 +90,7 @@ def block_diffusion_document(
         weights=torch.ones(len(target_position)) if weights is None else weights[target_position],
         teacher_hidden=None if hidden is None else hidden[rows.to(hidden.device)],
         teacher_top_k=None if top_k is None else top_k[rows],
+        loss_count=None if weights is None else int(supervised.sum()),
     )
 
 

@@ -5,6 +5,7 @@ import torch
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.models.attention_layout import CLEAN
 from megatron_dlm.objectives.base import Document
+from megatron_dlm.objectives.block_diffusion import supervised_positions
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.rollout.trajectory import Trajectory
 
@@ -18,9 +19,8 @@ class NextToken(CrossEntropyObjective):
         """The sequence without its last token; each position predicts the next of its document."""
         tokens = trajectory.token_ids
         document, position = trajectory.documents()
-        target = (position > 0) & (torch.arange(len(tokens)) >= len(trajectory.prompt_ids))
-        if not self.config.objective.supervise_eos:
-            target[-1] = False
+        supervised = supervised_positions(trajectory, self.config.objective.supervise_eos)
+        target = supervised & (position > 0)
         predicted = target.nonzero()[:, 0]
         position = position[:-1].int()
         return Document(

@@ -12,7 +12,8 @@ from megatron_dlm.rollout.trajectory import Trajectory
 class SFT(CrossEntropyObjective, BlockDiffusionObjective):
     """Cross entropy w(t) * -log q(x_0^i | x_t, clean prefix) at the MASKs of a random state.
 
-    The student is not shifted: position i predicts token i.
+    The student is not shifted: position i predicts token i. With w = 1/t the sum is divided by all
+    supervised tokens, masked or not, as BD3-LM's bound is; with w = 1 by the MASKs among them.
     """
 
     traits = OBJECTIVE_TRAITS["sft"]

@@ -104,7 +104,9 @@ def test_loss_equals_one_dense_forward_per_block(models: Models, case) -> None:
 
         token_loss: TokenLoss = cross_entropy if name == "sft" else forward_kl
         sums = dense_loss(models, trajectory, options["block_size"], masked, supervised, token_loss)
-        expected, count = expected + sums[0], count + sums[1]
+        weighted = name == "sft" and options["loss_weighting"] == "inverse_t"
+        expected += sums[0]
+        count += int(supervised.sum()) if weighted else sums[1]
     packed = pack(documents, pad_multiple=4)
     assert packed.loss_count == count
     assert models.loss(objective, packed) == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -92,20 +92,6 @@ def test_loss_equals_one_dense_forward_per_document(
     assert models.loss(scp, batch) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_next_token_on_a_window_is_the_loss_of_its_documents(models: Models) -> None:
-    lengths = [5, 1, 9, 2]
-    trajectory = window(lengths)
-    next_token = objective("next_token")
-    document = next_token.document(trajectory, torch.Generator())
-    expected = 0.0
-    for ids in trajectory.token_ids.split(lengths):
-        with torch.no_grad():
-            log_p = models.hf_student(ids[None]).logits[0].log_softmax(-1)
-        expected -= float(log_p[torch.arange(len(ids) - 1), ids[1:]].sum())
-    assert models.loss(next_token, pack([document])) == pytest.approx(expected, rel=1e-5)
-    assert pack([document]).loss_count == sum(lengths) - len(lengths)
-
-
 def test_packed_rows_equal_single_windows(models: Models) -> None:
     scp = objective()
     generator = torch.Generator().manual_seed(5)

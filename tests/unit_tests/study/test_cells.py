@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.study import runner
+from benchmarks.environment import REPOSITORY
+from benchmarks.study import cells, runner
 from benchmarks.study.cells import (
     CURVE_POINTS,
+    GOLDEN_LOSSES,
     Cell,
     all_cells,
     finished_result,
@@ -74,7 +76,7 @@ def test_a_cell_has_a_name_of_its_own() -> None:
 def test_only_a_result_of_the_present_specification_counts(tmp_path: Path) -> None:
     cell = CELLS["opdlm-seed1"]
     assert finished_result(tmp_path, cell) is None
-    write_result(tmp_path, cell, {"seconds": 1.0})
+    write_result(tmp_path, cell, cell.specification(), {"seconds": 1.0})
     finished = finished_result(tmp_path, cell)
     assert finished is not None
     assert (finished["recipe"], finished["seed"], finished["seconds"]) == ("opdlm", 1, 1.0)
@@ -85,24 +87,55 @@ def test_only_a_result_of_the_present_specification_counts(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["opdlm-seed1.json"]
 
 
+def test_a_changed_method_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = json.loads((REPOSITORY / GOLDEN_LOSSES).read_text())
+    for names, stale in ((["sft dense"], {"sft-seed1"}), (list(golden), set(CELLS))):
+        changed = {name: [] if name in names else losses for name, losses in golden.items()}
+        path = tmp_path / "golden.json"
+        path.write_text(json.dumps(changed))
+        before = {name: cell.specification() for name, cell in CELLS.items()}
+        monkeypatch.setattr(cells, "GOLDEN_LOSSES", str(path))
+        cells._golden_digest.cache_clear()
+        after = {name: cell.specification() for name, cell in CELLS.items()}
+        monkeypatch.undo()
+        cells._golden_digest.cache_clear()
+        assert {name for name in CELLS if before[name] != after[name]} >= stale
+        assert ("opdlm-seed1" in stale) == (before["opdlm-seed1"] != after["opdlm-seed1"])
+
+
 def test_published_results_count_as_finished(tmp_path: Path) -> None:
     cell, other = CELLS["opdlm-seed1"], CELLS["opdlm-seed2"]
-    write_result(tmp_path, cell, {"seconds": 1.0})
+    write_result(tmp_path, cell, cell.specification(), {"seconds": 1.0})
     published = finished_result(tmp_path, cell)
     assert published is not None
     elsewhere = tmp_path / "elsewhere"
-    restore_results([published], elsewhere)
+    restore_results([published], [cell, other], elsewhere)
     assert finished_result(elsewhere, cell) == published
     assert finished_result(elsewhere, other) is None
-    restore_results([{**published, "seconds": 2.0}], elsewhere)
+    restore_results([{**published, "seconds": 2.0}], [cell, other], elsewhere)
     assert finished_result(elsewhere, cell) == published
+
+
+def test_published_results_replace_those_of_other_sizes(tmp_path: Path) -> None:
+    cell = CELLS["opdlm-seed1"]
+    write_result(tmp_path, cell, cell.specification(), {"seconds": 1.0})
+    published = finished_result(tmp_path, cell)
+    assert published is not None
+    shorter = Cell(cell.recipe, cell.seed, cell.num_heldout - 1)
+    write_result(tmp_path, cell, shorter.specification(), {"seconds": 0.1})
+    assert finished_result(tmp_path, cell) is None
+    restore_results([published], [cell], tmp_path)
+    assert finished_result(tmp_path, cell) == published
+    restore_results([published], [shorter], tmp_path)
+    assert finished_result(tmp_path, shorter) is None
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders, scripts = Folders(tmp_path), Scripts()
     monkeypatch.setattr(runner, "_call", scripts)
     folders.results.mkdir()
-    write_result(folders.results, CELLS["sft-seed1"], {"seconds": 1.0})
+    finished = CELLS["sft-seed1"]
+    write_result(folders.results, finished, finished.specification(), {"seconds": 1.0})
     kept = result_path(folders.results, CELLS["sft-seed1"]).read_bytes()
 
     assert run_cells(chosen("sft-seed1", "sft-seed2", "teacher-seed1"), folders, jobs=2) == []
@@ -125,8 +158,8 @@ def test_a_failed_cell_costs_no_other(
 ) -> None:
     folders = Folders(tmp_path)
     monkeypatch.setattr(runner, "_call", Scripts(failing="opdlm-seed1"))
-    cells = chosen("opdlm-seed1", "opdlm-seed2", "sft-seed1")
-    assert run_cells(cells, folders, jobs=1) == chosen("opdlm-seed1")
+    some = chosen("opdlm-seed1", "opdlm-seed2", "sft-seed1")
+    assert run_cells(some, folders, jobs=1) == chosen("opdlm-seed1")
     assert finished_result(folders.results, CELLS["opdlm-seed1"]) is None
     assert finished_result(folders.results, CELLS["opdlm-seed2"]) is not None
     assert finished_result(folders.results, CELLS["sft-seed1"]) is not None
@@ -135,7 +168,7 @@ def test_a_failed_cell_costs_no_other(
     assert "opdlm-seed1: FAILED" in printed
 
     monkeypatch.setattr(runner, "_call", Scripts())
-    assert run_cells(cells, folders, jobs=1) == []
+    assert run_cells(some, folders, jobs=1) == []
     assert finished_result(folders.results, CELLS["opdlm-seed1"]) is not None
 
 

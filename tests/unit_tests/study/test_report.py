@@ -47,8 +47,18 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
 def write_study(folder: Path, output: Path, without: str = "") -> None:
     for cell in all_cells(SIZES):
         if cell.name != without:
-            common = {"commit": "abc1234", "date": "2026-01-02", "seconds": 10.0}
-            write_result(folder, cell, {**common, **measured(cell.recipe.name, cell.seed)})
+            common = {
+                "machine": {"cpu": "Abacus", "cores": 7},
+                "commit": "abc1234",
+                "date": "2026-01-02",
+                "seconds": 10.0,
+            }
+            write_result(
+                folder,
+                cell,
+                cell.specification(),
+                {**common, **measured(cell.recipe.name, cell.seed)},
+            )
     collect(all_cells(SIZES), folder, output, SIZES)
 
 
@@ -116,6 +126,7 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     report = (output / "report.md").read_text()
     assert "Incomplete" not in report
     assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
+    assert "- Abacus, 7 cores, no GPU used; " in report
     assert "abc1234" in report
     assert "| SCP, one learning rate | 1.00 ± 0.05 | 2.50 ± 0.05 |" in report
     assert "-10.0" in report  # OPDLM, static: 88 against the teacher's 98
