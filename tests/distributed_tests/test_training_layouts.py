@@ -62,22 +62,15 @@ RUNS: dict[str, dict[str, Any]] = {
     ),
     "sft": dict(objective="sft", train_iters=2),
     "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
-    "scp": dict(objective="scp", train_iters=2, micro_batch_size=2, eval_interval=2, eval_iters=2),
+    "scp": dict(objective="scp", train_iters=2, eval_interval=2, eval_iters=2),
     "next_token": dict(objective="next_token", train_iters=2),
 }
-"""opdlm runs under every layout and longest, the others once under each kind of parallelism."""
 
-OBJECTIVES = (
-    "opdlm",
-    "opdlm_global",
-    "opdlm_all",
-    "opdlm_off",
-    "off_policy",
-    "sft",
-    "sft_of_teacher",
-    "scp",
-    "next_token",
-)
+OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token")
+"""One run an objective, under every layout; `d_opsd` is in test_adapter_layouts.py. What else is in
+RUNS runs once under each kind of parallelism."""
+
+FOUR_PROCESS_VARIANTS = ("opdlm_global", "opdlm_all", "sft_of_teacher")
 """Those that run under products of kinds as well: four processes are slow on few cores."""
 
 OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
@@ -88,9 +81,9 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "smaller": dict(hidden_size=16, num_attention_heads=2),
 }
 
-OTHER_DENSE_LAYOUTS = ("TP2 SP", "PP2", "DP2 distributed optimizer")
-OTHER_MOE_LAYOUTS = ("moe EP2",)
-OTHER_FOUR_PROCESSES = ("TP2 PP2 SP", "EP2 PP2")
+VARIANTS_DENSE = ("TP2 SP", "PP2", "DP2 distributed optimizer")
+VARIANTS_MOE = ("moe EP2",)
+VARIANTS_FOUR_PROCESSES = ("TP2 PP2 SP", "EP2 PP2")
 
 
 def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
@@ -143,13 +136,13 @@ def _runs(
     folder: Path,
     layouts: dict[str, tuple[bool, dict[str, Any]]],
     others: tuple[str, ...],
-    wanted: Sequence[str],
+    variants: Sequence[str],
 ) -> list[tuple[str, Path, dict[str, Any]]]:
-    """opdlm under all layouts (mixture of experts or not, options), the wanted runs some."""
+    """Each objective under all layouts (mixture of experts or not, options), variants in some."""
     runs = []
     for layout, (moe, layout_options) in layouts.items():
         model = "moe" if moe else "dense"
-        for run in wanted if layout in others else ("opdlm",):
+        for run in (*OBJECTIVES, *(variants if layout in others else ())):
             options = {**_options(folder, model, run), **layout_options}
             runs.append((f"{layout} {run}", folder / model, options))
     return runs
@@ -182,9 +175,9 @@ def _check_layouts(
     single: dict[str, list[dict[str, Any]]],
     layouts: dict[str, tuple[bool, dict[str, Any]]],
     others: tuple[str, ...],
-    wanted: Sequence[str] = tuple(RUNS),
+    variants: Sequence[str] = tuple(run for run in RUNS if run not in OBJECTIVES),
 ) -> None:
-    runs = _runs(folder, layouts, others, wanted)
+    runs = _runs(folder, layouts, others, variants)
     results = run_distributed(_train, world_size, folder, runs, timeout_seconds=600)[0]
     for name, model, _ in runs:
         reference = f"single {model.name} {name.split()[-1]}"
@@ -196,13 +189,15 @@ def _check_layouts(
 
 def test_dense_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
     layouts = {name: (False, options) for name, options in DENSE_LAYOUTS.items()}
-    _check_layouts(2, folder, single, layouts, OTHER_DENSE_LAYOUTS)
+    _check_layouts(2, folder, single, layouts, VARIANTS_DENSE)
 
 
 def test_moe_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
     layouts = {f"moe {name}": (True, options) for name, options in MOE_LAYOUTS.items()}
-    _check_layouts(2, folder, single, layouts, OTHER_MOE_LAYOUTS)
+    _check_layouts(2, folder, single, layouts, VARIANTS_MOE)
 
 
 def test_layouts_of_four_processes(folder: Path, single: dict[str, Any]) -> None:
-    _check_layouts(4, folder, single, FOUR_PROCESSES, OTHER_FOUR_PROCESSES, OBJECTIVES)
+    _check_layouts(
+        4, folder, single, FOUR_PROCESSES, VARIANTS_FOUR_PROCESSES, FOUR_PROCESS_VARIANTS
+    )
