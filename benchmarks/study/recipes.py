@@ -33,7 +33,7 @@ class Sizes:
 
     Attributes:
         seeds: Runs of each recipe.
-        block_seeds: Runs at each other block size of training.
+        block_seeds: Runs at each block size of training.
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
@@ -174,15 +174,16 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         path = f"examples/tiny/{example}.yaml"
         return Recipe(name, title, path, blocks, sizes.seeds, sizes.rollouts, options=options)
 
-    def trained_for(block_size: int) -> Recipe:
+    def trained_for(block_size: int, name: str, title: str) -> Recipe:
+        trained = block_size == TRAINED_BLOCK_SIZE
         return Recipe(
-            f"opdlm_block_{block_size}",
-            f"OPDLM, teacher's responses first, blocks of {block_size}",
+            name,
+            title,
             ROLLOUT_RECIPE,
-            (_BLOCKS[block_size],),
+            blocks if trained else (_BLOCKS[block_size],),
             sizes.block_seeds,
             sizes.rollouts,
-            options={"block_size": block_size},
+            options={} if trained else {"block_size": block_size},
         )
 
     def pretraining(name: str, title: str, **options: Any) -> Recipe:
@@ -220,8 +221,14 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             state_selection="global",
             **on_policy,
         ),
-        conversion("opdlm_mixture", "OPDLM, teacher's responses first", "opdlm"),
-        *(trained_for(size) for size in BLOCK_SIZES if size != TRAINED_BLOCK_SIZE),
+        trained_for(TRAINED_BLOCK_SIZE, "opdlm_mixture", "OPDLM, teacher's responses first"),
+        *(
+            trained_for(
+                size, f"opdlm_block_{size}", f"OPDLM, teacher's responses first, blocks of {size}"
+            )
+            for size in BLOCK_SIZES
+            if size != TRAINED_BLOCK_SIZE
+        ),
         Recipe(
             "best",
             "OPDLM, teacher's responses first, long run",

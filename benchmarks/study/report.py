@@ -167,10 +167,10 @@ def _setup(study: dict[str, Any]) -> str:
     hours = sum(result["seconds"] for result in results) / 3600
     return "\n".join(
         [
-            f"- {sizes['seeds']} seeds a recipe ({sizes['best_seeds']} of the long run); n is "
-            "stated where it differs.",
+            f"- {sizes['seeds']} seeds a recipe, or as many as n says.",
             "- Every recipe sees the same prompts equally often in equally many updates, with the "
-            "same batch size and learning rates, except the long run (see the last table).",
+            "same batch size and learning rates, except the long run and continual pretraining (see "
+            "the last table).",
             f"- {sizes['heldout']} held-out problems, greedy, the same for all: the binomial "
             f"standard error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} "
             "points. tok/fwd counts response tokens and forwards that draw tokens.",
