@@ -169,7 +169,7 @@ def _setup(study: dict[str, Any]) -> str:
         [
             f"- {sizes['seeds']} seeds a recipe, or as many as n says.",
             "- Every recipe sees the same prompts equally often in equally many updates, with the "
-            "same batch size and learning rates, except the long run and continual pretraining (see "
+            "same batch size and learning rates; not the long run and continual pretraining (see "
             "the last table).",
             f"- {sizes['heldout']} held-out problems, greedy, the same for all: the binomial "
             f"standard error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} "
