@@ -24,8 +24,8 @@ Every option has one name. `tensor_model_parallel_size` is a key of a flat YAML 
 `--tensor-model-parallel-size` a flag; an option that is true or false is switched by `--bf16` and
 `--no-bf16`. Lists and mappings are JSON on the command line; `none` clears an option that may be
 none. Flags win over the file that `--config` names, which wins over the defaults. A name that does
-not exist, a value of the wrong type and values that cannot work together are errors, in one line,
-with exit status 2.
+not exist, a value of the wrong type, values that cannot work together and an option that the run
+has no use for, unless it has its default, are errors, in one line, with exit status 2.
 
 `--dry-run` reads, checks and prints the configuration, prompts and model description included, and
 stops. It checks a layout without starting its processes when `WORLD_SIZE` says how many there are:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_dlm.config import Config, validate
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
+from megatron_dlm.config.usage_rules import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.evaluation.rewards import REWARDS
@@ -119,7 +120,7 @@ def reward_every_third() -> Iterator[None]:
 
 
 def run_config(folder: Path, model: Path, **options: Any) -> Config:
-    """A run of five updates on one rollout batch; `options` win."""
+    """A run of five updates, of one rollout batch where there are rollouts; `options` win."""
     prompts, examples = folder / "prompts.jsonl", folder / "examples.jsonl"
     values: dict[str, Any] = dict(
         load=str(model),
@@ -146,7 +147,9 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
         values.update(max_response_length=40, prompts=None, train_data=str(examples))
     if sources == ("corpus",):
         values.update(prompts=None, data_path=str(folder / "corpus"), seq_length=48)
-    return Config.from_dict({**values, **options})
+    config = Config.from_dict({**values, **options})
+    unused = {name for name in values.keys() - options.keys() if not is_used(config, name)}
+    return Config.from_dict({n: v for n, v in config.to_dict().items() if n not in unused})
 
 
 def run_training(config: Config) -> list[dict[str, Any]]:

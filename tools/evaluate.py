@@ -21,14 +21,7 @@ from typing import Any
 from megatron_dlm.config import parse_arguments
 from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
-from megatron_dlm.evaluation.options import (
-    InferenceArguments,
-    InferenceSetup,
-    check_output,
-    resolve_inference,
-    setting_name,
-)
-from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
 
 
 @dataclass(frozen=True)
@@ -59,25 +52,6 @@ class Arguments(InferenceArguments):
     """Evaluate a checkpoint."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-def read_settings(options: EvaluationConfig, setup: InferenceSetup) -> dict[str, GenerationConfig]:
-    """The decoding settings by name.
-
-    Raises:
-        UserError: One is unknown or named twice.
-    """
-    if not options.settings:
-        generation = setup.generation()
-        return {setting_name(generation): generation}
-    settings: dict[str, GenerationConfig] = {}
-    for text in options.settings:
-        generation = setup.setting(text)
-        name = setting_name(generation)
-        if name in settings:
-            raise bad_value("--settings", text, f"names {name} twice", "name it once")
-        settings[name] = generation
-    return settings
 
 
 def print_table(load: str, num_examples: int, results: dict[str, dict[str, Any]]) -> None:
@@ -114,7 +88,7 @@ def main() -> int:
             "--max-examples", options.max_examples, "is less than 1", "choose 1 or more"
         )
     setup = resolve_inference(arguments, world_size())
-    settings = read_settings(options, setup)
+    settings = setup.settings(options.settings)
     check_output(options.output)
     # Only now what takes seconds to import.
     from megatron_dlm.data.records import RecordFile

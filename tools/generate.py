@@ -20,12 +20,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dlm.config import parse_arguments
 from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
-from megatron_dlm.evaluation.options import (
-    InferenceArguments,
-    check_output,
-    resolve_inference,
-    setting_name,
-)
+from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +90,7 @@ def main() -> int:
         )
         raise bad_value("--prompt", options.prompt, problem, "give one of the two")
     setup = resolve_inference(arguments, world_size())
-    generation = setup.generation()
+    [(setting, generation)] = setup.settings().items()
     check_output(options.output)
     # Only now what takes seconds to import.
     from megatron_dlm.data.tokenizer import load_tokenizer
@@ -111,9 +106,7 @@ def main() -> int:
     inputs = read_inference_inputs(setup, tokenizer, read_records(options, tokenizer))
     with initialized(setup.config):
         generator = Generator(setup, inputs)
-        progress = GenerationProgress(
-            setting_name(generation), len(generator.share), enabled=rank() == 0
-        )
+        progress = GenerationProgress(setting, len(generator.share), enabled=rank() == 0)
         trajectories = generator.generate(generation, progress)
         records = gather_in_order([response_record(t, tokenizer) for t in trajectories])
     if rank() == 0:

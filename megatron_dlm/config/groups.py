@@ -199,8 +199,8 @@ class DecodingConfig:
     """Excess entropy in nats that entropy_bounded accepts at a step."""
 
     denoising_steps_per_block: int | None = None
-    """Denoising steps of low_confidence_static and entropy for a block, or for a response that is
-    decoded as a whole (default: one token a step)."""
+    """Denoising steps of low_confidence_static (a divisor of --block-size) and entropy for a block,
+    or for a response that is decoded as a whole (default: one token a step)."""
 
     temperature: float = 1.0
     """Softmax temperature of the draws; 0 takes the most likely token."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
+from megatron_dlm.config.rule_support import flag, refuse, value_of
 from megatron_dlm.config.schema import Config
-
-DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 
 
 def _objective(config: Config) -> str:
@@ -97,23 +95,6 @@ def check_state_selection(config: Config) -> None:
     )
 
 
-def check_teacher_response_fraction(config: Config) -> None:
-    """Only rollouts can be mixed with the teacher's responses."""
-    for name in ("teacher_response_fraction", "final_teacher_response_fraction"):
-        if value_of(config, name) > 0 and not config.uses_rollouts:
-            raise refuse(
-                config, name, f"{_objective(config)} has no rollouts to mix with", "leave it out"
-            )
-    final = config.rollout.final_teacher_response_fraction
-    if final > 0 and config.rollout.teacher_response_fraction_schedule == "constant":
-        raise refuse(
-            config,
-            "final_teacher_response_fraction",
-            "a constant fraction has no other end",
-            "choose --teacher-response-fraction-schedule linear or cosine, or leave it out",
-        )
-
-
 def check_teacher_responses(config: Config) -> None:
     """The teacher's responses have a folder."""
     if config.uses_teacher_responses and config.teacher_responses is None:
@@ -161,28 +142,3 @@ def check_offloading(config: Config) -> None:
             "the teacher is the student without its adapters",
             "drop --offload-teacher, or name a frozen copy with --teacher-load",
         )
-
-
-def check_nothing_is_ignored(config: Config) -> None:
-    """What the objective has no use for keeps its default."""
-    traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
-    corpus, held_out = source == "corpus", config.validation_path is not None
-    uses = (
-        (source in ("rollout", "teacher"), ("prompts",)),
-        (source == "data", ("train_data",)),
-        (corpus, ("data_path", "seq_length")),
-        (rollouts, ("num_rollouts", "epochs_per_rollout", "offload_optimizer")),
-        (not rollouts, ("train_iters",)),
-        (held_out, ("eval_interval", "eval_iters")),
-        (not corpus and not traits.self_distillation, ("supervise_eos",)),
-        (traits.weighs_tokens, ("loss_weighting",)),
-        (traits.convention is not None, ("mask_embedding_init",)),
-        (config.needs_teacher, ("teacher_load",)),
-        (config.uses_teacher_responses, ("teacher_responses",)),
-        (traits.uses_teacher, ("teacher_top_k_cache", "offload_teacher", *DIVERGENCE_FIELDS)),
-    )
-    for name in (name for is_used, names in uses if not is_used for name in names):
-        if value_of(config, name) != default_of(name):
-            raise refuse(
-                config, name, f"{_objective(config)} has no use for it", f"drop {flag(name)}"
-            )

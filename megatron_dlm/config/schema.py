@@ -144,12 +144,6 @@ class Config:
         return self.parallel.tensor_model_parallel_size if explicit is None else explicit
 
     @property
-    def denoising_steps_per_block(self) -> int:
-        """Denoising steps of static remasking for a block, default resolved."""
-        explicit = self.rollout.denoising_steps_per_block
-        return self.model.block_size if explicit is None else explicit
-
-    @property
     def teacher_load(self) -> str | None:
         """Where the teacher's weights are, default resolved."""
         return self.distillation.teacher_load or self.model.load

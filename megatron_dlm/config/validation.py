@@ -10,6 +10,7 @@ from megatron_dlm.config import (
     layout_rules,
     objective_rules,
     self_distillation_rules,
+    usage_rules,
     value_rules,
 )
 from megatron_dlm.config.schema import Config
@@ -26,26 +27,26 @@ def validate(config: Config, world_size: int) -> None:
         UserError: The first rule that is broken, with the values that would work.
     """
     value_rules.check_ranges(config)
+    value_rules.check_divergence(config)
+    objective_rules.check_objective_inputs(config)
+    objective_rules.check_response_source(config)
+    objective_rules.check_validation(config)
+    objective_rules.check_state_selection(config)
+    usage_rules.check_nothing_is_ignored(config)
+    # From here on, only what is used is looked at.
     value_rules.check_denoising_steps(config)
     value_rules.check_response_length_schedule(config)
-    value_rules.check_divergence(config)
     value_rules.check_learning_rates(config)
     value_rules.check_parameter_groups(config)
     value_rules.check_sequence_parallel(config)
     value_rules.check_attention_backend(config)
     value_rules.check_optional_packages(config)
-    objective_rules.check_objective_inputs(config)
-    objective_rules.check_response_source(config)
-    objective_rules.check_validation(config)
-    objective_rules.check_state_selection(config)
-    objective_rules.check_teacher_response_fraction(config)
     self_distillation_rules.check_lora(config)
     self_distillation_rules.check_self_distillation(config)
     self_distillation_rules.check_something_to_learn(config)
     objective_rules.check_teacher_responses(config)
     objective_rules.check_teacher_top_k_cache(config)
     objective_rules.check_offloading(config)
-    objective_rules.check_nothing_is_ignored(config)
     value_rules.check_save(config)
     layout_rules.check_world_size(config, world_size)
     layout_rules.check_expert_layout(config, world_size)

@@ -97,8 +97,9 @@ def check_ranges(config: Config) -> None:
 
 def check_denoising_steps(config: Config) -> None:
     """Static remasking commits the same whole number of tokens at every step."""
-    block_size = config.model.block_size
-    if block_size % config.denoising_steps_per_block:
+    block_size, steps = config.model.block_size, config.rollout.denoising_steps_per_block
+    is_static = config.rollout.remasking_strategy == "low_confidence_static"
+    if is_static and steps is not None and block_size % steps:
         raise refuse(
             config,
             "denoising_steps_per_block",
@@ -110,20 +111,20 @@ def check_denoising_steps(config: Config) -> None:
 def check_response_length_schedule(config: Config) -> None:
     """A growing response limit has a start, an end above it, and a duration."""
     rollout = config.rollout
+    if rollout.response_length_schedule == "constant":
+        return
     start, end = rollout.min_response_length, rollout.max_response_length
-    if start is not None and start > end:
+    schedule = f"--response-length-schedule {rollout.response_length_schedule}"
+    if start is None:
+        raise refuse(
+            config, "min_response_length", f"{schedule} needs a start", f"choose 1 to {end}"
+        )
+    if start > end:
         raise refuse(
             config,
             "min_response_length",
             f"is above --max-response-length {end}",
             f"choose {end} or less",
-        )
-    if not config.uses_rollouts or rollout.response_length_schedule == "constant":
-        return
-    schedule = f"--response-length-schedule {rollout.response_length_schedule}"
-    if start is None:
-        raise refuse(
-            config, "min_response_length", f"{schedule} needs a start", f"choose 1 to {end}"
         )
     if rollout.response_length_warmup_rollouts < 1:
         raise refuse(

@@ -6,7 +6,8 @@ per block), `dynamic:0.7` (threshold), `entropy_bounded:0.1` (bound in nats) or 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from megatron_dlm.config import (
     ParallelConfig,
     RolloutConfig,
 )
+from megatron_dlm.config.rule_support import divisors, flag
 from megatron_dlm.config.validation import validate_inference
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.models.architecture import (
@@ -25,7 +27,11 @@ from megatron_dlm.models.architecture import (
     DiffusionConvention,
     diffusion_convention,
 )
-from megatron_dlm.rollout.generation_config import GenerationConfig, RemaskingStrategy
+from megatron_dlm.rollout.generation_config import (
+    OPTION_OF_STRATEGY,
+    GenerationConfig,
+    RemaskingStrategy,
+)
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
 Decoding = Literal["auto", "diffusion", "autoregressive"]
@@ -110,6 +116,48 @@ class InferenceSetup:
         tokenizer = self.options.tokenizer
         return self.source.hf_folder if tokenizer is None else Path(tokenizer)
 
+    def settings(self, texts: Sequence[str] = ()) -> dict[str, GenerationConfig]:
+        """The decoding settings that are named, by the names of their results.
+
+        Args:
+            texts: Each as `setting` takes it; none: the one that the options describe.
+
+        Raises:
+            UserError: One is unknown or named twice, or an option is read by none of them.
+        """
+        settings: dict[str, GenerationConfig] = {}
+        read: set[str] = set()
+        for text in texts:
+            generation = self.setting(text)
+            name = setting_name(generation)
+            if name in settings:
+                raise bad_value("--settings", text, f"names {name} twice", "name it once")
+            settings[name] = generation
+            read |= generation.options_read - _options_named(text).keys()
+        if not texts:
+            generation = self.generation()
+            settings[setting_name(generation)] = generation
+            read |= generation.options_read
+        elif self.options.decoding != "auto":
+            raise bad_value(
+                "--decoding", self.options.decoding, "--settings says it", "leave one of them out"
+            )
+        self._check_nothing_is_ignored(read, f"decoding by {', '.join(settings)}")
+        return settings
+
+    def _check_nothing_is_ignored(self, read: set[str], decoding: str) -> None:
+        rollout = self.config.rollout
+        for option in fields(GreedyDecodingConfig):
+            value = getattr(rollout, option.name)
+            if option.name in read or value == option.default:
+                continue
+            remedy = f"drop {flag(option.name)}"
+            if option.name in ("top_k", "top_p"):
+                decoding, remedy = "--temperature 0", f"{remedy}, or choose a temperature above 0"
+            elif self.convention is None:
+                remedy += ", or add --block-size"
+            raise bad_value(flag(option.name), value, f"{decoding} has no use for it", remedy)
+
     def generation(self) -> GenerationConfig:
         """The decoding setting that the options describe."""
         decoding = self.options.decoding
@@ -125,23 +173,19 @@ class InferenceSetup:
         Raises:
             UserError: It is not one, or the block size it needs is unknown.
         """
-        name, colon, value = text.strip().partition(":")
-        if name == "autoregressive" and not colon:
+        named = _options_named(text)
+        if not named:
             return self._autoregressive()
-        strategy = _STRATEGY_OF_SETTING.get(name)
-        number = _number(value, int if name in ("static", "entropy") else float) if colon else None
-        if strategy is None or (colon and number is None):
-            raise _no_setting(text)
-        base = replace(self._diffusion("--settings", text), remasking_strategy=strategy)
-        if number is None:
-            return base
-        if isinstance(number, int):
-            return replace(base, denoising_steps_per_block=number)
-        if name == "entropy_bounded":
-            return replace(base, entropy_bound=number)
-        if not 0 < number <= 1:
-            raise _no_setting(text)
-        return replace(base, dynamic_threshold=number)
+        block_size, steps = self.block_size, named.get("denoising_steps_per_block")
+        is_static = named["remasking_strategy"] == "low_confidence_static"
+        if is_static and steps is not None and block_size is not None and block_size % steps:
+            raise bad_value(
+                "--settings",
+                text,
+                f"does not divide the block size {block_size}",
+                f"choose {divisors(block_size)} steps",
+            )
+        return replace(self._diffusion("--settings", text), **named)
 
     def _diffusion(self, field: str, value: str) -> GenerationConfig:
         missing = self.block_size is None
@@ -171,12 +215,37 @@ _STRATEGY_OF_SETTING: dict[str, RemaskingStrategy] = {
     "entropy_bounded": "entropy_bounded",
 }
 
+_NUMBER_OF_OPTION: dict[str, tuple[type[int] | type[float], Callable[[float], bool]]] = {
+    "denoising_steps_per_block": (int, lambda steps: steps >= 1),
+    "dynamic_threshold": (float, lambda threshold: 0 < threshold <= 1),
+    "entropy_bound": (float, lambda nats: nats >= 0),
+}
+"""Type and range of the number that a setting may name."""
 
-def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
-    try:
-        return kind(text)
-    except ValueError:
-        return None
+
+def _options_named(text: str) -> dict[str, Any]:
+    """Decoding options that a setting stands for, by field; none: autoregressive decoding.
+
+    Raises:
+        UserError: It is no setting.
+    """
+    name, colon, value = text.strip().partition(":")
+    if name == "autoregressive" and not colon:
+        return {}
+    strategy = _STRATEGY_OF_SETTING.get(name)
+    if strategy is None:
+        raise _no_setting(text)
+    named: dict[str, Any] = {"remasking_strategy": strategy}
+    if colon:
+        option = OPTION_OF_STRATEGY[strategy]
+        number, fits = _NUMBER_OF_OPTION[option]
+        try:
+            named[option] = number(value)
+        except ValueError:
+            raise _no_setting(text) from None
+        if not fits(named[option]):
+            raise _no_setting(text)
+    return named
 
 
 def _no_setting(text: str) -> UserError:
@@ -245,13 +314,6 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             max_response_length=given.get("max_response_length", RolloutConfig.max_response_length),
         ),
     )
-    if convention is None and decoding.denoising_steps_per_block is not None:
-        raise bad_value(
-            "--denoising-steps-per-block",
-            decoding.denoising_steps_per_block,
-            "the block size is unknown",
-            "add --block-size",
-        )
     validate_inference(config, world_size, source.architecture)
     return InferenceSetup(config, source, options, block_size, convention)
 

@@ -16,6 +16,14 @@ RemaskingStrategy = Literal[
     "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"
 ]
 
+OPTION_OF_STRATEGY: dict[RemaskingStrategy, str] = {
+    "low_confidence_static": "denoising_steps_per_block",
+    "low_confidence_dynamic": "dynamic_threshold",
+    "entropy": "denoising_steps_per_block",
+    "entropy_bounded": "entropy_bound",
+}
+"""The one option that each strategy reads; it has no use for the others'."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -26,8 +34,8 @@ class GenerationConfig:
             (`full` attention only): the response is one block, decoded as a whole.
         remasking_strategy: Which drawn tokens are committed at a denoising step.
         dynamic_threshold: Confidence that `low_confidence_dynamic` asks for.
-        denoising_steps_per_block: Steps of `low_confidence_static` and `entropy` for a block in
-            which everything is MASK; None: as many as it has tokens.
+        denoising_steps_per_block: Steps of `low_confidence_static` (a divisor of the block size)
+            and `entropy` for a block in which everything is MASK; None: as many as it has tokens.
         temperature: 0 takes the most likely token.
         top_k: 0 is off.
         top_p: 1 is off.
@@ -108,6 +116,16 @@ class GenerationConfig:
         """Whether tokens are predicted one after the other, without MASK."""
         return self.attention_pattern == "causal"
 
+    @property
+    def options_read(self) -> frozenset[str]:
+        """Names of the decoding options that matter here."""
+        read = {"temperature", "max_running_requests"}
+        if self.temperature > 0:
+            read |= {"top_k", "top_p"}
+        if not self.is_autoregressive:
+            read |= {"remasking_strategy", OPTION_OF_STRATEGY[self.remasking_strategy]}
+        return frozenset(read)
+
     def __post_init__(self) -> None:
         def require(name: str, fine: bool, problem: str, remedy: str) -> None:
             if not fine:
@@ -143,7 +161,10 @@ class GenerationConfig:
         )
         require(
             "denoising_steps_per_block",
-            steps is None or block_size is None or block_size % steps == 0,
+            self.remasking_strategy != "low_confidence_static"
+            or steps is None
+            or block_size is None
+            or block_size % steps == 0,
             f"does not divide the block size {block_size}",
             "choose a divisor of it",
         )

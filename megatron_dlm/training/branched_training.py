@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import plain_value
+from megatron_dlm.config.usage_rules import is_used
 from megatron_dlm.errors import bad_value
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run_folder import latest_iteration
@@ -114,8 +115,10 @@ def _branch(
         "save": str(Path(save) / f"batch_{batch_size}"),
         "global_batch_size": batch_size,
         "train_iters": token_budget // (batch_size * base.data.seq_length),
-        "lr": rate(optimizer.lr),
-        "min_lr": rate(optimizer.min_lr),
+        # A rate that nothing takes is left alone: setting it would be an error.
+        **{
+            name: rate(getattr(optimizer, name)) for name in ("lr", "min_lr") if is_used(base, name)
+        },
         "param_groups": groups,
         "param_group_preset": None,
         "lr_warmup_iters": steps(optimizer.lr_warmup_iters),

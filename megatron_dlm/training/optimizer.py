@@ -159,7 +159,8 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         optimizer,
         init_lr=0.0,
         max_lr=options.lr,
-        min_lr=options.min_lr,
+        # A constant schedule may stay below the end that a decay would have; Megatron checks it.
+        min_lr=min(options.min_lr, options.lr),
         lr_warmup_steps=config.lr_warmup_iters,
         lr_decay_steps=config.lr_decay_iters,
         lr_decay_style=options.lr_decay_style,

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import plain_value
+from megatron_dlm.config.usage_rules import is_used
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.distillation.self_teacher import SelfTeacher
@@ -39,6 +40,7 @@ RESUME_FIXED = (
     "objective",
     "seed",
     "shuffle",
+    "seq_length",
     "block_size",
     "rollout_batch_size",
     "global_batch_size",
@@ -60,10 +62,8 @@ RESUME_FIXED = (
     "lora_alpha",
     "lora_target_modules",
 )
-"""Options that a resumed run cannot change: it would be another run, or they would be ignored, as
-they live on in the checkpointed optimizer and schedule."""
-
-RESUME_FIXED_ON_CORPUS = (*RESUME_FIXED, "seq_length")
+"""Options that a resumed run cannot change, where it has a use for them: it would be another run,
+or they would be ignored, as they live on in the checkpointed optimizer and schedule."""
 
 DATA_FINGERPRINT = "data_fingerprint"
 
@@ -118,9 +118,8 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             f"is not what the run in {load} was reading",
             "name that to resume it, or --finetune for a new run from its weights",
         )
-    on_corpus = config.response_source == "corpus"
-    for name in RESUME_FIXED_ON_CORPUS if on_corpus else RESUME_FIXED:
-        if name in before and before[name] != now[name]:
+    for name in RESUME_FIXED:
+        if name in before and before[name] != now[name] and is_used(config, name):
             raise bad_value(
                 "--" + name.replace("_", "-"),
                 now[name],

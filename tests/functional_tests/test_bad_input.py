@@ -351,7 +351,13 @@ def test_tool_options(files: Path, call: Call, tmp_path: Path) -> None:
     call(EVALUATE, *evaluate, "--settings", "static,static", "--block-size", 4).check_error("twice")
     call(EVALUATE, *evaluate, "--settings", "static").check_error("add --block-size")
     call(EVALUATE, *evaluate, "--settings", "static:3", "--block-size", 4).check_error(
-        "--denoising-steps-per-block = 3", "divisor"
+        "--settings = 'static:3'", "1, 2 or 4 steps"
+    )
+    call(EVALUATE, *evaluate, "--settings", "static", "--block-size", 4, "--top-k", 5).check_error(
+        "--top-k = 5", "--temperature 0 has no use for it"
+    )
+    call(GENERATE, *model, "--prompt", "x", "--dynamic-threshold", 0.5).check_error(
+        "--dynamic-threshold = 0.5", "autoregressive has no use for it", "add --block-size"
     )
     call(GENERATE, *model, "--prompt", "x", "--decoding", "diffusion").check_error(
         "--decoding = 'diffusion'", "add --block-size"

@@ -29,16 +29,22 @@ from tests.tiny import REPOSITORY, TOKENIZER, run_config, write_data
 MODEL = REPOSITORY / "examples" / "tiny" / "qwen3"
 HELD_OUT = 32
 
-ROLLOUTS: dict[str, Any] = dict(num_rollouts=3, rollout_batch_size=64, epochs_per_rollout=2)
+LENGTHS: dict[str, Any] = dict(max_prompt_length=64, max_response_length=40)
+GENERATED: dict[str, Any] = dict(LENGTHS, max_running_requests=64)
+ROLLOUTS = dict(GENERATED, num_rollouts=3, rollout_batch_size=64, epochs_per_rollout=2)
 UPDATES: dict[str, Any] = dict(train_iters=48)
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "opdlm": ROLLOUTS,
     "opdlm_off": ROLLOUTS,
-    "off_policy": UPDATES,
-    "sft": UPDATES,
+    "off_policy": dict(UPDATES, **GENERATED),
+    "sft": dict(UPDATES, **LENGTHS),
     "scp": dict(UPDATES, seq_length=128),
     "next_token": dict(
-        UPDATES, load=None, model_config=str(MODEL / "config.json"), tokenizer=str(TOKENIZER)
+        UPDATES,
+        **LENGTHS,
+        load=None,
+        model_config=str(MODEL / "config.json"),
+        tokenizer=str(TOKENIZER),
     ),
 }
 
@@ -59,9 +65,6 @@ def config_of(folder: Path, objective: str, **changes: Any) -> Config:
     options = dict(
         objective=objective,
         save=str(folder / objective),
-        max_prompt_length=64,
-        max_response_length=40,
-        max_running_requests=64,
         global_batch_size=8,
         micro_batch_size=8,
         min_lr=1e-4,

@@ -16,7 +16,9 @@ from megatron_dlm.training.initialize import initialized
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
-ROLLOUTS = dict(num_rollouts=3, rollout_batch_size=8, lr_warmup_iters=2, log_interval=1)
+COMMON = dict(lr_warmup_iters=2, log_interval=1)
+ROLLOUTS = dict(COMMON, num_rollouts=3, rollout_batch_size=8)
+GIVEN = dict(COMMON, train_iters=6)
 
 GROUPS = [
     {"pattern": "attention", "lr": 3e-3, "min_lr": 2e-3, "weight_decay": 0.1},
@@ -78,32 +80,32 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("dense", {}),
-        ("moe", {"use_distributed_optimizer": True}),
-        ("dense", {"objective": "next_token", "train_iters": 6, "num_rollouts": None}),
-        ("dense", {"bf16": True}),
-        ("dense", {"objective": "off_policy", "train_iters": 6, "num_rollouts": None}),
+        ("dense", ROLLOUTS),
+        ("moe", {**ROLLOUTS, "use_distributed_optimizer": True}),
+        ("dense", {**GIVEN, "objective": "next_token"}),
+        ("dense", {**ROLLOUTS, "bf16": True}),
+        ("dense", {**GIVEN, "objective": "off_policy"}),
         (
             "dense",
             {
+                **ROLLOUTS,
                 "teacher_response_fraction": 0.8,
                 "teacher_response_fraction_schedule": "linear",
             },
         ),
-        ("moe", {"objective": "scp", "train_iters": 6, "num_rollouts": None}),
-        ("dense", {"param_groups": GROUPS}),
-        ("dense", {"param_groups": GROUPS, "use_distributed_optimizer": True}),
+        ("moe", {**GIVEN, "objective": "scp"}),
+        ("dense", {**ROLLOUTS, "param_groups": GROUPS}),
+        ("dense", {**ROLLOUTS, "param_groups": GROUPS, "use_distributed_optimizer": True}),
         (
             "dense",
             {
+                **GIVEN,
                 "objective": "off_policy",
-                "train_iters": 6,
-                "num_rollouts": None,
                 "divergence_top_k": 6,
                 "teacher_top_k_cache": True,
             },
         ),
-        ("moe", {"bf16": True, "offload_teacher": True, "offload_optimizer": True}),
+        ("moe", {**ROLLOUTS, "bf16": True, "offload_teacher": True, "offload_optimizer": True}),
     ],
     ids=[
         "opdlm",
@@ -126,7 +128,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     model: str,
     options: dict[str, Any],
 ) -> None:
-    options = {**ROLLOUTS, **options}
     whole = run_config(folder, folder / model, **options, save=str(tmp_path / "whole"))
     expected = run_training(whole)
     # Dies in the middle of the third batch; the newest checkpoint is that of the second.
@@ -134,7 +135,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
     _interrupt_after(monkeypatch, 5, interrupted)
     if options.get("objective") not in ("next_token", "scp"):
-        options["teacher_load"] = str(folder / model)
+        options = {**options, "teacher_load": str(folder / model)}
     resumed = run_config(folder, Path(broken), **options, save=broken)
     lines = run_training(resumed)
     assert _without_time(lines) == _without_time(expected)

@@ -178,7 +178,7 @@ def test_self_distillation_recipe_is_the_papers(tmp_path: Path) -> None:
     validate(config, world_size=8)
     validate_architecture(config, architecture_from_hf(MODELS["qwen3_8b"]))
     assert config.teaches_itself
-    assert config.model.block_size // config.denoising_steps_per_block == 2
+    assert (config.model.block_size, config.rollout.denoising_steps_per_block) == (32, 16)
     assert (config.lora.lora_rank, config.lora.lora_alpha) == (128, 64)
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad) == (5e-6, 0.1, 0.2)

@@ -1,22 +1,16 @@
-"""What an objective has no use for, or cannot do, is refused; what it uses is accepted."""
+"""What an objective cannot do is refused."""
 
 import pytest
 
 from megatron_dlm.config import (
-    Config,
-    objective_rules,
     validate,
     validate_architecture,
 )
-from megatron_dlm.errors import UserError
 from tests.refusal import refusal
 from tests.unit_tests.config.configurations import (
-    D_OPSD,
     NEXT_TOKEN,
-    NEXT_TOKEN_ON_CORPUS,
     OFF_POLICY,
     OPDLM,
-    OPDLM_OFF,
     SCP,
     SFT,
     SFT_ON_TEACHER,
@@ -27,76 +21,6 @@ from tests.unit_tests.config.configurations import (
 )
 
 MIXED = {"teacher_response_fraction": 0.5, "save": "no_such_folder"}
-FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"teacher_load": "teacher"},
-        {"epochs_per_rollout": 2},
-        {"offload_teacher": True},
-        {"offload_optimizer": True},
-    ],
-)
-def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, object]) -> None:
-    options = {"objective": "next_token", "train_data": "x.jsonl", "train_iters": 5}
-    accepted = config_with(OPDLM, **changes)
-    assert refusal(objective_rules.check_nothing_is_ignored, accepted) is None
-    config = Config.from_dict({**options, "load": "weights", **changes})
-    with pytest.raises(UserError, match="has no use for it"):
-        objective_rules.check_nothing_is_ignored(config)
-
-
-ON_PROMPTS = {"prompts": "p.jsonl"}
-ON_EXAMPLES = {"train_data": "t.jsonl"}
-
-
-@pytest.mark.parametrize(
-    ("bases", "changes"),
-    [
-        ((SCP, NEXT_TOKEN, NEXT_TOKEN_ON_CORPUS), ON_PROMPTS),
-        ((SCP, OPDLM, OFF_POLICY, D_OPSD), ON_EXAMPLES),
-        ((SCP, SFT, OFF_POLICY, NEXT_TOKEN), {"num_rollouts": 3}),
-        ((OPDLM, OPDLM_OFF, D_OPSD), {"train_iters": 3}),
-        ((OPDLM, SFT, NEXT_TOKEN, OFF_POLICY), {"seq_length": 64}),
-        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"divergence": "jsd"}),
-        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"jsd_beta": 0.1}),
-        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"divergence_top_k": 16}),
-        ((SCP, SFT, SFT_ON_TEACHER, NEXT_TOKEN), {"divergence_tail": "ignore"}),
-        ((SCP, SFT, NEXT_TOKEN, OPDLM, D_OPSD), {"teacher_responses": "folder"}),
-        ((SCP, SFT, NEXT_TOKEN, OPDLM), {"eval_iters": 3}),
-        ((SCP, D_OPSD), {"supervise_eos": False}),
-        ((OPDLM, OPDLM_OFF, OFF_POLICY, NEXT_TOKEN, D_OPSD), {"loss_weighting": "none"}),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_nothing_is_ignored_without_a_word(
-    bases: tuple[dict[str, object], ...], changes: dict[str, object]
-) -> None:
-    [name] = changes
-    for base in bases:
-        message = refusal(validate, config_with(base, **changes), 1) or ""
-        assert message.startswith(f"--{name.replace('_', '-')} = "), (base, message)
-        assert "has no use for it; drop" in message
-
-
-@pytest.mark.parametrize(
-    ("base", "changes"),
-    [
-        (SCP, {"seq_length": 64, "loss_weighting": "none"}),
-        (NEXT_TOKEN_ON_CORPUS, {"seq_length": 64}),
-        ({**SCP, "valid_data_path": "v"}, {"eval_iters": 3}),
-        (SFT, {"loss_weighting": "none", "supervise_eos": False}),
-        (SFT_ON_TEACHER, {"teacher_responses": "folder", "divergence": "forward_kl"}),
-        (OFF_POLICY, {"teacher_responses": "folder", "divergence": "jsd", "jsd_beta": 0.1}),
-        ({**OPDLM, "teacher_response_fraction": 0.5}, {"teacher_responses": "folder"}),
-    ],
-)
-def test_what_is_used_or_a_default_is_accepted(
-    base: dict[str, object], changes: dict[str, object]
-) -> None:
-    assert refusal(validate, config_with(base, **changes), 1) is None
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from tests.unit_tests.config.configurations import (
 
 REPOSITORY = Path(__file__).parents[3]
 
+STATIC = {"remasking_strategy": "low_confidence_static"}
+
 
 @pytest.mark.parametrize(
     "base",
@@ -63,8 +65,9 @@ def test_complete_configuration_passes(base: dict[str, object]) -> None:
         (4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
         (4, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
         (2, {"micro_batch_size": 4, "global_batch_size": 8, "rollout_batch_size": 24}),
-        (1, {"temperature": 0, "top_p": 0.1, "dynamic_threshold": 1.0, "clip_grad": 0}),
-        (1, {"denoising_steps_per_block": 2, "block_size": 4}),
+        (1, {"temperature": 0, "dynamic_threshold": 1.0, "clip_grad": 0}),
+        (1, {**STATIC, "denoising_steps_per_block": 2, "block_size": 4}),
+        (1, {"remasking_strategy": "entropy", "denoising_steps_per_block": 3, "block_size": 4}),
         (1, {**GROWING, "min_response_length": 1024}),
         (1, {"lr": 1e-8, "min_lr": 1e-6, "lr_decay_style": "constant"}),
         (1, {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 31}),
@@ -92,8 +95,12 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
         (4, {"expert_model_parallel_size": 3}, ["--expert-model-parallel-size = 3", "1, 2 or 4"]),
         (2, {"micro_batch_size": 3}, ["--global-batch-size = 8", "multiple of 6"]),
         (1, {"rollout_batch_size": 20}, ["--rollout-batch-size = 20", "multiple of 8"]),
-        (1, {"denoising_steps_per_block": 3}, ["steps-per-block = 3", "1, 2 or 4"]),
-        (1, {"min_response_length": 2000}, ["--min-response-length = 2000", "1024 or less"]),
+        (1, {**STATIC, "denoising_steps_per_block": 3}, ["steps-per-block = 3", "1, 2 or 4"]),
+        (
+            1,
+            {**GROWING, "min_response_length": 2000},
+            ["--min-response-length = 2000", "1024 or less"],
+        ),
         (1, GROWING, ["--min-response-length = None", "linear"]),
         (
             1,
@@ -170,12 +177,6 @@ def test_what_an_objective_can_be_given(
         (OPDLM, {"state_selection": "random"}, ["= 'random'", "per_block or", "opdlm_off"]),
         (SFT, {"state_selection": "per_block"}, ["= 'per_block'", "choose random", "opdlm"]),
         (NEXT_TOKEN, {"state_selection": "all"}, ["= 'all'", "leave it out", "opdlm"]),
-        (SFT, MIXED, ["--teacher-response-fraction = 0.5", "sft has no rollouts"]),
-        (
-            OPDLM,
-            {**MIXED, "final_teacher_response_fraction": 0.1},
-            ["--final-teacher-response-fraction = 0.1", "linear or cosine"],
-        ),
         (OFF_POLICY, {"save": None}, ["--teacher-responses = None", "--save"]),
         (OPDLM, {**MIXED, "save": None}, ["--teacher-responses = None", "--save"]),
     ],
@@ -375,7 +376,6 @@ def test_derived_sizes() -> None:
     assert config.updates_per_rollout == 12
     assert config.train_iters == config.lr_decay_iters == 24
     assert config.expert_tensor_parallel_size == 2
-    assert config.denoising_steps_per_block == 4
     assert config_with(NEXT_TOKEN).train_iters == 10
 
 

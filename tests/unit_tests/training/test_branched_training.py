@@ -61,8 +61,6 @@ def test_branches_are_aligned_in_tokens(tmp_path: Path, monkeypatch: pytest.Monk
     told_apart = {
         "global_batch_size",
         "train_iters",
-        "lr",
-        "min_lr",
         "param_groups",
         "eval_interval",
         "eval_iters",

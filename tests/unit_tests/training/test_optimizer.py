@@ -117,6 +117,12 @@ def test_a_warm_up_fraction_is_one_of_the_decay(tmp_path: Path) -> None:
             student.scheduler.step(increment=1)
 
 
+def test_a_constant_rate_may_be_below_the_default_end_of_a_decay(tmp_path: Path) -> None:
+    student = _student(tmp_path, lr=1e-8, lr_decay_style="constant", lr_warmup_iters=0)
+    student.scheduler.step(increment=40)
+    assert learning_rates(student.optimizer) == {"default": 1e-8}
+
+
 @pytest.mark.parametrize("pattern", ["router", "no_such_parameter", "("])
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(UserError, match=r"param_groups"):

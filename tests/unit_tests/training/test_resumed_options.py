@@ -31,3 +31,10 @@ def test_the_length_of_windows_is_fixed_where_there_are_any(
         check(monkeypatch, {"data_path": "corpus"}, seq_length=64)
     with pytest.raises(UserError, match=r"--seed = 1234: .*started with 7"):
         check(monkeypatch, {"train_data": "t.jsonl"}, seed=7)
+
+
+def test_what_a_run_has_no_use_for_may_have_been_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named again, it would be refused."""
+    check(monkeypatch, {"train_data": "t.jsonl"}, block_size=32, rollout_batch_size=7)
+    with pytest.raises(UserError, match=r"--block-size = 4: .*started with 32"):
+        check(monkeypatch, {"objective": "sft", "train_data": "t.jsonl"}, block_size=32)

@@ -1,0 +1,209 @@
+"""Which options a run reads: one that it has no use for has to keep its default.
+
+An option counts as set where it differs from its default, whether a flag or a YAML file says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
+from megatron_dlm.config.schema import Config, SelfDistillationConfig
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION
+from megatron_dlm.rollout.generation_config import OPTION_OF_STRATEGY
+
+DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A condition under which some options are read.
+
+    Attributes:
+        holds: Whether it does.
+        names: Fields of the options.
+        otherwise: What has no use for them where it does not.
+        instead: What would use them, as an imperative; empty if nothing but another run would.
+    """
+
+    holds: bool
+    names: tuple[str, ...]
+    otherwise: str
+    instead: str = ""
+
+
+def uses(config: Config) -> tuple[Use, ...]:
+    """The conditions of a configuration; an option in several of them is read where all hold."""
+    return (*_uses_of_objective(config), *_uses_of_other_options(config))
+
+
+def is_used(config: Config, name: str) -> bool:
+    """Whether the run reads an option."""
+    return all(use.holds for use in uses(config) if name in use.names)
+
+
+def check_nothing_is_ignored(config: Config) -> None:
+    """What the run has no use for keeps its default."""
+    for use in uses(config):
+        for name in use.names if not use.holds else ():
+            if value_of(config, name) != default_of(name):
+                remedy = f"drop {flag(name)}" + (f", or {use.instead}" if use.instead else "")
+                raise refuse(config, name, f"{use.otherwise} has no use for it", remedy)
+
+
+def _uses_of_objective(config: Config) -> list[Use]:
+    """What hangs on the objective and on where its responses come from."""
+    traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
+    corpus, itself = source == "corpus", traits.self_distillation
+    generates = rollouts or config.uses_teacher_responses
+    by_blocks = rollouts or traits.convention == BLOCK_DIFFUSION
+    of_rollouts = (
+        "num_rollouts",
+        "rollout_batch_size",
+        "epochs_per_rollout",
+        "offload_optimizer",
+        "response_length_schedule",
+        "min_response_length",
+        "response_length_warmup_rollouts",
+        "remasking_strategy",
+        *OPTION_OF_STRATEGY.values(),
+    )
+    of_mixtures = (
+        "teacher_response_fraction",
+        "final_teacher_response_fraction",
+        "teacher_response_fraction_schedule",
+    )
+    rows: tuple[tuple[bool, tuple[str, ...]], ...] = (
+        (source in ("rollout", "teacher"), ("prompts",)),
+        (source == "data", ("train_data",)),
+        (corpus, ("data_path", "seq_length")),
+        (not corpus, ("max_prompt_length", "max_response_length", "chat_template_kwargs")),
+        (not corpus and not itself, ("supervise_eos",)),
+        (by_blocks, ("block_size",)),
+        (generates, ("temperature", "top_k", "top_p", "max_running_requests")),
+        (rollouts, of_rollouts),
+        (rollouts and not itself, of_mixtures),
+        (not rollouts, ("train_iters",)),
+        (config.validation_path is not None, ("eval_interval", "eval_iters")),
+        (traits.weighs_tokens, ("loss_weighting",)),
+        (traits.convention is not None, ("mask_embedding_init",)),
+        (config.needs_teacher, ("teacher_load",)),
+        (config.uses_teacher_responses, ("teacher_responses",)),
+        (traits.uses_teacher, ("teacher_top_k_cache", "offload_teacher", *DIVERGENCE_FIELDS)),
+    )
+    objective = _as_given(config, "objective")
+    return [
+        *(Use(holds, names, objective) for holds, names in rows),
+        Use(
+            not itself,
+            DIVERGENCE_FIELDS,
+            objective,
+            f"use {flag('teacher_top_k')} or {flag('divergence_term_limit')}",
+        ),
+        Use(
+            itself,
+            tuple(SelfDistillationConfig.__dataclass_fields__),
+            objective,
+            "choose --objective d_opsd",
+        ),
+        Use(traits.verifies, ("reward", "max_tries"), objective, "choose --objective d_opsd"),
+    ]
+
+
+def _uses_of_other_options(config: Config) -> list[Use]:
+    """What hangs on another option."""
+    rollout, distillation = config.rollout, config.distillation
+
+    def choose(name: str, *values: str) -> str:
+        return f"choose {flag(name)} {' or '.join(values)}"
+
+    return [
+        *(
+            Use(
+                OPTION_OF_STRATEGY[rollout.remasking_strategy] == name,
+                (name,),
+                _as_given(config, "remasking_strategy"),
+                choose(
+                    "remasking_strategy", *(s for s, o in OPTION_OF_STRATEGY.items() if o == name)
+                ),
+            )
+            for name in dict.fromkeys(OPTION_OF_STRATEGY.values())
+        ),
+        Use(
+            rollout.temperature > 0,
+            ("top_k", "top_p"),
+            "--temperature 0",
+            "choose a temperature above 0",
+        ),
+        Use(
+            rollout.response_length_schedule != "constant",
+            ("min_response_length", "response_length_warmup_rollouts"),
+            "--response-length-schedule constant",
+            choose("response_length_schedule", "linear", "cosine"),
+        ),
+        Use(
+            rollout.teacher_response_fraction_schedule != "constant",
+            ("final_teacher_response_fraction",),
+            "--teacher-response-fraction-schedule constant",
+            choose("teacher_response_fraction_schedule", "linear", "cosine"),
+        ),
+        Use(
+            config.uses_teacher_responses,
+            ("teacher_response_fraction_schedule",),
+            "--teacher-response-fraction 0",
+            "choose a fraction above 0",
+        ),
+        Use(
+            "jsd" in distillation.divergence,
+            ("jsd_beta",),
+            _as_given(config, "divergence"),
+            choose("divergence", "jsd"),
+        ),
+        Use(
+            distillation.divergence_top_k > 0,
+            ("divergence_tail",),
+            "--divergence-top-k 0",
+            "choose e.g. --divergence-top-k 16",
+        ),
+        Use(
+            config.lora.lora_rank is not None,
+            ("lora_alpha", "lora_target_modules"),
+            "training without adapters",
+            "add --lora-rank",
+        ),
+        Use(
+            config.model.recompute_granularity == "full",
+            ("recompute_method", "recompute_num_layers"),
+            _as_given(config, "recompute_granularity"),
+            choose("recompute_granularity", "full"),
+        ),
+        Use(
+            config.optimizer.lr_decay_style != "constant",
+            ("min_lr",),
+            "--lr-decay-style constant",
+            choose("lr_decay_style", "cosine", "linear"),
+        ),
+        *(
+            Use(
+                not _groups_cover(config, name),
+                (name,),
+                "--param-groups"
+                if config.optimizer.param_group_preset is None
+                else _as_given(config, "param_group_preset"),
+                f"choose --param-groups of which one names no {name}",
+            )
+            for name in ("lr", "min_lr", "weight_decay")
+        ),
+    ]
+
+
+def _groups_cover(config: Config, name: str) -> bool:
+    """Whether every parameter is in a group with its own value of an optimizer's setting."""
+    groups = config.param_groups
+    everything = any(group.pattern == "default" for group in groups)
+    return everything and all(getattr(group, name) is not None for group in groups)
+
+
+def _as_given(config: Config, name: str) -> str:
+    """An option and its value as on the command line."""
+    return f"{flag(name)} {value_of(config, name)}"

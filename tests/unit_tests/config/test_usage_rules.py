@@ -1,0 +1,205 @@
+"""No option is silently ignored: refused where the run has no use for it, accepted where it has."""
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from megatron_dlm.config import Config, validate
+from megatron_dlm.config.usage_rules import is_used, uses
+from tests.refusal import refusal
+from tests.unit_tests.config.configurations import (
+    D_OPSD,
+    GROWING,
+    NEXT_TOKEN,
+    NEXT_TOKEN_ON_CORPUS,
+    OFF_POLICY,
+    OPDLM,
+    OPDLM_OFF,
+    SCP,
+    SFT,
+    SFT_ON_TEACHER,
+    config_with,
+)
+
+Options = dict[str, Any]
+
+STATIC = {**OPDLM, "remasking_strategy": "low_confidence_static"}
+ENTROPY = {**OPDLM, "remasking_strategy": "entropy"}
+ENTROPY_BOUNDED = {**OPDLM, "remasking_strategy": "entropy_bounded"}
+GREEDY = {**OPDLM, "temperature": 0}
+GROWS = {**OPDLM, **GROWING, "min_response_length": 4}
+WITH_FOLDER = {**OPDLM, "save": "no_such_folder"}
+MIXED = {**WITH_FOLDER, "teacher_response_fraction": 0.5}
+FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
+HELD_OUT = {**SCP, "valid_data_path": "held_out"}
+TOP_16 = {**OPDLM, "divergence_top_k": 16}
+ADAPTERS = {**OPDLM, "lora_rank": 8}
+RECOMPUTED = {**OPDLM, "recompute_granularity": "full"}
+CONSTANT = {**SCP, "lr_decay_style": "constant"}
+RND1_GROUPS = {**SCP, "param_group_preset": "rnd1"}
+OWN = {"lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.1}
+ALL_GROUPED = {
+    **SCP,
+    "param_groups": [{"pattern": "attention", **OWN}, {"pattern": "default", **OWN}],
+}
+WITHOUT_DEFAULT = {**SCP, "param_groups": [{"pattern": "attention", **OWN}]}
+WITHOUT_OWN = {**SCP, "param_groups": [{"pattern": "attention"}, {"pattern": "default", **OWN}]}
+
+ON_EXAMPLES = (SFT, NEXT_TOKEN)
+ON_CORPUS = (SCP, NEXT_TOKEN_ON_CORPUS)
+ON_ROLLOUTS = (OPDLM, OPDLM_OFF, D_OPSD)
+ON_TEACHER = (OFF_POLICY, SFT_ON_TEACHER)
+GIVEN = (*ON_EXAMPLES, *ON_CORPUS)
+NOT_ROLLOUTS = (*GIVEN, *ON_TEACHER)
+UNTAUGHT = (*GIVEN, SFT_ON_TEACHER)
+OTHER_DISTILLATION = (OPDLM, OFF_POLICY, SCP)
+
+
+class Case(NamedTuple):
+    """A value of an option, runs that have no use for it, and runs that have."""
+
+    name: str
+    value: Any
+    unused: tuple[Options, ...]
+    used: tuple[Options, ...]
+
+
+CASES = [
+    Case("prompts", "p.jsonl", (*ON_CORPUS, NEXT_TOKEN), (*ON_ROLLOUTS, *ON_TEACHER)),
+    Case("train_data", "t.jsonl", (SCP, OFF_POLICY, *ON_ROLLOUTS), ON_EXAMPLES),
+    Case("data_path", "c", (SFT, OFF_POLICY, *ON_ROLLOUTS), ON_CORPUS),
+    Case("seq_length", 64, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS), ON_CORPUS),
+    Case("max_prompt_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("max_response_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("chat_template_kwargs", {"enable_thinking": False}, ON_CORPUS, (SFT, OFF_POLICY, OPDLM)),
+    Case("supervise_eos", False, (*ON_CORPUS, D_OPSD), (*ON_EXAMPLES, *ON_TEACHER, OPDLM)),
+    Case("block_size", 32, (*ON_CORPUS, NEXT_TOKEN), (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("temperature", 0.5, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("top_k", 5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("top_p", 0.5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("max_running_requests", 7, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
+    Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
+    Case("epochs_per_rollout", 2, NOT_ROLLOUTS, ON_ROLLOUTS),
+    Case("offload_optimizer", True, NOT_ROLLOUTS, ON_ROLLOUTS),
+    Case("response_length_schedule", "linear", NOT_ROLLOUTS, (GROWS,)),
+    Case("min_response_length", 8, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),
+    Case("response_length_warmup_rollouts", 2, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),
+    Case("remasking_strategy", "entropy", NOT_ROLLOUTS, ON_ROLLOUTS),
+    Case(
+        "denoising_steps_per_block", 2, (*NOT_ROLLOUTS, OPDLM, ENTROPY_BOUNDED), (STATIC, ENTROPY)
+    ),
+    Case("dynamic_threshold", 0.5, (*NOT_ROLLOUTS, STATIC, ENTROPY, ENTROPY_BOUNDED), ON_ROLLOUTS),
+    Case("entropy_bound", 0.5, (*NOT_ROLLOUTS, OPDLM, STATIC, ENTROPY), (ENTROPY_BOUNDED,)),
+    Case("teacher_response_fraction", 0.5, (*NOT_ROLLOUTS, D_OPSD), (WITH_FOLDER, FADING)),
+    Case("final_teacher_response_fraction", 0.1, (*NOT_ROLLOUTS, OPDLM, MIXED), (FADING,)),
+    Case(
+        "teacher_response_fraction_schedule",
+        "cosine",
+        (*NOT_ROLLOUTS, OPDLM, D_OPSD),
+        (MIXED, {**WITH_FOLDER, "final_teacher_response_fraction": 0.1}),
+    ),
+    Case("train_iters", 3, ON_ROLLOUTS, NOT_ROLLOUTS),
+    Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
+    Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
+    Case("loss_weighting", "none", (*ON_ROLLOUTS, OFF_POLICY, NEXT_TOKEN), (SFT, SCP)),
+    Case("mask_embedding_init", "mean", (NEXT_TOKEN, D_OPSD), (SCP, SFT, OFF_POLICY, OPDLM)),
+    Case("teacher_load", "t", GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("teacher_responses", "folder", (*GIVEN, *ON_ROLLOUTS), (*ON_TEACHER, MIXED)),
+    Case("teacher_top_k_cache", True, UNTAUGHT, ({**OFF_POLICY, "divergence_top_k": 16},)),
+    Case("offload_teacher", True, UNTAUGHT, (OFF_POLICY, OPDLM)),
+    Case("divergence", "jsd", (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),
+    Case(
+        "jsd_beta",
+        0.1,
+        (*UNTAUGHT, D_OPSD, OPDLM),
+        ({**OPDLM, "divergence": "forward_kl:0.5,jsd"}, {**OFF_POLICY, "divergence": "jsd"}),
+    ),
+    Case("divergence_top_k", 16, (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),
+    Case("divergence_tail", "ignore", (*UNTAUGHT, D_OPSD, OPDLM), (TOP_16,)),
+    Case("reveal_fraction", 0.5, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("positions_per_state", 3, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("teacher_top_k", 9, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("divergence_term_limit", 0.2, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("reward", "math_verify", OTHER_DISTILLATION, (D_OPSD,)),
+    Case("max_tries", 2, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("lora_alpha", 4, (OPDLM,), (ADAPTERS,)),
+    Case("lora_target_modules", ["linear_qkv"], (OPDLM,), (ADAPTERS,)),
+    Case("recompute_method", "block", (OPDLM,), (RECOMPUTED,)),
+    Case(
+        "recompute_num_layers",
+        2,
+        (OPDLM, {**OPDLM, "recompute_granularity": "selective"}),
+        (RECOMPUTED,),
+    ),
+    Case("lr", 1e-3, (RND1_GROUPS, ALL_GROUPED), (SCP, CONSTANT, WITHOUT_DEFAULT, WITHOUT_OWN)),
+    Case(
+        "min_lr",
+        5e-6,
+        (RND1_GROUPS, ALL_GROUPED, CONSTANT),
+        (SCP, WITHOUT_DEFAULT, WITHOUT_OWN),
+    ),
+    Case(
+        "weight_decay",
+        0.7,
+        (RND1_GROUPS, ALL_GROUPED),
+        (SCP, CONSTANT, WITHOUT_DEFAULT, WITHOUT_OWN),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_option_without_a_use_is_refused(case: Case) -> None:
+    flag = "--" + case.name.replace("_", "-")
+    for run in case.unused:
+        message = refusal(validate, config_with(run, **{case.name: case.value}), 1) or ""
+        assert message.startswith(f"{flag} = "), (run, message)
+        assert f" has no use for it; drop {flag}" in message
+        assert not is_used(config_with(run), case.name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_option_with_a_use_is_accepted(case: Case) -> None:
+    for run in case.used:
+        config = config_with(run, **{case.name: case.value})
+        assert refusal(validate, config, 1) is None, run
+        assert is_used(config, case.name)
+
+
+def test_every_rule_has_a_case() -> None:
+    rules = [set(use.names) for use in uses(Config())]
+    assert set().union(*rules) == {case.name for case in CASES}
+    refusing = {
+        index
+        for case in CASES
+        for run in case.unused
+        for index, use in enumerate(uses(config_with(run)))
+        if not use.holds and case.name in use.names
+    }
+    assert refusing == set(range(len(rules)))
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "named"),
+    [
+        (SCP, {"denoising_steps_per_block": 3}, ["--objective scp"]),
+        (OPDLM, {"denoising_steps_per_block": 2}, ["low_confidence_static or entropy"]),
+        (OPDLM, {"entropy_bound": 0.5}, ["low_confidence_dynamic", "choose", "entropy_bounded"]),
+        (GREEDY, {"top_k": 5}, ["--temperature 0", "a temperature above 0"]),
+        (OPDLM, {"min_response_length": 2000}, ["schedule constant", "choose", "linear or cosine"]),
+        (MIXED, {"final_teacher_response_fraction": 0.1}, ["linear or cosine"]),
+        (OPDLM, {"jsd_beta": 0.1}, ["--divergence forward_kl", "choose --divergence jsd"]),
+        (OPDLM, {"divergence_tail": "ignore"}, ["--divergence-top-k 0", "--divergence-top-k 16"]),
+        (D_OPSD, {"divergence": "jsd"}, ["--objective d_opsd", "--teacher-top-k"]),
+        (OPDLM, {"max_tries": 2}, ["--objective opdlm", "choose --objective d_opsd"]),
+        (OPDLM, {"lora_alpha": 4}, ["without adapters", "add --lora-rank"]),
+        # Not that it is above a rate that nothing takes either.
+        (RND1_GROUPS, {"min_lr": 1e-4}, ["--param-group-preset rnd1", "names no min_lr"]),
+        (ALL_GROUPED, {"lr": 1e-7}, ["--param-groups has no use", "names no lr"]),
+    ],
+)
+def test_the_refusal_says_why_and_what_would_use_it(
+    run: Options, changes: Options, named: list[str]
+) -> None:
+    message = refusal(validate, config_with(run, **changes), 1) or ""
+    assert all(part in message for part in named), message
