@@ -85,7 +85,8 @@ class ModelConfig:
     mask_embedding_init: MaskEmbeddingInit | None = None
     """What the input embedding of MASK starts from in a conversion of an autoregressive model,
     which has never seen that token: the row of the checkpoint (keep) or the mean of all other rows
-    (mean) (default: mean with --param-group-preset rnd1, which does not train it, else keep)."""
+    (mean) (default: mean where it is not trained, with --param-group-preset rnd1 or --lora-rank,
+    else keep)."""
 
 
 @dataclass(frozen=True)

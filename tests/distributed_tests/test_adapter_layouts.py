@@ -136,8 +136,10 @@ def test_runs_are_what_they_are_meant_to_be(
         after = _weights(folder, "single", name)
         moved = {key for key, tensor in before.items() if not torch.equal(after[key], tensor)}
         if "lora_rank" in options:
-            assert moved
-            assert all(key.endswith("_proj.weight") for key in moved)
+            assert any(key.endswith("_proj.weight") for key in moved)
+            rest = {key for key in moved if not key.endswith("_proj.weight")}
+            # A conversion gives MASK a row, which no adapter trains.
+            assert rest == ({"model.embed_tokens.weight"} if name == "adapters" else set())
     config = json.loads((folder / "single-d_opsd" / "iter_0000005/hf/config.json").read_text())
     assert (config["attention_pattern"], config["block_size"]) == ("block_causal", 4)
 
