@@ -287,8 +287,8 @@ class ObjectiveConfig:
 
     reward: RewardName = "exact_match"
     """What makes a response right where an objective verifies it, by the `answer` of its prompt's
-    record: exact_match compares what follows the last ####, math_verify the last mathematical
-    expression, by its value."""
+    record (of one with a ####, what follows the last): exact_match compares what follows the last
+    ####, math_verify the last mathematical expression, by its value."""
 
 
 @dataclass(frozen=True)
