@@ -377,7 +377,7 @@ class OptimizerConfig:
 
     offload_optimizer: bool = False
     """Keep the optimizer's state and main weights in host memory, and no gradients, during rollouts
-    and the teacher's forwards."""
+    and the teacher's forwards (where there are no rollouts, those of every update)."""
 
     lr: float = 1e-5
     """Peak learning rate."""

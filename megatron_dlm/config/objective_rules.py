@@ -147,13 +147,14 @@ def check_teacher_top_k_cache(config: Config) -> None:
 
 def check_offloading(config: Config) -> None:
     """What is moved out of the way is there, and makes room for something."""
-    if config.distillation.offload_teacher and config.distillation.teacher_top_k_cache:
-        raise refuse(
-            config,
-            "offload_teacher",
-            "with --teacher-top-k-cache there is no teacher in memory",
-            "drop --offload-teacher",
-        )
+    for name in ("offload_teacher", "offload_optimizer"):
+        if value_of(config, name) and config.distillation.teacher_top_k_cache:
+            raise refuse(
+                config,
+                name,
+                "with --teacher-top-k-cache there is no teacher in memory",
+                f"drop {flag(name)}",
+            )
     if config.distillation.offload_teacher and config.teaches_itself:
         raise refuse(
             config,
@@ -171,7 +172,7 @@ def check_nothing_is_ignored(config: Config) -> None:
         (source in ("rollout", "teacher"), ("prompts",)),
         (source == "data", ("train_data",)),
         (corpus, ("data_path", "seq_length")),
-        (rollouts, ("num_rollouts", "epochs_per_rollout", "offload_optimizer")),
+        (rollouts, ("num_rollouts", "epochs_per_rollout")),
         (not rollouts, ("train_iters",)),
         (held_out, ("eval_interval", "eval_iters")),
         (not corpus and not traits.self_distillation, ("supervise_eos",)),
@@ -179,7 +180,8 @@ def check_nothing_is_ignored(config: Config) -> None:
         (traits.convention is not None, ("mask_embedding_init",)),
         (config.needs_teacher, ("teacher_load",)),
         (config.uses_teacher_responses, ("teacher_responses",)),
-        (traits.uses_teacher, ("teacher_top_k_cache", "offload_teacher", *DIVERGENCE_FIELDS)),
+        (traits.uses_teacher, ("offload_teacher", "offload_optimizer")),
+        (traits.uses_teacher, ("teacher_top_k_cache", *DIVERGENCE_FIELDS)),
     )
     for name in (name for is_used, names in uses if not is_used for name in names):
         if value_of(config, name) != default_of(name):

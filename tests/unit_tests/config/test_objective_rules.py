@@ -91,6 +91,7 @@ def test_nothing_is_ignored_without_a_word(
         (SFT_ON_TEACHER, {"teacher_responses": "folder", "divergence": "forward_kl"}),
         (OFF_POLICY, {"teacher_responses": "folder", "divergence": "jsd", "jsd_beta": 0.1}),
         ({**OPDLM, "teacher_response_fraction": 0.5}, {"teacher_responses": "folder"}),
+        (OFF_POLICY, {"offload_teacher": True, "offload_optimizer": True}),
     ],
 )
 def test_what_is_used_or_a_default_is_accepted(
@@ -108,7 +109,8 @@ def test_what_is_used_or_a_default_is_accepted(
         (SFT_ON_TEACHER, STORED, ["--teacher-top-k-cache = True", "has no use for it"]),
         (OFF_POLICY, {**STORED, "offload_teacher": True}, ["--offload-teacher", "no teacher in"]),
         (SFT, {"offload_teacher": True}, ["--offload-teacher = True", "has no use for it"]),
-        (OFF_POLICY, {"offload_optimizer": True}, ["--offload-optimizer", "has no use for it"]),
+        (OFF_POLICY, {**STORED, "offload_optimizer": True}, ["--offload-optimizer", "no teacher"]),
+        (SFT_ON_TEACHER, {"offload_optimizer": True}, ["--offload-optimizer", "has no use for it"]),
     ],
 )
 def test_what_is_not_there_is_neither_stored_nor_moved(
