@@ -131,6 +131,7 @@ def check_layout(config: Config, architecture: Architecture) -> None:
     # Of the rules for training, those that a model which is only loaded and written has to meet.
     architecture_rules.check_tensor_parallel(config, architecture)
     architecture_rules.check_pipeline_parallel(config, architecture)
+    architecture_rules.check_experts_exist(config, architecture)
     architecture_rules.check_expert_parallel(config, architecture)
     architecture_rules.check_expert_tensor_parallel(config, architecture)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from megatron_dlm.config.rule_support import divisors, refuse
 from megatron_dlm.config.schema import Config
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import UserError, bad_value
 
 
 class ArchitectureSizes(Protocol):
@@ -46,22 +46,44 @@ class ArchitectureSizes(Protocol):
         """Longest sequence in tokens."""
 
 
-def validate_architecture(config: Config, architecture: ArchitectureSizes) -> None:
-    """Check every rule that depends on the model's sizes; weights are not needed.
+def validate_architecture(
+    config: Config, student: ArchitectureSizes, teacher: ArchitectureSizes | None = None
+) -> None:
+    """Check every rule that depends on the models' sizes; weights are not needed.
+
+    Args:
+        config: The configuration.
+        student: What is trained.
+        teacher: What is only run beside it, if anything is.
 
     Raises:
         UserError: The first rule that is broken, with the values that would work.
     """
-    check_tensor_parallel(config, architecture)
-    check_pipeline_parallel(config, architecture)
-    check_expert_parallel(config, architecture)
-    check_expert_tensor_parallel(config, architecture)
-    check_moe_sequence_parallel(config, architecture)
-    check_recompute_layers(config, architecture)
-    check_sequence_length(config, architecture)
-    check_divergence_top_k(config, architecture)
-    check_teacher_top_k(config, architecture)
-    check_expert_adapters(config, architecture)
+    check_tensor_parallel(config, student)
+    check_pipeline_parallel(config, student)
+    check_experts_exist(config, *([student] if teacher is None else [student, teacher]))
+    check_expert_parallel(config, student)
+    check_expert_tensor_parallel(config, student)
+    check_moe_sequence_parallel(config, student)
+    check_recompute_layers(config, student)
+    check_sequence_length(config, student)
+    check_divergence_top_k(config, student)
+    check_teacher_top_k(config, student)
+    check_expert_adapters(config, student)
+    if teacher is not None:
+        _validate_teacher(config, teacher)
+
+
+def _validate_teacher(config: Config, teacher: ArchitectureSizes) -> None:
+    """Check what has to hold for a model that is run and never trained."""
+    try:
+        check_tensor_parallel(config, teacher)
+        check_pipeline_parallel(config, teacher)
+        check_expert_parallel(config, teacher)
+        check_expert_tensor_parallel(config, teacher)
+        check_sequence_length(config, teacher)
+    except UserError as error:
+        raise UserError(f"--teacher-load {config.teacher_load}: {error}") from None
 
 
 def check_tensor_parallel(config: Config, architecture: ArchitectureSizes) -> None:
@@ -94,15 +116,22 @@ def check_pipeline_parallel(config: Config, architecture: ArchitectureSizes) -> 
         )
 
 
+def check_experts_exist(config: Config, *models: ArchitectureSizes) -> None:
+    """Experts are spread over processes only where some model of the run has them."""
+    if any(model.num_moe_experts is not None for model in models):
+        return
+    if config.parallel.expert_model_parallel_size > 1:
+        raise refuse(config, "expert_model_parallel_size", "the model has no experts", "choose 1")
+    if config.parallel.expert_tensor_parallel_size is not None:
+        raise refuse(
+            config, "expert_tensor_parallel_size", "the model has no experts", "leave it out"
+        )
+
+
 def check_expert_parallel(config: Config, architecture: ArchitectureSizes) -> None:
-    """Experts split evenly over EP; a dense model has none."""
+    """Experts split evenly over EP."""
     size, experts = config.parallel.expert_model_parallel_size, architecture.num_moe_experts
-    if experts is None:
-        if size > 1:
-            raise refuse(
-                config, "expert_model_parallel_size", "the model has no experts", "choose 1"
-            )
-    elif experts % size:
+    if experts is not None and experts % size:
         raise refuse(
             config,
             "expert_model_parallel_size",
@@ -114,12 +143,7 @@ def check_expert_parallel(config: Config, architecture: ArchitectureSizes) -> No
 def check_expert_tensor_parallel(config: Config, architecture: ArchitectureSizes) -> None:
     """An expert splits evenly over the processes that share it."""
     units, size = architecture.moe_ffn_hidden_size, config.expert_tensor_parallel_size
-    if units is None:
-        if config.parallel.expert_tensor_parallel_size is not None:
-            raise refuse(
-                config, "expert_tensor_parallel_size", "the model has no experts", "leave it out"
-            )
-    elif units % size:
+    if units is not None and units % size:
         raise bad_value(
             "--expert-tensor-parallel-size",
             size,

@@ -85,7 +85,8 @@ class ModelConfig:
     mask_embedding_init: MaskEmbeddingInit | None = None
     """What the input embedding of MASK starts from in a conversion of an autoregressive model,
     which has never seen that token: the row of the checkpoint (keep) or the mean of all other rows
-    (mean) (default: mean with --param-group-preset rnd1, which does not train it, else keep)."""
+    (mean) (default: mean where it is not trained, with --param-group-preset rnd1 or --lora-rank,
+    else keep)."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,8 @@ class ObjectiveConfig:
 
     reward: RewardName = "exact_match"
     """What makes a response right where an objective verifies it, by the `answer` of its prompt's
-    record: exact_match compares what follows the last ####, math_verify the last mathematical
-    expression, by its value."""
+    record (of one with a ####, what follows the last): exact_match compares what follows the last
+    ####, math_verify the last mathematical expression, by its value."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ class OptimizerConfig:
 
     offload_optimizer: bool = False
     """Keep the optimizer's state and main weights in host memory, and no gradients, during rollouts
-    and the teacher's forwards."""
+    and the teacher's forwards (where there are no rollouts, those of every update)."""
 
     lr: float = 1e-5
     """Peak learning rate."""

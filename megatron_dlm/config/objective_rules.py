@@ -128,13 +128,14 @@ def check_teacher_top_k_cache(config: Config) -> None:
 
 def check_offloading(config: Config) -> None:
     """What is moved out of the way is there, and makes room for something."""
-    if config.distillation.offload_teacher and config.distillation.teacher_top_k_cache:
-        raise refuse(
-            config,
-            "offload_teacher",
-            "with --teacher-top-k-cache there is no teacher in memory",
-            "drop --offload-teacher",
-        )
+    for name in ("offload_teacher", "offload_optimizer"):
+        if value_of(config, name) and config.distillation.teacher_top_k_cache:
+            raise refuse(
+                config,
+                name,
+                "with --teacher-top-k-cache there is no teacher in memory",
+                f"drop {flag(name)}",
+            )
     if config.distillation.offload_teacher and config.teaches_itself:
         raise refuse(
             config,

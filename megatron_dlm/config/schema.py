@@ -191,7 +191,10 @@ class Config:
         """What the input embedding of MASK starts from, default resolved."""
         if self.model.mask_embedding_init is not None:
             return self.model.mask_embedding_init
-        return "mean" if self.optimizer.param_group_preset == "rnd1" else "keep"
+        stays_untrained = (
+            self.optimizer.param_group_preset == "rnd1" or self.lora.lora_rank is not None
+        )
+        return "mean" if stays_untrained else "keep"
 
     @property
     def lr_decay_iters(self) -> int:

@@ -61,7 +61,6 @@ def _uses_of_objective(config: Config) -> list[Use]:
         "num_rollouts",
         "rollout_batch_size",
         "epochs_per_rollout",
-        "offload_optimizer",
         "response_length_schedule",
         "min_response_length",
         "response_length_warmup_rollouts",
@@ -89,7 +88,8 @@ def _uses_of_objective(config: Config) -> list[Use]:
         (traits.convention is not None, ("mask_embedding_init",)),
         (config.needs_teacher, ("teacher_load",)),
         (config.uses_teacher_responses, ("teacher_responses",)),
-        (traits.uses_teacher, ("teacher_top_k_cache", "offload_teacher", *DIVERGENCE_FIELDS)),
+        (traits.uses_teacher, ("offload_teacher", "offload_optimizer")),
+        (traits.uses_teacher, ("teacher_top_k_cache", *DIVERGENCE_FIELDS)),
     )
     objective = _as_given(config, "objective")
     return [

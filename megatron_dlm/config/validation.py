@@ -76,5 +76,6 @@ def validate_inference(
     layout_rules.check_expert_layout(config, world_size)
     architecture_rules.check_tensor_parallel(config, architecture)
     architecture_rules.check_pipeline_parallel(config, architecture)
+    architecture_rules.check_experts_exist(config, architecture)
     architecture_rules.check_expert_parallel(config, architecture)
     architecture_rules.check_expert_tensor_parallel(config, architecture)

@@ -29,7 +29,9 @@ class Task:
     can_read: Callable[[str], bool] = bool
 
     def reference(self, record: Mapping[str, Any], where: str) -> str:
-        """Return the reference of a record.
+        """Return the reference of a record: its field, or what follows the last ``####`` in that.
+
+        The latter is how GSM8K gives an answer, behind the way to it.
 
         Raises:
             UserError: The field is missing or is neither text nor a number.
@@ -40,7 +42,8 @@ class Task:
                 f'{where}: "{self.reference_field}" = {value!r}: task {self.name!r} needs text or a'
                 " number to compare with; add the field or choose another task"
             )
-        return str(value)
+        text = str(value)
+        return (final_answer(text) or "") if "####" in text else text
 
     def check(self, prompts: PromptDataset) -> None:
         """Check that every record can be scored, before anything is generated.
@@ -52,8 +55,9 @@ class Task:
             reference = self.reference(record, where)
             if not self.can_read(reference):
                 raise UserError(
-                    f'{where}: "{self.reference_field}" = {reference!r}: task {self.name!r} cannot '
-                    "read it, so no answer could be right; repair it or choose another task"
+                    f'{where}: "{self.reference_field}" = {record[self.reference_field]!r}: task '
+                    f"{self.name!r} cannot read it, so no answer could be right; repair it or "
+                    "choose another task"
                 )
 
 

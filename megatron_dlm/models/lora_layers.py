@@ -5,7 +5,9 @@ rank holds A whole and its rows of B, of a row-parallel one its columns of A and
 activations of width r are exchanged for it.
 
 Not PEFT's `LoraParallelLinear`: it leaves the gradients of what it replicates unreduced under
-sequence parallelism, and neither its names nor its shards fit distributed checkpoints.
+sequence parallelism, and neither its names nor its shards fit distributed checkpoints. Not that of
+Megatron-Bridge (NeMo's successor): `megatron.bridge.peft.lora` imports Transformer Engine, which
+needs CUDA, and here adapters train on a CPU with Megatron-Core alone.
 
 S: tokens (a part of them under sequence parallelism); r: rank; tp: tensor-parallel size.
 """

@@ -54,6 +54,9 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             # distillation has no use for a balancing loss; the router follows the divergence
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
+            # a dense model beside a mixture of experts has no part in the experts' layout
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             moe_enable_deepep=parallel.moe_token_dispatcher_type == "flex",
         )
     recompute: dict[str, Any] = {}
@@ -96,8 +99,6 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,  # rows differ in length
         batch_p2p_comm=platform.is_cuda(),

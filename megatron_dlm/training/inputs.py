@@ -257,7 +257,6 @@ def read_inputs(config: Config) -> RunInputs:
         raise bad_value(
             "--load", None, "nothing to train", "name a model folder, or give --model-config"
         )
-    validate_architecture(config, architecture)
     _check_mask_embedding(config, source)
     convention = None
     if config.traits.self_distillation:
@@ -271,7 +270,8 @@ def read_inputs(config: Config) -> RunInputs:
             _check_teacher(architecture, teacher_source)
         else:
             _check_self_teacher(architecture, convention, teacher_source)
-        validate_architecture(config, teacher_source.architecture)
+    teacher = None if teacher_source is None else teacher_source.architecture
+    validate_architecture(config, architecture, teacher)
     if config.model.tokenizer is not None:
         tokenizer_folder = Path(config.model.tokenizer)
     elif source is not None:

@@ -1,8 +1,9 @@
 """What the input embedding of MASK starts from when an autoregressive model is converted.
 
 No text held MASK, so its row is whatever the initialisation (or padding) of the table left. Where
-the embedding is trained, that is enough. Under RND1's rates it practically stays as it is, and then
-the row should at least lie among the inputs that the layers know.
+the embedding is trained, that is enough. Under RND1's rates it practically stays as it is, beside
+adapters it does so exactly, and then the row should at least lie among the inputs that the layers
+know.
 """
 
 import torch

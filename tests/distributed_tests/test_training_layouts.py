@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm_all": dict(SHORT, state_selection="all", loss_normalization="row_mean"),
     "opdlm_bigger_teacher": SHORT,
     "opdlm_smaller_teacher": SHORT,
+    "opdlm_other_teacher": SHORT,
     "opdlm_offloaded": dict(SHORT, offload_teacher=True, offload_optimizer=True),
     "mixture": dict(SHORT, teacher_response_fraction=0.5, micro_batch_size=2),
     "opdlm_off": dict(SHORT, objective="opdlm_off"),
@@ -79,7 +80,9 @@ OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
 TEACHERS: dict[str, dict[str, Any]] = {
     "bigger": dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8),
     "smaller": dict(hidden_size=16, num_attention_heads=2),
+    "other": {},
 }
+"""By name; `other` is dense beside a mixture of experts and the reverse."""
 
 VARIANTS_DENSE = ("TP2 SP", "PP2", "DP2 distributed optimizer")
 VARIANTS_MOE = ("moe EP2",)
@@ -118,7 +121,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model, moe in (("dense", False), ("moe", True)):
         save_random_model(folder / model, moe=moe)
         for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
-            save_random_model(folder / f"{model}_{size}", moe=moe, seed=seed, **changes)
+            of_experts = moe != (size == "other")
+            save_random_model(folder / f"{model}_{size}", moe=of_experts, seed=seed, **changes)
     return folder
 
 
@@ -195,6 +199,16 @@ def test_dense_layouts_of_two_processes(folder: Path, single: dict[str, Any]) ->
 def test_moe_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
     layouts = {f"moe {name}": (True, options) for name, options in MOE_LAYOUTS.items()}
     _check_layouts(2, folder, single, layouts, VARIANTS_MOE)
+
+
+def test_a_teacher_of_another_kind(folder: Path, single: dict[str, Any]) -> None:
+    """Experts of either model are spread, and the other model has no part in that."""
+    layouts: dict[str, tuple[bool, dict[str, Any]]] = {
+        "moe EP2 ETP1": (True, dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
+        "EP2": (False, dict(expert_model_parallel_size=2)),
+        "TP2": (False, dict(tensor_model_parallel_size=2)),
+    }
+    _check_layouts(2, folder, single, layouts, tuple(layouts), ("opdlm_other_teacher",))
 
 
 def test_layouts_of_four_processes(folder: Path, single: dict[str, Any]) -> None:

@@ -26,6 +26,9 @@ GROUPS = [
 ]
 
 
+ADAPTERS = {"lora_rank": 3, "lora_alpha": 6}
+
+
 class Interrupted(Exception):
     """Stands for a node that dies."""
 
@@ -159,29 +162,45 @@ def _start(rank: int, folder: Path, run: str, model: str, layout: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("model", "before", "after"),
+    ("model", "before", "after", "options"),
     [
-        ("dense", {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
-        ("dense", {"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}),
-        ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
+        ("dense", {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}),
+        ("dense", {"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}, {}),
+        ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}),
         (
             "moe",
             {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
             {"expert_model_parallel_size": 2},
+            {},
         ),
+        ("dense", {"tensor_model_parallel_size": 2}, {}, ADAPTERS),
+        ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, ADAPTERS),
     ],
-    ids=["TP2 to PP2", "DP2 distributed to TP2", "EP2 to PP2", "PP2 to EP2 distributed"],
+    ids=[
+        "TP2 to PP2",
+        "DP2 distributed to TP2",
+        "EP2 to PP2",
+        "PP2 to EP2 distributed",
+        "adapters TP2 to DP2",
+        "adapters EP2 to PP2",
+    ],
 )
 def test_a_run_goes_on_at_another_layout(
-    folder: Path, tmp_path: Path, model: str, before: dict[str, Any], after: dict[str, Any]
+    folder: Path,
+    tmp_path: Path,
+    model: str,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
-    whole = run_config(folder, folder / model, **ROLLOUTS, save=str(tmp_path / "whole"))
+    save = str(tmp_path / "whole")
+    whole = run_config(folder, folder / model, **ROLLOUTS, **options, save=save)
     expected = run_training(whole)
     run = str(tmp_path / "moved")
     # The distributed optimizer's state has its own format: it is kept through the move.
     keep = {key: value for key, value in before.items() if key == "use_distributed_optimizer"}
-    run_distributed(_start, 2, folder, run, model, before)
-    lines = run_distributed(_go_on, 2, folder, run, model, {**keep, **after})[0]
+    run_distributed(_start, 2, folder, run, model, {**before, **options})
+    lines = run_distributed(_go_on, 2, folder, run, model, {**keep, **after, **options})[0]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line, other in zip(lines, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)

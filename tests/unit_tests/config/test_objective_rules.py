@@ -32,7 +32,8 @@ MIXED = {"teacher_response_fraction": 0.5, "save": "no_such_folder"}
         (SFT_ON_TEACHER, STORED, ["--teacher-top-k-cache = True", "has no use for it"]),
         (OFF_POLICY, {**STORED, "offload_teacher": True}, ["--offload-teacher", "no teacher in"]),
         (SFT, {"offload_teacher": True}, ["--offload-teacher = True", "has no use for it"]),
-        (OFF_POLICY, {"offload_optimizer": True}, ["--offload-optimizer", "has no use for it"]),
+        (OFF_POLICY, {**STORED, "offload_optimizer": True}, ["--offload-optimizer", "no teacher"]),
+        (SFT_ON_TEACHER, {"offload_optimizer": True}, ["--offload-optimizer", "has no use for it"]),
     ],
 )
 def test_what_is_not_there_is_neither_stored_nor_moved(

@@ -81,7 +81,6 @@ CASES = [
     Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("epochs_per_rollout", 2, NOT_ROLLOUTS, ON_ROLLOUTS),
-    Case("offload_optimizer", True, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("response_length_schedule", "linear", NOT_ROLLOUTS, (GROWS,)),
     Case("min_response_length", 8, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),
     Case("response_length_warmup_rollouts", 2, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),
@@ -108,6 +107,7 @@ CASES = [
     Case("teacher_responses", "folder", (*GIVEN, *ON_ROLLOUTS), (*ON_TEACHER, MIXED)),
     Case("teacher_top_k_cache", True, UNTAUGHT, ({**OFF_POLICY, "divergence_top_k": 16},)),
     Case("offload_teacher", True, UNTAUGHT, (OFF_POLICY, OPDLM)),
+    Case("offload_optimizer", True, UNTAUGHT, (OFF_POLICY, *ON_ROLLOUTS)),
     Case("divergence", "jsd", (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),
     Case(
         "jsd_beta",

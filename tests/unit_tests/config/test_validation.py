@@ -362,6 +362,54 @@ def test_feed_forward_units_are_split_too() -> None:
         validate_architecture(config_with(SHORT, tensor_model_parallel_size=4), odd)
 
 
+EP2 = {"expert_model_parallel_size": 2}
+LORA = {"lora_rank": 4, "teacher_load": "big"}
+
+
+@pytest.mark.parametrize(
+    ("student_is_moe", "teacher_is_moe", "changes"),
+    [
+        (True, False, EP2),
+        (False, True, EP2),
+        (False, True, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+        # A teacher has no adapters, and none of its experts is trained.
+        (False, True, {**TP2_SP, **LORA}),
+        (False, True, {"tensor_model_parallel_size": 2, **LORA}),
+    ],
+)
+def test_a_teacher_of_another_kind_fits(
+    student_is_moe: bool, teacher_is_moe: bool, changes: dict[str, object]
+) -> None:
+    student, teacher = (architecture(is_moe=is_moe) for is_moe in (student_is_moe, teacher_is_moe))
+    assert refusal(validate_architecture, config_with(SHORT, **changes), student, teacher) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "named"),
+    [
+        ({"tensor_model_parallel_size": 4}, {"num_key_value_heads": 2}, ["= 4", "2 query groups"]),
+        ({"pipeline_model_parallel_size": 3}, {"num_hidden_layers": 4}, ["= 3", "4 layers"]),
+        ({"expert_model_parallel_size": 4}, {"num_experts": 6}, ["= 4", "6 experts"]),
+        ({"expert_tensor_parallel_size": 5}, {"num_experts": 6}, ["= 5", "48 units"]),
+        ({}, {"max_position_embeddings": 128}, ["--max-prompt-length = 128", "128 positions"]),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_named(
+    changes: dict[str, object], sizes: dict[str, int], named: list[str]
+) -> None:
+    is_moe = "num_experts" in sizes
+    hf_config = architecture(is_moe=is_moe).hf_config
+    teacher = architecture_from_hf({**hf_config, **sizes})
+    student = architecture_from_hf(
+        {**architecture(is_moe=is_moe).hf_config, "num_experts": 8, "moe_intermediate_size": 80}
+    )
+    config = config_with(SHORT, teacher_load="big", **changes)
+    assert refusal(validate_architecture, config, student) is None
+    message = refusal(validate_architecture, config, student, teacher) or ""
+    assert message.startswith("--teacher-load big: --")
+    assert all(words in message for words in named), message
+
+
 def test_derived_sizes() -> None:
     config = config_with(
         OPDLM,

@@ -33,6 +33,31 @@ def test_verdicts(response: str, answer: object, exact: bool, by_value: bool) ->
     assert (REWARDS["math_verify"](record, response) >= RIGHT) is by_value
 
 
+GSM8K = (
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
+)
+
+
+@pytest.mark.parametrize("name", ["exact_match", "math_verify"])
+@pytest.mark.parametrize(
+    ("response", "is_right"), [("#### 72", True), ("so 24\n#### 72.0", True), ("#### 24", False)]
+)
+def test_a_reference_may_come_with_the_way_to_it(name: str, response: str, is_right: bool) -> None:
+    record = {"question": "How many clips did Natalia sell altogether?", "answer": GSM8K}
+    reward = REWARDS[name]  # type: ignore[index]
+    assert (reward(record, response) >= RIGHT) is is_right
+    reward.check(PromptDataset(RecordFile.of({"prompt": "?", **record}, "p.jsonl"), TokenTable()))
+
+
+@pytest.mark.parametrize("name", ["exact_match", "math_verify"])
+def test_a_way_without_an_answer_is_refused_at_the_start(name: str) -> None:
+    record = {"prompt": "?", "answer": "48 + 24 = 72\n####"}
+    prompts = PromptDataset(RecordFile.of(record, "p.jsonl"), TokenTable())
+    with pytest.raises(UserError, match=r'p.jsonl:1: "answer" = .48 \+ 24'):
+        REWARDS[name].check(prompts)  # type: ignore[index]
+
+
 @pytest.mark.parametrize("name", ["exact_match", "math_verify"])
 def test_a_prompt_without_answer_is_refused_at_the_start(name: str) -> None:
     prompts = PromptDataset(RecordFile.of({"prompt": "2 + 2?"}, "prompts.jsonl"), TokenTable())

@@ -15,7 +15,14 @@ from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run import build_run
 from tests.distributed_tests.spawn import run_distributed
-from tests.tiny import TOKENIZER, run_config, run_training, save_random_model, write_data
+from tests.tiny import (
+    TOKENIZER,
+    run_config,
+    run_training,
+    save_random_model,
+    state_convention,
+    write_data,
+)
 
 MASK = 511
 
@@ -44,7 +51,7 @@ def original(folder: Path, model: str, name: str = "model.embed_tokens.weight") 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize(
-    "options", [{"param_group_preset": "rnd1"}, {"mask_embedding_init": "mean"}]
+    "options", [{"param_group_preset": "rnd1"}, {"mask_embedding_init": "mean"}, {"lora_rank": 2}]
 )
 def test_mean_of_all_other_rows(folder: Path, model: str, options: dict[str, Any]) -> None:
     found = tables(0, folder, model, **options)
@@ -59,7 +66,12 @@ def test_mean_of_all_other_rows(folder: Path, model: str, options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"param_group_preset": "rnd1", "mask_embedding_init": "keep"}]
+    "options",
+    [
+        {},
+        {"param_group_preset": "rnd1", "mask_embedding_init": "keep"},
+        {"lora_rank": 2, "mask_embedding_init": "keep"},
+    ],
 )
 def test_kept(folder: Path, options: dict[str, Any]) -> None:
     found = tables(0, folder, "tied", **options)
@@ -89,10 +101,11 @@ def test_a_diffusion_model_keeps_its_row(folder: Path, tmp_path: Path) -> None:
     assert (hf_config["attention_pattern"], hf_config["shifted"]) == ("full", True)
     assert "block_size" not in hf_config
     config = run_config(folder, Path(save), objective="scp", save=None, finetune=True)
-    trained, again = (
-        _embedding(config.to_dict() | options) for options in ({}, {"param_group_preset": "rnd1"})
+    trained, *again = (
+        _embedding(config.to_dict() | options)
+        for options in ({}, {"param_group_preset": "rnd1"}, {"lora_rank": 2})
     )
-    assert torch.equal(trained, again)
+    assert all(torch.equal(trained, other) for other in again)
     assert not torch.equal(trained, original(folder, "tied"))
     for init in ("keep", "mean"):
         stated = Config.from_dict(config.to_dict() | {"mask_embedding_init": init})
@@ -100,6 +113,15 @@ def test_a_diffusion_model_keeps_its_row(folder: Path, tmp_path: Path) -> None:
             read_inputs(stated)
         # The run itself goes on with the options that it was started with.
         read_inputs(Config.from_dict(stated.to_dict() | {"finetune": False}))
+
+
+def test_self_distillation_keeps_the_row(folder: Path, tmp_path: Path) -> None:
+    save_random_model(tmp_path / "model")
+    state_convention(tmp_path / "model", "block_causal", shifted=False)
+    config = run_config(
+        folder, tmp_path / "model", objective="d_opsd", save=None, lora_rank=2, num_rollouts=1
+    )
+    assert torch.equal(_embedding(config.to_dict()), original(tmp_path, "model"))
 
 
 def test_random_weights_have_no_row_to_start_from(folder: Path) -> None:

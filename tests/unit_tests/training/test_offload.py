@@ -1,20 +1,30 @@
 """Offloading: idle storages are empty, whoever shares them stays whole, results are the same."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_dlm.distillation.self_teacher import SelfTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.training import loop
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.offload import HostedTensors, _optimizer_tensors
 from megatron_dlm.training.run import Run, build_run
-from tests.tiny import run_config, run_training, save_random_model, write_data
+from tests.tiny import (
+    reward_every_third,
+    run_config,
+    run_training,
+    save_random_model,
+    state_convention,
+    write_data,
+)
 
+ROLLOUTS = dict(num_rollouts=2, rollout_batch_size=8)
 BOTH = dict(offload_teacher=True, offload_optimizer=True)
 
 
@@ -24,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder)
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
+    save_random_model(folder / "diffusion")
+    state_convention(folder / "diffusion", "block_causal", shifted=False)
     return folder
 
 
@@ -54,12 +66,14 @@ def test_views_have_their_values_again(constant: bool) -> None:
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("dense", {}),
-        ("dense", {"bf16": True}),
-        ("dense", {"use_distributed_optimizer": True}),
-        ("moe", {"bf16": True, "use_distributed_optimizer": True}),
+        ("dense", ROLLOUTS),
+        ("dense", {**ROLLOUTS, "bf16": True}),
+        ("dense", {**ROLLOUTS, "use_distributed_optimizer": True}),
+        ("moe", {**ROLLOUTS, "bf16": True, "use_distributed_optimizer": True}),
+        ("dense", {"objective": "off_policy", "train_iters": 2}),
+        ("diffusion", {**ROLLOUTS, "objective": "d_opsd", "max_tries": 2}),
     ],
-    ids=["float32", "bf16", "distributed", "moe bf16 distributed"],
+    ids=["float32", "bf16", "distributed", "moe bf16 distributed", "off_policy", "frozen copy"],
 )
 def test_phases_hold_what_they_use_and_results_are_the_same(
     folder: Path,
@@ -68,17 +82,20 @@ def test_phases_hold_what_they_use_and_results_are_the_same(
     model: str,
     options: dict[str, Any],
 ) -> None:
-    options = dict(num_rollouts=2, rollout_batch_size=8, **options)
+    if options.get("objective") == "d_opsd":
+        options = {**options, "teacher_load": str(folder / model)}
     plain = run_config(folder, folder / model, **options, save=str(tmp_path / "plain"))
-    expected = run_training(plain)
+    with reward_every_third():
+        expected = run_training(plain)
     config = run_config(folder, folder / model, **options, **BOTH, save=str(tmp_path / "moved"))
     seen: list[str] = []
 
     def watch(phase: str, run: Run) -> None:
         seen.append(phase)
-        assert isinstance(run.teacher, Teacher)
-        head = run.teacher.head
-        assert head is not None
+        assert isinstance(run.teacher, Teacher | SelfTeacher)
+        # The loss reads the output layer of a teacher that leaves hidden states.
+        heads = [] if run.teacher.head is None else [run.teacher.head]
+        assert len(heads) == isinstance(run.teacher, Teacher)
         teacher, student = (
             list(run.teacher.model.parameters()),
             list(run.student.model.parameters()),
@@ -89,13 +106,14 @@ def test_phases_hold_what_they_use_and_results_are_the_same(
         assert held(gradients) == (held_gradients if phase == "update" else 0)
         shared = 0 if config.model.bf16 else held(student)  # its own main weights
         if phase == "update":
-            assert held(teacher) == held([head]) > 0
+            assert held(teacher) == held(heads)
+            assert held(heads) > 0 or not heads
             assert held(of_optimizer) > shared or not shared
         else:
             assert held(of_optimizer) == shared
-            assert (held(teacher) == 0) if phase == "rollout" else held(teacher) > held([head])
+            assert (held(teacher) == 0) if phase == "rollout" else held(teacher) > held(heads)
 
-    with initialized(config):
+    with reward_every_third(), initialized(config):
         run = build_run(config, read_inputs(config))
         held_gradients = held([p.main_grad for p in run.student.model.parameters()])
 
@@ -109,11 +127,14 @@ def test_phases_hold_what_they_use_and_results_are_the_same(
 
             monkeypatch.setattr(owner, name, watched)
 
-        hook(run.source.engine, "generate", "rollout")
+        if run.source.engine is not None:
+            hook(run.source.engine, "generate", "rollout")
         hook(run.teacher, "annotate", "teacher")
         hook(loop, "train_step", "update")
         loop.train(run)
-    assert seen == ["rollout", "teacher", "update", "update"] * 2
+    turns = ["rollout", "teacher", "update"] if config.uses_rollouts else ["teacher", "update"]
+    assert [phase for phase, _ in groupby(seen)] == turns * 2
+    assert seen.count("update") == config.train_iters
     lines = [json.loads(line) for line in (tmp_path / "moved" / "metrics.jsonl").open()]
     for line, other in zip(lines, expected, strict=True):
         assert line | {"time": None} == other | {"time": None}
