@@ -121,9 +121,7 @@ def _check_diffusion_student(config: Config, student: Architecture) -> Diffusion
             f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
             "convert it first, for one with --objective opdlm",
         )
-    if convention.attention_pattern == "full":
-        return convention
-    if convention.shifted:
+    if convention.shifted and convention.attention_pattern == "block_causal":
         raise bad_value(
             "--load", load, "states shifted logits of a block-causal model", "repair config.json"
         )
@@ -141,7 +139,7 @@ def _check_diffusion_student(config: Config, student: Architecture) -> Diffusion
 def _check_self_teacher(
     student: Architecture, convention: DiffusionConvention, teacher: ModelSource
 ) -> None:
-    if diffusion_convention(teacher.architecture.hf_config) != convention:
+    if teacher.convention != convention:
         raise bad_value(
             teacher.field,
             str(teacher.path),
@@ -152,7 +150,7 @@ def _check_self_teacher(
 
 
 def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
-    if diffusion_convention(teacher.architecture.hf_config) is not None:
+    if not teacher.is_autoregressive:
         raise bad_value(
             teacher.field,
             str(teacher.path),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     Architecture,
+    DiffusionConvention,
     diffusion_convention,
     read_architecture,
 )
@@ -35,9 +36,19 @@ class ModelSource:
     architecture: Architecture
 
     @property
+    def convention(self) -> DiffusionConvention | None:
+        """What config.json says of attention and prediction; None for an autoregressive model.
+
+        Raises:
+            UserError: It says something unknown.
+        """
+        where = str(self.hf_folder / "config.json")
+        return diffusion_convention(self.architecture.hf_config, where)
+
+    @property
     def is_autoregressive(self) -> bool:
         """Whether config.json describes no diffusion model."""
-        return diffusion_convention(self.architecture.hf_config) is None
+        return self.convention is None
 
     def load_into(self, model: "torch.nn.Module") -> None:
         """Fill this rank's part of a model; all ranks call this.
