@@ -191,6 +191,7 @@ def read_examples(
     max_response_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     field: str = "--train-data",
+    max_position_embeddings: int | None = None,
 ) -> ExampleDataset:
     """Read training examples: a prompt record with `response`, or a chat that ends in an answer.
 
@@ -202,6 +203,7 @@ def read_examples(
         max_response_length: In tokens, EOS included; None for no limit.
         chat_template_kwargs: Variables for the chat template.
         field: The flag that the path came from, for error messages.
+        max_position_embeddings: The model's, in tokens of prompt and response; None for no limit.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
@@ -217,6 +219,14 @@ def read_examples(
         if not token_ids or token_ids[-1] != special_tokens.eos_token_id:
             token_ids = [*token_ids, special_tokens.eos_token_id]
         _check_response(token_ids, where, max_response_length, special_tokens)
+        length = len(prompts[len(responses)]) + len(token_ids)
+        if max_position_embeddings is not None and length > max_position_embeddings:
+            raise bad_value(
+                f"{where}: length of prompt and response",
+                length,
+                f"exceeds the model's {max_position_embeddings} positions",
+                "shorten the example or remove the line",
+            )
         responses.append(token_ids)
     return ExampleDataset(file, prompts, responses, special_tokens.eos_token_id)
 

@@ -194,7 +194,7 @@ def _given_responses(
     option: str,
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: SpecialTokens,
-    vocab_size: int,
+    architecture: Architecture,
     *,
     shuffle: bool,
 ) -> "ExampleDataset | CorpusDataset":
@@ -208,7 +208,7 @@ def _given_responses(
             config.data.seq_length,
             seed=config.data.seed,
             shuffle=shuffle,
-            vocab_size=vocab_size,
+            vocab_size=architecture.vocab_size,
             special_tokens=special_tokens,
             field=field,
         )
@@ -220,6 +220,7 @@ def _given_responses(
         config.rollout.max_response_length,
         config.data.chat_template_kwargs,
         field,
+        architecture.max_position_embeddings,
     )
 
 
@@ -288,7 +289,7 @@ def read_inputs(config: Config) -> RunInputs:
             config.data_option,
             tokenizer,
             special_tokens,
-            architecture.vocab_size,
+            architecture,
             shuffle=config.data.shuffle,
         )
         if config.validation_path is not None:
@@ -298,7 +299,7 @@ def read_inputs(config: Config) -> RunInputs:
                 config.validation_option,
                 tokenizer,
                 special_tokens,
-                architecture.vocab_size,
+                architecture,
                 shuffle=True,  # documents of one kind often lie together: take some of all
             )
             _check_held_out(config, held_out)
