@@ -5,7 +5,7 @@ responses_00000000.jsonl  {"index": 0, "response_ids": [...]}, one line a prompt
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
@@ -19,7 +19,9 @@ class ResponseHeader:
         prompts: SHA-256 of the prompt file.
         prompt_tokens: SHA-256 of its token ids, which also depend on tokenizer and chat template.
         num_prompts: Records in it.
-        teacher: Folder of the model that answers.
+        teacher: Folder of the model that answered, for information.
+        teacher_weights: Fingerprint of its weights.
+        bf16: Whether it was run in bfloat16.
         seed: Seed of the draws.
         max_response_length: In tokens.
         temperature: Of the draws.
@@ -30,7 +32,9 @@ class ResponseHeader:
     prompts: str
     prompt_tokens: str
     num_prompts: int
-    teacher: str
+    teacher: str = field(compare=False)
+    teacher_weights: str
+    bf16: bool
     seed: int
     max_response_length: int
     temperature: float

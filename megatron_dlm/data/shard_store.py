@@ -19,7 +19,10 @@ _SHARD_SIZE = "prompts_per_shard"
 
 
 class Header(Protocol):
-    """A dataclass of plain values that decide the content; a folder holds that of one header."""
+    """A dataclass of plain values that decide the content; a folder holds that of one header.
+
+    A field with `compare=False` decides nothing: it is written for people to read.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
@@ -65,8 +68,9 @@ class ShardStore:
             int(saved[_SHARD_SIZE])
         except (ValueError, KeyError, TypeError):
             saved = {}
-        for name, value in dataclasses.asdict(self.header).items():
-            if saved.get(name) != value:
+        for field in dataclasses.fields(self.header):
+            name, value = field.name, getattr(self.header, field.name)
+            if field.compare and saved.get(name) != value:
                 raise bad_value(
                     self._field,
                     str(self.folder),

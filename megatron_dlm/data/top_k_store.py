@@ -8,7 +8,7 @@ Shards are opened, not read: what training asks for is taken from the files as i
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class TopKHeader:
         prompt_tokens: SHA-256 of the prompts' token ids.
         responses: SHA-256 of the responses' token ids.
         num_prompts: How many there are.
-        teacher: Folder of the model whose distributions they are.
+        teacher: Folder of the model whose distributions they are, for information.
+        teacher_weights: Fingerprint of its weights.
         bf16: Whether it was run in bfloat16.
         k: Tokens of a distribution.
     """
@@ -39,7 +40,8 @@ class TopKHeader:
     prompt_tokens: str
     responses: str
     num_prompts: int
-    teacher: str
+    teacher: str = field(compare=False)
+    teacher_weights: str
     bf16: bool
     k: int
 

@@ -180,6 +180,8 @@ def _response_store(config: Config, teacher: ModelSource, prompts: PromptDataset
         num_prompts=len(prompts),
         # Of a run folder, the checkpoint it stands for now.
         teacher=str(teacher.hf_folder.resolve()),
+        teacher_weights=teacher.fingerprint(),
+        bf16=config.model.bf16,
         seed=config.data.seed,
         max_response_length=rollout.max_response_length,
         temperature=rollout.temperature,

@@ -1,9 +1,11 @@
 """Where a model's weights, architecture and tokenizer come from: one path, two kinds of folder."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     Architecture,
@@ -49,6 +51,22 @@ class ModelSource:
     def is_autoregressive(self) -> bool:
         """Whether config.json describes no diffusion model."""
         return self.convention is None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of config.json and of the names, sizes and ends of the files of weights.
+
+        It follows the weights, not the place of their folder.
+        """
+        digest = hashlib.sha256((self.hf_folder / "config.json").read_bytes())
+        weights = (
+            self.hf_folder.parent.glob("*.distcp")
+            if self.is_megatron
+            else self.hf_folder.glob("*.safetensors")
+        )
+        for file in sorted(weights):
+            digest.update(file.name.encode())
+            add_ends(digest, file)
+        return digest.hexdigest()
 
     def load_into(self, model: "torch.nn.Module") -> None:
         """Fill this rank's part of a model; all ranks call this.

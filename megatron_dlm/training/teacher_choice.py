@@ -105,6 +105,7 @@ def _stored_top_k(
         responses=responses.fingerprint(),
         num_prompts=len(prompts),
         teacher=str(inputs.teacher_source.hf_folder.resolve()),
+        teacher_weights=inputs.teacher_source.fingerprint(),
         bf16=config.model.bf16,
         k=k,
     )

@@ -14,6 +14,8 @@ HEADER = ResponseHeader(
     prompt_tokens="b" * 64,
     num_prompts=8,
     teacher="teacher",
+    teacher_weights="d" * 64,
+    bf16=False,
     seed=1,
     max_response_length=16,
     temperature=1.0,
@@ -55,7 +57,8 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
         ("prompts", "c" * 64),
         ("prompt_tokens", "c" * 64),
         ("num_prompts", 7),
-        ("teacher", "other"),
+        ("teacher_weights", "c" * 64),
+        ("bf16", True),
         ("seed", 2),
         ("max_response_length", 32),
         ("temperature", 0.5),
@@ -68,6 +71,13 @@ def test_responses_of_another_header_are_refused(tmp_path: Path, name: str, valu
     open_store(tmp_path)
     with pytest.raises(UserError, match=rf"--teacher-responses = .*{name} = .*another folder"):
         open_store(tmp_path, **{name: value})
+
+
+def test_the_teacher_may_have_moved(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.create(8)
+    store.write(range(8), RESPONSES)
+    assert open_store(tmp_path, teacher="elsewhere").missing() == []
 
 
 def test_a_damaged_header_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.errors import UserError
 
 HEADER = TopKHeader(
-    prompt_tokens="a" * 64, responses="b" * 64, num_prompts=5, teacher="teacher", bf16=False, k=2
+    prompt_tokens="a" * 64,
+    responses="b" * 64,
+    num_prompts=5,
+    teacher="teacher",
+    teacher_weights="d" * 64,
+    bf16=False,
+    k=2,
 )
 LENGTHS = [3, 1, 4, 2, 5]
 
@@ -84,7 +90,7 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
     [
         ("prompt_tokens", "c" * 64),
         ("responses", "c" * 64),
-        ("teacher", "other"),
+        ("teacher_weights", "c" * 64),
         ("bf16", True),
         ("k", 3),
     ],

@@ -127,6 +127,24 @@ def test_responses_of_another_run_are_refused_before_models_are_built(
         read_inputs(dataclasses.replace(config, rollout=changed))
 
 
+def test_responses_belong_to_weights_and_not_to_a_folder(folder: Path, tmp_path: Path) -> None:
+    from megatron_dlm.errors import UserError
+
+    here, moved = tmp_path / "here", tmp_path / "moved"
+    save_random_model(here)
+    config, inputs = off_policy(folder, tmp_path / "run", teacher_load=str(here))
+    generate(config, inputs)
+    here.rename(moved)
+    options: dict[str, Any] = dict(teacher_load=str(moved))
+    assert stored(off_policy(folder, tmp_path / "run", **options)[1].response_store)
+    save_random_model(moved, seed=1)  # trained again in place: files of the same names and sizes
+    with pytest.raises(UserError, match=r"--teacher-responses = .*teacher_weights = "):
+        off_policy(folder, tmp_path / "run", **options)
+    save_random_model(moved)
+    with pytest.raises(UserError, match=r"bf16 = False, this run has True"):
+        off_policy(folder, tmp_path / "run", **options, bf16=True)
+
+
 def test_sft_takes_the_teachers_responses_and_lets_the_teacher_go(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -140,6 +140,16 @@ def test_interrupted_computation_goes_on_where_it_stopped(
         torch.testing.assert_close(targets.log_probs, expected.log_probs)
 
 
+def test_a_teacher_that_moved_is_not_asked_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_random_model(tmp_path / "here")
+    built(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
+    (tmp_path / "here").rename(tmp_path / "moved")
+    monkeypatch.setattr(teacher_choice, "build_teacher", None)  # cannot be called
+    built(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
+
+
 def test_targets_of_other_responses_are_refused(folder: Path, tmp_path: Path) -> None:
     config = off_policy(folder, tmp_path)
     built(config)
