@@ -13,6 +13,7 @@ PROMPTS_PER_SHARD = 512
 """Most prompts in one shard: what an interruption can lose on a rank."""
 
 _PATIENCE = timedelta(days=365)
+"""How long a replica that is done waits for the others: longer than any of this takes."""
 
 
 def missing_prompts(store: ShardStore, wanted: Iterable[int]) -> list[int]:
