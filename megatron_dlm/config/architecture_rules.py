@@ -181,7 +181,7 @@ def check_recompute_layers(config: Config, architecture: ArchitectureSizes) -> N
 def check_sequence_length(config: Config, architecture: ArchitectureSizes) -> None:
     """A corpus window, or the longest prompt and response in whole blocks, has positions."""
     if config.response_source == "data":
-        return
+        return  # examples are measured as they are read
     block_size, limit = config.model.block_size, architecture.max_position_embeddings
     if config.response_source == "corpus":
         if config.data.seq_length > limit:

@@ -302,9 +302,9 @@ class DistillationConfig:
 
     teacher_responses: str | None = None
     """Folder with the teacher's responses to --prompts, where an objective or
-    --teacher-response-fraction asks for them; those it lacks are generated before training, with
-    the rollout's temperature, top-k, top-p and --max-response-length (default: teacher_responses
-    in the run folder)."""
+    --teacher-response-fraction asks for them; those of the run's prompts that it lacks are
+    generated before training, with the rollout's temperature, top-k, top-p and
+    --max-response-length (default: teacher_responses in the run folder)."""
 
     teacher_top_k_cache: bool = False
     """Compute the teacher's --divergence-top-k most likely tokens at every token of its stored

@@ -15,6 +15,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 from numpy.typing import NDArray
 
+from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.data.sampler import shuffled_order
 from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError, bad_value
@@ -22,8 +23,6 @@ from megatron_dlm.rollout.trajectory import Trajectory
 
 _DOCUMENT_ORDER = (0, 1)
 # A key of its own: the order of windows is keyed by the epoch alone.
-
-_SAMPLED_BYTES = 1 << 20
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -183,10 +182,5 @@ def _fingerprint(prefix: str) -> str:
     with Path(get_idx_path(prefix)).open("rb") as index:
         digest = hashlib.file_digest(index, "sha256")
     # The tokens may be terabytes: their number and both ends tell corpora apart.
-    with Path(get_bin_path(prefix)).open("rb") as tokens:
-        digest.update(tokens.read(_SAMPLED_BYTES))
-        size = tokens.seek(0, 2)
-        tokens.seek(max(0, size - _SAMPLED_BYTES))
-        digest.update(tokens.read())
-    digest.update(str(size).encode())
+    add_ends(digest, Path(get_bin_path(prefix)))
     return digest.hexdigest()

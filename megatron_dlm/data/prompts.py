@@ -9,7 +9,7 @@ Shapes: N records, P prompt tokens, L response tokens.
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -44,15 +44,20 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @property
-    def ends(self) -> Sequence[int]:
-        """0, and where each sequence ends in the flat array; [N + 1]."""
-        return self._ends
+    def length(self, index: int) -> int:
+        """Tokens of sequence `index`."""
+        return self._ends[index + 1] - self._ends[index]
 
-    def fingerprint(self) -> str:
-        """SHA-256 of all sequences."""
-        digest = hashlib.sha256(self._ends.tobytes())
-        digest.update(self._tokens)
+    def fingerprint(self, indices: Iterable[int] | None = None) -> str:
+        """SHA-256 of some sequences, by default of all.
+
+        Raises:
+            IndexError: There is no such sequence.
+        """
+        digest = hashlib.sha256()
+        for index in range(len(self)) if indices is None else indices:
+            digest.update(self.length(index).to_bytes(8, "little"))
+            digest.update(self._tokens[self._ends[index] : self._ends[index + 1]])
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Tensor:
@@ -92,7 +97,7 @@ class PromptDataset(Sequence[Prompt]):
         return self._token_ids.fingerprint()
 
     def with_responses(self, responses: TokenTable, eos_token_id: int) -> "ExampleDataset":
-        """The same records with a response each."""
+        """The same records with their responses; one with an empty response cannot be sampled."""
         return ExampleDataset(self.file, self._token_ids, responses, eos_token_id)
 
 
@@ -191,6 +196,7 @@ def read_examples(
     max_response_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     field: str = "--train-data",
+    max_position_embeddings: int | None = None,
 ) -> ExampleDataset:
     """Read training examples: a prompt record with `response`, or a chat that ends in an answer.
 
@@ -202,6 +208,7 @@ def read_examples(
         max_response_length: In tokens, EOS included; None for no limit.
         chat_template_kwargs: Variables for the chat template.
         field: The flag that the path came from, for error messages.
+        max_position_embeddings: The model's, in tokens of prompt and response; None for no limit.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
@@ -217,6 +224,14 @@ def read_examples(
         if not token_ids or token_ids[-1] != special_tokens.eos_token_id:
             token_ids = [*token_ids, special_tokens.eos_token_id]
         _check_response(token_ids, where, max_response_length, special_tokens)
+        length = prompts.length(len(responses)) + len(token_ids)
+        if max_position_embeddings is not None and length > max_position_embeddings:
+            raise bad_value(
+                f"{where}: length of prompt and response",
+                length,
+                f"exceeds the model's {max_position_embeddings} positions",
+                "shorten the example or remove the line",
+            )
         responses.append(token_ids)
     return ExampleDataset(file, prompts, responses, special_tokens.eos_token_id)
 

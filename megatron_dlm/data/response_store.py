@@ -1,11 +1,14 @@
 """Responses on disk as token ids, generated once for a file of prompts.
 
-responses_00000000.jsonl  {"index": 0, "response_ids": [...]}, one line a prompt, in order
+responses_00000000.jsonl  {"index": 0, "response_ids": [...]}, one line a prompt, in order;
+                          the first prompt names the file
 """
 
 import json
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
@@ -19,7 +22,9 @@ class ResponseHeader:
         prompts: SHA-256 of the prompt file.
         prompt_tokens: SHA-256 of its token ids, which also depend on tokenizer and chat template.
         num_prompts: Records in it.
-        teacher: Folder of the model that answers.
+        teacher: Folder of the model that answered, for information.
+        teacher_weights: Fingerprint of its weights.
+        bf16: Whether it was run in bfloat16.
         seed: Seed of the draws.
         max_response_length: In tokens.
         temperature: Of the draws.
@@ -30,7 +35,9 @@ class ResponseHeader:
     prompts: str
     prompt_tokens: str
     num_prompts: int
-    teacher: str
+    teacher: str = field(compare=False)
+    teacher_weights: str
+    bf16: bool
     seed: int
     max_response_length: int
     temperature: float
@@ -44,29 +51,46 @@ class ResponseStore(ShardStore):
     content = "responses"
     suffix = ".jsonl"
 
-    def write(self, shard: range, responses: Sequence[Sequence[int]]) -> None:
-        """Publish one shard: the response to each of its prompts."""
+    def __init__(self, folder: str | Path, header: ResponseHeader, field: str) -> None:
+        super().__init__(folder, header, field)
+        self._num_prompts = header.num_prompts
+
+    def write(self, prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        """Publish one shard: the response to each of some prompts, which are in order."""
         text = "".join(
             json.dumps({"index": index, "response_ids": list(response_ids)}) + "\n"
-            for index, response_ids in zip(shard, responses, strict=True)
+            for index, response_ids in zip(prompts, responses, strict=True)
         )
-        publish(self.file(shard), lambda temporary: temporary.write_text(text))
+        publish(self.file(prompts), lambda temporary: temporary.write_text(text))
+
+    def prompts(self, shard: Path) -> list[int]:
+        """See `ShardStore.prompts`."""
+        return list(self._responses(shard))
 
     def read(self) -> TokenTable:
-        """All responses, in the order of the prompts.
+        """The response to each prompt, in their order; empty where there is none yet.
 
         Raises:
             UserError: A shard is not what was written.
         """
-        table = TokenTable()
+        responses: dict[int, Sequence[int]] = {}
         for shard in self.shards():
-            try:
-                rows = [json.loads(line) for line in self.file(shard).read_text().splitlines()]
-                intact = [row["index"] for row in rows] == list(shard)
-                for row in rows:
-                    table.append(row["response_ids"])
-            except (OSError, ValueError, KeyError, TypeError):
-                intact = False
-            if not intact:
-                raise self.damaged(shard)
+            responses |= self._responses(shard)
+        table = TokenTable()
+        for index in range(self._num_prompts):
+            table.append(responses.get(index, ()))
         return table
+
+    def _responses(self, shard: Path) -> dict[int, Sequence[int]]:
+        responses: dict[int, Sequence[int]] = {}
+        try:
+            for line in shard.read_text().splitlines():
+                row = json.loads(line)
+                responses[int(row["index"])] = array("i", row["response_ids"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            raise self.damaged(shard) from None
+        prompts = list(responses)
+        intact = prompts and all(responses.values()) and prompts == sorted(prompts)
+        if not intact or shard != self.file(prompts) or prompts[-1] >= self._num_prompts:
+            raise self.damaged(shard)
+        return responses

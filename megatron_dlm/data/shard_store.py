@@ -1,35 +1,33 @@
-"""A folder of shards over the prompts of a file, computed once and completed after interruptions.
+"""A folder of shards over the prompts of a file, computed once and completed as runs need more.
 
     header.json      what the shards were computed for
-    <content>_<i>.*  the shard that begins at prompt i
+    <content>_<i>.*  a shard, computed together for some prompts, of which prompt i is the first
 
 Each shard appears under its name only when it is complete, so whatever an interrupted run leaves is
-kept and the rest is computed later, under any parallel layout.
+kept. What a later run lacks is computed then, under any parallel layout.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from megatron_dlm.errors import UserError, bad_value
 
-_SHARD_SIZE = "prompts_per_shard"
-
 
 class Header(Protocol):
-    """A dataclass of plain values that decide the content; a folder holds that of one header."""
+    """A dataclass of plain values that decide the content; a folder holds that of one header.
+
+    A field with `compare=False` decides nothing: it is written for people to read.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
-    @property
-    def num_prompts(self) -> int:
-        """Prompts in the file."""
 
-
-class ShardStore:
-    """Which shards there are; a subclass says what is in one.
+class ShardStore(ABC):
+    """Which prompts have something stored; a subclass says what.
 
     Args:
         folder: Created by `create`.
@@ -61,12 +59,12 @@ class ShardStore:
         if not self._header_file.is_file():
             return
         try:
-            saved = json.loads(self._header_file.read_text())
-            int(saved[_SHARD_SIZE])
-        except (ValueError, KeyError, TypeError):
+            saved = dict(json.loads(self._header_file.read_text()))
+        except (ValueError, TypeError):
             saved = {}
-        for name, value in dataclasses.asdict(self.header).items():
-            if saved.get(name) != value:
+        for field in dataclasses.fields(self.header):
+            name, value = field.name, getattr(self.header, field.name)
+            if field.compare and saved.get(name) != value:
                 raise bad_value(
                     self._field,
                     str(self.folder),
@@ -75,36 +73,43 @@ class ShardStore:
                     "name another folder, or the options that they were computed with",
                 )
 
-    def create(self, prompts_per_shard: int) -> None:
+    def create(self) -> None:
         """Write the header, if there is none yet; one process calls this."""
         if self._header_file.is_file():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        header = dataclasses.asdict(self.header) | {_SHARD_SIZE: prompts_per_shard}
-        text = json.dumps(header, indent=2) + "\n"
+        text = json.dumps(dataclasses.asdict(self.header), indent=2) + "\n"
         publish(self._header_file, lambda temporary: temporary.write_text(text))
 
-    def shards(self) -> list[range]:
-        """Prompt indices of all shards; `create` was called."""
-        size = json.loads(self._header_file.read_text())[_SHARD_SIZE]
-        total = self.header.num_prompts
-        return [range(start, min(start + size, total)) for start in range(0, total, size)]
+    def shards(self) -> list[Path]:
+        """The files of all shards, in the order of their first prompts."""
+        return sorted(self.folder.glob(f"{self.content}_*{self.suffix}"))
 
-    def file(self, shard: range) -> Path:
-        """Where a shard is or will be."""
-        return self.folder / f"{self.content}_{shard.start:08d}{self.suffix}"
+    def file(self, prompts: Sequence[int]) -> Path:
+        """Where a shard of these prompts is or will be: no other shard begins with the first."""
+        return self.folder / f"{self.content}_{prompts[0]:08d}{self.suffix}"
 
-    def missing(self) -> list[range]:
-        """Prompt indices of the shards that are not there yet."""
-        return [shard for shard in self.shards() if not self.file(shard).is_file()]
+    @abstractmethod
+    def prompts(self, shard: Path) -> list[int]:
+        """Indices of the prompts in a shard, ascending.
 
-    def damaged(self, shard: range) -> UserError:
+        Raises:
+            UserError: It is not what was written.
+        """
+
+    def missing(self, wanted: Iterable[int]) -> list[int]:
+        """Those of the wanted prompts that nothing is stored for.
+
+        Raises:
+            UserError: A shard is not what was written.
+        """
+        stored = {index for shard in self.shards() for index in self.prompts(shard)}
+        return [index for index in wanted if index not in stored]
+
+    def damaged(self, shard: Path) -> UserError:
         """The error for a shard that is not what was written."""
         return bad_value(
-            self._field,
-            str(self.file(shard)),
-            "is damaged",
-            "delete it to have it computed again",
+            self._field, str(shard), "is damaged", "delete it to have it computed again"
         )
 
 

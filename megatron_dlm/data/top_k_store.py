@@ -1,26 +1,30 @@
 """The teacher's most likely tokens at every token of stored responses, on disk.
 
-top_k_00000000.safetensors  token_ids [T, k] int32, log_probs [T, k] and log_rest [T] float32, where
-                            T are the response tokens of the shard's prompts, in order
+top_k_00000000.safetensors  prompts [n] int64, the first of which names the file; token_ids [T, k]
+                            int32, log_probs [T, k] and log_rest [T] float32, where T are the tokens
+                            of the n responses, in order; in its metadata, SHA-256 of these tokens
 
 Shards are opened, not read: what training asks for is taken from the files as it goes.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
 from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.errors import bad_value
 
 _TENSORS = {"token_ids": "I32", "log_probs": "F32", "log_rest": "F32"}
 """Fields of `TopKTargets` as tensors of a shard, and their types."""
+_PROMPTS = "prompts"
+_RESPONSES = "responses"
 
 
 @dataclass(frozen=True)
@@ -29,44 +33,35 @@ class TopKHeader:
 
     Attributes:
         prompt_tokens: SHA-256 of the prompts' token ids.
-        responses: SHA-256 of the responses' token ids.
         num_prompts: How many there are.
-        teacher: Folder of the model whose distributions they are.
+        teacher: Folder of the model whose distributions they are, for information.
+        teacher_weights: Fingerprint of its weights.
         bf16: Whether it was run in bfloat16.
         k: Tokens of a distribution.
     """
 
     prompt_tokens: str
-    responses: str
     num_prompts: int
-    teacher: str
+    teacher: str = field(compare=False)
+    teacher_weights: str
     bf16: bool
     k: int
 
 
 class TopKTable:
-    """The targets of all responses, in the order of the prompts, left on disk.
+    """The targets of responses, left on disk.
 
     Args:
-        ends: [N + 1], where each response begins among the tokens of all N, and the last ends.
-        shards: Prompt indices of each shard.
-        files: Handles of the shards' files, which are mapped into memory.
+        places: Of each prompt, the handle of its file, which is mapped into memory, and its rows.
     """
 
-    def __init__(self, ends: Sequence[int], shards: Sequence[range], files: Sequence[Any]) -> None:
-        self._ends = ends
-        self._starts = [shard.start for shard in shards]
-        self._files = files
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
+    def __init__(self, places: Mapping[int, tuple[Any, slice]]) -> None:
+        self._places = places
 
     def __getitem__(self, index: int) -> TopKTargets:
         """Targets at the L tokens of one prompt's response, [L, k]."""
-        shard = bisect_right(self._starts, index) - 1
-        before = self._ends[self._starts[shard]]
-        rows = slice(self._ends[index] - before, self._ends[index + 1] - before)
-        return TopKTargets(*(self._files[shard].get_slice(name)[rows] for name in _TENSORS))
+        file, rows = self._places[index]
+        return TopKTargets(*(file.get_slice(name)[rows] for name in _TENSORS))
 
 
 class TopKStore(ShardStore):
@@ -76,7 +71,7 @@ class TopKStore(ShardStore):
         folder: As in `ShardStore`.
         header: As in `ShardStore`.
         field: As in `ShardStore`.
-        responses: All responses, in the order of the prompts.
+        responses: The response to each prompt, in their order.
     """
 
     content = "top_k"
@@ -87,37 +82,60 @@ class TopKStore(ShardStore):
     ) -> None:
         super().__init__(folder, header, field)
         self._k = header.k
-        self._ends = responses.ends
+        self._responses = responses
 
-    def _tokens(self, shard: range) -> int:
-        return self._ends[shard.stop] - self._ends[shard.start]
-
-    def write(self, shard: range, targets: TopKTargets) -> None:
+    def write(self, prompts: Sequence[int], targets: TopKTargets) -> None:
         """Publish one shard: targets at all tokens of its responses, end to end, on the CPU."""
-        assert len(targets) == self._tokens(shard)
+        assert len(targets) == sum(map(self._responses.length, prompts))
         tensors = {name: getattr(targets, name) for name in _TENSORS}
-        publish(self.file(shard), lambda temporary: temporary.write_bytes(save(tensors)))
+        tensors[_PROMPTS] = torch.tensor(prompts)
+        metadata = {_RESPONSES: self._responses.fingerprint(prompts)}
+        content = save(tensors, metadata)
+        publish(self.file(prompts), lambda temporary: temporary.write_bytes(content))
+
+    def prompts(self, shard: Path) -> list[int]:
+        """See `ShardStore.prompts`."""
+        return self._open(shard)[1]
 
     def read(self) -> TopKTable:
         """Open all shards.
 
         Raises:
-            UserError: One is missing or not what was written.
+            UserError: One is not what was written, or of other responses.
         """
-        shards = self.shards()
-        return TopKTable(self._ends, shards, [self._open(shard) for shard in shards])
+        places = {}
+        for shard in self.shards():
+            file, prompts = self._open(shard)
+            start = 0
+            for index in prompts:
+                end = start + self._responses.length(index)
+                places[index] = (file, slice(start, end))
+                start = end
+        return TopKTable(places)
 
-    def _open(self, shard: range) -> Any:
-        tokens = self._tokens(shard)
-        shapes = ([tokens, self._k], [tokens, self._k], [tokens])
+    def _open(self, shard: Path) -> tuple[Any, list[int]]:
+        """The handle of a shard, and its prompts."""
         try:
-            file = safe_open(self.file(shard), framework="pt")
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            file = safe_open(shard, framework="pt")
+            prompts = file.get_tensor(_PROMPTS).tolist()
+            found = {name: file.get_slice(name) for name in _TENSORS}
+            responses = self._responses.fingerprint(prompts)
+        except (OSError, SafetensorError, IndexError, OverflowError):
             raise self.damaged(shard) from None
+        if not prompts or shard != self.file(prompts):
+            raise self.damaged(shard)
+        if (file.metadata() or {}).get(_RESPONSES) != responses:
+            raise bad_value(
+                self._field,
+                str(shard),
+                "was computed for other responses than are stored now",
+                "delete it to have it computed again",
+            )
+        tokens = sum(map(self._responses.length, prompts))
+        shapes = ([tokens, self._k], [tokens, self._k], [tokens])
         if {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()} != {
             name: (dtype, shape)
             for (name, dtype), shape in zip(_TENSORS.items(), shapes, strict=True)
         }:
             raise self.damaged(shard)
-        return file
+        return file, prompts

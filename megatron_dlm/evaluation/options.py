@@ -22,11 +22,7 @@ from megatron_dlm.config import (
 from megatron_dlm.config.rule_support import divisors, flag
 from megatron_dlm.config.validation import validate_inference
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.models.architecture import (
-    BLOCK_DIFFUSION,
-    DiffusionConvention,
-    diffusion_convention,
-)
+from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.rollout.generation_config import (
     OPTION_OF_STRATEGY,
     GenerationConfig,
@@ -285,7 +281,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     hf_config = source.architecture.hf_config
     stored = hf_config.get("block_size")
     block_size = options.block_size if options.block_size is not None else stored
-    convention = diffusion_convention(hf_config, str(source.hf_folder / "config.json"))
+    convention = source.convention
     if convention is None and block_size is not None:
         convention = BLOCK_DIFFUSION
     given = {

@@ -41,18 +41,19 @@ def diffusion_convention(
 ) -> DiffusionConvention | None:
     """The convention that a config.json states; None for an autoregressive model.
 
-    `attention_pattern` and `shifted` say it; without them the model type does, and a `block_size`
-    makes any other type a block-diffusion model.
+    `attention_pattern` and `shifted` say it; for one that is left out the model type does, and a
+    `block_size` makes any other type a block-diffusion model.
 
     Raises:
-        UserError: `attention_pattern` or `shifted` has an unknown value.
+        UserError: `attention_pattern` or `shifted` has an unknown value, or `shifted` stands alone.
     """
     implied = _CONVENTION_OF_MODEL_TYPE.get(hf_config.get("model_type", ""))
     if implied is None and "block_size" in hf_config:
         implied = BLOCK_DIFFUSION
-    if "attention_pattern" not in hf_config:
-        return implied
-    pattern, shifted = hf_config["attention_pattern"], hf_config.get("shifted", False)
+    if implied is None and not {"attention_pattern", "shifted"} & hf_config.keys():
+        return None
+    pattern = hf_config.get("attention_pattern", implied and implied.attention_pattern)
+    shifted = hf_config.get("shifted", implied is not None and implied.shifted)
     if pattern not in ("block_causal", "full"):
         raise bad_value(
             f"{where}: attention_pattern", pattern, "is unknown", "write block_causal or full"

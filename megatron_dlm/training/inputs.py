@@ -121,9 +121,7 @@ def _check_diffusion_student(config: Config, student: Architecture) -> Diffusion
             f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
             "convert it first, for one with --objective opdlm",
         )
-    if convention.attention_pattern == "full":
-        return convention
-    if convention.shifted:
+    if convention.shifted and convention.attention_pattern == "block_causal":
         raise bad_value(
             "--load", load, "states shifted logits of a block-causal model", "repair config.json"
         )
@@ -141,7 +139,7 @@ def _check_diffusion_student(config: Config, student: Architecture) -> Diffusion
 def _check_self_teacher(
     student: Architecture, convention: DiffusionConvention, teacher: ModelSource
 ) -> None:
-    if diffusion_convention(teacher.architecture.hf_config) != convention:
+    if teacher.convention != convention:
         raise bad_value(
             teacher.field,
             str(teacher.path),
@@ -152,7 +150,7 @@ def _check_self_teacher(
 
 
 def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
-    if diffusion_convention(teacher.architecture.hf_config) is not None:
+    if not teacher.is_autoregressive:
         raise bad_value(
             teacher.field,
             str(teacher.path),
@@ -182,6 +180,8 @@ def _response_store(config: Config, teacher: ModelSource, prompts: PromptDataset
         num_prompts=len(prompts),
         # Of a run folder, the checkpoint it stands for now.
         teacher=str(teacher.hf_folder.resolve()),
+        teacher_weights=teacher.fingerprint(),
+        bf16=config.model.bf16,
         seed=config.data.seed,
         max_response_length=rollout.max_response_length,
         temperature=rollout.temperature,
@@ -196,7 +196,7 @@ def _given_responses(
     option: str,
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: SpecialTokens,
-    vocab_size: int,
+    architecture: Architecture,
     *,
     shuffle: bool,
 ) -> "ExampleDataset | CorpusDataset":
@@ -210,7 +210,7 @@ def _given_responses(
             config.data.seq_length,
             seed=config.data.seed,
             shuffle=shuffle,
-            vocab_size=vocab_size,
+            vocab_size=architecture.vocab_size,
             special_tokens=special_tokens,
             field=field,
         )
@@ -222,6 +222,7 @@ def _given_responses(
         config.rollout.max_response_length,
         config.data.chat_template_kwargs,
         field,
+        architecture.max_position_embeddings,
     )
 
 
@@ -290,7 +291,7 @@ def read_inputs(config: Config) -> RunInputs:
             config.data_option,
             tokenizer,
             special_tokens,
-            architecture.vocab_size,
+            architecture,
             shuffle=config.data.shuffle,
         )
         if config.validation_path is not None:
@@ -300,7 +301,7 @@ def read_inputs(config: Config) -> RunInputs:
                 config.validation_option,
                 tokenizer,
                 special_tokens,
-                architecture.vocab_size,
+                architecture,
                 shuffle=True,  # documents of one kind often lie together: take some of all
             )
             _check_held_out(config, held_out)

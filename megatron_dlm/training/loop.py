@@ -19,6 +19,7 @@ from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.model_provider import attention_backend
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.checkpointing import is_rank_zero
+from megatron_dlm.training.convention_change import changed_convention
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.rate_precision import unseen_in_bf16
@@ -128,9 +129,11 @@ def train(run: Run) -> None:
     )
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
+    warnings = changed_convention(config, run.inputs)
     if config.model.bf16:
-        for line in unseen_in_bf16(config, run.inputs.architecture.initializer_range):
-            logger.print(line)
+        warnings += unseen_in_bf16(config, run.inputs.architecture.initializer_range)
+    for line in warnings:
+        logger.print(line)
     saved_at = progress.iteration
     multiple = row_multiple(run)
     while progress.iteration < config.train_iters:

@@ -1,12 +1,15 @@
 """Where a model's weights, architecture and tokenizer come from: one path, two kinds of folder."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     Architecture,
+    DiffusionConvention,
     diffusion_convention,
     read_architecture,
 )
@@ -35,9 +38,35 @@ class ModelSource:
     architecture: Architecture
 
     @property
+    def convention(self) -> DiffusionConvention | None:
+        """What config.json says of attention and prediction; None for an autoregressive model.
+
+        Raises:
+            UserError: It says something unknown.
+        """
+        where = str(self.hf_folder / "config.json")
+        return diffusion_convention(self.architecture.hf_config, where)
+
+    @property
     def is_autoregressive(self) -> bool:
         """Whether config.json describes no diffusion model."""
-        return diffusion_convention(self.architecture.hf_config) is None
+        return self.convention is None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of config.json and of the names, sizes and ends of the files of weights.
+
+        It follows the weights, not the place of their folder.
+        """
+        digest = hashlib.sha256((self.hf_folder / "config.json").read_bytes())
+        weights = (
+            self.hf_folder.parent.glob("*.distcp")
+            if self.is_megatron
+            else self.hf_folder.glob("*.safetensors")
+        )
+        for file in sorted(weights):
+            digest.update(file.name.encode())
+            add_ends(digest, file)
+        return digest.hexdigest()
 
     def load_into(self, model: "torch.nn.Module") -> None:
         """Fill this rank's part of a model; all ranks call this.

@@ -1,48 +1,64 @@
-"""Missing shards of a store, dealt out to the data-parallel ranks round by round."""
+"""Prompts that a store lacks, dealt out to the data-parallel ranks round by round."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_dlm.data.shard_store import ShardStore
+from megatron_dlm.training.initialize import errors_on_all_ranks
 
 PROMPTS_PER_SHARD = 512
-"""Prompts in one shard: what an interruption can lose on a rank."""
+"""Most prompts in one shard: what an interruption can lose on a rank."""
+
+_PATIENCE = timedelta(days=365)
+"""How long a replica that is done waits for the others: longer than any of this takes."""
 
 
-def missing_shards(store: ShardStore, prompts_per_shard: int = PROMPTS_PER_SHARD) -> list[range]:
-    """What is missing of a store, the same on all ranks; all call this.
+def missing_prompts(store: ShardStore, wanted: Iterable[int]) -> list[int]:
+    """Which of the wanted prompts a store lacks, the same on all ranks; all call this.
 
     Args:
         store: Its header is written if it is new.
-        prompts_per_shard: Most prompts of a shard, where the store is new.
+        wanted: Indices of prompts, ascending.
+
+    Raises:
+        UserError: What is there already is damaged; raised on all ranks.
     """
-    missing: list[list[range]] = [[]]
-    if torch.distributed.get_rank() == 0:
-        dp_size = parallel_state.get_data_parallel_world_size()
-        # With few prompts, every rank still has a shard to work on.
-        store.create(min(prompts_per_shard, -(-store.header.num_prompts // dp_size)))
-        missing = [store.missing()]
+    missing: list[list[int]] = [[]]
+    with errors_on_all_ranks():
+        if torch.distributed.get_rank() == 0:
+            store.create()
+            missing = [store.missing(wanted)]
     torch.distributed.broadcast_object_list(missing, src=0)
     return missing[0]
 
 
-def rounds(missing: list[range], what: str) -> Iterator[tuple[range, int]]:
+def rounds(
+    missing: list[int], what: str, prompts_per_shard: int = PROMPTS_PER_SHARD
+) -> Iterator[tuple[list[int], int]]:
     """This rank's shard in each round, and the size of the round's largest one.
 
-    Every rank takes part in every round, if only with `range(0)`: experts are shared between ranks.
+    All shards have the same size, to within one prompt. Every rank takes part in every round, if
+    only with an empty shard: experts are shared between ranks.
 
     Args:
-        missing: As `missing_shards` returned it.
+        missing: As `missing_prompts` returned it, not empty.
         what: What the shards hold, for the line of progress.
+        prompts_per_shard: Most prompts of a shard.
     """
     dp_rank = parallel_state.get_data_parallel_rank()
     dp_size = parallel_state.get_data_parallel_world_size()
-    for start in range(0, len(missing), dp_size):
-        dealt = missing[start : start + dp_size]
-        yield (dealt[dp_rank] if dp_rank < len(dealt) else range(0)), max(map(len, dealt))
+    num_shards = dp_size * -(-len(missing) // (dp_size * prompts_per_shard))
+    bounds = [len(missing) * shard // num_shards for shard in range(num_shards + 1)]
+    # Replicas decode independently, and may end further apart than a collective waits.
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    for start in range(0, num_shards, dp_size):
+        own = missing[bounds[start + dp_rank] : bounds[start + dp_rank + 1]]
+        sizes = [bounds[i + 1] - bounds[i] for i in range(start, start + dp_size)]
+        yield own, max(sizes)
         if torch.distributed.get_rank() == 0:
-            done = min(start + dp_size, len(missing))
-            print(f"{what}: {done}/{len(missing)} shards", flush=True)
-    torch.distributed.barrier()
+            print(f"{what}: {bounds[start + dp_size]}/{len(missing)} prompts", flush=True)
+    torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from megatron_dlm.models.model_provider import build_teacher
 from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.teacher_responses import generate_missing
 from megatron_dlm.training.teacher_top_k import compute_missing
+from megatron_dlm.training.trajectory_source import given_records
 
 if TYPE_CHECKING:
     from megatron_dlm.training.inputs import RunInputs
@@ -38,8 +39,8 @@ def choose_teacher(
 
     Returns:
         What says what the teacher would have predicted, None where nobody asks; and the records
-        with given responses or texts, a data set's or the teacher's, None where all are the
-        student's.
+        with given responses or texts, a data set's or the teacher's to the prompts that the run
+        takes, None where all are the student's.
 
     Raises:
         UserError: A folder cannot be used.
@@ -60,12 +61,13 @@ def choose_teacher(
         assert isinstance(prompts, PromptDataset)
         assert store is not None
         vocab_size = inputs.architecture.vocab_size
-        generate_missing(config, store, prompts, load, inputs.special_tokens, vocab_size)
+        wanted = given_records(config, sampler)
+        generate_missing(config, store, prompts, wanted, load, inputs.special_tokens, vocab_size)
         with errors_on_all_ranks():
             responses = store.read()
         examples = prompts.with_responses(responses, inputs.special_tokens.eos_token_id)
         if config.distillation.teacher_top_k_cache:
-            table = _stored_top_k(config, inputs, prompts, responses, examples, load)
+            table = _stored_top_k(config, inputs, prompts, responses, examples, wanted, load)
             load.cache_clear()
             platform.release_memory()
             return StoredTeacher(table, sampler.record_index), examples
@@ -95,6 +97,7 @@ def _stored_top_k(
     prompts: PromptDataset,
     responses: TokenTable,
     examples: ExampleDataset,
+    wanted: Sequence[int],
     load: Callable[[], DiffusionGPTModel],
 ) -> TopKTable:
     assert inputs.teacher_source is not None
@@ -102,15 +105,15 @@ def _stored_top_k(
     k = config.distillation.divergence_top_k
     header = TopKHeader(
         prompt_tokens=prompts.fingerprint(),
-        responses=responses.fingerprint(),
         num_prompts=len(prompts),
         teacher=str(inputs.teacher_source.hf_folder.resolve()),
+        teacher_weights=inputs.teacher_source.fingerprint(),
         bf16=config.model.bf16,
         k=k,
     )
     folder = Path(config.teacher_responses) / f"top_{k}"
     with errors_on_all_ranks():
         store = TopKStore(folder, header, "--teacher-responses", responses)
-    compute_missing(config, store, examples, load, inputs.architecture.vocab_size)
+    compute_missing(config, store, examples, wanted, load, inputs.architecture.vocab_size)
     with errors_on_all_ranks():
         return store.read()

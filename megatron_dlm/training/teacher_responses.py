@@ -4,7 +4,7 @@ Draws are keyed by the prompt's place in the file, so the responses depend neith
 on interruptions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from megatron.core import parallel_state
 
@@ -15,13 +15,14 @@ from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.trajectory import Prompt
-from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_shards, rounds
+from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
 
 
 def generate_missing(
     config: Config,
     store: ResponseStore,
     prompts: Sequence[Prompt],
+    wanted: Iterable[int],
     teacher: Callable[[], DiffusionGPTModel],
     special_tokens: SpecialTokens,
     vocab_size: int,
@@ -33,12 +34,16 @@ def generate_missing(
         config: Decoding settings and the longest response.
         store: What exists and what is missing.
         prompts: All prompts.
+        wanted: Indices of those whose responses are needed, ascending.
         teacher: Loads this rank's part of the teacher; called only if a response is missing.
         special_tokens: Of the tokenizer.
         vocab_size: Ids from here on are never drawn.
-        prompts_per_shard: Most prompts of a shard, where the store is new.
+        prompts_per_shard: Most prompts of a shard.
+
+    Raises:
+        UserError: What the store holds is damaged.
     """
-    missing = missing_shards(store, prompts_per_shard)
+    missing = missing_prompts(store, wanted)
     if not missing:
         return
     rollout = config.rollout
@@ -60,7 +65,7 @@ def generate_missing(
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_pipeline_model_parallel_rank() == 0
     )
-    for shard, _ in rounds(missing, "teacher responses"):
+    for shard, _ in rounds(missing, "teacher responses", prompts_per_shard):
         trajectories = engine.generate(
             [prompts[index] for index in shard], rollout.max_response_length
         )

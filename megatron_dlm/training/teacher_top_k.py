@@ -4,7 +4,7 @@ Training then needs neither the teacher nor its hidden states: a distribution is
 numbers on disk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -16,13 +16,14 @@ from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout.trajectory import Trajectory
-from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_shards, rounds
+from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
 
 
 def compute_missing(
     config: Config,
     store: TopKStore,
     examples: Sequence[Trajectory],
+    wanted: Iterable[int],
     model: Callable[[], DiffusionGPTModel],
     vocab_size: int,
     prompts_per_shard: int = PROMPTS_PER_SHARD,
@@ -32,25 +33,29 @@ def compute_missing(
     Args:
         config: k, and how much is computed at a time.
         store: What exists and what is missing.
-        examples: All prompts with their responses.
+        examples: All prompts; those that are wanted have a response.
+        wanted: Their indices, ascending.
         model: Loads this rank's part of the teacher; called only if a shard is missing.
         vocab_size: Ids from here on are padding.
-        prompts_per_shard: Most prompts of a shard, where the store is new.
+        prompts_per_shard: Most prompts of a shard.
+
+    Raises:
+        UserError: What the store holds is damaged.
     """
-    missing = missing_shards(store, prompts_per_shard)
+    missing = missing_prompts(store, wanted)
     if not missing:
         return
     teacher = Teacher(model(), config.training.micro_batch_size)
     at_once = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
     writes = parallel_state.get_tensor_model_parallel_rank() == 0
-    for shard, most in rounds(missing, "teacher top-k"):
+    for shard, most in rounds(missing, "teacher top-k", prompts_per_shard):
         # Ranks that share experts run equal numbers of rows: a smaller shard is filled up.
-        indices = [*shard, *[0] * (most - len(shard))]
+        indices = [*shard, *[missing[0]] * (most - len(shard))]
         parts = []
         for start in range(0, most, at_once):
             trajectories = [examples[index] for index in indices[start : start + at_once]]
-            wanted = max(0, len(shard) - start)
-            targets = _targets(config, teacher, trajectories, wanted, vocab_size)
+            own = max(0, len(shard) - start)
+            targets = _targets(config, teacher, trajectories, own, vocab_size)
             if targets is not None:
                 parts.append(targets)
         if parts and writes and shard:
@@ -61,14 +66,14 @@ def _targets(
     config: Config,
     teacher: Teacher,
     trajectories: Sequence[Trajectory],
-    wanted: int,
+    count: int,
     vocab_size: int,
 ) -> TopKTargets | None:
-    """Targets of the first `wanted` trajectories on the CPU; on the last pipeline stage only."""
+    """Targets of the first `count` trajectories on the CPU; on the last pipeline stage only."""
     teacher.annotate(trajectories)
     if teacher.head is None:
         return None
-    hidden = [t.teacher_hidden for t in trajectories[:wanted] if t.teacher_hidden is not None]
+    hidden = [t.teacher_hidden for t in trajectories[:count] if t.teacher_hidden is not None]
     if not hidden:
         return None
     tp_group = parallel_state.get_tensor_model_parallel_group()

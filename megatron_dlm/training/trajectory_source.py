@@ -8,6 +8,7 @@ import torch
 from megatron_dlm.config import Config
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
+from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.trajectory import Trajectory
@@ -61,6 +62,25 @@ class TrajectorySource:
             trajectories = generate_until_right(self.engine, prompts, length, self.verifier)
         rolled_out = iter(trajectories)
         return [given[sample] if sample in given else next(rolled_out) for sample, _ in samples]
+
+
+def given_records(config: Config, sampler: ShuffledSampler) -> list[int]:
+    """Records whose responses a run takes from the teacher, from its first sample to its last.
+
+    Args:
+        config: Of a run with the teacher's responses.
+        sampler: Maps samples to records.
+
+    Returns:
+        Their indices, ascending.
+    """
+    count, records = config.rollout_batch_size, set()
+    for rollout in range(config.train_iters // config.updates_per_rollout):
+        fraction = teacher_response_fraction(config, rollout) if config.uses_rollouts else 1.0
+        for sample, record in sampler.samples(rollout * count, count):
+            if record not in records and takes_given_response(config.data.seed, sample, fraction):
+                records.add(record)
+    return sorted(records)
 
 
 def takes_given_response(seed: int, sample_index: int, fraction: float) -> bool:

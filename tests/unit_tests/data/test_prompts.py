@@ -194,6 +194,17 @@ def test_bad_example_is_named(
     assert "\n" not in str(error.value)
 
 
+def test_an_example_longer_than_the_model_is_refused(
+    tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens, tmp_path: Path
+) -> None:
+    lines = [{"prompt": "1" * prompt, "response": "1" * 9} for prompt in (20, 21)]
+    path = write(tmp_path / "x", *lines)  # 30 and 31 tokens with EOS
+    limit = {"max_position_embeddings": 31}
+    assert len(read_examples(path, tokenizer, special_tokens, 100, **limit)) == 2
+    with pytest.raises(UserError, match=r"x:2: length of prompt and response = 31: .* 30 pos"):
+        read_examples(path, tokenizer, special_tokens, 100, max_position_embeddings=30)
+
+
 def test_many_records_keep_their_order(
     tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens, tmp_path: Path
 ) -> None:

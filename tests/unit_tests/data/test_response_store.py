@@ -14,6 +14,8 @@ HEADER = ResponseHeader(
     prompt_tokens="b" * 64,
     num_prompts=8,
     teacher="teacher",
+    teacher_weights="d" * 64,
+    bf16=False,
     seed=1,
     max_response_length=16,
     temperature=1.0,
@@ -27,26 +29,35 @@ def open_store(folder: Path, **changes: object) -> ResponseStore:
     return ResponseStore(folder, dataclasses.replace(HEADER, **changes), "--teacher-responses")
 
 
+def stored(store: ResponseStore) -> list[list[int]]:
+    table = store.read()
+    return [table[index].tolist() for index in range(len(table))]
+
+
 def test_what_is_written_is_read_in_the_order_of_the_prompts(tmp_path: Path) -> None:
     store = open_store(tmp_path / "responses")
-    store.create(3)
-    assert store.missing() == [range(3), range(3, 6), range(6, 8)]
-    for shard in reversed(store.missing()):
+    store.create()
+    assert store.missing(range(8)) == list(range(8))
+    for shard in ([6, 7], [0, 2, 5], [1, 3, 4]):
         store.write(shard, [RESPONSES[index] for index in shard])
-    assert store.missing() == []
-    table = open_store(tmp_path / "responses").read()
-    assert [table[index].tolist() for index in range(len(table))] == RESPONSES
+    assert store.missing(range(8)) == []
+    assert stored(open_store(tmp_path / "responses")) == RESPONSES
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
 def test_what_exists_is_kept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    store.create(3)
-    store.write(range(3, 6), RESPONSES[3:6])
+    store.create()
+    store.write([3, 5], [RESPONSES[3], RESPONSES[5]])
     (tmp_path / "responses_00000000.jsonl.tmp").write_text('{"index": 0, "resp')  # cut off
     again = open_store(tmp_path)
-    again.create(5)  # another run's wish: shards stay as they are
-    assert again.missing() == [range(3), range(6, 8)]
+    again.create()
+    assert again.missing([0, 3, 4]) == [0, 4]
+    assert again.missing([3, 5]) == []
+    again.write([0, 4], [RESPONSES[0], RESPONSES[4]])
+    assert stored(again) == [
+        RESPONSES[index] if index in (0, 3, 4, 5) else [] for index in range(8)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +66,8 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
         ("prompts", "c" * 64),
         ("prompt_tokens", "c" * 64),
         ("num_prompts", 7),
-        ("teacher", "other"),
+        ("teacher_weights", "c" * 64),
+        ("bf16", True),
         ("seed", 2),
         ("max_response_length", 32),
         ("temperature", 0.5),
@@ -64,28 +76,45 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
     ],
 )
 def test_responses_of_another_header_are_refused(tmp_path: Path, name: str, value: object) -> None:
-    open_store(tmp_path).create(3)
+    open_store(tmp_path).create()
     open_store(tmp_path)
     with pytest.raises(UserError, match=rf"--teacher-responses = .*{name} = .*another folder"):
         open_store(tmp_path, **{name: value})
 
 
-def test_a_damaged_header_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "header.json").write_text("{")
+def test_the_teacher_may_have_moved(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.create()
+    store.write(range(8), RESPONSES)
+    assert stored(open_store(tmp_path, teacher="elsewhere")) == RESPONSES
+
+
+@pytest.mark.parametrize("text", ["{", "3"])
+def test_a_damaged_header_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "header.json").write_text(text)
     with pytest.raises(UserError, match="another folder"):
         open_store(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", '{"index": 1, "response_ids": [1]}\n', '{"index": 0}\n', None]
+    "text",
+    [
+        "",
+        "{",
+        '{"index": 1, "response_ids": [1]}\n',
+        '{"index": "a", "response_ids": [1]}\n',
+        '{"index": 0}\n',
+        '{"index": 0, "response_ids": []}\n',
+        '{"index": 0, "response_ids": [1]}\n{"index": 1, "response_ids": [1]}\n',
+    ],
 )
-def test_a_damaged_shard_is_named(tmp_path: Path, text: str | None) -> None:
+def test_a_damaged_shard_is_named(tmp_path: Path, text: str) -> None:
     store = open_store(tmp_path, num_prompts=1)
-    store.create(1)
-    if text is not None:
-        (tmp_path / "responses_00000000.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"responses_00000000\.jsonl.*is damaged; delete"):
-        store.read()
+    store.create()
+    (tmp_path / "responses_00000000.jsonl").write_text(text)
+    for use in (store.read, lambda: store.missing([0])):
+        with pytest.raises(UserError, match=r"responses_00000000\.jsonl.*is damaged; delete"):
+            use()
     store.write(range(1), [[7]])
     assert json.loads((tmp_path / "responses_00000000.jsonl").read_text())["response_ids"] == [7]
     assert store.read()[0].tolist() == [7]

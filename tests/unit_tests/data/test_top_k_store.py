@@ -14,7 +14,12 @@ from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.errors import UserError
 
 HEADER = TopKHeader(
-    prompt_tokens="a" * 64, responses="b" * 64, num_prompts=5, teacher="teacher", bf16=False, k=2
+    prompt_tokens="a" * 64,
+    num_prompts=5,
+    teacher="teacher",
+    teacher_weights="d" * 64,
+    bf16=False,
+    k=2,
 )
 LENGTHS = [3, 1, 4, 2, 5]
 
@@ -40,25 +45,30 @@ def open_store(folder: Path, lengths: list[int] = LENGTHS, **changes: object) ->
 
 
 def fill(store: TopKStore, targets: list[TopKTargets]) -> None:
-    for shard in store.missing():
-        store.write(shard, TopKTargets.cat([targets[index] for index in shard]))
+    write(store, store.missing(range(len(targets))), targets)
+
+
+def write(store: TopKStore, prompts: list[int], targets: list[TopKTargets]) -> None:
+    if prompts:
+        store.write(prompts, TopKTargets.cat([targets[index] for index in prompts]))
 
 
 @given(
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=9),
-    per_shard=st.integers(1, 9),
     k=st.integers(1, 3),
+    data=st.data(),
 )
 def test_what_is_written_is_read_response_by_response(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], per_shard: int, k: int
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], k: int, data: st.DataObject
 ) -> None:
     store = open_store(tmp_path_factory.mktemp("store") / "new", lengths, k=k)
-    store.create(per_shard)
+    store.create()
     expected = targets_of(lengths, k)
-    fill(store, expected)
-    assert store.missing() == []
+    shard_of = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
+    for shard in range(3):
+        write(store, [index for index, own in enumerate(shard_of) if own == shard], expected)
+    assert store.missing(range(len(lengths))) == []
     table = store.read()
-    assert len(table) == len(lengths)
     for index in reversed(range(len(lengths))):
         for name in ("token_ids", "log_probs", "log_rest"):
             actual = getattr(table[index], name)
@@ -68,48 +78,66 @@ def test_what_is_written_is_read_response_by_response(
 
 def test_what_exists_is_kept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    store.create(2)
+    store.create()
     targets = targets_of(LENGTHS)
-    store.write(range(2, 4), TopKTargets.cat(targets[2:4]))
+    write(store, [1, 3], targets)
     (tmp_path / "top_k_00000000.safetensors.tmp").write_bytes(b"cut off")
     again = open_store(tmp_path)
-    again.create(3)  # another run's wish: shards stay as they are
-    assert again.missing() == [range(2), range(4, 5)]
+    again.create()
+    assert again.missing([0, 1, 2]) == [0, 2]
     fill(again, targets)
-    assert torch.equal(again.read()[2].log_probs, targets[2].log_probs)
+    table = again.read()
+    for index in range(len(LENGTHS)):
+        assert torch.equal(table[index].log_probs, targets[index].log_probs)
+
+
+def test_responses_that_came_later_change_nothing(tmp_path: Path) -> None:
+    targets = targets_of(LENGTHS)
+    store = open_store(tmp_path, [3, 0, 4, 0, 0])  # two have been answered
+    store.create()
+    write(store, [0, 2], targets)
+    later = open_store(tmp_path)
+    assert later.missing(range(5)) == [1, 3, 4]
+    assert torch.equal(later.read()[2].log_probs, targets[2].log_probs)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("prompt_tokens", "c" * 64),
-        ("responses", "c" * 64),
-        ("teacher", "other"),
+        ("teacher_weights", "c" * 64),
         ("bf16", True),
         ("k", 3),
     ],
 )
 def test_targets_of_another_header_are_refused(tmp_path: Path, name: str, value: object) -> None:
-    open_store(tmp_path).create(2)
+    open_store(tmp_path).create()
     with pytest.raises(UserError, match=rf"--teacher-responses = .*top_k computed with {name} = "):
         open_store(tmp_path, **{name: value})
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "no safetensors", "other responses"])
+@pytest.mark.parametrize("damage", ["cut", "no safetensors", "other prompts"])
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
     store = open_store(tmp_path)
-    store.create(3)
+    store.create()
     targets = targets_of(LENGTHS)
-    fill(store, targets)
+    write(store, [0, 1, 2], targets)
+    write(store, [3, 4], targets)
     file = tmp_path / "top_k_00000003.safetensors"
-    if damage == "missing":
-        file.unlink()
-    elif damage == "cut":
+    if damage == "cut":
         file.write_bytes(file.read_bytes()[:-4])
     elif damage == "no safetensors":
         file.write_bytes(b"")
     else:
         (tmp_path / "top_k_00000000.safetensors").replace(file)
-        fill(store, targets)
     with pytest.raises(UserError, match=r"top_k_00000003\.safetensors.*is damaged; delete"):
         store.read()
+
+
+def test_targets_of_other_responses_are_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.create()
+    fill(store, targets_of(LENGTHS))
+    # The same number of tokens, cut into responses at another place.
+    with pytest.raises(UserError, match=r"top_k_00000000\.safetensors.*for other responses"):
+        open_store(tmp_path, [1, 3, 4, 2, 5]).read()

@@ -1,5 +1,7 @@
 """What d_opsd starts from is checked before any weight is read."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,20 @@ def test_what_cannot_teach_itself_is_refused(
         options = {"teacher_load": str(folder / options["teacher_load"])}
     with pytest.raises(UserError, match=message):
         _read(folder, model, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher_load": "full"}])
+def test_a_model_of_full_attention_keeps_its_blocks(
+    folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    shutil.copytree(folder / "full", tmp_path / "full")
+    file = tmp_path / "full" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"block_size": 16}))
+    options = {name: str(folder / value) for name, value in options.items()}
+    with pytest.raises(UserError, match=r"--block-size = 8: .*blocks of 16; choose 16"):
+        _read(folder, "full", load=str(tmp_path / "full"), block_size=8, **options)
+    config, inputs = _read(folder, "full", load=str(tmp_path / "full"), block_size=16, **options)
+    assert inputs.hf_config(config)["block_size"] == 16
 
 
 def test_prompts_without_answers_are_refused(folder: Path) -> None:

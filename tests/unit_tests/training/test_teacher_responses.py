@@ -48,6 +48,7 @@ def generate(config: Config, inputs: RunInputs, prompts_per_shard: int = 3) -> N
             config,
             store,
             inputs.data,
+            range(PROMPTS),
             lambda: teacher,
             inputs.special_tokens,
             512,
@@ -97,7 +98,8 @@ def test_interrupted_generation_goes_on_where_it_stopped(
             generate(config, inputs)
     store = inputs.response_store
     assert store is not None
-    assert store.missing() == [range(6, 9), range(9, 10)]
+    assert written == [[0, 1], [2, 3, 4]]
+    assert store.missing(range(PROMPTS)) == [5, 6, 7, 8, 9]
     kept = {file.name: file.stat().st_mtime_ns for file in store.folder.iterdir()}
     asked: list[int] = []
     rollout = RolloutEngine.generate
@@ -108,11 +110,11 @@ def test_interrupted_generation_goes_on_where_it_stopped(
 
     monkeypatch.setattr(RolloutEngine, "generate", counting)
     generate(config, read_inputs(config))
-    assert asked == [6, 7, 8, 9]
+    assert asked == [5, 6, 7, 8, 9]
     assert kept.items() <= {f.name: f.stat().st_mtime_ns for f in store.folder.iterdir()}.items()
     assert stored(store) == stored(whole[1].response_store)
     generate(config, inputs)
-    assert asked == [6, 7, 8, 9]  # nothing is missing any more
+    assert asked == [5, 6, 7, 8, 9]  # nothing is missing any more
 
 
 def test_responses_of_another_run_are_refused_before_models_are_built(
@@ -125,6 +127,24 @@ def test_responses_of_another_run_are_refused_before_models_are_built(
     changed = dataclasses.replace(config.rollout, temperature=0.7)
     with pytest.raises(UserError, match=r"temperature = 1\.0, this run has 0\.7"):
         read_inputs(dataclasses.replace(config, rollout=changed))
+
+
+def test_responses_belong_to_weights_and_not_to_a_folder(folder: Path, tmp_path: Path) -> None:
+    from megatron_dlm.errors import UserError
+
+    here, moved = tmp_path / "here", tmp_path / "moved"
+    save_random_model(here)
+    config, inputs = off_policy(folder, tmp_path / "run", teacher_load=str(here))
+    generate(config, inputs)
+    here.rename(moved)
+    options: dict[str, Any] = dict(teacher_load=str(moved))
+    assert stored(off_policy(folder, tmp_path / "run", **options)[1].response_store)
+    save_random_model(moved, seed=1)  # trained again in place: files of the same names and sizes
+    with pytest.raises(UserError, match=r"--teacher-responses = .*teacher_weights = "):
+        off_policy(folder, tmp_path / "run", **options)
+    save_random_model(moved)
+    with pytest.raises(UserError, match=r"bf16 = False, this run has True"):
+        off_policy(folder, tmp_path / "run", **options, bf16=True)
 
 
 def test_sft_takes_the_teachers_responses_and_lets_the_teacher_go(
@@ -156,9 +176,9 @@ def test_sft_takes_the_teachers_responses_and_lets_the_teacher_go(
 def test_mixture_is_decided_by_the_sample(folder: Path, tmp_path: Path) -> None:
     config = run_config(folder, folder / "dense", teacher_response_fraction=0.5, save=str(tmp_path))
     inputs = read_inputs(config)
-    samples = [(sample, sample % PROMPTS) for sample in range(20)]
     with initialized(config):
         run = build_run(config, inputs)
+        samples = run.sampler.samples(0, 20)
         trajectories = run.source.trajectories(samples, 0)
         part = run.source.trajectories(samples[1::3], 0)
     assert [t.sample_index for t in trajectories] == list(range(20))
@@ -166,9 +186,9 @@ def test_mixture_is_decided_by_the_sample(folder: Path, tmp_path: Path) -> None:
     assert given == {g for g in range(20) if takes_given_response(config.data.seed, g, 0.5)}
     assert 0 < len(given) < 20
     responses = stored(inputs.response_store)
-    for trajectory in trajectories:
+    for trajectory, (_, record) in zip(trajectories, samples, strict=True):
         if trajectory.sample_index in given:
-            assert trajectory.response_ids.tolist() == responses[trajectory.sample_index % PROMPTS]
+            assert trajectory.response_ids.tolist() == responses[record]
     for trajectory, other in zip(part, trajectories[1::3], strict=True):
         assert torch.equal(trajectory.response_ids, other.response_ids)
 
@@ -217,11 +237,58 @@ def test_fraction_over_the_rollouts(schedule: str, expected: list[float]) -> Non
     assert fractions == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_the_teacher_answers_what_the_run_takes_and_a_longer_run_the_rest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    """Which records a run takes is asked of the run itself, batch by batch."""
+    options: dict[str, Any] = dict(
+        save=str(tmp_path),
+        rollout_batch_size=2,
+        global_batch_size=2,
+        teacher_response_fraction=0.4,
+        teacher_response_fraction_schedule=schedule,
+    )
+    asked: list[int] = []
+    write = ResponseStore.write
+
+    def watched(self: ResponseStore, prompts: Any, responses: Any) -> None:
+        asked.extend(prompts)
+        write(self, prompts, responses)
+
+    monkeypatch.setattr(ResponseStore, "write", watched)
+    taken: set[int] = set()
+    for rollouts in (3, 10):
+        before = set(asked)
+        config = run_config(folder, folder / "dense", **options, num_rollouts=rollouts)
+        with initialized(config):
+            run = build_run(config, read_inputs(config))
+            for rollout in range(rollouts):
+                samples = run.sampler.samples(2 * rollout, 2)
+                for trajectory, (_, record) in zip(
+                    run.source.trajectories(samples, rollout), samples, strict=True
+                ):
+                    if not trajectory.is_rollout:
+                        taken.add(record)
+        assert len(asked) == len(set(asked))  # nothing is asked twice
+        assert before < set(asked) == taken < set(range(PROMPTS))
+
+
+def test_a_short_run_leaves_the_rest_of_the_file(folder: Path, tmp_path: Path) -> None:
+    config, inputs = off_policy(folder, tmp_path, train_iters=3, global_batch_size=2)
+    with initialized(config):
+        run = build_run(config, inputs)
+        used = {record for _, record in run.sampler.samples(0, 6)}
+    answered = {index for index, ids in enumerate(stored(inputs.response_store)) if ids}
+    assert answered == used
+    assert len(used) == 6
+
+
 def test_header_says_what_was_generated(folder: Path, tmp_path: Path) -> None:
     config, inputs = off_policy(folder, tmp_path)
     generate(config, inputs, PROMPTS)
     header = json.loads((tmp_path / "teacher_responses" / "header.json").read_text())
     assert header["prompts"] == inputs.data.file.fingerprint
     assert header["teacher"] == str((folder / "dense").resolve())
-    assert header["num_prompts"] == header["prompts_per_shard"] == PROMPTS
+    assert header["num_prompts"] == PROMPTS
     assert (header["temperature"], header["max_response_length"]) == (1.0, 16)

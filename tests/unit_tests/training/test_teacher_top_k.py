@@ -123,7 +123,7 @@ def test_interrupted_computation_goes_on_where_it_stopped(
         patch.setattr(TopKStore, "write", failing)
         with pytest.raises(KeyboardInterrupt):
             built(config)
-    assert written == [range(3), range(3, 6)]
+    assert written == [[0, 1], [2, 3, 4]]
     store = tmp_path / "teacher_responses" / f"top_{K}"
     kept = {file.name: file.read_bytes() for file in store.iterdir()}
     trajectories = annotated(config)
@@ -140,11 +140,21 @@ def test_interrupted_computation_goes_on_where_it_stopped(
         torch.testing.assert_close(targets.log_probs, expected.log_probs)
 
 
+def test_a_teacher_that_moved_is_not_asked_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_random_model(tmp_path / "here")
+    built(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
+    (tmp_path / "here").rename(tmp_path / "moved")
+    monkeypatch.setattr(teacher_choice, "build_teacher", None)  # cannot be called
+    built(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
+
+
 def test_targets_of_other_responses_are_refused(folder: Path, tmp_path: Path) -> None:
     config = off_policy(folder, tmp_path)
     built(config)
     responses = next((tmp_path / "teacher_responses").glob("*.jsonl"))
     text = responses.read_text()
     responses.write_text(text.replace('"response_ids": [', '"response_ids": [9, ', 1))
-    with pytest.raises(UserError, match=r"top_6.*computed with responses = .*another folder"):
+    with pytest.raises(UserError, match=r"top_6.*computed for other responses.*; delete it"):
         built(config)

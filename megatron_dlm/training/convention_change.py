@@ -1,0 +1,41 @@
+"""A diffusion model that a run trains under another convention than its own: said, not refused.
+
+Growing the block size of a model is a recipe; to lose what it had learnt under full attention may
+be a mistake.
+"""
+
+from megatron_dlm.config import Config
+from megatron_dlm.models.architecture import DiffusionConvention, diffusion_convention
+from megatron_dlm.training.inputs import RunInputs
+
+
+def changed_convention(config: Config, inputs: RunInputs) -> list[str]:
+    """A warning, if the run makes another kind of model of the diffusion model in `--load`.
+
+    Args:
+        config: The run's configuration.
+        inputs: With the source of the weights.
+    """
+    source = inputs.source
+    if source is None or source.convention is None:
+        return []
+    stated, written = source.architecture.hf_config, inputs.hf_config(config)
+    trained = diffusion_convention(written)
+    block_size = written.get("block_size")
+    if trained == source.convention and stated.get("block_size", block_size) == block_size:
+        return []
+    blocks = "" if block_size is None else f" and --block-size {block_size}"
+    return [
+        f"warning: the config.json of --load {source.path} states "
+        f"{_described(source.convention, stated.get('block_size'))}; with "
+        f"--objective {config.objective.objective}{blocks} this run makes it "
+        f"{_described(trained, block_size)}"
+    ]
+
+
+def _described(convention: DiffusionConvention | None, block_size: int | None) -> str:
+    if convention is None:
+        return "an autoregressive model"
+    logits = "shifted" if convention.shifted else "unshifted"
+    blocks = "" if block_size is None else f", blocks of {block_size}"
+    return f"a diffusion model ({convention.attention_pattern} attention, {logits} logits{blocks})"

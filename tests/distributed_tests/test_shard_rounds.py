@@ -1,0 +1,37 @@
+"""Prompts are dealt out evenly, and a replica may be behind for longer than a collective waits."""
+
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_dlm.config import Config
+from megatron_dlm.training.initialize import initialized
+from megatron_dlm.training.shard_rounds import rounds
+from tests.distributed_tests.spawn import run_distributed
+
+TIMEOUT = timedelta(seconds=2)
+
+
+def _deal(rank: int) -> tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]:
+    """What this rank is dealt: with rank 1 slow, and where one shard each could not be equal."""
+    with initialized(Config.from_dict({"device": "cpu"})):
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
+        slowly = []
+        for dealt in rounds([0, 1, 2, 3, 4], "test", prompts_per_shard=1):
+            slowly.append(dealt)
+            if rank == 1:
+                time.sleep(TIMEOUT.seconds)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60), dist.group.WORLD)
+        return slowly, list(rounds([3, 4, 8, 9, 11], "test", prompts_per_shard=4))
+
+
+def test_work_is_dealt_evenly_and_the_slowest_is_waited_for() -> None:
+    (first, evenly_first), (last, evenly_last) = run_distributed(_deal, 2)
+    # Six shards of at most one prompt: one of them has none.
+    assert len(first) == len(last) == 3
+    shards = [shard for shard, _ in first + last]
+    assert sorted(index for shard in shards for index in shard) == [0, 1, 2, 3, 4]
+    assert max(map(len, shards)) == 1
+    assert all(most == 1 for _, most in first + last)
+    assert (evenly_first, evenly_last) == ([([3, 4], 3)], [([8, 9, 11], 3)])

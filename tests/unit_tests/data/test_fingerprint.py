@@ -1,0 +1,34 @@
+"""A large file is told apart by its ends and its size."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from megatron_dlm.data.fingerprint import add_ends
+
+MIB = 1 << 20
+
+
+def fingerprint(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    digest = hashlib.sha256()
+    add_ends(digest, path)
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 10, MIB, MIB + 1, 3 * MIB])
+def test_what_is_digested(tmp_path: Path, size: int) -> None:
+    content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    expected = hashlib.sha256(content[:MIB] + content[-MIB:] + str(size).encode())
+    assert fingerprint(tmp_path / "a", content) == expected.hexdigest()
+
+
+@pytest.mark.parametrize("position", [0, MIB - 1, 2 * MIB, 3 * MIB - 1])
+def test_both_ends_count(tmp_path: Path, position: int) -> None:
+    content = bytearray(3 * MIB)
+    before = fingerprint(tmp_path / "a", content)
+    assert fingerprint(tmp_path / "elsewhere", content) == before
+    content[position] = 1
+    assert fingerprint(tmp_path / "a", content) != before
+    assert fingerprint(tmp_path / "a", bytes(3 * MIB + 1)) != before

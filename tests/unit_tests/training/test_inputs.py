@@ -1,0 +1,114 @@
+"""What a run reads is measured against the model; another kind of model is announced."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dlm.errors import UserError
+from megatron_dlm.training.convention_change import changed_convention
+from megatron_dlm.training.inputs import read_inputs
+from tests.tiny import run_config, run_training, save_random_model, write_data
+
+FULL = {"attention_pattern": "full", "shifted": True}
+BLOCKS = {"attention_pattern": "block_causal", "shifted": False, "block_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_data(folder)
+    save_random_model(folder / "ar")
+    return folder
+
+
+def stating(folder: Path, model: Path, **config: Any) -> Path:
+    """The model with more in its config.json."""
+    model.mkdir()
+    for file in (folder / "ar").iterdir():
+        (model / file.name).symlink_to(file)
+    stated = json.loads((folder / "ar" / "config.json").read_text()) | config
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps(stated))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("stated", "objective", "options", "before", "after"),
+    [
+        (FULL, "sft", {}, "full attention, shifted logits)", "unshifted logits, blocks of 4)"),
+        (FULL, "next_token", {}, "full attention, shifted", "makes it an autoregressive model"),
+        (BLOCKS, "next_token", {}, "logits, blocks of 8)", "makes it an autoregressive model"),
+        (BLOCKS, "scp", {}, "block_causal attention, unsh", "full attention, shifted logits)"),
+        (BLOCKS, "sft", {"block_size": 16}, "blocks of 8)", "blocks of 16)"),
+        ({"block_size": 8}, "sft", {}, "blocks of 8)", "blocks of 4)"),
+        ({**FULL, "shifted": False}, "scp", {}, "full attention, unshifted", "full attention, sh"),
+        ({**FULL, "block_size": 8}, "scp", {}, "shifted logits, blocks of 8)", "shifted logits)"),
+    ],
+)
+def test_another_convention_is_announced(
+    folder: Path,
+    tmp_path: Path,
+    stated: dict[str, Any],
+    objective: str,
+    options: dict[str, Any],
+    before: str,
+    after: str,
+) -> None:
+    model = stating(folder, tmp_path / "model", **stated)
+    config = run_config(folder, model, objective=objective, **options)
+    (line,) = changed_convention(config, read_inputs(config))
+    told, made = line.split("; ")
+    assert str(model) in told
+    assert before in told
+    assert f"--objective {objective}" in made
+    assert after in made
+
+
+@pytest.mark.parametrize(
+    ("stated", "objective", "options"),
+    [
+        ({}, "sft", {}),
+        ({}, "next_token", {}),
+        (FULL, "scp", {}),
+        (BLOCKS, "sft", {"block_size": 8}),
+        ({"model_type": "sdar"}, "sft", {"block_size": 8}),
+        (FULL, "d_opsd", {"lora_rank": 2, "block_size": 8}),
+        (BLOCKS, "d_opsd", {"lora_rank": 2, "block_size": 8}),
+    ],
+)
+def test_a_kept_convention_and_a_conversion_are_not(
+    folder: Path, tmp_path: Path, stated: dict[str, Any], objective: str, options: dict[str, Any]
+) -> None:
+    model = stating(folder, tmp_path / "model", **stated)
+    config = run_config(folder, model, objective=objective, **options)
+    assert changed_convention(config, read_inputs(config)) == []
+
+
+def test_it_is_said_once_and_not_again_when_the_run_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, save = stating(folder, tmp_path / "model", **BLOCKS), str(tmp_path / "run")
+    options = dict(objective="sft", save=save, train_iters=2, lr_decay_iters=3)
+    run_training(run_config(folder, model, **options))
+    assert capsys.readouterr().out.count("warning: the config.json of --load") == 1
+    run_training(run_config(folder, Path(save), **{**options, "train_iters": 3}))
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["train_data", "valid_data"])
+@pytest.mark.parametrize("objective", ["sft", "next_token"])
+def test_examples_longer_than_the_model_are_refused(
+    folder: Path, tmp_path: Path, objective: str, option: str
+) -> None:
+    model = stating(folder, tmp_path / "model", max_position_embeddings=40)
+    short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
+    line = {"prompt": "1" * 20, "response": "2" * 19}
+    short.write_text((json.dumps(line) + "\n") * 4)
+    long.write_text(json.dumps(line) + "\n" + json.dumps(line | {"prompt": "1" * 21}) + "\n")
+    files = {"train_data": str(short), option: str(long)}
+    config = run_config(folder, model, objective=objective, eval_iters=1, **files)
+    with pytest.raises(UserError, match=r"long.jsonl:2: length of .* = 41: exceeds .* 40 pos"):
+        read_inputs(config)
+    read_inputs(run_config(folder, model, objective=objective, train_data=str(short)))
