@@ -22,7 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(
     folder: Path, tmp_path: Path, model: str = "dense", **options: Any
 ) -> list[dict[str, Any]]:
-    options = {"rollout_batch_size": 8, **options}
+    if "objective" not in options:
+        options = {"rollout_batch_size": 8, **options}
     return run_training(run_config(folder, folder / model, save=str(tmp_path / "run"), **options))
 
 
