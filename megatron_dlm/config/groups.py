@@ -348,6 +348,11 @@ class SelfDistillationConfig:
     divergence_term_limit: float = 0.05
     """Largest share of one vocabulary entry in a divergence; what lies above has no gradient."""
 
+    max_row_tokens: int | None = None
+    """Longest row in tokens, of the teacher and of a full-attention student, where every state is a
+    text as long as prompt and response: more states form further rows, with the same loss (default:
+    all states of --micro-batch-size responses form one row)."""
+
 
 @dataclass(frozen=True)
 class ParameterGroup:

@@ -40,6 +40,7 @@ AT_LEAST_ONE = (
     "max_tries",
     "positions_per_state",
     "teacher_top_k",
+    "max_row_tokens",
 )
 """Fields whose value, when there is one, is a count of at least 1."""
 

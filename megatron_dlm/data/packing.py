@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.distillation.top_k_targets import TopKTargets
-from megatron_dlm.models.forward import Row, pad_row
+from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
+from megatron_dlm.models.forward import Row, pad_row, texts_of_rows
 from megatron_dlm.objectives.base import Document
 
 
@@ -87,6 +88,51 @@ def pack(
         teacher_hidden=torch.cat(hidden) if len(hidden) == len(documents) else None,
         teacher_top_k=TopKTargets.cat(top_k) if len(top_k) == len(documents) else None,
         loss_count=sum(d.loss_count != 0 for d in documents) if row_mean else sum(loss_counts),
+    )
+
+
+def cut_row(batch: TrainingBatch, max_tokens: int, pad_multiple: int = 1) -> list[TrainingBatch]:
+    """Cut a row between texts that do not see each other, so that less exists at a time.
+
+    Loss sums of the parts add up to that of the row; its loss count stays with the first part.
+
+    Args:
+        batch: What `pack` returned.
+        max_tokens: Of a part, before padding; a longer text is a part of its own.
+        pad_multiple: Each part is padded to a multiple of this.
+    """
+    assert isinstance(batch.row.attention, Tensor)
+    text = batch.row.attention[Field.DOCUMENT]
+    lengths = text[text != PADDING_DOCUMENT].bincount()  # numbered in the order in which they lie
+    ends = [0, *lengths.cumsum(0).tolist()]
+    return [
+        _part(batch, ends[texts.start], ends[texts.stop], pad_multiple)
+        for texts in texts_of_rows(lengths.tolist(), max_tokens)
+    ]
+
+
+def empty_row(batch: TrainingBatch, pad_multiple: int = 1) -> TrainingBatch:
+    """A row like another one, of padding only: it adds exactly zero to loss and gradient."""
+    return replace(_part(batch, 0, 0, pad_multiple), loss_count=0)
+
+
+def _part(batch: TrainingBatch, start: int, end: int, pad_multiple: int) -> TrainingBatch:
+    row, hidden, top_k = batch.row, batch.teacher_hidden, batch.teacher_top_k
+    assert isinstance(row.attention, Tensor)
+    inside = (batch.supervised >= start) & (batch.supervised < end)
+    tokens = Row(
+        token_ids=row.token_ids[start:end],
+        position_ids=row.position_ids[start:end],
+        attention=row.attention[:, start:end].contiguous(),
+    )
+    return TrainingBatch(
+        row=pad_row(tokens, pad_multiple),
+        supervised=batch.supervised[inside] - start,
+        labels=batch.labels[inside],
+        weights=batch.weights[inside],
+        teacher_hidden=None if hidden is None else hidden[inside.to(hidden.device)],
+        teacher_top_k=None if top_k is None else top_k[inside],
+        loss_count=batch.loss_count if start == 0 else 0,
     )
 
 

@@ -23,7 +23,7 @@ from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.attention_layout import Field, clean_layout
-from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.forward import Row, forward_hidden, most_rows, texts_of_rows
 from megatron_dlm.models.lora import adapters_disabled
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.rollout.trajectory import StateTargets, Trajectory
@@ -79,7 +79,7 @@ class SelfTeacher:
         self.model.train(training)
 
     def _annotate_row(self, trajectories: Sequence[Trajectory]) -> None:
-        """One forward over all states of some trajectories."""
+        """Forwards over all states of some trajectories."""
         block_size = self._config.model.block_size
         visited = [
             (trajectory, states_before_last_block(trajectory, block_size))
@@ -97,15 +97,38 @@ class SelfTeacher:
             )
             for trajectory, states in visited
         ]
-        hidden = forward_hidden(self.model, [_row(views)])
+        texts = [text for view in views for text in view]
+        wanted = [
+            (states.current.roll(-1, 1) if self._shifted else states.current).flatten()
+            for _, states in visited
+        ]
+        hidden = self._hidden(texts, torch.cat([torch.empty(0, dtype=torch.bool), *wanted]))
         start = 0
-        for (trajectory, states), view in zip(visited, views, strict=True):
-            rows = None if hidden is None else hidden[0][start : start + view.numel()]
-            trajectory.targets = self._targets(states, rows)
-            start += view.numel()
+        for (trajectory, states), chosen in zip(visited, wanted, strict=True):
+            end = start + int(chosen.sum())
+            trajectory.targets = self._targets(
+                states, None if hidden is None else hidden[start:end]
+            )
+            start = end
+
+    def _hidden(self, texts: Sequence[Tensor], wanted: Tensor) -> Tensor | None:
+        """Hidden states of the wanted tokens [sum of C] of texts [C], on the last stage."""
+        limit = self._config.self_distillation.max_row_tokens
+        rows = texts_of_rows([len(text) for text in texts], limit)
+        if limit is not None:
+            rows += [slice(0, 0)] * (most_rows(len(rows)) - len(rows))
+        found, start = [], 0
+        for chosen in rows:
+            row = _row(texts[chosen])
+            end = start + len(row.token_ids)
+            hidden = forward_hidden(self.model, [row])
+            if hidden is not None:
+                found.append(hidden[0][wanted[start:end].to(hidden[0].device)])
+            start = end
+        return torch.cat(found) if found else None
 
     def _targets(self, states: VisitedStates, hidden: Tensor | None) -> StateTargets:
-        """The targets of one trajectory, from its hidden states [m * C, h] on the last stage."""
+        """The targets of one trajectory, from the hidden states that predict its masked tokens."""
         options = self._config.self_distillation
         counts = states.current.sum(1).clamp(max=options.positions_per_state)
         state = torch.repeat_interleave(counts)
@@ -134,10 +157,9 @@ class SelfTeacher:
         """Positions [n] with the likeliest tokens of each state, ascending, and their targets."""
         options = self._config.self_distillation
         state, position = states.current.nonzero(as_tuple=True)
-        source = state * states.current.shape[1] + position - int(self._shifted)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         top_k = vocab_parallel_top_k(
-            hidden[source.to(hidden.device)],
+            hidden,
             head_weight(self.model),
             options.teacher_top_k,
             self._vocab_size,
@@ -182,12 +204,10 @@ def teacher_view(
     return canvas.expand_as(masked).masked_fill(masked, mask_token_id)
 
 
-def _row(views: Sequence[Tensor]) -> Row:
-    """One row of all views [m, C], each state a text of its own under full attention."""
-    lengths = [view.shape[1] for view in views for _ in range(view.shape[0])]
-    if not lengths:  # ranks that share experts run this forward all the same
+def _row(texts: Sequence[Tensor]) -> Row:
+    """One row of texts [C], each seeing all of itself."""
+    if not texts:  # ranks that share experts run this forward all the same
         none = torch.empty(0, dtype=torch.int64)
         return Row(none, none, torch.empty(4, 0, dtype=torch.int32))
-    layout = clean_layout(lengths, "full", block_size=1)
-    token_ids = torch.cat([view.flatten() for view in views])
-    return Row(token_ids, layout[Field.POSITION].long(), layout)
+    layout = clean_layout([len(text) for text in texts], "full", block_size=1)
+    return Row(torch.cat(list(texts)), layout[Field.POSITION].long(), layout)

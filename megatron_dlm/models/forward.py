@@ -49,6 +49,36 @@ def pad_row(row: Row, multiple: int) -> Row:
     )
 
 
+def texts_of_rows(lengths: Sequence[int], max_tokens: int | None) -> list[slice]:
+    """Which texts share a row, in their order: as many as fit.
+
+    Args:
+        lengths: Tokens of each text.
+        max_tokens: Of a row; a longer text is a row of its own. None is no limit.
+
+    Returns:
+        At least one row, of no text if there is none.
+    """
+    rows, first, tokens = [], 0, 0
+    for text, length in enumerate(lengths):
+        if max_tokens is not None and tokens and tokens + length > max_tokens:
+            rows.append(slice(first, text))
+            first, tokens = text, 0
+        tokens += length
+    return [*rows, slice(first, len(lengths))]
+
+
+def most_rows(rows: int) -> int:
+    """The most rows that a data-parallel rank has; all ranks call this.
+
+    Ranks that share experts run equally many, empty ones in place of those that they do not have.
+    """
+    most = torch.tensor([rows], device=platform.device())
+    group = parallel_state.get_data_parallel_group()
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+    return int(most.item())
+
+
 def sequence_parallel_multiple(model: torch.nn.Module) -> int:
     """What the length of a row in `forward_hidden` is padded to a multiple of."""
     config = get_model_config(model)

@@ -13,9 +13,10 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dlm import platform
-from megatron_dlm.data.packing import TrainingBatch, pack
+from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.models.attention import FLEX_TILE
+from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.checkpointing import is_rank_zero
@@ -104,7 +105,7 @@ def micro_batches(
         )
         for trajectory in chosen
     ]
-    return [
+    rows = [
         pack(
             documents[start : start + training.micro_batch_size],
             pad_multiple=multiple,
@@ -112,6 +113,11 @@ def micro_batches(
         )
         for start in range(0, local, training.micro_batch_size)
     ]
+    max_tokens = run.config.self_distillation.max_row_tokens
+    if max_tokens is None:
+        return rows
+    rows = [part for row in rows for part in cut_row(row, max_tokens, multiple)]
+    return rows + [empty_row(rows[0], multiple)] * (most_rows(len(rows)) - len(rows))
 
 
 def train(run: Run) -> None:

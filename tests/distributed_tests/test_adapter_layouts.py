@@ -26,8 +26,9 @@ from tests.tiny import (
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapters": ("dense", dict(lora_rank=3, lora_alpha=6, micro_batch_size=2)),
     "d_opsd": ("block_causal", dict(objective="d_opsd", lora_rank=3, lora_alpha=6)),
-    "d_opsd full copy": ("full", dict(objective="d_opsd", micro_batch_size=2)),
-    "moe d_opsd": ("moe", dict(objective="d_opsd", lora_rank=3)),
+    # Rows of ranks are cut into unequal numbers of parts.
+    "d_opsd full copy": ("full", dict(objective="d_opsd", micro_batch_size=2, max_row_tokens=300)),
+    "moe d_opsd": ("moe", dict(objective="d_opsd", lora_rank=3, max_row_tokens=300)),
 }
 """Model and options by name; without adapters d_opsd has a frozen copy of the model."""
 

@@ -41,6 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder)
     save_random_model(folder / "model")
     state_convention(folder / "model", "block_causal", shifted=False)
+    save_random_model(folder / "full")
+    state_convention(folder / "full", "full", shifted=True)
     return folder
 
 
@@ -88,6 +90,29 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     weights = _exported(broken, tmp_path / "broken_hf")
     for name, tensor in _exported(tmp_path / "whole", tmp_path / "whole_hf").items():
         assert torch.equal(weights[name], tensor), name
+
+
+def test_shorter_rows_train_alike(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[list[int]] = []
+    train_step = loop.train_step
+
+    def watched(*args: Any) -> Any:
+        lengths.append([len(batch.row.token_ids) for batch in args[4]])
+        return train_step(*args)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    options: dict[str, Any] = dict(lora_rank=3, micro_batch_size=2, num_rollouts=1)
+    whole = _run(folder, folder / "full", tmp_path / "whole", **options)
+    cut = _run(folder, folder / "full", tmp_path / "cut", max_row_tokens=300, **options)
+    together, apart = lengths[: len(whole)], lengths[len(whole) :]
+    assert max(map(max, together)) > 300 >= max(map(max, apart))
+    assert list(map(sum, together)) == list(map(sum, apart))
+    for line, other in zip(cut, whole, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert line.pop(key) == pytest.approx(other.pop(key), rel=1e-4)
+        assert line == other
 
 
 def test_a_new_run_starts_from_the_merged_weights(folder: Path, tmp_path: Path) -> None:
