@@ -270,7 +270,8 @@ def read_inputs(config: Config) -> RunInputs:
             _check_teacher(architecture, teacher_source)
         else:
             _check_self_teacher(architecture, convention, teacher_source)
-    validate_architecture(config, architecture, teacher_source and teacher_source.architecture)
+    teacher = None if teacher_source is None else teacher_source.architecture
+    validate_architecture(config, architecture, teacher)
     if config.model.tokenizer is not None:
         tokenizer_folder = Path(config.model.tokenizer)
     elif source is not None:
