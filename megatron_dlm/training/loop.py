@@ -135,7 +135,7 @@ def train(run: Run) -> None:
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
     if config.model.bf16:
-        for line in unseen_in_bf16(config, run.inputs.architecture.initializer_range):
+        for line in unseen_in_bf16(config, run.inputs.architecture):
             logger.print(line)
     saved_at = progress.iteration
     multiple = row_multiple(run)
