@@ -189,7 +189,7 @@ def main() -> int:
     if rank() == 0:
         if source.is_megatron and dtype == torch.bfloat16:
             run_config = config_of_run(saved_config(source.path))
-            for line in unseen_in_bf16(run_config, architecture.initializer_range):
+            for line in unseen_in_bf16(run_config, architecture):
                 print(line, file=sys.stderr)
         print(f"wrote {target} ({conversion.target_format}, {str(dtype).removeprefix('torch.')})")
     return 0

@@ -137,7 +137,7 @@ def train(run: Run) -> None:
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
     warnings = changed_convention(config, run.inputs)
     if config.model.bf16:
-        warnings += unseen_in_bf16(config, run.inputs.architecture.initializer_range)
+        warnings += unseen_in_bf16(config, run.inputs.architecture)
     for line in warnings:
         logger.print(line)
     saved_at = progress.iteration

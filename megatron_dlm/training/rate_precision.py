@@ -2,39 +2,49 @@
 
 Under `--bf16` the optimizer moves float32 master weights, so nothing is lost in training. But the
 copies that compute, and a bf16 export, hold a weight w in steps of about |w| / 256: where the
-master has moved by less than half of that, they are still what the run started from.
+master has moved by less than half of that, they are still what the run started from. Adapters lose
+nothing before they are merged into such weights.
 """
 
 import math
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import option_fields
+from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.training.optimizer import DEFAULT_GROUP
 
 HALF_STEP = 2.0**-9
 """Smallest relative change that can round a bf16 number to another one."""
 
 
-def unseen_in_bf16(config: Config, initializer_range: float) -> list[str]:
+def unseen_in_bf16(config: Config, architecture: Architecture) -> list[str]:
     """Warnings, one for each parameter group whose updates bf16 weights will hardly show.
 
     An Adam update is about as large as the learning rate, its sign close to random: n of them move
-    a weight by about lr * sqrt(n), which is compared with a weight of the usual size.
+    a weight by about lr * sqrt(n), which is compared with a weight of the usual size. Of adapters,
+    that is what B moves by; the weight that they are merged into moves by (alpha / r) B A.
 
     Args:
         config: The run's configuration.
-        initializer_range: Standard deviation of the weights, from config.json.
+        architecture: The model's; its `initializer_range` is the standard deviation of weights.
     """
+    usual, scale, moved = architecture.initializer_range, 1.0, "a weight"
+    where = "float32 master weights keep it, bf16 weights and exports do not"
+    rank = config.lora.lora_rank
+    if rank is not None:
+        # r products of an entry of B with one of A, which is uniform in +-1 / sqrt(inputs)
+        size_of_a = 1 / math.sqrt(3 * architecture.hidden_size)
+        scale = (config.lora.lora_alpha or rank) / rank * math.sqrt(rank) * size_of_a
+        moved, where = "a merged weight", "the adapters keep it, bf16 exports do not"
     rates = {group.pattern: group.lr for group in config.param_groups}
     warnings = []
     for name, given in {DEFAULT_GROUP: None, **rates}.items():
         lr = config.optimizer.lr if given is None else given
-        drift = lr * math.sqrt(config.train_iters)
-        if 0 < drift < HALF_STEP * initializer_range:
+        drift = lr * math.sqrt(config.train_iters) * scale
+        if 0 < drift < HALF_STEP * usual:
             warnings.append(
-                f"warning: parameter group {name}: {config.train_iters} updates at {lr:g} move a "
-                f"weight by about {drift:.1g}, less than bf16 shows at {initializer_range:g}; "
-                "float32 master weights keep it, bf16 weights and exports do not"
+                f"warning: parameter group {name}: {config.train_iters} updates at {lr:g} move "
+                f"{moved} by about {drift:.1g}, less than bf16 shows at {usual:g}; {where}"
             )
     return warnings
 

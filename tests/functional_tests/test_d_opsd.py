@@ -1,5 +1,7 @@
 """Self-distillation as a user runs it: it resumes, hands on what it learnt, and improves."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dlm.data.packing import pack
+from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.objectives.base import LossInputs
@@ -17,6 +20,7 @@ from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import Run, build_run
+from megatron_dlm.training.verified_rollout import TRY_STRIDE
 from tests.functional_tests.entry_points import CONVERT, run_process
 from tests.tiny import (
     REPOSITORY,
@@ -127,6 +131,72 @@ def test_a_new_run_starts_from_the_merged_weights(folder: Path, tmp_path: Path) 
     again = _run(folder, first, tmp_path / "second", finetune=True, **options)
     exported = _run(folder, tmp_path / "merged", tmp_path / "third", **options)
     assert again == exported
+
+
+def _rewrite(file: Path, changes: Callable[[int], dict[str, str]]) -> None:
+    """Change fields of each record, by its number."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.dumps(record | changes(i)) + "\n" for i, record in enumerate(records)]
+    file.write_text("".join(lines))
+
+
+def _guessing_model(folder: Path) -> Path:
+    """A diffusion model that answers every problem with 1, 2 or 3, no matter what."""
+    _rewrite(folder / "examples.jsonl", lambda i: {"response": f"1 + 2 = 3\n#### {1 + i % 3}"})
+    start = save_random_model(folder / "random")
+    options: dict[str, Any] = dict(train_iters=60, lr=3e-2, min_lr=3e-3, adam_beta2=0.95)
+    options |= dict(global_batch_size=16, micro_batch_size=16, loss_weighting="none")
+    save = str(folder / "guessing")
+    run_training(run_config(folder, start, objective="sft", save=save, **options))
+    return Path(save)
+
+
+def _is_right(response: str, answer: str) -> bool:
+    """Whether the last #### of the response is followed by what an answer ends with."""
+    _, mark, given = response.rpartition("#### ")
+    return mark != "" and given.strip() == answer.split()[-1]
+
+
+def test_accuracy_is_that_of_the_answers(tmp_path: Path) -> None:
+    """With the reward of real runs: every try is decoded again and scored by another hand."""
+    write_data(tmp_path)
+    model = _guessing_model(tmp_path)
+    # As it is, as in GSM8K, and one that the model never gives.
+    answers = ("1", "5 - 3 = 2\n#### 2", "9 - 5 = 4\n#### 4")
+    _rewrite(tmp_path / "prompts.jsonl", lambda i: {"answer": answers[i % 3]})
+    prompts, tries = 24, 3
+    config = run_config(
+        tmp_path,
+        model,
+        objective="d_opsd",
+        finetune=True,
+        lora_rank=2,
+        max_tries=tries,
+        rollout_batch_size=prompts,
+        shuffle=False,
+        save=str(tmp_path / "run"),
+    )
+    inputs = read_inputs(config)
+    assert isinstance(inputs.data, PromptDataset)
+    right = []
+    with initialized(config):
+        run = build_run(config, inputs)
+        assert run.source.engine is not None
+        for number in range(tries):
+            samples = [inputs.data.sample(i, i + number * TRY_STRIDE) for i in range(prompts)]
+            responses = run.source.engine.generate(samples, config.rollout.max_response_length)
+            texts = [
+                str(inputs.tokenizer.decode(response.response_ids, skip_special_tokens=True))
+                for response in responses
+            ]
+            right.append([_is_right(text, answers[i % 3]) for i, text in enumerate(texts)])
+        train(run)
+    accuracy, solved = sum(right[0]) / prompts, sum(map(any, zip(*right, strict=True))) / prompts
+    assert 0 < accuracy < solved < 1
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        assert (metrics["accuracy"], metrics["solved_rate"]) == (accuracy, solved)
+        assert metrics["supervised_tokens"] > 0
 
 
 def _loss(run: Run, trajectories: list[Trajectory]) -> float:

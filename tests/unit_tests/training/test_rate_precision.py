@@ -4,9 +4,20 @@ import pytest
 import torch
 
 from megatron_dlm.config import Config
+from megatron_dlm.models.architecture import Architecture, architecture_from_hf
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
+from tests.tiny import DENSE
 
 RND1 = {"objective": "scp", "param_group_preset": "rnd1", "train_iters": 14_901}
+
+
+# examples/qwen3_8b/d_opsd.yaml: its adapters move visibly, what they are merged into does not.
+LORA = {"objective": "d_opsd", "num_rollouts": 16, "lr": 5e-6, "lora_rank": 128}
+
+
+def architecture(hidden_size: int) -> Architecture:
+    sizes = {**DENSE, "hidden_size": hidden_size, "initializer_range": 0.02, "rope_theta": 1e4}
+    return architecture_from_hf({"model_type": "qwen3", **sizes})
 
 
 @pytest.mark.parametrize(
@@ -15,6 +26,8 @@ RND1 = {"objective": "scp", "param_group_preset": "rnd1", "train_iters": 14_901}
         (RND1, ["default"]),
         ({**RND1, "param_group_preset": None, "lr": 3e-4}, []),
         ({"prompts": "p", "num_rollouts": 482, "lr": 1e-5}, []),
+        ({**LORA, "lora_alpha": 64}, ["default"]),
+        ({**LORA, "lora_alpha": 6400}, []),
         ({**RND1, "param_group_preset": None, "lr": 1e-8}, ["default"]),
         (
             {
@@ -28,8 +41,26 @@ RND1 = {"objective": "scp", "param_group_preset": "rnd1", "train_iters": 14_901}
     ],
 )
 def test_groups_that_bf16_hides(options: dict[str, object], groups: list[str]) -> None:
-    warnings = unseen_in_bf16(Config.from_dict(options), 0.02)
+    warnings = unseen_in_bf16(Config.from_dict(options), architecture(4096))
     assert [line.split("parameter group ")[1].split(":")[0] for line in warnings] == groups
+
+
+def test_the_estimate_holds_for_merged_adapters() -> None:
+    torch.manual_seed(0)
+    rank, alpha, inputs, lr, updates = 8, 4, 256, 1e-6, 400
+    a = torch.nn.Parameter((2 * torch.rand(rank, inputs) - 1) / inputs**0.5)
+    b = torch.nn.Parameter(torch.zeros(64, rank))
+    optimizer = torch.optim.AdamW([a, b], lr=lr)
+    for _ in range(updates):
+        a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+        optimizer.step()
+    moved = float((alpha / rank * b @ a).detach().square().mean().sqrt())
+    options = {"lr": lr, "lora_rank": rank, "lora_alpha": alpha, "global_batch_size": 4}
+    config = Config.from_dict({**options, "num_rollouts": updates, "rollout_batch_size": 4})
+    [warning] = unseen_in_bf16(config, architecture(inputs))
+    assert f"{updates} updates at 1e-06 move a merged weight" in warning
+    estimate = float(warning.split("by about ")[1].split(",")[0])
+    assert estimate / 3 < moved < 3 * estimate
 
 
 def test_a_saved_configuration_with_more_keys_is_read() -> None:
