@@ -71,6 +71,7 @@ OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token")
 """One run an objective, under every layout; `d_opsd` is in test_adapter_layouts.py. What else is in
 RUNS runs once under each kind of parallelism."""
 
+VARIANTS = tuple(run for run in RUNS if run not in OBJECTIVES)
 FOUR_PROCESS_VARIANTS = ("opdlm_global", "opdlm_all", "sft_of_teacher")
 """Those that run under products of kinds as well: four processes are slow on few cores."""
 
@@ -141,12 +142,13 @@ def _runs(
     layouts: dict[str, tuple[bool, dict[str, Any]]],
     others: tuple[str, ...],
     variants: Sequence[str],
+    objectives: Sequence[str] = OBJECTIVES,
 ) -> list[tuple[str, Path, dict[str, Any]]]:
     """Each objective under all layouts (mixture of experts or not, options), variants in some."""
     runs = []
     for layout, (moe, layout_options) in layouts.items():
         model = "moe" if moe else "dense"
-        for run in (*OBJECTIVES, *(variants if layout in others else ())):
+        for run in (*objectives, *(variants if layout in others else ())):
             options = {**_options(folder, model, run), **layout_options}
             runs.append((f"{layout} {run}", folder / model, options))
     return runs
@@ -173,15 +175,12 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
             assert line["validation_loss"] == held_out, name
 
 
-def _check_layouts(
+def _check_runs(
     world_size: int,
     folder: Path,
     single: dict[str, list[dict[str, Any]]],
-    layouts: dict[str, tuple[bool, dict[str, Any]]],
-    others: tuple[str, ...],
-    variants: Sequence[str] = tuple(run for run in RUNS if run not in OBJECTIVES),
+    runs: list[tuple[str, Path, dict[str, Any]]],
 ) -> None:
-    runs = _runs(folder, layouts, others, variants)
     results = run_distributed(_train, world_size, folder, runs, timeout_seconds=600)[0]
     for name, model, _ in runs:
         reference = f"single {model.name} {name.split()[-1]}"
@@ -193,12 +192,12 @@ def _check_layouts(
 
 def test_dense_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
     layouts = {name: (False, options) for name, options in DENSE_LAYOUTS.items()}
-    _check_layouts(2, folder, single, layouts, VARIANTS_DENSE)
+    _check_runs(2, folder, single, _runs(folder, layouts, VARIANTS_DENSE, VARIANTS))
 
 
 def test_moe_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
     layouts = {f"moe {name}": (True, options) for name, options in MOE_LAYOUTS.items()}
-    _check_layouts(2, folder, single, layouts, VARIANTS_MOE)
+    _check_runs(2, folder, single, _runs(folder, layouts, VARIANTS_MOE, VARIANTS))
 
 
 def test_a_teacher_of_another_kind(folder: Path, single: dict[str, Any]) -> None:
@@ -208,10 +207,10 @@ def test_a_teacher_of_another_kind(folder: Path, single: dict[str, Any]) -> None
         "EP2": (False, dict(expert_model_parallel_size=2)),
         "TP2": (False, dict(tensor_model_parallel_size=2)),
     }
-    _check_layouts(2, folder, single, layouts, tuple(layouts), ("opdlm_other_teacher",))
+    runs = _runs(folder, layouts, tuple(layouts), ("opdlm_other_teacher",), objectives=())
+    _check_runs(2, folder, single, runs)
 
 
 def test_layouts_of_four_processes(folder: Path, single: dict[str, Any]) -> None:
-    _check_layouts(
-        4, folder, single, FOUR_PROCESSES, VARIANTS_FOUR_PROCESSES, FOUR_PROCESS_VARIANTS
-    )
+    runs = _runs(folder, FOUR_PROCESSES, VARIANTS_FOUR_PROCESSES, FOUR_PROCESS_VARIANTS)
+    _check_runs(4, folder, single, runs)
