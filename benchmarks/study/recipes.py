@@ -33,7 +33,7 @@ class Sizes:
 
     Attributes:
         seeds: Runs of each recipe.
-        block_seeds: Runs at each block size of training.
+        block_seeds: Runs of the shipped recipe at each block size of training; 0 leaves them out.
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
@@ -42,7 +42,7 @@ class Sizes:
     """
 
     seeds: int = 3
-    block_seeds: int = 1
+    block_seeds: int = 0
     best_seeds: int = 1
     rollouts: int = 80
     best_rollouts: int = 160

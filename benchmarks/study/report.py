@@ -21,6 +21,7 @@ from benchmarks.study.tables import (
     forgetting_table,
     missing_list,
     own_block_size_table,
+    seeds_table,
     settings_table,
     teacher_gap_table,
 )
@@ -101,21 +102,20 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
         "points, speed in tokens per forward. A claim of *more* is supported if the first side "
         "exceeds the second by more than one standard deviation over seeds (pooled), not "
         "supported if it falls short by more, and not distinguishable in between. *Close* means "
-        f"within {CLOSE_POINTS:g} points; further apart, but within one standard deviation, is "
-        "not distinguishable. The papers' models are a thousand times larger and their problems "
-        "are others: what is compared is the direction.",
+        f"within {CLOSE_POINTS:g} points; not distinguishable is what differs by less than one "
+        "standard deviation that is itself larger. The papers' models are a thousand times larger "
+        "and their problems are others: what is compared is the direction.",
         claims_table(papers_claims(results)),
         "## Within reach of the teacher",
         claims_table(plateau_claims(results)),
         f"## Trained and decoded with blocks of {TRAINED_BLOCK_SIZE}",
         settings_table(results, known, TRAINED_BLOCK_SIZE),
         "![Accuracy against tokens per forward](accuracy_vs_speed.png)",
+        "Seed by seed, where there are several; a mean hides runs that never left the beginning:",
+        seeds_table(results, known),
         "Points of accuracy over the AR teacher, each recipe at the block size of its training:",
         teacher_gap_table(results, [recipe for recipe in known if recipe.example is not None]),
-        "## OPDLM by block size of training",
-        "The paper's figures 3b, 4 and 6 are about models that were trained with the block size "
-        "they decode with, as here:",
-        own_block_size_table(results, OWN_SIZES),
+        *_own_block_sizes(results),
         f"## Trained with blocks of {TRAINED_BLOCK_SIZE}, decoded with larger ones",
         "No paper's claim: how far a model stands a block size that it has never seen.",
     ]
@@ -153,6 +153,18 @@ _FORGETTING = (
     "the same weights read out autoregressively under a causal mask. Both recipes train attention "
     "at the same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
 )
+
+
+def _own_block_sizes(results: Sequence[Result]) -> list[str]:
+    """The section on training with other block sizes; nothing where none was trained with."""
+    if not {result["recipe"] for result in results} & set(OWN_SIZES.values()):
+        return []
+    return [
+        "## OPDLM by block size of training",
+        "The paper's figures 3b, 4 and 6 are about models that were trained with the block size "
+        "they decode with, as here:",
+        own_block_size_table(results, OWN_SIZES),
+    ]
 
 
 def _setup(study: dict[str, Any]) -> str:

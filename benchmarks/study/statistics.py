@@ -76,10 +76,10 @@ def verdict_greater(a: Sample, b: Sample) -> Verdict:
 
 
 def verdict_close(a: Sample, b: Sample, tolerance: float) -> Verdict:
-    """Whether the means differ by no more than a tolerance; beyond it, one std can hide it."""
+    """Whether the means differ by no more than a tolerance; a larger std can hide either."""
     difference, std = abs(a.mean - b.mean), pooled_std(a, b)
     if difference <= tolerance:
-        return "supported"
+        return "supported" if std is None or std <= tolerance else "not distinguishable"
     if std is not None and difference > std:
         return "not supported"
     return "not distinguishable"

@@ -44,6 +44,20 @@ def settings_table(results: Sequence[Result], recipes: Sequence[Recipe], block_s
     return markdown_table(headings, rows)
 
 
+def seeds_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
+    """Accuracy of each seed, in their order, at the block size of training."""
+    evaluation = f"block_{TRAINED_BLOCK_SIZE}"
+    rows = []
+    for recipe in recipes:
+        samples = [sample(results, recipe.name, accuracy(evaluation, name)) for name in SETTINGS]
+        if samples[0] is not None and len(samples[0].values) > 1:
+            values = (s.values if s else () for s in samples)
+            rows.append(
+                [recipe.title, *(" / ".join(f"{v:.1f}" for v in seeds) for seeds in values)]
+            )
+    return markdown_table(["", *map(_label, SETTINGS)], rows)
+
+
 def teacher_gap_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
     """Points of accuracy between the teacher and each recipe, at the block size of its training."""
     teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))

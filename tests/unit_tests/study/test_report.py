@@ -1,6 +1,7 @@
 """The report says what results.json holds, whichever way it came out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, Sizes
 from benchmarks.study.report import collect, write_report
 from megatron_dlm.errors import UserError
 
-SIZES = Sizes(seeds=3, rollouts=2, best_rollouts=3, heldout=4)
+SIZES = Sizes(seeds=3, block_seeds=1, rollouts=2, best_rollouts=3, heldout=4)
 ACCURACY = {"sft": 0.80, "off_policy": 0.70, "opdlm_off": 0.88, "opdlm": 0.90, "opdlm_global": 0.6}
 JITTER = (-0.005, 0.0, 0.005)
 
@@ -125,6 +126,7 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     write_report(output)
     report = (output / "report.md").read_text()
     assert "Incomplete" not in report
+    assert "| OPDLM, states per block | 87.5 / 88.0 / 88.5 | 85.5" in report
     assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
     assert "- Abacus, 7 cores, no GPU used; " in report
     assert "abc1234" in report
@@ -136,6 +138,25 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     raw = json.loads((output / "results.json").read_text())
     assert len(raw["cells"]) == len(all_cells(SIZES))
     assert all("curves" in cell["training"] for cell in raw["cells"] if "training" in cell)
+
+
+def test_other_block_sizes_of_training_are_left_out_on_request(tmp_path: Path) -> None:
+    cells = all_cells(replace(SIZES, block_seeds=0))
+    assert not {cell.recipe.name for cell in cells} & {"opdlm_mixture", "opdlm_block_16"}
+    for cell in cells:
+        common = {
+            "machine": {"cpu": "Abacus", "cores": 7},
+            "commit": "abc1234",
+            "date": "2026-01-02",
+            "seconds": 10.0,
+        }
+        results = {**common, **measured(cell.recipe.name, cell.seed)}
+        write_result(tmp_path, cell, cell.specification(), results)
+    collect(cells, tmp_path, tmp_path / "output", replace(SIZES, block_seeds=0))
+    write_report(tmp_path / "output")
+    report = (tmp_path / "output" / "report.md").read_text()
+    assert "Incomplete" not in report
+    assert "## OPDLM by block size of training" not in report
 
 
 def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:

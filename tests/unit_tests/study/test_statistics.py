@@ -65,6 +65,8 @@ def test_greater(a: tuple[float, ...], b: tuple[float, ...], expected: Verdict) 
         ((90, 91), (95, 96), "not supported"),
         ((80, 95), (90, 99), "not distinguishable"),
         ((90,), (95,), "not distinguishable"),
+        ((1, 98), (49, 50), "not distinguishable"),
+        ((90,), (91,), "supported"),
     ],
 )
 def test_close(a: tuple[float, ...], b: tuple[float, ...], expected: Verdict) -> None:
