@@ -10,7 +10,14 @@ import pytest
 
 from megatron_dlm.training.run import Run
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
-from tests.tiny import run_config, run_training, save_random_model, write_data
+from tests.tiny import (
+    reward_every_third,
+    run_config,
+    run_training,
+    save_random_model,
+    state_convention,
+    write_data,
+)
 
 PROMPTS = 16
 
@@ -65,11 +72,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
     "scp": dict(objective="scp", train_iters=2, eval_interval=2, eval_iters=2),
     "next_token": dict(objective="next_token", train_iters=2),
+    "d_opsd": dict(
+        objective="d_opsd",
+        rollout_batch_size=8,
+        lora_rank=2,
+        lora_target_modules=("linear_qkv", "linear_proj"),  # experts split by TP have no adapters
+    ),
 }
 
-OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token")
-"""One run an objective, under every layout; `d_opsd` is in test_adapter_layouts.py. What else is in
-RUNS runs once under each kind of parallelism."""
+OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd")
+"""One run an objective, under every layout; test_adapter_layouts.py has more of `d_opsd`. What else
+is in RUNS runs once under each kind of parallelism."""
 
 VARIANTS = tuple(run for run in RUNS if run not in OBJECTIVES)
 FOUR_PROCESS_VARIANTS = ("opdlm_global", "opdlm_all", "sft_of_teacher")
@@ -98,6 +111,8 @@ def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
     size = run.removeprefix("opdlm_").removesuffix("_teacher")
     if size in TEACHERS:
         options["teacher_load"] = str(folder / f"{model}_{size}")
+    if run == "d_opsd":
+        options["load"] = str(folder / f"{model}_diffusion")
     return options
 
 
@@ -109,7 +124,8 @@ def _train(rank: int, folder: Path, runs: list[tuple[str, Path, dict[str, Any]]]
             options = {**options, "valid_data_path": str(folder / "corpus_heldout")}
         config = run_config(folder, model, **{"save": save, **options})
         # One checkpoint a layout says enough; writing it takes longer than a short run.
-        with nullcontext() if name.endswith(" opdlm") else mock.patch.object(Run, "save"):
+        saving = nullcontext() if name.endswith(" opdlm") else mock.patch.object(Run, "save")
+        with saving, reward_every_third():
             results[name] = run_training(config)
         rejoin_world()
     return results
@@ -121,6 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder, PROMPTS)
     for model, moe in (("dense", False), ("moe", True)):
         save_random_model(folder / model, moe=moe)
+        diffusion = save_random_model(folder / f"{model}_diffusion", moe=moe)
+        state_convention(diffusion, "block_causal", shifted=False)
         for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
             of_experts = moe != (size == "other")
             save_random_model(folder / f"{model}_{size}", moe=of_experts, seed=seed, **changes)

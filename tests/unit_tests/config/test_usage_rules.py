@@ -118,6 +118,7 @@ CASES = [
     Case("divergence_top_k", 16, (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),
     Case("divergence_tail", "ignore", (*UNTAUGHT, D_OPSD, OPDLM), (TOP_16,)),
     Case("reveal_fraction", 0.5, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("max_row_tokens", 64, OTHER_DISTILLATION, (D_OPSD,)),
     Case("positions_per_state", 3, OTHER_DISTILLATION, (D_OPSD,)),
     Case("teacher_top_k", 9, OTHER_DISTILLATION, (D_OPSD,)),
     Case("divergence_term_limit", 0.2, OTHER_DISTILLATION, (D_OPSD,)),
