@@ -72,7 +72,7 @@ class Cell:
 def all_cells(sizes: Sizes) -> list[Cell]:
     """The cells of a study, by recipe and seed."""
     return [
-        Cell(recipe, seed, sizes.heldout)
+        Cell(recipe, seed, sizes.pretraining_heldout if recipe.documents else sizes.heldout)
         for recipe in recipes(sizes)
         for seed in range(1, recipe.seeds + 1)
     ]

@@ -39,6 +39,7 @@ class Sizes:
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
         documents: Documents of the corpus that SCP is pretrained on.
         heldout: Held-out problems that each setting is evaluated on.
+        pretraining_heldout: Of each kind, after SCP: full attention decodes without a cache.
     """
 
     seeds: int = 3
@@ -48,6 +49,7 @@ class Sizes:
     best_rollouts: int = 160
     documents: int = 20_000
     heldout: int = 250
+    pretraining_heldout: int = 64
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
     if forgetting is not None:
         sections += [
             "## What continual pretraining forgets",
-            _FORGETTING,
+            _FORGETTING.format(problems=study["sizes"]["pretraining_heldout"]),
             forgetting,
             "![Losses of continual pretraining](forgetting.png)",
         ]
@@ -152,6 +152,7 @@ _FORGETTING = (
     "decoded by diffusion as trained (full attention, shifted, four positions at a time), and with "
     "the same weights read out autoregressively under a causal mask. Both recipes train attention "
     "at the same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
+    " Both kinds have {problems} problems each."
 )
 
 

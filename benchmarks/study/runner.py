@@ -140,6 +140,7 @@ def _evaluate(
     output = folders.run(cell) / f"{evaluation.name}.json"
     arguments: list[object] = ["--load", load, "--output", output]
     arguments += ["--data", heldout_path(folders.data, evaluation.data)]
+    arguments += ["--max-examples", cell.num_heldout]
     arguments += ["--max-response-length", max_response_length()]
     arguments += ["--settings", ",".join(evaluation.settings)]
     if evaluation.block_size is not None:
