@@ -33,7 +33,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 """Model and options by name; without adapters d_opsd has a frozen copy of the model."""
 
 DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2": dict(tensor_model_parallel_size=2),
     "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "PP2": dict(pipeline_model_parallel_size=2, recompute_granularity="full"),
     "DP2": dict(use_distributed_optimizer=True),

@@ -85,7 +85,7 @@ OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d
 is in RUNS runs once under each kind of parallelism."""
 
 VARIANTS = tuple(run for run in RUNS if run not in OBJECTIVES)
-FOUR_PROCESS_VARIANTS = ("opdlm_global", "opdlm_all", "sft_of_teacher")
+FOUR_PROCESS_VARIANTS = ("opdlm_all",)
 """Those that run under products of kinds as well: four processes are slow on few cores."""
 
 OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
