@@ -21,20 +21,26 @@ def plot_accuracy_against_speed(
     results: Sequence[Result], recipes: Sequence[Recipe], own_sizes: dict[int, str], path: Path
 ) -> None:
     """Accuracy against tokens per forward: every recipe, and OPDLM trained by block size."""
-    figure, (objectives, sizes) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    own = {result["recipe"] for result in results} & set(own_sizes.values())
+    panels = 2 if own else 1
+    figure, axes_of_row = plt.subplots(
+        1, panels, figsize=(6.5 * panels, 5), layout="constrained", squeeze=False
+    )
+    objectives, sizes = axes_of_row[0, 0], axes_of_row[0, -1]
     for recipe in recipes:
         if recipe.name != "teacher" and recipe.options.get("block_size") is None:
             _draw_settings(objectives, results, recipe.name, TRAINED_BLOCK_SIZE, recipe.title)
-    for size in BLOCK_SIZES:
+    for size in BLOCK_SIZES if own else ():
         _draw_settings(sizes, results, own_sizes[size], size, f"blocks of {size}")
     teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
-    for axes in (objectives, sizes):
+    for axes in axes_of_row[0]:
         if teacher is not None:
             axes.axhline(teacher.mean, color="gray", linestyle=":", label="AR teacher")
         axes.set(xlabel="tokens per forward", ylabel="held-out accuracy, %")
         axes.legend(fontsize=8)
     objectives.set_title(f"Blocks of {TRAINED_BLOCK_SIZE}: static, dynamic 0.9, 0.8, 0.7")
-    sizes.set_title("OPDLM, trained and decoded with the same block size")
+    if own:
+        sizes.set_title("OPDLM, trained and decoded with the same block size")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
