@@ -1,7 +1,7 @@
 # make setup       create .venv with everything that tests and examples need (CPU)
 # make quickstart  convert the tiny model end to end and print the table
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
-# make study       measure all objectives side by side (two hours on two cores; goes on where it was)
+# make study       measure all objectives side by side (hours; goes on where it was)
 # make test        lint, type check and all tests, as .ci/run does
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can

@@ -24,6 +24,7 @@ from benchmarks.study.recipes import (
     max_response_length,
     recipes,
 )
+from megatron_dlm.data.shard_store import publish
 
 GOLDEN_LOSSES = "tests/golden/losses.json"
 CURVE_POINTS = 120
@@ -105,7 +106,7 @@ def write_result(
         measured: All that came out.
     """
     identity = {"recipe": cell.recipe.name, "seed": cell.seed, "specification": specification}
-    _replace(result_path(folder, cell), {**identity, **measured})
+    _write(result_path(folder, cell), {**identity, **measured})
 
 
 def restore_results(
@@ -125,14 +126,12 @@ def restore_results(
         if result is None or finished_result(folder, cell) is not None:
             continue
         if result["specification"] == cell.specification():
-            _replace(result_path(folder, cell), result)
+            _write(result_path(folder, cell), result)
 
 
-def _replace(path: Path, result: dict[str, Any]) -> None:
-    """Write a file by renaming it into place: an interruption leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _write(path: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def training_summary(metrics_file: Path) -> dict[str, Any]:

@@ -49,11 +49,7 @@ def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], pat
     """Tokens per forward of rollouts over training: mean over seeds, and their range."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for recipe in recipes:
-        curves = [
-            result["training"]["curves"]
-            for result in results
-            if result["recipe"] == recipe.name and "training" in result
-        ]
+        curves = _training_curves(results, recipe)
         speeds = [curve["tokens_per_forward"] for curve in curves if "tokens_per_forward" in curve]
         if not speeds:
             continue
@@ -66,21 +62,14 @@ def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], pat
         )
     axes.set(xlabel="optimizer step", ylabel="tokens per forward, all forwards counted")
     axes.set_title("Rollouts over training")
-    if axes.lines:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, axes, path)
 
 
 def plot_forgetting(results: Sequence[Result], recipes: Sequence[Recipe], path: Path) -> None:
     """Losses of continual pretraining: on its corpus, and on held-out documents of another kind."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for recipe in recipes:
-        curves = [
-            result["training"]["curves"]
-            for result in results
-            if result["recipe"] == recipe.name and recipe.documents and "training" in result
-        ]
+        curves = _training_curves(results, recipe)
         if not any("validation_loss" in curve for curve in curves):
             continue
         losses = {
@@ -101,6 +90,20 @@ def plot_forgetting(results: Sequence[Result], recipes: Sequence[Recipe], path: 
             color = line.get_color()
     axes.set(xlabel="optimizer step", ylabel="diffusion loss, nats per token", yscale="log")
     axes.set_title("Continual pretraining: mean over seeds")
+    _save(figure, axes, path)
+
+
+def _training_curves(results: Sequence[Result], recipe: Recipe) -> list[dict[str, list[float]]]:
+    """The curves of each seed."""
+    return [
+        result["training"]["curves"]
+        for result in results
+        if result["recipe"] == recipe.name and "training" in result
+    ]
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    """Write a figure of one panel, with a legend if there is something in it."""
     if axes.lines:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -25,6 +25,7 @@ from benchmarks.study.tables import (
     settings_table,
     teacher_gap_table,
 )
+from megatron_dlm.data.shard_store import publish
 from megatron_dlm.errors import bad_value
 
 RESULTS, REPORT = "results.json", "report.md"
@@ -51,9 +52,8 @@ def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> 
         "expected": Counter(cell.recipe.name for cell in cells),
         "cells": [result for result in finished if result is not None],
     }
-    temporary = output / (RESULTS + ".tmp")
-    temporary.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output / RESULTS)
+    text = json.dumps(study, indent=1) + "\n"
+    publish(output / RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def published_results(output: Path) -> list[dict[str, Any]]:

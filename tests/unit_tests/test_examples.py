@@ -4,10 +4,10 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks.real_shapes import REAL_SHAPES
 from megatron_dlm.config import Config, parse_config, validate, validate_architecture
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.training.curriculum import response_length
@@ -15,39 +15,7 @@ from tests.refusal import refusal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-COMMON: dict[str, Any] = {
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "vocab_size": 151936,
-}
-
-
-def qwen3(
-    layers: int, hidden: int, heads: int, groups: int, ffn: int, **moe: int
-) -> dict[str, Any]:
-    """The published config.json of a Qwen3 model, as far as layouts depend on it."""
-    return {
-        **COMMON,
-        "model_type": "qwen3_moe" if moe else "qwen3",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "intermediate_size": ffn,
-        **moe,
-    }
-
-
-MODELS = {
-    "qwen3_0.6b": qwen3(28, 1024, 16, 8, 3072),
-    "qwen3_1.7b": qwen3(28, 2048, 16, 8, 6144),
-    "qwen3_8b": qwen3(36, 4096, 32, 8, 12288),
-    "qwen3_30b_a3b": qwen3(
-        48, 2048, 32, 4, 6144, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
-    ),
-}
+MODELS = {name: shape for name, shape in REAL_SHAPES.items() if (EXAMPLES / name).is_dir()}
 
 LAYOUTS: list[tuple[str, int, dict[str, int]]] = [
     ("qwen3_0.6b", 8, {}),

@@ -1,6 +1,6 @@
 """Losses by transformers in float64: one forward a block, dense masks, dense distributions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -90,6 +90,18 @@ def given_responses(draw: st.DrawFn, block_size: int) -> Trajectory:
         response_ids=trajectory.response_ids,
         unmask_step=torch.zeros_like(trajectory.unmask_step),
         finish_reason=trajectory.finish_reason,
+    )
+
+
+def corpus_window(token_ids: Tensor, lengths: Sequence[int]) -> Trajectory:
+    """A window of a corpus: documents of these lengths, which do not see each other; no prompt."""
+    return Trajectory(
+        sample_index=0,
+        prompt_ids=token_ids[:0],
+        response_ids=token_ids,
+        unmask_step=torch.zeros_like(token_ids),
+        finish_reason="length",
+        document_lengths=tuple(lengths),
     )
 
 

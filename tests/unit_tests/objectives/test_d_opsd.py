@@ -35,11 +35,6 @@ CONVENTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 @dataclass(frozen=True)
 class Case:
     """A configuration and rollouts of a model of some convention."""

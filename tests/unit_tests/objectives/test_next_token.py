@@ -13,6 +13,7 @@ from tests.unit_tests.objectives.dense_reference import (
     MASK,
     VOCABULARY,
     Models,
+    corpus_window,
     full_sequence,
     given_responses,
     supervised_tokens,
@@ -21,24 +22,12 @@ from tests.unit_tests.objectives.dense_reference import (
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 @st.composite
 def windows(draw: st.DrawFn) -> Trajectory:
     """A window of a corpus: documents that do not see each other, and no prompt."""
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     ids = draw(st.lists(st.integers(0, 500), min_size=sum(lengths), max_size=sum(lengths)))
-    return Trajectory(
-        sample_index=0,
-        prompt_ids=torch.empty(0, dtype=torch.int64),
-        response_ids=torch.tensor(ids),
-        unmask_step=torch.zeros(len(ids), dtype=torch.int64),
-        finish_reason="length",
-        document_lengths=tuple(lengths),
-    )
+    return corpus_window(torch.tensor(ids), lengths)
 
 
 @settings(max_examples=40)

@@ -29,11 +29,6 @@ pytestmark = pytest.mark.usefixtures("single_process")
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[int, list[Trajectory], dict[str, object]]:
     block_size = draw(st.integers(1, 5))

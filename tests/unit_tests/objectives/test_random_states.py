@@ -38,11 +38,6 @@ from tests.unit_tests.objectives.dense_reference import (
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 def make(name: ObjectiveName, **options: Any) -> Objective:
     config = Config.from_dict({"device": "cpu", "objective": name, **options})
     return OBJECTIVES[name](config, MASK, VOCABULARY)

@@ -10,26 +10,14 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch, pack
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.rollout.trajectory import Trajectory
-from tests.unit_tests.objectives.dense_reference import MASK, VOCABULARY, Models
+from tests.unit_tests.objectives.dense_reference import MASK, VOCABULARY, Models, corpus_window
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 def window(lengths: list[int], seed: int = 0) -> Trajectory:
     ids = torch.randint(0, 500, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    return Trajectory(
-        sample_index=seed,
-        prompt_ids=ids[:0],
-        response_ids=ids,
-        unmask_step=torch.zeros_like(ids),
-        finish_reason="length",
-        document_lengths=tuple(lengths),
-    )
+    return corpus_window(ids, lengths)
 
 
 def objective(name: str = "scp", **options: object):

@@ -45,22 +45,19 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
     return {"evaluations": blocks, "training": training}
 
 
-def write_study(folder: Path, output: Path, without: str = "") -> None:
-    for cell in all_cells(SIZES):
+def write_study(folder: Path, output: Path, sizes: Sizes = SIZES, without: str = "") -> None:
+    common = {
+        "machine": {"cpu": "Abacus", "cores": 7},
+        "commit": "abc1234",
+        "date": "2026-01-02",
+        "seconds": 10.0,
+    }
+    cells = all_cells(sizes)
+    for cell in cells:
         if cell.name != without:
-            common = {
-                "machine": {"cpu": "Abacus", "cores": 7},
-                "commit": "abc1234",
-                "date": "2026-01-02",
-                "seconds": 10.0,
-            }
-            write_result(
-                folder,
-                cell,
-                cell.specification(),
-                {**common, **measured(cell.recipe.name, cell.seed)},
-            )
-    collect(all_cells(SIZES), folder, output, SIZES)
+            results = {**common, **measured(cell.recipe.name, cell.seed)}
+            write_result(folder, cell, cell.specification(), results)
+    collect(cells, folder, output, sizes)
 
 
 @pytest.fixture
@@ -141,18 +138,10 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
 
 
 def test_other_block_sizes_of_training_are_left_out_on_request(tmp_path: Path) -> None:
-    cells = all_cells(replace(SIZES, block_seeds=0))
-    assert not {cell.recipe.name for cell in cells} & {"opdlm_mixture", "opdlm_block_16"}
-    for cell in cells:
-        common = {
-            "machine": {"cpu": "Abacus", "cores": 7},
-            "commit": "abc1234",
-            "date": "2026-01-02",
-            "seconds": 10.0,
-        }
-        results = {**common, **measured(cell.recipe.name, cell.seed)}
-        write_result(tmp_path, cell, cell.specification(), results)
-    collect(cells, tmp_path, tmp_path / "output", replace(SIZES, block_seeds=0))
+    sizes = replace(SIZES, block_seeds=0)
+    recipes = {cell.recipe.name for cell in all_cells(sizes)}
+    assert not recipes & {"opdlm_mixture", "opdlm_block_16"}
+    write_study(tmp_path, tmp_path / "output", sizes)
     write_report(tmp_path / "output")
     report = (tmp_path / "output" / "report.md").read_text()
     assert "Incomplete" not in report

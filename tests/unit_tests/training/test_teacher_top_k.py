@@ -144,10 +144,17 @@ def test_a_teacher_that_moved_is_not_asked_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_random_model(tmp_path / "here")
-    built(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
+    before = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
     (tmp_path / "here").rename(tmp_path / "moved")
     monkeypatch.setattr(teacher_choice, "build_teacher", None)  # cannot be called
-    built(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
+    after = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
+    assert len(after) == len(before) > 0
+    for trajectory, other in zip(after, before, strict=True):
+        targets, expected = trajectory.teacher_top_k, other.teacher_top_k
+        assert targets is not None
+        assert expected is not None
+        assert torch.equal(targets.token_ids, expected.token_ids)
+        assert torch.equal(targets.log_probs, expected.log_probs)
 
 
 def test_targets_of_other_responses_are_refused(folder: Path, tmp_path: Path) -> None:
