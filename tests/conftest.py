@@ -1,5 +1,6 @@
 """Fixtures and settings that all tests share."""
 
+import gc
 from collections.abc import Iterator
 
 import hypothesis
@@ -15,8 +16,16 @@ hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def light_process() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # modules: no collection need look at them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups_end() -> Iterator[None]:
+    """Free models, for they hold process groups, whose threads take the processor's time."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

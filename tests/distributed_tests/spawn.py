@@ -1,5 +1,6 @@
 """Run a function in several gloo processes on this machine."""
 
+import gc
 import io
 import tempfile
 import traceback
@@ -14,6 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+# Ranks are forks of one clean process that has imported what takes seconds to import.
+_PROCESSES = mp.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.tiny", "transformers.models.auto"])
 
 _join: Callable[[], None]
 """Joins this rank's world; set in the processes of `run_distributed`."""
@@ -37,13 +43,12 @@ def run_distributed(
         AssertionError: A rank failed, died or did not end in time. The message holds its
             traceback; the other ranks, which would wait for it, are terminated.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store").as_uri()
         ranks = {}
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
+            receiver, sender = _PROCESSES.Pipe(duplex=False)
+            process = _PROCESSES.Process(
                 target=_run_rank,
                 args=(sender, fn, rank, world_size, store, timeout_seconds, args),
                 daemon=False,  # writing a distributed checkpoint starts processes of its own
@@ -85,9 +90,10 @@ def run_distributed(
 def rejoin_world() -> None:
     """Leave the world and form it anew; all ranks of `run_distributed` call this.
 
-    The threads of gloo's groups end with the world only: a function that builds one layout after
-    the other would collect thousands.
+    The threads of gloo's groups, which never rest, end with the world and with the last object that
+    holds a group: a function that builds one layout after the other would gather thousands.
     """
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
     _join()
@@ -103,7 +109,10 @@ def _run_rank(
     args: tuple[Any, ...],
 ) -> None:
     global _join
+    gc.freeze()  # what all ranks share in memory stays shared: no collection looks at it
     torch.set_num_threads(1)
+    # What Megatron's checkpoint writers report through: its own process would import torch anew.
+    filesystem_async._results_queue = mp.get_context("fork").Manager().Queue()
     worlds = count()
 
     def join() -> None:

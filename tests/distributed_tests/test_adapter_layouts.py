@@ -13,6 +13,16 @@ from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import open_model_source
+from tests.distributed_tests.layouts import (
+    DISTRIBUTED_OPTIMIZER,
+    EP,
+    ETP,
+    PP,
+    RECOMPUTATION,
+    SP,
+    TP,
+    Layout,
+)
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import (
     reward_every_third,
@@ -32,25 +42,14 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Model and options by name; without adapters d_opsd has a frozen copy of the model."""
 
-DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-    "PP2": dict(pipeline_model_parallel_size=2, recompute_granularity="full"),
-    "DP2": dict(use_distributed_optimizer=True),
-}
-MOE_LAYOUTS: dict[str, dict[str, Any]] = {
-    "EP2": dict(expert_model_parallel_size=2),
-    "PP2": dict(pipeline_model_parallel_size=2),
-    "EP2 TP2 SP": dict(
-        expert_model_parallel_size=2,
-        tensor_model_parallel_size=2,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=True,
-    ),
-}
-FOUR_LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 PP2 SP": dict(
-        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
-    ),
+LAYOUTS: dict[str, Layout] = {
+    "TP2 SP": Layout(2, "dense", {TP: 2, **SP}),
+    "PP2": Layout(2, "dense", {PP: 2, **RECOMPUTATION}),
+    "DP2": Layout(2, "dense", DISTRIBUTED_OPTIMIZER),
+    "moe EP2": Layout(2, "moe", {EP: 2}),
+    "moe PP2": Layout(2, "moe", {PP: 2}),
+    "moe EP2 TP2 SP": Layout(2, "moe", {EP: 2, TP: 2, ETP: 1, **SP}),
+    "TP2 PP2 SP": Layout(4, "dense", {TP: 2, PP: 2, **SP}),
 }
 KEYS = ("supervised_tokens", "response_tokens_total", "tokens_per_forward", "accuracy")
 
@@ -104,33 +103,28 @@ def _weights(run: Path, export: str = "hf") -> dict[str, torch.Tensor]:
     return load_file(run / export / "model.safetensors")
 
 
-def _check(
-    folder: Path,
-    single: dict[str, list[dict[str, Any]]],
-    world_size: int,
-    layouts: dict[str, dict[str, Any]],
-    names: list[str],
-) -> None:
-    for layout, options in layouts.items():
-        runs = [(name, options) for name in names]
-        results = run_distributed(_train, world_size, folder, runs, layout, timeout_seconds=300)[0]
-        for name in names:
-            assert len(results[name]) == len(single[name]) == 5
-            for line, expected in zip(results[name], single[name], strict=True):
-                assert [line[key] for key in KEYS] == [expected[key] for key in KEYS], (
-                    name,
-                    layout,
-                )
-                for key in ("loss", "grad_norm"):
-                    assert line[key] == pytest.approx(expected[key], rel=1e-4), (name, layout)
-            run, reference = _run(folder, layout, name), _weights(_run(folder, "single", name))
-            # One process merges the adapters of any layout.
-            _export(Config.from_dict({"device": "cpu"}), run, run / "hf_single")
-            for export in ("hf", "hf_single"):
-                weights = _weights(run, export)
-                assert weights.keys() == reference.keys()
-                for key, tensor in reference.items():
-                    torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], name: str) -> None:
+    layout = LAYOUTS[name]
+    runs = [run for run in RUNS if run.startswith("moe") == (layout.model == "moe")]
+    started = [(run, layout.options) for run in runs]
+    results = run_distributed(_train, layout.processes, folder, started, name, timeout_seconds=300)[
+        0
+    ]
+    for run in runs:
+        assert len(results[run]) == len(single[run]) == 5
+        for line, expected in zip(results[run], single[run], strict=True):
+            assert [line[key] for key in KEYS] == [expected[key] for key in KEYS], run
+            for key in ("loss", "grad_norm"):
+                assert line[key] == pytest.approx(expected[key], rel=1e-4), run
+        save, reference = _run(folder, name, run), _weights(_run(folder, "single", run))
+        # One process merges the adapters of any layout.
+        _export(Config.from_dict({"device": "cpu"}), save, save / "hf_single")
+        for export in ("hf", "hf_single"):
+            weights = _weights(save, export)
+            assert weights.keys() == reference.keys()
+            for key, tensor in reference.items():
+                torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-5)
 
 
 def test_runs_are_what_they_are_meant_to_be(
@@ -150,15 +144,3 @@ def test_runs_are_what_they_are_meant_to_be(
             assert rest == ({"model.embed_tokens.weight"} if name == "adapters" else set())
     config = json.loads((folder / "single-d_opsd" / "iter_0000005/hf/config.json").read_text())
     assert (config["attention_pattern"], config["block_size"]) == ("block_causal", 4)
-
-
-def test_dense_layouts(folder: Path, single: dict[str, Any]) -> None:
-    _check(folder, single, 2, DENSE_LAYOUTS, ["adapters", "d_opsd", "d_opsd full copy"])
-
-
-def test_moe_layouts(folder: Path, single: dict[str, Any]) -> None:
-    _check(folder, single, 2, MOE_LAYOUTS, ["moe d_opsd"])
-
-
-def test_four_processes(folder: Path, single: dict[str, Any]) -> None:
-    _check(folder, single, 4, FOUR_LAYOUTS, ["adapters", "d_opsd", "d_opsd full copy"])

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.initialize import initialize
+from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, Layout
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
     FULL_ATTENTION,
@@ -22,6 +23,17 @@ from tests.unit_tests.rollout.tiny_models import (
 LENGTHS = [5, 1, 8, 13, 2, 4, 11]
 SHARES = {1: [7], 2: [7, 0], 4: [4, 0, 1, 2]}
 BY_BLOCKS = {"block_size": 4, "remasking_strategy": "low_confidence_dynamic"}
+LAYOUTS: dict[str, Layout] = {
+    "TP2": Layout(2, "dense", {TP: 2}),
+    "TP2 SP": Layout(2, "dense", {TP: 2, **SP}),
+    "PP2": Layout(2, "dense", {PP: 2}),
+    "DP2": Layout(2, "dense", {}),
+    "TP2 PP2": Layout(4, "dense", {TP: 2, PP: 2}),
+    "moe EP2": Layout(2, "moe", {EP: 2}),
+    "moe EP2 PP2": Layout(4, "moe", {EP: 2, PP: 2}),
+    "moe TP2 EP2 SP": Layout(4, "moe", {TP: 2, EP: 2, ETP: 1, **SP}),
+    "moe TP2 EP4 SP": Layout(4, "moe", {TP: 2, EP: 4, ETP: 1, **SP}),
+}
 
 
 def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list[tuple]]:
@@ -64,66 +76,28 @@ class Reference(NamedTuple):
     results: dict[str, list[tuple]]
 
 
-def make_reference(folder: Path, moe: bool) -> Reference:
-    save_tiny_model(folder, moe)
-    return Reference(folder, run_distributed(rollout, 1, folder, {})[0])
-
-
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference(tmp_path_factory.mktemp("qwen3"), moe=False)
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    made = {}
+    for model in ("dense", "moe"):
+        folder = tmp_path_factory.mktemp(model)
+        save_tiny_model(folder, moe=model == "moe")
+        made[model] = Reference(folder, run_distributed(rollout, 1, folder, {})[0])
+    return made
 
 
-@pytest.fixture(scope="module")
-def mixture_of_experts(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return make_reference(tmp_path_factory.mktemp("qwen3_moe"), moe=True)
-
-
-def check_layout(reference: Reference, world_size: int, parallel: dict[str, Any]) -> None:
-    per_rank = run_distributed(rollout, world_size, reference.folder, parallel, timeout_seconds=300)
-    for name in reference.results.keys() - {"data_parallel_rank"}:
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_rolls_out_like_one_process(references: dict[str, Reference], name: str) -> None:
+    layout = LAYOUTS[name]
+    reference = references[layout.model]
+    per_rank = run_distributed(
+        rollout, layout.processes, reference.folder, layout.options, timeout_seconds=300
+    )
+    for run in reference.results.keys() - {"data_parallel_rank"}:
         by_replica: dict[int, list[tuple]] = {}
         for results in per_rank:
             replica = results["data_parallel_rank"][0][0]
             # All model-parallel ranks hold the same trajectories.
-            assert by_replica.setdefault(replica, results[name]) == results[name]
+            assert by_replica.setdefault(replica, results[run]) == results[run]
         together = [result for replica in sorted(by_replica) for result in by_replica[replica]]
-        assert together == reference.results[name]
-
-
-TP, PP, EP = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [
-        (2, {TP: 2}),
-        (2, {TP: 2, "sequence_parallel": True}),
-        (2, {PP: 2}),
-        (2, {}),
-        (4, {TP: 2, PP: 2}),
-    ],
-    ids=["tp2", "tp2-sp", "pp2", "dp2", "tp2-pp2"],
-)
-def test_dense_layouts(dense: Reference, world_size: int, parallel: dict[str, Any]) -> None:
-    check_layout(dense, world_size, parallel)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [
-        (2, {EP: 2}),
-        (4, {EP: 2, PP: 2}),
-        (4, {TP: 2, EP: 2, "expert_tensor_parallel_size": 1, "sequence_parallel": True}),
-        (4, {TP: 2, EP: 4, "expert_tensor_parallel_size": 1, "sequence_parallel": True}),
-    ],
-    ids=["ep2", "ep2-pp2", "tp2-ep2", "tp2-ep4"],
-)
-def test_mixture_of_experts_layouts(
-    mixture_of_experts: Reference, world_size: int, parallel: dict[str, Any]
-) -> None:
-    check_layout(mixture_of_experts, world_size, parallel)
+        assert together == reference.results[run]

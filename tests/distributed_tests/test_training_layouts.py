@@ -9,6 +9,16 @@ from unittest import mock
 import pytest
 
 from megatron_dlm.training.run import Run
+from tests.distributed_tests.layouts import (
+    DISTRIBUTED_OPTIMIZER,
+    EP,
+    ETP,
+    PP,
+    RECOMPUTATION,
+    SP,
+    TP,
+    Layout,
+)
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.tiny import (
     reward_every_third,
@@ -21,36 +31,28 @@ from tests.tiny import (
 
 PROMPTS = 16
 
-DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2": dict(tensor_model_parallel_size=2),
-    "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-    "PP2": dict(pipeline_model_parallel_size=2),
-    "DP2": {},
-    "DP2 distributed optimizer": dict(use_distributed_optimizer=True),
-    "PP2 recomputation": dict(pipeline_model_parallel_size=2, recompute_granularity="full"),
+LAYOUTS: dict[str, Layout] = {
+    "TP2": Layout(2, "dense", {TP: 2}),
+    "TP2 SP": Layout(2, "dense", {TP: 2, **SP}, variants=True),
+    "PP2": Layout(2, "dense", {PP: 2}, variants=True),
+    "PP2 recomputation": Layout(2, "dense", {PP: 2, **RECOMPUTATION}),
+    "DP2": Layout(2, "dense", {}),
+    "DP2 distributed optimizer": Layout(2, "dense", DISTRIBUTED_OPTIMIZER, variants=True),
+    "moe DP2": Layout(2, "moe", {}),
+    "moe EP2": Layout(2, "moe", {EP: 2}, variants=True),
+    "moe EP2 distributed optimizer": Layout(2, "moe", {EP: 2, **DISTRIBUTED_OPTIMIZER}),
+    "moe TP2 SP": Layout(2, "moe", {TP: 2, **SP}),
+    "TP2 PP2": Layout(4, "dense", {TP: 2, PP: 2}),
+    "TP2 PP2 SP": Layout(4, "dense", {TP: 2, PP: 2, **SP}, variants=True),
+    "PP2 DP2 distributed optimizer": Layout(4, "dense", {PP: 2, **DISTRIBUTED_OPTIMIZER}),
+    "moe EP2 PP2": Layout(4, "moe", {PP: 2, EP: 2}, variants=True),
+    "moe EP2 DP4": Layout(4, "moe", {EP: 2}),
+    "moe EP2 TP2 SP": Layout(4, "moe", {TP: 2, EP: 2, **SP}),
 }
-MOE_LAYOUTS: dict[str, dict[str, Any]] = {
-    "DP2": {},
-    "EP2": dict(expert_model_parallel_size=2),
-    "EP2 distributed optimizer": dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
-    "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-}
-FOUR_PROCESSES: dict[str, tuple[bool, dict[str, Any]]] = {
-    "TP2 PP2": (False, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
-    "TP2 PP2 SP": (
-        False,
-        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
-    ),
-    "PP2 DP2 distributed optimizer": (
-        False,
-        dict(pipeline_model_parallel_size=2, use_distributed_optimizer=True),
-    ),
-    "EP2 PP2": (True, dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
-    "EP2 DP4": (True, dict(expert_model_parallel_size=2)),
-    "EP2 TP2 SP": (
-        True,
-        dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True),
-    ),
+OTHER_TEACHER_LAYOUTS: dict[str, Layout] = {
+    "moe EP2 ETP1": Layout(2, "moe", {EP: 2, ETP: 1}),
+    "EP2": Layout(2, "dense", {EP: 2}),
+    "TP2": Layout(2, "dense", {TP: 2}),
 }
 SHORT: dict[str, Any] = dict(rollout_batch_size=8, max_response_length=8)
 GIVEN: dict[str, Any] = dict(train_iters=2, num_rollouts=None, max_response_length=8)
@@ -97,10 +99,6 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "other": {},
 }
 """By name; `other` is dense beside a mixture of experts and the reverse."""
-
-VARIANTS_DENSE = ("TP2 SP", "PP2", "DP2 distributed optimizer")
-VARIANTS_MOE = ("moe EP2",)
-VARIANTS_FOUR_PROCESSES = ("TP2 PP2 SP", "EP2 PP2")
 
 
 def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
@@ -155,23 +153,6 @@ def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return run_distributed(_train, 1, folder, runs, timeout_seconds=600)[0]
 
 
-def _runs(
-    folder: Path,
-    layouts: dict[str, tuple[bool, dict[str, Any]]],
-    others: tuple[str, ...],
-    variants: Sequence[str],
-    objectives: Sequence[str] = OBJECTIVES,
-) -> list[tuple[str, Path, dict[str, Any]]]:
-    """Each objective under all layouts (mixture of experts or not, options), variants in some."""
-    runs = []
-    for layout, (moe, layout_options) in layouts.items():
-        model = "moe" if moe else "dense"
-        for run in (*objectives, *(variants if layout in others else ())):
-            options = {**_options(folder, model, run), **layout_options}
-            runs.append((f"{layout} {run}", folder / model, options))
-    return runs
-
-
 def _responses(folder: Path, name: str) -> list[str]:
     """Lines of all shards of a run's teacher responses, in the order of the prompts."""
     shards = sorted((folder / name.replace(" ", "_") / "teacher_responses").glob("*.jsonl"))
@@ -193,42 +174,37 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
             assert line["validation_loss"] == held_out, name
 
 
-def _check_runs(
-    world_size: int,
+def _check_layout(
     folder: Path,
     single: dict[str, list[dict[str, Any]]],
-    runs: list[tuple[str, Path, dict[str, Any]]],
+    name: str,
+    layout: Layout,
+    runs: Sequence[str],
 ) -> None:
-    results = run_distributed(_train, world_size, folder, runs, timeout_seconds=600)[0]
-    for name, model, _ in runs:
-        reference = f"single {model.name} {name.split()[-1]}"
-        _check(name, results[name], single[reference])
-        responses = _responses(folder, name)
-        assert responses == _responses(folder, reference), name
-        assert bool(responses) == (name.split()[-1] in OF_TEACHER), name
+    model = folder / layout.model
+    started = [
+        (f"{name} {run}", model, {**_options(folder, layout.model, run), **layout.options})
+        for run in runs
+    ]
+    results = run_distributed(_train, layout.processes, folder, started, timeout_seconds=500)[0]
+    for run in runs:
+        of_layout, reference = f"{name} {run}", f"single {layout.model} {run}"
+        _check(of_layout, results[of_layout], single[reference])
+        responses = _responses(folder, of_layout)
+        assert responses == _responses(folder, reference), of_layout
+        assert bool(responses) == (run in OF_TEACHER), of_layout
 
 
-def test_dense_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
-    layouts = {name: (False, options) for name, options in DENSE_LAYOUTS.items()}
-    _check_runs(2, folder, single, _runs(folder, layouts, VARIANTS_DENSE, VARIANTS))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], name: str) -> None:
+    layout = LAYOUTS[name]
+    more = VARIANTS if layout.processes == 2 else FOUR_PROCESS_VARIANTS
+    runs = (*OBJECTIVES, *(more if layout.variants else ()))
+    _check_layout(folder, single, name, layout, runs)
 
 
-def test_moe_layouts_of_two_processes(folder: Path, single: dict[str, Any]) -> None:
-    layouts = {f"moe {name}": (True, options) for name, options in MOE_LAYOUTS.items()}
-    _check_runs(2, folder, single, _runs(folder, layouts, VARIANTS_MOE, VARIANTS))
-
-
-def test_a_teacher_of_another_kind(folder: Path, single: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", OTHER_TEACHER_LAYOUTS)
+def test_a_teacher_of_another_kind(folder: Path, single: dict[str, Any], name: str) -> None:
     """Experts of either model are spread, and the other model has no part in that."""
-    layouts: dict[str, tuple[bool, dict[str, Any]]] = {
-        "moe EP2 ETP1": (True, dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
-        "EP2": (False, dict(expert_model_parallel_size=2)),
-        "TP2": (False, dict(tensor_model_parallel_size=2)),
-    }
-    runs = _runs(folder, layouts, tuple(layouts), ("opdlm_other_teacher",), objectives=())
-    _check_runs(2, folder, single, runs)
-
-
-def test_layouts_of_four_processes(folder: Path, single: dict[str, Any]) -> None:
-    runs = _runs(folder, FOUR_PROCESSES, VARIANTS_FOUR_PROCESSES, FOUR_PROCESS_VARIANTS)
-    _check_runs(4, folder, single, runs)
+    layout = OTHER_TEACHER_LAYOUTS[name]
+    _check_layout(folder, single, name, layout, ("opdlm_other_teacher",))
