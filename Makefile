@@ -55,7 +55,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --durations 15
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15
 
 format: setup
 	$(BIN)/ruff check --fix .
