@@ -44,7 +44,7 @@ class Sizes:
 
     seeds: int = 3
     block_seeds: int = 0
-    best_seeds: int = 1
+    best_seeds: int = 3
     rollouts: int = 80
     best_rollouts: int = 160
     documents: int = 20_000
