@@ -60,7 +60,7 @@ def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], pat
         axes.fill_between(
             steps, list(map(min, points)), list(map(max, points)), color=line.get_color(), alpha=0.2
         )
-    axes.set(xlabel="optimizer step", ylabel="tokens per forward, all forwards counted")
+    axes.set(xlabel="optimizer step", ylabel="tokens per forward")
     axes.set_title("Rollouts over training")
     _save(figure, axes, path)
 

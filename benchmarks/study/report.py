@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.environment import versions
 from benchmarks.study.cells import Cell, finished_result
-from benchmarks.study.claims import CLOSE_POINTS, papers_claims, plateau_claims
+from benchmarks.study.claims import CLOSE_POINTS, SOLVING, papers_claims, plateau_claims
 from benchmarks.study.plots import plot_accuracy_against_speed, plot_forgetting, plot_rollout_speed
 from benchmarks.study.recipes import BLOCK_SIZES, TRAINED_BLOCK_SIZE, Recipe, Sizes, recipes
 from benchmarks.study.statistics import Result
@@ -103,8 +103,10 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
         "exceeds the second by more than one standard deviation over seeds (pooled), not "
         "supported if it falls short by more, and not distinguishable in between. *Close* means "
         f"within {CLOSE_POINTS:g} points; not distinguishable is what differs by less than one "
-        "standard deviation that is itself larger. The papers' models are a thousand times larger "
-        "and their problems are others: what is compared is the direction.",
+        "standard deviation that is itself larger. Answers tell nothing of forgetting, and are "
+        f"not distinguishable, where no run of either side solves {SOLVING:g} % of the problems "
+        "of the kind that its corpus has. The papers' models are a thousand times larger and "
+        "their problems are others: what is compared is the direction.",
         claims_table(papers_claims(results)),
         "## Within reach of the teacher",
         claims_table(plateau_claims(results)),
@@ -126,15 +128,20 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
     if forgetting is not None:
         sections += [
             "## What continual pretraining forgets",
-            _FORGETTING.format(problems=study["sizes"]["pretraining_heldout"]),
+            _FORGETTING.format(
+                problems=study["sizes"]["pretraining_heldout"],
+                teachers=study["sizes"]["heldout"],
+                block_size=TRAINED_BLOCK_SIZE,
+            ),
             forgetting,
             "![Losses of continual pretraining](forgetting.png)",
         ]
     sections += [
         "## Tokens per forward over training",
         "![Tokens per forward of rollouts](rollout_speed.png)",
-        "Mean over seeds and their range. Unlike in the tables, prefill and commit forwards count. "
-        "SFT and off-policy distillation have no rollouts.",
+        "Mean over seeds and their range. Forwards count as in the tables: prefill and commits are "
+        "made in forwards that draw tokens, and none is made for them alone. SFT and off-policy "
+        "distillation have no rollouts.",
         "## What training took",
         cost_table(results, known),
         "Response tokens are generated ones, or those of the data set, however often they are "
@@ -146,13 +153,17 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
 
 _FORGETTING = (
     "The corpus holds problems that add and subtract (seen) and none that multiply (unseen); the "
-    "AR model that training starts from solves both. Losses are those of training, nats per token: "
+    "AR model that training starts from solves both. Losses are the objective's, nats per token: "
     "seen on the last twentieth of a corpus that is read once, unseen on held-out documents that "
-    "multiply, in the same states for all. Accuracies are on held-out problems of each kind, "
-    "decoded by diffusion as trained (full attention, shifted, four positions at a time), and with "
-    "the same weights read out autoregressively under a causal mask. Both recipes train attention "
+    "multiply, at the end of training. The order of documents and their masks follow from the "
+    "seed: the unseen loss of one seed is of the same states at all updates and under both "
+    "recipes, that of another seed of others. While it falls it says how much was learnt; what is "
+    "forgotten is its rise above its own minimum. Accuracies are on held-out problems of each "
+    "kind, decoded by diffusion (full attention and shifted, as trained; static, one token a step, "
+    "in blocks of {block_size}, which training does not have), and with the same weights read out "
+    "autoregressively under a causal mask. Both recipes train attention "
     "at the same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
-    " Both kinds have {problems} problems each."
+    " Both kinds have {problems} problems each, {teachers} for the AR teacher."
 )
 
 

@@ -20,6 +20,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def critical(study: Path, tolerance: float) -> dict[str, Any]:
+    """What the summary has to say of the validation losses in results.jsonl."""
+    losses = {r["batch_size"]: r["validation_loss"] for r in lines(study / "results.jsonl")}
+    best = min(losses.values())
+    largest = max(size for size, loss in losses.items() if (loss - best) / best <= tolerance)
+    return {
+        "critical_batch_size": largest,
+        "critical_batch_tokens": largest * 16,
+        "is_lower_bound": largest == max(losses),
+        "tolerance": tolerance,
+    }
+
+
 def test_branches_are_trained_once_and_compared(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,8 +67,7 @@ def test_branches_are_trained_once_and_compared(
         assert result["validation_loss"] == branch[-1]["validation_loss"]
         assert branch[-1]["response_tokens_total"] == 512
     assert metrics[1][0]["lr"]["default"] == pytest.approx(2**0.5 * metrics[0][0]["lr"]["default"])
-    summary = json.loads((study / "summary.json").read_text())
-    assert summary["critical_batch_size"] in (4, 8)
+    assert critical(study, tolerance=0.01) == json.loads((study / "summary.json").read_text())
     assert (study / "critical_batch_size.png").stat().st_size > 1000
 
     def no_run(*arguments: Any, **options: Any) -> None:
@@ -64,6 +76,16 @@ def test_branches_are_trained_once_and_compared(
     monkeypatch.setattr("subprocess.run", no_run)
     assert call(CRITICAL_BATCH_SIZE, *arguments).status == 0
     assert lines(study / "results.jsonl") == results
+
+    # The small batch the better one, by a tenth.
+    metrics[0][-1]["validation_loss"] = 0.9 * results[1]["validation_loss"]
+    text = "".join(json.dumps(line) + "\n" for line in metrics[0])
+    (study / "batch_4" / "metrics.jsonl").write_text(text)
+    for tolerance, size in ((0.0, 4), (0.1, 4), (0.12, 8)):
+        assert call(CRITICAL_BATCH_SIZE, *arguments, "--tolerance", tolerance).status == 0
+        summary = json.loads((study / "summary.json").read_text())
+        assert summary == critical(study, tolerance)
+        assert summary["critical_batch_size"] == size
     call(CRITICAL_BATCH_SIZE, *arguments, "--options", '{"lr": 0.5}').check_error(
         "batch_4", "other settings"
     )

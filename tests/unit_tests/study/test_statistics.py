@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.study.claims import drop, rollout_speed, speed_gain
+from benchmarks.study.claims import drop, rise, rollout_speed, speed_gain
 from benchmarks.study.statistics import (
     Sample,
     Verdict,
@@ -101,6 +101,16 @@ def test_a_loss_is_taken_within_each_seed() -> None:
     )
     assert lost is not None
     assert lost.values == pytest.approx((0.0, 10.0))
+
+
+def test_a_rise_is_above_the_minimum_and_not_the_beginning() -> None:
+    def ending(curve: list[float]) -> dict[str, object]:
+        return {"training": {"curves": {"validation_loss": curve}}}
+
+    assert rise("validation_loss")(ending([3.0, 1.25, 1.5, 1.75])) == 0.5
+    assert rise("validation_loss")(ending([3.0, 2.0, 1.0])) == 0
+    assert rise("validation_loss")({"evaluations": {}}) is None
+    assert rise("loss")(ending([1.0, 2.0])) is None
 
 
 def test_gains_of_speed_over_training() -> None:
