@@ -45,7 +45,7 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     if not path.is_dir():
         raise bad_value(field, str(folder), "is not a folder", remedy)
     # Without this check transformers builds an empty tokenizer from the config.json alone.
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(path):
         raise bad_value(field, str(folder), "holds no tokenizer", remedy)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -60,6 +60,33 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise bad_value(field, str(folder), "is no text tokenizer", remedy)
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def differing_token(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> str | None:
+    """A token that keeps two tokenizers from sharing a vocabulary; None if they do share one.
+
+    Either may have special tokens, and a MASK, under ids that are free in the other: a conversion
+    adds MASK, and no text of the other comes to such a token.
+    """
+    first, second = tokenizer.get_vocab(), other.get_vocab()
+    for one, vocabulary, rest in ((tokenizer, first, second), (other, second, first)):
+        if vocabulary.items() <= rest.items():
+            continue
+        added, taken = one.added_tokens_decoder, set(rest.values())
+        for text, token_id in vocabulary.items():
+            if rest.get(text) == token_id:
+                continue
+            special = text == MASK_TOKEN or (token_id in added and added[token_id].special)
+            if text in rest or token_id in taken or not special:
+                return text
+    return None
 
 
 def resolve_special_tokens(

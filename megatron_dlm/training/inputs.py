@@ -14,7 +14,13 @@ from megatron_dlm.data.prompts import (
     read_prompts,
 )
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
-from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import (
+    SpecialTokens,
+    differing_token,
+    has_tokenizer,
+    load_tokenizer,
+    resolve_special_tokens,
+)
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.architecture import (
@@ -44,6 +50,8 @@ class RunInputs:
         data: Prompts that student or teacher answer, else prompt + response examples or a corpus.
         response_store: Where the teacher's responses to the prompts are; None if none are used.
         held_out: What the validation loss is measured on; None if none is.
+        teacher_fingerprint: Of the teacher's weights, which may be a checkpoint that is pruned
+            later; None for runs without a teacher of its own.
     """
 
     source: ModelSource | None
@@ -55,6 +63,7 @@ class RunInputs:
     data: "PromptDataset | ExampleDataset | CorpusDataset"
     response_store: ResponseStore | None = None
     held_out: "ExampleDataset | CorpusDataset | None" = None
+    teacher_fingerprint: str | None = None
 
     @property
     def starts_autoregressive(self) -> bool:
@@ -171,7 +180,29 @@ def _check_vocabulary(student: Architecture, teacher: ModelSource) -> None:
         )
 
 
-def _response_store(config: Config, teacher: ModelSource, prompts: PromptDataset) -> ResponseStore:
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: ModelSource
+) -> None:
+    """The teacher reads the ids that the run's tokenizer writes; its folder may hold none."""
+    if teacher.hf_folder.resolve() == folder.resolve() or not has_tokenizer(teacher.hf_folder):
+        return
+    other = load_tokenizer(teacher.hf_folder, teacher.field)
+    text = differing_token(tokenizer, other)
+    if text is None:
+        return
+    ids = [vocabulary.get(text) for vocabulary in (other.get_vocab(), tokenizer.get_vocab())]
+    theirs, ours = ("not at all" if token_id is None else f"as {token_id}" for token_id in ids)
+    raise bad_value(
+        teacher.field,
+        str(teacher.path),
+        f"its tokenizer knows {text!r} {theirs}, the one in {folder} {ours}",
+        "choose a teacher with the student's tokenizer",
+    )
+
+
+def _response_store(
+    config: Config, teacher: ModelSource, teacher_fingerprint: str, prompts: PromptDataset
+) -> ResponseStore:
     assert config.teacher_responses is not None
     rollout = config.rollout
     header = ResponseHeader(
@@ -180,7 +211,7 @@ def _response_store(config: Config, teacher: ModelSource, prompts: PromptDataset
         num_prompts=len(prompts),
         # Of a run folder, the checkpoint it stands for now.
         teacher=str(teacher.hf_folder.resolve()),
-        teacher_weights=teacher.fingerprint(),
+        teacher_weights=teacher_fingerprint,
         bf16=config.model.bf16,
         seed=config.data.seed,
         max_response_length=rollout.max_response_length,
@@ -240,6 +271,10 @@ def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") 
             if len(held_out) >= batch
             else "hold out more",
         )
+    if config.response_source == "corpus":
+        # Else found at the first validation, which may come after the last update.
+        for index in range(wanted):
+            held_out.sample(index, index)
 
 
 def read_inputs(config: Config) -> RunInputs:
@@ -248,7 +283,7 @@ def read_inputs(config: Config) -> RunInputs:
     Raises:
         UserError: Anything that could not work.
     """
-    source = teacher_source = None
+    source = teacher_source = teacher_fingerprint = None
     if config.model.load is not None:
         source = open_model_source(config.model.load, "--load")
         architecture = source.architecture
@@ -283,6 +318,9 @@ def read_inputs(config: Config) -> RunInputs:
     special_tokens = resolve_special_tokens(
         tokenizer, architecture.hf_config, str(tokenizer_folder)
     )
+    if teacher_source is not None:
+        _check_tokenizer(tokenizer, tokenizer_folder, teacher_source)
+        teacher_fingerprint = teacher_source.fingerprint()
     data: PromptDataset | ExampleDataset | CorpusDataset
     response_store = held_out = None
     if config.response_source in ("data", "corpus"):
@@ -318,7 +356,8 @@ def read_inputs(config: Config) -> RunInputs:
             REWARDS[config.objective.reward].check(data)
         if config.uses_teacher_responses:
             assert teacher_source is not None
-            response_store = _response_store(config, teacher_source, data)
+            assert teacher_fingerprint is not None
+            response_store = _response_store(config, teacher_source, teacher_fingerprint, data)
     return RunInputs(
         source,
         teacher_source,
@@ -329,4 +368,5 @@ def read_inputs(config: Config) -> RunInputs:
         data,
         response_store,
         held_out,
+        teacher_fingerprint,
     )

@@ -66,6 +66,7 @@ RESUME_FIXED = (
 or they would be ignored, as they live on in the checkpointed optimizer and schedule."""
 
 DATA_FINGERPRINT = "data_fingerprint"
+TEACHER_FINGERPRINT = "teacher_fingerprint"
 
 
 @dataclass
@@ -106,6 +107,7 @@ def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
         "lr_warmup_iters": config.lr_warmup_iters,
         "param_groups": [plain_value(group) for group in config.param_groups],
         DATA_FINGERPRINT: inputs.data.file.fingerprint,
+        TEACHER_FINGERPRINT: inputs.teacher_fingerprint,
     }
 
 
@@ -117,6 +119,18 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             inputs.data.file.path,
             f"is not what the run in {load} was reading",
             "name that to resume it, or --finetune for a new run from its weights",
+        )
+    if before.get(TEACHER_FINGERPRINT, now[TEACHER_FINGERPRINT]) != now[TEACHER_FINGERPRINT]:
+        problem, remedy = f"the run in {load} was its own teacher", "drop it"
+        if before[TEACHER_FINGERPRINT] is not None:
+            named = before["teacher_load"] or before["load"]
+            problem = f"is not the teacher of the run in {load}, {named!r} as it was then"
+            remedy = "name those weights, wherever they are,"
+        raise bad_value(
+            "--teacher-load",
+            config.distillation.teacher_load,
+            problem,
+            f"{remedy} to resume it, or --finetune for a new run from its weights",
         )
     for name in RESUME_FIXED:
         if name in before and before[name] != now[name] and is_used(config, name):

@@ -101,13 +101,14 @@ def _stored_top_k(
     load: Callable[[], DiffusionGPTModel],
 ) -> TopKTable:
     assert inputs.teacher_source is not None
+    assert inputs.teacher_fingerprint is not None
     assert config.teacher_responses is not None
     k = config.distillation.divergence_top_k
     header = TopKHeader(
         prompt_tokens=prompts.fingerprint(),
         num_prompts=len(prompts),
         teacher=str(inputs.teacher_source.hf_folder.resolve()),
-        teacher_weights=inputs.teacher_source.fingerprint(),
+        teacher_weights=inputs.teacher_fingerprint,
         bf16=config.model.bf16,
         k=k,
     )

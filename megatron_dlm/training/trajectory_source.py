@@ -1,6 +1,7 @@
 """Where a run's trajectories come from: the student's rollout, given responses, or a mixture."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.curriculum import response_length, teacher_response_fraction
+from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
 
 
@@ -41,10 +43,17 @@ class TrajectorySource:
         Args:
             samples: (sample index, record index) of each.
             rollout: Rollout step, from 0.
+
+        Raises:
+            UserError: A window of a corpus has a token that cannot be; raised on all ranks.
         """
         if self.engine is None:
             assert self.examples is not None
-            return [self.examples.sample(record, sample) for sample, record in samples]
+            # Of all data, a corpus alone is too large to be checked before the run.
+            is_corpus = isinstance(self.examples, CorpusDataset)
+            with errors_on_all_ranks() if is_corpus else nullcontext():
+                trajectories = [self.examples.sample(record, sample) for sample, record in samples]
+            return trajectories
         assert self.prompts is not None
         given: dict[int, Trajectory] = {}
         fraction = teacher_response_fraction(self.config, rollout)

@@ -35,7 +35,7 @@ class Validation:
     Attributes:
         config: The run's configuration.
         objective: Lays the samples out and computes the loss; needs no teacher.
-        data: At least `eval_iters` global batches of samples.
+        data: At least `eval_iters` global batches of samples, which `read_inputs` has checked.
     """
 
     config: Config

@@ -7,7 +7,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import (
+    SpecialTokens,
+    differing_token,
+    load_tokenizer,
+    resolve_special_tokens,
+)
 from megatron_dlm.data.tokenizer_builder import save_tokenizer
 from megatron_dlm.errors import UserError
 
@@ -106,3 +111,43 @@ def test_load_refuses_a_broken_tokenizer(content: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def with_added(*tokens: str | AddedToken) -> PreTrainedTokenizerFast:
+    tokenizer = stock_tokenizer(**QWEN)
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+SPECIAL = AddedToken("<|extra|>", special=True)
+OTHER_SPECIAL = AddedToken("<|other|>", special=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([], [], None),
+        (["<|MASK|>"], [], None),
+        ([SPECIAL, "<|MASK|>"], [], None),
+        ([SPECIAL], [SPECIAL, "<|MASK|>"], None),
+        (["word"], [], "word"),
+        (["<|MASK|>", "word"], ["<|MASK|>"], "word"),
+        (["<|MASK|>"], [SPECIAL], "<|MASK|>"),  # two names of one id
+        ([SPECIAL], [OTHER_SPECIAL], "<|extra|>"),
+        ([SPECIAL, OTHER_SPECIAL], [OTHER_SPECIAL, SPECIAL], "<|extra|>"),  # exchanged
+    ],
+)
+def test_tokenizers_share_a_vocabulary_up_to_special_tokens(
+    one: list[str | AddedToken], other: list[str | AddedToken], expected: str | None
+) -> None:
+    assert differing_token(with_added(*one), with_added(*other)) == expected
+    if expected is None or expected == "word":
+        assert differing_token(with_added(*other), with_added(*one)) == expected
+
+
+def test_exchanged_words_share_no_vocabulary() -> None:
+    words = {f"w{9 - i}": i for i in range(10)}
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
+    )
+    assert differing_token(other, stock_tokenizer()) in words

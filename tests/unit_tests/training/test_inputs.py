@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from megatron_dlm.data.corpus import CorpusDataset
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
 from megatron_dlm.training.convention_change import changed_convention
 from megatron_dlm.training.inputs import read_inputs
+from tests.corpora import write_corpus
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 FULL = {"attention_pattern": "full", "shifted": True}
@@ -112,3 +115,80 @@ def test_examples_longer_than_the_model_are_refused(
     with pytest.raises(UserError, match=r"long.jsonl:2: length of .* = 41: exceeds .* 40 pos"):
         read_inputs(config)
     read_inputs(run_config(folder, model, objective=objective, train_data=str(short)))
+
+
+def test_held_out_windows_are_checked_before_the_run(folder: Path, tmp_path: Path) -> None:
+    """Those that the validation loss is measured on, and no others."""
+    documents = [[document] * 48 for document in range(12)]
+    windows = CorpusDataset(
+        str(write_corpus(tmp_path / "good", documents)),
+        48,
+        seed=1234,
+        shuffle=True,
+        vocab_size=512,
+        special_tokens=SpecialTokens(510, 508, 511),
+    )
+    last, behind = (int(windows.sample(index, index).response_ids[0]) for index in (7, 8))
+    for name, document, bad in (("last", last, 511), ("behind", behind, 600)):
+        changed = [list(tokens) for tokens in documents]
+        changed[document][5] = bad
+        write_corpus(tmp_path / name, changed)
+    options: dict[str, Any] = dict(objective="scp", global_batch_size=4, eval_iters=2)
+
+    def read(name: str) -> None:
+        held_out = str(tmp_path / name)
+        read_inputs(run_config(folder, folder / "ar", **options, valid_data_path=held_out))
+
+    with pytest.raises(UserError, match=f"--valid-data-path: document {last} contains the MASK"):
+        read("last")
+    read("behind")
+
+
+def with_tokenizer(
+    folder: Path, model: Path, *, swapped: bool = False, masked: bool = True
+) -> Path:
+    """The model with two tokens of its tokenizer exchanged, or without MASK."""
+    stating(folder, model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((model / name).read_text())
+        (model / name).unlink()
+        if name == "tokenizer.json" and swapped:
+            vocabulary = content["model"]["vocab"]
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        if not masked:
+            content.pop("mask_token", None)
+            content["added_tokens"] = content.get("added_tokens", [])[:-1]
+        (model / name).write_text(json.dumps(content))
+    return model
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    teacher = with_tokenizer(folder, tmp_path / "teacher", swapped=True)
+    config = run_config(folder, folder / "ar", teacher_load=str(teacher))
+    with pytest.raises(UserError, match=rf"--teacher-load = '{teacher}': .*'[ab]' as .*/ar as "):
+        read_inputs(config)
+
+
+def test_the_tokenizer_that_the_run_reads_with_is_compared(folder: Path, tmp_path: Path) -> None:
+    other = with_tokenizer(folder, tmp_path / "other", swapped=True)
+    config = run_config(folder, folder / "ar", tokenizer=str(other))
+    with pytest.raises(UserError, match=rf"--load = '{folder / 'ar'}': .*'[ab]' as .*{other} as"):
+        read_inputs(config)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True)])
+def test_one_of_the_tokenizers_may_lack_mask(
+    folder: Path, tmp_path: Path, student: bool, teacher: bool
+) -> None:
+    load = with_tokenizer(folder, tmp_path / "student", masked=student)
+    asked = with_tokenizer(folder, tmp_path / "teacher", masked=teacher)
+    inputs = read_inputs(run_config(folder, load, teacher_load=str(asked)))
+    assert ("<|MASK|>" in inputs.tokenizer.get_vocab()) == student
+    assert inputs.special_tokens.mask_token_id == 511
+
+
+def test_a_teacher_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:
+    teacher = stating(folder, tmp_path / "teacher")
+    for file in teacher.glob("*token*"):
+        file.unlink()
+    read_inputs(run_config(folder, folder / "ar", teacher_load=str(teacher)))

@@ -1,5 +1,8 @@
-"""Which options of a resumed run are compared with those that it was started with."""
+"""What of a resumed run is compared with what it was started with."""
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -8,9 +11,15 @@ import pytest
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.training import run
-from megatron_dlm.training.inputs import RunInputs
+from megatron_dlm.training.inputs import RunInputs, read_inputs
+from tests.tiny import run_config, save_random_model, state_convention, write_data
 
-INPUTS = cast(RunInputs, SimpleNamespace(data=SimpleNamespace(file=SimpleNamespace(fingerprint=1))))
+INPUTS = cast(
+    RunInputs,
+    SimpleNamespace(
+        data=SimpleNamespace(file=SimpleNamespace(fingerprint=1)), teacher_fingerprint=None
+    ),
+)
 COMMON = {"objective": "next_token", "load": "run", "train_iters": 4}
 
 
@@ -38,3 +47,101 @@ def test_what_a_run_has_no_use_for_may_have_been_anything(monkeypatch: pytest.Mo
     check(monkeypatch, {"train_data": "t.jsonl"}, block_size=32, rollout_batch_size=7)
     with pytest.raises(UserError, match=r"--block-size = 4: .*started with 32"):
         check(monkeypatch, {"objective": "sft", "train_data": "t.jsonl"}, block_size=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resumed")
+    write_data(folder)
+    for name, seed in (("ar", 0), ("other_ar", 1), ("diffusion", 0), ("other_diffusion", 1)):
+        save_random_model(folder / name, seed=seed)
+    for name in ("diffusion", "other_diffusion"):
+        state_convention(folder / name, "block_causal", shifted=False)
+    shutil.copytree(folder / "ar", folder / "moved_ar")
+    shutil.copytree(folder / "diffusion", folder / "moved_diffusion")
+    return folder
+
+
+def resume(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    objective: str,
+    before: str | None,
+    now: str | None,
+    *forgotten: str,
+) -> None:
+    """Compare two runs that differ in their teacher; `before` was saved without some entries."""
+
+    def read(teacher: str | None) -> tuple[Config, RunInputs]:
+        model = "ar" if objective == "opdlm" else "diffusion"
+        options: dict[str, Any] = {} if objective == "opdlm" else {"lora_rank": 2}
+        if teacher is not None:
+            options["teacher_load"] = str(folder / teacher)
+        config = run_config(folder, folder / model, objective=objective, **options)
+        return config, read_inputs(config)
+
+    saved = json.loads(json.dumps(run._resumable_config(*read(before))))
+    for name in forgotten:
+        del saved[name]
+    monkeypatch.setattr(run, "saved_config", lambda load: saved)
+    run._check_resumable(*read(now), "run")
+
+
+@pytest.mark.parametrize(
+    ("objective", "before", "now"),
+    [
+        ("opdlm", "ar", "ar"),
+        ("opdlm", "ar", "moved_ar"),
+        ("opdlm", None, "moved_ar"),  # `--load` was the teacher
+        ("d_opsd", "diffusion", "moved_diffusion"),
+        ("d_opsd", None, None),
+    ],
+)
+def test_a_teacher_is_known_by_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    objective: str,
+    before: str | None,
+    now: str | None,
+) -> None:
+    resume(monkeypatch, folder, objective, before, now)
+
+
+@pytest.mark.parametrize(
+    ("objective", "before", "now", "message"),
+    [
+        ("opdlm", "ar", "other_ar", r"'.*/other_ar': is not .*run, .*/ar'.*; name .*--finetune"),
+        ("opdlm", None, "other_ar", r"'.*/other_ar': is not .*run, .*/ar'.*; name .*--finetune"),
+        ("d_opsd", "diffusion", "other_diffusion", r"'.*/other_diffusion': is not .*/diffusion'"),
+        ("d_opsd", "diffusion", None, r"None: .*run, .*/diffusion'.*; name .*--finetune"),
+        ("d_opsd", None, "diffusion", r"'.*/diffusion': .*its own teacher; drop .*--finetune"),
+    ],
+)
+def test_another_teacher_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    objective: str,
+    before: str | None,
+    now: str | None,
+    message: str,
+) -> None:
+    with pytest.raises(UserError, match="--teacher-load = " + message):
+        resume(monkeypatch, folder, objective, before, now)
+
+
+def test_a_checkpoint_that_knows_no_teacher_is_resumed(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Of an earlier version."""
+    resume(monkeypatch, folder, "opdlm", "ar", "other_ar", run.TEACHER_FINGERPRINT)
+
+
+def test_a_teacher_is_what_it_was_at_the_start(folder: Path, tmp_path: Path) -> None:
+    """A run folder that goes on, or prunes its checkpoints, teaches on from what was loaded."""
+    shutil.copytree(folder / "ar", tmp_path / "teacher")
+    config = run_config(folder, folder / "ar", teacher_load=str(tmp_path / "teacher"))
+    inputs = read_inputs(config)
+    before = run._resumable_config(config, inputs)
+    shutil.rmtree(tmp_path / "teacher")
+    assert run._resumable_config(config, inputs) == before
+    assert before[run.TEACHER_FINGERPRINT] is not None
