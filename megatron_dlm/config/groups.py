@@ -248,11 +248,13 @@ class RolloutConfig(DecodingConfig):
     teacher instead of the student; at the first rollout, if a schedule changes it."""
 
     final_teacher_response_fraction: float = 0.0
-    """That share at the last rollout (linear and cosine schedules)."""
+    """That share at the end of a linear or cosine schedule."""
 
     teacher_response_fraction_schedule: FractionSchedule = "constant"
-    """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction
-    over --num-rollouts."""
+    """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction."""
+
+    teacher_response_fraction_rollouts: int | None = None
+    """Rollouts over which it goes there; the rest stay there (None: --num-rollouts)."""
 
 
 @dataclass(frozen=True)
@@ -360,8 +362,8 @@ class ParameterGroup:
 
     Attributes:
         pattern: attention, mlp, experts, router, embedding, norm, output, default (all that is in
-            no other group), or a regular expression searched in the parameter's name. A pattern
-            that matches nothing is an error.
+            no other group), or a regular expression searched in the parameter's name in the whole
+            model, which no layout changes. A pattern that matches nothing is an error.
         lr: Peak learning rate (None: `--lr`).
         min_lr: Learning rate at the end of the decay (None: `--min-lr`).
         weight_decay: Weight decay (None: `--weight-decay`).

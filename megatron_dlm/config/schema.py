@@ -202,6 +202,12 @@ class Config:
         explicit = self.optimizer.lr_decay_iters
         return self.train_iters if explicit is None else explicit
 
+    @property
+    def teacher_response_fraction_rollouts(self) -> int:
+        """Rollouts over which the share of the teacher's responses changes, default resolved."""
+        rollout = self.rollout
+        return rollout.teacher_response_fraction_rollouts or rollout.num_rollouts or 0
+
     def data_parallel_size(self, world_size: int) -> int:
         """Processes that each hold a full copy of the dense model, for `world_size` processes."""
         parallel = self.parallel

@@ -71,6 +71,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
         "teacher_response_fraction",
         "final_teacher_response_fraction",
         "teacher_response_fraction_schedule",
+        "teacher_response_fraction_rollouts",
     )
     rows: tuple[tuple[bool, tuple[str, ...]], ...] = (
         (source in ("rollout", "teacher"), ("prompts",)),
@@ -143,7 +144,7 @@ def _uses_of_other_options(config: Config) -> list[Use]:
         ),
         Use(
             rollout.teacher_response_fraction_schedule != "constant",
-            ("final_teacher_response_fraction",),
+            ("final_teacher_response_fraction", "teacher_response_fraction_rollouts"),
             "--teacher-response-fraction-schedule constant",
             choose("teacher_response_fraction_schedule", "linear", "cosine"),
         ),

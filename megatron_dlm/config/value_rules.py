@@ -24,6 +24,7 @@ AT_LEAST_ONE = (
     "distributed_timeout_minutes",
     "max_prompt_length",
     "num_rollouts",
+    "teacher_response_fraction_rollouts",
     "rollout_batch_size",
     "max_response_length",
     "min_response_length",

@@ -17,6 +17,8 @@ from megatron_dlm.models.model import DiffusionGPTModel
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+TIED_EMBEDDING = "embedding.word_embeddings.weight"
+"""Name of the embeddings, which are the output layer too where the two are tied."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,24 @@ def local_parameters(
         if isinstance(mapping.layout, Replicated):
             rank, size = 0, 1
         yield LocalParameter(parameter, mapping, shard=rank, num_shards=size)
+
+
+def global_names(model: torch.nn.Module) -> dict[Tensor, str]:
+    """The parameters of this rank's part of a model, with their names in the whole model.
+
+    They do not depend on the layout: layers and experts are numbered through, and the copy of tied
+    embeddings that the last pipeline stage has is called as the first one's.
+
+    Args:
+        model: A `DiffusionGPTModel`, possibly wrapped for training.
+    """
+    part = cast(DiffusionGPTModel, unwrap_model(model))
+    return {
+        parameter: TIED_EMBEDDING
+        if getattr(parameter, "shared_embedding", False)
+        else global_name(part, name)
+        for name, parameter in part.named_parameters()
+    }
 
 
 def global_name(model: DiffusionGPTModel, name: str) -> str:

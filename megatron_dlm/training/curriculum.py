@@ -28,8 +28,8 @@ def teacher_response_fraction(config: Config, rollout: int) -> float:
     """Share of a rollout step (from 0) whose responses are the teacher's, in [0, 1]."""
     options = config.rollout
     start, end = options.teacher_response_fraction, options.final_teacher_response_fraction
-    last = (options.num_rollouts or 1) - 1
-    if options.teacher_response_fraction_schedule == "constant" or last == 0:
+    last = config.teacher_response_fraction_rollouts - 1
+    if options.teacher_response_fraction_schedule == "constant" or last < 1:
         return start
     progress = min(rollout / last, 1.0)
     if options.teacher_response_fraction_schedule == "cosine":

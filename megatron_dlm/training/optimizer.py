@@ -5,7 +5,7 @@ attention, 1e-8 for everything else).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_dlm.config.schema import Config, ParameterGroup
+from megatron_dlm.conversion.model_parameters import global_names
 from megatron_dlm.errors import bad_value
 
 GROUPS = {
@@ -54,7 +56,7 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
 
     Args:
         groups: The configured groups.
-        local_names: Names of this rank's trainable parameters.
+        local_names: Names of this rank's trainable parameters in the whole model.
 
     Raises:
         UserError: A pattern matches nothing on any rank, or two patterns match the same parameter.
@@ -89,17 +91,19 @@ def check_groups(groups: Sequence[ParameterGroup], local_names: Sequence[str]) -
             )
 
 
-def _overrides(config: Config, optimizer_config: OptimizerConfig) -> dict[ParamKey, Any]:
+def _overrides(
+    config: Config, optimizer_config: OptimizerConfig, names: Mapping[Tensor, str]
+) -> dict[ParamKey, Any]:
     # Megatron's own rules come first: no weight decay on norms and biases.
     overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config)
     groups = {group.pattern: group for group in config.param_groups}
     rest = groups.pop(DEFAULT_GROUP, ParameterGroup(DEFAULT_GROUP))
     patterns = [_pattern(group) for group in groups.values()]
 
-    def in_no_group(_: Any, name: str) -> bool:
-        return not any(pattern.search(name) for pattern in patterns)
+    def in_no_group(parameter: Tensor, _: str) -> bool:
+        return not any(pattern.search(names[parameter]) for pattern in patterns)
 
-    def add(group: ParameterGroup, predicate: Callable[[Any, str], bool]) -> None:
+    def add(group: ParameterGroup, predicate: Callable[[Tensor, str], bool]) -> None:
         override: dict[str, Any] = {"name": group.pattern}
         if group.lr is not None:
             override["max_lr"] = group.lr
@@ -114,8 +118,8 @@ def _overrides(config: Config, optimizer_config: OptimizerConfig) -> dict[ParamK
     add(rest, in_no_group)
     for group, pattern in zip(groups.values(), patterns, strict=True):
 
-        def matches(_: Any, name: str, pattern: re.Pattern[str] = pattern) -> bool:
-            return pattern.search(name) is not None
+        def matches(parameter: Tensor, _: str, pattern: re.Pattern[str] = pattern) -> bool:
+            return pattern.search(names[parameter]) is not None
 
         add(group, matches)
     return overrides
@@ -128,9 +132,10 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
         UserError: See `check_groups`.
     """
     options = config.optimizer
+    names = global_names(model)
     check_groups(
         config.param_groups,
-        [name for name, param in model.named_parameters() if param.requires_grad],
+        [name for parameter, name in names.items() if parameter.requires_grad],
     )
     optimizer_config = OptimizerConfig(
         optimizer=options.optimizer,
@@ -148,7 +153,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     return get_megatron_optimizer(
         optimizer_config,
         [model],
-        config_overrides=_overrides(config, optimizer_config),
+        config_overrides=_overrides(config, optimizer_config, names),
     )
 
 

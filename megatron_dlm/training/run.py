@@ -45,6 +45,7 @@ RESUME_FIXED = (
     "rollout_batch_size",
     "global_batch_size",
     "epochs_per_rollout",
+    "teacher_response_fraction_rollouts",
     "bf16",
     "use_distributed_optimizer",
     "optimizer",
@@ -105,6 +106,7 @@ def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
     return config.to_dict() | {
         "lr_decay_iters": config.lr_decay_iters,
         "lr_warmup_iters": config.lr_warmup_iters,
+        "teacher_response_fraction_rollouts": config.teacher_response_fraction_rollouts,
         "param_groups": [plain_value(group) for group in config.param_groups],
         DATA_FINGERPRINT: inputs.data.file.fingerprint,
         TEACHER_FINGERPRINT: inputs.teacher_fingerprint,

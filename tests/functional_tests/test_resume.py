@@ -14,7 +14,14 @@ from megatron_dlm.training import loop
 from megatron_dlm.training.checkpointing import find_checkpoint
 from megatron_dlm.training.initialize import initialized
 from tests.distributed_tests.spawn import run_distributed
-from tests.tiny import run_config, run_training, save_random_model, write_data
+from tests.tiny import (
+    reward_every_third,
+    run_config,
+    run_training,
+    save_random_model,
+    state_convention,
+    write_data,
+)
 
 COMMON = dict(lr_warmup_iters=2, log_interval=1)
 ROLLOUTS = dict(COMMON, num_rollouts=3, rollout_batch_size=8)
@@ -24,9 +31,21 @@ GROUPS = [
     {"pattern": "attention", "lr": 3e-3, "min_lr": 2e-3, "weight_decay": 0.1},
     {"pattern": "mlp", "lr": 1e-5, "min_lr": 1e-6},
 ]
-
-
 ADAPTERS = {"lora_rank": 3, "lora_alpha": 6}
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "opdlm": ROLLOUTS,
+    "opdlm_off": ROLLOUTS,
+    "off_policy": GIVEN,
+    "sft": GIVEN,
+    "scp": GIVEN,
+    "next_token": GIVEN,
+    "d_opsd": {**ROLLOUTS, **ADAPTERS},
+}
+"""Six updates of each."""
+
+OF_A_TEACHER = ("opdlm", "opdlm_off", "off_policy")
+"""Objectives whose teacher is another model than the one that a resumed run loads."""
 
 
 class Interrupted(Exception):
@@ -39,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder)
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
+    state_convention(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
     return folder
 
 
@@ -97,6 +117,8 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
             },
         ),
         ("moe", {**GIVEN, "objective": "scp"}),
+        ("dense", {**GIVEN, "objective": "sft"}),
+        ("dense", {**ROLLOUTS, "objective": "opdlm_off"}),
         ("dense", {**ROLLOUTS, "param_groups": GROUPS}),
         ("dense", {**ROLLOUTS, "param_groups": GROUPS, "use_distributed_optimizer": True}),
         (
@@ -118,6 +140,8 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
         "off_policy",
         "mixture",
         "scp",
+        "sft",
+        "opdlm_off",
         "groups",
         "groups distributed",
         "off_policy stored",
@@ -137,7 +161,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     broken = str(tmp_path / "broken")
     interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
     _interrupt_after(monkeypatch, 5, interrupted)
-    if options.get("objective") not in ("next_token", "scp"):
+    if options.get("objective", "opdlm") in OF_A_TEACHER:
         options = {**options, "teacher_load": str(folder / model)}
     resumed = run_config(folder, Path(broken), **options, save=broken)
     lines = run_training(resumed)
@@ -148,23 +172,55 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         assert torch.equal(actual_tensors[name], tensor), name
 
 
-def _go_on(rank: int, folder: Path, run: str, model: str, layout: dict[str, Any]) -> Any:
-    return run_training(
-        run_config(
-            folder, Path(run), **ROLLOUTS, teacher_load=str(folder / model), save=run, **layout
-        )
-    )
+def _start(rank: int, folder: Path, run: str, model: str, options: dict[str, Any]) -> None:
+    """Train the first four of six updates."""
+    first = {"num_rollouts": 2} if "num_rollouts" in options else {"train_iters": 4}
+    options = {**options, **first, "lr_decay_iters": 6}
+    with reward_every_third():
+        run_training(run_config(folder, folder / model, **options, save=run))
 
 
-def _start(rank: int, folder: Path, run: str, model: str, layout: dict[str, Any]) -> Any:
-    options: dict[str, Any] = {**ROLLOUTS, "num_rollouts": 2, "lr_decay_iters": 6, **layout}
-    return run_training(run_config(folder, folder / model, **options, save=run))
+def _go_on(rank: int, folder: Path, run: str, model: str, options: dict[str, Any]) -> Any:
+    if options.get("objective", "opdlm") in OF_A_TEACHER:
+        options = {**options, "teacher_load": str(folder / model)}
+    with reward_every_third():
+        return run_training(run_config(folder, Path(run), **options, save=run))
+
+
+def _check_moved(
+    folder: Path,
+    save: Path,
+    model: str,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Compare a run that changes its layout with one of a single process."""
+    whole = run_config(folder, folder / model, **options, save=str(save / "whole"))
+    with reward_every_third():
+        expected = run_training(whole)
+    run = str(save / "moved")
+    run_distributed(_start, 2, folder, run, model, {**options, **before})
+    lines = run_distributed(_go_on, 2, folder, run, model, {**options, **after})[0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_goes_on_at_another_layout(
+    folder: Path, tmp_path: Path, objective: str
+) -> None:
+    model = "diffusion" if objective == "d_opsd" else "dense"
+    options = {**OBJECTIVES[objective], "objective": objective}
+    before, after = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+    _check_moved(folder, tmp_path, model, before, after, options)
 
 
 @pytest.mark.parametrize(
     ("model", "before", "after", "options"),
     [
-        ("dense", {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}),
         ("dense", {"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}, {}),
         ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}),
         (
@@ -177,7 +233,6 @@ def _start(rank: int, folder: Path, run: str, model: str, layout: dict[str, Any]
         ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, ADAPTERS),
     ],
     ids=[
-        "TP2 to PP2",
         "DP2 distributed to TP2",
         "EP2 to PP2",
         "PP2 to EP2 distributed",
@@ -193,18 +248,9 @@ def test_a_run_goes_on_at_another_layout(
     after: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    save = str(tmp_path / "whole")
-    whole = run_config(folder, folder / model, **ROLLOUTS, **options, save=save)
-    expected = run_training(whole)
-    run = str(tmp_path / "moved")
     # The distributed optimizer's state has its own format: it is kept through the move.
     keep = {key: value for key, value in before.items() if key == "use_distributed_optimizer"}
-    run_distributed(_start, 2, folder, run, model, {**before, **options})
-    lines = run_distributed(_go_on, 2, folder, run, model, {**keep, **after, **options})[0]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    for line, other in zip(lines, expected, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    _check_moved(folder, tmp_path, model, before, {**keep, **after}, {**ROLLOUTS, **options})
 
 
 def test_what_a_resumed_run_cannot_change_is_refused(folder: Path, tmp_path: Path) -> None:

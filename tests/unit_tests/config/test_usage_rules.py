@@ -98,6 +98,7 @@ CASES = [
         (*NOT_ROLLOUTS, OPDLM, D_OPSD),
         (MIXED, {**WITH_FOLDER, "final_teacher_response_fraction": 0.1}),
     ),
+    Case("teacher_response_fraction_rollouts", 3, (*NOT_ROLLOUTS, OPDLM, MIXED), (FADING,)),
     Case("train_iters", 3, ON_ROLLOUTS, NOT_ROLLOUTS),
     Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),

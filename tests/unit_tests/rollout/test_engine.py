@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -173,7 +173,25 @@ def test_cached_decoding_equals_full_forwards(model: DiffusionGPTModel, changes:
         assert any((t.unmask_step[:-1] == t.unmask_step[1:]).any() for t in trajectories)
     for prompt, trajectory in zip(prompts, trajectories, strict=True):
         assert trajectory.record is prompt.record
-        assert trajectory.total_forwards == trajectory.denoising_forwards
+
+
+def test_forwards_are_those_of_the_model(
+    model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and commits have no forwards of their own: every one denoises."""
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward_hidden(*args)
+
+    monkeypatch.setattr(engine_module, "forward_hidden", counted)
+    engine = make_engine(model)
+    for prompt in make_prompts(LENGTHS):
+        calls = 0
+        (trajectory,) = engine.generate([prompt], 18)
+        assert trajectory.total_forwards == trajectory.denoising_forwards == calls
 
 
 def test_results_do_not_depend_on_the_batch(

@@ -145,3 +145,24 @@ def test_a_teacher_is_what_it_was_at_the_start(folder: Path, tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "teacher")
     assert run._resumable_config(config, inputs) == before
     assert before[run.TEACHER_FINGERPRINT] is not None
+
+
+def test_the_schedule_of_the_mixture_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rollouts would stretch it, and raise the teacher's share again."""
+    longer = {
+        "objective": "opdlm",
+        "prompts": "p.jsonl",
+        "train_iters": None,
+        "num_rollouts": 9,
+        "lr_decay_iters": 10,
+        "teacher_response_fraction": 0.5,
+    }
+    check(monkeypatch, longer, teacher_response_fraction_rollouts=5)
+    fading = {**longer, "teacher_response_fraction_schedule": "linear"}
+    check(
+        monkeypatch,
+        {**fading, "teacher_response_fraction_rollouts": 5},
+        teacher_response_fraction_rollouts=5,
+    )
+    with pytest.raises(UserError, match=r"--teacher-response-fraction-rollouts = 9: .*with 5"):
+        check(monkeypatch, fading, teacher_response_fraction_rollouts=5)
