@@ -19,6 +19,8 @@ from benchmarks.study.statistics import (
 
 CLOSE_POINTS = 3.0
 """Points of accuracy up to which two recipes count as close."""
+CLOSE_SPEED = 0.1
+"""Tokens per forward up to which two stretches of training count as close."""
 SOLVING = 10.0
 """Percent of the problems that a run solves at least, if it has learnt to: guesses get fewer."""
 
@@ -254,17 +256,28 @@ def _forgetting(results: Sequence[Result]) -> list[Claim]:
 
 
 def plateau_claims(results: Sequence[Result]) -> list[Claim]:
-    """This project's own aim: the long run comes close to its teacher."""
+    """This project's own aim: the long run, trained to its plateau, comes close to its teacher."""
     teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
+    plateau = _claim(
+        "this project",
+        "the long run is trained to its plateau (tokens per forward of rollouts in the last tenth "
+        f"of training, within {CLOSE_SPEED:g} of the tenth before it)",
+        sample(results, "best", rollout_speed(0.9, 1.0)),
+        sample(results, "best", rollout_speed(0.8, 0.9)),
+        lambda a, b: verdict_close(a, b, CLOSE_SPEED),
+    )
     return [
-        _claim(
-            "this project",
-            f"the long run is within {CLOSE_POINTS:g} points of the teacher ({title})",
-            sample(results, "best", accuracy("block_4", setting)),
-            teacher,
-            lambda a, b: verdict_within(a, b, CLOSE_POINTS),
-        )
-        for title, setting in (("static", "static"), ("dynamic 0.9", "dynamic_0.9"))
+        plateau,
+        *(
+            _claim(
+                "this project",
+                f"the long run is within {CLOSE_POINTS:g} points of the teacher ({title})",
+                sample(results, "best", accuracy("block_4", setting)),
+                teacher,
+                lambda a, b: verdict_within(a, b, CLOSE_POINTS),
+            )
+            for title, setting in (("static", "static"), ("dynamic 0.9", "dynamic_0.9"))
+        ),
     ]
 
 

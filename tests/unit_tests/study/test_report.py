@@ -158,13 +158,24 @@ def test_what_was_not_run_gets_no_verdict(results: list[dict[str, Any]]) -> None
 
 
 def test_distance_from_the_teacher(results: list[dict[str, Any]]) -> None:
-    static, dynamic = plateau_claims(results)  # 92.5 and 90.5 of 98, see `measured`
+    _, static, dynamic = plateau_claims(results)  # 92.5 and 90.5 of 98, see `measured`
     assert (static.verdict, dynamic.verdict) == ("not supported", "not supported")
     for result in results:
         if result["recipe"] == "teacher":
             result["evaluations"]["autoregressive"]["autoregressive"]["accuracy"] = 0.94
-    static, dynamic = plateau_claims(results)
+    _, static, dynamic = plateau_claims(results)
     assert (static.verdict, dynamic.verdict) == ("supported", "not supported")
+
+
+@pytest.mark.parametrize(
+    ("last", "verdict"), [(2.65, "supported"), (2.8, "not supported"), (2.4, "not supported")]
+)
+def test_plateau_of_the_long_run(results: list[dict[str, Any]], last: float, verdict: str) -> None:
+    for result in results:
+        if result["recipe"] == "best":
+            curve = result["training"]["curves"]
+            curve["tokens_per_forward"] = [1.0] * 8 + [2.6, last]
+    assert plateau_claims(results)[0].verdict == verdict
 
 
 def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
