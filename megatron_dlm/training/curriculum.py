@@ -28,10 +28,9 @@ def teacher_response_fraction(config: Config, rollout: int) -> float:
     """Share of a rollout step (from 0) whose responses are the teacher's, in [0, 1]."""
     options = config.rollout
     start, end = options.teacher_response_fraction, options.final_teacher_response_fraction
-    last = config.teacher_response_fraction_rollouts - 1
-    if options.teacher_response_fraction_schedule == "constant" or last < 1:
+    if options.teacher_response_fraction_schedule == "constant" or rollout == 0:
         return start
-    progress = min(rollout / last, 1.0)
+    progress = min(rollout / max(config.teacher_response_fraction_rollouts - 1, 1), 1.0)
     if options.teacher_response_fraction_schedule == "cosine":
         progress = (1.0 - math.cos(math.pi * progress)) / 2
     return start + progress * (end - start)

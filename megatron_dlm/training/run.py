@@ -115,6 +115,8 @@ def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
 
 def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
     now, before = _resumable_config(config, inputs), saved_config(load)
+    if "num_rollouts" in before:
+        before = {"teacher_response_fraction_rollouts": before["num_rollouts"], **before}
     if before.get(DATA_FINGERPRINT, now[DATA_FINGERPRINT]) != now[DATA_FINGERPRINT]:
         raise bad_value(
             "--" + config.data_option.replace("_", "-"),
@@ -122,6 +124,14 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             f"is not what the run in {load} was reading",
             "name that to resume it, or --finetune for a new run from its weights",
         )
+    for name in RESUME_FIXED:
+        if name in before and before[name] != now[name] and is_used(config, name):
+            raise bad_value(
+                "--" + name.replace("_", "-"),
+                now[name],
+                f"the run in {load} was started with {before[name]!r}",
+                f"use {before[name]!r} to resume it, or --finetune for a new run from its weights",
+            )
     if before.get(TEACHER_FINGERPRINT, now[TEACHER_FINGERPRINT]) != now[TEACHER_FINGERPRINT]:
         problem, remedy = f"the run in {load} was its own teacher", "drop it"
         if before[TEACHER_FINGERPRINT] is not None:
@@ -134,14 +144,6 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             problem,
             f"{remedy} to resume it, or --finetune for a new run from its weights",
         )
-    for name in RESUME_FIXED:
-        if name in before and before[name] != now[name] and is_used(config, name):
-            raise bad_value(
-                "--" + name.replace("_", "-"),
-                now[name],
-                f"the run in {load} was started with {before[name]!r}",
-                f"use {before[name]!r} to resume it, or --finetune for a new run from its weights",
-            )
 
 
 def build_run(config: Config, inputs: RunInputs) -> Run:

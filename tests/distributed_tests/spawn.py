@@ -9,6 +9,7 @@ from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import Queue
 from time import monotonic
 from typing import Any
 
@@ -111,8 +112,9 @@ def _run_rank(
     global _join
     gc.freeze()  # what all ranks share in memory stays shared: no collection looks at it
     torch.set_num_threads(1)
-    # What Megatron's checkpoint writers report through: its own process would import torch anew.
-    filesystem_async._results_queue = mp.get_context("fork").Manager().Queue()
+    # For results of checkpoint writers Megatron starts a process, which imports torch; to write
+    # them at once needs none.
+    filesystem_async._results_queue = Queue()
     worlds = count()
 
     def join() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.study.cells import all_cells, write_result
-from benchmarks.study.claims import SOLVING, Claim, papers_claims, plateau_claims
+from benchmarks.study.claims import RISING, SOLVING, Claim, papers_claims, plateau_claims
 from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, Sizes
 from benchmarks.study.report import collect, write_report
 from megatron_dlm.errors import UserError
@@ -124,8 +124,22 @@ def test_a_loss_that_falls_throughout_shows_no_forgetting(results: list[dict[str
             end = 1.0 if result["recipe"] == "scp_one_lr" else 2.0
             result["training"]["curves"]["validation_loss"] = [3.0, 2.5, end]
     claim = find(papers_claims(results), "forgets less", "diffusion loss")
-    assert claim.measured == "0.00 ± 0.00 against 0.00 ± 0.00: +0.00, std 0.00"
+    reason = f"no run rises by {RISING:g}"
+    assert claim.measured == f"0.00 ± 0.00 against 0.00 ± 0.00: +0.00, std 0.00; {reason}"
     assert claim.verdict == "not distinguishable"
+
+
+@pytest.mark.parametrize(
+    ("rises", "verdict"), [(0.8, "not distinguishable"), (1.2, "supported")], ids=["noise", "rise"]
+)
+def test_noise_in_a_loss_is_not_forgetting(
+    results: list[dict[str, Any]], rises: float, verdict: str
+) -> None:
+    for result in results:
+        if result["recipe"].startswith("scp"):
+            end = 2.0 + (rises * RISING if result["recipe"] == "scp_one_lr" else 0.0)
+            result["training"]["curves"]["validation_loss"] = [3.0, 2.0, end]
+    assert find(papers_claims(results), "forgets less", "diffusion loss").verdict == verdict
 
 
 @pytest.mark.parametrize("reading", READINGS)

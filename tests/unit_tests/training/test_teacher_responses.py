@@ -237,11 +237,12 @@ def test_fraction_over_the_rollouts(schedule: str, expected: list[float]) -> Non
     assert fractions == pytest.approx(expected, abs=1e-6)
     if schedule != "constant":
         # A longer run with the same schedule stays at its end.
-        longer = Config.from_dict(
-            {**config.to_dict(), "num_rollouts": 9, "teacher_response_fraction_rollouts": 5}
-        )
-        fractions = [teacher_response_fraction(longer, rollout) for rollout in range(9)]
-        assert fractions == pytest.approx(expected + [0.2] * 4, abs=1e-6)
+        for first, stages in ((5, expected), (1, [0.8])):
+            longer = Config.from_dict(
+                {**config.to_dict(), "num_rollouts": 9, "teacher_response_fraction_rollouts": first}
+            )
+            fractions = [teacher_response_fraction(longer, rollout) for rollout in range(9)]
+            assert fractions == pytest.approx(stages + [0.2] * (9 - first), abs=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
