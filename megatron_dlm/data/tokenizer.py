@@ -70,7 +70,7 @@ def has_tokenizer(folder: Path) -> bool:
 def differing_token(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> str | None:
-    """A token that keeps two tokenizers from sharing a vocabulary; None if they do share one.
+    """The first token that keeps two tokenizers from sharing a vocabulary; None if they share one.
 
     Either may have special tokens, and a MASK, under ids that are free in the other: a conversion
     adds MASK, and no text of the other comes to such a token.
@@ -80,7 +80,7 @@ def differing_token(
         if vocabulary.items() <= rest.items():
             continue
         added, taken = one.added_tokens_decoder, set(rest.values())
-        for text, token_id in vocabulary.items():
+        for text, token_id in sorted(vocabulary.items(), key=lambda item: item[1]):
             if rest.get(text) == token_id:
                 continue
             special = text == MASK_TOKEN or (token_id in added and added[token_id].special)

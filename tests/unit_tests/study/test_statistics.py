@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.study.claims import drop, rise, rollout_speed, speed_gain
+from benchmarks.study.claims import (
+    BEGINNING,
+    END,
+    MIDDLE,
+    drop,
+    rise,
+    rollout_speed,
+    speed_gain,
+)
 from benchmarks.study.statistics import (
     Sample,
     Verdict,
@@ -117,6 +125,6 @@ def test_gains_of_speed_over_training() -> None:
     curve = [1.0] * 10 + [2.0] * 30 + [2.5] * 80
     trained = {"training": {"curves": {"tokens_per_forward": curve}}}
     assert rollout_speed(0.75, 1)(trained) == pytest.approx(2.5)
-    assert speed_gain(first_half=True)(trained) == pytest.approx(1.5)
-    assert speed_gain(first_half=False)(trained) == pytest.approx(0)
-    assert speed_gain(first_half=True)({"evaluations": {}}) is None
+    assert speed_gain(BEGINNING, MIDDLE)(trained) == pytest.approx(1.5)
+    assert speed_gain(MIDDLE, END)(trained) == pytest.approx(0)
+    assert speed_gain(BEGINNING, MIDDLE)({"evaluations": {}}) is None
