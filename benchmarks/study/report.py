@@ -145,8 +145,8 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
         "## What training took",
         cost_table(results, known),
         "Response tokens are generated ones, or those of the data set, however often they are "
-        "trained on. Seconds of one process on one core while the other cores ran other cells; the "
-        "teacher's responses are generated within them.",
+        "trained on. Seconds are of one process beside other cells and other work, so they are no "
+        "comparison of speed; the teacher's responses are generated within them.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
