@@ -191,4 +191,6 @@ def test_a_teacher_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     teacher = stating(folder, tmp_path / "teacher")
     for file in teacher.glob("*token*"):
         file.unlink()
-    read_inputs(run_config(folder, folder / "ar", teacher_load=str(teacher)))
+    inputs = read_inputs(run_config(folder, folder / "ar", teacher_load=str(teacher)))
+    assert inputs.teacher_source is not None
+    assert inputs.teacher_source.hf_folder == teacher

@@ -69,8 +69,11 @@ def resume(
     before: str | None,
     now: str | None,
     *forgotten: str,
-) -> None:
-    """Compare two runs that differ in their teacher; `before` was saved without some entries."""
+) -> tuple[str | None, str | None]:
+    """Compare two runs that differ in their teacher; `before` was saved without some entries.
+
+    Returns the fingerprints of the teachers.
+    """
 
     def read(teacher: str | None) -> tuple[Config, RunInputs]:
         model = "ar" if objective == "opdlm" else "diffusion"
@@ -84,7 +87,9 @@ def resume(
     for name in forgotten:
         del saved[name]
     monkeypatch.setattr(run, "saved_config", lambda load: saved)
-    run._check_resumable(*read(now), "run")
+    resumed = read(now)
+    run._check_resumable(*resumed, "run")
+    return saved.get(run.TEACHER_FINGERPRINT), resumed[1].teacher_fingerprint
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,9 @@ def test_a_teacher_is_known_by_its_weights(
     before: str | None,
     now: str | None,
 ) -> None:
-    resume(monkeypatch, folder, objective, before, now)
+    first, second = resume(monkeypatch, folder, objective, before, now)
+    assert first == second
+    assert (first is None) == (objective == "d_opsd" and now is None)  # its own teacher
 
 
 @pytest.mark.parametrize(
