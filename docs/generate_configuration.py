@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
 # Configuration
 
-Written by `docs/generate_configuration.py` from `megatron_dlm/config/groups.py`; do not edit.
+Written by `docs/generate_configuration.py` from `megatron_dlm/config/`; do not edit.
 
 Every option has one name. `tensor_model_parallel_size` is a key of a flat YAML file, and
 `--tensor-model-parallel-size` a flag; an option that is true or false is switched by `--bf16` and

@@ -5,19 +5,21 @@ from megatron_dlm.config.groups import (
     DataConfig,
     DecodingConfig,
     DistillationConfig,
-    LoggingConfig,
     LoRAConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     ParallelConfig,
-    ParameterGroup,
     RolloutConfig,
     SelfDistillationConfig,
-    TrainingConfig,
 )
 from megatron_dlm.config.parsing import format_config, parse_arguments, parse_config
 from megatron_dlm.config.schema import Config
+from megatron_dlm.config.training_groups import (
+    LoggingConfig,
+    OptimizerConfig,
+    ParameterGroup,
+    TrainingConfig,
+)
 from megatron_dlm.config.validation import validate
 
 __all__ = [

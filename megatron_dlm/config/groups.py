@@ -1,4 +1,4 @@
-"""Every option of the framework, in groups.
+"""Options of model, data, rollout and objective; optimizer and run are in `training_groups`.
 
 One field is one command-line flag (`--tensor-model-parallel-size`), one YAML key
 (`tensor_model_parallel_size`) and one docstring, which is also the flag's help text. A default is
@@ -33,9 +33,6 @@ LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 RewardName = Literal["exact_match", "math_verify"]
-OptimizerName = Literal["adam"]
-ParamGroupPreset = Literal["rnd1"]
-LRDecayStyle = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -354,125 +351,3 @@ class SelfDistillationConfig:
     """Longest row in tokens, of the teacher and of a full-attention student, where every state is a
     text as long as prompt and response: more states form further rows, with the same loss (default:
     all states of --micro-batch-size responses form one row)."""
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Settings of the optimizer for the parameters that a pattern matches.
-
-    Attributes:
-        pattern: attention, mlp, experts, router, embedding, norm, output, default (all that is in
-            no other group), or a regular expression searched in the parameter's name in the whole
-            model, which no layout changes. A pattern that matches nothing is an error.
-        lr: Peak learning rate (None: `--lr`).
-        min_lr: Learning rate at the end of the decay (None: `--min-lr`).
-        weight_decay: Weight decay (None: `--weight-decay`).
-    """
-
-    pattern: str
-    lr: float | None = None
-    min_lr: float | None = None
-    weight_decay: float | None = None
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Optimizer: update rule, learning rates and their schedule."""
-
-    optimizer: OptimizerName = "adam"
-    """Update rule (adam is AdamW: decoupled weight decay)."""
-
-    offload_optimizer: bool = False
-    """Keep the optimizer's state and main weights in host memory, and no gradients, during rollouts
-    and the teacher's forwards (where there are no rollouts, those of every update)."""
-
-    lr: float = 1e-5
-    """Peak learning rate."""
-
-    min_lr: float = 1e-6
-    """Learning rate at the end of the decay; not used by a constant schedule."""
-
-    lr_decay_style: LRDecayStyle = "cosine"
-    """Shape of the schedule after the warm-up."""
-
-    lr_warmup_iters: int = 0
-    """Optimizer steps over which the learning rate rises from 0 to --lr."""
-
-    lr_warmup_fraction: float | None = None
-    """The same as a fraction of --lr-decay-iters, instead of --lr-warmup-iters."""
-
-    lr_decay_iters: int | None = None
-    """Optimizer step at which --min-lr is reached (default: the number of steps of the run)."""
-
-    weight_decay: float = 0.0
-    """Decoupled weight decay; never applied to norms and biases."""
-
-    adam_beta1: float = 0.9
-    """Decay of Adam's first moment."""
-
-    adam_beta2: float = 0.999
-    """Decay of Adam's second moment."""
-
-    adam_eps: float = 1e-8
-    """Term that keeps Adam's denominator above zero."""
-
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-
-    param_groups: tuple[ParameterGroup, ...] = ()
-    """Parameter groups with their own settings, a list of {pattern, lr, min_lr, weight_decay};
-    JSON on the command line. Patterns: attention, mlp, experts, router, embedding, norm, output,
-    default (what is in no other group), or a regular expression."""
-
-    param_group_preset: ParamGroupPreset | None = None
-    """Published parameter groups instead of --param-groups. rnd1: attention at a peak rate of 3e-4,
-    everything else at 1e-8, weight decay 0.1 (meant for --lr-decay-style constant)."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Training: batch sizes and length of the run."""
-
-    micro_batch_size: int = 1
-    """Trajectories (or corpus windows) packed into one row, the unit of a forward pass."""
-
-    global_batch_size: int = 8
-    """Trajectories (or corpus windows) per optimizer update, over all data-parallel processes."""
-
-    train_iters: int | None = None
-    """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
-
-    epochs_per_rollout: int = 1
-    """Passes over the trajectories of a rollout before the next one."""
-
-    eval_interval: int = 0
-    """Optimizer steps between two validation losses, where held-out data are given; 0 takes one
-    only, at the end of the run."""
-
-    eval_iters: int = 10
-    """Global batches of held-out data that a validation loss is taken over: always the same samples
-    with the same masks."""
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """Logging and checkpoints."""
-
-    save: str | None = None
-    """Run folder: checkpoints, metrics.jsonl, resolved configuration, TensorBoard."""
-
-    save_interval: int = 0
-    """Optimizer steps between checkpoints, rounded up to the end of the rollout; 0 saves only at
-    the end of the run."""
-
-    keep_checkpoints: int = 0
-    """Latest checkpoints to keep; 0 keeps all."""
-
-    log_interval: int = 1
-    """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
-
-    wandb_project: str | None = None
-    """Weights & Biases project to log to as well (wandb must be installed)."""

@@ -1,6 +1,6 @@
 """Parameter groups that publications trained with, by name (`--param-group-preset`)."""
 
-from megatron_dlm.config.groups import ParameterGroup, ParamGroupPreset
+from megatron_dlm.config.training_groups import ParameterGroup, ParamGroupPreset
 
 PARAM_GROUP_PRESETS: dict[ParamGroupPreset, tuple[ParameterGroup, ...]] = {
     # RND1 section 4.2, setting 4. Its schedule is constant; with another one, rates decay to 0.

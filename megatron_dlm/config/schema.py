@@ -11,17 +11,13 @@ from megatron_dlm.config.groups import (
     DataConfig,
     DecodingConfig,
     DistillationConfig,
-    LoggingConfig,
     LoRAConfig,
     MaskEmbeddingInit,
     ModelConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     ParallelConfig,
-    ParameterGroup,
     RolloutConfig,
     SelfDistillationConfig,
-    TrainingConfig,
 )
 from megatron_dlm.config.objective_traits import (
     OBJECTIVE_TRAITS,
@@ -30,6 +26,12 @@ from megatron_dlm.config.objective_traits import (
     StateSelection,
 )
 from megatron_dlm.config.param_group_presets import PARAM_GROUP_PRESETS
+from megatron_dlm.config.training_groups import (
+    LoggingConfig,
+    OptimizerConfig,
+    ParameterGroup,
+    TrainingConfig,
+)
 
 __all__ = [
     "Config",
