@@ -96,22 +96,28 @@ class PromptDataset(Sequence[Prompt]):
         """SHA-256 of the token ids, which depend on file, tokenizer and chat template."""
         return self._token_ids.fingerprint()
 
-    def with_responses(self, responses: TokenTable, eos_token_id: int) -> "ExampleDataset":
+    def with_responses(
+        self, responses: TokenTable, special_tokens: SpecialTokens
+    ) -> "ExampleDataset":
         """The same records with their responses; one with an empty response cannot be sampled."""
-        return ExampleDataset(self.file, self._token_ids, responses, eos_token_id)
+        return ExampleDataset(self.file, self._token_ids, responses, special_tokens)
 
 
 class ExampleDataset(Sequence[Trajectory]):
     """Tokenised prompt and response pairs of a file; `unmask_step` is zero everywhere."""
 
     def __init__(
-        self, file: RecordFile, prompts: TokenTable, responses: TokenTable, eos_token_id: int
+        self,
+        file: RecordFile,
+        prompts: TokenTable,
+        responses: TokenTable,
+        special_tokens: SpecialTokens,
     ) -> None:
         """Combine N records with their N prompts and N responses; one without EOS was cut."""
         self.file = file
         self._prompts = prompts
         self._responses = responses
-        self._eos_token_id = eos_token_id
+        self._eos_token_ids = special_tokens.eos_token_ids
 
     def __len__(self) -> int:
         return len(self.file)
@@ -135,7 +141,7 @@ class ExampleDataset(Sequence[Trajectory]):
             prompt_ids=self._prompts[index],
             response_ids=response_ids,
             unmask_step=torch.zeros_like(response_ids),
-            finish_reason="eos" if int(response_ids[-1]) == self._eos_token_id else "length",
+            finish_reason="eos" if int(response_ids[-1]) in self._eos_token_ids else "length",
             record=self.file.record(index),
         )
 
@@ -203,7 +209,7 @@ def read_examples(
     Args:
         path: The JSONL file.
         tokenizer: Its chat template renders the prompt, with the generation prompt.
-        special_tokens: EOS is appended to every response that does not end in it.
+        special_tokens: EOS is appended to every response that no token of `eos_token_ids` ends.
         max_prompt_length: In tokens, chat template included.
         max_response_length: In tokens, EOS included; None for no limit.
         chat_template_kwargs: Variables for the chat template.
@@ -221,7 +227,7 @@ def read_examples(
         _check_prompt(token_ids, where, max_prompt_length, special_tokens)
         prompts.append(token_ids)
     for where, token_ids in renderer.tokenize_texts((w, response) for w, _, response in pairs):
-        if not token_ids or token_ids[-1] != special_tokens.eos_token_id:
+        if not token_ids or token_ids[-1] not in special_tokens.eos_token_ids:
             token_ids = [*token_ids, special_tokens.eos_token_id]
         _check_response(token_ids, where, max_response_length, special_tokens)
         length = prompts.length(len(responses)) + len(token_ids)
@@ -233,7 +239,7 @@ def read_examples(
                 "shorten the example or remove the line",
             )
         responses.append(token_ids)
-    return ExampleDataset(file, prompts, responses, special_tokens.eos_token_id)
+    return ExampleDataset(file, prompts, responses, special_tokens)
 
 
 class _Renderer:
@@ -318,10 +324,10 @@ def _check_response(
             f"is over --max-response-length {max_response_length}",
             "shorten the response or raise --max-response-length",
         )
-    if special_tokens.eos_token_id in token_ids[:-1]:
+    ends = (token_id for token_id in token_ids[:-1] if token_id in special_tokens.eos_token_ids)
+    if (end := next(ends, None)) is not None:
         raise UserError(
-            f"{where}: the response goes on behind the EOS token"
-            f" (id {special_tokens.eos_token_id}); end it there"
+            f"{where}: the response goes on behind the EOS token (id {end}); end it there"
         )
     _check_no_mask(token_ids, f"{where}: the response", special_tokens)
 

@@ -132,13 +132,10 @@ class Generator:
         Returns:
             Trajectories in the order of `share`, the same on all model-parallel ranks.
         """
-        special = self._inputs.special_tokens
         engine = RolloutEngine(
             self._model,
             generation=generation,
-            eos_token_id=special.eos_token_id,
-            pad_token_id=special.pad_token_id,
-            mask_token_id=special.mask_token_id,
+            special_tokens=self._inputs.special_tokens,
             vocab_size=self._setup.source.architecture.vocab_size,
             seed=self._setup.config.data.seed,
         )

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm import platform
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.rollout.context import RolloutContext, rollout_context
 from megatron_dlm.rollout.drawing import TokenDrawer
@@ -50,9 +51,8 @@ class RolloutEngine:
     Args:
         model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
         generation: Decoding settings.
-        eos_token_id: Ends a response.
-        pad_token_id: Fills forwards of ranks without work.
-        mask_token_id: Stands for tokens not committed yet; never drawn.
+        special_tokens: What ends a response, stands for tokens not committed yet (MASK is never
+            drawn), and fills forwards of ranks without work.
         vocab_size: Ids from here on are padding of the vocabulary; never drawn.
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
         groups: Process groups; default: those of Megatron-Core's parallel state.
@@ -63,9 +63,7 @@ class RolloutEngine:
         model: torch.nn.Module,
         *,
         generation: GenerationConfig,
-        eos_token_id: int,
-        pad_token_id: int,
-        mask_token_id: int,
+        special_tokens: SpecialTokens,
         vocab_size: int,
         seed: int,
         groups: RolloutGroups | None = None,
@@ -73,14 +71,12 @@ class RolloutEngine:
         self.generation = generation
         self.seed = seed
         self._model = unwrap_model(model)
-        self._eos_token_id = eos_token_id
-        self._pad_token_id = pad_token_id
-        self._mask_token_id = mask_token_id
+        self._special_tokens = special_tokens
         self._groups = groups or RolloutGroups.from_parallel_state()
         self._drawer = TokenDrawer(
             self._model,
             generation=generation,
-            mask_token_id=mask_token_id,
+            mask_token_id=special_tokens.mask_token_id,
             vocab_size=vocab_size,
             groups=self._groups,
         )
@@ -132,8 +128,7 @@ class RolloutEngine:
             longest_prompt=max((len(prompt.token_ids) for prompt in prompts), default=0),
             max_response_length=max_response_length,
             config=self.generation,
-            eos_token_id=self._eos_token_id,
-            mask_token_id=self._mask_token_id,
+            special_tokens=self._special_tokens,
         )
         context = rollout_context(
             self._model,
@@ -190,7 +185,7 @@ class RolloutEngine:
             self._model,
             [
                 Row(
-                    token_ids=torch.tensor([self._pad_token_id]),
+                    token_ids=torch.tensor([self._special_tokens.pad_token_id]),
                     position_ids=torch.zeros(1, dtype=torch.int64),
                     attention=context.attention(nothing, nothing),
                 )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.remasking import DenoisedBlocks, commit_positions
 from megatron_dlm.rollout.sampling import SampledTokens
@@ -64,8 +65,8 @@ class SlotTable:
         longest_prompt: In tokens.
         max_response_length: Tokens after which a response is cut.
         config: Decoding settings.
-        eos_token_id: Ends a response.
-        mask_token_id: Stands for tokens not committed yet.
+        special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
+            committed yet.
     """
 
     def __init__(
@@ -75,15 +76,14 @@ class SlotTable:
         longest_prompt: int,
         max_response_length: int,
         config: GenerationConfig,
-        eos_token_id: int,
-        mask_token_id: int,
+        special_tokens: SpecialTokens,
     ) -> None:
         self.num_slots = num_slots
         self.num_active = 0
         self._config = config
         self._max_response_length = max_response_length
-        self._eos_token_id = eos_token_id
-        self._mask_token_id = mask_token_id
+        self._eos_token_ids = torch.tensor(special_tokens.eos_token_ids)
+        self._mask_token_id = special_tokens.mask_token_id
         self._block_size = config.block_size or max_response_length
         self._columns = torch.arange(self._block_size)
         # In whole blocks, also behind the end of a canvas.
@@ -240,7 +240,7 @@ class SlotTable:
         block_start = self._block_start[full]
         block_end = block_start + self._block_size
         positions = block_start[:, None] + self._columns
-        is_eos = self._tokens[full[:, None], positions] == self._eos_token_id
+        is_eos = torch.isin(self._tokens[full[:, None], positions], self._eos_token_ids)
         is_eos &= positions >= self._prompt_length[full, None]
         limit = self._prompt_length[full] + self._max_response_length
         finished = is_eos.any(dim=-1) | (block_end >= limit)
@@ -262,7 +262,7 @@ class SlotTable:
         if self._config.is_autoregressive:
             unmask_step.zero_()
         length = min(self._max_response_length, len(tokens))
-        eos = (tokens[:length] == self._eos_token_id).nonzero()
+        eos = torch.isin(tokens[:length], self._eos_token_ids).nonzero()
         if len(eos):
             length = int(eos[0]) + 1
         forwards = int(self._forwards[slot])

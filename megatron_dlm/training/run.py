@@ -204,9 +204,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         engine = RolloutEngine(
             student.model,
             generation=GenerationConfig.from_config(config, convention, config.model.block_size),
-            eos_token_id=inputs.special_tokens.eos_token_id,
-            pad_token_id=inputs.special_tokens.pad_token_id,
-            mask_token_id=inputs.special_tokens.mask_token_id,
+            special_tokens=inputs.special_tokens,
             vocab_size=inputs.architecture.vocab_size,
             seed=config.data.seed,
         )

@@ -65,7 +65,7 @@ def choose_teacher(
         generate_missing(config, store, prompts, wanted, load, inputs.special_tokens, vocab_size)
         with errors_on_all_ranks():
             responses = store.read()
-        examples = prompts.with_responses(responses, inputs.special_tokens.eos_token_id)
+        examples = prompts.with_responses(responses, inputs.special_tokens)
         if config.distillation.teacher_top_k_cache:
             table = _stored_top_k(config, inputs, prompts, responses, examples, wanted, load)
             load.cache_clear()

@@ -55,9 +55,7 @@ def generate_missing(
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
         ),
-        eos_token_id=special_tokens.eos_token_id,
-        pad_token_id=special_tokens.pad_token_id,
-        mask_token_id=special_tokens.mask_token_id,
+        special_tokens=special_tokens,
         vocab_size=vocab_size,
         seed=config.data.seed,
     )

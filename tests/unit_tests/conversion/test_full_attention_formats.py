@@ -15,6 +15,7 @@ from megatron_dlm.conversion.remote_code.configuration_a2d_qwen3 import A2DQwen3
 from megatron_dlm.conversion.remote_code.configuration_rnd import RND1Config
 from megatron_dlm.conversion.remote_code.modeling_a2d_qwen3 import A2DQwen3LMHeadModel
 from megatron_dlm.conversion.remote_code.modeling_rnd import RND1LM
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import (
     DiffusionConvention,
@@ -140,9 +141,7 @@ def engine_responses(model, eos_token_id, **settings):
             max_running_requests=3,
             **settings,
         ),
-        eos_token_id=eos_token_id,
-        pad_token_id=0,
-        mask_token_id=MASK_TOKEN_ID,
+        special_tokens=SpecialTokens(eos_token_id, 0, MASK_TOKEN_ID),
         vocab_size=VOCAB_SIZE,
         seed=0,
     )

@@ -14,6 +14,7 @@ from megatron_dlm.conversion.remote_code.configuration_sdar_moe import SDARMoeCo
 from megatron_dlm.conversion.remote_code.modeling_sdar import SDARForCausalLM
 from megatron_dlm.conversion.remote_code.modeling_sdar_moe import SDARMoeForCausalLM
 from megatron_dlm.conversion.remote_code.token_draws import draw_tokens
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -109,9 +110,7 @@ def engine_responses(model, eos_token_id, **settings):
         generation=GenerationConfig(
             temperature=0.0, top_k=0, top_p=1.0, max_running_requests=3, **settings
         ),
-        eos_token_id=eos_token_id,
-        pad_token_id=0,
-        mask_token_id=MASK_TOKEN_ID,
+        special_tokens=SpecialTokens(eos_token_id, 0, MASK_TOKEN_ID),
         vocab_size=VOCAB_SIZE,
         seed=0,
     )

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
@@ -18,6 +20,7 @@ from megatron_dlm.training.initialize import initialized
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
     MASK,
+    SPECIAL_TOKENS,
     VOCAB_SIZE,
     load_model,
     make_engine,
@@ -25,6 +28,7 @@ from tests.unit_tests.rollout.tiny_models import (
     save_tiny_model,
 )
 
+SEVERAL_ENDS = (EOS, 3, 20, 41)
 LENGTHS = [5, 1, 8, 13, 2, 4, 11, 7]
 
 
@@ -61,6 +65,11 @@ def fields(trajectory: Trajectory) -> tuple:
     )
 
 
+def several_ends(ids: tuple[int, ...]) -> SpecialTokens:
+    """Special tokens of a model whose responses end at any of some ids."""
+    return dataclasses.replace(SPECIAL_TOKENS, eos_token_ids=ids)
+
+
 def draw_without_cache(
     model: DiffusionGPTModel,
     generation: GenerationConfig,
@@ -90,7 +99,11 @@ def draw_without_cache(
 
 
 def decode_without_cache(
-    model: DiffusionGPTModel, generation: GenerationConfig, prompt: Prompt, max_response_length: int
+    model: DiffusionGPTModel,
+    generation: GenerationConfig,
+    prompt: Prompt,
+    max_response_length: int,
+    ends: tuple[int, ...] = (EOS,),
 ) -> tuple:
     """One sequence, block by block from the definition, every forward over the whole sequence."""
     block_size, prompt_length = generation.block_size, len(prompt.token_ids)
@@ -127,11 +140,11 @@ def decode_without_cache(
             masked = [position for position in masked if position not in chosen]
             step += 1
         generated = tokens[prompt_length:]
-        if EOS in generated or len(generated) >= max_response_length:
+        if set(ends) & set(generated) or len(generated) >= max_response_length:
             break
     length, reason = max_response_length, "length"
-    if EOS in generated[:length]:
-        length, reason = generated.index(EOS) + 1, "eos"
+    if set(ends) & set(generated[:length]):
+        length, reason = min(generated.index(end) for end in ends if end in generated) + 1, "eos"
     steps = steps[prompt_length:]
     return (
         prompt.sample_index,
@@ -173,6 +186,18 @@ def test_cached_decoding_equals_full_forwards(model: DiffusionGPTModel, changes:
         assert any((t.unmask_step[:-1] == t.unmask_step[1:]).any() for t in trajectories)
     for prompt, trajectory in zip(prompts, trajectories, strict=True):
         assert trajectory.record is prompt.record
+
+
+def test_any_of_several_ids_ends_a_response(model: DiffusionGPTModel) -> None:
+    engine = make_engine(model, special_tokens=several_ends(SEVERAL_ENDS))
+    prompts = make_prompts(LENGTHS * 2)
+    trajectories = engine.generate(prompts, 18)
+    assert [fields(t) for t in trajectories] == [
+        decode_without_cache(model, engine.generation, prompt, 18, SEVERAL_ENDS)
+        for prompt in prompts
+    ]
+    ended_by = {int(t.response_ids[-1]) for t in trajectories if t.finish_reason == "eos"}
+    assert len(ended_by) > 1  # or the comparison has not seen more than one of them
 
 
 def test_forwards_are_those_of_the_model(
@@ -229,9 +254,12 @@ def test_end_of_sequence_in_the_prompt_does_not_end_the_response(model: Diffusio
     assert torch.equal(trajectory.token_ids[:6], prompt.token_ids)
 
 
-def test_autoregressive_decoding_equals_transformers(models: Models) -> None:
+@pytest.mark.parametrize("ends", [(EOS,), SEVERAL_ENDS])
+def test_autoregressive_decoding_equals_transformers(models: Models, ends: tuple[int, ...]) -> None:
     engine = make_engine(
-        models.ours, GenerationConfig.autoregressive(temperature=0.0, max_running_requests=3)
+        models.ours,
+        GenerationConfig.autoregressive(temperature=0.0, max_running_requests=3),
+        special_tokens=several_ends(ends),
     )
     prompts = make_prompts(LENGTHS)
     for prompt, trajectory in zip(prompts, engine.generate(prompts, 12), strict=True):
@@ -239,13 +267,13 @@ def test_autoregressive_decoding_equals_transformers(models: Models) -> None:
             prompt.token_ids[None],
             max_new_tokens=12,
             do_sample=False,
-            eos_token_id=EOS,
+            eos_token_id=list(ends),
             pad_token_id=EOS,
             suppress_tokens=[MASK],
         )
         expected = output[0, len(prompt.token_ids) :]
         assert trajectory.response_ids.tolist() == expected.tolist()
-        assert trajectory.finish_reason == ("eos" if expected[-1] == EOS else "length")
+        assert trajectory.finish_reason == ("eos" if int(expected[-1]) in ends else "length")
         assert not trajectory.unmask_step.any()
         assert len(trajectory.tail_ids) == 0
         assert trajectory.denoising_forwards == len(expected)

@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.conversion.hf_import import load_hf_weights
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model
@@ -18,6 +19,7 @@ from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.rollout.trajectory import Prompt
 
 VOCAB_SIZE, EOS, PAD, MASK = 61, 7, 8, 60
+SPECIAL_TOKENS = SpecialTokens(eos_token_id=EOS, pad_token_id=PAD, mask_token_id=MASK)
 SEED = 11
 
 # With weights this large a random model is as sure of some tokens as a trained one.
@@ -99,15 +101,14 @@ def make_engine(
     model: torch.nn.Module,
     generation: GenerationConfig = GENERATION,
     groups: RolloutGroups | None = None,
+    special_tokens: SpecialTokens = SPECIAL_TOKENS,
     **changes: Any,
 ) -> RolloutEngine:
     """An engine for a tiny model; `changes` are to the decoding settings."""
     return RolloutEngine(
         model,
         generation=dataclasses.replace(generation, **changes),
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        mask_token_id=MASK,
+        special_tokens=special_tokens,
         vocab_size=VOCAB_SIZE,
         seed=SEED,
         groups=groups,
