@@ -3,15 +3,17 @@
 Noisy block b sees clean blocks < b and itself (`models.attention_layout`), so one forward computes
 every block's denoising loss given its clean prefix (BD3-LM, Arriola et al. 2025).
 
-A rolled-out trajectory has a tail: what the student decoded in the last block behind the end of the
-response. A response from elsewhere has none; its last block then simply ends where the response
-does, on the same grid from token 0. Only response tokens are ever supervised.
+Rows hold the states that decoding visits, and decoding always shows whole blocks. A rolled-out
+trajectory has a tail: what the student decoded in the last block after the end of the response. A
+response from elsewhere gets one (`fill_last_block`), as a block that ended with it would tell the
+model where the response ends. Only response tokens are ever supervised.
 
 P, L: prompt and response tokens; F: all tokens of the trajectory, tail included; B: block size.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,8 +24,30 @@ from megatron_dlm.objectives.state_selection import random_state
 from megatron_dlm.rollout.trajectory import Trajectory
 
 
+def fill_last_block(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Trajectory:
+    """Give a response that was not rolled out the tail that decoding would have shown.
+
+    A response that ended is followed by its EOS up to the end of the block, which is masked and
+    shown like the response. What would follow one that was cut is not known: there the tail is MASK
+    in every state.
+
+    Args:
+        trajectory: One from a rollout is whole already and stays as it is.
+        block_size: B.
+        mask_token_id: Id of MASK.
+    """
+    if trajectory.is_rollout:
+        return trajectory
+    missing = -len(trajectory.token_ids) % block_size
+    ended = trajectory.finish_reason == "eos"
+    tail = trajectory.response_ids.new_full(
+        (missing,), int(trajectory.response_ids[-1]) if ended else mask_token_id
+    )
+    return replace(trajectory, tail_ids=tail, tail_unmask_step=torch.zeros_like(tail))
+
+
 def sequence_with_tail(trajectory: Trajectory) -> Tensor:
-    """Prompt, response and tail (which fills the last block of a rollout); [F] int64."""
+    """Prompt, response and tail, which fills the last block; [F] int64."""
     return torch.cat((trajectory.prompt_ids, trajectory.response_ids, trajectory.tail_ids))
 
 
@@ -99,6 +123,7 @@ class BlockDiffusionObjective(Objective):
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """Lay out the states that `states` chooses; see `Objective.document`."""
+        trajectory = fill_last_block(trajectory, self.config.model.block_size, self.mask_token_id)
         supervised = supervised_positions(trajectory, self.config.objective.supervise_eos)
         states, weights = [torch.zeros_like(supervised)], None
         if supervised.any():  # else a response of nothing but an unsupervised EOS
@@ -129,7 +154,7 @@ class BlockDiffusionObjective(Objective):
     ) -> tuple[Tensor, Tensor]:
         """A random state [F] and its t [F]; see `state_selection.random_state`.
 
-        The tail is masked like the response: the student saw its last block whole.
+        The tail is masked like the response: decoding shows the last block whole.
         """
         position = torch.arange(len(supervised))
         maskable = position >= len(trajectory.prompt_ids)

@@ -60,6 +60,8 @@ class Trajectory:
         tail_ids: [T] int64, tokens that shared the final block with the response but lie behind its
             end (after EOS or the length limit). They are no part of x_0 and never supervised, but
             the student saw them when it denoised that block, so its visited states contain them.
+            Empty for responses that were not rolled out (`objectives.block_diffusion` fills their
+            last block).
         tail_unmask_step: [T] int64.
         finish_reason: "eos" or "length".
         canvas_length: Positions that every forward of this sequence saw under full attention: the

@@ -1,6 +1,7 @@
 """Losses by transformers in float64: one forward a block, dense masks, dense distributions."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,6 +92,18 @@ def given_responses(draw: st.DrawFn, block_size: int) -> Trajectory:
         unmask_step=torch.zeros_like(trajectory.unmask_step),
         finish_reason=trajectory.finish_reason,
     )
+
+
+def as_decoding_shows(trajectory: Trajectory, block_size: int) -> Trajectory:
+    """Whole blocks: a response not rolled out goes on with EOS, or, where it was cut, MASK."""
+    if trajectory.unmask_step.any():
+        return trajectory
+    filler = EOS if trajectory.finish_reason == "eos" else MASK
+    tail: list[int] = []
+    while (len(trajectory.prompt_ids) + len(trajectory.response_ids) + len(tail)) % block_size:
+        tail.append(filler)
+    tail_ids = torch.tensor(tail, dtype=torch.int64)
+    return replace(trajectory, tail_ids=tail_ids, tail_unmask_step=torch.zeros_like(tail_ids))
 
 
 def corpus_window(token_ids: Tensor, lengths: Sequence[int]) -> Trajectory:

@@ -26,6 +26,7 @@ from tests.unit_tests.objectives.dense_reference import (
     VOCABULARY,
     Models,
     TokenLoss,
+    as_decoding_shows,
     dense_loss,
     forward_kl,
     full_sequence,
@@ -83,6 +84,7 @@ def test_loss_equals_one_dense_forward_per_block(models: Models, case) -> None:
     for trajectory in batch:
         document = objective.document(trajectory, seeded())
         documents.append(document)
+        trajectory = as_decoding_shows(trajectory, options["block_size"])
         supervised = supervised_tokens(trajectory, options["supervise_eos"])
         masked = masked_tokens(trajectory, document)
         position = torch.arange(len(masked))
@@ -206,14 +208,46 @@ def test_a_given_response_in_a_mixture_gets_random_states(data: st.DataObject) -
     assert torch.equal(document.supervised, other.supervised)
 
 
-def test_positions_behind_the_end_of_a_given_response_do_not_exist() -> None:
+@pytest.mark.parametrize(("finish_reason", "filler"), [("eos", EOS), ("length", MASK)])
+@pytest.mark.parametrize("name", ["sft", "off_policy", "opdlm", "opdlm_off"])
+def test_the_last_block_of_a_given_response_is_whole(
+    name: ObjectiveName, finish_reason: Any, filler: int
+) -> None:
+    """As decoding shows it: what lies after the end says nothing of where the end is."""
+    end = EOS if finish_reason == "eos" else 6
     trajectory = Trajectory(
-        0, torch.tensor([1, 2, 3]), torch.tensor([4, 5, EOS]), torch.zeros(3, dtype=torch.int64)
+        0,
+        torch.tensor([1, 2, 3]),
+        torch.tensor([4, 5, end]),
+        torch.zeros(3, dtype=torch.int64),
+        finish_reason=finish_reason,
     )
-    document = make("sft", block_size=4).document(trajectory, seeded())
-    noisy = document.stream == 1
-    # The grid is that of token 0: block 0 holds the prompt and one response token, block 1 two.
-    assert document.position[noisy].tolist() == [0, 1, 2, 3, 4, 5]
-    assert document.block[noisy].tolist() == [0, 0, 0, 0, 1, 1]
-    assert document.token_ids[noisy].tolist()[:3] == [1, 2, 3]
-    assert document.token_ids[noisy][3] == MASK
+    shown = set()
+    for seed in range(40):
+        document = make(name, block_size=4).document(trajectory, seeded(seed))
+        noisy = document.stream == 1
+        # The grid is that of token 0: block 0 holds the prompt and one response token.
+        assert document.position[noisy].tolist() == list(range(8))
+        assert document.block[noisy].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+        tokens = document.token_ids[noisy].tolist()
+        assert tokens[:4] == [1, 2, 3, MASK]
+        shown.update(tokens[6:])
+        # Never supervised, and never in the clean stream, which no later block reads.
+        assert document.position[document.supervised].max() <= 5
+        assert document.position[document.stream == 0].tolist() == [0, 1, 2, 3]
+    assert shown == {filler, MASK}
+
+
+@given(st.data())
+def test_training_rows_of_given_responses_hold_whole_blocks(data: st.DataObject) -> None:
+    block_size = data.draw(st.integers(1, 17))
+    trajectory = data.draw(given_responses(block_size))
+    name = data.draw(st.sampled_from(["sft", "off_policy", "opdlm", "opdlm_off"]))
+    document = make(name, block_size=block_size).document(trajectory, seeded())
+    for stream in document.stream.unique():
+        own = document.position[document.stream == stream]
+        assert (own[:, None] // block_size == own // block_size).sum(0).unique().tolist() in (
+            [],
+            [block_size],
+        )
+    assert (document.labels == MASK).sum() == 0
