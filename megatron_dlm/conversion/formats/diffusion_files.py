@@ -1,13 +1,11 @@
 """What all diffusion formats have in common: a tokenizer with MASK, and modelling code."""
 
-import shutil
 from pathlib import Path
 
 from megatron_dlm.conversion.formats.request import ExportRequest
+from megatron_dlm.conversion.self_contained_code import self_contained_code
 from megatron_dlm.conversion.tokenizer_files import copy_tokenizer, register_mask_token
 from megatron_dlm.errors import bad_value
-
-_REMOTE_CODE = Path(__file__).parents[1] / "remote_code"
 
 
 def check_mask_and_tokenizer(request: ExportRequest, format: str) -> None:
@@ -45,10 +43,11 @@ def write_tokenizer(request: ExportRequest, folder: Path) -> None:
     register_mask_token(folder, request.mask_token_id)
 
 
-def copy_remote_code(modules: tuple[str, ...], folder: Path) -> None:
-    """Copy modelling code, with all that it imports from beside it, for `trust_remote_code`."""
-    for module in modules:
-        shutil.copyfile(_REMOTE_CODE / f"{module}.py", folder / f"{module}.py")
+def write_remote_code(configuration: str, modeling: str, folder: Path) -> None:
+    """Write the two files of modelling code that `auto_map` names, for `trust_remote_code`."""
+    for module, kept in ((configuration, None), (modeling, configuration)):
+        text = self_contained_code(module, kept)
+        (folder / f"{module}.py").write_text(text, encoding="utf-8")
 
 
 def suitable_format(request: ExportRequest) -> str:

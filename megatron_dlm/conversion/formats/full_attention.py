@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_dlm.conversion.formats.diffusion_files import (
     check_mask_and_tokenizer,
-    copy_remote_code,
     suitable_format,
+    write_remote_code,
     write_tokenizer,
 )
 from megatron_dlm.conversion.formats.qwen3 import qwen3_config, write_json
@@ -19,16 +19,6 @@ from megatron_dlm.errors import bad_value
 
 NUM_DIFFUSION_STEPS = 256
 """Denoising steps that an `rnd1` folder asks for, as the published one does."""
-
-_SHARED_CODE = (
-    "configuration_diffusion_qwen3",
-    "configuration_a2d_qwen3",
-    "generation_inputs",
-    "qwen3_layers",
-    "token_draws",
-    "remasking",
-    "modeling_a2d_qwen3",
-)
 
 
 def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
@@ -51,6 +41,7 @@ def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
             "model_type": "a2d-qwen3",
         },
     )
+    write_remote_code("configuration_a2d_qwen3", "modeling_a2d_qwen3", folder)
 
 
 def write_rnd1(request: ExportRequest, folder: Path) -> None:
@@ -85,7 +76,7 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
             "num_diffusion_steps": NUM_DIFFUSION_STEPS,
         },
     )
-    copy_remote_code(("configuration_rnd", "modeling_rnd"), folder)
+    write_remote_code("configuration_rnd", "modeling_rnd", folder)
 
 
 def _check(request: ExportRequest, format: str, otherwise: str, is_fit: bool) -> None:
@@ -115,5 +106,4 @@ def _write(request: ExportRequest, folder: Path, identity: dict[str, object]) ->
     if request.block_size is not None:
         config["block_size"] = request.block_size
     write_json(folder / "config.json", config)
-    copy_remote_code(_SHARED_CODE, folder)
     write_tokenizer(request, folder)

@@ -9,24 +9,13 @@ from pathlib import Path
 
 from megatron_dlm.conversion.formats.diffusion_files import (
     check_mask_and_tokenizer,
-    copy_remote_code,
     suitable_format,
+    write_remote_code,
     write_tokenizer,
 )
 from megatron_dlm.conversion.formats.qwen3 import qwen3_config, write_json
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.errors import bad_value
-
-_DENSE_CODE = (
-    "configuration_diffusion_qwen3",
-    "configuration_sdar",
-    "generation_inputs",
-    "qwen3_layers",
-    "token_draws",
-    "modeling_sdar",
-)
-# The mixture of experts imports what it shares with the dense model.
-_MOE_CODE = (*_DENSE_CODE, "configuration_sdar_moe", "modeling_sdar_moe")
 
 SGLANG_CONFIG_FILE = "dllm_config.yaml"
 
@@ -53,7 +42,7 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
         "model_type": module,
     }
     write_json(folder / "config.json", config)
-    copy_remote_code(_MOE_CODE if is_moe else _DENSE_CODE, folder)
+    write_remote_code(f"configuration_{module}", f"modeling_{module}", folder)
     (folder / SGLANG_CONFIG_FILE).write_text(
         "# SGLang: --dllm-algorithm LowConfidence --dllm-algorithm-config "
         f"{SGLANG_CONFIG_FILE}\n"

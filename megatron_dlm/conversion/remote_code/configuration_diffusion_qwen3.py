@@ -12,6 +12,11 @@ class DiffusionQwen3Config(PretrainedConfig):
         block_size: Tokens that are denoised together; blocks are counted from the first token.
             None: a response is denoised as a whole.
         mask_token_id: Id that stands for a token not decoded yet; needed to generate.
+        attention_pattern: `full`: every token sees every token; `block_causal`: it sees its own
+            block and those before.
+        shifted: Whether logits at position i predict token i + 1 instead of token i.
+        num_diffusion_steps: Denoising steps where a call of `generate` names none; None: one for
+            each token.
     """
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
@@ -34,6 +39,9 @@ class DiffusionQwen3Config(PretrainedConfig):
         tie_word_embeddings: bool = False,
         block_size: int | None = None,
         mask_token_id: int | None = None,
+        attention_pattern: str = "full",
+        shifted: bool = False,
+        num_diffusion_steps: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
@@ -54,6 +62,9 @@ class DiffusionQwen3Config(PretrainedConfig):
         self.use_cache = use_cache
         self.block_size = block_size
         self.mask_token_id = mask_token_id
+        self.attention_pattern = attention_pattern
+        self.shifted = shifted
+        self.num_diffusion_steps = num_diffusion_steps
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -66,21 +77,3 @@ class DiffusionQwen3Config(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
-
-
-class DiffusionQwen3MoeConfig(DiffusionQwen3Config):
-    """Fields of `DiffusionQwen3Config`, and those of Qwen3's mixture of experts."""
-
-    def __init__(
-        self,
-        num_experts: int = 128,
-        num_experts_per_tok: int = 8,
-        moe_intermediate_size: int = 768,
-        norm_topk_prob: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.norm_topk_prob = norm_topk_prob
-        super().__init__(**kwargs)

@@ -10,5 +10,7 @@ class SDARConfig(DiffusionQwen3Config):
 
     model_type = "sdar"
 
-    def __init__(self, block_size: int = 4, **kwargs: Any) -> None:
-        super().__init__(block_size=block_size, **kwargs)
+    def __init__(
+        self, block_size: int = 4, attention_pattern: str = "block_causal", **kwargs: Any
+    ) -> None:
+        super().__init__(block_size=block_size, attention_pattern=attention_pattern, **kwargs)

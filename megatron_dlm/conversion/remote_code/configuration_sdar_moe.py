@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from .configuration_diffusion_qwen3 import DiffusionQwen3MoeConfig
+from .configuration_diffusion_qwen3_moe import DiffusionQwen3MoeConfig
 
 
 class SDARMoeConfig(DiffusionQwen3MoeConfig):
-    """Fields of `DiffusionQwen3MoeConfig`; every layer is a mixture of experts."""
+    """Fields of `DiffusionQwen3MoeConfig`."""
 
     model_type = "sdar_moe"
 
-    def __init__(self, block_size: int = 4, **kwargs: Any) -> None:
-        super().__init__(block_size=block_size, **kwargs)
+    def __init__(
+        self, block_size: int = 4, attention_pattern: str = "block_causal", **kwargs: Any
+    ) -> None:
+        super().__init__(block_size=block_size, attention_pattern=attention_pattern, **kwargs)
