@@ -49,7 +49,8 @@ class Cell:
         """Everything that decides the result, as a JSON object.
 
         The method is in it by the golden losses of its objective, which are rewritten when the
-        method, the generated problems or the models change, and only then.
+        method, the generated problems or the models change, and only then. Those of rollouts mixed
+        with the teacher's responses concern only recipes that mix them.
         """
         documents = self.recipe.documents
         data = (
@@ -63,7 +64,9 @@ class Cell:
             "evaluations": [asdict(evaluation) for evaluation in self.recipe.evaluations],
             "teacher": _teacher_digest(),
             "problem_seeds": {"prompts": PROMPTS_SEED, "heldout": HELDOUT_SEED},
-            "golden_losses": _golden_digest(self.recipe.objective),
+            "golden_losses": _golden_digest(
+                self.recipe.objective, self.recipe.mixes_teacher_responses
+            ),
         }
         parsed = json.loads(json.dumps(specification))  # as it will be read from the result
         assert isinstance(parsed, dict)
@@ -162,9 +165,14 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
 
 
 @cache
-def _golden_digest(objective: str) -> str:
+def _golden_digest(objective: str, mixes_teacher_responses: bool) -> str:
     golden = json.loads((REPOSITORY / GOLDEN_LOSSES).read_text())
-    own = {name: losses for name, losses in golden.items() if name.split()[0] == objective}
+    own = {
+        name: losses
+        for name, losses in golden.items()
+        if name.split()[0] == objective
+        and (mixes_teacher_responses or "teacher responses" not in name)
+    }
     assert own, objective
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 

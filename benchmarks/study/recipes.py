@@ -96,8 +96,16 @@ class Recipe:
     @property
     def objective(self) -> str:
         """What it trains with; of the teacher, which it does not train, how it decodes: opdlm."""
-        example = {} if self.example is None else read_yaml(self.example)
-        return str({"objective": "opdlm", **example, **self.options}["objective"])
+        return str({"objective": "opdlm", **self._example_options(), **self.options}["objective"])
+
+    @property
+    def mixes_teacher_responses(self) -> bool:
+        """Whether some of its rollouts are answered by the teacher."""
+        options = {**self._example_options(), **self.options}
+        return float(options.get("teacher_response_fraction", 0)) > 0
+
+    def _example_options(self) -> dict[str, Any]:
+        return {} if self.example is None else read_yaml(self.example)
 
     @property
     def num_prompts(self) -> int:

@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opdlm mixture of experts top-16": ("qwen3_moe", dict(divergence_top_k=16)),
     "opdlm all states": ("qwen3", dict(state_selection="all", loss_normalization="row_mean")),
-    "opdlm mixture with teacher responses": ("qwen3", dict(teacher_response_fraction=0.5)),
+    "opdlm teacher responses": ("qwen3", dict(teacher_response_fraction=0.5)),
     "opdlm_off jsd": ("qwen3", dict(objective="opdlm_off", divergence="jsd", jsd_beta=0.3)),
     "off_policy dense": ("qwen3", dict(objective="off_policy")),
     "off_policy stored top-8": (
