@@ -32,6 +32,8 @@ LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+PositionRanking = Literal["probability", "logit"]
+EmptyMask = Literal["redraw", "mask_one"]
 RewardName = Literal["exact_match", "math_verify"]
 
 
@@ -272,6 +274,11 @@ class ObjectiveConfig:
     one of the whole trajectory (global), or every step (all); d_opsd: every step of every block but
     the last (all); the other block-diffusion objectives mask at random (random)."""
 
+    empty_mask: EmptyMask = "redraw"
+    """What happens to a block of a random state in which no supervised token was masked: it is
+    drawn again with another t (redraw), or one of its tokens is masked (mask_one; with tokens
+    weighted by 1/t the loss would have no mean)."""
+
     loss_weighting: LossWeighting = "inverse_t"
     """Weight of a token under sft and scp: 1/t, where its block (scp: its document) was masked with
     probability t (inverse_t), or 1 (none). Distillation always weighs 1."""
@@ -340,6 +347,10 @@ class SelfDistillationConfig:
 
     positions_per_state: int = 2
     """Masked positions of the current block that are supervised: those the teacher is surest of."""
+
+    position_ranking: PositionRanking = "probability"
+    """What the teacher is surest of: where its likeliest token has the highest probability, or the
+    highest logit before the softmax (logit, as the published code)."""
 
     teacher_top_k: int = 20
     """Teacher's most likely tokens that are compared, both sides renormalised over them."""

@@ -95,6 +95,18 @@ def check_state_selection(config: Config) -> None:
     )
 
 
+def check_empty_mask(config: Config) -> None:
+    """A token masked by force is not weighted by the 1/t under which none was."""
+    weighted = config.traits.weighs_tokens and config.objective.loss_weighting == "inverse_t"
+    if config.objective.empty_mask == "mask_one" and weighted:
+        raise refuse(
+            config,
+            "empty_mask",
+            "with --loss-weighting inverse_t the loss has no mean: t can be next to 0",
+            "choose redraw, or --loss-weighting none",
+        )
+
+
 def check_teacher_responses(config: Config) -> None:
     """The teacher's responses have a folder."""
     if config.uses_teacher_responses and config.teacher_responses is None:

@@ -56,7 +56,12 @@ def _uses_of_objective(config: Config) -> list[Use]:
     traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
     corpus, itself = source == "corpus", traits.self_distillation
     generates = rollouts or config.uses_teacher_responses
-    by_blocks = rollouts or traits.convention == BLOCK_DIFFUSION
+    block_diffusion = traits.convention == BLOCK_DIFFUSION
+    by_blocks = rollouts or block_diffusion
+    # A given response has no visited states, and a corpus window no blocks.
+    masks_at_random = block_diffusion and (
+        config.state_selection == "random" or config.uses_teacher_responses
+    )
     of_rollouts = (
         "num_rollouts",
         "rollout_batch_size",
@@ -86,6 +91,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
         (not rollouts, ("train_iters",)),
         (config.validation_path is not None, ("eval_interval", "eval_iters")),
         (traits.weighs_tokens, ("loss_weighting",)),
+        (masks_at_random, ("empty_mask",)),
         (traits.convention is not None, ("mask_embedding_init",)),
         (config.needs_teacher, ("teacher_load",)),
         (config.uses_teacher_responses, ("teacher_responses",)),

@@ -44,6 +44,7 @@ def validate(config: Config, world_size: int) -> None:
     self_distillation_rules.check_lora(config)
     self_distillation_rules.check_self_distillation(config)
     self_distillation_rules.check_something_to_learn(config)
+    objective_rules.check_empty_mask(config)
     objective_rules.check_teacher_responses(config)
     objective_rules.check_teacher_top_k_cache(config)
     objective_rules.check_offloading(config)

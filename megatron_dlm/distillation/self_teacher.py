@@ -21,7 +21,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.distillation.top_k_targets import TopKTargets
-from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
+from megatron_dlm.distillation.vocab_parallel_top_k import top_k_and_largest_logit
 from megatron_dlm.models.attention_layout import Field, clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden, most_rows, texts_of_rows
 from megatron_dlm.models.lora import adapters_disabled
@@ -154,11 +154,11 @@ class SelfTeacher:
         )
 
     def _surest(self, states: VisitedStates, hidden: Tensor) -> tuple[Tensor, TopKTargets]:
-        """Positions [n] with the likeliest tokens of each state, ascending, and their targets."""
+        """Positions [n] that rank first in each state, ascending, and their targets."""
         options = self._config.self_distillation
         state, position = states.current.nonzero(as_tuple=True)
         tp_group = parallel_state.get_tensor_model_parallel_group()
-        top_k = vocab_parallel_top_k(
+        top_k, largest_logit = top_k_and_largest_logit(
             hidden,
             head_weight(self.model),
             options.teacher_top_k,
@@ -167,7 +167,9 @@ class SelfTeacher:
             self._config.distillation.divergence_chunk_size,
         )
         confidence = torch.full(states.current.shape, -torch.inf)
-        confidence[state, position] = top_k.log_probs[:, 0].cpu()
+        by_logit = options.position_ranking == "logit"
+        rank_by = largest_logit if by_logit else top_k.log_probs[:, 0]
+        confidence[state, position] = rank_by.cpu()
         # A stable sort leaves equals to the earlier position.
         ranked = confidence.sort(dim=1, descending=True, stable=True).indices
         chosen = torch.zeros_like(states.current)

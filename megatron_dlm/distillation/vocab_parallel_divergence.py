@@ -83,7 +83,7 @@ def vocab_parallel_divergence(
         teacher = project(teacher_hidden[rows], teacher_head[: shard.size])
         if compares_all:
             return _full_divergence(teacher, student, spec, shard, needs_grad)
-        ids, log_p = top_k_of_logits(teacher, spec.top_k, shard)
+        ids, log_p, _ = top_k_of_logits(teacher, spec.top_k, shard)
         return _top_k_divergence(ids, log_p, student, spec, shard, needs_grad)
 
     return head_loss(

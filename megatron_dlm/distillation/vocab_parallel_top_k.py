@@ -37,21 +37,38 @@ def vocab_parallel_top_k(
     Raises:
         ValueError: k does not leave out at least one token.
     """
+    return top_k_and_largest_logit(hidden, head, k, vocab_size, tp_group, chunk_size)[0]
+
+
+@torch.no_grad()
+def top_k_and_largest_logit(
+    hidden: Tensor,
+    head: Tensor,
+    k: int,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[TopKTargets, Tensor]:
+    """As `vocab_parallel_top_k`, with the logit of the most likely token, [n] float32."""
     if not 0 < k < vocab_size:
         raise ValueError(f"k = {k} is no proper part of a vocabulary of {vocab_size}")
     shard = VocabShard.of(head, vocab_size, tp_group)
     token_ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
     log_probs = torch.empty(len(hidden), k + 1, dtype=torch.float32, device=hidden.device)
+    largest = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(hidden), chunk_size):
         rows = slice(start, start + chunk_size)
         logits = project(hidden[rows], head[: shard.size])
-        token_ids[rows], log_probs[rows] = top_k_of_logits(logits, k, shard)
+        token_ids[rows], log_probs[rows], largest[rows] = top_k_of_logits(logits, k, shard)
         del logits  # before the next chunk's
-    return TopKTargets(token_ids, log_probs[:, :k].contiguous(), log_probs[:, k].contiguous())
+    log_probs, log_rest = log_probs[:, :k].contiguous(), log_probs[:, k].contiguous()
+    return TopKTargets(token_ids, log_probs, log_rest), largest
 
 
-def top_k_of_logits(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """The k most likely ids [c, k] and log-probabilities [c, k + 1], the last of all other ids.
+def top_k_of_logits(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most likely ids [c, k], log-probabilities [c, k + 1], the last of all other ids.
+
+    The third result is the largest logit [c].
 
     Args:
         logits: [c, v]; overwritten.
@@ -63,7 +80,7 @@ def top_k_of_logits(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, 
     shard.add(logits, column, here, torch.full_like(top, -torch.inf))
     # With its own maximum, the mass of the rest never underflows, however little it is.
     rest = shard.logsumexp(tiled_logsumexp(logits)).unsqueeze(1)
-    return ids, torch.cat([top, rest], dim=1).log_softmax(1)
+    return ids, torch.cat([top, rest], dim=1).log_softmax(1), top[:, 0]
 
 
 def _global_top_k(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:

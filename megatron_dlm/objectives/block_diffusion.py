@@ -159,4 +159,5 @@ class BlockDiffusionObjective(Objective):
         position = torch.arange(len(supervised))
         maskable = position >= len(trajectory.prompt_ids)
         block = position // self.config.model.block_size
-        return random_state(maskable, supervised, block, generator)
+        empty_mask = self.config.objective.empty_mask
+        return random_state(maskable, supervised, block, generator, empty_mask)

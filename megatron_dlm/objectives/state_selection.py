@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.groups import EmptyMask
 from megatron_dlm.rollout.trajectory import Trajectory
 
 Selector = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]
@@ -84,20 +85,26 @@ def all_(
 
 
 def random_state(
-    maskable: Tensor, supervised: Tensor, block: Tensor, generator: torch.Generator
+    maskable: Tensor,
+    supervised: Tensor,
+    block: Tensor,
+    generator: torch.Generator,
+    empty_mask: EmptyMask = "redraw",
 ) -> tuple[Tensor, Tensor]:
     """For each block t ~ U(0, 1), and each of its positions masked with probability t.
 
-    A state that masks no supervised token of a block has no loss there, so t and the mask are drawn
-    again until one is. Of n supervised tokens, k = 1 .. n are then masked with equal probability,
-    and the weighted sum has a mean: E[1(i masked) / t] = (n + 1) / n. (Masking a token by force
-    where t was too small to mask any would make that mean infinite.)
+    A state that masks no supervised token of a block has no loss there. With `redraw`, t and the
+    mask are drawn again until one is. Of n supervised tokens, k = 1 .. n are then masked with equal
+    probability, and the weighted sum has a mean: E[1(i masked) / t] = (n + 1) / n. With `mask_one`
+    one of the supervised tokens is masked instead, as OPDLM's code does: k = 1 has the probability
+    2 / (n + 1), the others 1 / (n + 1), and the weighted sum has no mean, since t can be next to 0.
 
     Args:
         maskable: [F] bool, what is not the prompt.
         supervised: [F] bool, where a loss may fall; part of `maskable`.
         block: [F] block ids.
         generator: Source of the draws.
+        empty_mask: What happens where no supervised token of a block was masked.
 
     Returns:
         The state, [F] bool, true where it holds MASK, nowhere in blocks without a supervised token;
@@ -117,7 +124,19 @@ def random_state(
         done = torch.zeros(num_blocks, dtype=torch.bool)
         done[block[masked & supervised]] = True
         open_ = (has_target & ~done)[block]
+        if empty_mask == "mask_one":
+            masked = masked | _one_of_each_block(supervised & open_, block, generator)
+            break
     return masked, t
+
+
+def _one_of_each_block(candidates: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the candidates [F] of each block that has any, with equal probability; [F] bool."""
+    draw = torch.rand(len(block), generator=generator, dtype=torch.float64)
+    draw = draw.masked_fill(~candidates, -1.0)
+    largest = torch.full((int(block[-1]) + 1,), -1.0, dtype=torch.float64)
+    largest.scatter_reduce_(0, block, draw, "amax")
+    return candidates & (draw == largest[block])
 
 
 SELECTORS: dict[str, Selector] = {"per_block": per_block, "global": global_, "all": all_}

@@ -33,6 +33,7 @@ MIXED = {"teacher_response_fraction": 0.5, "save": "no_such_folder"}
         (OFF_POLICY, {**STORED, "offload_teacher": True}, ["--offload-teacher", "no teacher in"]),
         (SFT, {"offload_teacher": True}, ["--offload-teacher = True", "has no use for it"]),
         (OFF_POLICY, {**STORED, "offload_optimizer": True}, ["--offload-optimizer", "no teacher"]),
+        (SFT, {"empty_mask": "mask_one"}, ["--empty-mask = 'mask_one'", "--loss-weighting none"]),
         (SFT_ON_TEACHER, {"offload_optimizer": True}, ["--offload-optimizer", "has no use for it"]),
     ],
 )

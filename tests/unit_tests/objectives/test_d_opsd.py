@@ -67,6 +67,7 @@ def cases(draw: st.DrawFn) -> Case:
         block_size=block_size,
         reveal_fraction=draw(st.sampled_from([0.0, 0.25, 1.0])),
         positions_per_state=draw(st.integers(1, 3)),
+        position_ranking=draw(st.sampled_from(["probability", "logit"])),
         teacher_top_k=draw(st.sampled_from([1, 5, 20])),
         divergence_term_limit=draw(st.sampled_from([0.05, 10.0])),
         divergence_chunk_size=draw(st.sampled_from([3, 64])),
@@ -81,12 +82,12 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(Config.from_dict({"device": "cpu", **options}), convention, batch)
 
 
-def log_probs(model: torch.nn.Module, ids: Tensor, visible: Tensor) -> Tensor:
-    """Log-probabilities [S, V] of ids [S] under a dense mask [S, S]."""
+def dense_logits(model: torch.nn.Module, ids: Tensor, visible: Tensor) -> Tensor:
+    """Logits [S, V] of ids [S] under a dense mask [S, S]."""
     bias = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
     with torch.no_grad():
         logits: Tensor = model(ids[None], attention_mask=bias[None, None]).logits[0]
-    return logits.log_softmax(-1)
+    return logits
 
 
 def visited(trajectory: Trajectory, block_size: int) -> list[tuple[Tensor, list[int]]]:
@@ -128,18 +129,20 @@ def dense_loss(models: Models, case: Case) -> tuple[float, int, int]:
         for view, (canvas, masked) in zip(views, visited(trajectory, block_size), strict=True):
             length = len(canvas)
             everything = torch.ones(length, length, dtype=torch.bool)
-            teacher = log_probs(models.hf_teacher, view, everything)
+            logits = dense_logits(models.hf_teacher, view, everything)
+            teacher = logits.log_softmax(-1)
             if case.convention.attention_pattern == "full":
-                student = log_probs(models.hf_student, canvas, everything)
+                student = dense_logits(models.hf_student, canvas, everything)
             else:
                 block = torch.arange(length) // block_size
-                student = log_probs(models.hf_student, canvas, block[None, :] <= block[:, None])
-            surest = sorted(masked, key=lambda i: -float(teacher[i - shift].max()))
+                visible = block[None, :] <= block[:, None]
+                student = dense_logits(models.hf_student, canvas, visible)
+            rank_by = logits if options.position_ranking == "logit" else teacher
+            surest = sorted(masked, key=lambda i, r=rank_by: -float(r[i - shift].max()))
             for i in surest[: options.positions_per_state]:
                 top = teacher[i - shift].topk(options.teacher_top_k)
                 p = top.values.exp() / top.values.exp().sum()
-                q = student[i - shift][top.indices].exp()
-                q = q / q.sum()
+                q = student[i - shift][top.indices].softmax(-1)
                 terms = q * (q / p).log()
                 total += float(terms.clamp(max=options.divergence_term_limit).sum())
                 predictions += 1

@@ -139,12 +139,42 @@ def test_random_states_are_masked_with_probability_t() -> None:
     assert abs(tail - t_tail) / draws < 0.02
 
 
-@given(step_tables(), st.integers(0, 1000))
-def test_random_masks_a_supervised_token_of_every_block_that_has_one(table, seed: int) -> None:
+def test_one_token_is_masked_where_none_was_drawn() -> None:
+    # Blocks of 4 real positions, of 2 behind a prompt, and of 1 before a tail.
+    position = torch.arange(12)
+    block = position // 4
+    maskable, supervised = position >= 2, (position >= 2) & (position < 9)
+    generator = torch.Generator().manual_seed(0)
+    draws = 6000
+    counts, forced, small = [Counter() for _ in range(3)], torch.zeros(12), 0
+    for _ in range(draws):
+        masked, t = random_state(maskable, supervised, block, generator, "mask_one")
+        assert not masked[~maskable].any()
+        for b in range(3):
+            counts[b][int((masked & supervised)[block == b].sum())] += 1
+        if t[4] < 0.01:  # next to nothing is drawn there
+            small += 1
+            forced += masked
+    for b, real in enumerate((2, 4, 1)):
+        # Of n, k = 0 .. n are drawn with equal probability, and 0 becomes 1.
+        assert set(counts[b]) == set(range(1, real + 1))
+        for number, count in counts[b].items():
+            assert abs(count / draws - (1 + (number == 1)) / (real + 1)) < 0.02
+    # Only where t is small does every block of four have one MASK, and each place has its share.
+    assert small > 20
+    assert float(forced[4:8].sum()) < 1.2 * small
+    assert int((forced[4:8] > 0).sum()) == 4
+
+
+@given(step_tables(), st.integers(0, 1000), st.sampled_from(["redraw", "mask_one"]))
+def test_random_masks_a_supervised_token_of_every_block_that_has_one(
+    table, seed: int, empty_mask
+) -> None:
     steps, block, _ = table
     maskable = steps > 0
     supervised = maskable & (torch.arange(len(steps)) < len(steps) - 1)
-    masked, t = random_state(maskable, supervised, block, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    masked, t = random_state(maskable, supervised, block, generator, empty_mask)
     for b in range(int(block[-1]) + 1):
         here = block == b
         assert bool((masked & supervised)[here].any()) == bool(supervised[here].any())
