@@ -1,13 +1,13 @@
 """Read and validate JSONL files of prompts and training examples, with file and line in errors."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from megatron_dlm.data.exact_json import UnreadableNumber, parse_json
 from megatron_dlm.errors import UserError, bad_value
 
 Message = dict[str, Any]
@@ -67,7 +67,7 @@ class RecordFile:
     @classmethod
     def of(cls, record: dict[str, Any], source: str) -> "RecordFile":
         """Wrap a record that no file holds; `source` stands for the file in error messages."""
-        line = orjson.dumps(record)
+        line = json.dumps(record).encode()
         return cls(source, [line], [1], hashlib.sha256(line).hexdigest())
 
     def first(self, count: int) -> "RecordFile":
@@ -88,11 +88,15 @@ class RecordFile:
             UserError: The line is no JSON object.
         """
         try:
-            record = orjson.loads(self.lines[index])
-        except orjson.JSONDecodeError as error:
+            record = parse_json(self.lines[index])
+        except json.JSONDecodeError as error:
             raise UserError(
                 f"{self.where(index)}: broken JSON ({error.msg} at column {error.colno});"
                 f" write {_FORMAT}"
+            ) from error
+        except UnreadableNumber as error:
+            raise UserError(
+                f"{self.where(index)}: the number {error} cannot be read; write it as a string"
             ) from error
         if not isinstance(record, dict):
             raise UserError(
@@ -213,4 +217,4 @@ def _json_type(value: object) -> str:
         float: "a number",
         type(None): "null",
     }
-    return names[type(value)]
+    return next(name for kind, name in names.items() if isinstance(value, kind))

@@ -1,19 +1,32 @@
 """Compare mathematical answers by their value, with math-verify."""
 
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any
 
-from megatron_dlm.evaluation.scoring import answers_match, final_answer
+from megatron_dlm.evaluation.scoring import (
+    PlainNumber,
+    answers_match,
+    bare_answer,
+    final_answer,
+)
+
+# Digits behind the point up to which math-verify compares decimals, by its default.
+_DECIMALS = 6
+_WIDE = Context(Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 def math_answer(text: str) -> str | None:
-    r"""Return what follows the last ``####`` of a response, else the answer that math-verify finds.
+    r"""Return the answer of a response.
+
+    It is what follows the last ``####``, unless a box comes after that (``####`` is a heading
+    then); else what math-verify finds.
 
     Returns:
         An expression, LaTeX or plain (``\frac{1}{2}``, ``0.5``); None if there is none.
     """
     answer = final_answer(text)
-    if answer is not None:
-        return answer.strip("$") or None
+    if answer is not None and text.rfind(r"\boxed") < text.rfind("####"):
+        return bare_answer(answer) or None
     from math_verify import parse  # not at the top: it loads sympy
 
     found = parse(text)
@@ -22,24 +35,67 @@ def math_answer(text: str) -> str | None:
 
 
 def math_answers_match(predicted: str | None, expected: str) -> bool:
-    """Whether two answers are the same number or text, or two expressions have the same value."""
+    """Whether two answers have the same value.
+
+    Numbers that are written out are compared here, for math-verify knows less of them: to it, 1e3
+    is a product with Euler's number, and 1e-7 is 2e-7. On all else that it can read its word is
+    final. The text counts only where it reads nothing.
+    """
     if predicted is None:
         return False
-    # math-verify knows less of plain numbers: to it, 1e3 is a product with Euler's number.
-    if answers_match(predicted, expected):
-        return True
+    numbers = PlainNumber.read(predicted), PlainNumber.read(expected)
+    if numbers[0] and numbers[1] and numbers[0].is_percentage == numbers[1].is_percentage:
+        return _close(numbers[0].value, numbers[1].value)
+    found, wanted = _expressions(predicted), _expressions(expected)
+    if not found or not wanted:
+        return answers_match(predicted, expected)
+    if {_collection(predicted, found[0]), _collection(expected, wanted[0])} == {"set", "tuple"}:
+        return False
     from math_verify import verify
 
-    return bool(verify(_parse(expected), _parse(predicted)))
+    return bool(verify(wanted, found))
 
 
 def is_math(reference: str) -> bool:
-    """Whether math-verify reads an expression, rather than text alone or nothing."""
-    return any(not isinstance(found, str) for found in _parse(reference))
+    """Whether a reference is a number or an expression, rather than text alone or nothing."""
+    return PlainNumber.read(reference) is not None or bool(_expressions(reference))
 
 
-def _parse(answer: str) -> list[Any]:
-    """What math-verify reads in an answer as a whole, which it takes a box for."""
+def _close(predicted: Decimal, expected: Decimal) -> bool:
+    """Equal up to math-verify's tolerance, with as many significant digits below 1."""
+    difference = _WIDE.subtract(predicted, expected).copy_abs()
+    # All of a small number's digits would be behind those that math-verify looks at.
+    decimals = _DECIMALS - min(0, expected.adjusted() + 1 if expected else 0)
+    return not difference or difference < Decimal((0, (5,), -decimals - 1))
+
+
+def _expressions(answer: str) -> list[Any]:
+    """The expression that math-verify reads in an answer as a whole, taken for a box; or none."""
     from math_verify import parse
 
-    return list(parse(f"\\boxed{{{answer.strip('$')}}}"))
+    found = parse(f"\\boxed{{{_in_latex(answer)}}}")
+    return [expression for expression in found if not isinstance(expression, str)]
+
+
+def _in_latex(answer: str) -> str:
+    """The answer, with a number written so that math-verify reads it as one."""
+    number = PlainNumber.read(answer)
+    if number is None:
+        return bare_answer(answer)
+    percent = r"\%" if number.is_percentage else ""
+    value = number.value
+    if not value or -_DECIMALS <= value.adjusted() < _DECIMALS:
+        return f"{value:f}{percent}"
+    _, digits, exponent = value.as_tuple()
+    sign = "-" if value < 0 else ""
+    return rf"{sign}{''.join(map(str, digits))} \cdot 10^{{{exponent}}}{percent}"
+
+
+def _collection(answer: str, expression: Any) -> str | None:
+    """What an answer says it is, `set` or `tuple` (or interval); a bare list says neither."""
+    from sympy import FiniteSet, Interval, Tuple
+
+    if isinstance(expression, Interval | Tuple):
+        return "tuple"
+    in_braces = bare_answer(answer).replace(r"\left", "").lstrip("\\ ").startswith("{")
+    return "set" if isinstance(expression, FiniteSet) and in_braces else None
