@@ -20,7 +20,12 @@ from megatron_dlm.config import Config, ModelConfig, ParallelConfig, architectur
 from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
 from megatron_dlm.config.parsing import parse_arguments
 from megatron_dlm.conversion.hf_export import export_hf
-from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import (
+    has_tokenizer,
+    load_tokenizer,
+    resolve_special_tokens,
+    unusable_tokens,
+)
 from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
@@ -187,6 +192,10 @@ def main() -> int:
                 overwrite=conversion.overwrite,
             )
     if rank() == 0:
+        if has_tokenizer(tokenizer_folder):
+            tokenizer = load_tokenizer(tokenizer_folder)
+            if line := unusable_tokens(tokenizer, architecture.vocab_size, str(tokenizer_folder)):
+                print(line, file=sys.stderr)
         if source.is_megatron and dtype == torch.bfloat16:
             run_config = config_of_run(saved_config(source.path))
             for line in unseen_in_bf16(run_config, architecture):

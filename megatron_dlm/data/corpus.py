@@ -50,8 +50,7 @@ class CorpusDataset:
         seq_length: Tokens of a window.
         seed: Decides the order of documents.
         shuffle: False keeps the order of the files.
-        vocab_size: Ids from here on do not exist.
-        special_tokens: A corpus cannot hold MASK.
+        special_tokens: A corpus cannot hold MASK, nor ids outside the vocabulary.
         field: The flag that the prefix came from, for error messages.
 
     Raises:
@@ -65,14 +64,13 @@ class CorpusDataset:
         *,
         seed: int,
         shuffle: bool,
-        vocab_size: int,
         special_tokens: SpecialTokens,
         field: str = "--data-path",
     ) -> None:
         self._tokens = _open(prefix, field)
         self._field = field
         self._seq_length = seq_length
-        self._vocab_size = vocab_size
+        self._vocab_size = special_tokens.vocab_size
         self._mask_token_id = special_tokens.mask_token_id
         starts = self._tokens.document_indices
         tokens_before = np.concatenate(

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.data.tokenizer import MASK_TOKEN, load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import (
+    MASK_TOKEN,
+    check_token_ids,
+    load_tokenizer,
+    resolve_special_tokens,
+)
 from megatron_dlm.errors import UserError, bad_value
 
 
@@ -27,7 +31,15 @@ class DocumentEncoder:
     def __init__(self, path: str, keys: Sequence[str], tokenizer: str, append_eod: bool) -> None:
         self._path, self._keys = path, keys
         self._tokenizer = load_tokenizer(tokenizer)
-        self._mask_token_id, eos_token_id = _mask_and_eos(self._tokenizer, tokenizer)
+        config = _config_beside(tokenizer)
+        self._vocab_size: int | None = config.get("vocab_size")
+        if config:
+            special = resolve_special_tokens(self._tokenizer, config, tokenizer)
+            self._mask_token_id, eos_token_id = special.mask_token_id, special.eos_token_id
+        else:
+            mask, eos_token_id = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
+            named = self._tokenizer.get_vocab().get(MASK_TOKEN)
+            self._mask_token_id = named if mask is None else mask
         self._end: list[int] = []
         if append_eod:
             if eos_token_id is None:
@@ -35,7 +47,7 @@ class DocumentEncoder:
                     "--append-eod", True, "the tokenizer has no EOS token", "write --no-append-eod"
                 )
             self._end = [eos_token_id]
-        self.largest_id: int = max([len(self._tokenizer), *self._end])
+        self.largest_id: int = max([*self._tokenizer.get_vocab().values(), *self._end])
 
     def encode(self, number: int, line: bytes) -> dict[str, list[int]]:
         """Token ids of the document on a line, by key; an empty text has none.
@@ -65,19 +77,18 @@ class DocumentEncoder:
         encoded: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
-        if self._mask_token_id in encoded:
-            raise UserError(
-                f'{where}: "{key}" contains the MASK token (id {self._mask_token_id}),'
-                " which stands for text not yet written; remove it"
-            )
+        check_token_ids(
+            encoded,
+            f'{where}: "{key}"',
+            self._tokenizer,
+            mask_token_id=self._mask_token_id,
+            vocab_size=self._vocab_size,
+        )
         return encoded + self._end
 
 
-def _mask_and_eos(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[int | None, int | None]:
-    """From the config.json beside the tokenizer if there is one; None if unknown."""
-    config = Path(folder) / "config.json"
-    if config.is_file():
-        special = resolve_special_tokens(tokenizer, orjson.loads(config.read_bytes()), folder)
-        return special.mask_token_id, special.eos_token_id
-    mask = tokenizer.mask_token_id
-    return tokenizer.get_vocab().get(MASK_TOKEN) if mask is None else mask, tokenizer.eos_token_id
+def _config_beside(tokenizer_folder: str) -> dict[str, Any]:
+    """The config.json beside a tokenizer; empty if there is none that describes a model."""
+    file = Path(tokenizer_folder) / "config.json"
+    config = orjson.loads(file.read_bytes()) if file.is_file() else {}
+    return config if isinstance(config.get("vocab_size"), int) else {}

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.data.records import Message, RecordFile, example_source, open_prompt_source
-from megatron_dlm.data.tokenizer import SpecialTokens, require_chat_template
+from megatron_dlm.data.tokenizer import SpecialTokens, check_token_ids, require_chat_template
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 
@@ -189,7 +189,7 @@ def tokenize_prompts(
     sources = [(where, open_prompt_source(record, where)) for where, record in file.records()]
     table = TokenTable()
     for where, token_ids in renderer.tokenize_prompts(iter(sources)):
-        _check_prompt(token_ids, where, max_prompt_length, special_tokens)
+        _check_prompt(token_ids, where, max_prompt_length, special_tokens, tokenizer)
         table.append(token_ids)
     return PromptDataset(file, table)
 
@@ -224,12 +224,12 @@ def read_examples(
     pairs = [(where, *example_source(record, where)) for where, record in file.records()]
     prompts, responses = TokenTable(), TokenTable()
     for where, token_ids in renderer.tokenize_prompts((w, source) for w, source, _ in pairs):
-        _check_prompt(token_ids, where, max_prompt_length, special_tokens)
+        _check_prompt(token_ids, where, max_prompt_length, special_tokens, tokenizer)
         prompts.append(token_ids)
     for where, token_ids in renderer.tokenize_texts((w, response) for w, _, response in pairs):
         if not token_ids or token_ids[-1] not in special_tokens.eos_token_ids:
             token_ids = [*token_ids, special_tokens.eos_token_id]
-        _check_response(token_ids, where, max_response_length, special_tokens)
+        _check_response(token_ids, where, max_response_length, special_tokens, tokenizer)
         length = prompts.length(len(responses)) + len(token_ids)
         if max_position_embeddings is not None and length > max_position_embeddings:
             raise bad_value(
@@ -300,7 +300,11 @@ class _Renderer:
 
 
 def _check_prompt(
-    token_ids: list[int], where: str, max_prompt_length: int, special_tokens: SpecialTokens
+    token_ids: list[int],
+    where: str,
+    max_prompt_length: int,
+    special_tokens: SpecialTokens,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     if len(token_ids) > max_prompt_length:
         raise bad_value(
@@ -311,11 +315,15 @@ def _check_prompt(
         )
     if not token_ids:
         raise UserError(f"{where}: the prompt has no tokens; write a text or remove the line")
-    _check_no_mask(token_ids, f"{where}: the prompt", special_tokens)
+    _check_ids(token_ids, f"{where}: the prompt", special_tokens, tokenizer)
 
 
 def _check_response(
-    token_ids: list[int], where: str, max_response_length: int | None, special_tokens: SpecialTokens
+    token_ids: list[int],
+    where: str,
+    max_response_length: int | None,
+    special_tokens: SpecialTokens,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     if max_response_length is not None and len(token_ids) > max_response_length:
         raise bad_value(
@@ -329,12 +337,19 @@ def _check_response(
         raise UserError(
             f"{where}: the response goes on behind the EOS token (id {end}); end it there"
         )
-    _check_no_mask(token_ids, f"{where}: the response", special_tokens)
+    _check_ids(token_ids, f"{where}: the response", special_tokens, tokenizer)
 
 
-def _check_no_mask(token_ids: list[int], what: str, special_tokens: SpecialTokens) -> None:
-    if special_tokens.mask_token_id in token_ids:
-        raise UserError(
-            f"{what} contains the MASK token (id {special_tokens.mask_token_id}),"
-            " which stands for text not yet written; remove it"
-        )
+def _check_ids(
+    token_ids: list[int],
+    what: str,
+    special_tokens: SpecialTokens,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    check_token_ids(
+        token_ids,
+        what,
+        tokenizer,
+        mask_token_id=special_tokens.mask_token_id,
+        vocab_size=special_tokens.vocab_size,
+    )

@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
+
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
+from megatron_dlm.data.tokenizer import SpecialTokens
+from megatron_dlm.errors import bad_value
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,28 @@ class ResponseHeader:
 
 
 class ResponseStore(ShardStore):
-    """The folder of one set of responses; its header is a `ResponseHeader`."""
+    """The folder of one set of responses.
+
+    Args:
+        folder: As in `ShardStore`.
+        header: As in `ShardStore`.
+        field: As in `ShardStore`.
+        special_tokens: A response cannot hold MASK, nor ids outside the vocabulary.
+    """
 
     content = "responses"
     suffix = ".jsonl"
 
-    def __init__(self, folder: str | Path, header: ResponseHeader, field: str) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        header: ResponseHeader,
+        field: str,
+        special_tokens: SpecialTokens,
+    ) -> None:
         super().__init__(folder, header, field)
         self._num_prompts = header.num_prompts
+        self._special_tokens = special_tokens
 
     def write(self, prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
         """Publish one shard: the response to each of some prompts, which are in order."""
@@ -84,9 +102,11 @@ class ResponseStore(ShardStore):
     def _responses(self, shard: Path) -> dict[int, Sequence[int]]:
         responses: dict[int, Sequence[int]] = {}
         try:
-            for line in shard.read_text().splitlines():
-                row = json.loads(line)
-                responses[int(row["index"])] = array("i", row["response_ids"])
+            for number, line in enumerate(shard.read_bytes().splitlines(), start=1):
+                row = orjson.loads(line)
+                response_ids = array("i", row["response_ids"])
+                self._check_ids(response_ids, f"{shard}:{number}")
+                responses[int(row["index"])] = response_ids
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise self.damaged(shard) from None
         prompts = list(responses)
@@ -94,3 +114,22 @@ class ResponseStore(ShardStore):
         if not intact or shard != self.file(prompts) or prompts[-1] >= self._num_prompts:
             raise self.damaged(shard)
         return responses
+
+    def _check_ids(self, response_ids: Sequence[int], where: str) -> None:
+        special = self._special_tokens
+        for token_id in (min(response_ids, default=0), max(response_ids, default=0)):
+            if not 0 <= token_id < special.vocab_size:
+                problem = f"is no token of the model's vocabulary of {special.vocab_size}"
+                raise bad_value(
+                    f"{where}: response_ids",
+                    token_id,
+                    problem,
+                    "delete the file or name another folder",
+                )
+        if special.mask_token_id in response_ids:
+            raise bad_value(
+                f"{where}: response_ids",
+                special.mask_token_id,
+                "is the MASK token, which stands for text not yet written",
+                "delete the file or name another folder",
+            )

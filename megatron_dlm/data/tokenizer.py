@@ -1,7 +1,7 @@
 """Load a checkpoint's tokenizer and decide once which ids end, pad and mask a sequence."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ class SpecialTokens:
         pad_token_id: Fills places that no one looks at; may equal `eos_token_id`.
         mask_token_id: Stands for a token that is not decoded yet; never equals the others.
         eos_token_ids: Each of them ends a response; `eos_token_id` is always among them, first.
+        vocab_size: Ids from here on do not exist, whatever the tokenizer knows.
     """
 
     eos_token_id: int
     pad_token_id: int
     mask_token_id: int
     eos_token_ids: tuple[int, ...] = ()
+    vocab_size: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
         """Put `eos_token_id` first among the ids that end a response, each once."""
@@ -153,7 +155,58 @@ def resolve_special_tokens(
             f"is also the {'EOS' if mask == eos else 'padding'} token of {source}",
             "set mask_token_id in config.json to an id of its own",
         )
-    return SpecialTokens(eos_token_id=eos, pad_token_id=pad, mask_token_id=mask)
+    return SpecialTokens(
+        eos_token_id=eos, pad_token_id=pad, mask_token_id=mask, vocab_size=vocab_size
+    )
+
+
+def check_token_ids(
+    token_ids: Sequence[int],
+    what: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_token_id: int | None,
+    vocab_size: int | None,
+) -> None:
+    """Check that what a text became can go into a model; every text's ids come by here.
+
+    A tokenizer may know more tokens than the model has, as long as no text uses them.
+
+    Args:
+        token_ids: The ids.
+        what: What they were made from, ``file:line`` first, for error messages.
+        tokenizer: What made them.
+        mask_token_id: Stands for text not yet written; None if unknown.
+        vocab_size: Of the model; None if unknown.
+
+    Raises:
+        UserError: An id is MASK or none of the model's.
+    """
+    largest = max(token_ids, default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        text = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{what} contains {text!r} (id {largest}), which is no token of the model's vocabulary"
+            f" of {vocab_size}; remove it or use the tokenizer of the model"
+        )
+    if mask_token_id in token_ids:
+        raise UserError(
+            f"{what} contains the MASK token (id {mask_token_id}),"
+            " which stands for text not yet written; remove it"
+        )
+
+
+def unusable_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> str | None:
+    """One line about tokens that a tokenizer knows and the model has no embedding for, if any."""
+    unusable = {i: text for text, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not unusable:
+        return None
+    first = min(unusable)
+    return (
+        f"warning: the tokenizer of {source} has {len(unusable)} tokens from {unusable[first]!r}"
+        f" (id {first}) on that the model's vocabulary of {vocab_size} does not have; texts with"
+        " them are refused"
+    )
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:

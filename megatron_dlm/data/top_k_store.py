@@ -72,17 +72,24 @@ class TopKStore(ShardStore):
         header: As in `ShardStore`.
         field: As in `ShardStore`.
         responses: The response to each prompt, in their order.
+        vocab_size: Ids from here on do not exist.
     """
 
     content = "top_k"
     suffix = ".safetensors"
 
     def __init__(
-        self, folder: str | Path, header: TopKHeader, field: str, responses: TokenTable
+        self,
+        folder: str | Path,
+        header: TopKHeader,
+        field: str,
+        responses: TokenTable,
+        vocab_size: int,
     ) -> None:
         super().__init__(folder, header, field)
         self._k = header.k
         self._responses = responses
+        self._vocab_size = vocab_size
 
     def write(self, prompts: Sequence[int], targets: TopKTargets) -> None:
         """Publish one shard: targets at all tokens of its responses, end to end, on the CPU."""
@@ -94,8 +101,23 @@ class TopKStore(ShardStore):
         publish(self.file(prompts), lambda temporary: temporary.write_bytes(content))
 
     def prompts(self, shard: Path) -> list[int]:
-        """See `ShardStore.prompts`."""
-        return self._open(shard)[1]
+        """See `ShardStore.prompts`.
+
+        Raises:
+            UserError: It is not what was written, or has ids outside the vocabulary.
+        """
+        file, prompts = self._open(shard)
+        # Here and not in `read`: all ids are read for this, which one process does for all.
+        smallest, largest = (int(bound) for bound in file.get_tensor("token_ids").aminmax())
+        for token_id in (smallest, largest):
+            if not 0 <= token_id < self._vocab_size:
+                raise bad_value(
+                    f"{shard}: token_ids",
+                    token_id,
+                    f"is no token of the model's vocabulary of {self._vocab_size}",
+                    "delete the file to have it computed again",
+                )
+        return prompts
 
     def read(self) -> TopKTable:
         """Open all shards.

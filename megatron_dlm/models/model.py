@@ -22,7 +22,12 @@ class DiffusionGPTModel(GPTModel):
     since a row holds many documents and, in block diffusion, two streams that share positions. The
     output layer is not applied: logits over the whole row would never fit, so the loss and the
     sampler multiply only the hidden states they need with `head_weight`.
+
+    Attributes:
+        num_tokens: Tokens of the vocabulary, without the rows that the embedding is padded with.
     """
+
+    num_tokens: int
 
     def forward(
         self,
@@ -33,15 +38,21 @@ class DiffusionGPTModel(GPTModel):
         """Run the layers of this pipeline stage.
 
         Args:
-            input_ids: [1, S] int64; read on the first stage only.
+            input_ids: [1, S] int64, below `num_tokens`; read on the first stage only.
             position_ids: [1, S] int64.
             attention_mask: Layout tensor [4, S] (`attention_layout`) or a `CachedAttention`.
 
         Returns:
             [S, 1, h], normalised on the last stage; [S / tp, 1, h] under sequence parallelism.
+
+        Raises:
+            RuntimeError: An id is outside the vocabulary; on CUDA when the device gets there.
         """
         embedded = None
         if self.pre_process:
+            # Else rows of padding, or zeros where the embedding is split and no rank has the id.
+            known = (input_ids >= 0) & (input_ids < self.num_tokens)
+            torch._assert_async(known.all(), "token ids outside the vocabulary")
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
         return self.decoder(
             hidden_states=embedded,

@@ -185,6 +185,7 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         position_embedding_type="rope",
         rotary_base=int(architecture.rotary_base),
     )
+    model.num_tokens = architecture.vocab_size
     return model.to(platform.device())
 
 

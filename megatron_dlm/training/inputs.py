@@ -201,7 +201,11 @@ def _check_tokenizer(
 
 
 def _response_store(
-    config: Config, teacher: ModelSource, teacher_fingerprint: str, prompts: PromptDataset
+    config: Config,
+    teacher: ModelSource,
+    teacher_fingerprint: str,
+    prompts: PromptDataset,
+    special_tokens: SpecialTokens,
 ) -> ResponseStore:
     assert config.teacher_responses is not None
     rollout = config.rollout
@@ -219,7 +223,9 @@ def _response_store(
         top_k=rollout.top_k,
         top_p=rollout.top_p,
     )
-    return ResponseStore(config.teacher_responses, header, "--teacher-responses")
+    store = ResponseStore(config.teacher_responses, header, "--teacher-responses", special_tokens)
+    store.missing(())  # reads what is there: a damaged file is found before any work
+    return store
 
 
 def _given_responses(
@@ -241,7 +247,6 @@ def _given_responses(
             config.data.seq_length,
             seed=config.data.seed,
             shuffle=shuffle,
-            vocab_size=architecture.vocab_size,
             special_tokens=special_tokens,
             field=field,
         )
@@ -357,7 +362,9 @@ def read_inputs(config: Config) -> RunInputs:
         if config.uses_teacher_responses:
             assert teacher_source is not None
             assert teacher_fingerprint is not None
-            response_store = _response_store(config, teacher_source, teacher_fingerprint, data)
+            response_store = _response_store(
+                config, teacher_source, teacher_fingerprint, data, special_tokens
+            )
     return RunInputs(
         source,
         teacher_source,

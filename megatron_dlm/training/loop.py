@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
 from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.data.tokenizer import unusable_tokens
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
@@ -135,9 +136,14 @@ def train(run: Run) -> None:
     )
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
-    warnings = changed_convention(config, run.inputs)
+    inputs = run.inputs
+    warnings = changed_convention(config, inputs)
+    unusable = unusable_tokens(
+        inputs.tokenizer, inputs.architecture.vocab_size, str(inputs.tokenizer_folder)
+    )
+    warnings += [] if unusable is None else [unusable]
     if config.model.bf16:
-        warnings += unseen_in_bf16(config, run.inputs.architecture)
+        warnings += unseen_in_bf16(config, inputs.architecture)
     for line in warnings:
         logger.print(line)
     saved_at = progress.iteration

@@ -113,8 +113,9 @@ def _stored_top_k(
         k=k,
     )
     folder = Path(config.teacher_responses) / f"top_{k}"
+    vocab_size = inputs.architecture.vocab_size
     with errors_on_all_ranks():
-        store = TopKStore(folder, header, "--teacher-responses", responses)
-    compute_missing(config, store, examples, wanted, load, inputs.architecture.vocab_size)
+        store = TopKStore(folder, header, "--teacher-responses", responses, vocab_size)
+    compute_missing(config, store, examples, wanted, load, vocab_size)
     with errors_on_all_ranks():
         return store.read()

@@ -4,15 +4,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from megatron.core import parallel_state
 
 from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.models.attention_layout import clean_layout
+from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.initialize import initialize
 from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, Layout
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
     FULL_ATTENTION,
+    VOCAB_SIZE,
     load_model,
     make_engine,
     make_prompts,
@@ -36,9 +41,22 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def check_unknown_ids(model: DiffusionGPTModel) -> None:
+    """An id that is padding of the embedding, or nowhere in it, is an error and no vector."""
+    ids = torch.tensor([0, VOCAB_SIZE - 1, VOCAB_SIZE])
+    layout = clean_layout([3], "causal", 1)
+    forward_hidden(model, [Row(ids[:2], torch.arange(2), layout[:, :2])])
+    for unknown in (VOCAB_SIZE, 1000, -1):
+        ids[2] = unknown
+        with pytest.raises(RuntimeError, match="token ids outside the vocabulary"):
+            forward_hidden(model, [Row(ids, torch.arange(3), layout)])
+
+
 def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list[tuple]]:
     initialize(Config(parallel=ParallelConfig(device="cpu", **parallel)))
     model = load_model(folder, **parallel)
+    if parallel in ({}, {TP: 2}):
+        check_unknown_ids(model)
     shares = SHARES[parallel_state.get_data_parallel_world_size()]
     mine = parallel_state.get_data_parallel_rank()
     first = sum(shares[:mine])

@@ -14,7 +14,7 @@ from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
 from tests.corpora import random_documents, write_corpus
 
-SPECIAL = SpecialTokens(eos_token_id=510, pad_token_id=508, mask_token_id=511)
+SPECIAL = SpecialTokens(eos_token_id=510, pad_token_id=508, mask_token_id=511, vocab_size=512)
 
 
 def corpus(
@@ -25,7 +25,6 @@ def corpus(
         seq_length,
         seed=seed,
         shuffle=shuffle,
-        vocab_size=512,
         special_tokens=SPECIAL,
     )
 

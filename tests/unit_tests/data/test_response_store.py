@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
+from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
 
 HEADER = ResponseHeader(
@@ -26,7 +27,9 @@ RESPONSES = [[index, 510] for index in range(8)]
 
 
 def open_store(folder: Path, **changes: object) -> ResponseStore:
-    return ResponseStore(folder, dataclasses.replace(HEADER, **changes), "--teacher-responses")
+    special_tokens = SpecialTokens(510, 508, 511, vocab_size=512)
+    header = dataclasses.replace(HEADER, **changes)
+    return ResponseStore(folder, header, "--teacher-responses", special_tokens)
 
 
 def stored(store: ResponseStore) -> list[list[int]]:
@@ -118,3 +121,22 @@ def test_a_damaged_shard_is_named(tmp_path: Path, text: str) -> None:
     store.write(range(1), [[7]])
     assert json.loads((tmp_path / "responses_00000000.jsonl").read_text())["response_ids"] == [7]
     assert store.read()[0].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("token_id", "words"),
+    [
+        (512, "512: is no token of the model's vocabulary of 512"),
+        (-1, "-1: is no token of the model's vocabulary of 512"),
+        (511, "511: is the MASK token"),
+    ],
+)
+def test_ids_that_no_model_can_read_are_named(tmp_path: Path, token_id: int, words: str) -> None:
+    store = open_store(tmp_path)
+    store.create()
+    store.write([0, 1], [[3, 510], [4, token_id, 510]])
+    for use in (store.read, lambda: store.missing(())):
+        with pytest.raises(UserError) as error:
+            use()
+        place = tmp_path / "responses_00000000.jsonl"
+        assert str(error.value).startswith(f"{place}:2: response_ids = {words}")

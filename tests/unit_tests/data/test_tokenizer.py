@@ -31,13 +31,15 @@ QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 def test_declared_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert resolve_special_tokens(tokenizer, {"vocab_size": 512}, "x") == SpecialTokens(
-        eos_token_id=510, pad_token_id=508, mask_token_id=511
+        eos_token_id=510, pad_token_id=508, mask_token_id=511, vocab_size=512
     )
 
 
 def test_mask_of_a_stock_tokenizer_is_the_first_free_id() -> None:
     tokens = resolve_special_tokens(stock_tokenizer(**QWEN), {"vocab_size": 14}, "x")
-    assert tokens == SpecialTokens(eos_token_id=12, pad_token_id=10, mask_token_id=13)
+    assert tokens == SpecialTokens(
+        eos_token_id=12, pad_token_id=10, mask_token_id=13, vocab_size=14
+    )
 
 
 def test_mask_by_name_without_declaration() -> None:
@@ -49,7 +51,7 @@ def test_mask_by_name_without_declaration() -> None:
 def test_config_wins() -> None:
     config = {"vocab_size": 20, "eos_token_id": 3, "mask_token_id": 17}
     tokens = resolve_special_tokens(stock_tokenizer(**QWEN), config, "x")
-    assert tokens == SpecialTokens(eos_token_id=3, pad_token_id=10, mask_token_id=17)
+    assert tokens == SpecialTokens(eos_token_id=3, pad_token_id=10, mask_token_id=17, vocab_size=20)
 
 
 @pytest.mark.parametrize(("configured", "expected"), [([10, 12], 12), ([10, 3], 10), ([], 12)])

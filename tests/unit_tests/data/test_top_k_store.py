@@ -41,7 +41,7 @@ def open_store(folder: Path, lengths: list[int] = LENGTHS, **changes: object) ->
     for length in lengths:
         responses.append([7] * length)
     header = dataclasses.replace(HEADER, **{"num_prompts": len(lengths), **changes})
-    return TopKStore(folder, header, "--teacher-responses", responses)
+    return TopKStore(folder, header, "--teacher-responses", responses, vocab_size=512)
 
 
 def fill(store: TopKStore, targets: list[TopKTargets]) -> None:
@@ -141,3 +141,13 @@ def test_targets_of_other_responses_are_refused(tmp_path: Path) -> None:
     # The same number of tokens, cut into responses at another place.
     with pytest.raises(UserError, match=r"top_k_00000000\.safetensors.*for other responses"):
         open_store(tmp_path, [1, 3, 4, 2, 5]).read()
+
+
+@pytest.mark.parametrize("token_id", [512, -1])
+def test_ids_outside_the_vocabulary_are_named(tmp_path: Path, token_id: int) -> None:
+    store, targets = open_store(tmp_path), targets_of(LENGTHS)
+    store.create()
+    targets[3].token_ids[1, 0] = token_id
+    write(store, [0, 1, 2, 3, 4], targets)
+    with pytest.raises(UserError, match=rf"top_k_00000000.*: token_ids = {token_id}: is no token"):
+        store.missing(())

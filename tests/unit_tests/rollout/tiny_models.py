@@ -19,7 +19,7 @@ from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.rollout.trajectory import Prompt
 
 VOCAB_SIZE, EOS, PAD, MASK = 61, 7, 8, 60
-SPECIAL_TOKENS = SpecialTokens(eos_token_id=EOS, pad_token_id=PAD, mask_token_id=MASK)
+SPECIAL_TOKENS = SpecialTokens(EOS, PAD, MASK, vocab_size=VOCAB_SIZE)
 SEED = 11
 
 # With weights this large a random model is as sure of some tokens as a trained one.

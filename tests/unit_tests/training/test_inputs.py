@@ -125,8 +125,7 @@ def test_held_out_windows_are_checked_before_the_run(folder: Path, tmp_path: Pat
         48,
         seed=1234,
         shuffle=True,
-        vocab_size=512,
-        special_tokens=SpecialTokens(510, 508, 511),
+        special_tokens=SpecialTokens(510, 508, 511, vocab_size=512),
     )
     last, behind = (int(windows.sample(index, index).response_ids[0]) for index in (7, 8))
     for name, document, bad in (("last", last, 511), ("behind", behind, 600)):
