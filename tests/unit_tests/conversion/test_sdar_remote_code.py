@@ -110,7 +110,7 @@ def engine_responses(model, eos_token_id, **settings):
         generation=GenerationConfig(
             temperature=0.0, top_k=0, top_p=1.0, max_running_requests=3, **settings
         ),
-        special_tokens=SpecialTokens(eos_token_id, 0, MASK_TOKEN_ID),
+        special_tokens=SpecialTokens(eos_token_id, 0, MASK_TOKEN_ID, vocab_size=VOCAB_SIZE),
         vocab_size=VOCAB_SIZE,
         seed=0,
     )
