@@ -4,30 +4,23 @@ Rank 0 writes. Tensor by tensor, the ranks that hold its shards send them there,
 memory is one tensor and the file being filled, never the model.
 """
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm import platform
 from megatron_dlm.conversion.formats import TARGET_FORMATS, ExportRequest
+from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter
-from megatron_dlm.conversion.model_parameters import LocalParameter, local_parameters
+from megatron_dlm.conversion.model_parameters import local_parameters
+from megatron_dlm.conversion.publishing import is_writer, published_folder
 from megatron_dlm.conversion.qwen3 import hf_tensor_shapes, qwen3_mappings
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 
 # Bytes of one safetensors file, as transformers writes them.
 MAX_SHARD_SIZE = 5 * 10**9
-
-# Global rank of the process that writes.
-WRITER = 0
 
 
 def export_hf(
@@ -70,20 +63,19 @@ def export_hf(
             or unfit tokenizer, or a folder that exists.
     """
     target = Path(folder)
-    own = {
-        (local.mapping.megatron, local.shard): local
-        for local in local_parameters(model, architecture)
-    }
+    gatherer = ShardGatherer(
+        {
+            (local.mapping.megatron, local.shard): (local.parameter, local.num_shards)
+            for local in local_parameters(model, architecture)
+        }
+    )
     dtype = dtype or next(model.parameters()).dtype
-    temporary = target.with_name(f".{target.name}.incomplete-{os.getpid()}")
 
-    def prepare() -> None:
+    def prepare(folder: Path) -> None:
         if format not in TARGET_FORMATS:
             raise bad_value(
                 "--target-format", format, "is unknown", f"use {' or '.join(TARGET_FORMATS)}"
             )
-        if target.exists() and not overwrite:
-            raise bad_value("--save", str(folder), "already exists", "choose a new folder")
         request = ExportRequest(
             architecture=architecture,
             dtype=dtype,
@@ -92,99 +84,30 @@ def export_hf(
             mask_token_id=mask_token_id,
             dynamic_threshold=dynamic_threshold,
         )
-        temporary.mkdir(parents=True)
-        TARGET_FORMATS[format](request, temporary)
+        TARGET_FORMATS[format](request, folder)
 
-    with _removed_on_failure(temporary):
-        _on_writer(prepare, folder)
+    with published_folder(target, overwrite, prepare) as temporary:
         writer = None
-        if dist.get_rank() == WRITER:
+        if is_writer():
             shapes = hf_tensor_shapes(qwen3_mappings(architecture))
             writer = HFCheckpointWriter(temporary, shapes, dtype, max_shard_size)
-        for name, tensor in _gathered_tensors(architecture, own):
+        for name, tensor in _gathered_tensors(architecture, gatherer):
             if writer is not None:
                 writer.add(name, tensor)
         if writer is not None:
             writer.close()
-            _publish(temporary, target)
-    dist.barrier()
 
 
 def _gathered_tensors(
-    architecture: Architecture, own: dict[tuple[str, int], LocalParameter]
+    architecture: Architecture, gatherer: ShardGatherer
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the folder in model order, on the writer; other ranks only send."""
-    rank = dist.get_rank()
-    manifest = {key: (tuple(p.parameter.shape), p.num_shards) for key, p in own.items()}
-    manifests: list[dict[tuple[str, int], tuple[tuple[int, ...], int]]] = [
-        {}
-    ] * dist.get_world_size()
-    dist.all_gather_object(manifests, manifest)
-    # Data-parallel replicas hold the same shard: the lowest rank sends it.
-    holders: dict[tuple[str, int], int] = {}
-    for holder, held in reversed(list(enumerate(manifests))):
-        holders.update(dict.fromkeys(held, holder))
-
     written: set[str] = set()
     for mapping in qwen3_mappings(architecture):
         # The output layer of a tied model is a copy of the embedding, which came first.
         if written.issuperset(mapping.hf):
             continue
         written.update(mapping.hf)
-        first = manifests[holders[mapping.megatron, 0]][mapping.megatron, 0]
-        shards = []
-        for shard in range(first[1]):
-            key = (mapping.megatron, shard)
-            holder = holders[key]
-            if holder == rank:
-                parameter = own[key].parameter.detach()
-                if rank == WRITER:
-                    shards.append(parameter)
-                else:
-                    dist.send(parameter.contiguous(), dst=WRITER)
-            elif rank == WRITER:
-                buffer = torch.empty(
-                    manifests[holder][key][0],
-                    dtype=next(iter(own.values())).parameter.dtype,
-                    device=platform.device(),
-                )
-                dist.recv(buffer, src=holder)
-                shards.append(buffer)
-        if rank == WRITER:
+        shards = gatherer.gather(mapping.megatron)
+        if shards:
             yield from zip(mapping.hf, mapping.layout.join(shards), strict=True)
-
-
-def _on_writer(action: Callable[[], None], folder: str | Path) -> None:
-    """Run something on the writer only; what the user did wrong is raised on every rank."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == WRITER:
-        try:
-            action()
-        except UserError as error:
-            outcome = [str(error)]
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-            outcome = [str(bad_value("--save", str(folder), problem, "choose another folder"))]
-    dist.broadcast_object_list(outcome, src=WRITER)
-    if outcome[0] is not None:
-        raise UserError(outcome[0])
-
-
-@contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename the finished folder to its place; what was there is deleted only afterwards."""
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = temporary.with_name(f".{target.name}.replaced-{os.getpid()}")
-    target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old)
