@@ -28,6 +28,7 @@ RemaskingStrategy = Literal[
 ]
 FractionSchedule = Literal["constant", "linear", "cosine"]
 MaskEmbeddingInit = Literal["keep", "mean"]
+TrainedAttention = Literal["full", "causal"]
 LossWeighting = Literal["inverse_t", "none"]
 LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
@@ -278,6 +279,16 @@ class ObjectiveConfig:
     """What happens to a block of a random state in which no supervised token was masked: it is
     drawn again with another t (redraw), or one of its tokens is masked (mask_one; with tokens
     weighted by 1/t the loss would have no mean)."""
+
+    attention_pattern: TrainedAttention | None = None
+    """What a token sees under scp: all of its document, or what lies before it (causal: the
+    diffusion model that RND1's grafting trains first, for a second run with --finetune under full
+    attention) (default: full)."""
+
+    attention_annealing_iters: int = 0
+    """Optimizer steps over which scp goes from causal to full attention: a later token is visible
+    with a probability that rises from 0 to 1, drawn for each pair of tokens (DiffuLLaMA's
+    attention-mask annealing). 0: full from the first step."""
 
     loss_weighting: LossWeighting = "inverse_t"
     """Weight of a token under sft and scp: 1/t, where its block (scp: its document) was masked with

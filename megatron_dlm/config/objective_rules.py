@@ -107,6 +107,18 @@ def check_empty_mask(config: Config) -> None:
         )
 
 
+def check_attention_annealing(config: Config) -> None:
+    """The attention that the trained model is said to have has been trained."""
+    iters = config.objective.attention_annealing_iters
+    if iters > config.train_iters:
+        raise refuse(
+            config,
+            "attention_annealing_iters",
+            f"the run ends after {config.train_iters} updates, before attention is full",
+            f"choose {config.train_iters} or fewer",
+        )
+
+
 def check_teacher_responses(config: Config) -> None:
     """The teacher's responses have a folder."""
     if config.uses_teacher_responses and config.teacher_responses is None:

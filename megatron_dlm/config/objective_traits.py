@@ -32,6 +32,7 @@ class ObjectiveTraits:
             and shown more of the sequence.
         verifies: Whether the student answers a prompt again until `--reward` calls it right.
         weighs_tokens: Whether `--loss-weighting` chooses the weight w(t) of a token.
+        chooses_attention: Whether `--attention-pattern` chooses the attention of its convention.
     """
 
     response_sources: tuple[ResponseSource, ...]
@@ -41,6 +42,7 @@ class ObjectiveTraits:
     self_distillation: bool = False
     verifies: bool = False
     weighs_tokens: bool = False
+    chooses_attention: bool = False
 
 
 OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
@@ -50,7 +52,9 @@ OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
     "sft": ObjectiveTraits(
         ("data", "teacher"), False, ("random",), BLOCK_DIFFUSION, weighs_tokens=True
     ),
-    "scp": ObjectiveTraits(("corpus",), False, ("random",), RND1, weighs_tokens=True),
+    "scp": ObjectiveTraits(
+        ("corpus",), False, ("random",), RND1, weighs_tokens=True, chooses_attention=True
+    ),
     "next_token": ObjectiveTraits(("corpus", "data"), False),
     "d_opsd": ObjectiveTraits(("rollout",), True, ("all",), self_distillation=True, verifies=True),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_dlm.config.training_groups import (
     ParameterGroup,
     TrainingConfig,
 )
+from megatron_dlm.models.architecture import DiffusionConvention
 
 __all__ = [
     "Config",
@@ -77,6 +78,14 @@ class Config:
     def traits(self) -> ObjectiveTraits:
         """What the objective needs."""
         return OBJECTIVE_TRAITS[self.objective.objective]
+
+    @property
+    def convention(self) -> DiffusionConvention | None:
+        """Attention and prediction of the trained model; None if it stays what it was."""
+        convention, pattern = self.traits.convention, self.objective.attention_pattern
+        if convention is None or pattern is None:
+            return convention
+        return replace(convention, attention_pattern=pattern)
 
     @property
     def response_source(self) -> ResponseSource:

@@ -92,6 +92,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
         (config.validation_path is not None, ("eval_interval", "eval_iters")),
         (traits.weighs_tokens, ("loss_weighting",)),
         (masks_at_random, ("empty_mask",)),
+        (traits.chooses_attention, ("attention_pattern", "attention_annealing_iters")),
         (traits.convention is not None, ("mask_embedding_init",)),
         (config.needs_teacher, ("teacher_load",)),
         (config.uses_teacher_responses, ("teacher_responses",)),
@@ -135,6 +136,12 @@ def _uses_of_other_options(config: Config) -> list[Use]:
                 ),
             )
             for name in dict.fromkeys(OPTION_OF_STRATEGY.values())
+        ),
+        Use(
+            config.objective.attention_pattern != "causal",
+            ("attention_annealing_iters",),
+            "--attention-pattern causal",
+            choose("attention_pattern", "full"),
         ),
         Use(
             rollout.temperature > 0,

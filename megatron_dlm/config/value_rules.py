@@ -56,6 +56,7 @@ AT_LEAST_ZERO = (
     "lr_warmup_iters",
     "weight_decay",
     "clip_grad",
+    "attention_annealing_iters",
     "eval_interval",
     "save_interval",
     "keep_checkpoints",

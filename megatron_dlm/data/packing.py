@@ -59,9 +59,12 @@ def pack(
             torch.cat([document.position for document in documents]).int(),
         )
     )
+    annealing = [document.annealing for document in documents if document.annealing is not None]
+    if annealing:  # in all documents of an update, or in none
+        layout = torch.cat((layout, torch.cat(annealing, dim=1)))
     row = Row(
         token_ids=torch.cat([document.token_ids for document in documents]),
-        position_ids=layout[3].long(),
+        position_ids=layout[Field.POSITION].long(),
         attention=layout,
     )
     supervised = torch.cat(

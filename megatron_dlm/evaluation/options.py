@@ -49,7 +49,8 @@ class InferenceConfig:
 
     decoding: Decoding = "auto"
     """diffusion, autoregressive, or auto: diffusion where the model's config.json says so or a
-    block size is known. Attention and shift are those of config.json."""
+    block size is known, but for a diffusion model of causal attention, which decodes from left to
+    right only. Attention and shift are those of config.json."""
 
     bf16: bool = False
     """Compute in bfloat16 instead of float32."""
@@ -107,6 +108,11 @@ class InferenceSetup:
     convention: DiffusionConvention | None
 
     @property
+    def _is_causal(self) -> bool:
+        """Whether the model is a diffusion model whose tokens see only those before them."""
+        return self.convention is not None and self.convention.attention_pattern == "causal"
+
+    @property
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer is."""
         tokenizer = self.options.tokenizer
@@ -158,7 +164,8 @@ class InferenceSetup:
         """The decoding setting that the options describe."""
         decoding = self.options.decoding
         if decoding == "auto":
-            decoding = "autoregressive" if self.convention is None else "diffusion"
+            left_to_right = self.convention is None or self._is_causal
+            decoding = "autoregressive" if left_to_right else "diffusion"
         if decoding == "autoregressive":
             return self._autoregressive()
         return self._diffusion("--decoding", self.options.decoding)
@@ -184,6 +191,14 @@ class InferenceSetup:
         return replace(self._diffusion("--settings", text), **named)
 
     def _diffusion(self, field: str, value: str) -> GenerationConfig:
+        if self._is_causal:
+            raise bad_value(
+                field,
+                value,
+                f"{self.source.hf_folder / 'config.json'} states causal attention, which decodes "
+                "from left to right only",
+                "choose autoregressive",
+            )
         missing = self.block_size is None
         if self.convention is None or (missing and self.convention.attention_pattern != "full"):
             raise bad_value(
@@ -282,6 +297,13 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     stored = hf_config.get("block_size")
     block_size = options.block_size if options.block_size is not None else stored
     convention = source.convention
+    if options.block_size is not None and convention and convention.attention_pattern == "causal":
+        raise bad_value(
+            "--block-size",
+            options.block_size,
+            f"{source.hf_folder / 'config.json'} states causal attention, which has no blocks",
+            "drop --block-size",
+        )
     if convention is None and block_size is not None:
         convention = BLOCK_DIFFUSION
     given = {

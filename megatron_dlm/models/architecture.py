@@ -17,11 +17,13 @@ class DiffusionConvention:
     """How a diffusion model attends and which token its logits predict; part of its config.json.
 
     Attributes:
-        attention_pattern: `block_causal`, or `full` (bidirectional over the whole sequence).
+        attention_pattern: `block_causal`, `full` (bidirectional over the whole sequence), or
+            `causal` (each token sees those before it; shifted only). A causal diffusion model is a
+            stage of training: it is decoded from left to right, like an autoregressive one.
         shifted: Whether logits at position i predict token i + 1 (RND1) instead of token i.
     """
 
-    attention_pattern: Literal["block_causal", "full"]
+    attention_pattern: Literal["block_causal", "full", "causal"]
     shifted: bool
 
 
@@ -54,12 +56,19 @@ def diffusion_convention(
         return None
     pattern = hf_config.get("attention_pattern", implied and implied.attention_pattern)
     shifted = hf_config.get("shifted", implied is not None and implied.shifted)
-    if pattern not in ("block_causal", "full"):
+    if not isinstance(shifted, bool):
+        raise bad_value(f"{where}: shifted", shifted, "is no boolean", "write true or false")
+    if pattern == "causal" and not shifted:
+        raise bad_value(
+            f"{where}: attention_pattern",
+            pattern,
+            "is what no diffusion model of unshifted logits has",
+            "add shifted: true, or write block_causal or full",
+        )
+    if pattern not in ("block_causal", "full", "causal"):
         raise bad_value(
             f"{where}: attention_pattern", pattern, "is unknown", "write block_causal or full"
         )
-    if not isinstance(shifted, bool):
-        raise bad_value(f"{where}: shifted", shifted, "is no boolean", "write true or false")
     return DiffusionConvention(pattern, shifted)
 
 

@@ -54,7 +54,7 @@ def sdpa_attention(
         query: [S, 1, n, d].
         key: [S, 1, g, d].
         value: [S, 1, g, d].
-        layout: [4, S] int32.
+        layout: [4, S] or [6, S] int32 (`attention_layout`).
         softmax_scale: Factor on the scores.
 
     Returns:

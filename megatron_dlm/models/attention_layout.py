@@ -7,10 +7,14 @@ sees a key of the same document if
 * the query is noisy, the key clean, and the key's block strictly earlier, or
 * both are of the same noisy stream and the same block.
 
+A layout of annealed attention carries two integers more, and a clean query then also sees a later
+clean key of its document if the draw of the pair is below the query's threshold.
+
 Stream 0 is clean; noisy streams count from 1, one for each state in which a sequence is trained at
 once. Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is
 block size 1, `full` puts everything into block 0. Block diffusion training adds the noisy stream.
-Sources: BD3-LM (Arriola et al. 2025) for the three-part mask; OPDLM section 3 for its use here.
+Sources: BD3-LM (Arriola et al. 2025) for the three-part mask; OPDLM section 3 for its use here;
+DiffuLLaMA (Gong et al. 2025) for annealing, a Bernoulli draw for each pair.
 
 S: tokens of a packed row. D: documents. L: longest document.
 """
@@ -29,13 +33,19 @@ PADDING_DOCUMENT = -1
 
 
 class Field:
-    """Rows of a layout tensor [4, S] int32."""
+    """Rows of a layout tensor [4, S] int32, or [6, S] with annealed attention."""
 
     # Plain integers, no enumeration: FlexAttention compiles the rule that uses them.
     DOCUMENT = 0
     BLOCK = 1
     STREAM = 2
     POSITION = 3
+    ANNEALING_KEY = 4
+    ANNEALING_THRESHOLD = 5
+
+
+ANNEALING_UNIT = 2**24
+"""Annealing threshold that every pair's draw is below: everything is visible."""
 
 
 def block_ids(positions: Tensor, pattern: Pattern, block_size: int) -> Tensor:
@@ -71,16 +81,33 @@ def pad_layout(layout: Tensor, length: int) -> Tensor:
     missing = length - layout.shape[1]
     if not missing:
         return layout
-    padding = torch.zeros(4, missing, dtype=layout.dtype, device=layout.device)
+    padding = torch.zeros(len(layout), missing, dtype=layout.dtype, device=layout.device)
     padding[Field.DOCUMENT] = PADDING_DOCUMENT
     return torch.cat((layout, padding), dim=1)
+
+
+def annealing_draws(query: Tensor, key: Tensor) -> Tensor:
+    """The draw of each pair of tokens, uniform over the integers below `ANNEALING_UNIT`.
+
+    A hash of two random integers: it needs no table of pairs, so that a kernel can compute it for
+    the tile it works on, and activation recomputation finds the same mask again.
+
+    Args:
+        query: Random int32 >= 0 of each query (`Field.ANNEALING_KEY`).
+        key: The same of the keys; broadcasts against the queries.
+    """
+    # In 64 bits no product of 32 and 31 bits overflows; multipliers are odd, as a bijection needs.
+    mixed = (query.long() * 0x5BD1E995 + key.long()) & 0xFFFFFFFF
+    for multiplier in (0x7FEB352D, 0x31848BAB):
+        mixed = ((mixed ^ (mixed >> 15)) * multiplier) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 14)) >> 8
 
 
 def visible(query: Tensor | Sequence[Tensor], key: Tensor | Sequence[Tensor]) -> Tensor:
     """The visibility rule.
 
     Args:
-        query: Layout fields of queries, [4, ...] or four tensors.
+        query: Layout fields of queries, [4, ...] or four tensors; six with annealed attention.
         key: Layout fields of keys; their shapes broadcast against the query's.
 
     Returns:
@@ -91,6 +118,10 @@ def visible(query: Tensor | Sequence[Tensor], key: Tensor | Sequence[Tensor]) ->
     same_block = query[Field.BLOCK] == key[Field.BLOCK]
     earlier = key[Field.BLOCK] < query[Field.BLOCK]
     sees_clean = key_clean & (earlier | (query_clean & same_block))
+    if len(query) > Field.ANNEALING_KEY:
+        draws = annealing_draws(query[Field.ANNEALING_KEY], key[Field.ANNEALING_KEY])
+        revealed = draws < query[Field.ANNEALING_THRESHOLD]
+        sees_clean = sees_clean | (query_clean & key_clean & revealed)
     sees_noisy = ~key_clean & same_block & (query[Field.STREAM] == key[Field.STREAM])
     same_document = (query[Field.DOCUMENT] == key[Field.DOCUMENT]) & (
         query[Field.DOCUMENT] != PADDING_DOCUMENT
@@ -140,7 +171,7 @@ def document_batch(layout: Tensor) -> DocumentBatch:
     filled[scatter[real]] = True
     fields = layout[:, gather].clone()
     fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
-    fields = fields.view(4, num_documents, max_length)
+    fields = fields.view(len(layout), num_documents, max_length)
     mask = visible(fields[:, :, :, None], fields[:, :, None, :])
     mask |= torch.eye(max_length, dtype=torch.bool, device=device)
     return DocumentBatch(

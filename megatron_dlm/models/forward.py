@@ -23,7 +23,7 @@ class Row:
     Attributes:
         token_ids: [S] int64.
         position_ids: [S] int64.
-        attention: Layout [4, S], or one that has the row's padding already, or a
+        attention: Layout [4, S] or [6, S], or one that has the row's padding already, or a
             `CachedAttention` that ignores tokens behind those it knows.
     """
 

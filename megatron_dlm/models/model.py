@@ -40,7 +40,8 @@ class DiffusionGPTModel(GPTModel):
         Args:
             input_ids: [1, S] int64, below `num_tokens`; read on the first stage only.
             position_ids: [1, S] int64.
-            attention_mask: Layout tensor [4, S] (`attention_layout`) or a `CachedAttention`.
+            attention_mask: Layout tensor [4, S] or [6, S] (`attention_layout`), or a
+                `CachedAttention`.
 
         Returns:
             [S, 1, h], normalised on the last stage; [S / tp, 1, h] under sequence parallelism.

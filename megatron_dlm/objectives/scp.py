@@ -1,9 +1,9 @@
-"""Simple continual pretraining (RND1): full attention from the first step, on a corpus."""
+"""Continual pretraining on a corpus (RND1): full attention from the first step, or causal."""
 
 import torch
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.models.attention_layout import CLEAN
+from megatron_dlm.models.attention_layout import CLEAN, block_ids
 from megatron_dlm.objectives.base import Document
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.rollout.trajectory import Trajectory
@@ -20,12 +20,15 @@ class SCP(CrossEntropyObjective):
     masked or not, the expectation is an upper bound of their negative log-likelihood given the
     first one, in nats a token. A document in which no token happens to be masked adds nothing: to
     draw again, as short blocks do, would bias the bound.
+
+    Under `--attention-pattern causal` position i sees x_t up to itself: the causal diffusion model
+    that RND1's grafting begins with. Everything else is the same.
     """
 
     traits = OBJECTIVE_TRAITS["scp"]
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
-        """The window under full attention, each of its documents by itself."""
+        """The window under full or causal attention, each of its documents by itself."""
         tokens = trajectory.token_ids
         document, position = trajectory.documents()
         maskable = position > 0
@@ -36,11 +39,13 @@ class SCP(CrossEntropyObjective):
         weights = torch.ones(len(target))
         if self.config.objective.loss_weighting == "inverse_t":
             weights = t[target].reciprocal().float()
-        everything = torch.zeros(len(tokens), dtype=torch.int32)
+        convention = self.config.convention
+        assert convention is not None
+        block = block_ids(position, convention.attention_pattern, block_size=1).int()
         return Document(
             token_ids=tokens.masked_fill(masked, self.mask_token_id),
-            block=everything,  # one block: full attention
-            stream=everything + CLEAN,
+            block=block,
+            stream=torch.full_like(block, CLEAN),
             position=position,
             supervised=target - 1,
             labels=tokens[target],

@@ -124,6 +124,7 @@ def _branch(
         "lr_warmup_iters": steps(optimizer.lr_warmup_iters),
         "lr_decay_iters": optimizer.lr_decay_iters and steps(optimizer.lr_decay_iters),
         "eval_interval": steps(training.eval_interval),
+        "attention_annealing_iters": steps(base.objective.attention_annealing_iters),
     }
     if base.validation_path is not None:
         held_out = training.eval_iters * training.global_batch_size

@@ -73,14 +73,14 @@ class RunInputs:
     def convention(self, config: Config) -> DiffusionConvention:
         """How the student decodes: as its objective trains it, else as its config.json says."""
         stated = diffusion_convention(self.architecture.hf_config)
-        return config.traits.convention or stated or BLOCK_DIFFUSION
+        return config.convention or stated or BLOCK_DIFFUSION
 
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its convention and its MASK."""
         hf_config = dict(self.architecture.hf_config)
         for key in ("attention_pattern", "shifted", "block_size"):
             hf_config.pop(key, None)
-        if config.traits.convention is None and not config.traits.self_distillation:
+        if config.convention is None and not config.traits.self_distillation:
             hf_config["model_type"] = "qwen3_moe" if self.architecture.is_moe else "qwen3"
             return hf_config
         convention = self.convention(config)
@@ -129,6 +129,13 @@ def _check_diffusion_student(config: Config, student: Architecture) -> Diffusion
             load,
             f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
             "convert it first, for one with --objective opdlm",
+        )
+    if convention.attention_pattern == "causal":
+        raise bad_value(
+            "--load",
+            load,
+            "attends causally; a view of what it wrote later needs more",
+            "train it under full attention first, with --objective scp",
         )
     if convention.shifted and convention.attention_pattern == "block_causal":
         raise bad_value(

@@ -19,6 +19,7 @@ from megatron_dlm.data.tokenizer import unusable_tokens
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
+from megatron_dlm.objectives.attention_annealing import anneal_attention
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.convention_change import changed_convention
@@ -101,8 +102,13 @@ def micro_batches(
     epoch, position = divmod(update, updates_per_epoch)
     chosen = trajectories[position * local : (position + 1) * local]
     documents = [
-        run.objective.document(
-            trajectory, keyed_generator(run.config.data.seed, trajectory.sample_index, epoch)
+        anneal_attention(
+            run.objective.document(
+                trajectory, keyed_generator(run.config.data.seed, trajectory.sample_index, epoch)
+            ),
+            run.config,
+            trajectory.sample_index,
+            run.progress.iteration,
         )
         for trajectory in chosen
     ]

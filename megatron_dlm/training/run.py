@@ -38,6 +38,8 @@ from megatron_dlm.training.verified_rollout import Verifier
 
 RESUME_FIXED = (
     "objective",
+    "attention_pattern",
+    "attention_annealing_iters",
     "seed",
     "shuffle",
     "seq_length",
@@ -103,7 +105,11 @@ class Run:
 
 def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """The flat configuration with what a resumed run is compared by, resolved."""
+    attention_pattern: str | None = None
+    if config.traits.chooses_attention and config.convention is not None:
+        attention_pattern = config.convention.attention_pattern
     return config.to_dict() | {
+        "attention_pattern": attention_pattern,
         "lr_decay_iters": config.lr_decay_iters,
         "lr_warmup_iters": config.lr_warmup_iters,
         "teacher_response_fraction_rollouts": config.teacher_response_fraction_rollouts,

@@ -2,7 +2,8 @@
 
 The samples are the first ones of the held-out data, and every random choice is keyed by the seed
 and a sample's index. Losses of different steps, layouts and batch sizes are therefore of the same
-masked tokens. Nothing of the training is touched.
+masked tokens, under the attention that the model ends with where training anneals it. Nothing of
+the training is touched.
 """
 
 from dataclasses import dataclass

@@ -78,7 +78,8 @@ RUNS: dict[str, dict[str, Any]] = {
     ),
     "sft": dict(objective="sft", param_groups=GROUPS),
     "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
-    "scp": dict(objective="scp", eval_interval=2, eval_iters=2),
+    # Two updates under annealed attention, three under full attention.
+    "scp": dict(objective="scp", attention_annealing_iters=3, eval_interval=2, eval_iters=2),
     "next_token": dict(objective="next_token"),
     "d_opsd": dict(
         objective="d_opsd",

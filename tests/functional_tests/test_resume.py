@@ -116,7 +116,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
                 "teacher_response_fraction_schedule": "linear",
             },
         ),
-        ("moe", {**GIVEN, "objective": "scp"}),
+        ("moe", {**GIVEN, "objective": "scp", "attention_annealing_iters": 6}),
         ("dense", {**GIVEN, "objective": "sft"}),
         ("dense", {**ROLLOUTS, "objective": "opdlm_off"}),
         ("dense", {**ROLLOUTS, "param_groups": GROUPS}),

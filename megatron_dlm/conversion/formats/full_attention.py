@@ -84,6 +84,8 @@ def _check(request: ExportRequest, format: str, otherwise: str, is_fit: bool) ->
     problem = None
     if convention is None:
         problem = "this model is autoregressive"
+    elif convention.attention_pattern == "causal":
+        problem = "this model attends causally"
     elif convention.attention_pattern != "full":
         problem = "this model attends by blocks"
     elif not is_fit:

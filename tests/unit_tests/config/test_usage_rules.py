@@ -31,6 +31,7 @@ GROWS = {**OPDLM, **GROWING, "min_response_length": 4}
 WITH_FOLDER = {**OPDLM, "save": "no_such_folder"}
 MIXED = {**WITH_FOLDER, "teacher_response_fraction": 0.5}
 FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
+CAUSAL = {**SCP, "attention_pattern": "causal"}
 HELD_OUT = {**SCP, "valid_data_path": "held_out"}
 TOP_16 = {**OPDLM, "divergence_top_k": 16}
 ADAPTERS = {**OPDLM, "lora_rank": 8}
@@ -102,6 +103,8 @@ CASES = [
     Case("train_iters", 3, ON_ROLLOUTS, NOT_ROLLOUTS),
     Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
+    Case("attention_pattern", "full", (*ON_ROLLOUTS, SFT, NEXT_TOKEN_ON_CORPUS), (SCP,)),
+    Case("attention_annealing_iters", 2, (OPDLM, NEXT_TOKEN_ON_CORPUS, CAUSAL), (SCP,)),
     Case("loss_weighting", "none", (*ON_ROLLOUTS, OFF_POLICY, NEXT_TOKEN), (SFT, SCP)),
     Case(
         "empty_mask",

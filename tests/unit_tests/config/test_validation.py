@@ -179,6 +179,7 @@ def test_what_an_objective_can_be_given(
         (NEXT_TOKEN, {"state_selection": "all"}, ["= 'all'", "leave it out", "opdlm"]),
         (OFF_POLICY, {"save": None}, ["--teacher-responses = None", "--save"]),
         (OPDLM, {**MIXED, "save": None}, ["--teacher-responses = None", "--save"]),
+        (SCP, {"attention_annealing_iters": 101}, ["annealing-iters = 101", "100 or fewer"]),
     ],
 )
 def test_what_an_objective_cannot_be_given(

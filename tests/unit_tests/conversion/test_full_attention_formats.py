@@ -218,6 +218,7 @@ def test_settings_that_cannot_work_are_refused(exported):
 
 BLOCKS = {"attention_pattern": "block_causal", "block_size": 4}
 FULL = {"attention_pattern": "full"}
+CAUSAL = {"attention_pattern": "causal", "shifted": True}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,9 @@ FULL = {"attention_pattern": "full"}
         ("sdar", True, {"model_type": "rnd1"}, "shifted .* choose --target-format rnd1"),
         ("sdar", False, BLOCKS | {"shifted": True}, "shifted .* --target-format megatron"),
         ("sdar", True, FULL, "whole sequence.* keep it as --target-format megatron"),
+        ("sdar", False, CAUSAL, "shifted .* choose --target-format qwen3"),
+        ("a2d-qwen3", False, CAUSAL, "attends causally; choose --target-format qwen3"),
+        ("rnd1", True, CAUSAL, "attends causally; choose --target-format qwen3"),
         ("a2d-qwen3", False, {}, "autoregressive; choose --target-format qwen3"),
         ("a2d-qwen3", False, BLOCKS, "attends by blocks; choose --target-format sdar"),
         ("a2d-qwen3", True, {"model_type": "rnd1"}, "mixture of experts; .* rnd1"),

@@ -10,6 +10,7 @@ from megatron_dlm.models.architecture import DiffusionConvention, diffusion_conv
 BLOCKS = DiffusionConvention("block_causal", shifted=False)
 UNSHIFTED = DiffusionConvention("full", shifted=False)
 SHIFTED = DiffusionConvention("full", shifted=True)
+CAUSAL = DiffusionConvention("causal", shifted=True)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ SHIFTED = DiffusionConvention("full", shifted=True)
         ("qwen3", {"attention_pattern": "full"}, UNSHIFTED),
         ("qwen3", {"attention_pattern": "full", "block_size": 4}, UNSHIFTED),
         ("qwen3", {"attention_pattern": "full", "shifted": True}, SHIFTED),
+        ("qwen3", {"attention_pattern": "causal", "shifted": True}, CAUSAL),
         ("sdar", {}, BLOCKS),
         ("sdar", {"attention_pattern": "full"}, UNSHIFTED),
         ("a2d-qwen3", {}, UNSHIFTED),

@@ -9,21 +9,37 @@ from hypothesis import strategies as st
 
 from megatron_dlm.models import attention_layout
 from megatron_dlm.models.attention import flex_attention_over_row, sdpa_attention
-from megatron_dlm.models.attention_layout import LayoutCache, clean_layout, pad_layout
+from megatron_dlm.models.attention_layout import (
+    ANNEALING_UNIT,
+    LayoutCache,
+    annealing_draws,
+    clean_layout,
+    pad_layout,
+)
 
 CLEAN = 0
 
 
 def sees(query: list[int], key: list[int]) -> bool:
     """Section 2 of the method, in words: one query, one key, [document, block, stream,
-    position]."""
+    position] and under annealing [key, threshold]."""
     if query[0] == -1 or query[0] != key[0]:
         return False
+    if len(query) == 6 and query[2] == key[2] == CLEAN and pair_draw(query[4], key[4]) < query[5]:
+        return True
     if query[2] == CLEAN:
         return key[2] == CLEAN and key[1] <= query[1]
     if key[2] == CLEAN:
         return key[1] < query[1]
     return key[1] == query[1] and key[2] == query[2]
+
+
+def pair_draw(query: int, key: int) -> int:
+    """The draw of one pair, in Python's integers."""
+    x = (query * 0x5BD1E995 + key) % 2**32
+    for multiplier in (0x7FEB352D, 0x31848BAB):
+        x = (x ^ (x // 2**15)) * multiplier % 2**32
+    return (x ^ (x // 2**14)) // 2**8
 
 
 def dense_mask(layout: torch.Tensor) -> torch.Tensor:
@@ -60,6 +76,12 @@ def layouts(draw: st.DrawFn) -> torch.Tensor:
         part[0] = document
         parts.append(part)
     row = torch.cat(parts, dim=1)
+    if draw(st.booleans()):
+        seed = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+        keys = torch.randint(0, 2**31 - 1, (row.shape[1],), generator=seed)
+        threshold = draw(st.sampled_from([0, 1, ANNEALING_UNIT // 3, ANNEALING_UNIT]))
+        annealing = torch.stack((keys, torch.full_like(keys, threshold)))
+        row = torch.cat((row, annealing.int()))
     return pad_layout(row, row.shape[1] + draw(st.integers(0, 3)))
 
 
@@ -81,6 +103,29 @@ def test_patterns_are_block_ids(pattern: attention_layout.Pattern, expected) -> 
     layout = clean_layout([7], pattern, block_size=3)
     mask = attention_layout.visible(layout[:, :, None], layout[:, None, :])
     assert mask.tolist() == [[expected(q, k) for k in range(7)] for q in range(7)]
+
+
+def test_draws_of_pairs_are_uniform_and_independent() -> None:
+    """Of each query, of each key, of neighbours and of a pair seen from both of its ends."""
+    length = 600
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randint(0, 2**31 - 1, (length,), generator=generator).int()
+    draws = annealing_draws(keys[:, None], keys[None, :]).double() / ANNEALING_UNIT
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    for share in (0.02, 0.5, 0.9):
+        seen = (draws < share).double()
+        deviation = (share * (1 - share)) ** 0.5
+        assert float(seen.mean()) == pytest.approx(share, abs=5 * deviation / length)
+        for axis in (0, 1):
+            of_a_token = (seen.mean(axis) - share) * length**0.5 / deviation
+            assert float(of_a_token.abs().max()) < 5
+            assert float(of_a_token.std()) == pytest.approx(1, abs=0.15)
+    centred = draws - 0.5
+    others = [centred.T, centred.roll(1, 0), centred.roll(1, 1), centred.roll((1, 1), (0, 1))]
+    for other in others:
+        product = (centred * other).fill_diagonal_(0).mean() * 12
+        assert abs(float(product)) < 5 * 2**0.5 / length  # each pair occurs twice in the first
 
 
 @given(layouts(), st.sampled_from([(2, 2), (4, 2), (4, 1)]))

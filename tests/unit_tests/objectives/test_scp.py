@@ -1,4 +1,4 @@
-"""The SCP loss against transformers in float64: one bidirectional forward a document, shifted."""
+"""The SCP loss against transformers in float64: one forward a document under a dense mask."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch, pack
+from megatron_dlm.models.attention_layout import annealing_draws
 from megatron_dlm.objectives import OBJECTIVES
+from megatron_dlm.objectives.attention_annealing import anneal_attention
 from megatron_dlm.rollout.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import MASK, VOCABULARY, Models, corpus_window
 
@@ -25,12 +27,16 @@ def objective(name: str = "scp", **options: object):
     return OBJECTIVES[name](config, MASK, VOCABULARY)
 
 
-def dense_loss(model: Qwen3ForCausalLM, lengths: list[int], x_0, x_t, t_of_document, weighting):
-    """Equation 2 of the paper, a document at a time."""
+def dense_loss(
+    model: Qwen3ForCausalLM, lengths: list[int], x_0, x_t, t_of_document, weighting, seen
+):
+    """Equation 2 of the paper, a document at a time; `seen`: [query][key] over the window."""
     total, start = 0.0, 0
     for length, t in zip(lengths, t_of_document, strict=True):
         clean, noisy = x_0[start : start + length], x_t[start : start + length]
+        own = seen[start : start + length, start : start + length]
         bias = torch.zeros(1, 1, length, length, dtype=torch.float64)
+        bias.masked_fill_(~own, -torch.inf)
         with torch.no_grad():
             log_p = model(noisy[None], attention_mask=bias).logits[0].log_softmax(-1)
         for i in range(length - 1):
@@ -50,15 +56,35 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=4)
     seed=st.integers(0, 10**6),
     weighting=st.sampled_from(["inverse_t", "none"]),
     row_mean=st.booleans(),
+    attention=st.sampled_from(["full", "causal", "annealed"]),
 )
 def test_loss_equals_one_dense_forward_per_document(
-    models: Models, windows: list[list[int]], seed: int, weighting: str, row_mean: bool
+    models: Models,
+    windows: list[list[int]],
+    seed: int,
+    weighting: str,
+    row_mean: bool,
+    attention: str,
 ) -> None:
-    scp = objective(loss_weighting=weighting)
+    options: dict[str, object] = {"loss_weighting": weighting}
+    if attention == "annealed":
+        options["attention_annealing_iters"] = 10
+    else:
+        options["attention_pattern"] = attention
+    scp = objective(**options)
     trajectories = [window(lengths, seed + i) for i, lengths in enumerate(windows)]
     documents, expected, count = [], 0.0, 0
     for lengths, trajectory in zip(windows, trajectories, strict=True):
         document = scp.document(trajectory, torch.Generator().manual_seed(seed))
+        seen = torch.ones(sum(lengths), sum(lengths), dtype=torch.bool)
+        if attention == "causal":
+            seen = seen.tril()
+        if attention == "annealed":
+            document = anneal_attention(document, scp.config, seed, iteration=2)
+            assert document.annealing is not None
+            keys, thresholds = document.annealing
+            assert set(thresholds.tolist()) == {round(0.3 * 2**24)}  # the third of ten updates
+            seen = seen.tril() | (annealing_draws(keys[:, None], keys) < thresholds)
         documents.append(document)
         # The draws as the docstring states them: t of each document, then the masks.
         generator = torch.Generator().manual_seed(seed)
@@ -71,13 +97,29 @@ def test_loss_equals_one_dense_forward_per_document(
                 if draws[i] < level:
                     x_t[i] = MASK
         assert torch.equal(document.token_ids, x_t)
-        loss = dense_loss(models.hf_student, lengths, x_0, x_t, t.tolist(), weighting)
+        loss = dense_loss(models.hf_student, lengths, x_0, x_t, t.tolist(), weighting, seen)
         predicted = sum(lengths) - len(lengths)
         expected += loss / max(predicted, 1) if row_mean else loss
         count += predicted > 0 if row_mean else predicted
     batch = pack(documents, pad_multiple=4, row_mean=row_mean)
     assert batch.loss_count == count
     assert models.loss(scp, batch) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_annealing_is_keyed_by_sample_and_update_and_ends_in_full_attention() -> None:
+    scp = objective(attention_annealing_iters=4)
+    document = scp.document(window([40]), torch.Generator().manual_seed(0))
+
+    def keys(sample: int, iteration: int) -> list[int]:
+        annealed = anneal_attention(document, scp.config, sample, iteration).annealing
+        assert annealed is not None
+        return annealed[0].tolist()
+
+    assert keys(3, 1) == keys(3, 1)
+    assert keys(3, 1) != keys(3, 2)
+    assert keys(3, 1) != keys(4, 1)
+    for iteration in (3, 4, 100):  # the fourth update is the first that sees everything
+        assert anneal_attention(document, scp.config, 3, iteration) is document
 
 
 def test_packed_rows_equal_single_windows(models: Models) -> None:

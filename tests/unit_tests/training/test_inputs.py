@@ -15,6 +15,7 @@ from tests.corpora import write_corpus
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 FULL = {"attention_pattern": "full", "shifted": True}
+CAUSAL = {"attention_pattern": "causal", "shifted": True}
 BLOCKS = {"attention_pattern": "block_causal", "shifted": False, "block_size": 8}
 
 
@@ -43,6 +44,7 @@ def stating(folder: Path, model: Path, **config: Any) -> Path:
         (FULL, "sft", {}, "full attention, shifted logits)", "unshifted logits, blocks of 4)"),
         (FULL, "next_token", {}, "full attention, shifted", "makes it an autoregressive model"),
         (BLOCKS, "next_token", {}, "logits, blocks of 8)", "makes it an autoregressive model"),
+        (CAUSAL, "scp", {}, "(causal attention, shifted logits)", "(full attention, shifted"),
         (BLOCKS, "scp", {}, "block_causal attention, unsh", "full attention, shifted logits)"),
         (BLOCKS, "sft", {"block_size": 16}, "blocks of 8)", "blocks of 16)"),
         ({"block_size": 8}, "sft", {}, "blocks of 8)", "blocks of 4)"),
