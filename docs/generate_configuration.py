@@ -23,7 +23,9 @@ Written by `docs/generate_configuration.py` from `megatron_dlm/config/`; do not 
 Every option has one name. `tensor_model_parallel_size` is a key of a flat YAML file, and
 `--tensor-model-parallel-size` a flag; an option that is true or false is switched by `--bf16` and
 `--no-bf16`. Lists and mappings are JSON on the command line; `none` clears an option that may be
-none. Flags win over the file that `--config` names, which wins over the defaults. A name that does
+none. Flags win over the file that `--config` names, which wins over the defaults. A key `base` of
+that file names another one, relative to it, whose keys it changes or adds to: one level, a mapping
+or list as a whole, and `--dry-run` prints what results. A name that does
 not exist, a value of the wrong type, values that cannot work together and an option that the run
 has no use for, unless it has its default, are errors, in one line, with exit status 2.
 

@@ -245,18 +245,46 @@ def _read_given(parsed: T, table: dict[str, OptionField]) -> T:
     return typing.cast(T, read(parsed))
 
 
+BASE_KEY = "base"
+"""Key of a YAML file that names another one, relative to itself, whose keys it changes or adds to.
+One level: a file that has a base is none."""
+
+
 def _load_yaml(cls: type[T], path: str) -> T:
-    """Read an options object from a flat YAML file.
+    """Read an options object from a flat YAML file, over the one that it names as its base.
 
     Raises:
-        UserError: The file is missing or broken, or has an unknown, repeated or ill-typed key.
+        UserError: A file is missing or broken, or has an unknown, repeated or ill-typed key, or the
+            base has a base.
+    """
+    values, lines = _read_yaml(path, "--config")
+    if BASE_KEY not in values:
+        return build(cls, values, path, lines)
+    named, place = values.pop(BASE_KEY), f"{path}:{lines[BASE_KEY]}: {BASE_KEY}"
+    if not isinstance(named, str) or not named:
+        raise bad_value(place, named, "has the wrong type", "write the path of a YAML file")
+    base = str(Path(path).parent / named)
+    base_values, base_lines = _read_yaml(base, place)
+    if BASE_KEY in base_values:
+        raise bad_value(place, named, "has a base of its own", "name that one, and add its keys")
+    build(cls, base_values, base, base_lines)  # what is wrong in it is said of its lines
+    changed = {key.replace("-", "_") for key in values}
+    kept = {k: value for k, value in base_values.items() if k.replace("-", "_") not in changed}
+    return build(cls, {**kept, **values}, path, lines)
+
+
+def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Keys with values and keys with lines of a flat YAML file that `field` names.
+
+    Raises:
+        UserError: The file is missing or broken, or has a repeated key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise bad_value(
-            "--config", path, f"cannot be read ({reason})", "give the path of a YAML file"
+            field, path, f"cannot be read ({reason})", "give the path of a YAML file"
         ) from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -265,14 +293,12 @@ def _load_yaml(cls: type[T], path: str) -> T:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         problem = getattr(error, "problem", None) or "broken syntax"
-        raise bad_value(
-            "--config", place, f"is not YAML ({problem})", "correct that line"
-        ) from None
+        raise bad_value(field, place, f"is not YAML ({problem})", "correct that line") from None
     if node is None:
-        return build(cls, {}, path)
+        return {}, {}
     if not isinstance(node, yaml.MappingNode):
         raise bad_value(
-            "--config", path, "is not a mapping of keys to values", "write one `key: value` a line"
+            field, path, "is not a mapping of keys to values", "write one `key: value` a line"
         )
     lines: dict[str, int] = {}
     for key, _ in node.value:
@@ -280,4 +306,4 @@ def _load_yaml(cls: type[T], path: str) -> T:
         if name.replace("-", "_") in {known.replace("-", "_") for known in lines}:
             raise bad_value(f"{path}:{line}", name, "is given twice", "keep one of the two")
         lines[name] = line
-    return build(cls, {str(key): value for key, value in values.items()}, path, lines)
+    return {str(key): value for key, value in values.items()}, lines

@@ -69,7 +69,8 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     config: str | None = None
-    """YAML file with the same keys as the flags (flat); flags win over it."""
+    """YAML file with the same keys as the flags (flat); flags win over it. A key `base` names
+    another file, relative to it, whose keys it changes or adds to (one level)."""
 
     dry_run: bool = False
     """Resolve and validate the configuration, print it and stop."""

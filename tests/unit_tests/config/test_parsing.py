@@ -135,6 +135,41 @@ def test_empty_yaml_changes_nothing(tmp_path: Path) -> None:
     )
 
 
+BASE = "lr: 1e-4\nmin-lr: 1e-5\ntop_k: 7\nload: weights\nchat_template_kwargs: {a: 1, b: 2}\n"
+
+
+def test_a_file_changes_its_base_and_flags_win_over_both(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "base.yaml").write_text(BASE)
+    text = "base: recipes/base.yaml\nmin_lr: 2e-5\nseed: 3\nload: null\n"
+    file = write(tmp_path, text + "chat_template_kwargs: {c: 3}\n")
+    config = parse_config(["--config", file, "--seed", "5"])
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-4, 2e-5)
+    assert (config.rollout.top_k, config.data.seed, config.model.load) == (7, 5, None)
+    assert config.data.chat_template_kwargs == {"c": 3}
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "place", "words"),
+    [
+        (BASE, "lr: 1\nbase: missing.yaml\n", "run.yaml:2: base", "cannot be read"),
+        (BASE, "base: 3\n", "run.yaml:1: base = 3", "path of a YAML file"),
+        (BASE + "base: other.yaml\n", "base: base.yaml\n", "run.yaml:1: base", "of its own"),
+        ("lr: 1\nlearning: 2\n", "base: base.yaml\n", "base.yaml:2", "is not a known key"),
+        ("lr: fast\n", "base: base.yaml\nlr: 1\n", "base.yaml:1: lr", "wrong type"),
+        (BASE, "base: base.yaml\n\nlr: fast\n", "run.yaml:3: lr", "wrong type"),
+        ("- lr\n", "base: base.yaml\n", "run.yaml:1: base", "is not a mapping"),
+    ],
+)
+def test_what_is_wrong_in_a_file_or_its_base_is_said_of_its_line(
+    tmp_path: Path, base: str, text: str, place: str, words: str
+) -> None:
+    (tmp_path / "base.yaml").write_text(base)
+    message = error_of(["--config", write(tmp_path, text)])
+    assert place in message
+    assert words in message
+
+
 def test_help_names_every_flag_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse_config(["--help"])
