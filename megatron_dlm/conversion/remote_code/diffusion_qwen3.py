@@ -48,45 +48,69 @@ class DiffusionQwen3Model(DiffusionQwen3PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        attention_pattern: str | None = None,
         block_size: int | None = None,
+        store_kv: bool = True,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the tokens behind those in the cache.
 
         Args:
             input_ids: [B, S].
             attention_mask: [B, K], zero for padding, which may be on either side; None: no padding.
+                Or, in place of an attention pattern, what each token sees, [B, S, K] or [B, 1, S,
+                K]: zero where nothing, or, if real and nowhere positive, added to the scores.
+            position_ids: [B, S]; default: counted from the first token that is no padding.
             past_key_values: Keys and values of earlier tokens, whole blocks; extended in place.
                 Full attention has none: keys of a token depend on all tokens behind it.
             use_cache: Whether to make a cache if none is given.
+            attention_pattern: `block_causal` or `full`; default: the config's.
             block_size: Of block-causal attention; default: the config's.
+            store_kv: Whether keys and values of this forward stay in `past_key_values`.
         """
-        is_full = self.config.attention_pattern == "full"
+        is_full = (attention_pattern or self.config.attention_pattern) == "full"
         if is_full and past_key_values is not None:
             raise ValueError("past_key_values: full attention has no cache")
         if use_cache and past_key_values is None and not is_full:
             past_key_values = DynamicCache()
-        batch, length = input_ids.shape
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is None or attention_mask.ndim == 2:
+            size = None if is_full else block_size or self.config.block_size
+            mask, positions = self._visibility(input_ids, attention_mask, past, size)
+        else:
+            mask = attention_mask if attention_mask.ndim == 4 else attention_mask[:, None]
+            is_added = mask.is_floating_point() and not (mask > 0).any()
+            mask = mask.to(self.embed_tokens.weight.dtype) if is_added else mask.bool()
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past
+
+        x = self.embed_tokens(input_ids)
+        cos, sin = rotary_angles(positions if position_ids is None else position_ids, self.config)
+        for layer in self.layers:
+            x = layer(x, mask, cos, sin, past_key_values)
+        if past_key_values is not None and not store_kv:
+            past_key_values.crop(past)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+    def _visibility(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past: int, block_size: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mask [B, 1, S, K] and positions [B, S]; block_size None: everything but padding."""
+        batch, length = input_ids.shape
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past + length)
         is_token = attention_mask.bool()
         positions = (is_token.cumsum(dim=-1) - 1).clamp(min=0)  # [B, K]
         mask = is_token[:, None, :]  # [B, 1 or S, K]
-        if not is_full:
-            blocks = positions // (block_size or self.config.block_size)
+        if block_size is not None:
+            blocks = positions // block_size
             mask = mask & (blocks[:, past:, None] >= blocks[:, None, :])
         # Padding sees itself: attention over nothing is not a number.
         mask = mask | torch.eye(past + length, dtype=torch.bool, device=mask.device)[past:]
-
-        x = self.embed_tokens(input_ids)
-        cos, sin = rotary_angles(positions[:, past:], self.config)
-        for layer in self.layers:
-            x = layer(x, mask[:, None], cos, sin, past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
-        )
+        return mask[:, None], positions[:, past:]
 
 
 class DiffusionQwen3LMHeadModel(DiffusionQwen3PreTrainedModel):
@@ -113,12 +137,59 @@ class DiffusionQwen3LMHeadModel(DiffusionQwen3PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
+        attention_pattern: str | None = None,
         block_size: int | None = None,
+        store_kv: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V], not moved to the positions they predict. Arguments: the model's."""
-        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache, block_size)
+        """Logits [B, S, V], not moved to the positions they predict.
+
+        They are a prediction where input_ids hold MASK. Tools that take the model for an
+        autoregressive one ask for the logits of a clean sequence, and would make a likelihood of
+        them that means nothing: they are refused. Who wants them all the same, for a prefill or a
+        comparison, says `attention_pattern` or `block_size`, or gives the mask of each token.
+
+        Args:
+            labels: Must be None.
+            input_ids: As in the model, like all others.
+            attention_mask: Likewise.
+            position_ids: Likewise.
+            past_key_values: Likewise.
+            use_cache: Likewise.
+            attention_pattern: Likewise.
+            block_size: Likewise.
+            store_kv: Likewise.
+
+        Raises:
+            ValueError: Labels, or neither MASK in input_ids nor a word on what tokens see.
+        """
+        has_pattern = attention_pattern is not None or block_size is not None
+        has_visibility = attention_mask is not None and attention_mask.ndim > 2
+        mask_token_id = self.config.mask_token_id
+        is_clean = mask_token_id is None or not (input_ids == mask_token_id).any()
+        if labels is not None or (is_clean and not has_pattern and not has_visibility):
+            raise ValueError(
+                f"{type(self).__name__} is a diffusion model, which predicts tokens where the "
+                f"input holds MASK (id {mask_token_id}): this call, "
+                f"{'with `labels`' if labels is not None else 'without any MASK'}, "
+                "would give a likelihood that means nothing. Evaluate what `generate` makes "
+                "(lm-evaluation-harness: tasks of type generate_until, with a number as "
+                "batch_size) and train with megatron-dlm. For the logits of a clean sequence say "
+                f"attention_pattern='{self.config.attention_pattern}'."
+            )
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            attention_pattern,
+            block_size,
+            store_kv,
+        )
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state), past_key_values=outputs.past_key_values
         )

@@ -1,8 +1,8 @@
 """A2D-Qwen3 for plain transformers: Qwen3 with bidirectional attention and diffusion decoding."""
 
 from .configuration_a2d_qwen3 import A2DQwen3Config
+from .diffusion_generation import DiffusionGenerationMixin
 from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
-from .full_attention_generation import FullAttentionGeneration
 
 
 class A2DQwen3Model(DiffusionQwen3Model):
@@ -11,7 +11,7 @@ class A2DQwen3Model(DiffusionQwen3Model):
     config_class = A2DQwen3Config
 
 
-class A2DQwen3LMHeadModel(FullAttentionGeneration, DiffusionQwen3LMHeadModel):
+class A2DQwen3LMHeadModel(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = A2DQwen3Config

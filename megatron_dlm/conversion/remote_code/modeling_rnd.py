@@ -1,8 +1,8 @@
 """RND1 for plain transformers: A2D-Qwen3 with Qwen3's mixture of experts in every layer."""
 
 from .configuration_rnd import RND1Config
+from .diffusion_generation import DiffusionGenerationMixin
 from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
-from .full_attention_generation import FullAttentionGeneration
 from .qwen3_moe_layers import MoeDecoderLayer
 
 
@@ -13,7 +13,7 @@ class RND1Model(DiffusionQwen3Model):
     layer_class = MoeDecoderLayer
 
 
-class RND1LM(FullAttentionGeneration, DiffusionQwen3LMHeadModel):
+class RND1LM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = RND1Config

@@ -1,7 +1,7 @@
 """SDAR for plain transformers: Qwen3 with block-causal attention and decoding by blocks."""
 
-from .block_causal_generation import BlockCausalGeneration
 from .configuration_sdar import SDARConfig
+from .diffusion_generation import DiffusionGenerationMixin
 from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
 
 
@@ -11,7 +11,7 @@ class SDARModel(DiffusionQwen3Model):
     config_class = SDARConfig
 
 
-class SDARForCausalLM(BlockCausalGeneration, DiffusionQwen3LMHeadModel):
+class SDARForCausalLM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = SDARConfig

@@ -1,7 +1,7 @@
 """SDAR-MoE for plain transformers: SDAR with Qwen3's mixture of experts in every layer."""
 
-from .block_causal_generation import BlockCausalGeneration
 from .configuration_sdar_moe import SDARMoeConfig
+from .diffusion_generation import DiffusionGenerationMixin
 from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
 from .qwen3_moe_layers import MoeDecoderLayer
 
@@ -13,7 +13,7 @@ class SDARMoeModel(DiffusionQwen3Model):
     layer_class = MoeDecoderLayer
 
 
-class SDARMoeForCausalLM(BlockCausalGeneration, DiffusionQwen3LMHeadModel):
+class SDARMoeForCausalLM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = SDARMoeConfig

@@ -63,5 +63,5 @@ def save_hf_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "5
 
 
 @torch.no_grad()
-def hf_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=tokens[None]).logits[0]
+def hf_logits(model: PreTrainedModel, tokens: torch.Tensor, **arguments) -> torch.Tensor:
+    return model(input_ids=tokens[None], **arguments).logits[0]

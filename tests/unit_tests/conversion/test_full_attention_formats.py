@@ -115,7 +115,7 @@ def test_logits_see_everything_and_equal_ours(exported):
     _, model, theirs = exported
     tokens = random_tokens()
     expected = megatron_logits(model, tokens, "full")[:, :VOCAB_SIZE]
-    assert (hf_logits(theirs, tokens) - expected).abs().max() < 1e-4
+    assert (hf_logits(theirs, tokens, attention_pattern="full") - expected).abs().max() < 1e-4
 
 
 def test_padding_changes_nothing(exported):
@@ -125,9 +125,9 @@ def test_padding_changes_nothing(exported):
     mask = torch.ones_like(rows)
     mask[0, :4] = 0
     with torch.no_grad():
-        logits = theirs(rows, attention_mask=mask).logits
-    assert (logits[0, 4:] - hf_logits(theirs, short)).abs().max() < 1e-4
-    assert (logits[1] - hf_logits(theirs, long)).abs().max() < 1e-4
+        logits = theirs(rows, attention_mask=mask, attention_pattern="full").logits
+    assert (logits[0, 4:] - hf_logits(theirs, short, attention_pattern="full")).abs().max() < 1e-4
+    assert (logits[1] - hf_logits(theirs, long, attention_pattern="full")).abs().max() < 1e-4
 
 
 def engine_responses(model, eos_token_id, **settings):

@@ -31,8 +31,12 @@ tokens, results = torch.tensor([json.loads(sys.argv[1])]), {}
 for folder in map(pathlib.Path, sys.argv[3:]):
     auto = AutoModelForMaskedLM if folder.name in ("a2d-qwen3", "rnd1") else AutoModelForCausalLM
     model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    # Diffusion models are told that the tokens are clean on purpose.
+    pattern = getattr(model.config, "attention_pattern", None)
     with torch.no_grad():
-        results[folder.name] = model(tokens).logits[0]
+        results[folder.name] = model(
+            tokens, **({} if pattern is None else {"attention_pattern": pattern})
+        ).logits[0]
     if not folder.name.startswith("qwen3"):
         mask_token_id = AutoTokenizer.from_pretrained(folder).mask_token_id
         assert mask_token_id == model.config.mask_token_id

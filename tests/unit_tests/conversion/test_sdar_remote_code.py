@@ -76,7 +76,7 @@ def test_block_size_of_the_config_is_the_default(models):
     tokens = random_tokens()
     with torch.no_grad():
         explicit = exported(tokens[None], block_size=4).logits[0]
-    assert torch.equal(hf_logits(exported, tokens), explicit)
+    assert torch.equal(hf_logits(exported, tokens, attention_pattern="block_causal"), explicit)
 
 
 def test_padding_changes_nothing(models):
@@ -86,21 +86,25 @@ def test_padding_changes_nothing(models):
     mask = torch.ones_like(rows)
     mask[0, :4] = 0
     with torch.no_grad():
-        logits = exported(rows, attention_mask=mask).logits
-    assert (logits[0, 4:] - hf_logits(exported, short)).abs().max() < 1e-4
-    assert (logits[1] - hf_logits(exported, long)).abs().max() < 1e-4
+        logits = exported(rows, attention_mask=mask, block_size=4).logits
+    assert (
+        logits[0, 4:] - hf_logits(exported, short, attention_pattern="block_causal")
+    ).abs().max() < 1e-4
+    assert (
+        logits[1] - hf_logits(exported, long, attention_pattern="block_causal")
+    ).abs().max() < 1e-4
 
 
 def test_cached_blocks_equal_the_full_forward(models):
     _, exported = models
     tokens = random_tokens(16)
     with torch.no_grad():
-        cache = exported(tokens[None, :8], use_cache=True).past_key_values
+        cache = exported(tokens[None, :8], use_cache=True, block_size=4).past_key_values
         parts = [
-            exported(tokens[None, start : start + 4], past_key_values=cache).logits[0]
+            exported(tokens[None, start : start + 4], past_key_values=cache, block_size=4).logits[0]
             for start in (8, 12)
         ]
-    full = hf_logits(exported, tokens)
+    full = hf_logits(exported, tokens, attention_pattern="block_causal")
     assert (torch.cat(parts) - full[8:]).abs().max() < 1e-4
 
 
@@ -175,7 +179,12 @@ def test_mask_is_never_generated(models):
     _, exported = models
     generator = torch.Generator().manual_seed(0)
     output = exported.generate(
-        PROMPTS[1][None], max_new_tokens=200, temperature=50.0, generator=generator
+        PROMPTS[1][None],
+        max_new_tokens=200,
+        do_sample=True,
+        temperature=50.0,
+        top_k=0,
+        generator=generator,
     )
     response = output[0, len(PROMPTS[1]) :]
     assert len(response.unique()) > 20
@@ -186,7 +195,10 @@ def test_mask_is_never_generated(models):
     ("changes", "message"),
     [
         ({"remasking_strategy": "random"}, "remasking_strategy"),
-        ({"denoising_steps": 3}, "must divide the block 4"),
+        (
+            {"denoising_steps": 3, "remasking_strategy": "low_confidence_static"},
+            "must divide the block 4",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
@@ -197,12 +209,23 @@ def test_settings_that_cannot_work_are_refused(models, changes, message):
 
 def test_draws_follow_the_filtered_distribution():
     probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    logits = probabilities.log().expand(20_000, -1)
-    generator = torch.Generator().manual_seed(0)
+    count = 20_000
+    logits = probabilities.log().repeat(count, 1)
 
     def frequencies(temperature, top_k, top_p):
-        tokens = draw_tokens(logits, temperature, top_k, top_p, generator)
-        return torch.bincount(tokens, minlength=4) / len(tokens)
+        drawn = draw_tokens(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=torch.arange(count) // 100,
+            positions=torch.arange(count) % 100,
+            steps=torch.ones(count, dtype=torch.int64),
+        )
+        # Confidence and entropy are those of the distribution before temperature and filters.
+        assert torch.allclose(drawn.confidence, probabilities[drawn.tokens])
+        assert torch.allclose(drawn.entropy, -(probabilities * probabilities.log()).sum())
+        return torch.bincount(drawn.tokens, minlength=4) / count
 
     expected = {
         (1.0, 0, 1.0): probabilities,

@@ -1,0 +1,252 @@
+"""What `generate` makes of its arguments, the folder's defaults and the config.
+
+B: sequences; P: tokens of a prompt, padding included.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import logging
+
+from .remasking import REMASKING_STRATEGIES
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+DIFFUSION_OPTIONS = (
+    "block_size",
+    "denoising_steps",
+    "dynamic_threshold",
+    "entropy_bound",
+    "mask_token_id",
+    "remasking_strategy",
+)
+
+# Fields of transformers' GenerationConfig that would change what is generated, or what is returned
+# with it, and have no counterpart here. None, False, 0 and 1 turn each of them off.
+UNSUPPORTED_OPTIONS = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "constraints",
+    "dola_layers",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "force_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+    "token_healing",
+    "use_mtp",
+    "watermarking_config",
+)
+UNSUPPORTED_FILTERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
+
+
+class DecodingSettings(NamedTuple):
+    """How the rows of a call are decoded.
+
+    Attributes:
+        is_full: Whether every forward sees the whole canvas, and not only what is behind a block.
+        is_shifted: Whether logits at position i predict token i + 1.
+        block_size: On the grid from token 0; None: the response is one block.
+        num_steps: Denoising steps of a block in which everything is MASK.
+        remasking_strategy: One of `REMASKING_STRATEGIES`.
+        dynamic_threshold: Confidence that a token must exceed.
+        entropy_bound: In nats.
+        temperature: 0 takes the most likely token.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        max_new_tokens: Longest response.
+        min_new_tokens: EOS is not drawn before as many tokens.
+        vocab_size: Ids are below it.
+        mask_token_id: Stands for a token that is not known yet; never drawn.
+        eos_token_ids: Each of them ends a response.
+        use_cache: Whether keys of finished blocks are kept; full attention has none to keep.
+    """
+
+    is_full: bool
+    is_shifted: bool
+    block_size: int | None
+    num_steps: int
+    remasking_strategy: str
+    dynamic_threshold: float
+    entropy_bound: float
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    min_new_tokens: int
+    vocab_size: int
+    mask_token_id: int
+    eos_token_ids: list[int]
+    use_cache: bool
+
+
+def check_support(config: GenerationConfig, logits_processor: Any) -> None:
+    """Raise ValueError for what transformers offers and decoding by diffusion does not."""
+    names = UNSUPPORTED_OPTIONS + (UNSUPPORTED_FILTERS if config.do_sample else ())
+    for name in names:
+        value = getattr(config, name, None)
+        if value is True or value not in (None, False, 0, 1):
+            raise ValueError(
+                f"`{name}` (={value}) is not supported: tokens are denoised in blocks, not drawn "
+                f"one behind the other. Leave `{name}` out."
+            )
+    if logits_processor:
+        raise ValueError("`logits_processor` is not supported: tokens are denoised in blocks")
+
+
+def new_tokens_allowed(
+    config: GenerationConfig, prompt_length: int, has_default_max_length: bool
+) -> int:
+    """Longest response, from `max_new_tokens` or `max_length`, which counts the prompt."""
+    if config.max_new_tokens is not None:
+        if not has_default_max_length:
+            logging.get_logger(__name__).warning(
+                f"Both `max_new_tokens` (={config.max_new_tokens}) and `max_length` (="
+                f"{config.max_length}) seem to have been set. `max_new_tokens` takes precedence."
+            )
+        return config.max_new_tokens
+    if has_default_max_length:
+        return DEFAULT_MAX_NEW_TOKENS
+    if config.max_length <= prompt_length:
+        raise ValueError(
+            f"Input length of input_ids is {prompt_length}, but `max_length` is set to "
+            f"{config.max_length}. Increase `max_length` or, better, set `max_new_tokens`."
+        )
+    return config.max_length - prompt_length
+
+
+def decoding_settings(
+    config: GenerationConfig,
+    model_config: PretrainedConfig,
+    options: dict[str, Any],
+    max_new_tokens: int,
+    prompt_length: int,
+) -> DecodingSettings:
+    """Settings of a call, checked.
+
+    Args:
+        config: transformers' settings, the call's and the folder's.
+        model_config: The model's.
+        options: `DIFFUSION_OPTIONS` that the call names; then those of `config` and `model_config`
+            count, in this order.
+        max_new_tokens: Longest response.
+        prompt_length: P.
+
+    Raises:
+        ValueError: A setting that cannot work.
+    """
+
+    def option(name: str, default: Any = None) -> Any:
+        for value in (options.get(name), getattr(config, name, None)):
+            if value is not None:
+                return value
+        return default
+
+    def require(is_fine: bool, name: str, value: Any, remedy: str) -> None:
+        if not is_fine:
+            raise ValueError(f"`{name}` (={value}) {remedy}")
+
+    is_full = model_config.attention_pattern == "full"
+    strategy = option("remasking_strategy", "entropy" if is_full else "low_confidence_dynamic")
+    block_size = option("block_size", model_config.block_size)
+    size = block_size or max_new_tokens
+    num_steps = option("denoising_steps", model_config.num_diffusion_steps or size)
+    mask_token_id = option("mask_token_id", model_config.mask_token_id)
+    eos = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
+    temperature, top_k, top_p = 0.0, 0, 1.0
+    if config.do_sample:
+        # None where the folder's and the call's values lack it: off, as the default says.
+        temperature = 1.0 if config.temperature is None else float(config.temperature)
+        top_k, top_p = config.top_k or 0, 1.0 if config.top_p is None else float(config.top_p)
+        require(
+            temperature > 0,
+            "temperature",
+            temperature,
+            "must be positive; do_sample=False takes the most likely tokens",
+        )
+        require(top_k >= 0, "top_k", top_k, "must be 0 (off) or more")
+        require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
+    require(
+        strategy in REMASKING_STRATEGIES,
+        "remasking_strategy",
+        strategy,
+        f"must be one of {', '.join(REMASKING_STRATEGIES)}",
+    )
+    require(mask_token_id is not None, "mask_token_id", None, "must be in the config or given")
+    require(
+        block_size >= 1 if block_size is not None else is_full,
+        "block_size",
+        block_size,
+        "must be at least 1",
+    )
+    require(num_steps >= 1, "denoising_steps", num_steps, "must be at least 1")
+    require(
+        is_full or strategy != "low_confidence_static" or size % num_steps == 0,
+        "denoising_steps",
+        num_steps,
+        f"must divide the block {size}",
+    )
+    min_new_tokens = config.min_new_tokens
+    if min_new_tokens is None:
+        min_new_tokens = max((config.min_length or 0) - prompt_length, 0)
+    return DecodingSettings(
+        is_full=is_full,
+        is_shifted=bool(model_config.shifted),
+        block_size=block_size,
+        num_steps=num_steps,
+        remasking_strategy=strategy,
+        dynamic_threshold=option("dynamic_threshold", 0.9),
+        entropy_bound=option("entropy_bound", 0.1),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        vocab_size=model_config.vocab_size,
+        mask_token_id=mask_token_id,
+        eos_token_ids=[token for token in list_of_ids(eos) if token < model_config.vocab_size],
+        use_cache=not is_full and config.use_cache is not False,
+    )
+
+
+def list_of_ids(token_ids: Any) -> list[int]:
+    """The ids of None, an id, several or a tensor."""
+    if token_ids is None:
+        return []
+    return torch.as_tensor(token_ids).reshape(-1).tolist()
+
+
+def checked_attention_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, pad: int | None, eos: list[int]
+) -> Tensor:
+    """Which of input_ids [B, P] are tokens, bool; without a mask all but padding that says so.
+
+    As in transformers, an id is padding where no mask is given if it is the padding token and no
+    EOS.
+    """
+    if attention_mask is None:
+        if pad is None or pad in eos:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        return input_ids != pad
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` passed to `generate` must be 2D, with the shape of the prompts "
+            f"{tuple(input_ids.shape)}, but has the shape {tuple(attention_mask.shape)}."
+        )
+    return attention_mask.to(input_ids.device).bool()

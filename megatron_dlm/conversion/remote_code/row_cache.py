@@ -1,0 +1,50 @@
+"""Keys and values of rows that are at different positions, for plain transformers.
+
+r: rows; S: tokens of a forward; K: columns that a forward sees; d: head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RowCache:
+    """A cache whose column p holds the key of position p, in every row.
+
+    A forward writes the keys of its own tokens, over what an earlier one left there. Columns that a
+    row has not reached hold anything finite; the attention mask hides them.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._columns = torch.empty(0)
+        self._num_columns = 0
+
+    def open(self, positions: Tensor) -> None:
+        """The next forward's tokens are at positions [r, S]."""
+        self._columns = positions
+        self._num_columns = int(positions.max()) + 1
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Write keys and values [r, heads, S, d]; returns those of all columns, [.., K, d]."""
+        keys, values = self._layers.get(layer_idx) or (key[:, :, :0], value[:, :, :0])
+        missing = self._num_columns - keys.shape[2]
+        if missing > 0:
+            # Doubled, so that a long response is not copied at every block.
+            padding = (0, 0, 0, max(missing, keys.shape[2]))
+            keys, values = F.pad(keys, padding), F.pad(values, padding)
+            self._layers[layer_idx] = keys, values
+        index = self._columns[:, None, :, None].expand_as(key)
+        keys.scatter_(2, index, key)
+        values.scatter_(2, index, value)
+        return keys[:, :, : self._num_columns], values[:, :, : self._num_columns]
+
+    def get_seq_length(self) -> int:
+        """Zero: positions and visibility are said by the caller."""
+        return 0
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows, [r] bool."""
+        self._layers = {
+            layer: (keys[rows], values[rows]) for layer, (keys, values) in self._layers.items()
+        }
