@@ -6,7 +6,7 @@ torchrun --nproc-per-node 8 pretrain_opdlm.py --config examples/qwen3_8b/opdlm.y
 
 import sys
 
-from megatron_dlm.config import format_config, parse_config, validate
+from megatron_dlm.config import format_config, format_length, parse_config, validate
 from megatron_dlm.entry import rank, report_user_errors, world_size
 
 
@@ -22,6 +22,7 @@ def main() -> int:
     if config.dry_run:
         if rank() == 0:
             print(format_config(config))
+            print(format_length(config.of_data(len(inputs.data))))
         return 0
     from megatron_dlm.training.initialize import initialized
     from megatron_dlm.training.loop import train

@@ -160,6 +160,8 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
     return {
         "updates": lines[-1]["step"],
         "response_tokens": lines[-1]["response_tokens_total"],
+        "trained_tokens": lines[-1]["trained_tokens_total"],
+        "flops": lines[-1]["flops_total"],
         "curves": curves,
     }
 

@@ -141,20 +141,29 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
             return total
         return total * prompts(result) / (options["train_iters"] * options["global_batch_size"])
 
-    quantities: list[Quantity] = [
-        prompts,
-        training("updates"),
-        response_tokens,
-        training("seconds"),
-    ]
+    quantities: dict[str, tuple[Quantity, str]] = {
+        "prompts or documents": (prompts, ",.0f"),
+        "updates": (training("updates"), ",.0f"),
+        "response tokens": (response_tokens, ",.0f"),
+        "tokens trained on": (training("trained_tokens"), ",.0f"),
+        "training FLOPs": (training("flops"), ".2e"),
+        "seconds": (training("seconds"), ",.0f"),
+    }
+    # Cells of earlier versions know nothing of some of these.
+    known = [result.get("training", {}) for result in results]
+    for heading, name in (("tokens trained on", "trained_tokens"), ("training FLOPs", "flops")):
+        if not any(name in training_ for training_ in known):
+            del quantities[heading]
     rows = []
     for recipe in recipes:
-        samples = [sample(results, recipe.name, quantity) for quantity in quantities]
-        if samples[1] is not None:
-            rows.append([recipe.title, *(f"{s.mean:,.0f}" if s else NOT_MEASURED for s in samples)])
-    return markdown_table(
-        ["", "prompts or documents", "updates", "response tokens", "seconds"], rows
-    )
+        if sample(results, recipe.name, training("updates")) is None:
+            continue
+        row = [recipe.title]
+        for quantity, form in quantities.values():
+            measured = sample(results, recipe.name, quantity)
+            row.append(NOT_MEASURED if measured is None else format(measured.mean, form))
+        rows.append(row)
+    return markdown_table(["", *quantities], rows)
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

@@ -35,6 +35,8 @@ def summarize(run: Path, wall_seconds: int) -> dict[str, Any]:
         "before": rates(before),
         "after": rates(after),
         "response_tokens_total": metrics[-1]["response_tokens_total"],
+        "trained_tokens_total": metrics[-1]["trained_tokens_total"],
+        "flops_total": metrics[-1]["flops_total"],
         "optimizer_steps": metrics[-1]["step"],
         "wall_seconds": wall_seconds,
     }
@@ -66,6 +68,7 @@ def print_table(summary: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"{summary['response_tokens_total']:,} response tokens, "
+        f"{summary['flops_total']:.2g} training FLOPs (OPDLM, eq. 7), "
         f"{summary['optimizer_steps']:,} optimizer steps, {summary['wall_seconds']} s in all"
     )
 

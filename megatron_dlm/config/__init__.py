@@ -12,7 +12,7 @@ from megatron_dlm.config.groups import (
     RolloutConfig,
     SelfDistillationConfig,
 )
-from megatron_dlm.config.parsing import format_config, parse_arguments, parse_config
+from megatron_dlm.config.parsing import format_config, format_length, parse_arguments, parse_config
 from megatron_dlm.config.schema import Config
 from megatron_dlm.config.training_groups import (
     LoggingConfig,
@@ -20,7 +20,7 @@ from megatron_dlm.config.training_groups import (
     ParameterGroup,
     TrainingConfig,
 )
-from megatron_dlm.config.validation import validate
+from megatron_dlm.config.validation import validate, validate_length
 
 __all__ = [
     "Config",
@@ -38,8 +38,10 @@ __all__ = [
     "SelfDistillationConfig",
     "TrainingConfig",
     "format_config",
+    "format_length",
     "parse_arguments",
     "parse_config",
     "validate",
     "validate_architecture",
+    "validate_length",
 ]

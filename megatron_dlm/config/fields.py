@@ -23,8 +23,8 @@ from megatron_dlm.errors import UserError, bad_value
 
 T = TypeVar("T")
 
-INVOCATION_FIELDS = frozenset({"config", "dry_run"})
-"""Fields about one invocation rather than the run: never written to YAML or read from it."""
+INVOCATION_FIELDS = frozenset({"config", "dry_run", "records"})
+"""Fields about one invocation, or found out by it: never written to YAML or read from it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,7 +222,8 @@ class RolloutConfig(DecodingConfig):
     """Rollout: block-diffusion generation by the student."""
 
     num_rollouts: int | None = None
-    """Rollouts to do; together with --rollout-batch-size it sets the number of updates."""
+    """Rollouts to do, all of --rollout-batch-size prompts, whatever epoch they are in; together
+    with it they set the number of updates (--num-epochs is the other way to say it)."""
 
     rollout_batch_size: int = 128
     """Prompts per rollout, over all data-parallel processes."""
@@ -238,6 +239,20 @@ class RolloutConfig(DecodingConfig):
 
     response_length_warmup_rollouts: int = 0
     """Rollouts until the response limit has reached --max-response-length."""
+
+    final_dynamic_threshold: float | None = None
+    """Confidence threshold in (0, 1] at the end of a linear or cosine schedule."""
+
+    dynamic_threshold_schedule: ResponseLengthSchedule = "constant"
+    """How the threshold goes from --dynamic-threshold to --final-dynamic-threshold (cosine: slowly
+    at first)."""
+
+    dynamic_threshold_hold_rollouts: int = 0
+    """Rollouts with --dynamic-threshold before it begins to change."""
+
+    dynamic_threshold_rollouts: int | None = None
+    """Rollouts after those over which it changes; the rest stay at its end (default: all that are
+    left of the run)."""
 
     max_tries: int = 8
     """Responses to a prompt, each with other noise, until --reward calls one right (objectives that

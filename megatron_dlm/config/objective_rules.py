@@ -22,8 +22,17 @@ def check_objective_inputs(config: Config) -> None:
             if source in others and source != config.response_source:
                 remedy += f", or {others[source]}"
         raise refuse(config, data, f"{_objective(config)} needs it", remedy)
-    if value_of(config, duration) is None:
-        raise refuse(config, duration, f"{_objective(config)} needs it", f"add {flag(duration)}")
+    given, epochs = value_of(config, duration), config.training.num_epochs
+    if given is None and epochs is None:
+        remedy = f"add {flag(duration)}, or --num-epochs"
+        raise refuse(config, duration, f"{_objective(config)} needs it", remedy)
+    if given is not None and epochs is not None:
+        raise refuse(
+            config,
+            "num_epochs",
+            f"{flag(duration)} {given} says it otherwise",
+            "leave one of the two out",
+        )
     model = config.model
     if config.needs_teacher and model.load is None:
         raise refuse(

@@ -113,6 +113,17 @@ def format_config(config: Any) -> str:
     return dump_yaml(config)
 
 
+def format_length(config: Config) -> str:
+    """How long a run is, of a configuration `of_data`, as a comment in YAML."""
+    batch, samples, rollouts = config.rollout_batch_size, config.num_samples, config.num_rollouts
+    what = "rollouts" if config.uses_rollouts else "updates"
+    last = samples - (rollouts - 1) * batch
+    short = f", the last of {last}" if last < batch else ""
+    updates = f": {config.train_iters} updates" if config.uses_rollouts else ""
+    records = config.num_records
+    return f"# {records} records; {samples} samples in {rollouts} {what} of {batch}{short}{updates}"
+
+
 def _wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help") for argument in arguments)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +169,44 @@ class Config:
             else self.training.global_batch_size
         )
 
+    def of_data(self, num_records: int) -> Config:
+        """The same configuration, of a run whose data have been read."""
+        options = {field.name: getattr(self, field.name) for field in fields(Config)}
+        return _ConfigOfData(**options, records=num_records)
+
     @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps on the trajectories of one rollout, all epochs; 1 without rollouts."""
-        if not self.uses_rollouts:
-            return 1
-        updates = self.rollout.rollout_batch_size // self.training.global_batch_size
+    def num_records(self) -> int | None:
+        """Records that an epoch takes; None before the data have been read."""
+        return None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the run; 0 while they are epochs of data that have not been read."""
+        if self.training.num_epochs is not None:
+            return self.training.num_epochs * (self.num_records or 0)
+        batches = self.rollout.num_rollouts if self.uses_rollouts else self.training.train_iters
+        return (batches or 0) * self.rollout_batch_size
+
+    @property
+    def num_rollouts(self) -> int:
+        """Times that samples are obtained; the last may be fewer than `rollout_batch_size`."""
+        return -(-self.num_samples // self.rollout_batch_size)
+
+    def updates_of(self, num_samples: int) -> int:
+        """Optimizer steps on so many samples obtained at once; a last one may be on fewer."""
+        updates = -(-num_samples // self.training.global_batch_size)
         return updates * self.training.epochs_per_rollout
 
     @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on the trajectories of a full rollout, all epochs; 1 without rollouts."""
+        return self.updates_of(self.rollout_batch_size)
+
+    @property
     def train_iters(self) -> int:
-        """Optimizer steps of the run: derived for rollout objectives, given for the others."""
-        if self.uses_rollouts:
-            return (self.rollout.num_rollouts or 0) * self.updates_per_rollout
-        return self.training.train_iters or 0
+        """Optimizer steps of the run, 0 where `num_samples` is."""
+        rollouts, rest = divmod(self.num_samples, self.rollout_batch_size)
+        return rollouts * self.updates_per_rollout + self.updates_of(rest)
 
     @property
     def lr_warmup_iters(self) -> int:
@@ -218,7 +242,14 @@ class Config:
     def teacher_response_fraction_rollouts(self) -> int:
         """Rollouts over which the share of the teacher's responses changes, default resolved."""
         rollout = self.rollout
-        return rollout.teacher_response_fraction_rollouts or rollout.num_rollouts or 0
+        return rollout.teacher_response_fraction_rollouts or self.num_rollouts
+
+    @property
+    def dynamic_threshold_rollouts(self) -> int:
+        """Rollouts over which the confidence threshold changes, default resolved."""
+        rollout = self.rollout
+        left = self.num_rollouts - rollout.dynamic_threshold_hold_rollouts
+        return rollout.dynamic_threshold_rollouts or left
 
     def data_parallel_size(self, world_size: int) -> int:
         """Processes that each hold a full copy of the dense model, for `world_size` processes."""
@@ -253,3 +284,14 @@ class Config:
     def to_yaml(self) -> str:
         """YAML text that `--config` reads back to an equal configuration."""
         return dump_yaml(self)
+
+
+@dataclass(frozen=True)
+class _ConfigOfData(Config):
+    """See `Config.of_data`."""
+
+    records: int | None = None
+
+    @property
+    def num_records(self) -> int | None:
+        return self.records

@@ -96,6 +96,11 @@ class TrainingConfig:
     train_iters: int | None = None
     """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
 
+    num_epochs: int | None = None
+    """Passes over the data, instead of --num-rollouts or --train-iters; the last rollout, or the
+    last update, takes what is left (61,816 prompts at 128 a rollout: 483 rollouts, the last of
+    120)."""
+
     epochs_per_rollout: int = 1
     """Passes over the trajectories of a rollout before the next one."""
 

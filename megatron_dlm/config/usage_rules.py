@@ -69,6 +69,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
         "response_length_schedule",
         "min_response_length",
         "response_length_warmup_rollouts",
+        "dynamic_threshold_schedule",
         "remasking_strategy",
         *OPTION_OF_STRATEGY.values(),
     )
@@ -154,6 +155,22 @@ def _uses_of_other_options(config: Config) -> list[Use]:
             ("min_response_length", "response_length_warmup_rollouts"),
             "--response-length-schedule constant",
             choose("response_length_schedule", "linear", "cosine"),
+        ),
+        Use(
+            rollout.dynamic_threshold_schedule != "constant",
+            (
+                "final_dynamic_threshold",
+                "dynamic_threshold_hold_rollouts",
+                "dynamic_threshold_rollouts",
+            ),
+            "--dynamic-threshold-schedule constant",
+            choose("dynamic_threshold_schedule", "linear", "cosine"),
+        ),
+        Use(
+            rollout.remasking_strategy == "low_confidence_dynamic",
+            ("dynamic_threshold_schedule",),
+            _as_given(config, "remasking_strategy"),
+            choose("remasking_strategy", "low_confidence_dynamic"),
         ),
         Use(
             rollout.teacher_response_fraction_schedule != "constant",

@@ -37,6 +37,7 @@ def validate(config: Config, world_size: int) -> None:
     objective_rules.check_attention_annealing(config)
     value_rules.check_denoising_steps(config)
     value_rules.check_response_length_schedule(config)
+    value_rules.check_dynamic_threshold_schedule(config)
     value_rules.check_learning_rates(config)
     value_rules.check_parameter_groups(config)
     value_rules.check_sequence_parallel(config)
@@ -54,6 +55,16 @@ def validate(config: Config, world_size: int) -> None:
     layout_rules.check_expert_layout(config, world_size)
     layout_rules.check_rollout_batch(config, world_size)
     layout_rules.check_global_batch(config, world_size)
+    value_rules.check_schedule_length(config)
+
+
+def validate_length(config: Config) -> None:
+    """Check the rules that need the number of records, of a configuration `of_data`.
+
+    Raises:
+        UserError: The first rule that is broken, with the values that would work.
+    """
+    value_rules.check_dynamic_threshold_schedule(config)
     value_rules.check_schedule_length(config)
 
 

@@ -25,6 +25,7 @@ AT_LEAST_ONE = (
     "max_prompt_length",
     "num_rollouts",
     "teacher_response_fraction_rollouts",
+    "dynamic_threshold_rollouts",
     "rollout_batch_size",
     "max_response_length",
     "min_response_length",
@@ -35,6 +36,7 @@ AT_LEAST_ONE = (
     "micro_batch_size",
     "global_batch_size",
     "train_iters",
+    "num_epochs",
     "epochs_per_rollout",
     "log_interval",
     "lora_rank",
@@ -48,6 +50,7 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed",
     "response_length_warmup_rollouts",
+    "dynamic_threshold_hold_rollouts",
     "temperature",
     "entropy_bound",
     "top_k",
@@ -66,8 +69,8 @@ AT_LEAST_ZERO = (
 ABOVE_ZERO = ("init_method_std", "lr", "adam_eps", "lora_alpha", "divergence_term_limit")
 """Fields whose value, when there is one, is larger than 0."""
 
-PROBABILITIES = ("dynamic_threshold", "top_p")
-"""Fields whose value lies in (0, 1]."""
+PROBABILITIES = ("dynamic_threshold", "final_dynamic_threshold", "top_p")
+"""Fields whose value, when there is one, lies in (0, 1]."""
 
 FRACTIONS = (
     "teacher_response_fraction",
@@ -135,6 +138,28 @@ def check_response_length_schedule(config: Config) -> None:
             "response_length_warmup_rollouts",
             f"{schedule} needs a duration",
             "choose 1 or more, or the schedule constant",
+        )
+
+
+def check_dynamic_threshold_schedule(config: Config) -> None:
+    """A threshold that changes has an end, and rollouts in which it does."""
+    rollout = config.rollout
+    if rollout.dynamic_threshold_schedule == "constant":
+        return
+    if rollout.final_dynamic_threshold is None:
+        raise refuse(
+            config,
+            "final_dynamic_threshold",
+            f"--dynamic-threshold-schedule {rollout.dynamic_threshold_schedule} needs an end",
+            "choose e.g. 0.7",
+        )
+    hold, rollouts = rollout.dynamic_threshold_hold_rollouts, config.num_rollouts
+    if rollouts and hold >= rollouts:  # 0: epochs of data that have not been read
+        raise refuse(
+            config,
+            "dynamic_threshold_hold_rollouts",
+            f"leaves none of the {rollouts} rollouts for the schedule",
+            f"choose less than {rollouts}",
         )
 
 
@@ -293,6 +318,8 @@ def check_save(config: Config) -> None:
 
 def check_schedule_length(config: Config) -> None:
     """The warm-up is given in one way and ends before the decay does."""
+    if config.lr_decay_iters == 0:
+        return  # epochs of data that have not been read: asked again then
     warmup, decay = config.lr_warmup_iters, config.lr_decay_iters
     by_fraction = config.optimizer.lr_warmup_fraction is not None
     if by_fraction and config.optimizer.lr_warmup_iters:

@@ -103,6 +103,23 @@ class Architecture:
         return self.num_moe_experts is not None
 
 
+def active_parameters(architecture: Architecture) -> int:
+    """Parameters that a token meets: all of a dense model, of experts the router's choice."""
+    hidden, head = architecture.hidden_size, architecture.kv_channels
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    attention = hidden * head * (2 * heads + 2 * groups) + 2 * head
+    if architecture.num_moe_experts is None:
+        mlp = 3 * hidden * architecture.ffn_hidden_size
+    else:
+        chosen, units = architecture.moe_router_topk, architecture.moe_ffn_hidden_size
+        assert chosen is not None
+        assert units is not None
+        mlp = 3 * hidden * units * chosen + hidden * architecture.num_moe_experts
+    tables = 1 if architecture.tie_word_embeddings else 2
+    layer = attention + mlp + 2 * hidden
+    return architecture.num_layers * layer + hidden + tables * architecture.vocab_size * hidden
+
+
 def _check_supported(config: dict[str, Any], where: str) -> None:
     def refuse(key: str, remedy: str) -> UserError:
         return bad_value(f"{where}: {key}", config[key], "is not supported", remedy)

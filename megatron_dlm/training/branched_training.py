@@ -114,6 +114,7 @@ def _branch(
         **start,
         "save": str(Path(save) / f"batch_{batch_size}"),
         "global_batch_size": batch_size,
+        "num_epochs": None,
         "train_iters": token_budget // (batch_size * base.data.seq_length),
         # A rate that nothing takes is left alone: setting it would be an error.
         **{

@@ -40,13 +40,15 @@ class Progress:
         iteration: Optimizer updates done.
         rollout: Rollout batches (or data-set batches) done.
         consumed_samples: Prompts or examples taken from the data, the data cursor.
-        response_tokens_total: Response tokens trained on so far, each rollout counted once.
+        response_tokens_total: Response tokens obtained so far, each rollout counted once.
+        trained_tokens_total: Response tokens trained on so far, counted at every update.
     """
 
     iteration: int = 0
     rollout: int = 0
     consumed_samples: int = 0
     response_tokens_total: int = 0
+    trained_tokens_total: int = 0
 
 
 def is_rank_zero() -> bool:

@@ -1,4 +1,4 @@
-"""What changes over the rollouts: response length (OPDLM section 4.3, L_s) and mixture."""
+"""What changes over the rollouts: response length (OPDLM section 4.3, L_s), threshold, mixture."""
 
 import math
 
@@ -33,4 +33,17 @@ def teacher_response_fraction(config: Config, rollout: int) -> float:
     progress = min(rollout / max(config.teacher_response_fraction_rollouts - 1, 1), 1.0)
     if options.teacher_response_fraction_schedule == "cosine":
         progress = (1.0 - math.cos(math.pi * progress)) / 2
+    return start + progress * (end - start)
+
+
+def dynamic_threshold(config: Config, rollout: int) -> float:
+    """Confidence threshold of a rollout step (from 0): the end is reached in the last one."""
+    options = config.rollout
+    start, end = options.dynamic_threshold, options.final_dynamic_threshold
+    held = options.dynamic_threshold_hold_rollouts
+    if options.dynamic_threshold_schedule == "constant" or end is None or rollout < held:
+        return start
+    progress = min((rollout + 1 - held) / max(config.dynamic_threshold_rollouts, 1), 1.0)
+    if options.dynamic_threshold_schedule == "cosine":
+        progress = 1.0 - math.cos(math.pi / 2 * progress)
     return start + progress * (end - start)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.config import Config, validate_architecture
+from megatron_dlm.config import Config, validate_architecture, validate_length
 from megatron_dlm.data.prompts import (
     ExampleDataset,
     PromptDataset,
@@ -372,6 +372,7 @@ def read_inputs(config: Config) -> RunInputs:
             response_store = _response_store(
                 config, teacher_source, teacher_fingerprint, data, special_tokens
             )
+    validate_length(config.of_data(len(data)))
     return RunInputs(
         source,
         teacher_source,

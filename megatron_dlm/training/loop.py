@@ -16,6 +16,7 @@ from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.data.tokenizer import unusable_tokens
+from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
@@ -32,10 +33,27 @@ from megatron_dlm.training.train_step import train_step
 
 @dataclass(frozen=True)
 class Collected:
-    """A rollout batch: this rank's trajectories, and figures over those of all ranks."""
+    """A rollout batch: this rank's trajectories, and figures over those of all ranks.
+
+    Attributes:
+        trajectories: Equally many on all ranks, which run in step: one that would be short of one
+            repeats another rank's behind its own.
+        num_own: Those that belong to this rank; what is behind them counts nowhere.
+        num_samples: Samples of all ranks.
+        response_tokens: Of all responses.
+        trained_tokens: Response tokens that each update of an epoch trains on.
+        response_length: Mean, in tokens.
+        tokens_per_forward: Of the student's rollouts; None if there are none.
+        eos_rate: Share of responses that ended in EOS.
+        accuracy: See `StepMetrics`.
+        solved_rate: See `StepMetrics`.
+    """
 
     trajectories: list[Trajectory]
+    num_own: int
+    num_samples: int
     response_tokens: int
+    trained_tokens: list[int]
     response_length: float
     tokens_per_forward: float | None
     eos_rate: float
@@ -52,35 +70,58 @@ def collect(run: Run) -> Collected:
     config = run.config
     dp_rank = parallel_state.get_data_parallel_rank()
     dp_size = parallel_state.get_data_parallel_world_size()
-    count = config.rollout_batch_size
-    samples = run.sampler.samples(run.progress.consumed_samples, count)[dp_rank::dp_size]
-    trajectories = run.source.trajectories(samples, run.progress.rollout)
+    consumed = run.progress.consumed_samples
+    count = min(config.rollout_batch_size, config.num_samples - consumed)
+    samples = run.sampler.samples(consumed, count)
+    own = samples[dp_rank::dp_size]
+    repeated = samples[: -(-count // dp_size) - len(own)]
+    trajectories = run.source.trajectories([*own, *repeated], run.progress.rollout)
+    ours = trajectories[: len(own)]
     # Responses of the teacher or a data set took the student no forward.
-    rolled_out = [trajectory for trajectory in trajectories if trajectory.is_rollout]
+    rolled_out = [trajectory for trajectory in ours if trajectory.is_rollout]
+    local = config.training.global_batch_size // dp_size
+    trained = [0] * -(-count // config.training.global_batch_size)
+    for i, trajectory in enumerate(ours):
+        if trajectory.correct is not False:  # wrong answers are not learnt from
+            trained[i // local] += len(trajectory.response_ids)
     sums = torch.tensor(
         [
-            sum(len(trajectory.response_ids) for trajectory in trajectories),
+            sum(len(trajectory.response_ids) for trajectory in ours),
             sum(len(trajectory.response_ids) for trajectory in rolled_out),
             sum(trajectory.total_forwards for trajectory in rolled_out),
-            sum(trajectory.finish_reason == "eos" for trajectory in trajectories),
-            sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in trajectories),
-            sum(bool(trajectory.correct) for trajectory in trajectories),
+            sum(trajectory.finish_reason == "eos" for trajectory in ours),
+            sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in ours),
+            sum(bool(trajectory.correct) for trajectory in ours),
+            *trained,
         ],
         dtype=torch.float64,
         device=platform.device(),
     )
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    tokens, rolled_out_tokens, forwards, ended, right_at_once, right = sums.tolist()
+    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
     verifies = config.traits.verifies
     return Collected(
         trajectories=trajectories,
+        num_own=len(own),
+        num_samples=count,
         response_tokens=int(tokens),
+        trained_tokens=[int(number) for number in trained],
         response_length=tokens / count,
         tokens_per_forward=rolled_out_tokens / forwards if forwards else None,
         eos_rate=ended / count,
         accuracy=right_at_once / count if verifies else None,
         solved_rate=right / count if verifies else None,
     )
+
+
+def flops_per_token(run: Run) -> int:
+    """Training FLOPs a token by the rule of OPDLM's equation 7: 6 N_student + 2 N_teacher."""
+    student = active_parameters(run.inputs.architecture)
+    teacher = 0
+    if run.config.traits.uses_teacher:
+        source = run.inputs.teacher_source
+        teacher = student if source is None else active_parameters(source.architecture)
+    return 6 * student + 2 * teacher
 
 
 def row_multiple(run: Run) -> int:
@@ -93,14 +134,14 @@ def row_multiple(run: Run) -> int:
 
 
 def micro_batches(
-    run: Run, trajectories: list[Trajectory], update: int, multiple: int
+    run: Run, collected: Collected, update: int, multiple: int
 ) -> list[TrainingBatch]:
     """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
     training = run.config.training
     local = training.global_batch_size // parallel_state.get_data_parallel_world_size()
-    updates_per_epoch = run.config.rollout_batch_size // training.global_batch_size
-    epoch, position = divmod(update, updates_per_epoch)
-    chosen = trajectories[position * local : (position + 1) * local]
+    epoch, position = divmod(update, len(collected.trained_tokens))
+    chosen = collected.trajectories[position * local : (position + 1) * local]
+    num_own = collected.num_own - position * local
     documents = [
         anneal_attention(
             run.objective.document(
@@ -112,14 +153,17 @@ def micro_batches(
         )
         for trajectory in chosen
     ]
-    rows = [
-        pack(
-            documents[start : start + training.micro_batch_size],
+
+    def row(start: int) -> TrainingBatch:
+        stop = min(start + training.micro_batch_size, len(documents))
+        packed = pack(
+            documents[start : max(min(stop, num_own), start + 1)],
             pad_multiple=multiple,
             row_mean=run.config.objective.loss_normalization == "row_mean",
         )
-        for start in range(0, local, training.micro_batch_size)
-    ]
+        return packed if start < num_own else empty_row(packed, multiple)
+
+    rows = [row(start) for start in range(0, len(documents), training.micro_batch_size)]
     max_tokens = run.config.self_distillation.max_row_tokens
     if max_tokens is None:
         return rows
@@ -154,7 +198,7 @@ def train(run: Run) -> None:
         logger.print(line)
     saved_at = progress.iteration
     multiple = row_multiple(run)
-    while progress.iteration < config.train_iters:
+    while progress.consumed_samples < config.num_samples:
         started = time.perf_counter()
         run.offload.enter("rollout")
         collected = collect(run)
@@ -168,9 +212,9 @@ def train(run: Run) -> None:
             times.teacher = time.perf_counter() - started
         progress.response_tokens_total += collected.response_tokens
         run.offload.enter("update")
-        for update in range(config.updates_per_rollout):
+        for update in range(config.updates_of(collected.num_samples)):
             started = time.perf_counter()
-            batches = micro_batches(run, collected.trajectories, update, multiple)
+            batches = micro_batches(run, collected, update, multiple)
             laid_out = time.perf_counter() - started
             lr = learning_rates(run.student.optimizer)
             result = train_step(
@@ -182,6 +226,9 @@ def train(run: Run) -> None:
                 run.teacher.head if run.teacher is not None else None,
             )
             progress.iteration += 1
+            progress.trained_tokens_total += collected.trained_tokens[
+                update % len(collected.trained_tokens)
+            ]
             times.student = laid_out + result.student_seconds
             times.optimizer = result.optimizer_seconds
             held_out_loss = None
@@ -198,6 +245,8 @@ def train(run: Run) -> None:
                     lr=lr,
                     supervised_tokens=result.supervised_tokens,
                     response_tokens_total=progress.response_tokens_total,
+                    trained_tokens_total=progress.trained_tokens_total,
+                    flops_total=progress.trained_tokens_total * flops_per_token(run),
                     response_length=collected.response_length,
                     tokens_per_forward=collected.tokens_per_forward,
                     eos_rate=collected.eos_rate,
@@ -209,9 +258,9 @@ def train(run: Run) -> None:
             )
             times = PhaseTimes()
         progress.rollout += 1
-        progress.consumed_samples += config.rollout_batch_size
+        progress.consumed_samples += collected.num_samples
         interval = config.logging.save_interval
-        finished = progress.iteration >= config.train_iters
+        finished = progress.consumed_samples >= config.num_samples
         if finished or (interval and progress.iteration // interval > saved_at // interval):
             run.save()
             saved_at = progress.iteration

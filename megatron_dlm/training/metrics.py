@@ -35,6 +35,12 @@ class StepMetrics:
         supervised_tokens: In this update's global batch.
         response_tokens_total: Response tokens generated or read so far, all ranks; of a prompt that
             was answered again, those of the last response.
+        trained_tokens_total: Response tokens trained on so far, all ranks: those of every response,
+            or corpus window, in every update that trains on it.
+        flops_total: Training FLOPs so far as OPDLM counts them (equation 7): those tokens times
+            6 N_student + 2 N_teacher; without a teacher, 6 N_student. N are the parameters that a
+            token meets: embeddings once where they are tied, of experts those that the router
+            chooses. Rollouts do not count.
         response_length: Mean response length of the current rollout batch, tokens.
         tokens_per_forward: Response tokens per forward of a sequence in the current rollout; None
             for objectives without one.
@@ -53,6 +59,8 @@ class StepMetrics:
     lr: dict[str, float]
     supervised_tokens: int
     response_tokens_total: int
+    trained_tokens_total: int
+    flops_total: int
     response_length: float
     tokens_per_forward: float | None
     eos_rate: float

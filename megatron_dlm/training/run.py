@@ -46,8 +46,10 @@ RESUME_FIXED = (
     "block_size",
     "rollout_batch_size",
     "global_batch_size",
+    "num_epochs",
     "epochs_per_rollout",
     "teacher_response_fraction_rollouts",
+    "dynamic_threshold_rollouts",
     "bf16",
     "use_distributed_optimizer",
     "optimizer",
@@ -113,6 +115,7 @@ def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
         "lr_decay_iters": config.lr_decay_iters,
         "lr_warmup_iters": config.lr_warmup_iters,
         "teacher_response_fraction_rollouts": config.teacher_response_fraction_rollouts,
+        "dynamic_threshold_rollouts": config.dynamic_threshold_rollouts,
         "param_groups": [plain_value(group) for group in config.param_groups],
         DATA_FINGERPRINT: inputs.data.file.fingerprint,
         TEACHER_FINGERPRINT: inputs.teacher_fingerprint,
@@ -160,6 +163,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     Raises:
         UserError: A checkpoint does not fit, or a resumed run was started with other options.
     """
+    config = config.of_data(len(inputs.data))
     load = config.model.load
     resume = resumes(config, inputs.source)
     if resume:

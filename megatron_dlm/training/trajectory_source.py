@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,11 @@ from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.trajectory import Trajectory
-from megatron_dlm.training.curriculum import response_length, teacher_response_fraction
+from megatron_dlm.training.curriculum import (
+    dynamic_threshold,
+    response_length,
+    teacher_response_fraction,
+)
 from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
 
@@ -65,6 +69,8 @@ class TrajectorySource:
             self.prompts.sample(record, sample) for sample, record in samples if sample not in given
         ]
         length = response_length(self.config, rollout)
+        threshold = dynamic_threshold(self.config, rollout)
+        self.engine.generation = replace(self.engine.generation, dynamic_threshold=threshold)
         if self.verifier is None:
             trajectories = self.engine.generate(prompts, length)
         else:
@@ -83,10 +89,11 @@ def given_records(config: Config, sampler: ShuffledSampler) -> list[int]:
     Returns:
         Their indices, ascending.
     """
-    count, records = config.rollout_batch_size, set()
-    for rollout in range(config.train_iters // config.updates_per_rollout):
+    records = set()
+    for rollout, start in enumerate(range(0, config.num_samples, config.rollout_batch_size)):
         fraction = teacher_response_fraction(config, rollout) if config.uses_rollouts else 1.0
-        for sample, record in sampler.samples(rollout * count, count):
+        count = min(config.rollout_batch_size, config.num_samples - start)
+        for sample, record in sampler.samples(start, count):
             if record not in records and takes_given_response(config.data.seed, sample, fraction):
                 records.add(record)
     return sorted(records)

@@ -26,6 +26,8 @@ from tests.tiny import (
 COMMON = dict(lr_warmup_iters=2, log_interval=1)
 ROLLOUTS = dict(COMMON, num_rollouts=3, rollout_batch_size=8)
 GIVEN = dict(COMMON, train_iters=6)
+EPOCH = {**ROLLOUTS, "num_rollouts": None, "num_epochs": 1, "prompts": "21.jsonl"}
+"""Rollouts of 8, 8 and 5 prompts, updates of 4, 4, 4, 4, 4 and 1."""
 
 GROUPS = [
     {"pattern": "attention", "lr": 3e-3, "min_lr": 2e-3, "weight_decay": 0.1},
@@ -55,7 +57,9 @@ class Interrupted(Exception):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    write_data(folder)
+    prompts, _ = write_data(folder)
+    lines = prompts.read_text().splitlines(keepends=True)
+    (folder / EPOCH["prompts"]).write_text("".join(lines[:21]))
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
     state_convention(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
@@ -130,6 +134,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
                 "teacher_top_k_cache": True,
             },
         ),
+        ("dense", EPOCH),
         ("moe", {**ROLLOUTS, "bf16": True, "offload_teacher": True, "offload_optimizer": True}),
     ],
     ids=[
@@ -145,6 +150,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
         "groups",
         "groups distributed",
         "off_policy stored",
+        "epoch",
         "offloaded",
     ],
 )
@@ -155,8 +161,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     model: str,
     options: dict[str, Any],
 ) -> None:
+    if "prompts" in options:
+        options = {**options, "prompts": str(folder / options["prompts"])}
     whole = run_config(folder, folder / model, **options, save=str(tmp_path / "whole"))
     expected = run_training(whole)
+    assert len(expected) == 6
     # Dies in the middle of the third batch; the newest checkpoint is that of the second.
     broken = str(tmp_path / "broken")
     interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)

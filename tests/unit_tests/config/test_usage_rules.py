@@ -28,6 +28,7 @@ ENTROPY = {**OPDLM, "remasking_strategy": "entropy"}
 ENTROPY_BOUNDED = {**OPDLM, "remasking_strategy": "entropy_bounded"}
 GREEDY = {**OPDLM, "temperature": 0}
 GROWS = {**OPDLM, **GROWING, "min_response_length": 4}
+LOWERED = {**OPDLM, "dynamic_threshold_schedule": "cosine", "final_dynamic_threshold": 0.7}
 WITH_FOLDER = {**OPDLM, "save": "no_such_folder"}
 MIXED = {**WITH_FOLDER, "teacher_response_fraction": 0.5}
 FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
@@ -90,6 +91,10 @@ CASES = [
         "denoising_steps_per_block", 2, (*NOT_ROLLOUTS, OPDLM, ENTROPY_BOUNDED), (STATIC, ENTROPY)
     ),
     Case("dynamic_threshold", 0.5, (*NOT_ROLLOUTS, STATIC, ENTROPY, ENTROPY_BOUNDED), ON_ROLLOUTS),
+    Case("dynamic_threshold_schedule", "linear", (*NOT_ROLLOUTS, STATIC, ENTROPY), (LOWERED,)),
+    Case("final_dynamic_threshold", 0.6, (*NOT_ROLLOUTS, OPDLM, STATIC), (LOWERED,)),
+    Case("dynamic_threshold_hold_rollouts", 1, (*NOT_ROLLOUTS, OPDLM, STATIC), (LOWERED,)),
+    Case("dynamic_threshold_rollouts", 3, (*NOT_ROLLOUTS, OPDLM, STATIC), (LOWERED,)),
     Case("entropy_bound", 0.5, (*NOT_ROLLOUTS, OPDLM, STATIC, ENTROPY), (ENTROPY_BOUNDED,)),
     Case("teacher_response_fraction", 0.5, (*NOT_ROLLOUTS, D_OPSD), (WITH_FOLDER, FADING)),
     Case("final_teacher_response_fraction", 0.1, (*NOT_ROLLOUTS, OPDLM, MIXED), (FADING,)),

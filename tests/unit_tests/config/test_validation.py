@@ -7,9 +7,11 @@ import pytest
 from megatron_dlm.config import (
     Config,
     ParameterGroup,
+    format_length,
     parse_config,
     validate,
     validate_architecture,
+    validate_length,
     value_rules,
 )
 from megatron_dlm.config.fields import option_fields
@@ -426,6 +428,65 @@ def test_derived_sizes() -> None:
     assert config.train_iters == config.lr_decay_iters == 24
     assert config.expert_tensor_parallel_size == 2
     assert config_with(NEXT_TOKEN).train_iters == 10
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "records", "rollouts", "updates", "last"),
+    [
+        # The paper's: one pass over 61,816 prompts.
+        (OPDLM, {}, 61_816, 483, 7_727, 120),
+        (OPDLM, {"epochs_per_rollout": 2}, 61_816, 483, 15_454, 120),
+        (OPDLM, {"num_epochs": 3, "rollout_batch_size": 16}, 7, 2, 3, 5),
+        (OPDLM, {"num_epochs": 2}, 64, 1, 16, 128),
+        (OFF_POLICY, {"num_epochs": 2}, 13, 4, 4, 2),
+        (SCP, {}, 8, 1, 1, 8),
+    ],
+)
+def test_epochs_are_counted_when_the_data_have_been_read(
+    base: dict[str, object],
+    options: dict[str, object],
+    records: int,
+    rollouts: int,
+    updates: int,
+    last: int,
+) -> None:
+    length = {"num_rollouts": None, "train_iters": None, "num_epochs": 1, **options}
+    unread = config_with(base, **length, lr_warmup_iters=updates)
+    assert unread.train_iters == unread.num_samples == 0
+    assert refusal(validate, unread, 1) is None
+    config = unread.of_data(records)
+    assert config.to_dict() == unread.to_dict()
+    assert (config.num_rollouts, config.train_iters) == (rollouts, updates)
+    assert config.lr_decay_iters == updates
+    assert config.num_samples == (rollouts - 1) * config.rollout_batch_size + last
+    assert config.num_samples == length["num_epochs"] * records  # type: ignore[operator]
+    assert "--lr-warmup-iters" in (refusal(validate_length, config) or "")
+    line = format_length(config)
+    assert line.startswith("#")
+    short = last < config.rollout_batch_size
+    assert (f", the last of {last}" in line) == short, line
+
+
+LOWERED = {"dynamic_threshold_schedule": "cosine", "final_dynamic_threshold": 0.7}
+
+
+def test_a_changing_threshold_has_an_end_and_rollouts() -> None:
+    message = refusal(validate, config_with(OPDLM, dynamic_threshold_schedule="linear"), 1) or ""
+    assert "--final-dynamic-threshold = None" in message
+    held = {**LOWERED, "dynamic_threshold_hold_rollouts": 2}
+    message = refusal(validate, config_with(OPDLM, **held), 1) or ""
+    assert "--dynamic-threshold-hold-rollouts = 2: leaves none of the 2 rollouts" in message
+    assert refusal(validate, config_with(OPDLM, **held, num_rollouts=3), 1) is None
+    epochs = config_with(OPDLM, **held, num_rollouts=None, num_epochs=1)
+    assert refusal(validate, epochs, 1) is None
+    assert "leaves none" in (refusal(validate_length, epochs.of_data(200)) or "")
+
+
+def test_a_run_has_one_length() -> None:
+    both = refusal(validate, config_with(OPDLM, num_epochs=1), 1) or ""
+    assert "--num-epochs = 1: --num-rollouts 2" in both
+    neither = refusal(validate, config_with(OPDLM, num_rollouts=None), 1) or ""
+    assert "--num-epochs" in neither
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,16 @@
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import DiffusionConvention, diffusion_convention
+from megatron_dlm.models.architecture import (
+    DiffusionConvention,
+    active_parameters,
+    architecture_from_hf,
+    diffusion_convention,
+)
+from tests.tiny import DENSE, MOE
 
 BLOCKS = DiffusionConvention("block_causal", shifted=False)
 UNSHIFTED = DiffusionConvention("full", shifted=False)
@@ -51,3 +58,20 @@ def test_what_is_left_out_is_the_model_types(
 def test_what_says_too_little_is_refused(stated: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         diffusion_convention({"model_type": "qwen3", **stated}, "here")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chosen", [None, 1, 3])
+def test_active_parameters_are_those_that_a_token_meets(tied: bool, chosen: int | None) -> None:
+    """Transformers' count of the whole model, less the experts that the router leaves out."""
+    sizes: dict[str, Any] = {**DENSE, "tie_word_embeddings": tied}
+    if chosen is None:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    else:
+        sizes = {**MOE, "tie_word_embeddings": tied, "num_experts_per_tok": chosen}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    expected = model.num_parameters()
+    if chosen is not None:
+        expert = 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"]
+        expected -= sizes["num_hidden_layers"] * (sizes["num_experts"] - chosen) * expert
+    assert active_parameters(architecture_from_hf(model.config.to_dict())) == expected

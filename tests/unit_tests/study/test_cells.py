@@ -33,6 +33,8 @@ def metrics(steps: int) -> str:
             "step": step,
             "loss": 1 / step,
             "response_tokens_total": 10 * step,
+            "trained_tokens_total": 20 * step,
+            "flops_total": 160 * step,
             "response_length": 10.0,
             "tokens_per_forward": None,
         }
@@ -185,6 +187,7 @@ def test_curves_are_thinned_by_averaging(steps: int, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(metrics(steps))
     summary = training_summary(tmp_path / "metrics.jsonl")
     assert (summary["updates"], summary["response_tokens"]) == (steps, 10 * steps)
+    assert (summary["trained_tokens"], summary["flops"]) == (20 * steps, 160 * steps)
     curves = summary["curves"]
     assert "tokens_per_forward" not in curves  # this objective has none
     assert len(curves["step"]) == len(curves["loss"]) <= CURVE_POINTS

@@ -47,6 +47,8 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
             "validation_loss": [3.0, 1.0, unseen + 10 * JITTER[seed - 1]],
         }
     training = {"updates": 32, "response_tokens": 100, "seconds": 9.0, "curves": curve}
+    if recipe != "sft":  # as a cell of an earlier version
+        training |= {"trained_tokens": 128, "flops": 3_200_000_000}
     evaluations = forgetting(recipe, seed) if recipe.startswith("scp") else blocks
     return {"evaluations": evaluations, "training": training}
 
@@ -206,6 +208,9 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     assert "- Abacus, 7 cores, no GPU used; " in report
     assert "abc1234" in report
     assert "| SCP, one learning rate | 1.00 ± 0.05 | 2.50 ± 0.05 |" in report
+    assert "| response tokens | tokens trained on | training FLOPs | seconds |" in report
+    assert "| 32 | 100 | 128 | 3.20e+09 | 9 |" in report
+    assert "| - | - | 9 |" in report
     assert "-10.0" in report  # OPDLM, static: 88 against the teacher's 98
     for line in report.splitlines():
         if line.startswith("!["):

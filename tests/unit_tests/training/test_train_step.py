@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_dlm.distillation.teacher import Teacher
 from tests.tiny import run_config, run_training, save_random_model, write_data
@@ -79,9 +80,50 @@ def test_epochs_draw_new_states_from_the_same_rollout(folder: Path, tmp_path: Pa
     lines = _run(folder, tmp_path / "epochs", epochs_per_rollout=2)
     assert [line["rollout"] for line in lines] == [1] * 4
     assert len({line["response_tokens_total"] for line in lines}) == 1
+    # Each epoch trains on all of them.
+    tokens = [line["trained_tokens_total"] for line in lines]
+    assert tokens[1] == lines[0]["response_tokens_total"]
+    assert tokens[3] == 2 * tokens[1] > tokens[2] > tokens[1] > tokens[0] > 0
     assert [lines[i]["supervised_tokens"] for i in (0, 1)] != [
         lines[i]["supervised_tokens"] for i in (2, 3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "rule"),
+    [
+        ("dense", {}, 8),  # 6 for the student, 2 for the teacher, which is of the same size
+        ("dense", {"objective": "next_token"}, 6),
+        # Eight windows of 48 tokens an update, the last of all tokens left over.
+        ("dense", {"objective": "scp", "global_batch_size": 8, "train_iters": 2}, 6),
+    ],
+)
+def test_flops_are_counted_as_the_paper_does(
+    folder: Path, tmp_path: Path, model: str, options: dict[str, Any], rule: int
+) -> None:
+    lines = _run(folder, tmp_path, model, **options)
+    parameters = AutoModelForCausalLM.from_pretrained(folder / model).num_parameters()
+    for line in lines:
+        assert line["flops_total"] == rule * parameters * line["trained_tokens_total"]
+    assert lines[-1]["trained_tokens_total"] == lines[-1]["response_tokens_total"] > 0
+    if options.get("objective") == "scp":
+        assert lines[-1]["trained_tokens_total"] == 2 * 8 * 48
+
+
+def test_rollouts_follow_the_threshold_schedule(folder: Path, tmp_path: Path) -> None:
+    lines = _run(
+        folder,
+        tmp_path,
+        num_rollouts=3,
+        dynamic_threshold=1.0,
+        final_dynamic_threshold=1e-3,
+        dynamic_threshold_schedule="linear",
+        dynamic_threshold_hold_rollouts=1,
+        dynamic_threshold_rollouts=1,
+    )
+    one_by_one, *at_once = [line["tokens_per_forward"] for line in lines[::2]]
+    assert one_by_one <= 1.0
+    assert min(at_once) > 2.0
 
 
 def test_the_teacher_is_untouched_by_updates(
