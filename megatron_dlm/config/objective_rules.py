@@ -119,7 +119,7 @@ def check_empty_mask(config: Config) -> None:
 def check_attention_annealing(config: Config) -> None:
     """The attention that the trained model is said to have has been trained."""
     iters = config.objective.attention_annealing_iters
-    if iters > config.train_iters:
+    if 0 < config.train_iters < iters:  # 0: epochs of data that have not been read
         raise refuse(
             config,
             "attention_annealing_iters",

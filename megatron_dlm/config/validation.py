@@ -64,6 +64,7 @@ def validate_length(config: Config) -> None:
     Raises:
         UserError: The first rule that is broken, with the values that would work.
     """
+    objective_rules.check_attention_annealing(config)
     value_rules.check_dynamic_threshold_schedule(config)
     value_rules.check_schedule_length(config)
 

@@ -482,6 +482,13 @@ def test_a_changing_threshold_has_an_end_and_rollouts() -> None:
     assert "leaves none" in (refusal(validate_length, epochs.of_data(200)) or "")
 
 
+def test_annealing_ends_within_epochs() -> None:
+    scp = {**SCP, "train_iters": None, "num_epochs": 1, "attention_annealing_iters": 9}
+    assert refusal(validate, config_with(scp), 1) is None
+    assert refusal(validate_length, config_with(scp).of_data(72)) is None
+    assert "after 8 updates" in (refusal(validate_length, config_with(scp).of_data(64)) or "")
+
+
 def test_a_run_has_one_length() -> None:
     both = refusal(validate, config_with(OPDLM, num_epochs=1), 1) or ""
     assert "--num-epochs = 1: --num-rollouts 2" in both
