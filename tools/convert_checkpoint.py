@@ -2,6 +2,9 @@
 
 python tools/convert_checkpoint.py --load qwen3/ --save qwen3-megatron/ --target-format megatron
 python tools/convert_checkpoint.py --load runs/mine --save hf/ --target-format sdar
+python tools/convert_checkpoint.py --load runs/lora --save base/ --without-adapters
+python tools/convert_checkpoint.py --load runs/lora --save adapter/ --target-format peft \
+    --base-model base/
 torchrun --nproc-per-node 8 tools/convert_checkpoint.py --load runs/mine --save hf/ \
     --pipeline-model-parallel-size 8
 
@@ -20,6 +23,7 @@ from megatron_dlm.config import Config, ModelConfig, ParallelConfig, architectur
 from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
 from megatron_dlm.config.parsing import parse_arguments
 from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.conversion.peft_export import AdapterSettings, check_base_model, export_peft
 from megatron_dlm.data.tokenizer import (
     has_tokenizer,
     load_tokenizer,
@@ -30,12 +34,12 @@ from megatron_dlm.entry import rank, report_user_errors, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.training.checkpointing import save_checkpoint, saved_config
+from megatron_dlm.training.checkpointing import AdapterUse, save_checkpoint, saved_config
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
 
-TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "qwen3"]
+TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "qwen3", "peft"]
 DType = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +57,8 @@ class ConversionConfig:
     target_format: TargetFormat = "sdar"
     """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
     transformers; sdar_moe for mixtures of experts), a2d-qwen3 (full attention, dense), rnd1 (full
-    attention, shifted, mixture of experts) or qwen3 (autoregressive; also MoE)."""
+    attention, shifted, mixture of experts), qwen3 (autoregressive; also MoE) or peft (a LoRA run's
+    adapters alone)."""
 
     tokenizer: str | None = None
     """Folder with tokenizer.json (default: the one beside the weights)."""
@@ -64,6 +69,13 @@ class ConversionConfig:
 
     dynamic_threshold: float = 0.9
     """Confidence threshold recommended to engines that serve an sdar folder."""
+
+    base_model: str | None = None
+    """Hugging Face folder that a peft folder's adapters belong on; it has to hold the weights under
+    them (default: what the run was started from)."""
+
+    without_adapters: bool = False
+    """Write the weights under a LoRA run's adapters, without them: the base model of peft."""
 
     dtype: DType = "auto"
     """Type of the stored weights; auto keeps the type that config.json states."""
@@ -141,6 +153,33 @@ def check_layout(config: Config, architecture: Architecture) -> None:
     architecture_rules.check_expert_tensor_parallel(config, architecture)
 
 
+def find_adapters(
+    conversion: ConversionConfig, source: ModelSource
+) -> tuple[AdapterUse, AdapterSettings | None, ModelSource | None]:
+    """What becomes of the adapters of a run; for peft also what they are and their base model.
+
+    Raises:
+        UserError: There are none to write or leave out, the base model is not theirs, or options
+            contradict each other.
+    """
+    is_peft = conversion.target_format == "peft"
+    if conversion.base_model is not None and not is_peft:
+        remedy = "remove it, or choose --target-format peft"
+        raise bad_value("--base-model", conversion.base_model, "only peft names one", remedy)
+    if conversion.without_adapters and is_peft:
+        remedy = "leave it out, or write the base model in another format"
+        raise bad_value("--without-adapters", True, "peft is the adapters alone", remedy)
+    if not is_peft and not conversion.without_adapters:
+        return "merge", None, None
+    run_config = saved_config(source.path) if source.is_megatron else {}
+    settings = AdapterSettings.of_run(run_config, str(source.path))
+    if not is_peft:
+        return "remove", None, None
+    base = open_model_source(conversion.base_model or run_config["load"], "--base-model")
+    check_base_model(base, source)
+    return "keep", settings, base
+
+
 def find_mask_token(source: ModelSource, tokenizer_folder: Path) -> int:
     """Id of the MASK token, as training resolves it."""
     return resolve_special_tokens(
@@ -161,21 +200,32 @@ def main() -> int:
     dtype = stored_dtype(conversion.dtype, architecture)
     config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel)
     check_layout(config, architecture)
+    adapters, adapter_settings, base = find_adapters(conversion, source)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     mask_token_id = None
-    if conversion.target_format not in ("megatron", "qwen3"):
+    if conversion.target_format not in ("megatron", "qwen3", "peft"):
         mask_token_id = find_mask_token(source, tokenizer_folder)
 
     with initialized(config):
         model = build_model(architecture, config)
-        source.load_into(model)
+        source.load_into(model, adapters)
         if conversion.target_format == "megatron":
             save_checkpoint(
                 target,
                 model,
                 hf_config=with_dtype(architecture.hf_config, dtype),
                 tokenizer_folder=tokenizer_folder,
+            )
+        elif adapter_settings is not None and base is not None:
+            export_peft(
+                model,
+                architecture,
+                target,
+                adapters=adapter_settings,
+                base=base,
+                dtype=dtype,
+                overwrite=conversion.overwrite,
             )
         else:
             export_hf(
@@ -196,7 +246,7 @@ def main() -> int:
             tokenizer = load_tokenizer(tokenizer_folder)
             if line := unusable_tokens(tokenizer, architecture.vocab_size, str(tokenizer_folder)):
                 print(line, file=sys.stderr)
-        if source.is_megatron and dtype == torch.bfloat16:
+        if source.is_megatron and dtype == torch.bfloat16 and adapters == "merge":
             run_config = config_of_run(saved_config(source.path))
             for line in unseen_in_bf16(run_config, architecture):
                 print(line, file=sys.stderr)

@@ -1,12 +1,14 @@
 """Hugging Face checkpoint to Megatron: fills this rank's part of a model from safetensors."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpoint
-from megatron_dlm.conversion.model_parameters import local_parameters
+from megatron_dlm.conversion.model_parameters import LocalParameter, local_parameters
 from megatron_dlm.conversion.qwen3 import EMBEDDING, HEAD, hf_tensor_shapes, qwen3_mappings
+from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 
 
@@ -32,14 +34,43 @@ def load_hf_weights(
     Raises:
         UserError: The checkpoint does not hold exactly the tensors of the architecture.
     """
+    for local, shard in _shards(model, architecture, folder, field):
+        # `copy_` would broadcast.
+        assert shard.shape == local.parameter.shape, local.mapping.megatron
+        local.parameter.copy_(shard)
+
+
+def check_weights_equal(
+    model: torch.nn.Module, architecture: Architecture, folder: str | Path, field: str, remedy: str
+) -> None:
+    """Check that a checkpoint holds the weights of a model, those of its adapters aside.
+
+    Args:
+        model: See `load_hf_weights`.
+        architecture: What the model was built from.
+        folder: Hugging Face folder with safetensors.
+        field: What the user named the folder with, for error messages.
+        remedy: What the user can do, for error messages.
+
+    Raises:
+        UserError: A tensor is missing, has another shape or, in the model's type, other values.
+    """
+    for local, shard in _shards(model, architecture, folder, field):
+        if not torch.equal(shard.to(local.parameter), local.parameter):
+            names = " and ".join(local.mapping.hf)
+            problem = f"other values of {names} than under the adapters"
+            raise bad_value(field, str(folder), problem, remedy)
+
+
+def _shards(
+    model: torch.nn.Module, architecture: Architecture, folder: str | Path, field: str
+) -> Iterator[tuple[LocalParameter, torch.Tensor]]:
+    """This rank's parameters, each with its shard of the checkpoint, which is checked first."""
     checkpoint = HFCheckpoint(folder, field)
     checkpoint.check(
         hf_tensor_shapes(qwen3_mappings(architecture)),
         copies={HEAD: EMBEDDING} if architecture.tie_word_embeddings else {},
     )
-    for local in local_parameters(model, architecture):
+    for local in local_parameters(model, architecture, except_adapters=True):
         sources = [checkpoint[name] for name in local.mapping.hf]
-        shard = local.mapping.layout.read(sources, local.parameter.shape, local.shard)
-        # `copy_` would broadcast.
-        assert shard.shape == local.parameter.shape, local.mapping.megatron
-        local.parameter.copy_(shard)
+        yield local, local.mapping.layout.read(sources, local.parameter.shape, local.shard)

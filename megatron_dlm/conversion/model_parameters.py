@@ -17,6 +17,8 @@ from megatron_dlm.models.model import DiffusionGPTModel
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+ADAPTER_PARAMETER = re.compile(r"\.lora_[ab]$")
+"""Names of adapters' parameters end in this."""
 TIED_EMBEDDING = "embedding.word_embeddings.weight"
 """Name of the embeddings, which are the output layer too where the two are tied."""
 
@@ -66,7 +68,11 @@ class LocalParameter:
 
 
 def local_parameters(
-    model: torch.nn.Module, architecture: Architecture, ranks: TensorParallelRanks | None = None
+    model: torch.nn.Module,
+    architecture: Architecture,
+    ranks: TensorParallelRanks | None = None,
+    *,
+    except_adapters: bool = False,
 ) -> Iterator[LocalParameter]:
     """All parameters of this rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
 
@@ -74,6 +80,7 @@ def local_parameters(
         model: The model, from either layer spec.
         architecture: What it was built from.
         ranks: Default: those of Megatron-Core's parallel state.
+        except_adapters: Leave out those of adapters, which have no place in the family's table.
 
     Raises:
         KeyError: The model has a parameter that the family's table does not know.
@@ -86,6 +93,8 @@ def local_parameters(
             by_name[mapping.transformer_engine] = mapping
     part = cast(DiffusionGPTModel, unwrap_model(model))
     for name, parameter in part.named_parameters():
+        if except_adapters and ADAPTER_PARAMETER.search(name):
+            continue
         mapping = by_name[global_name(part, name)]
         rank, size = ranks.expert if _EXPERT.search(name) else ranks.dense
         if isinstance(mapping.layout, Replicated):

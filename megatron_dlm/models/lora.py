@@ -1,21 +1,18 @@
 """Low-rank adapters on a whole model: attach, switch off, merge."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_dlm.conversion.model_parameters import global_name
+from megatron_dlm.conversion.model_parameters import ADAPTER_PARAMETER, global_name
 from megatron_dlm.data.seeding import keyed_generator
-from megatron_dlm.models.lora_layers import LowRankAdapter
+from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LowRankAdapter
 from megatron_dlm.models.model import DiffusionGPTModel
-
-ADAPTER_PARAMETER = re.compile(r"\.lora_[ab]$")
-"""Names of adapters' parameters end in this."""
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
@@ -86,3 +83,39 @@ def merge_adapters(model: torch.nn.Module) -> None:
     for _, layer in _layers(model):
         if layer.lora_a is not None:
             layer.merge_adapter()
+
+
+def remove_adapters(model: torch.nn.Module) -> None:
+    """Take the adapters away; the weights stay as they are."""
+    for _, layer in _layers(model):
+        if layer.lora_a is not None:
+            layer.remove_adapter()
+
+
+@dataclass(frozen=True)
+class LocalAdapterPart:
+    """This rank's part of the A or B of a layer.
+
+    Attributes:
+        name: In the whole model; ends in `lora_a` or `lora_b`.
+        tensor: Its values.
+        shard: Number of the part.
+        num_shards: Parts of the whole; 1 if every rank has it.
+    """
+
+    name: str
+    tensor: Tensor
+    shard: int
+    num_shards: int
+
+
+def local_adapters(model: torch.nn.Module) -> Iterator[LocalAdapterPart]:
+    """The parts of all adapters that this rank holds."""
+    for name, layer in _layers(model):
+        if layer.lora_a is None or layer.lora_b is None:
+            continue
+        # An expert with an adapter lies on one process.
+        split = (0, 1) if layer.is_expert else (layer.tp_group.rank(), layer.tp_group.size())
+        is_column = isinstance(layer, LoRAColumnParallelLinear)
+        yield LocalAdapterPart(f"{name}.lora_a", layer.lora_a, *((0, 1) if is_column else split))
+        yield LocalAdapterPart(f"{name}.lora_b", layer.lora_b, *(split if is_column else (0, 1)))

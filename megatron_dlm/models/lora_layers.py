@@ -44,6 +44,7 @@ class LowRankAdapter(ABC):
 
     weight: Parameter
     input_size: int
+    tp_group: Any
     lora_a: Parameter | None
     lora_b: Parameter | None
     lora_scale: float
@@ -93,7 +94,12 @@ class LowRankAdapter(ABC):
         assert self.lora_b is not None
         delta = self.lora_scale * (self.lora_b.float() @ self.lora_a.float())
         self.weight.copy_(self.weight.float() + delta)
+        self.remove_adapter()
+
+    def remove_adapter(self) -> None:
+        """Take the adapter away; the weight stays as it is."""
         self.lora_a = self.lora_b = None
+        self.adapter_enabled = False
 
 
 def _without_adapter(layer: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -20,7 +20,12 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.models.lora import attach_adapters, can_have_adapters, merge_adapters
+from megatron_dlm.models.lora import (
+    attach_adapters,
+    can_have_adapters,
+    merge_adapters,
+    remove_adapters,
+)
 from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.optimizer_state import load_optimizer_state, loading_optimizer_state
 from megatron_dlm.training.run_folder import (
@@ -202,15 +207,21 @@ def _load_common(checkpoint: Path, field: str) -> dict[str, Any]:
     return common
 
 
-def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load") -> None:
-    """Load the weights of a checkpoint into a model of any parallel layout.
+AdapterUse = Literal["merge", "keep", "remove"]
+"""What becomes of a checkpoint's adapters where its weights are loaded."""
 
-    Adapters of a checkpoint are merged: what is loaded is the model that was trained.
+
+def load_weights(
+    path: str | Path, model: torch.nn.Module, field: str = "--load", adapters: AdapterUse = "merge"
+) -> None:
+    """Load the weights of a checkpoint into a model of any parallel layout.
 
     Args:
         path: Run folder or one of its iteration folders.
         model: Without adapters.
         field: What the user named the path with, for error messages.
+        adapters: Adapters of the checkpoint are merged, so that the model is the one that was
+            trained; left in place, or removed.
 
     Raises:
         UserError: There is no checkpoint, or it does not fit the model.
@@ -224,7 +235,10 @@ def load_weights(path: str | Path, model: torch.nn.Module, field: str = "--load"
         _check_shapes(state, checkpoint, field)
     loaded = _load(state, checkpoint, field)
     unwrap_model(model).load_state_dict(loaded["model"])
-    merge_adapters(model)
+    if adapters == "merge":
+        merge_adapters(model)
+    elif adapters == "remove":
+        remove_adapters(model)
 
 
 def attach_adapters_of_run(

@@ -18,6 +18,8 @@ from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from megatron_dlm.training.checkpointing import AdapterUse
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -68,8 +70,12 @@ class ModelSource:
             add_ends(digest, file)
         return digest.hexdigest()
 
-    def load_into(self, model: "torch.nn.Module") -> None:
+    def load_into(self, model: "torch.nn.Module", adapters: "AdapterUse" = "merge") -> None:
         """Fill this rank's part of a model; all ranks call this.
+
+        Args:
+            model: Without adapters.
+            adapters: What becomes of those of a run; see `load_weights`.
 
         Raises:
             UserError: The weights do not fit the model; raised on all ranks.
@@ -80,7 +86,7 @@ class ModelSource:
         from megatron_dlm.training.initialize import errors_on_all_ranks
 
         if self.is_megatron:
-            load_weights(self.path, model, self.field)
+            load_weights(self.path, model, self.field, adapters)
         else:
             with errors_on_all_ranks():
                 load_hf_weights(model, self.architecture, self.hf_folder, self.field)

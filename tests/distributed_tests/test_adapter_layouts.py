@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_dlm.config import Config
 from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.conversion.peft_export import AdapterSettings, export_peft
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import open_model_source
@@ -42,6 +43,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Model and options by name; without adapters d_opsd has a frozen copy of the model."""
 
+UNCONVERTED = {"d_opsd": 2.0, "moe d_opsd": 1.0}
+"""Runs whose adapters' base model is what they were loaded from, with alpha / r."""
+
 LAYOUTS: dict[str, Layout] = {
     "TP2 SP": Layout(2, "dense", {TP: 2, **SP}),
     "PP2": Layout(2, "dense", {PP: 2, **RECOMPUTATION}),
@@ -66,6 +70,8 @@ def _train(rank: int, folder: Path, runs: list[tuple[str, dict[str, Any]]], pref
         with reward_every_third():
             results[name] = run_training(config)
         _export(config, save, save / "hf")
+        if name in UNCONVERTED:
+            _export_peft(config, save, folder / model)
     return results
 
 
@@ -75,6 +81,21 @@ def _export(config: Config, run: Path, target: Path) -> None:
         model = build_model(source.architecture, config)
         source.load_into(model)
         export_hf(model, source.architecture, target, format="qwen3")
+
+
+def _export_peft(config: Config, run: Path, base: Path) -> None:
+    source = open_model_source(str(run), "--load")
+    with initialized(config):
+        model = build_model(source.architecture, config)
+        source.load_into(model, "keep")
+        export_peft(
+            model,
+            source.architecture,
+            run / "peft",
+            adapters=AdapterSettings.of_run(config.to_dict(), str(run)),
+            base=open_model_source(str(base), "--base-model"),
+            dtype=torch.float32,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +146,17 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
             assert weights.keys() == reference.keys()
             for key, tensor in reference.items():
                 torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-5)
+        if run in UNCONVERTED:
+            base = load_file(folder / RUNS[run][0] / "model.safetensors")
+            adapters = load_file(save / "peft" / "adapter_model.safetensors")
+            for key, weight in base.items():
+                layer = f"base_model.model.{key.removesuffix('.weight')}"
+                if key.endswith("_proj.weight"):
+                    lora_a = adapters.pop(f"{layer}.lora_A.weight")
+                    lora_b = adapters.pop(f"{layer}.lora_B.weight")
+                    weight = weight + UNCONVERTED[run] * lora_b @ lora_a
+                torch.testing.assert_close(weight, reference[key], rtol=0, atol=2e-5)
+            assert not adapters
 
 
 def test_runs_are_what_they_are_meant_to_be(

@@ -1,9 +1,6 @@
 """The conversion tool, called as a function with command-line arguments."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,25 +8,6 @@ from safetensors.torch import load_file
 
 from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
-
-TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
-
-
-@pytest.fixture
-def convert(monkeypatch, capsys):
-    """Run the tool; returns its exit status and what it wrote to standard error."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "convert_checkpoint", module)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        capsys.readouterr()
-        status = module.main()
-        return status, capsys.readouterr().err
-
-    return run
 
 
 @pytest.fixture
