@@ -25,6 +25,7 @@ from megatron_dlm.config.parsing import parse_arguments
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.peft_export import AdapterSettings, check_base_model, export_peft
 from megatron_dlm.data.tokenizer import (
+    eos_token_ids,
     has_tokenizer,
     load_tokenizer,
     resolve_special_tokens,
@@ -180,11 +181,26 @@ def find_adapters(
     return "keep", settings, base
 
 
-def find_mask_token(source: ModelSource, tokenizer_folder: Path) -> int:
-    """Id of the MASK token, as training resolves it."""
-    return resolve_special_tokens(
-        load_tokenizer(tokenizer_folder), source.architecture.hf_config, str(tokenizer_folder)
-    ).mask_token_id
+def find_special_tokens(
+    source: ModelSource, tokenizer_folder: Path, *, needs_mask: bool
+) -> tuple[Architecture, int | None]:
+    """The model with all that ends a response, and the id of MASK, as training resolves them."""
+    architecture = source.architecture
+    if not needs_mask and not has_tokenizer(tokenizer_folder):
+        return architecture, None
+    tokenizer = load_tokenizer(tokenizer_folder)
+    generation_config = architecture.generation_config
+    if needs_mask:
+        special = resolve_special_tokens(
+            tokenizer,
+            architecture.hf_config,
+            str(tokenizer_folder),
+            generation_config=generation_config,
+            config_file=architecture.file,
+        )
+        return architecture.ending_at(special.eos_token_ids), special.mask_token_id
+    ends = eos_token_ids(tokenizer, architecture.hf_config, generation_config)
+    return architecture.ending_at(ends) if ends else architecture, None
 
 
 @report_user_errors
@@ -203,9 +219,11 @@ def main() -> int:
     adapters, adapter_settings, base = find_adapters(conversion, source)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
-    mask_token_id = None
-    if conversion.target_format not in ("megatron", "qwen3", "peft"):
-        mask_token_id = find_mask_token(source, tokenizer_folder)
+    architecture, mask_token_id = find_special_tokens(
+        source,
+        tokenizer_folder,
+        needs_mask=conversion.target_format not in ("megatron", "qwen3", "peft"),
+    )
 
     with initialized(config):
         model = build_model(architecture, config)
@@ -215,6 +233,7 @@ def main() -> int:
                 target,
                 model,
                 hf_config=with_dtype(architecture.hf_config, dtype),
+                generation_config=architecture.generation_config,
                 tokenizer_folder=tokenizer_folder,
             )
         elif adapter_settings is not None and base is not None:

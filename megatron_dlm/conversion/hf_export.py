@@ -12,12 +12,13 @@ from torch import Tensor
 
 from megatron_dlm.conversion.formats import TARGET_FORMATS, ExportRequest
 from megatron_dlm.conversion.gathering import ShardGatherer
-from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter
+from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
 from megatron_dlm.conversion.model_parameters import local_parameters
 from megatron_dlm.conversion.publishing import is_writer, published_folder
 from megatron_dlm.conversion.qwen3 import hf_tensor_shapes, qwen3_mappings
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.training.initialize import errors_on_all_ranks
 
 # Bytes of one safetensors file, as transformers writes them.
 MAX_SHARD_SIZE = 5 * 10**9
@@ -60,7 +61,7 @@ def export_hf(
 
     Raises:
         UserError: On every rank: unknown format, a model that the format cannot express, a missing
-            or unfit tokenizer, or a folder that exists.
+            or unfit tokenizer, a folder that exists, or weights that are not all finite.
     """
     target = Path(folder)
     gatherer = ShardGatherer(
@@ -85,6 +86,13 @@ def export_hf(
             dynamic_threshold=dynamic_threshold,
         )
         TARGET_FORMATS[format](request, folder)
+
+    with errors_on_all_ranks():
+        for local in local_parameters(model, architecture):
+            if not is_finite(local.parameter.detach()):
+                names = ", ".join(local.mapping.hf)
+                problem = f"the model's {names} would hold NaN or infinite values"
+                raise bad_value("--save", str(folder), problem, "export an earlier checkpoint")
 
     with published_folder(target, overwrite, prepare) as temporary:
         writer = None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dlm.conversion.hf_checkpoint import HFCheckpoint
+from megatron_dlm.conversion.hf_checkpoint import HFCheckpoint, is_finite
 from megatron_dlm.conversion.model_parameters import LocalParameter, local_parameters
 from megatron_dlm.conversion.qwen3 import EMBEDDING, HEAD, hf_tensor_shapes, qwen3_mappings
 from megatron_dlm.errors import bad_value
@@ -32,7 +32,8 @@ def load_hf_weights(
         field: What the user named the folder with, for error messages.
 
     Raises:
-        UserError: The checkpoint does not hold exactly the tensors of the architecture.
+        UserError: The checkpoint does not hold exactly the tensors of the architecture, or their
+            values are not all finite.
     """
     for local, shard in _shards(model, architecture, folder, field):
         # `copy_` would broadcast.
@@ -73,4 +74,7 @@ def _shards(
     )
     for local in local_parameters(model, architecture, except_adapters=True):
         sources = [checkpoint[name] for name in local.mapping.hf]
-        yield local, local.mapping.layout.read(sources, local.parameter.shape, local.shard)
+        shard = local.mapping.layout.read(sources, local.parameter.shape, local.shard)
+        if not is_finite(shard):
+            raise checkpoint.broken(local.mapping.hf)
+        yield local, shard

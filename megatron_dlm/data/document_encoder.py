@@ -13,6 +13,9 @@ from megatron_dlm.data.tokenizer import (
     resolve_special_tokens,
 )
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.json_file import read_json_object
+from megatron_dlm.models.architecture import read_generation_config
+from megatron_dlm.models.config_keys import CONFIG_KEYS, TOKEN_KEYS, checked_keys
 
 
 class DocumentEncoder:
@@ -34,7 +37,13 @@ class DocumentEncoder:
         config = _config_beside(tokenizer)
         self._vocab_size: int | None = config.get("vocab_size")
         if config:
-            special = resolve_special_tokens(self._tokenizer, config, tokenizer)
+            special = resolve_special_tokens(
+                self._tokenizer,
+                config,
+                tokenizer,
+                generation_config=read_generation_config(Path(tokenizer), "--tokenizer"),
+                config_file=str(Path(tokenizer) / "config.json"),
+            )
             self._mask_token_id, eos_token_id = special.mask_token_id, special.eos_token_id
         else:
             mask, eos_token_id = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
@@ -90,5 +99,8 @@ class DocumentEncoder:
 def _config_beside(tokenizer_folder: str) -> dict[str, Any]:
     """The config.json beside a tokenizer; empty if there is none that describes a model."""
     file = Path(tokenizer_folder) / "config.json"
-    config = orjson.loads(file.read_bytes()) if file.is_file() else {}
-    return config if isinstance(config.get("vocab_size"), int) else {}
+    if not file.is_file():
+        return {}
+    keys = {"vocab_size": CONFIG_KEYS["vocab_size"], **TOKEN_KEYS}
+    config = checked_keys(read_json_object(file, "--tokenizer"), keys, str(file))
+    return config if "vocab_size" in config else {}

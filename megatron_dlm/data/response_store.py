@@ -30,6 +30,7 @@ class ResponseHeader:
         teacher_weights: Fingerprint of its weights.
         bf16: Whether it was run in bfloat16.
         seed: Seed of the draws.
+        eos_token_ids: Each of them ends a response; ascending.
         max_response_length: In tokens.
         temperature: Of the draws.
         top_k: 0 is off.
@@ -43,6 +44,7 @@ class ResponseHeader:
     teacher_weights: str
     bf16: bool
     seed: int
+    eos_token_ids: list[int]
     max_response_length: int
     temperature: float
     top_k: int

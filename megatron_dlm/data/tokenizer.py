@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.models.config_keys import TOKEN_KEYS, checked_keys
 
 MASK_TOKEN = "<|MASK|>"
 """Name of the mask token in tokenizers that have one without declaring it as `mask_token`."""
@@ -99,47 +100,54 @@ def differing_token(
 
 
 def resolve_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, hf_config: Mapping[str, Any], source: str
+    tokenizer: PreTrainedTokenizerBase,
+    hf_config: Mapping[str, Any],
+    source: str,
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    config_file: str = "config.json",
 ) -> SpecialTokens:
     """Decide the special tokens of a checkpoint; the only place where this is done.
 
-    What the checkpoint's config says wins over the tokenizer. A tokenizer without MASK (stock
-    Qwen3) gets the first id behind its own ones: the checkpoint's embedding is padded, so that id
-    has a row.
+    A response ends at each id that generation_config.json or config.json lists and at the
+    tokenizer's EOS, which is what it writes itself. As in transformers, generation_config.json
+    overrides config.json; a special token that only the latter lists ends a response all the same,
+    as serving engines have it. A tokenizer without MASK (stock Qwen3) gets the one of config.json,
+    else the first id behind its own ones: the checkpoint's embedding is padded, so that id has a
+    row.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
-        hf_config: The checkpoint's ``config.json``; `vocab_size` is required, `eos_token_id` (an id
+        hf_config: The checkpoint's `config.json`; `vocab_size` is required, `eos_token_id` (an id
             or a list of ids), `pad_token_id` and `mask_token_id` are optional.
         source: Where the tokenizer came from, for error messages.
+        generation_config: The checkpoint's `generation_config.json`, with the same optional keys.
+        config_file: Where `hf_config` came from, for error messages; `generation_config` lies
+            beside it.
 
     Raises:
-        UserError: There is no EOS; there is no MASK and no free id below `vocab_size`; or an id
-            does not fit the vocabulary or serves two purposes.
+        UserError: There is no EOS; there is no MASK and no free id below `vocab_size`; the
+            tokenizer and config.json state different ones; or an id does not fit the vocabulary or
+            serves two purposes.
     """
     vocab_size = int(hf_config["vocab_size"])
-    eos = _eos_token_id(tokenizer, hf_config.get("eos_token_id"))
-    if eos is None:
+    generation_config = generation_config or {}
+    generation_file = str(Path(config_file).with_name("generation_config.json"))
+    for values, file in ((hf_config, config_file), (generation_config, generation_file)):
+        _check_ids(values, vocab_size, file)
+    ends = eos_token_ids(tokenizer, hf_config, generation_config)
+    if not ends:
         raise bad_value(
             "eos_token_id",
             None,
             f"neither config.json nor the tokenizer of {source} has an EOS token",
             "set eos_token in tokenizer_config.json or eos_token_id in config.json",
         )
-    pad = _first_known(tokenizer.pad_token_id, hf_config.get("pad_token_id"))
-    pad = eos if pad is None else pad
-    mask = _first_known(hf_config.get("mask_token_id"), _mask_token_id(tokenizer))
-    if mask is None:
-        mask = max(tokenizer.get_vocab().values()) + 1
-        if mask >= vocab_size:
-            raise bad_value(
-                "mask_token_id",
-                None,
-                f"the tokenizer of {source} has no MASK and leaves no free id below"
-                f" vocab_size {vocab_size}",
-                f"add {MASK_TOKEN} to the tokenizer and a row to the embedding,"
-                " or set mask_token_id in config.json",
-            )
+    eos = ends[0]
+    configured = (values.get("pad_token_id") for values in (generation_config, hf_config))
+    pad = _first_known(tokenizer.pad_token_id, *configured, eos)
+    assert pad is not None
+    mask = _resolve_mask(tokenizer, hf_config.get("mask_token_id"), vocab_size, source, config_file)
     for name, token_id in (("eos", eos), ("pad", pad), ("mask", mask)):
         if not 0 <= token_id < vocab_size:
             raise bad_value(
@@ -148,16 +156,77 @@ def resolve_special_tokens(
                 f"is outside the vocabulary of {source} (vocab_size {vocab_size})",
                 "use the tokenizer that belongs to the checkpoint",
             )
-    if mask in (eos, pad):
+    if mask in (*ends, pad):
         raise bad_value(
             "mask_token_id",
             mask,
-            f"is also the {'EOS' if mask == eos else 'padding'} token of {source}",
-            "set mask_token_id in config.json to an id of its own",
+            f"is also {'the EOS' if mask in ends else 'the padding'} token of {source}",
+            f"set mask_token_id in {config_file} to an id of its own",
         )
-    return SpecialTokens(
-        eos_token_id=eos, pad_token_id=pad, mask_token_id=mask, vocab_size=vocab_size
-    )
+    return SpecialTokens(eos, pad, mask, ends, vocab_size=vocab_size)
+
+
+def eos_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    hf_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+) -> tuple[int, ...]:
+    """The ids that end a response, as `resolve_special_tokens` decides; the tokenizer's first."""
+    configured = _as_ids(hf_config.get("eos_token_id"))
+    generated = _as_ids(generation_config.get("eos_token_id"))
+    if generated:
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        configured = [token_id for token_id in configured if token_id in special]
+    own = _as_ids(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys((*own, *generated, *configured)))
+
+
+def _check_ids(values: Mapping[str, Any], vocab_size: int, file: str) -> None:
+    for key, value in checked_keys(values, TOKEN_KEYS, file).items():
+        if key not in TOKEN_KEYS:
+            continue
+        for token_id in _as_ids(value):
+            if token_id >= vocab_size:
+                raise bad_value(
+                    f"{file}: {key}",
+                    value,
+                    f"is outside the vocabulary (vocab_size {vocab_size})",
+                    "use the file that belongs to the checkpoint",
+                )
+
+
+def _resolve_mask(
+    tokenizer: PreTrainedTokenizerBase,
+    configured: int | None,
+    vocab_size: int,
+    source: str,
+    config_file: str,
+) -> int:
+    own = _mask_token_id(tokenizer)
+    if configured is not None:
+        if own not in (None, configured):
+            raise bad_value(
+                f"{config_file}: mask_token_id",
+                configured,
+                f"but the tokenizer in {source} has {tokenizer.convert_ids_to_tokens(own)!r} as"
+                f" {own}",
+                "use the tokenizer that the model was trained with, or repair the file that is"
+                " wrong",
+            )
+        return configured
+    if own is not None:
+        return own
+    free = max(tokenizer.get_vocab().values()) + 1
+    if free >= vocab_size:
+        raise bad_value(
+            "mask_token_id",
+            None,
+            f"the tokenizer of {source} has no MASK and leaves no free id below"
+            f" vocab_size {vocab_size}",
+            f"add {MASK_TOKEN} to the tokenizer and a row to the embedding,"
+            " or set mask_token_id in config.json",
+        )
+    return free
 
 
 def check_token_ids(
@@ -222,12 +291,11 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> No
         )
 
 
-def _eos_token_id(tokenizer: PreTrainedTokenizerBase, configured: object) -> int | None:
-    own = _first_known(tokenizer.eos_token_id)
-    if isinstance(configured, list):
-        # Several ids may end a generation; the one that the tokenizer writes is the EOS.
-        return own if own in configured or not configured else int(configured[0])
-    return _first_known(configured, own)
+def _as_ids(value: Any) -> list[int]:
+    """A key of one id, of several or of none as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -53,7 +53,11 @@ def read_inference_inputs(
     """
     architecture, data = setup.source.architecture, setup.config.data
     special_tokens = resolve_special_tokens(
-        tokenizer, architecture.hf_config, str(setup.tokenizer_folder)
+        tokenizer,
+        architecture.hf_config,
+        str(setup.tokenizer_folder),
+        generation_config=architecture.generation_config,
+        config_file=architecture.file,
     )
     prompts = tokenize_prompts(
         file, tokenizer, special_tokens, data.max_prompt_length, data.chat_template_kwargs

@@ -1,15 +1,24 @@
 """The architecture of a model, read from a Hugging Face `config.json`."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.json_file import read_json_object
+from megatron_dlm.models.config_keys import (
+    CONFIG_KEYS,
+    DEFAULTS,
+    ROPE_KEYS,
+    TOKEN_KEYS,
+    checked_keys,
+)
 
 DENSE_MODEL_TYPES = ("qwen3", "sdar", "a2d-qwen3")
 MOE_MODEL_TYPES = ("qwen3_moe", "sdar_moe", "rnd1")
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ def diffusion_convention(
 class Architecture:
     """What has to be known to build a Qwen3 or Qwen3-MoE model; sizes in elements.
 
-    `hf_config` is the `config.json` it was read from, kept whole for export.
+    `hf_config` is the `config.json` it was read from, kept whole but for its nulls for export, as
+    is `generation_config`, the `generation_config.json` beside it; `file` is the former's name.
     """
 
     num_layers: int
@@ -96,11 +106,27 @@ class Architecture:
     moe_router_topk: int | None = None
     moe_ffn_hidden_size: int | None = None
     norm_topk_prob: bool = True
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    file: str = field(default="config.json", compare=False)
 
     @property
     def is_moe(self) -> bool:
         """Whether the feed-forward layers are mixtures of experts."""
         return self.num_moe_experts is not None
+
+    def ending_at(self, eos_token_ids: Sequence[int]) -> "Architecture":
+        """The same model, whose config.json and generation_config.json list what ends a response.
+
+        Args:
+            eos_token_ids: All of the ids.
+        """
+        ids = list(eos_token_ids)
+        stated = {"eos_token_id": ids[0] if len(ids) == 1 else ids}
+        return replace(
+            self,
+            hf_config=self.hf_config | stated,
+            generation_config=self.generation_config | stated,
+        )
 
 
 def active_parameters(architecture: Architecture) -> int:
@@ -120,7 +146,7 @@ def active_parameters(architecture: Architecture) -> int:
     return architecture.num_layers * layer + hidden + tables * architecture.vocab_size * hidden
 
 
-def _check_supported(config: dict[str, Any], where: str) -> None:
+def _check_supported(config: Mapping[str, Any], where: str) -> None:
     def refuse(key: str, remedy: str) -> UserError:
         return bad_value(f"{where}: {key}", config[key], "is not supported", remedy)
 
@@ -142,53 +168,128 @@ def _check_supported(config: dict[str, Any], where: str) -> None:
         raise refuse("mlp_only_layers", "use a checkpoint whose layers are all mixtures of experts")
     if config.get("decoder_sparse_step", 1) != 1:
         raise refuse("decoder_sparse_step", "use a checkpoint with decoder_sparse_step 1")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise bad_value(
-            f"{where}: rope_scaling", scaling, "is not supported", "use the unscaled checkpoint"
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else None
+        raise UserError(
+            f"{where}: quantization_config states quantised weights"
+            f"{f' ({method})' if isinstance(method, str) else ''}, which are not read;"
+            " use the checkpoint in bfloat16 or float32"
         )
 
 
-def architecture_from_hf(config: dict[str, Any], where: str = "config.json") -> Architecture:
+def _rope_theta(config: Mapping[str, Any], where: str) -> float:
+    """The base of the rotary embedding, from where transformers takes it.
+
+    That is `rope_scaling`, the older name, if it holds anything, else `rope_parameters`; and
+    `rope_theta` beside them only where they name none.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    parameters = checked_keys(config.get(key, {}), ROPE_KEYS, f"{where}: {key}")
+    nested = any(isinstance(value, dict) for value in parameters.values())
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default" or nested:
+        problem = "differ from layer to layer" if nested else f"= {kind!r}: is not supported"
+        raise UserError(f"{where}: {key} {problem}; use the unscaled checkpoint")
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        raise KeyError("rope_theta")
+    return float(theta)
+
+
+def _num_experts(config: Mapping[str, Any], where: str) -> int:
+    """`num_experts`, which transformers 5 writes as `num_local_experts`."""
+    stated = [config[key] for key in ("num_experts", "num_local_experts") if key in config]
+    if not stated:
+        raise KeyError("num_experts")
+    if stated[0] != stated[-1]:
+        raise bad_value(
+            f"{where}: num_experts",
+            stated[0],
+            f"but the file also says num_local_experts = {stated[-1]}",
+            "leave one of them out",
+        )
+    experts: int = stated[0]
+    return experts
+
+
+def architecture_from_hf(
+    config: Mapping[str, Any],
+    where: str = "config.json",
+    generation_config: Mapping[str, Any] | None = None,
+) -> Architecture:
     """Read an architecture from a parsed `config.json`.
 
     Args:
-        config: The JSON object.
+        config: The JSON object; a null is taken for an absent key.
         where: Name of the file for error messages.
+        generation_config: The object of the `generation_config.json` beside it, if there is one.
 
     Raises:
-        UserError: A field is missing or asks for something that is not supported.
+        UserError: A field is missing, is of the wrong type or asks for something that is not
+            supported.
     """
+    config = checked_keys(config, CONFIG_KEYS, where)
     _check_supported(config, where)
-    rope = config.get("rope_parameters") or {}
     is_moe = config["model_type"] in MOE_MODEL_TYPES
-    if "num_local_experts" in config:  # how transformers 5 writes it
-        config = {"num_experts": config["num_local_experts"], **config}
+    value = {**DEFAULTS, **config}
     try:
-        num_attention_heads = config["num_attention_heads"]
-        return Architecture(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=num_attention_heads,
-            num_query_groups=config.get("num_key_value_heads", num_attention_heads),
-            kv_channels=config.get("head_dim") or config["hidden_size"] // num_attention_heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
-            layernorm_epsilon=config["rms_norm_eps"],
-            rotary_base=config["rope_theta"] if "rope_theta" in config else rope["rope_theta"],
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            initializer_range=config.get("initializer_range", 0.02),
+        heads = value["num_attention_heads"]
+        if is_moe:
+            experts = _num_experts(config, where)
+            config["num_experts"] = experts
+        architecture = Architecture(
+            num_layers=value["num_hidden_layers"],
+            hidden_size=value["hidden_size"],
+            ffn_hidden_size=value["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=value.get("num_key_value_heads", heads),
+            # Of the two families, Qwen3-MoE has no default of its own.
+            kv_channels=config.get("head_dim", value["hidden_size"] // heads)
+            if is_moe
+            else value["head_dim"],
+            vocab_size=value["vocab_size"],
+            max_position_embeddings=value["max_position_embeddings"],
+            layernorm_epsilon=float(value["rms_norm_eps"]),
+            rotary_base=_rope_theta(config, where),
+            tie_word_embeddings=value["tie_word_embeddings"],
+            initializer_range=float(value["initializer_range"]),
             hf_config=config,
-            num_moe_experts=config["num_experts"] if is_moe else None,
-            moe_router_topk=config["num_experts_per_tok"] if is_moe else None,
-            moe_ffn_hidden_size=config["moe_intermediate_size"] if is_moe else None,
-            norm_topk_prob=config.get("norm_topk_prob", False) if is_moe else True,
+            num_moe_experts=experts if is_moe else None,
+            moe_router_topk=value["num_experts_per_tok"] if is_moe else None,
+            moe_ffn_hidden_size=value["moe_intermediate_size"] if is_moe else None,
+            norm_topk_prob=value["norm_topk_prob"] if is_moe else True,
+            generation_config=dict(generation_config or {}),
+            file=where,
         )
     except KeyError as error:
         raise bad_value(
             where, error.args[0], "this key is missing", "use a complete Hugging Face config.json"
         ) from error
+    _check_sizes(architecture)
+    return architecture
+
+
+def _check_sizes(architecture: Architecture) -> None:
+    """Sizes that have to go together, whatever the weights are."""
+    a = architecture
+
+    def refuse(key: str, value: object, problem: str) -> UserError:
+        remedy = "use the config.json that belongs to the weights"
+        return bad_value(f"{a.file}: {key}", value, problem, remedy)
+
+    if a.num_attention_heads % a.num_query_groups:
+        problem = f"does not divide num_attention_heads {a.num_attention_heads}"
+        raise refuse("num_key_value_heads", a.num_query_groups, problem)
+    if a.kv_channels < 1 or a.kv_channels % 2:
+        raise refuse("head_dim", a.kv_channels, "is no even number of channels to rotate")
+    if a.moe_router_topk is not None and a.moe_router_topk > (a.num_moe_experts or 0):
+        problem = f"is more than the {a.num_moe_experts} experts"
+        raise refuse("num_experts_per_tok", a.moe_router_topk, problem)
+    layer_types = a.hf_config.get("layer_types")
+    if layer_types is not None and len(layer_types) != a.num_layers:
+        problem = f"are not num_hidden_layers {a.num_layers}"
+        raise refuse("layer_types", f"of {len(layer_types)} layers", problem)
 
 
 def read_architecture(path: str | Path, field: str = "--load") -> Architecture:
@@ -199,21 +300,29 @@ def read_architecture(path: str | Path, field: str = "--load") -> Architecture:
         field: What the user named the path with, for error messages.
 
     Raises:
-        UserError: There is no such file, it is no JSON object, or it is not supported.
+        UserError: There is no such file, it or the `generation_config.json` beside it is no JSON
+            object, or it is not supported.
     """
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
     if not file.is_file():
         raise bad_value(field, str(path), f"there is no {file}", "name a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise bad_value(
-            field, str(file), f"is not valid JSON (line {error.lineno})", "repair the file"
-        ) from error
-    if not isinstance(config, dict):
-        raise bad_value(
-            field, str(file), "is no JSON object", "use a complete Hugging Face config.json"
-        )
-    return architecture_from_hf(config, where=str(file))
+    config = read_json_object(file, field)
+    return architecture_from_hf(config, str(file), read_generation_config(file.parent, field))
+
+
+def read_generation_config(folder: Path, field: str = "--load") -> dict[str, Any]:
+    """The object of a folder's `generation_config.json` without its nulls; empty without a file.
+
+    Args:
+        folder: Of the model.
+        field: What the user named the folder with, for error messages.
+
+    Raises:
+        UserError: The file is no JSON object, or states something that is no token id.
+    """
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
+        return {}
+    return checked_keys(read_json_object(file, field), TOKEN_KEYS, str(file))

@@ -183,7 +183,7 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(architecture.rotary_base),
+        rotary_base=architecture.rotary_base,
     )
     model.num_tokens = architecture.vocab_size
     return model.to(platform.device())

@@ -18,8 +18,11 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.utils import unwrap_model
 
+from megatron_dlm.conversion.hf_checkpoint import is_finite
+from megatron_dlm.conversion.model_parameters import global_names
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.models.architecture import GENERATION_CONFIG
 from megatron_dlm.models.lora import (
     attach_adapters,
     can_have_adapters,
@@ -61,10 +64,17 @@ def is_rank_zero() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def write_hf_files(folder: Path, hf_config: dict[str, Any], tokenizer_folder: Path | None) -> None:
-    """Put config.json and the tokenizer's files into a folder."""
+def write_hf_files(
+    folder: Path,
+    hf_config: dict[str, Any],
+    generation_config: dict[str, Any] | None,
+    tokenizer_folder: Path | None,
+) -> None:
+    """Put config.json, generation_config.json and the tokenizer's files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    for name, values in (("config.json", hf_config), (GENERATION_CONFIG, generation_config)):
+        if values:
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     for name in TOKENIZER_FILES:
         if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, folder / name)
@@ -98,6 +108,7 @@ def save_checkpoint(
     *,
     hf_config: dict[str, Any],
     tokenizer_folder: Path | None,
+    generation_config: dict[str, Any] | None = None,
     progress: Progress | None = None,
     student: Student | None = None,
     run_config: dict[str, Any] | None = None,
@@ -110,6 +121,7 @@ def save_checkpoint(
         model: The model to save.
         hf_config: Its config.json.
         tokenizer_folder: Folder with the tokenizer's files to copy, or None.
+        generation_config: Its generation_config.json; none is written without one.
         progress: Of the run; iteration 0 without one.
         student: With it, optimizer and schedule are saved and the run can be resumed.
         run_config: The run's flat configuration.
@@ -131,7 +143,7 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(temporary))
     torch.distributed.barrier()
     if is_rank_zero():
-        write_hf_files(temporary / HF_FOLDER, hf_config, tokenizer_folder)
+        write_hf_files(temporary / HF_FOLDER, hf_config, generation_config, tokenizer_folder)
         replaced = final.with_name(final.name + ".old")
         if final.exists():
             final.rename(replaced)
@@ -185,6 +197,19 @@ def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
             )
 
 
+def _check_values(model: torch.nn.Module, checkpoint: Path, field: str) -> None:
+    """Check that all weights are finite numbers; all ranks call this."""
+    with errors_on_all_ranks():
+        for parameter, name in global_names(model).items():
+            if not is_finite(parameter.detach()):
+                raise bad_value(
+                    field,
+                    str(checkpoint),
+                    f"tensor {name} holds NaN or infinite values",
+                    "load an earlier checkpoint",
+                )
+
+
 def _load(state: dict[str, Any], checkpoint: Path, field: str) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
@@ -224,7 +249,8 @@ def load_weights(
             trained; left in place, or removed.
 
     Raises:
-        UserError: There is no checkpoint, or it does not fit the model.
+        UserError: There is no checkpoint, it does not fit the model, or its values are not all
+            finite.
     """
     checkpoint = find_checkpoint(path, field)
     run_config = saved_config(checkpoint, field)
@@ -239,6 +265,7 @@ def load_weights(
         merge_adapters(model)
     elif adapters == "remove":
         remove_adapters(model)
+    _check_values(model, checkpoint, field)
 
 
 def attach_adapters_of_run(
@@ -286,6 +313,7 @@ def load_training_state(path: str | Path, student: Student, field: str = "--load
             _check_shapes(state, checkpoint, field)
         loaded = _load(state, checkpoint, field)
         student.model.load_state_dict(loaded["model"])
+        _check_values(student.model, checkpoint, field)
         load_optimizer_state(student.optimizer, loaded["optimizer"], common["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])

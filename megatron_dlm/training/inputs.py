@@ -1,6 +1,6 @@
 """What a run reads before it builds a model: checked first, so that bad input costs seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import (
     SpecialTokens,
     differing_token,
+    eos_token_ids,
     has_tokenizer,
     load_tokenizer,
     resolve_special_tokens,
@@ -207,6 +208,14 @@ def _check_tokenizer(
     )
 
 
+def _with_ends_of(
+    teacher: Architecture, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens
+) -> SpecialTokens:
+    """What ends the teacher's responses ends those of the student, which learns to write them."""
+    theirs = eos_token_ids(tokenizer, teacher.hf_config, teacher.generation_config)
+    return replace(special_tokens, eos_token_ids=(*special_tokens.eos_token_ids, *theirs))
+
+
 def _response_store(
     config: Config,
     teacher: ModelSource,
@@ -225,6 +234,7 @@ def _response_store(
         teacher_weights=teacher_fingerprint,
         bf16=config.model.bf16,
         seed=config.data.seed,
+        eos_token_ids=sorted(special_tokens.eos_token_ids),
         max_response_length=rollout.max_response_length,
         temperature=rollout.temperature,
         top_k=rollout.top_k,
@@ -328,11 +338,17 @@ def read_inputs(config: Config) -> RunInputs:
         raise bad_value("--tokenizer", None, "no tokenizer to read", "name its folder")
     tokenizer = load_tokenizer(tokenizer_folder)
     special_tokens = resolve_special_tokens(
-        tokenizer, architecture.hf_config, str(tokenizer_folder)
+        tokenizer,
+        architecture.hf_config,
+        str(tokenizer_folder),
+        generation_config=architecture.generation_config,
+        config_file=architecture.file,
     )
     if teacher_source is not None:
         _check_tokenizer(tokenizer, tokenizer_folder, teacher_source)
+        special_tokens = _with_ends_of(teacher_source.architecture, tokenizer, special_tokens)
         teacher_fingerprint = teacher_source.fingerprint()
+    architecture = architecture.ending_at(special_tokens.eos_token_ids)
     data: PromptDataset | ExampleDataset | CorpusDataset
     response_store = held_out = None
     if config.response_source in ("data", "corpus"):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dlm.conversion.hf_tensors import HFTensors
+from megatron_dlm.conversion.weight_sizes import check_hf_sizes, check_megatron_sizes
 from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
@@ -93,14 +95,15 @@ class ModelSource:
 
 
 def open_model_source(path: str, field: str) -> ModelSource:
-    """Find out what a folder holds, reading no weights.
+    """Find out what a folder holds, reading no weights but their shapes.
 
     Args:
         path: A Hugging Face folder, a Megatron run folder or one of its iteration folders.
         field: The flag it was named with, for error messages.
 
     Raises:
-        UserError: There is no such folder, it holds neither kind, or its config.json is unusable.
+        UserError: There is no such folder, it holds neither kind, its config.json is unusable or
+            does not belong to its weights, or these are quantised.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -114,6 +117,29 @@ def open_model_source(path: str, field: str) -> ModelSource:
                 "holds config.json but no *.safetensors",
                 "name a complete model folder",
             )
-        return ModelSource(folder, field, folder, False, read_architecture(folder, field))
-    hf_folder = find_checkpoint(folder, field) / HF_FOLDER
-    return ModelSource(folder, field, hf_folder, True, read_architecture(hf_folder, field))
+        architecture = read_architecture(folder, field)
+        check_hf_sizes(architecture, HFTensors(folder, field).shapes(), path)
+        return ModelSource(folder, field, folder, False, architecture)
+    checkpoint = find_checkpoint(folder, field)
+    hf_folder = checkpoint / HF_FOLDER
+    architecture = read_architecture(hf_folder, field)
+    check_megatron_sizes(architecture, _megatron_shapes(checkpoint, field), str(checkpoint))
+    return ModelSource(folder, field, hf_folder, True, architecture)
+
+
+def _megatron_shapes(checkpoint: Path, field: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a distributed checkpoint's tensors, of all layers together."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    try:
+        metadata = FileSystemReader(str(checkpoint)).read_metadata()
+    except Exception as error:  # It is a pickle: a damaged one may raise anything.
+        raise bad_value(
+            field, str(checkpoint), "is damaged or incomplete", "load another checkpoint"
+        ) from error
+    return {
+        name: tuple(stored.size)
+        for name, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }

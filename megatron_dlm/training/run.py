@@ -97,6 +97,7 @@ class Run:
                 folder,
                 self.student.model,
                 hf_config=self.inputs.hf_config(self.config),
+                generation_config=self.inputs.architecture.generation_config,
                 tokenizer_folder=self.inputs.tokenizer_folder,
                 progress=self.progress,
                 student=self.student,

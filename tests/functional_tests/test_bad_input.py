@@ -243,6 +243,7 @@ class TestCheckpoint:
 
     def test_no_eos(self, call: Call, script: Path, files: Path, tmp_path: Path) -> None:
         model = changed_model(files / "dense", tmp_path / "model", eos_token_id=None)
+        (model / "generation_config.json").unlink()
         file = model / "tokenizer_config.json"
         config = json.loads(file.read_text())
         file.write_text(json.dumps(config | {"eos_token": None}))
@@ -279,16 +280,16 @@ def misfit(megatron: Path, folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        ({"tie_word_embeddings": False}, "has no tensor output_layer.weight"),
-        ({"intermediate_size": 96}, "the model needs"),
-        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "the model needs"),
+        ({"tie_word_embeddings": False}, "has no output_layer.weight"),
+        ({"intermediate_size": 96}, "mlp.linear_fc2.weight"),
+        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "has shape [2, "),
     ],
 )
 def test_megatron_checkpoint_that_does_not_fit(
     files: Path, call: Call, megatron: Path, tmp_path: Path, config: dict[str, Any], problem: str
 ) -> None:
     load = misfit(megatron, tmp_path / "run", **config)
-    place = f"--load = '{load / 'iter_0000000'}'"
+    place = f"{load / 'iter_0000000' / 'hf' / 'config.json'}: {next(iter(config))} = "
     call(PRETRAIN, *options(files, load=load)).check_error(place, problem)
     generate = ("--load", load, "--prompt", "x", "--max-response-length", 8, "--device", "cpu")
     call(GENERATE, *generate).check_error(place, problem)
@@ -307,7 +308,7 @@ def test_megatron_folder_in_pieces(files: Path, call: Call, megatron: Path, tmp_
 
 
 def test_teacher_with_another_vocabulary(files: Path, call: Call, tmp_path: Path) -> None:
-    teacher = changed_model(files / "dense", tmp_path / "teacher", vocab_size=600)
+    teacher = save_random_model(tmp_path / "teacher", vocab_size=600)
     call(PRETRAIN, *options(files, teacher_load=teacher)).check_error(
         f"--teacher-load = '{teacher}'", "600", "512", "choose a teacher"
     )

@@ -13,7 +13,11 @@ from megatron_dlm.conversion.formats.diffusion_files import (
     write_remote_code,
     write_tokenizer,
 )
-from megatron_dlm.conversion.formats.qwen3 import qwen3_config, write_json
+from megatron_dlm.conversion.formats.qwen3 import (
+    qwen3_config,
+    write_generation_config,
+    write_json,
+)
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.errors import bad_value
 
@@ -108,4 +112,5 @@ def _write(request: ExportRequest, folder: Path, identity: dict[str, object]) ->
     if request.block_size is not None:
         config["block_size"] = request.block_size
     write_json(folder / "config.json", config)
+    write_generation_config(request, folder)
     write_tokenizer(request, folder)

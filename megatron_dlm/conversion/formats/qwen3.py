@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.tokenizer_files import copy_tokenizer
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import GENERATION_CONFIG, Architecture
 
 # Fields that are handed on as the source has them, if it has them.
 _PASSED_ON = (
@@ -66,6 +66,12 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def write_generation_config(request: ExportRequest, folder: Path) -> None:
+    """Write the source's generation_config.json, if it has one."""
+    if request.architecture.generation_config:
+        write_json(folder / GENERATION_CONFIG, request.architecture.generation_config)
+
+
 def write_qwen3(request: ExportRequest, folder: Path) -> None:
     """Write everything but the weights.
 
@@ -78,5 +84,6 @@ def write_qwen3(request: ExportRequest, folder: Path) -> None:
         "model_type": "qwen3_moe" if is_moe else "qwen3",
     }
     write_json(folder / "config.json", config)
+    write_generation_config(request, folder)
     if request.tokenizer_folder is not None:
         copy_tokenizer(request.tokenizer_folder, folder)

@@ -13,7 +13,11 @@ from megatron_dlm.conversion.formats.diffusion_files import (
     write_remote_code,
     write_tokenizer,
 )
-from megatron_dlm.conversion.formats.qwen3 import qwen3_config, write_json
+from megatron_dlm.conversion.formats.qwen3 import (
+    qwen3_config,
+    write_generation_config,
+    write_json,
+)
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.errors import bad_value
 
@@ -42,6 +46,7 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
         "model_type": module,
     }
     write_json(folder / "config.json", config)
+    write_generation_config(request, folder)
     write_remote_code(f"configuration_{module}", f"modeling_{module}", folder)
     (folder / SGLANG_CONFIG_FILE).write_text(
         "# SGLang: --dllm-algorithm LowConfidence --dllm-algorithm-config "

@@ -18,6 +18,7 @@ HEADER = ResponseHeader(
     teacher_weights="d" * 64,
     bf16=False,
     seed=1,
+    eos_token_ids=[510],
     max_response_length=16,
     temperature=1.0,
     top_k=0,

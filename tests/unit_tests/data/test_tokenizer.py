@@ -48,16 +48,63 @@ def test_mask_by_name_without_declaration() -> None:
     assert resolve_special_tokens(tokenizer, {"vocab_size": 20}, "x").mask_token_id == 13
 
 
-def test_config_wins() -> None:
-    config = {"vocab_size": 20, "eos_token_id": 3, "mask_token_id": 17}
+def test_mask_that_only_the_config_knows() -> None:
+    config = {"vocab_size": 20, "mask_token_id": 17, "pad_token_id": 3}
     tokens = resolve_special_tokens(stock_tokenizer(**QWEN), config, "x")
-    assert tokens == SpecialTokens(eos_token_id=3, pad_token_id=10, mask_token_id=17, vocab_size=20)
+    assert tokens == SpecialTokens(
+        eos_token_id=12, pad_token_id=10, mask_token_id=17, vocab_size=20
+    )
 
 
-@pytest.mark.parametrize(("configured", "expected"), [([10, 12], 12), ([10, 3], 10), ([], 12)])
-def test_list_of_eos_ids(configured: list[int], expected: int) -> None:
-    config = {"vocab_size": 20, "eos_token_id": configured}
-    assert resolve_special_tokens(stock_tokenizer(**QWEN), config, "x").eos_token_id == expected
+@pytest.mark.parametrize(
+    ("configured", "generated", "expected"),
+    [
+        (None, None, (12,)),
+        ([], [], (12,)),
+        (12, None, (12,)),
+        (10, [12, 10], (12, 10)),  # SDAR-4B-Chat and Qwen3
+        (10, 12, (12, 10)),
+        (10, None, (12, 10)),
+        ([10, 3], None, (12, 10, 3)),
+        (3, None, (12, 3)),
+        (3, [12, 10], (12, 10)),  # generation_config.json overrides an ordinary token
+        (None, [3, 4], (12, 3, 4)),
+    ],
+)
+def test_every_listed_id_ends_a_response(
+    configured: object, generated: object, expected: tuple[int, ...]
+) -> None:
+    tokens = resolve_special_tokens(
+        stock_tokenizer(**QWEN),
+        {"vocab_size": 20, "eos_token_id": configured},
+        "x",
+        generation_config={"eos_token_id": generated},
+    )
+    assert tokens.eos_token_id == 12  # what the chat template writes
+    assert tokens.eos_token_ids == expected
+
+
+def test_eos_of_the_files_where_the_tokenizer_has_none() -> None:
+    config = {"vocab_size": 20, "eos_token_id": 10}
+    tokenizer = stock_tokenizer(pad_token="<|endoftext|>")
+    tokens = resolve_special_tokens(
+        tokenizer, config, "x", generation_config={"eos_token_id": [12, 10]}
+    )
+    assert (tokens.eos_token_id, tokens.eos_token_ids) == (12, (12, 10))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_mask_of_config_and_tokenizer_differ(declared: bool) -> None:
+    tokenizer = stock_tokenizer(**QWEN)
+    tokenizer.add_tokens(["<|MASK|>"])
+    if declared:
+        tokenizer.mask_token = "<|MASK|>"
+    config = {"vocab_size": 20, "mask_token_id": 17}
+    with pytest.raises(UserError) as error:
+        resolve_special_tokens(tokenizer, config, "the/folder", config_file="a/config.json")
+    message = str(error.value)
+    assert message.startswith("a/config.json: mask_token_id = 17: ")
+    assert "the tokenizer in the/folder has '<|MASK|>' as 13" in message
 
 
 def test_pad_falls_back_to_eos() -> None:
@@ -70,8 +117,7 @@ def test_pad_falls_back_to_eos() -> None:
     [
         ({}, {"vocab_size": 20}, "eos_token_id = None", "set eos_token"),
         (QWEN, {"vocab_size": 13}, "mask_token_id = None", "no free id below vocab_size 13"),
-        (QWEN, {"vocab_size": 20, "eos_token_id": 20}, "eos_token_id = 20", "outside"),
-        (QWEN, {"vocab_size": 20, "mask_token_id": 25}, "mask_token_id = 25", "outside"),
+        (QWEN, {"vocab_size": 12, "mask_token_id": 11}, "eos_token_id = 12", "outside"),
         (QWEN, {"vocab_size": 20, "mask_token_id": 12}, "mask_token_id = 12", "also the EOS"),
         (QWEN, {"vocab_size": 20, "mask_token_id": 10}, "mask_token_id = 10", "also the padding"),
     ],
@@ -86,6 +132,23 @@ def test_refused(
     assert words in message
     assert "the/folder" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id", "bos_token_id", "mask_token_id"])
+@pytest.mark.parametrize("value", [20, 2**63, -1, "12", 1.0, True, [1, [2]]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_ids_that_are_none(key: str, value: object, name: str) -> None:
+    values = {key: value}
+    config = {"vocab_size": 20, **(values if name == "config.json" else {})}
+    with pytest.raises(UserError) as error:
+        resolve_special_tokens(
+            stock_tokenizer(**QWEN),
+            config,
+            "the/folder",
+            generation_config=values if name != "config.json" else {},
+            config_file="a/config.json",
+        )
+    assert str(error.value).startswith(f"a/{name}: {key} = ")
 
 
 def test_load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""The sizes of a config.json against the shapes of the weights, before a model is built.
+
+Shapes are in the files' headers, so this reads no weights and needs no PyTorch. A size that no
+tensor has is the fault of config.json. One that some tensors have and others have not is left to
+the comparison of all shapes, which names the tensor.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.models.architecture import Architecture
+
+Shape = tuple[int, ...]
+
+_REMEDY = "use a config.json and weights that belong together"
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """Where the weights show a size.
+
+    Attributes:
+        key: Of config.json.
+        tensors: Regular expression of the names of the tensors that have it.
+        dimension: Which of theirs.
+        expected: What it is by config.json.
+    """
+
+    key: str
+    tensors: str
+    dimension: int
+    expected: Callable[[Architecture], int | None]
+
+
+_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_ATTENTION = r"model\.layers\.\d+\.self_attn\."
+_MLP = r"model\.layers\.\d+\.mlp\."
+
+HF_SIZES = (
+    SizeRow("vocab_size", r"model\.embed_tokens\.weight", 0, lambda a: a.vocab_size),
+    SizeRow("hidden_size", r"model\.(embed_tokens|norm)\.weight", -1, lambda a: a.hidden_size),
+    SizeRow("head_dim", rf"{_ATTENTION}[qk]_norm\.weight", 0, lambda a: a.kv_channels),
+    SizeRow(
+        "num_attention_heads",
+        rf"{_ATTENTION}q_proj\.weight",
+        0,
+        lambda a: a.num_attention_heads * a.kv_channels,
+    ),
+    SizeRow(
+        "num_key_value_heads",
+        rf"{_ATTENTION}[kv]_proj\.weight",
+        0,
+        lambda a: a.num_query_groups * a.kv_channels,
+    ),
+)
+"""Rows of Hugging Face checkpoints."""
+
+HF_DENSE_SIZES = (
+    SizeRow("intermediate_size", rf"{_MLP}(gate|up)_proj\.weight", 0, lambda a: a.ffn_hidden_size),
+)
+
+HF_MOE_SIZES = (
+    SizeRow("num_experts", rf"{_MLP}gate\.weight", 0, lambda a: a.num_moe_experts),
+    SizeRow(
+        "moe_intermediate_size",
+        rf"{_MLP}experts\.\d+\.(gate|up)_proj\.weight",
+        0,
+        lambda a: a.moe_ffn_hidden_size,
+    ),
+)
+
+_DECODER = r"decoder\.layers\."
+
+# The first dimension of these tensors is the layer, the second one of experts the expert.
+MEGATRON_SIZES = (
+    SizeRow(
+        "num_hidden_layers",
+        rf"{_DECODER}self_attention\.linear_proj\.weight",
+        0,
+        lambda a: a.num_layers,
+    ),
+    SizeRow("hidden_size", r"decoder\.final_layernorm\.weight", 0, lambda a: a.hidden_size),
+    SizeRow(
+        "head_dim", rf"{_DECODER}self_attention\.[qk]_layernorm\.weight", 1, lambda a: a.kv_channels
+    ),
+    SizeRow(
+        "num_attention_heads",
+        rf"{_DECODER}self_attention\.linear_proj\.weight",
+        2,
+        lambda a: a.num_attention_heads * a.kv_channels,
+    ),
+    SizeRow(
+        "num_key_value_heads",
+        rf"{_DECODER}self_attention\.linear_qkv\.weight",
+        1,
+        lambda a: (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels,
+    ),
+)
+"""Rows of Megatron checkpoints, whose vocabulary is padded."""
+
+MEGATRON_DENSE_SIZES = (
+    SizeRow(
+        "intermediate_size", rf"{_DECODER}mlp\.linear_fc2\.weight", 2, lambda a: a.ffn_hidden_size
+    ),
+)
+
+MEGATRON_MOE_SIZES = (
+    SizeRow("num_experts", rf"{_DECODER}mlp\.router\.weight", 1, lambda a: a.num_moe_experts),
+    SizeRow(
+        "moe_intermediate_size",
+        rf"{_DECODER}mlp\.experts\.experts\.linear_fc2\.weight",
+        3,
+        lambda a: a.moe_ffn_hidden_size,
+    ),
+)
+
+
+def check_hf_sizes(architecture: Architecture, shapes: Mapping[str, Shape], weights: str) -> None:
+    """Compare config.json with the tensors of a Hugging Face checkpoint.
+
+    Args:
+        architecture: Read from config.json.
+        shapes: Of all tensors.
+        weights: Where they are, for error messages.
+
+    Raises:
+        UserError: A size is not that of the weights, or there is no head of its own though there
+            should be.
+    """
+    layers = {int(found[1]) for name in shapes if (found := _HF_LAYER.match(name))}
+    if layers and max(layers) + 1 != architecture.num_layers:
+        problem = f"but the weights in {weights} have {max(layers) + 1} layers"
+        raise _refuse(architecture, "num_hidden_layers", problem)
+    _check_kind(architecture, any(".mlp.experts." in name for name in shapes), weights)
+    by_kind = HF_MOE_SIZES if architecture.is_moe else HF_DENSE_SIZES
+    _check(architecture, shapes, weights, (*HF_SIZES, *by_kind))
+    if not architecture.tie_word_embeddings and "lm_head.weight" not in shapes:
+        problem = f"but {weights} has no lm_head.weight"
+        raise _refuse(architecture, "tie_word_embeddings", problem)
+
+
+def check_megatron_sizes(
+    architecture: Architecture, shapes: Mapping[str, Shape], weights: str
+) -> None:
+    """Compare config.json with the tensors of a Megatron checkpoint; see `check_hf_sizes`."""
+    _check_kind(architecture, any(".mlp.experts." in name for name in shapes), weights)
+    by_kind = MEGATRON_MOE_SIZES if architecture.is_moe else MEGATRON_DENSE_SIZES
+    _check(architecture, shapes, weights, (*MEGATRON_SIZES, *by_kind))
+    if architecture.tie_word_embeddings == ("output_layer.weight" in shapes):
+        has = "has" if architecture.tie_word_embeddings else "has no"
+        problem = f"but {weights} {has} output_layer.weight"
+        raise _refuse(architecture, "tie_word_embeddings", problem)
+    rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
+    if architecture.vocab_size > rows:
+        problem = f"but the embeddings in {weights} have {rows} rows"
+        raise _refuse(architecture, "vocab_size", problem)
+
+
+def _check_kind(architecture: Architecture, has_experts: bool, weights: str) -> None:
+    if architecture.is_moe != has_experts:
+        problem = f"but {weights} holds {'experts' if has_experts else 'no experts'}"
+        raise _refuse(architecture, "model_type", problem)
+
+
+def _check(
+    architecture: Architecture,
+    shapes: Mapping[str, Shape],
+    weights: str,
+    rows: tuple[SizeRow, ...],
+) -> None:
+    for row in rows:
+        pattern = re.compile(row.tensors)
+        tensors = [name for name in shapes if pattern.fullmatch(name)]
+        expected = row.expected(architecture)
+        if tensors and all(_dimension(shapes[name], row.dimension) != expected for name in tensors):
+            problem = f"but {tensors[0]} in {weights} has shape {list(shapes[tensors[0]])}"
+            raise _refuse(architecture, row.key, problem)
+
+
+def _dimension(shape: Shape, dimension: int) -> int | None:
+    return shape[dimension] if len(shape) > dimension and shape else None
+
+
+def _refuse(architecture: Architecture, key: str, problem: str) -> UserError:
+    stated = architecture.hf_config.get(key)
+    return bad_value(f"{architecture.file}: {key}", stated, problem, _REMEDY)

@@ -1,0 +1,157 @@
+"""What the values of a Hugging Face `config.json` have to be: one table of keys.
+
+A null means that the key is absent. Keys that are not in the table are kept and not looked at.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class KeyType:
+    """What a value has to be.
+
+    Attributes:
+        name: In words, for messages: "is not <name>".
+        fits: Whether a value is one.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+def _whole(least: int, most: int) -> KeyType:
+    # `type`, not `isinstance`: true and false are integers to Python.
+    return KeyType(
+        f"a whole number from {least} to {most}",
+        lambda value: type(value) is int and least <= value <= most,
+    )
+
+
+def _number(name: str, fits: Callable[[float], bool]) -> KeyType:
+    return KeyType(name, lambda value: _is_finite(value) and fits(value))
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond all floating point numbers
+        return False
+
+
+def _is_token_id(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_BOOLEAN = KeyType("true or false", lambda value: isinstance(value, bool))
+_TEXT = KeyType("a string", lambda value: isinstance(value, str))
+_OBJECT = KeyType("an object", lambda value: isinstance(value, dict))
+_TOKEN_ID = KeyType("a token id", _is_token_id)
+_TOKEN_IDS = KeyType(
+    "a token id or a list of them",
+    lambda value: all(map(_is_token_id, value if isinstance(value, list) else [value])),
+)
+_LAYERS = KeyType(
+    "a list of layer numbers",
+    lambda value: isinstance(value, list) and all(map(_is_token_id, value)),
+)
+_LAYER_TYPES = KeyType(
+    'a list of "full_attention", the only supported type',
+    lambda value: isinstance(value, list) and all(kind == "full_attention" for kind in value),
+)
+_POSITIVE = _number("a number above 0", lambda value: value > 0)
+_SMALL = _number("a number above 0 and below 1", lambda value: 0 < value < 1)
+_NOT_NEGATIVE = _number("a number of 0 or more", lambda value: value >= 0)
+
+# Far above any published model; a product of two sizes stays a count that memory can name.
+_SIZE = _whole(1, 2**24)
+_COUNT = _whole(1, 2**13)
+
+TOKEN_KEYS: dict[str, KeyType] = {
+    "bos_token_id": _TOKEN_ID,
+    "eos_token_id": _TOKEN_IDS,
+    "pad_token_id": _TOKEN_ID,
+    "mask_token_id": _TOKEN_ID,
+}
+"""Keys of config.json and of generation_config.json."""
+
+CONFIG_KEYS: dict[str, KeyType] = {
+    "model_type": _TEXT,
+    "num_hidden_layers": _COUNT,
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_attention_heads": _COUNT,
+    "num_key_value_heads": _COUNT,
+    "head_dim": _COUNT,
+    "vocab_size": _SIZE,
+    "max_position_embeddings": _whole(1, 2**31),
+    "rms_norm_eps": _SMALL,
+    "rope_theta": _POSITIVE,
+    "rope_parameters": _OBJECT,
+    "rope_scaling": _OBJECT,
+    "initializer_range": _NOT_NEGATIVE,
+    "tie_word_embeddings": _BOOLEAN,
+    "attention_bias": _BOOLEAN,
+    "use_sliding_window": _BOOLEAN,
+    "layer_types": _LAYER_TYPES,
+    "hidden_act": _TEXT,
+    "num_experts": _COUNT,
+    "num_local_experts": _COUNT,
+    "num_experts_per_tok": _COUNT,
+    "moe_intermediate_size": _SIZE,
+    "norm_topk_prob": _BOOLEAN,
+    "decoder_sparse_step": _whole(1, 2**13),
+    "mlp_only_layers": _LAYERS,
+    "router_aux_loss_coef": _NOT_NEGATIVE,
+    "block_size": _whole(1, 2**24),
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
+    **TOKEN_KEYS,
+}
+"""Keys of config.json."""
+
+ROPE_KEYS: dict[str, KeyType] = {
+    "rope_theta": _POSITIVE,
+    "rope_type": _TEXT,
+    "type": _TEXT,
+}
+"""Keys of `rope_parameters` and `rope_scaling`."""
+
+DEFAULTS: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "norm_topk_prob": False,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+}
+"""What transformers takes for keys that are absent, of those that may be."""
+
+
+def checked_keys(
+    values: Mapping[str, Any], keys: Mapping[str, KeyType], where: str
+) -> dict[str, Any]:
+    """The values of a JSON object without its nulls.
+
+    Args:
+        values: The object.
+        keys: What is known of its keys.
+        where: The file, for error messages; with the key of an inner object.
+
+    Raises:
+        UserError: A value is not what its key needs.
+    """
+    values = {key: value for key, value in values.items() if value is not None}
+    for key, expected in keys.items():
+        if key in values and not expected.fits(values[key]):
+            # `reprlib`: whatever the value is, the message is short.
+            raise UserError(
+                f"{where}: {key} = {reprlib.repr(values[key])}: is not {expected.name};"
+                " repair the file, or leave the key out where it may be"
+            )
+    return values
