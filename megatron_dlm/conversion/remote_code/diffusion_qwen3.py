@@ -90,7 +90,7 @@ class DiffusionQwen3Model(DiffusionQwen3PreTrainedModel):
         for layer in self.layers:
             x = layer(x, mask, cos, sin, past_key_values)
         if past_key_values is not None and not store_kv:
-            past_key_values.crop(past)
+            past_key_values.crop(-input_ids.shape[1])
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )

@@ -1,4 +1,4 @@
-"""`generate` of exported models: what transformers' callers pass, in batches, against brute force.
+"""Decoding of exported models in batches, against brute force and against each prompt alone.
 
 The reference decodes one prompt by forwards of whole sequences, with attention masks made here.
 """
@@ -6,92 +6,24 @@ The reference decodes one prompt by forwards of whole sequences, with attention 
 import pytest
 import torch
 
-from megatron_dlm.conversion.remote_code.configuration_a2d_qwen3 import A2DQwen3Config
-from megatron_dlm.conversion.remote_code.configuration_rnd import RND1Config
-from megatron_dlm.conversion.remote_code.configuration_sdar import SDARConfig
-from megatron_dlm.conversion.remote_code.configuration_sdar_moe import SDARMoeConfig
-from megatron_dlm.conversion.remote_code.modeling_a2d_qwen3 import A2DQwen3LMHeadModel
-from megatron_dlm.conversion.remote_code.modeling_rnd import RND1LM
-from megatron_dlm.conversion.remote_code.modeling_sdar import SDARForCausalLM
-from megatron_dlm.conversion.remote_code.modeling_sdar_moe import SDARMoeForCausalLM
+from tests.unit_tests.conversion.diffusion_models import (
+    MASK,
+    MODELS,
+    batch_responses,
+    padded,
+    random_diffusion_model,
+    random_prompt,
+)
 
-VOCAB_SIZE, MASK, PAD = 60, 59, 0
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "mask_token_id": MASK,
-    "eos_token_id": 7,
-    "pad_token_id": PAD,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MODELS = {
-    "sdar": lambda: SDARForCausalLM(SDARConfig(**SIZES)),
-    "sdar_moe": lambda: SDARMoeForCausalLM(SDARMoeConfig(**SIZES, **EXPERTS)),
-    "a2d-qwen3": lambda: A2DQwen3LMHeadModel(A2DQwen3Config(**SIZES)),
-    "a2d-qwen3 by blocks": lambda: A2DQwen3LMHeadModel(
-        A2DQwen3Config(**SIZES, attention_pattern="block_causal", block_size=4)
-    ),
-    "rnd1": lambda: RND1LM(RND1Config(**SIZES, **EXPERTS)),
-}
 MAX_NEW_TOKENS = 11
-
-
-def make_model(name):
-    torch.manual_seed(1)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+PROMPTS = [random_prompt(length) for length in (5, 1, 12, 4, 7)]
+# Many, so that some of the short responses of random models end early.
+ENDS = range(7, MASK, 5)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    return make_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def sdar():
-    return make_model("sdar")
-
-
-def prompt(length, seed=0):
-    generator = torch.Generator().manual_seed(100 * seed + length)
-    return torch.randint(8, VOCAB_SIZE - 1, (length,), generator=generator)
-
-
-PROMPTS = [prompt(length) for length in (5, 1, 12, 4, 7)]
-
-
-def left_padded(prompts):
-    width = max(map(len, prompts))
-    rows = torch.full((len(prompts), width), PAD)
-    mask = torch.zeros_like(rows)
-    for row, tokens in enumerate(prompts):
-        rows[row, width - len(tokens) :] = tokens
-        mask[row, width - len(tokens) :] = 1
-    return rows, mask
-
-
-def responses(model, prompts, eos=(7,), **settings):
-    """Responses to a padded batch, without what is behind their EOS."""
-    rows, mask = left_padded(prompts)
-    output = model.generate(
-        rows, attention_mask=mask, eos_token_id=list(eos), pad_token_id=PAD, **settings
-    )
-    assert torch.equal(output[:, : rows.shape[1]], rows)
-    found = []
-    for response in output[:, rows.shape[1] :].tolist():
-        ends = [i + 1 for i, token in enumerate(response) if token in eos]
-        length = ends[0] if ends else len(response)
-        assert set(response[length:]) <= {PAD}
-        found.append(response[:length])
-    return found
+    return random_diffusion_model(request.param)
 
 
 @torch.no_grad()
@@ -151,10 +83,8 @@ def test_padded_batches_decode_as_brute_force_does_each_prompt(
 ):
     if block_size is None and model.config.attention_pattern != "full":
         block_size = 5
-    eos = range(7, MASK, 5)
-
     expected = [
-        brute_force(model, tokens, eos, strategy=strategy, block_size=block_size, **options)
+        brute_force(model, tokens, ENDS, strategy=strategy, block_size=block_size, **options)
         for tokens in PROMPTS
     ]
     assert len({len(response) for response in expected}) > 1
@@ -165,6 +95,70 @@ def test_padded_batches_decode_as_brute_force_does_each_prompt(
         "denoising_steps": options.get("steps"),
         "max_new_tokens": MAX_NEW_TOKENS,
     }
-    assert responses(model, PROMPTS, eos, **settings) == expected
-    assert responses(model, PROMPTS, eos, **settings, use_cache=False) == expected
-    assert responses(model, PROMPTS[:1], eos, **settings) == expected[:1]
+    assert batch_responses(model, PROMPTS, ENDS, **settings) == expected
+    assert batch_responses(model, PROMPTS, ENDS, **settings, use_cache=False) == expected
+    assert batch_responses(model, PROMPTS, ENDS, "right", **settings) == expected
+
+
+def test_samples_do_not_depend_on_the_batch(model):
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": True, "temperature": 1.5, "top_k": 0}
+
+    def sampled(prompts, seed, **more):
+        torch.manual_seed(seed)
+        return batch_responses(model, prompts, ENDS, **settings, **more)
+
+    alone = [sampled([tokens], seed=3)[0] for tokens in PROMPTS]
+    assert len({len(response) for response in alone}) > 1
+    assert sampled(PROMPTS, seed=3) == alone
+    assert sampled(PROMPTS[::-1], seed=3) == alone[::-1]
+    assert sampled(PROMPTS, seed=4) != alone
+    # A generator of the caller's own, and transformers' default filter.
+    seeded = [torch.Generator().manual_seed(5) for _ in range(2)]
+    filtered = [sampled(PROMPTS, seed, generator=g) for seed, g in enumerate(seeded)]
+    assert filtered[0] == filtered[1]
+    # Equal prompts draw anew, as the returned sequences of one do.
+    copies = sampled([PROMPTS[2]], seed=3, num_return_sequences=4)
+    assert len({tuple(response) for response in copies}) == 4
+    assert copies[0] == alone[2]
+    assert sampled([PROMPTS[2], PROMPTS[0], *[PROMPTS[2]] * 3], seed=3) == [
+        copies[0],
+        alone[0],
+        *copies[1:],
+    ]
+
+
+def test_a_batch_costs_the_forwards_of_its_longest_row(model, monkeypatch):
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "dynamic_threshold": 0.2}
+    rows, network = [], model.model.forward
+
+    def counted(token_ids, **arguments):
+        rows.append(len(token_ids))
+        return network(token_ids, **arguments)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    forwards = []
+    for tokens in PROMPTS:
+        rows.clear()
+        batch_responses(model, [tokens], ENDS, **settings)
+        forwards.append(len(rows))
+    rows.clear()
+    batch_responses(model, PROMPTS, ENDS, **settings)
+    assert len(rows) == max(forwards)
+    # Rows that have ended are not computed any more.
+    assert sum(rows) == sum(forwards)
+    assert max(rows) == len(PROMPTS)
+
+
+def test_keys_of_finished_blocks_are_not_computed_again(monkeypatch):
+    model = random_diffusion_model("sdar")
+    widths, network = [], model.model.forward
+
+    def counted(token_ids, **arguments):
+        widths.append(token_ids.shape[1])
+        return network(token_ids, **arguments)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    rows, _ = padded([random_prompt(40)])
+    model.generate(rows, max_new_tokens=12, remasking_strategy="low_confidence_static")
+    # The prompt with the first block; then a block, with the one before it where it is clean.
+    assert widths == [44, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]
