@@ -27,6 +27,7 @@ RemaskingStrategy = Literal[
     "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"
 ]
 FractionSchedule = Literal["constant", "linear", "cosine"]
+TrainOn = Literal["last", "all"]
 MaskEmbeddingInit = Literal["keep", "mean"]
 TrainedAttention = Literal["full", "causal"]
 LossWeighting = Literal["inverse_t", "none"]
@@ -157,6 +158,10 @@ class DataConfig:
     """JSONL of prompts with answers for data-set objectives: `prompt` and `response`, or `messages`
     that end with the assistant's."""
 
+    train_on: TrainOn = "last"
+    """Which of the assistant's turns in `messages` are trained on: the last one of a chat, or all,
+    each of them an example of its own with all that is before it as the prompt."""
+
     data_path: str | None = None
     """Pretraining corpus: prefix of the .bin and .idx file that tools/preprocess_data.py wrote
     (Megatron's indexed dataset)."""
@@ -181,7 +186,8 @@ class DataConfig:
     """Visit the data in a new random order every epoch instead of the file's order."""
 
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag."""
+    """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag. Those
+    of a record (`chat_template_kwargs`) win."""
 
 
 @dataclass(frozen=True)

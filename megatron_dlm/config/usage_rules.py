@@ -81,7 +81,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
     )
     rows: tuple[tuple[bool, tuple[str, ...]], ...] = (
         (source in ("rollout", "teacher"), ("prompts",)),
-        (source == "data", ("train_data",)),
+        (source == "data", ("train_data", "train_on")),
         (corpus, ("data_path", "seq_length")),
         (not corpus, ("max_prompt_length", "max_response_length", "chat_template_kwargs")),
         (not corpus and not itself, ("supervise_eos",)),

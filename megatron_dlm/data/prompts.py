@@ -12,20 +12,29 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
-import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.data.records import Message, RecordFile, example_source, open_prompt_source
-from megatron_dlm.data.tokenizer import SpecialTokens, check_token_ids, require_chat_template
+from megatron_dlm.config.groups import TrainOn
+from megatron_dlm.data.chat_template import ChatTemplate, check_one_block
+from megatron_dlm.data.records import (
+    ExampleSource,
+    PromptSource,
+    RecordFile,
+    example_sources,
+    open_prompt_source,
+)
+from megatron_dlm.data.tokenizer import SpecialTokens, check_token_ids
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 
-_CHUNK = 1024  # Records tokenised at once: bounds the memory for their text.
+T = TypeVar("T")
+
+_CHUNK = 1024  # Texts tokenised at once: bounds the memory for them.
 
 
 class TokenTable:
@@ -112,15 +121,25 @@ class ExampleDataset(Sequence[Trajectory]):
         prompts: TokenTable,
         responses: TokenTable,
         special_tokens: SpecialTokens,
+        records: Sequence[int] | None = None,
     ) -> None:
-        """Combine N records with their N prompts and N responses; one without EOS was cut."""
+        """Combine N prompts with their N responses; one without EOS was cut.
+
+        Args:
+            file: What they were read from.
+            prompts: N token sequences.
+            responses: N token sequences.
+            special_tokens: Which tokens end a response.
+            records: Index of the record of each; None if each record is one example.
+        """
         self.file = file
         self._prompts = prompts
         self._responses = responses
         self._eos_token_ids = special_tokens.eos_token_ids
+        self._records = range(len(file)) if records is None else records
 
     def __len__(self) -> int:
-        return len(self.file)
+        return len(self._records)
 
     @overload
     def __getitem__(self, index: int) -> Trajectory: ...
@@ -133,7 +152,7 @@ class ExampleDataset(Sequence[Trajectory]):
         return self.sample(index, range(len(self))[index])
 
     def sample(self, index: int, sample_index: int) -> Trajectory:
-        """Return record `index` as global sample `sample_index` of a run."""
+        """Return example `index` as global sample `sample_index` of a run."""
         index = range(len(self))[index]
         response_ids = self._responses[index]
         return Trajectory(
@@ -142,7 +161,7 @@ class ExampleDataset(Sequence[Trajectory]):
             response_ids=response_ids,
             unmask_step=torch.zeros_like(response_ids),
             finish_reason="eos" if int(response_ids[-1]) in self._eos_token_ids else "length",
-            record=self.file.record(index),
+            record=self.file.record(self._records[index]),
         )
 
 
@@ -161,7 +180,8 @@ def read_prompts(
         tokenizer: Its chat template renders `messages`, with the generation prompt.
         special_tokens: Needed to refuse prompts that contain MASK.
         max_prompt_length: In tokens, chat template included.
-        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``; those of
+            a record win.
         field: The flag that the path came from, for error messages.
 
     Raises:
@@ -185,12 +205,16 @@ def tokenize_prompts(
     Raises:
         UserError: A line is unusable.
     """
-    renderer = _Renderer(tokenizer, chat_template_kwargs or {})
-    sources = [(where, open_prompt_source(record, where)) for where, record in file.records()]
+    template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     table = TokenTable()
-    for where, token_ids in renderer.tokenize_prompts(iter(sources)):
-        _check_prompt(token_ids, where, max_prompt_length, special_tokens, tokenizer)
-        table.append(token_ids)
+    for chunk in _chunks(file.records()):
+        texts = [
+            _prompt_text(open_prompt_source(record, where), template, where)
+            for where, record in chunk
+        ]
+        for (where, _), token_ids in zip(chunk, _encode(tokenizer, texts), strict=True):
+            _check_prompt(token_ids, where, max_prompt_length, special_tokens, tokenizer)
+            table.append(token_ids)
     return PromptDataset(file, table)
 
 
@@ -203,8 +227,12 @@ def read_examples(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     field: str = "--train-data",
     max_position_embeddings: int | None = None,
+    train_on: TrainOn = "last",
 ) -> ExampleDataset:
     """Read training examples: a prompt record with `response`, or a chat that ends in an answer.
+
+    A `response` is the text that follows the prompt. An answer in a chat is what the template
+    renders for it: that has EOS, thinking and tool calls as generation would write them.
 
     Args:
         path: The JSONL file.
@@ -215,88 +243,100 @@ def read_examples(
         chat_template_kwargs: Variables for the chat template.
         field: The flag that the path came from, for error messages.
         max_position_embeddings: The model's, in tokens of prompt and response; None for no limit.
+        train_on: Which answers of a chat are examples.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
     """
     file = RecordFile.read(path, field)
-    renderer = _Renderer(tokenizer, chat_template_kwargs or {})
-    pairs = [(where, *example_source(record, where)) for where, record in file.records()]
-    prompts, responses = TokenTable(), TokenTable()
-    for where, token_ids in renderer.tokenize_prompts((w, source) for w, source, _ in pairs):
-        _check_prompt(token_ids, where, max_prompt_length, special_tokens, tokenizer)
-        prompts.append(token_ids)
-    for where, token_ids in renderer.tokenize_texts((w, response) for w, _, response in pairs):
-        if not token_ids or token_ids[-1] not in special_tokens.eos_token_ids:
-            token_ids = [*token_ids, special_tokens.eos_token_id]
-        _check_response(token_ids, where, max_response_length, special_tokens, tokenizer)
-        length = prompts.length(len(responses)) + len(token_ids)
-        if max_position_embeddings is not None and length > max_position_embeddings:
-            raise bad_value(
-                f"{where}: length of prompt and response",
-                length,
-                f"exceeds the model's {max_position_embeddings} positions",
-                "shorten the example or remove the line",
-            )
-        responses.append(token_ids)
-    return ExampleDataset(file, prompts, responses, special_tokens)
-
-
-class _Renderer:
-    """From prompt sources to token ids, many at a time."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._chat_template_kwargs = chat_template_kwargs
-
-    def tokenize_prompts(
-        self, sources: Iterator[tuple[str, str | list[Message]]]
-    ) -> Iterator[tuple[str, list[int]]]:
-        """Yield (``file:line``, token ids) of prompt sources."""
-        while chunk := list(islice(sources, _CHUNK)):
-            # The template writes all special tokens itself; plain text gets what the tokenizer
-            # puts around text (a BOS where the model has one).
-            by_id = {
-                add_special_tokens: self._encode(
-                    [
-                        source if isinstance(source, str) else self._render(source, where)
-                        for where, source in chunk
-                        if isinstance(source, str) == add_special_tokens
-                    ],
-                    add_special_tokens,
+    template = ChatTemplate(tokenizer, chat_template_kwargs or {})
+    sources = (
+        (index, source)
+        for index, (where, record) in enumerate(file.records())
+        for source in example_sources(record, where, train_on)
+    )
+    prompts, responses, records = TokenTable(), TokenTable(), array("q")
+    for chunk in _chunks(sources):
+        texts = [_example_texts(source, template) for _, source in chunk]
+        prompts_of_chunk = _encode(tokenizer, [prompt for prompt, _ in texts])
+        responses_of_chunk = _encode(tokenizer, [response for _, response in texts])
+        for (index, source), prompt_ids, response_ids in zip(
+            chunk, prompts_of_chunk, responses_of_chunk, strict=True
+        ):
+            where = source.where
+            _check_prompt(prompt_ids, where, max_prompt_length, special_tokens, tokenizer)
+            if source.response is None:
+                response_ids = _turn(response_ids, special_tokens, tokenizer)
+            if not response_ids or response_ids[-1] not in special_tokens.eos_token_ids:
+                response_ids = [*response_ids, special_tokens.eos_token_id]
+            _check_response(response_ids, where, max_response_length, special_tokens, tokenizer)
+            length = len(prompt_ids) + len(response_ids)
+            if max_position_embeddings is not None and length > max_position_embeddings:
+                raise bad_value(
+                    f"{where}: length of prompt and response",
+                    length,
+                    f"exceeds the model's {max_position_embeddings} positions",
+                    "shorten the example or remove the line",
                 )
-                for add_special_tokens in (True, False)
-            }
-            for where, source in chunk:
-                yield where, next(by_id[isinstance(source, str)])
+            prompts.append(prompt_ids)
+            responses.append(response_ids)
+            records.append(index)
+    return ExampleDataset(file, prompts, responses, special_tokens, records)
 
-    def tokenize_texts(self, texts: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[int]]]:
-        """Yield (``file:line``, token ids) of texts that continue a prompt."""
-        while chunk := list(islice(texts, _CHUNK)):
-            encoded = self._encode([text for _, text in chunk], add_special_tokens=False)
-            yield from zip((where for where, _ in chunk), encoded, strict=True)
 
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> Iterator[list[int]]:
-        if not texts:
-            return iter(())
+class _Text(NamedTuple):
+    """A text to tokenise."""
+
+    text: str
+    is_bare: bool
+    """Whether it gets what the tokenizer puts around text (a BOS where the model has one); a chat
+    template writes all special tokens itself."""
+
+
+def _prompt_text(source: PromptSource, template: ChatTemplate, where: str) -> _Text:
+    if isinstance(source, str):
+        return _Text(source, is_bare=True)
+    return _Text(template.prompt(source, where), is_bare=False)
+
+
+def _example_texts(source: ExampleSource, template: ChatTemplate) -> tuple[_Text, _Text]:
+    """What an example's prompt and its response are tokenised from."""
+    if source.response is None:
+        assert not isinstance(source.prompt, str)
+        prompt, response = template.example(source.prompt, source.where)
+        return _Text(prompt, is_bare=False), _Text(response, is_bare=False)
+    text = _prompt_text(source.prompt, template, source.where)
+    if not text.is_bare:
+        check_one_block(text.text, source.response, source.where)
+    return text, _Text(source.response, is_bare=False)
+
+
+def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text]) -> Iterator[list[int]]:
+    """Token ids of each text."""
+    encoded: dict[bool, Iterator[list[int]]] = {}
+    for is_bare in (True, False):
+        batch = [text.text for text in texts if text.is_bare == is_bare]
         # verbose=False: the length check is ours, not a warning about the model's maximum.
-        encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
-        return iter(encoded["input_ids"])
+        ids = tokenizer(batch, add_special_tokens=is_bare, verbose=False) if batch else {}
+        encoded[is_bare] = iter(ids.get("input_ids", ()))
+    return (next(encoded[text.is_bare]) for text in texts)
 
-    def _render(self, messages: list[Message], where: str) -> str:
-        require_chat_template(self._tokenizer, where)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self._chat_template_kwargs
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f'{where}: the chat template refuses "messages" ({error});'
-                " change their roles or order"
-            ) from error
-        return str(text)
+
+def _turn(
+    token_ids: list[int], special_tokens: SpecialTokens, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """A rendered turn up to its EOS: templates go on with a line break or other special tokens."""
+    ends = (i for i, token_id in enumerate(token_ids) if token_id in special_tokens.eos_token_ids)
+    end = next(ends, None)
+    if end is None or tokenizer.decode(token_ids[end + 1 :], skip_special_tokens=True).strip():
+        return token_ids
+    return token_ids[: end + 1]
 
 
 def _check_prompt(

@@ -5,13 +5,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_dlm.config.groups import TrainOn
+from megatron_dlm.data.chat import Chat, json_type, read_chat
 from megatron_dlm.data.exact_json import UnreadableNumber, parse_json
 from megatron_dlm.errors import UserError, bad_value
 
-Message = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
+PromptSource = str | Chat
+"""What a prompt is made from: plain text, or a chat that the template renders."""
 
 _FORMAT = 'one JSON object a line, with "messages" or "prompt"'
 
@@ -100,7 +102,7 @@ class RecordFile:
             ) from error
         if not isinstance(record, dict):
             raise UserError(
-                f"{self.where(index)}: the line is {_json_type(record)}, not an object;"
+                f"{self.where(index)}: the line is {json_type(record)}, not an object;"
                 f" write {_FORMAT}"
             )
         return record
@@ -111,8 +113,22 @@ class RecordFile:
             yield self.where(index), self.record(index)
 
 
-def prompt_source(record: dict[str, Any], where: str) -> str | list[Message]:
-    """Return what a record's prompt is made from: plain text or chat messages.
+class ExampleSource(NamedTuple):
+    """What a training example is made from.
+
+    Attributes:
+        where: ``file:line`` and, of one of several, the place in `messages`.
+        prompt: Text or a chat; where `response` is None, the chat ends with the answer.
+        response: Text that follows the prompt; None if the template renders the answer.
+    """
+
+    where: str
+    prompt: PromptSource
+    response: str | None
+
+
+def prompt_source(record: dict[str, Any], where: str) -> PromptSource:
+    """Return what a record's prompt is made from: plain text or a chat.
 
     Raises:
         UserError: Both or neither of `prompt` and `messages` are given, or one is malformed.
@@ -124,26 +140,32 @@ def prompt_source(record: dict[str, Any], where: str) -> str | list[Message]:
             f'{where}: the record has {problem} of "messages" and "prompt"; give exactly one'
         )
     if has_messages:
-        return _checked_messages(record["messages"], where)
+        return read_chat(record, where)
     prompt = record["prompt"]
     if not isinstance(prompt, str):
         raise UserError(
-            f'{where}: "prompt" is {_json_type(prompt)}, not a string;'
+            f'{where}: "prompt" is {json_type(prompt)}, not a string;'
             ' write the text, or use "messages" for a chat'
         )
     if not prompt:
         raise UserError(f'{where}: "prompt" is empty; write the text or remove the line')
+    for name in ("tools", "chat_template_kwargs"):
+        if record.get(name):
+            raise UserError(
+                f'{where}: "{name}" is for the chat template, which plain "prompt" has no use for;'
+                ' remove it or use "messages"'
+            )
     return prompt
 
 
-def open_prompt_source(record: dict[str, Any], where: str) -> str | list[Message]:
+def open_prompt_source(record: dict[str, Any], where: str) -> PromptSource:
     """Return the source of a prompt that a model has to answer.
 
     Raises:
         UserError: As in `prompt_source`, or the chat already ends in an answer.
     """
     source = prompt_source(record, where)
-    if isinstance(source, list) and source[-1]["role"] == "assistant":
+    if isinstance(source, Chat) and source.messages[-1]["role"] == "assistant":
         raise UserError(
             f"{where}: the last of \"messages\" has role 'assistant', so nothing is left to answer;"
             " remove it or pass the file as --train-data"
@@ -151,10 +173,16 @@ def open_prompt_source(record: dict[str, Any], where: str) -> str | list[Message
     return source
 
 
-def example_source(record: dict[str, Any], where: str) -> tuple[str | list[Message], str]:
-    """Return (prompt source, response text) of a training example.
+def example_sources(
+    record: dict[str, Any], where: str, train_on: TrainOn = "last"
+) -> list[ExampleSource]:
+    """Return the sources of a record's training examples.
 
-    The response is the field `response`, or the last of `messages` when the assistant wrote it.
+    Args:
+        record: With a field `response`, or `messages` that end with the assistant's.
+        where: ``file:line`` of the record.
+        train_on: ``last`` for the one example of the last answer; ``all`` for one of every turn of
+            the assistant, in their order.
 
     Raises:
         UserError: The prompt is malformed, or there is no response or more than one.
@@ -163,58 +191,31 @@ def example_source(record: dict[str, Any], where: str) -> tuple[str | list[Messa
         source = open_prompt_source(record, where)
         if not isinstance(record["response"], str):
             raise UserError(
-                f'{where}: "response" is {_json_type(record["response"])}, not a string;'
+                f'{where}: "response" is {json_type(record["response"])}, not a string;'
                 " write the text"
             )
-        return source, record["response"]
-    source = prompt_source(record, where)
-    if isinstance(source, str) or source[-1]["role"] != "assistant":
-        raise UserError(
-            f'{where}: the example has no response; add "response" or end "messages" with role'
-            " 'assistant'"
-        )
-    if len(source) == 1:
-        raise UserError(
-            f"{where}: \"messages\" holds only the response; put a 'user' message before it"
-        )
-    return source[:-1], source[-1]["content"]
-
-
-def _checked_messages(messages: object, where: str) -> list[Message]:
-    if not isinstance(messages, list):
-        raise UserError(
-            f'{where}: "messages" is {_json_type(messages)}, not a list;'
-            ' write [{"role": "user", "content": "..."}]'
-        )
-    if not messages:
-        raise UserError(f'{where}: "messages" is empty; add a message or remove the line')
-    for position, message in enumerate(messages):
-        name = f"messages[{position}]"
-        if not isinstance(message, dict):
+        last = ExampleSource(where, source, record["response"])
+    else:
+        source = prompt_source(record, where)
+        if isinstance(source, str) or source.messages[-1]["role"] != "assistant":
             raise UserError(
-                f"{where}: {name} is {_json_type(message)}, not an object;"
-                ' write {"role": "user", "content": "..."}'
+                f'{where}: the example has no response; add "response" or end "messages" with role'
+                " 'assistant'"
             )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = _json_type(message[key]) if key in message else "missing"
-                raise UserError(f'{where}: {name}["{key}"] is {found}; write a string')
-        if message["role"] not in ROLES:
-            raise UserError(
-                f'{where}: {name}["role"] = {message["role"]!r}: unknown role;'
-                f" use one of {', '.join(ROLES)}"
-            )
-    return messages
-
-
-def _json_type(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return next(name for kind, name in names.items() if isinstance(value, kind))
+        last = ExampleSource(where, source, None)
+    if isinstance(source, str):
+        return [last]
+    final = len(source.messages) - 1
+    turns = [
+        i
+        for i, message in enumerate(source.messages)
+        if message["role"] == "assistant" and (train_on == "all" or i == final)
+    ]
+    if 0 in turns:
+        raise UserError(
+            f"{where}: messages[0] is a response without a prompt; put a 'user' message before it"
+        )
+    if train_on == "last":
+        return [last]
+    examples = [ExampleSource(f"{where}: messages[{i}]", source.through(i), None) for i in turns]
+    return examples if last.response is None else [*examples, last]

@@ -276,6 +276,7 @@ def _given_responses(
         config.data.chat_template_kwargs,
         field,
         architecture.max_position_embeddings,
+        config.data.train_on,
     )
 
 

@@ -43,6 +43,8 @@ RESUME_FIXED = (
     "seed",
     "shuffle",
     "seq_length",
+    "chat_template_kwargs",
+    "train_on",
     "block_size",
     "rollout_batch_size",
     "global_batch_size",

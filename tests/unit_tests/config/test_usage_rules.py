@@ -69,6 +69,7 @@ class Case(NamedTuple):
 CASES = [
     Case("prompts", "p.jsonl", (*ON_CORPUS, NEXT_TOKEN), (*ON_ROLLOUTS, *ON_TEACHER)),
     Case("train_data", "t.jsonl", (SCP, OFF_POLICY, *ON_ROLLOUTS), ON_EXAMPLES),
+    Case("train_on", "all", (*ON_CORPUS, *ON_TEACHER, *ON_ROLLOUTS), ON_EXAMPLES),
     Case("data_path", "c", (SFT, OFF_POLICY, *ON_ROLLOUTS), ON_CORPUS),
     Case("seq_length", 64, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS), ON_CORPUS),
     Case("max_prompt_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),

@@ -172,7 +172,7 @@ def test_example_forms_agree(
         ({"prompt": "a"}, "no response"),
         ({"prompt": "a", "response": 3}, '"response" is a number'),
         ({"messages": [USER, ASSISTANT], "response": "x"}, "nothing is left to answer"),
-        ({"messages": [ASSISTANT]}, "holds only the response"),
+        ({"messages": [ASSISTANT]}, "messages[0] is a response without a prompt"),
         ({"prompt": "a", "response": "x<|im_end|>y"}, "goes on behind the EOS token"),
         ({"prompt": "a", "response": "x<|MASK|>"}, "the response contains the MASK"),
         ({"prompt": "a", "response": "1" * 20}, "response length = 21: is over --max-response"),

@@ -1,0 +1,175 @@
+"""Chats as records hold them: messages, tools and variables for the chat template, all checked."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_dlm.errors import UserError
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+TOOL_CALLS = "tool_calls"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Names under which chat templates read the thinking of an assistant's turn."""
+
+RESERVED_VARIABLES = frozenset(
+    {
+        "messages",
+        "conversation",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""What `apply_chat_template` takes for itself: no variables of a template."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation and what else its chat template is given.
+
+    Attributes:
+        messages: At least one, each with a role; entries that are null are left out.
+        tools: JSON schemas of tools that may be called; None if there are none.
+        template_kwargs: Variables for the chat template, which win over the run's.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def before(self, position: int) -> "Chat":
+        """The same chat up to a message, without it."""
+        return replace(self, messages=self.messages[:position])
+
+    def through(self, position: int) -> "Chat":
+        """The same chat up to a message, with it."""
+        return self.before(position + 1)
+
+
+def read_chat(record: Mapping[str, Any], where: str) -> Chat:
+    """The chat of a record with `messages`.
+
+    Args:
+        record: With `messages`, and maybe `tools` and `chat_template_kwargs`.
+        where: ``file:line``, for error messages.
+
+    Raises:
+        UserError: Something is malformed.
+    """
+    kwargs = record.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise UserError(
+            f'{where}: "chat_template_kwargs" is {json_type(kwargs)}, not an object;'
+            ' write {"enable_thinking": false}, for one'
+        )
+    check_variables(kwargs, f'{where}: "chat_template_kwargs"')
+    return Chat(_messages(record["messages"], where), _tools(record.get("tools"), where), kwargs)
+
+
+def check_variables(names: Iterable[str], what: str) -> None:
+    """Check that variables for a chat template are no arguments of what renders it.
+
+    Raises:
+        UserError: One is; `what` names where it is from.
+    """
+    for name in names:
+        if name in RESERVED_VARIABLES:
+            raise UserError(f"{what} has {name!r}, which is no variable of a template; remove it")
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: of its parts end to end, or empty where there is none."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def json_type(value: object) -> str:
+    """What a value of JSON is called in error messages."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return next(name for kind, name in names.items() if isinstance(value, kind))
+
+
+def _tools(tools: object, where: str) -> list[dict[str, Any]] | None:
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        found = json_type(tools) if not isinstance(tools, list) else "a list of other things"
+        raise UserError(
+            f'{where}: "tools" is {found}, not a list of objects; write JSON schemas of functions'
+        )
+    return tools
+
+
+def _messages(messages: object, where: str) -> list[Message]:
+    if not isinstance(messages, list):
+        raise UserError(
+            f'{where}: "messages" is {json_type(messages)}, not a list;'
+            ' write [{"role": "user", "content": "..."}]'
+        )
+    if not messages:
+        raise UserError(f'{where}: "messages" is empty; add a message or remove the line')
+    return [_message(message, f"{where}: messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: object, name: str) -> Message:
+    if not isinstance(message, dict):
+        raise UserError(
+            f"{name} is {json_type(message)}, not an object;"
+            ' write {"role": "user", "content": "..."}'
+        )
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise UserError(f'{name}["role"] is {_found(message, "role")}; write a string')
+    if role not in ROLES:
+        raise UserError(f'{name}["role"] = {role!r}: unknown role; use one of {", ".join(ROLES)}')
+    calls = message.get(TOOL_CALLS)
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
+        raise UserError(f'{name}["{TOOL_CALLS}"] is no list of objects; write OpenAI\'s format')
+    for key in REASONING_FIELDS:
+        if not isinstance(message.get(key, ""), str | None):
+            raise UserError(f'{name}["{key}"] is {_found(message, key)}; write a string')
+    content = message.get("content")
+    if isinstance(content, list):
+        _check_parts(content, name)
+    elif content is None:
+        says_more = any(message.get(key) for key in (TOOL_CALLS, *REASONING_FIELDS))
+        if role != "assistant" or not says_more:
+            raise UserError(f'{name}["content"] is {_found(message, "content")}; write a string')
+    elif not isinstance(content, str):
+        raise UserError(f'{name}["content"] is {_found(message, "content")}; write a string')
+    # As transformers does: templates know entries that are not there, many fail at null.
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _check_parts(parts: list[Any], name: str) -> None:
+    for i, part in enumerate(parts):
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            raise UserError(
+                f'{name}["content"][{i}] is no text;'
+                ' write {"type": "text", "text": "..."}, a language model reads nothing else'
+            )
+
+
+def _found(message: Message, key: str) -> str:
+    return json_type(message[key]) if key in message else "missing"
