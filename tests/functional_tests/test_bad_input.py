@@ -216,6 +216,7 @@ class TestCheckpoint:
             (['{"text": "a"}'], 1, 'neither of "messages" and "prompt"'),
             (['{"messages": [{"role": "user"}]}'], 1, 'messages[0]["content"]'),
             (['{"prompt": "a"}', '{"prompt": "<|MASK|>"}'], 2, "MASK"),
+            (['{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}'], 1, "leaves out"),
             (['{"prompt": "%s"}' % ("7 + " * 400)], 1, "prompt length"),
         ],
     )
