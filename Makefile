@@ -33,6 +33,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@# PyTorch first and by its pinned version, so that nothing else decides which build is taken.
 	$(PIP) "$$(grep '^torch==' $(CONSTRAINTS))"
 	$(PIP) --editable '.[dev]'
+	@# Environments that tests made on top of what was installed before.
+	@rm -rf $(VENV)/transformers-*
 	@touch $@
 
 quickstart: setup

@@ -147,9 +147,12 @@ class HFCheckpointWriter:
         assert name == shard[len(self._pending)], f"{name} is not the next tensor"
         self._pending[name] = tensor.to(device="cpu", dtype=self._dtype).contiguous()
         if len(self._pending) == len(shard):
-            save_file(
-                self._pending, self._folder / self._file(self._written), metadata={"format": "pt"}
-            )
+            file = self._folder / self._file(self._written)
+            # safetensors makes files that only their owner may read: give them the usual mode.
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(self._pending, file, metadata={"format": "pt"})
+            file.chmod(mode)
             self._pending = {}
             self._written += 1
 

@@ -5,17 +5,18 @@ memory is one tensor and the file being filled, never the model.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_dlm.conversion.formats import TARGET_FORMATS, ExportRequest
+from megatron_dlm.conversion.formats import FORMATS_WITH_HEAD, TARGET_FORMATS, ExportRequest
 from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
-from megatron_dlm.conversion.model_parameters import local_parameters
+from megatron_dlm.conversion.model_parameters import TIED_EMBEDDING, local_parameters
 from megatron_dlm.conversion.publishing import is_writer, published_folder
-from megatron_dlm.conversion.qwen3 import hf_tensor_shapes, qwen3_mappings
+from megatron_dlm.conversion.qwen3 import HEAD, hf_tensor_shapes, qwen3_mappings
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.training.initialize import errors_on_all_ranks
@@ -70,6 +71,9 @@ def export_hf(
             for local in local_parameters(model, architecture)
         }
     )
+    head = TIED_EMBEDDING if architecture.tie_word_embeddings else None
+    if format in FORMATS_WITH_HEAD:
+        architecture = replace(architecture, tie_word_embeddings=False)
     dtype = dtype or next(model.parameters()).dtype
 
     def prepare(folder: Path) -> None:
@@ -99,7 +103,7 @@ def export_hf(
         if is_writer():
             shapes = hf_tensor_shapes(qwen3_mappings(architecture))
             writer = HFCheckpointWriter(temporary, shapes, dtype, max_shard_size)
-        for name, tensor in _gathered_tensors(architecture, gatherer):
+        for name, tensor in _gathered_tensors(architecture, gatherer, head):
             if writer is not None:
                 writer.add(name, tensor)
         if writer is not None:
@@ -107,15 +111,22 @@ def export_hf(
 
 
 def _gathered_tensors(
-    architecture: Architecture, gatherer: ShardGatherer
+    architecture: Architecture, gatherer: ShardGatherer, head: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the folder in model order, on the writer; other ranks only send."""
+    """All tensors of the folder in model order, on the writer; other ranks only send.
+
+    Args:
+        architecture: What is written.
+        gatherer: Holds the model's shards.
+        head: The parameter that is the output layer, if it has no name of its own.
+    """
     written: set[str] = set()
     for mapping in qwen3_mappings(architecture):
         # The output layer of a tied model is a copy of the embedding, which came first.
         if written.issuperset(mapping.hf):
             continue
         written.update(mapping.hf)
-        shards = gatherer.gather(mapping.megatron)
+        is_head = HEAD in mapping.hf
+        shards = gatherer.gather(head if is_head and head else mapping.megatron)
         if shards:
             yield from zip(mapping.hf, mapping.layout.join(shards), strict=True)

@@ -1,7 +1,8 @@
 """The tokenizer of an exported folder: a copy of the source's files, with MASK made known.
 
 The files are edited as JSON. Loading and saving them with transformers would rewrite them in the
-dialect of the installed version, which older versions and serving engines may not read.
+dialect of the installed version, which older versions and serving engines may not read; what
+transformers 5 wrote into the source is put back into words that transformers 4 knows as well.
 """
 
 import json
@@ -40,6 +41,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    config = _read(folder / "tokenizer_config.json")
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("backend", None)
+        extra = config.pop("extra_special_tokens", None)
+        if isinstance(extra, list):
+            config["additional_special_tokens"] = extra
+        elif extra is not None:
+            config["extra_special_tokens"] = extra
+        _write(folder / "tokenizer_config.json", config)
 
 
 def register_mask_token(folder: Path, mask_token_id: int) -> None:

@@ -21,7 +21,7 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.initialize import initialize
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
-from tests.unit_tests.conversion.tokenizers import save_tokenizer
+from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,16 @@ def import_and_export(layout: Layout, folder: str, target: str) -> torch.Tensor 
         parameter.data.fill_(float("nan"))
     load_hf_weights(model, architecture, source)
     export_hf(model, architecture, target, format="qwen3")
+    if layout.tied:
+        # A format that holds the output layer all the same.
+        export_hf(
+            model,
+            architecture,
+            f"{target}_sdar",
+            tokenizer_folder=f"{folder}/tokenizer",
+            block_size=4,
+            mask_token_id=MASK_TOKEN_ID,
+        )
     logits = megatron_logits(model, random_tokens())
     if logits is None:
         return None
@@ -110,6 +120,7 @@ def test_layouts(tmp_path):
     # Here and not above: the spawned processes import this file and need none of it.
     from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 
+    save_tokenizer(tmp_path / "tokenizer")
     expected = {}
     for layout in LAYOUTS:
         source = layout.source(str(tmp_path))
@@ -130,6 +141,12 @@ def test_layouts(tmp_path):
         assert exported.keys() == original.keys(), layout
         for name, tensor in original.items():
             assert torch.equal(exported[name], tensor), (layout, name)
+        if layout.tied:
+            exported = load_file(tmp_path / f"out_{number}_sdar" / "model.safetensors")
+            original["lm_head.weight"] = original["model.embed_tokens.weight"]
+            assert exported.keys() == original.keys(), layout
+            for name, tensor in original.items():
+                assert torch.equal(exported[name], tensor), (layout, name)
 
 
 @pytest.mark.timeout(300)

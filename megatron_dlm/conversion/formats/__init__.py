@@ -18,4 +18,8 @@ TARGET_FORMATS: dict[str, Callable[[ExportRequest, Path], None]] = {
     "qwen3": write_qwen3,
 }
 
-__all__ = ["TARGET_FORMATS", "ExportRequest"]
+FORMATS_WITH_HEAD = frozenset({"sdar"})
+"""Formats that hold the output layer even where it is tied to the embeddings, and say that it is
+not: SGLang's loader looks it up in any case."""
+
+__all__ = ["FORMATS_WITH_HEAD", "TARGET_FORMATS", "ExportRequest"]

@@ -20,8 +20,8 @@ _PASSED_ON = (
 def qwen3_config(request: ExportRequest) -> dict[str, Any]:
     """The fields of `config.json` that describe the network, under Qwen3's names.
 
-    `rope_theta` is at the top level: transformers 4 and serving engines read it there and would
-    otherwise fall back to 10000 in silence; transformers 5 reads it from both places.
+    `rope_theta` is at the top level, where transformers 4 and SGLang read it, which would otherwise
+    fall back to 10000 in silence, and in `rope_parameters`, where transformers 5 and lmdeploy do.
     """
     a: Architecture = request.architecture
     config: dict[str, Any] = {
@@ -38,7 +38,7 @@ def qwen3_config(request: ExportRequest) -> dict[str, Any]:
         "num_hidden_layers": a.num_layers,
         "num_key_value_heads": a.num_query_groups,
         "rms_norm_eps": a.layernorm_epsilon,
-        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": a.rotary_base, "rope_type": "default"},
         "rope_theta": a.rotary_base,
         "sliding_window": None,
         "tie_word_embeddings": a.tie_word_embeddings,

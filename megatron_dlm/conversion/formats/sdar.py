@@ -42,6 +42,8 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
             "AutoModelForCausalLM": f"modeling_{module}.{name}ForCausalLM",
         },
         "block_size": request.block_size,
+        # The public modelling code cannot do without.
+        "fuse_cross_entropy": True,
         "mask_token_id": request.mask_token_id,
         "model_type": module,
     }

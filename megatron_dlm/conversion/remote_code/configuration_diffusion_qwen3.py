@@ -12,6 +12,8 @@ class DiffusionQwen3Config(PretrainedConfig):
         block_size: Tokens that are denoised together; blocks are counted from the first token.
             None: a response is denoised as a whole.
         mask_token_id: Id that stands for a token not decoded yet; needed to generate.
+        rope_theta: Base of the rotary embeddings, where `rope_parameters` has none.
+        rope_parameters: transformers 5's place for it; no type but `default` is known.
         attention_pattern: `full`: every token sees every token; `block_causal`: it sees its own
             block and those before.
         shifted: Whether logits at position i predict token i + 1 instead of token i.
@@ -20,6 +22,8 @@ class DiffusionQwen3Config(PretrainedConfig):
     """
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    # transformers 4 copies the code of classes that say so when it saves them.
+    _auto_class = "AutoConfig"
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class DiffusionQwen3Config(PretrainedConfig):
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 1000000.0,
+        rope_parameters: dict[str, Any] | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         block_size: int | None = None,
@@ -58,7 +63,12 @@ class DiffusionQwen3Config(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
+        # In both places, since readers look in either.
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+        self.rope_parameters |= rope_parameters or {}
+        if self.rope_parameters["rope_type"] != "default":
+            raise ValueError(f"rope_type {self.rope_parameters['rope_type']} is not supported")
+        self.rope_theta = self.rope_parameters["rope_theta"]
         self.use_cache = use_cache
         self.block_size = block_size
         self.mask_token_id = mask_token_id

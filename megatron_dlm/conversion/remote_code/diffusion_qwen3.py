@@ -19,6 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_diffusion_qwen3 import DiffusionQwen3Config
 from .qwen3_layers import DecoderLayer, RMSNorm, rotary_angles
 
+# transformers 5.24 renamed this field of outputs and warns of the older name.
+CACHE_FIELD = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
+
 
 class DiffusionQwen3PreTrainedModel(PreTrainedModel):
     """What transformers has to know to load and place the model."""
@@ -92,7 +97,7 @@ class DiffusionQwen3Model(DiffusionQwen3PreTrainedModel):
         if past_key_values is not None and not store_kv:
             past_key_values.crop(-input_ids.shape[1])
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
+            last_hidden_state=self.norm(x), **{CACHE_FIELD: past_key_values}
         )
 
     def _visibility(
@@ -191,5 +196,6 @@ class DiffusionQwen3LMHeadModel(DiffusionQwen3PreTrainedModel):
             store_kv,
         )
         return CausalLMOutputWithPast(
-            logits=self.lm_head(outputs.last_hidden_state), past_key_values=outputs.past_key_values
+            logits=self.lm_head(outputs.last_hidden_state),
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
         )

@@ -9,10 +9,12 @@ class A2DQwen3Model(DiffusionQwen3Model):
     """The network without its output layer."""
 
     config_class = A2DQwen3Config
+    _auto_class = "AutoModel"
 
 
 class A2DQwen3LMHeadModel(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = A2DQwen3Config
+    _auto_class = "AutoModelForMaskedLM"
     model_class = A2DQwen3Model

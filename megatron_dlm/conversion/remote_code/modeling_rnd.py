@@ -10,6 +10,7 @@ class RND1Model(DiffusionQwen3Model):
     """The network without its output layer."""
 
     config_class = RND1Config
+    _auto_class = "AutoModel"
     layer_class = MoeDecoderLayer
 
 
@@ -17,4 +18,5 @@ class RND1LM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = RND1Config
+    _auto_class = "AutoModelForMaskedLM"
     model_class = RND1Model

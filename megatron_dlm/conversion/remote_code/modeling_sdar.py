@@ -9,10 +9,12 @@ class SDARModel(DiffusionQwen3Model):
     """The network without its output layer."""
 
     config_class = SDARConfig
+    _auto_class = "AutoModel"
 
 
 class SDARForCausalLM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = SDARConfig
+    _auto_class = "AutoModelForCausalLM"
     model_class = SDARModel

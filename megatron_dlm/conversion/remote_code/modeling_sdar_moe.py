@@ -10,6 +10,7 @@ class SDARMoeModel(DiffusionQwen3Model):
     """The network without its output layer."""
 
     config_class = SDARMoeConfig
+    _auto_class = "AutoModel"
     layer_class = MoeDecoderLayer
 
 
@@ -17,4 +18,5 @@ class SDARMoeForCausalLM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = SDARMoeConfig
+    _auto_class = "AutoModelForCausalLM"
     model_class = SDARMoeModel

@@ -21,6 +21,11 @@ def test_there_and_back(tmp_path, source, convert):
     status, _ = convert("--load", source, "--save", megatron, "--target-format", "megatron")
     assert status == 0
     assert (megatron / "iter_0000000" / "hf" / "tokenizer.json").is_file()
+    # Others may read what the umask lets them.
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {file.stat().st_mode for file in megatron.rglob("*") if file.is_file()}
+    assert modes == {plain.stat().st_mode}
 
     for target, extra in (("qwen3", ()), ("sdar", ("--block-size", 8))):
         out = tmp_path / target

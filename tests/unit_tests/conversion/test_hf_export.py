@@ -1,6 +1,7 @@
 """What goes out is what came in, in folders that transformers and serving engines read."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,8 @@ from megatron_dlm.conversion.qwen3 import qwen3_mappings
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
-from tests.unit_tests.conversion.hf_models import (
-    random_hf_model,
-    save_hf_model,
-)
+from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
+from tests.unit_tests.conversion.megatron_models import megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -90,9 +89,11 @@ def test_export_in_another_type(tmp_path, source):
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("moe", [False, True])
-def test_sdar_folder(tmp_path, tokenizer, moe):
-    model, architecture = imported(save_hf_model(random_hf_model(moe=moe), tmp_path / "source"))
+def test_sdar_folder(tmp_path, tokenizer, moe, tied):
+    source = save_hf_model(random_hf_model(moe=moe, tied=tied), tmp_path / "source")
+    model, architecture = imported(source)
     export_hf(
         model,
         architecture,
@@ -110,7 +111,15 @@ def test_sdar_folder(tmp_path, tokenizer, moe):
     assert config["block_size"] == 8
     assert config["mask_token_id"] == MASK_TOKEN_ID
     assert config["rope_theta"] == 50000.0
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 50000.0}
+    assert config["fuse_cross_entropy"] is True
     assert config["eos_token_id"] == 1
+    # SGLang looks the head up, tied or not.
+    assert config["tie_word_embeddings"] is False
+    expected, found = read_tensors(source), read_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys() | {"lm_head.weight"}
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert torch.equal(found["lm_head.weight"][1], expected[head][1])
     for reference in config["auto_map"].values():
         assert (tmp_path / "out" / f"{reference.split('.')[0]}.py").is_file()
     assert yaml.safe_load((tmp_path / "out" / "dllm_config.yaml").read_text()) == {
@@ -118,11 +127,36 @@ def test_sdar_folder(tmp_path, tokenizer, moe):
         "threshold": 0.8,
     }
     assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == MASK_TOKEN_ID
-    # Our own importer reads it back.
+    # Our own importer reads it back, as the folder says: a model with an output layer of its own.
     again, read_back = imported(tmp_path / "out")
-    assert read_back.is_moe == moe
-    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert (read_back.is_moe, read_back.tie_word_embeddings) == (moe, False)
+    tokens = random_tokens()
+    assert torch.equal(megatron_logits(again, tokens), megatron_logits(model, tokens))
+    export_hf(again, read_back, tmp_path / "again", format="qwen3")
+    for name, (_, tensor) in read_tensors(tmp_path / "again").items():
+        assert torch.equal(tensor, found[name][1]), name
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path, source, tokenizer, umask):
+    model, architecture = imported(source)
+    before = os.umask(umask)
+    try:
+        export_hf(
+            model,
+            architecture,
+            tmp_path / "out",
+            tokenizer_folder=tokenizer,
+            block_size=4,
+            mask_token_id=MASK_TOKEN_ID,
+            max_shard_size=40_000,
+        )
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").iterdir())
+    assert {file.suffix for file in files} == {".json", ".py", ".safetensors", ".yaml"}
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_existing_folder_is_replaced_only_when_told(tmp_path, source):

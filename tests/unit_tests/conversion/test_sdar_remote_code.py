@@ -53,11 +53,7 @@ def models(request, tmp_path_factory, single_process):
         if moe
         else SDARForCausalLM(SDARConfig(**config))
     )
-    weights = load_file(folder / "out" / "model.safetensors")
-    absent = exported.load_state_dict(weights, strict=False)
-    assert not absent.unexpected_keys
-    assert absent.missing_keys == ([] if moe else ["lm_head.weight"])
-    exported.tie_weights()
+    exported.load_state_dict(load_file(folder / "out" / "model.safetensors"))
     return model, exported.eval()
 
 
