@@ -1,11 +1,17 @@
 """Load a checkpoint's tokenizer and decide once which ids end, pad and mask a sequence."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.models.config_keys import TOKEN_KEYS, checked_keys
@@ -59,7 +65,7 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
         raise bad_value(field, str(folder), "holds no tokenizer", remedy)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
+            path, config=_config(path), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # The `tokenizers` library raises bare Exceptions.
         lines = str(error).splitlines()
@@ -70,6 +76,18 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise bad_value(field, str(folder), "is no text tokenizer", remedy)
     return tokenizer
+
+
+def _config(folder: Path) -> PretrainedConfig | None:
+    """An empty configuration for models that transformers does not know, else None.
+
+    It looks into config.json for hints to the tokenizer and, for models with code of their own,
+    asks whether to run this and warns of the model type: a tokenizer needs neither.
+    """
+    file = folder / "config.json"
+    if not file.is_file() or json.loads(file.read_text()).get("model_type") in CONFIG_MAPPING:
+        return None
+    return PretrainedConfig()
 
 
 def has_tokenizer(folder: Path) -> bool:

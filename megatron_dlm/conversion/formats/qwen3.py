@@ -8,13 +8,10 @@ from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.tokenizer_files import copy_tokenizer
 from megatron_dlm.models.architecture import GENERATION_CONFIG, Architecture
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 # Fields that are handed on as the source has them, if it has them.
-_PASSED_ON = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "router_aux_loss_coef",
-)
+_PASSED_ON = (*_TOKEN_IDS, "router_aux_loss_coef")
 
 
 def qwen3_config(request: ExportRequest) -> dict[str, Any]:
@@ -67,9 +64,14 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def write_generation_config(request: ExportRequest, folder: Path) -> None:
-    """Write the source's generation_config.json, if it has one."""
-    if request.architecture.generation_config:
-        write_json(folder / GENERATION_CONFIG, request.architecture.generation_config)
+    """Write the source's generation_config.json, or one with the token ids of config.json.
+
+    Every folder has the file: the public RND1 code does not load without, and what ends a response
+    is looked for there first.
+    """
+    config = request.architecture.hf_config
+    stated = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    write_json(folder / GENERATION_CONFIG, stated | request.architecture.generation_config)
 
 
 def write_qwen3(request: ExportRequest, folder: Path) -> None:

@@ -94,7 +94,10 @@ def test_folder(exported):
         assert config["architectures"] == ["A2DQwen3LMHeadModel"]
     assert config["mask_token_id"] == MASK_TOKEN_ID
     assert config["rope_theta"] == 50000.0
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 50000.0}
     assert "block_size" not in config
+    generation = json.loads((folder / "out" / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (1, 0)
     for reference in config["auto_map"].values():
         assert (folder / "out" / f"{reference.split('.')[0]}.py").is_file()
     assert AutoTokenizer.from_pretrained(folder / "out").mask_token_id == MASK_TOKEN_ID

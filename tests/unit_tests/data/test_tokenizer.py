@@ -1,6 +1,7 @@
 """Special tokens are resolved from config and tokenizer, or refused."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,25 @@ def test_ids_that_are_none(key: str, value: object, name: str) -> None:
 def test_load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_load_asks_and_warns_of_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A folder with modelling code of its own, as exports are; a tokenizer needs none of it.
+    tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "sdar", "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    warned: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert warned == []
+    assert capsys.readouterr().out == ""
 
 
 def test_load_refuses_a_missing_folder(tmp_path: Path) -> None:
