@@ -78,3 +78,15 @@ PARTS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Reads lists of parts, and marks where each begins and ends."""
+
+QUOTING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Expects arguments of calls to be objects."""
+
+ITERATING = QUOTING.replace(
+    "call.function.arguments | tojson", "call.function.arguments.items() | list"
+)
+"""As above, and fails at others."""

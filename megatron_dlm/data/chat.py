@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_dlm.data.exact_json import parse_json
 from megatron_dlm.errors import UserError
 
 Message = dict[str, Any]
@@ -91,6 +92,41 @@ def text_of(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
+
+
+def written_arguments(message: Message) -> list[str]:
+    """The arguments of a message's tool calls that are JSON objects written as text."""
+    arguments = [_function(call).get("arguments") for call in message.get(TOOL_CALLS, ())]
+    return [text for text in arguments if isinstance(text, str) and _parsed(text) is not None]
+
+
+def with_parsed_arguments(message: Message) -> Message:
+    """The message with what `written_arguments` returns as objects."""
+    if not written_arguments(message):
+        return message
+    calls = []
+    for call in message[TOOL_CALLS]:
+        function = _function(call)
+        if (arguments := _parsed(function.get("arguments"))) is not None:
+            function = function | {"arguments": arguments}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return message | {TOOL_CALLS: calls}
+
+
+def _function(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    return function if isinstance(function, dict) else {}
+
+
+def _parsed(arguments: object) -> dict[str, Any] | None:
+    """The object that a text is JSON of; None if it is none."""
+    if not isinstance(arguments, str):
+        return None
+    try:
+        value = parse_json(arguments.encode())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def json_type(value: object) -> str:

@@ -21,6 +21,8 @@ from megatron_dlm.data.chat import (
     Message,
     check_variables,
     text_of,
+    with_parsed_arguments,
+    written_arguments,
 )
 from megatron_dlm.data.tokenizer import require_chat_template
 from megatron_dlm.errors import UserError
@@ -55,7 +57,7 @@ class ChatTemplate:
         Raises:
             UserError: The template refuses it, or leaves out what it says; names `where`.
         """
-        chat = self._with_readable_parts(chat, where)
+        chat = self._with_readable_calls(self._with_readable_parts(chat, where), where)
         prompt = self._render(chat, where, add_generation_prompt=True)
         self._check_prompt(chat, prompt, where)
         return prompt
@@ -67,7 +69,7 @@ class ChatTemplate:
             UserError: As for `prompt`, or the message is rendered in a way that does not go on from
                 its prompt, so that generation would not come to it.
         """
-        chat = self._with_readable_parts(chat, where)
+        chat = self._with_readable_calls(self._with_readable_parts(chat, where), where)
         context = chat.before(len(chat.messages) - 1)
         prompt = self._render(context, where, add_generation_prompt=True)
         self._check_prompt(context, prompt, where)
@@ -147,6 +149,22 @@ class ChatTemplate:
         printed = (f for part in parts for f in (str(part), json.dumps(part, ensure_ascii=False)))
         reads = all(part["text"] in text for part in parts) and not any(f in text for f in printed)
         return chat if reads else replace(chat, messages=joined)
+
+    def _with_readable_calls(self, chat: Chat, where: str) -> Chat:
+        """The chat with arguments of calls as objects, where the template cannot read JSON in text.
+
+        OpenAI writes them as text; templates that expect objects quote that again or fail.
+        """
+        written = [text for message in chat.messages for text in written_arguments(message)]
+        if not written:
+            return chat
+        parsed = replace(chat, messages=[with_parsed_arguments(m) for m in chat.messages])
+        try:
+            rendered = self._render(chat, where)
+        except UserError:
+            return parsed
+        quoted = any(json.dumps(text, ensure_ascii=False) in rendered for text in written)
+        return parsed if quoted else chat
 
     def _check_prompt(self, chat: Chat, prompt: str, where: str) -> None:
         """The tools, their calls and what others than the assistant said are in the prompt.

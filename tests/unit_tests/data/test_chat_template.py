@@ -15,7 +15,7 @@ from megatron_dlm.data.prompts import ExampleDataset, read_examples, read_prompt
 from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
-from tests.chat_templates import ALWAYS_THINKING, PARTS, PLAIN, THINKING
+from tests.chat_templates import ALWAYS_THINKING, ITERATING, PARTS, PLAIN, QUOTING, THINKING
 
 Message = dict[str, Any]
 
@@ -30,6 +30,12 @@ CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "5", "tool_call_id": None}
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds"}}
 CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
+
+
+def written_call(arguments: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
 NO_THINKING = {"enable_thinking": False}
 
 
@@ -142,6 +148,35 @@ def texts(tokenizer: PreTrainedTokenizerFast, dataset: ExampleDataset) -> list[t
             NO_THINKING,
             "</think>\n\n",
             "5<|im_end|>",
+        ),
+        # Arguments of calls as text: the template's way where it reads that, else as objects.
+        (
+            THINKING,
+            {"messages": [USER, {**CALLS, "tool_calls": [written_call('{"a":2, "b":3}')]}]},
+            NO_THINKING,
+            "</think>\n\n",
+            CALLED.replace('{"a": 2, "b": 3}', '{"a":2, "b":3}'),
+        ),
+        (
+            QUOTING,
+            {"messages": [USER, {**CALLS, "tool_calls": [written_call('{"a":2, "b":3}')]}]},
+            {},
+            "assistant\n",
+            '{"a": 2, "b": 3}<|im_end|>',
+        ),
+        (
+            QUOTING,
+            {"messages": [USER, {**CALLS, "tool_calls": [written_call("no JSON")]}]},
+            {},
+            "assistant\n",
+            '"no JSON"<|im_end|>',
+        ),
+        (
+            ITERATING,
+            {"messages": [USER, {**CALLS, "tool_calls": [written_call('{"a":2}')]}]},
+            {},
+            "assistant\n",
+            "[('a', 2)]<|im_end|>",
         ),
         # Lists of parts: the template's way where it reads them, else as text.
         (
