@@ -179,14 +179,15 @@ def example_sources(
     """Return the sources of a record's training examples.
 
     Args:
-        record: With a field `response`, or `messages` that end with the assistant's.
+        record: With a field `response`, or with turns of the assistant in `messages`.
         where: ``file:line`` of the record.
         train_on: ``last`` for the one example of the last answer; ``all`` for one of every turn of
             the assistant, in their order.
 
     Raises:
-        UserError: The prompt is malformed, or there is no response or more than one.
+        UserError: Something is malformed, or there is no response.
     """
+    given: list[ExampleSource] = []
     if "response" in record:
         source = open_prompt_source(record, where)
         if not isinstance(record["response"], str):
@@ -194,28 +195,30 @@ def example_sources(
                 f'{where}: "response" is {json_type(record["response"])}, not a string;'
                 " write the text"
             )
-        last = ExampleSource(where, source, record["response"])
+        given.append(ExampleSource(where, source, record["response"]))
     else:
         source = prompt_source(record, where)
-        if isinstance(source, str) or source.messages[-1]["role"] != "assistant":
-            raise UserError(
-                f'{where}: the example has no response; add "response" or end "messages" with role'
-                " 'assistant'"
-            )
-        last = ExampleSource(where, source, None)
-    if isinstance(source, str):
-        return [last]
-    final = len(source.messages) - 1
-    turns = [
-        i
-        for i, message in enumerate(source.messages)
-        if message["role"] == "assistant" and (train_on == "all" or i == final)
-    ]
+    turns = [] if isinstance(source, str) else _turns(source, where, train_on)
+    if not turns and not given:
+        raise UserError(
+            f'{where}: the example has no response; add "response" or end "messages" with role'
+            " 'assistant'"
+        )
+    return turns + given
+
+
+def _turns(chat: Chat, where: str, train_on: TrainOn) -> list[ExampleSource]:
+    """Sources of the assistant's turns that are trained on."""
+    final = len(chat.messages) - 1
+    chosen = range(final + 1) if train_on == "all" else (final,)
+    turns = [i for i in chosen if chat.messages[i]["role"] == "assistant"]
     if 0 in turns:
         raise UserError(
             f"{where}: messages[0] is a response without a prompt; put a 'user' message before it"
         )
-    if train_on == "last":
-        return [last]
-    examples = [ExampleSource(f"{where}: messages[{i}]", source.through(i), None) for i in turns]
-    return examples if last.response is None else [*examples, last]
+    return [
+        ExampleSource(
+            f"{where}: messages[{i}]" if train_on == "all" else where, chat.through(i), None
+        )
+        for i in turns
+    ]

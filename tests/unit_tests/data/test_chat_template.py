@@ -357,6 +357,11 @@ def test_all_turns_keep_their_records(
     several = {"messages": [USER, THOUGHT, AGAIN, {**ANSWER, "content": "9"}], "id": 0}
     answered = {"messages": [USER, ANSWER, AGAIN], "response": "nine", "id": 1}
     bare = {"prompt": "1 + 1 =", "response": " 2", "id": 2}
+    open_chat = {"messages": [USER, ANSWER, AGAIN], "id": 3}
+    with pytest.raises(UserError, match=r":1: the example has no response"):
+        read(tmp_path, tokenizer, special_tokens, THINKING, open_chat)
+    [example] = read(tmp_path, tokenizer, special_tokens, THINKING, open_chat, train_on="all")
+    assert tokenizer.decode(example.response_ids).endswith("5<|im_end|>")
     records = (several, answered, bare)
     dataset = read(tmp_path, tokenizer, special_tokens, THINKING, *records, train_on="all")
     assert [example.record["id"] for example in dataset] == [0, 0, 1, 1, 2]
