@@ -20,7 +20,7 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(
         record["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(inputs["input_ids"], max_new_tokens=40)
+    output = model.generate(**inputs, max_new_tokens=40)
     response = output[0, inputs["input_ids"].shape[1] :]
     print(f"Question: {record['messages'][-1]['content']}")
     print(f"Answer:\n{tokenizer.decode(response, skip_special_tokens=True)}")

@@ -86,6 +86,8 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
         eos_token=EOS_TOKEN,
         mask_token=MASK_TOKEN,
         chat_template=CHAT_TEMPLATE,
+        # What Qwen3's gives: transformers 4 would add token types, which its `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 

@@ -40,6 +40,8 @@ def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
             "auto_map": {
                 "AutoConfig": "configuration_a2d_qwen3.A2DQwen3Config",
                 "AutoModel": "modeling_a2d_qwen3.A2DQwen3Model",
+                # For pipelines and evaluation that ask for text.
+                "AutoModelForCausalLM": "modeling_a2d_qwen3.A2DQwen3LMHeadModel",
                 "AutoModelForMaskedLM": "modeling_a2d_qwen3.A2DQwen3LMHeadModel",
             },
             "model_type": "a2d-qwen3",
