@@ -37,7 +37,7 @@ from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.checkpointing import AdapterUse, save_checkpoint, saved_config
 from megatron_dlm.training.initialize import initialized
-from megatron_dlm.training.model_source import ModelSource, open_model_source
+from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
 
 TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "qwen3", "peft"]
@@ -57,9 +57,9 @@ class ConversionConfig:
 
     target_format: TargetFormat = "sdar"
     """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
-    transformers; sdar_moe for mixtures of experts), a2d-qwen3 (full attention, dense), rnd1 (full
-    attention, shifted, mixture of experts), qwen3 (autoregressive; also MoE) or peft (a LoRA run's
-    adapters alone)."""
+    transformers; sdar_moe for mixtures of experts), a2d-qwen3 (dllm's: dense, full or block-causal
+    attention), rnd1 (full attention, shifted, mixture of experts), qwen3 (autoregressive; also
+    MoE) or peft (a LoRA run's adapters alone)."""
 
     tokenizer: str | None = None
     """Folder with tokenizer.json (default: the one beside the weights)."""
@@ -67,6 +67,10 @@ class ConversionConfig:
     block_size: int | None = None
     """Block size the model was trained with, or should be decoded with under full attention
     (default: block_size of its config.json)."""
+
+    attention_pattern: StatedAttention | None = None
+    """Attention of the model, where its config.json does not say: a2d-qwen3 folders of dllm hold
+    models of full and of block_causal attention."""
 
     dynamic_threshold: float = 0.9
     """Confidence threshold recommended to engines that serve an sdar folder."""
@@ -211,7 +215,10 @@ def main() -> int:
     target = check_target(conversion)
     if conversion.load is None:
         raise bad_value("--load", None, "nothing to convert", "name a model or run folder")
-    source = open_model_source(conversion.load, "--load")
+    source = open_model_source(conversion.load, "--load").attending(
+        conversion.attention_pattern, conversion.block_size
+    )
+    _ = source.convention  # a config.json that does not say how the model attends is refused
     architecture = source.architecture
     dtype = stored_dtype(conversion.dtype, architecture)
     config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.data.tokenizer import MASK_TOKEN
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import UserError, bad_value
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,39 +53,47 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         _write(folder / "tokenizer_config.json", config)
 
 
-def register_mask_token(folder: Path, mask_token_id: int) -> None:
+def register_mask_token(folder: Path, mask_token_id: int, mask_token: str | None = None) -> None:
     """Make `mask_token_id` a special token and the tokenizer's `mask_token`, in place.
 
-    An id that has a text already keeps it; a free one (Qwen3) becomes `<|MASK|>`.
+    Args:
+        folder: With the tokenizer's files.
+        mask_token_id: Of MASK.
+        mask_token: The text that readers look MASK up by: the token is renamed if need be. None: an
+            id that has a text already keeps it, a free one (Qwen3) becomes `<|MASK|>`.
 
     Raises:
-        UserError: `<|MASK|>` is there under another id, or the id lies behind a gap.
+        UserError: The text is there under another id, the id is an ordinary token that cannot be
+            renamed, or it lies behind a gap.
     """
+
+    def refuse(problem: str) -> UserError:
+        remedy = "use the tokenizer that the model was trained with"
+        return bad_value("mask_token_id", mask_token_id, problem, remedy)
+
     tokenizer = _read(folder / "tokenizer.json")
-    vocabulary: dict[str, int] = dict(tokenizer["model"]["vocab"])
-    vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    by_id = {token_id: text for text, token_id in vocabulary.items()}
-    text = by_id.get(mask_token_id, MASK_TOKEN)
-    if vocabulary.get(text, mask_token_id) != mask_token_id:
-        raise bad_value(
-            "mask_token_id",
-            mask_token_id,
-            f"the tokenizer has {MASK_TOKEN} as {vocabulary[text]}",
-            "use the tokenizer that the model was trained with",
-        )
-    if mask_token_id not in by_id and mask_token_id != max(by_id) + 1:
+    added: list[dict[str, Any]] = tokenizer["added_tokens"]
+    special = {token["id"]: token["content"] for token in added}
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    by_id = {token_id: text for text, token_id in vocabulary.items()} | special
+    old = by_id.get(mask_token_id)
+    text = mask_token or old or MASK_TOKEN
+    found = next((token_id for token_id, other in by_id.items() if other == text), mask_token_id)
+    if found != mask_token_id:
+        raise refuse(f"the tokenizer has {text} as {found}")
+    if old is None and mask_token_id != max(by_id) + 1:
         # The tokenizers library numbers an added token itself, with the first free id.
-        raise bad_value(
-            "mask_token_id",
-            mask_token_id,
-            f"the tokenizer's first free id is {max(by_id) + 1}",
-            "use the tokenizer that the model was trained with",
-        )
+        raise refuse(f"the tokenizer's first free id is {max(by_id) + 1}")
+    if old is not None and old != text:
+        if mask_token_id not in special:
+            raise refuse(f"is the ordinary token {old!r}, which cannot become {text}")
+        _rename(folder, tokenizer, old, text)
     entry = {"content": text, "lstrip": False, "normalized": False, "rstrip": False}
     entry |= {"single_word": False, "special": True}
-    added = [token for token in tokenizer["added_tokens"] if token["id"] != mask_token_id]
-    added.append({"id": mask_token_id, **entry})
-    tokenizer["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    others = [token for token in added if token["id"] != mask_token_id]
+    tokenizer["added_tokens"] = sorted(
+        [*others, {"id": mask_token_id, **entry}], key=lambda token: token["id"]
+    )
     _write(folder / "tokenizer.json", tokenizer)
 
     config = _read(folder / "tokenizer_config.json")
@@ -94,12 +102,38 @@ def register_mask_token(folder: Path, mask_token_id: int) -> None:
         config["added_tokens_decoder"][str(mask_token_id)] = entry
     _write(folder / "tokenizer_config.json", config)
 
-    special = folder / "special_tokens_map.json"
-    if special.is_file():
-        _write(special, _read(special) | {"mask_token": text})
+    special_map = folder / "special_tokens_map.json"
+    if special_map.is_file():
+        _write(special_map, _read(special_map) | {"mask_token": text})
     added_tokens = folder / "added_tokens.json"
     if added_tokens.is_file():
         _write(added_tokens, _read(added_tokens) | {text: mask_token_id})
+
+
+def _rename(folder: Path, tokenizer: dict[str, Any], old: str, new: str) -> None:
+    """Give a special token another text wherever the files name it, apart from its own entries."""
+    vocabulary = tokenizer["model"]["vocab"]
+    if old in vocabulary:
+        # Its place is kept: the id of some models is the place.
+        renamed = {new if text == old else text: number for text, number in vocabulary.items()}
+        tokenizer["model"]["vocab"] = renamed
+    for name in ("vocab.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            numbers = _read(folder / name)
+            renamed = {new if text == old else text: number for text, number in numbers.items()}
+            _write(folder / name, renamed)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            values = _read(folder / name)
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                if isinstance(values.get(key), list):
+                    values[key] = [new if _text(token) == old else token for token in values[key]]
+            _write(folder / name, values)
+
+
+def _text(token: Any) -> Any:
+    """The text of a special token, which may be an object that describes it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import orjson
 
 from megatron_dlm.data.tokenizer import (
-    MASK_TOKEN,
     check_token_ids,
     load_tokenizer,
+    named_mask_token_id,
     resolve_special_tokens,
 )
 from megatron_dlm.errors import UserError, bad_value
@@ -36,6 +36,7 @@ class DocumentEncoder:
         self._tokenizer = load_tokenizer(tokenizer)
         config = _config_beside(tokenizer)
         self._vocab_size: int | None = config.get("vocab_size")
+        self._mask_token_id: int | None
         if config:
             special = resolve_special_tokens(
                 self._tokenizer,
@@ -47,7 +48,7 @@ class DocumentEncoder:
             self._mask_token_id, eos_token_id = special.mask_token_id, special.eos_token_id
         else:
             mask, eos_token_id = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
-            named = self._tokenizer.get_vocab().get(MASK_TOKEN)
+            named = named_mask_token_id(self._tokenizer)
             self._mask_token_id = named if mask is None else mask
         self._end: list[int] = []
         if append_eod:

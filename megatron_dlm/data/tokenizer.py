@@ -19,6 +19,11 @@ from megatron_dlm.models.config_keys import TOKEN_KEYS, checked_keys
 MASK_TOKEN = "<|MASK|>"
 """Name of the mask token in tokenizers that have one without declaring it as `mask_token`."""
 
+DLLM_MASK_TOKEN = "<|mask|>"
+"""Name that dllm gives it, and looks it up by, in `a2d-qwen3` folders."""
+
+MASK_TOKENS = (MASK_TOKEN, DLLM_MASK_TOKEN)
+
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 
 
@@ -111,7 +116,7 @@ def differing_token(
         for text, token_id in sorted(vocabulary.items(), key=lambda item: item[1]):
             if rest.get(text) == token_id:
                 continue
-            special = text == MASK_TOKEN or (token_id in added and added[token_id].special)
+            special = text in MASK_TOKENS or (token_id in added and added[token_id].special)
             if text in rest or token_id in taken or not special:
                 return text
     return None
@@ -317,7 +322,12 @@ def _as_ids(value: Any) -> list[int]:
 
 
 def _mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return _first_known(tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN))
+    return _first_known(tokenizer.mask_token_id, named_mask_token_id(tokenizer))
+
+
+def named_mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of a token with one of MASK's usual names, for a tokenizer that declares none."""
+    return _first_known(*map(tokenizer.get_vocab().get, MASK_TOKENS))
 
 
 def _first_known(*candidates: object) -> int | None:

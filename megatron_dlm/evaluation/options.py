@@ -28,7 +28,7 @@ from megatron_dlm.rollout.generation_config import (
     GenerationConfig,
     RemaskingStrategy,
 )
-from megatron_dlm.training.model_source import ModelSource, open_model_source
+from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
 
 Decoding = Literal["auto", "diffusion", "autoregressive"]
 
@@ -46,6 +46,10 @@ class InferenceConfig:
     block_size: int | None = None
     """Tokens denoised together (default: block_size of the model's config.json; without one, a
     model of full attention decodes the response as a whole)."""
+
+    attention_pattern: StatedAttention | None = None
+    """Attention of the model, where its config.json does not say: a2d-qwen3 folders of dllm hold
+    models of full and of block_causal attention."""
 
     decoding: Decoding = "auto"
     """diffusion, autoregressive, or auto: diffusion where the model's config.json says so or a
@@ -292,7 +296,9 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     options, decoding = arguments.inference, arguments.decoding
     if options.load is None:
         raise bad_value("--load", None, "there is no model", "name a model or run folder")
-    source = open_model_source(options.load, "--load")
+    source = open_model_source(options.load, "--load").attending(
+        options.attention_pattern, options.block_size
+    )
     hf_config = source.architecture.hf_config
     stored = hf_config.get("block_size")
     block_size = options.block_size if options.block_size is not None else stored

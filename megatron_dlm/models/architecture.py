@@ -42,9 +42,17 @@ RND1 = DiffusionConvention("full", shifted=True)
 _CONVENTION_OF_MODEL_TYPE = {
     "sdar": BLOCK_DIFFUSION,
     "sdar_moe": BLOCK_DIFFUSION,
-    "a2d-qwen3": DiffusionConvention("full", shifted=False),
     "rnd1": RND1,
 }
+_OF_EITHER_ATTENTION = "a2d-qwen3"
+"""Model type of dllm's models under full attention (mdlm) and of its block-causal ones (bd3lm)."""
+
+
+def states_attention(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says how the model attends: by a key of its own or by its type."""
+    return hf_config.get("model_type") != _OF_EITHER_ATTENTION or bool(
+        {"attention_pattern", "block_size"} & hf_config.keys()
+    )
 
 
 def diffusion_convention(
@@ -56,8 +64,15 @@ def diffusion_convention(
     `block_size` makes any other type a block-diffusion model.
 
     Raises:
-        UserError: `attention_pattern` or `shifted` has an unknown value, or `shifted` stands alone.
+        UserError: `attention_pattern` or `shifted` has an unknown value, or `shifted` stands alone;
+            or the model type has models of either attention and nothing says which this is.
     """
+    if not states_attention(hf_config):
+        raise UserError(
+            f"{where}: model_type = {_OF_EITHER_ATTENTION!r} does not say the attention; add "
+            '"attention_pattern": "full" (dllm\'s mdlm) or "block_causal" with "block_size" '
+            "(dllm's bd3lm, OPDLM's students) to it, or --attention-pattern to a tool's options"
+        )
     implied = _CONVENTION_OF_MODEL_TYPE.get(hf_config.get("model_type", ""))
     if implied is None and "block_size" in hf_config:
         implied = BLOCK_DIFFUSION

@@ -1,9 +1,9 @@
 """Where a model's weights, architecture and tokenizer come from: one path, two kinds of folder."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_dlm.conversion.hf_tensors import HFTensors
 from megatron_dlm.conversion.weight_sizes import check_hf_sizes, check_megatron_sizes
@@ -14,6 +14,7 @@ from megatron_dlm.models.architecture import (
     DiffusionConvention,
     diffusion_convention,
     read_architecture,
+    states_attention,
 )
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_dlm.training.checkpointing import AdapterUse
+
+StatedAttention = Literal["full", "block_causal"]
+"""What a flag may say of a model whose config.json does not say how it attends."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,38 @@ class ModelSource:
     def is_autoregressive(self) -> bool:
         """Whether config.json describes no diffusion model."""
         return self.convention is None
+
+    def attending(
+        self, attention_pattern: StatedAttention | None, block_size: int | None
+    ) -> "ModelSource":
+        """The same weights under the attention that a flag states, for a config.json that does not.
+
+        Args:
+            attention_pattern: `full` or `block_causal`; None leaves everything as it is.
+            block_size: Of the latter; None: config.json's, if it has one.
+
+        Raises:
+            UserError: config.json states another attention, or the model is autoregressive.
+        """
+        if attention_pattern is None:
+            return self
+        hf_config = self.architecture.hf_config
+        if not states_attention(hf_config):
+            added: dict[str, Any] = {"attention_pattern": attention_pattern}
+            if block_size is not None:
+                added["block_size"] = block_size
+            architecture = replace(self.architecture, hf_config=hf_config | added)
+            return replace(self, architecture=architecture)
+        stated = self.convention
+        if stated is not None and stated.attention_pattern == attention_pattern:
+            return self
+        found = f"{stated.attention_pattern} attention" if stated else "an autoregressive model"
+        raise bad_value(
+            "--attention-pattern",
+            attention_pattern,
+            f"{self.hf_folder / 'config.json'} states {found}",
+            "leave it out, or repair config.json",
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of config.json and of the names, sizes and ends of the files of weights.

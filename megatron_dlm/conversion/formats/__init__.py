@@ -6,7 +6,7 @@ A format is a function that checks the request and writes config.json, tokenizer
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dlm.conversion.formats.full_attention import write_a2d_qwen3, write_rnd1
+from megatron_dlm.conversion.formats.masked_lm import write_a2d_qwen3, write_rnd1
 from megatron_dlm.conversion.formats.qwen3 import write_qwen3
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.formats.sdar import write_sdar

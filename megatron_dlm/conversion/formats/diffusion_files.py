@@ -31,8 +31,28 @@ def check_mask_and_tokenizer(request: ExportRequest, format: str) -> None:
         )
 
 
-def write_tokenizer(request: ExportRequest, folder: Path) -> None:
+def check_block_size(request: ExportRequest, format: str) -> None:
+    """Check that the folder of a block-causal model can say how long its blocks are.
+
+    Raises:
+        UserError: There is no block size.
+    """
+    if request.block_size is None or request.block_size < 1:
+        raise bad_value(
+            "--block-size",
+            request.block_size,
+            f"{format} needs the block size that the model was trained with",
+            "give it",
+        )
+
+
+def write_tokenizer(request: ExportRequest, folder: Path, mask_token: str | None = None) -> None:
     """Copy the tokenizer and make MASK known to it; checked by `check_mask_and_tokenizer`.
+
+    Args:
+        request: With the tokenizer's folder and the id of MASK.
+        folder: Where to.
+        mask_token: Text that MASK has to have; see `register_mask_token`.
 
     Raises:
         UserError: Its files are missing or have no place for MASK.
@@ -40,7 +60,7 @@ def write_tokenizer(request: ExportRequest, folder: Path) -> None:
     assert request.tokenizer_folder is not None
     assert request.mask_token_id is not None
     copy_tokenizer(request.tokenizer_folder, folder)
-    register_mask_token(folder, request.mask_token_id)
+    register_mask_token(folder, request.mask_token_id, mask_token)
 
 
 def write_remote_code(configuration: str, modeling: str, folder: Path) -> None:

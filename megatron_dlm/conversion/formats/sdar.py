@@ -8,6 +8,7 @@ plain transformers (`trust_remote_code`).
 from pathlib import Path
 
 from megatron_dlm.conversion.formats.diffusion_files import (
+    check_block_size,
     check_mask_and_tokenizer,
     suitable_format,
     write_remote_code,
@@ -77,11 +78,5 @@ def _check(request: ExportRequest) -> None:
             "finished blocks only",
             suitable_format(request),
         )
-    if request.block_size is None or request.block_size < 1:
-        raise bad_value(
-            "--block-size",
-            request.block_size,
-            "sdar needs the block size that the model was trained with",
-            "give it",
-        )
+    check_block_size(request, "sdar")
     check_mask_and_tokenizer(request, "sdar")

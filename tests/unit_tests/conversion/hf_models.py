@@ -39,13 +39,17 @@ MOE_SIZES = SIZES | {
 }
 
 
-def random_hf_model(*, moe: bool = False, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+def random_hf_model(
+    *, moe: bool = False, tied: bool = False, seed: int = 0, **sizes: int
+) -> PreTrainedModel:
     """A model whose parameters are all random, norms included."""
     torch.manual_seed(seed)
     if moe:
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE_SIZES, tie_word_embeddings=tied))
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**{**MOE_SIZES, **sizes}, tie_word_embeddings=tied)
+        )
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied))
+        model = Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **sizes}, tie_word_embeddings=tied))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

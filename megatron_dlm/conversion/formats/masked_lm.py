@@ -1,13 +1,15 @@
-"""Target formats of full attention: `a2d-qwen3` (dense) and `rnd1` (mixture of experts).
+"""Target formats that load as masked language models: `a2d-qwen3` (dense), `rnd1` (experts).
 
 Tensor names are Qwen3's and Qwen3-MoE's. The folder brings its own modelling code for plain
 transformers (`trust_remote_code`); its logits stay where the network has them, and config.json says
-whether they are shifted.
+whether they are shifted. `rnd1` is of full attention; an `a2d-qwen3` folder, as dllm makes them, of
+either kind, and ours say which.
 """
 
 from pathlib import Path
 
 from megatron_dlm.conversion.formats.diffusion_files import (
+    check_block_size,
     check_mask_and_tokenizer,
     suitable_format,
     write_remote_code,
@@ -19,6 +21,7 @@ from megatron_dlm.conversion.formats.qwen3 import (
     write_json,
 )
 from megatron_dlm.conversion.formats.request import ExportRequest
+from megatron_dlm.data.tokenizer import DLLM_MASK_TOKEN
 from megatron_dlm.errors import bad_value
 
 NUM_DIFFUSION_STEPS = 256
@@ -29,12 +32,33 @@ def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
     """Write everything but the weights of an `a2d-qwen3` folder.
 
     Raises:
-        UserError: The model is no dense one of full attention, or MASK or tokenizer are missing.
+        UserError: The model is no dense diffusion model, or block size, MASK or tokenizer are
+            missing.
     """
-    _check(request, "a2d-qwen3", "is a mixture of experts", not request.architecture.is_moe)
+    _check(
+        request,
+        "a2d-qwen3",
+        ("full", "block_causal"),
+        "is a mixture of experts",
+        not request.architecture.is_moe,
+    )
+    convention = request.convention
+    assert convention is not None
+    is_block_causal = convention.attention_pattern == "block_causal"
+    if is_block_causal and convention.shifted:
+        raise bad_value(
+            "--target-format",
+            "a2d-qwen3",
+            "the logits of this block-causal model are shifted, and dllm takes them for unshifted",
+            suitable_format(request),
+        )
+    if is_block_causal:
+        check_block_size(request, "a2d-qwen3")
     _write(
         request,
         folder,
+        # dllm looks MASK up by this name; without it, it adds a token whose row is untrained.
+        DLLM_MASK_TOKEN,
         {
             "architectures": ["A2DQwen3LMHeadModel"],
             "auto_map": {
@@ -45,6 +69,7 @@ def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
                 "AutoModelForMaskedLM": "modeling_a2d_qwen3.A2DQwen3LMHeadModel",
             },
             "model_type": "a2d-qwen3",
+            "use_cache": is_block_causal,
         },
     )
     write_remote_code("configuration_a2d_qwen3", "modeling_a2d_qwen3", folder)
@@ -57,7 +82,7 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
         UserError: The model is no mixture of experts of full attention with shifted logits, or MASK
             or tokenizer are missing.
     """
-    _check(request, "rnd1", "is dense", request.architecture.is_moe)
+    _check(request, "rnd1", ("full",), "is dense", request.architecture.is_moe)
     convention = request.convention
     assert convention is not None
     if not convention.shifted:
@@ -71,6 +96,7 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
     _write(
         request,
         folder,
+        None,
         {
             "architectures": ["RND1LM"],
             "auto_map": {
@@ -80,19 +106,22 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
             },
             "model_type": "rnd1",
             "num_diffusion_steps": NUM_DIFFUSION_STEPS,
+            "use_cache": False,
         },
     )
     write_remote_code("configuration_rnd", "modeling_rnd", folder)
 
 
-def _check(request: ExportRequest, format: str, otherwise: str, is_fit: bool) -> None:
+def _check(
+    request: ExportRequest, format: str, patterns: tuple[str, ...], otherwise: str, is_fit: bool
+) -> None:
     convention = request.convention
     problem = None
     if convention is None:
         problem = "this model is autoregressive"
     elif convention.attention_pattern == "causal":
         problem = "this model attends causally"
-    elif convention.attention_pattern != "full":
+    elif convention.attention_pattern not in patterns:
         problem = "this model attends by blocks"
     elif not is_fit:
         problem = f"this model {otherwise}"
@@ -101,7 +130,9 @@ def _check(request: ExportRequest, format: str, otherwise: str, is_fit: bool) ->
     check_mask_and_tokenizer(request, format)
 
 
-def _write(request: ExportRequest, folder: Path, identity: dict[str, object]) -> None:
+def _write(
+    request: ExportRequest, folder: Path, mask_token: str | None, identity: dict[str, object]
+) -> None:
     convention = request.convention
     assert convention is not None
     config = qwen3_config(request) | identity
@@ -109,10 +140,9 @@ def _write(request: ExportRequest, folder: Path, identity: dict[str, object]) ->
         "attention_pattern": convention.attention_pattern,
         "mask_token_id": request.mask_token_id,
         "shifted": convention.shifted,
-        "use_cache": False,
     }
     if request.block_size is not None:
         config["block_size"] = request.block_size
     write_json(folder / "config.json", config)
     write_generation_config(request, folder)
-    write_tokenizer(request, folder)
+    write_tokenizer(request, folder, mask_token)
