@@ -192,7 +192,7 @@ def check_sequence_length(config: Config, architecture: ArchitectureSizes) -> No
                 f"choose {limit} or less",
             )
         return
-    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    prompt, response = config.data.max_prompt_length, config.longest_response
     if math.ceil((prompt + response) / block_size) * block_size <= limit:
         return
     room = limit // block_size * block_size - prompt

@@ -140,6 +140,15 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
     elif origin is dict:
         result = _from_json(value, where) if isinstance(value, str) else value
         result = dict(result) if _is_plain_mapping(result) else None
+        entry = typing.get_args(annotation)[1]
+        if result is not None and entry is not Any:
+            # The text of an entry, unlike that of an option, may be empty.
+            return {
+                key: value
+                if entry is str and value == ""
+                else _coerce(entry, value, f"{where}.{key}")
+                for key, value in result.items()
+            }
     elif origin is tuple:
         return _to_tuple(typing.get_args(annotation)[0], value, where)
     elif dataclasses.is_dataclass(annotation):
@@ -159,7 +168,9 @@ def _expected(annotation: Any) -> str:
     if typing.get_origin(annotation) is tuple:
         return "a list"
     if typing.get_origin(annotation) is dict:
-        return 'a mapping such as {"enable_thinking": false}'
+        examples = {int: '{"math": 4096}', str: '{"math": " Think."}'}
+        example = examples.get(typing.get_args(annotation)[1], '{"enable_thinking": false}')
+        return f"a mapping such as {example}"
     return {
         bool: "true or false",
         int: "a whole number such as 4",

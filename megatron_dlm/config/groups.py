@@ -35,6 +35,7 @@ LossNormalization = Literal["token", "row_mean"]
 DivergenceTail = Literal["bucket", "ignore"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 PositionRanking = Literal["probability", "logit"]
+LongPrompts = Literal["error", "drop", "truncate"]
 EmptyMask = Literal["redraw", "mask_one"]
 RewardName = Literal["exact_match", "math_verify"]
 
@@ -177,7 +178,18 @@ class DataConfig:
     """Held-out examples for the validation loss of a run on --train-data, in the same format."""
 
     max_prompt_length: int = 1024
-    """Longest prompt in tokens, chat template included; a longer one is an error."""
+    """Longest prompt in tokens, chat template included."""
+
+    long_prompts: LongPrompts = "error"
+    """What happens to longer prompts: an error that names the line, or they are left out of the
+    data (drop), or only their last --max-prompt-length tokens are kept (truncate)."""
+
+    domain_field: str = "domain"
+    """Field of a record that names its domain, for the options by domain."""
+
+    prompt_suffix_by_domain: dict[str, str] = field(default_factory=dict)
+    """Text to append to the last user message (or to `prompt`) of a record, by its domain; JSON as
+    a flag. `default` stands for all domains that are not named."""
 
     seed: int = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
@@ -236,6 +248,10 @@ class RolloutConfig(DecodingConfig):
 
     max_response_length: int = 1024
     """Longest response in tokens; the end point of the length schedule."""
+
+    max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
+    """Longest response in tokens by the domain of a record, where that is below the limit of the
+    rollout; JSON as a flag. `default` stands for all domains that are not named."""
 
     min_response_length: int | None = None
     """Response limit in tokens at the first rollout (linear and cosine schedules)."""

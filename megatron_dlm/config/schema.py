@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,12 @@ class Config:
     def teacher_load(self) -> str | None:
         """Where the teacher's weights are, default resolved."""
         return self.distillation.teacher_load or self.model.load
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response that any record can have."""
+        limits = self.rollout.max_response_length_by_domain.values()
+        return min(self.rollout.max_response_length, max(limits, default=sys.maxsize))
 
     @property
     def rollout_batch_size(self) -> int:

@@ -73,6 +73,14 @@ def _uses_of_objective(config: Config) -> list[Use]:
         "remasking_strategy",
         *OPTION_OF_STRATEGY.values(),
     )
+    of_records = (
+        "max_prompt_length",
+        "long_prompts",
+        "max_response_length",
+        "max_response_length_by_domain",
+        "prompt_suffix_by_domain",
+        "chat_template_kwargs",
+    )
     of_mixtures = (
         "teacher_response_fraction",
         "final_teacher_response_fraction",
@@ -83,7 +91,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
         (source in ("rollout", "teacher"), ("prompts",)),
         (source == "data", ("train_data", "train_on")),
         (corpus, ("data_path", "seq_length")),
-        (not corpus, ("max_prompt_length", "max_response_length", "chat_template_kwargs")),
+        (not corpus, of_records),
         (not corpus and not itself, ("supervise_eos",)),
         (by_blocks, ("block_size",)),
         (generates, ("temperature", "top_k", "top_p", "max_running_requests")),
@@ -155,6 +163,12 @@ def _uses_of_other_options(config: Config) -> list[Use]:
             ("min_response_length", "response_length_warmup_rollouts"),
             "--response-length-schedule constant",
             choose("response_length_schedule", "linear", "cosine"),
+        ),
+        Use(
+            bool(rollout.max_response_length_by_domain or config.data.prompt_suffix_by_domain),
+            ("domain_field",),
+            "a run without options by domain",
+            "add --max-response-length-by-domain",
         ),
         Use(
             rollout.dynamic_threshold_schedule != "constant",

@@ -101,6 +101,14 @@ def check_ranges(config: Config) -> None:
                 raise refuse(config, name, problem, remedy)
 
 
+def check_limits_by_domain(config: Config) -> None:
+    """Every domain has room for a response."""
+    for domain, limit in config.rollout.max_response_length_by_domain.items():
+        if limit < 1:
+            name = f"{flag('max_response_length_by_domain')}.{domain}"
+            raise bad_value(name, limit, "is less than 1", "choose 1 or more")
+
+
 def check_denoising_steps(config: Config) -> None:
     """Static remasking commits the same whole number of tokens at every step."""
     block_size, steps = config.model.block_size, config.rollout.denoising_steps_per_block

@@ -35,6 +35,8 @@ class ResponseHeader:
         temperature: Of the draws.
         top_k: 0 is off.
         top_p: 1 is off.
+        prompt_limits: SHA-256 of the longest response to each prompt by its own limit; None where
+            no prompt has one.
     """
 
     prompts: str
@@ -49,6 +51,7 @@ class ResponseHeader:
     temperature: float
     top_k: int
     top_p: float
+    prompt_limits: str | None = None
 
 
 class ResponseStore(ShardStore):

@@ -96,7 +96,7 @@ class RolloutEngine:
 
         Args:
             prompts: What to decode.
-            max_response_length: Tokens, at least 1.
+            max_response_length: Tokens, at least 1; a prompt's own limit may be lower.
             on_finished: Called with each trajectory when it is complete, to report progress.
 
         Returns:
@@ -125,7 +125,7 @@ class RolloutEngine:
         num_slots = min(self.generation.max_running_requests, len(prompts))
         slots = SlotTable(
             num_slots=num_slots,
-            longest_prompt=max((len(prompt.token_ids) for prompt in prompts), default=0),
+            prompts=prompts,
             max_response_length=max_response_length,
             config=self.generation,
             special_tokens=self._special_tokens,

@@ -10,6 +10,7 @@ a whole); T: positions of a slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,8 @@ class SlotTable:
 
     Args:
         num_slots: Sequences held at once.
-        longest_prompt: In tokens.
-        max_response_length: Tokens after which a response is cut.
+        prompts: All that will be placed.
+        max_response_length: Tokens after which a response is cut; `Prompt` may say fewer.
         config: Decoding settings.
         special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
             committed yet.
@@ -73,7 +74,7 @@ class SlotTable:
         self,
         *,
         num_slots: int,
-        longest_prompt: int,
+        prompts: Sequence[Prompt],
         max_response_length: int,
         config: GenerationConfig,
         special_tokens: SpecialTokens,
@@ -86,8 +87,9 @@ class SlotTable:
         self._mask_token_id = special_tokens.mask_token_id
         self._block_size = config.block_size or max_response_length
         self._columns = torch.arange(self._block_size)
+        longest = max((len(p.token_ids) + self._limit(p) for p in prompts), default=0)
         # In whole blocks, also behind the end of a canvas.
-        blocks = -(-(longest_prompt + max_response_length) // self._block_size)
+        blocks = -(-longest // self._block_size)
         self.max_length = blocks * self._block_size
         self._prompts: list[Prompt | None] = [None] * num_slots
         self._requests = [0] * num_slots
@@ -99,6 +101,7 @@ class SlotTable:
         self._unmask_step = torch.zeros(num_slots, self.max_length, dtype=torch.int64)
         self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool)
         self._prompt_length = per_slot()
+        self._end = per_slot()  # of prompt and longest response
         self._sample_index = per_slot()
         self._start = per_slot()
         self._block_start = per_slot()
@@ -110,6 +113,7 @@ class SlotTable:
             self._unmask_step,
             self._masked,
             self._prompt_length,
+            self._end,
             self._sample_index,
             self._start,
             self._block_start,
@@ -117,6 +121,9 @@ class SlotTable:
             self._masked_at_start,
             self._forwards,
         )
+
+    def _limit(self, prompt: Prompt) -> int:
+        return prompt.response_limit(self._max_response_length)
 
     @property
     def _has_canvas(self) -> bool:
@@ -137,6 +144,7 @@ class SlotTable:
         self._tokens[slot, :length] = prompt.token_ids
         self._tokens[slot, length:] = self._mask_token_id
         self._prompt_length[slot] = length
+        self._end[slot] = length + self._limit(prompt)
         self._sample_index[slot] = prompt.sample_index
         self._start[slot] = 0
         self._forwards[slot] = 0
@@ -148,7 +156,7 @@ class SlotTable:
         prompt_length = self._prompt_length[slots, None]
         masked = positions >= prompt_length
         if self._has_canvas:
-            masked &= positions < prompt_length + self._max_response_length
+            masked &= positions < self._end[slots, None]
         self._block_start[slots] = block_start
         self._masked[slots] = masked
         self._masked_at_start[slots] = masked.sum(dim=-1)
@@ -176,7 +184,7 @@ class SlotTable:
         active = slice(self.num_active)
         starts, block_start = self._start[active], self._block_start[active]
         if self._has_canvas:
-            ends = self._prompt_length[active] + self._max_response_length
+            ends = self._end[active]
         elif self._config.is_autoregressive:
             ends = block_start
         else:
@@ -242,8 +250,7 @@ class SlotTable:
         positions = block_start[:, None] + self._columns
         is_eos = torch.isin(self._tokens[full[:, None], positions], self._eos_token_ids)
         is_eos &= positions >= self._prompt_length[full, None]
-        limit = self._prompt_length[full] + self._max_response_length
-        finished = is_eos.any(dim=-1) | (block_end >= limit)
+        finished = is_eos.any(dim=-1) | (block_end >= self._end[full])
         self._open_blocks(full[~finished], block_end[~finished])
         return full[finished].tolist()
 
@@ -255,13 +262,13 @@ class SlotTable:
         end = int(self._block_start[slot]) + self._block_size
         canvas_length = None
         if self._has_canvas:
-            canvas_length = prompt_length + self._max_response_length
+            canvas_length = int(self._end[slot])
             end = min(end, canvas_length)
         tokens = self._tokens[slot, prompt_length:end].clone()
         unmask_step = self._unmask_step[slot, prompt_length:end].clone()
         if self._config.is_autoregressive:
             unmask_step.zero_()
-        length = min(self._max_response_length, len(tokens))
+        length = min(self._limit(prompt), len(tokens))
         eos = torch.isin(tokens[:length], self._eos_token_ids).nonzero()
         if len(eos):
             length = int(eos[0]) + 1

@@ -21,11 +21,19 @@ class Prompt:
             by this number, so results do not depend on the parallel layout.
         token_ids: [P] int64.
         record: The JSON object the prompt was read from, optional fields kept as they are.
+        max_response_length: Tokens of the longest response to this prompt; None for no limit but
+            that of the rollout.
     """
 
     sample_index: int
     token_ids: Tensor
     record: dict[str, Any] = field(default_factory=dict)
+    max_response_length: int | None = None
+
+    def response_limit(self, max_response_length: int) -> int:
+        """Tokens after which a response is cut, in a rollout of responses up to this length."""
+        own = self.max_response_length
+        return max_response_length if own is None else min(own, max_response_length)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Trajectory:
         tail_unmask_step: [T] int64.
         finish_reason: "eos" or "length".
         canvas_length: Positions that every forward of this sequence saw under full attention: the
-            prompt and `max_response_length` more, MASK where a token was not committed yet, blocks
+            prompt and its longest response, MASK where a token was not committed yet, blocks
             behind the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.

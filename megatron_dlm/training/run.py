@@ -49,6 +49,8 @@ RESUME_FIXED = (
     "rollout_batch_size",
     "global_batch_size",
     "num_epochs",
+    "long_prompts",
+    "prompt_suffix_by_domain",
     "epochs_per_rollout",
     "teacher_response_fraction_rollouts",
     "dynamic_threshold_rollouts",

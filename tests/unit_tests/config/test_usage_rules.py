@@ -29,6 +29,7 @@ ENTROPY_BOUNDED = {**OPDLM, "remasking_strategy": "entropy_bounded"}
 GREEDY = {**OPDLM, "temperature": 0}
 GROWS = {**OPDLM, **GROWING, "min_response_length": 4}
 LOWERED = {**OPDLM, "dynamic_threshold_schedule": "cosine", "final_dynamic_threshold": 0.7}
+BY_DOMAIN = {**SFT, "max_response_length_by_domain": {"a": 9}}
 WITH_FOLDER = {**OPDLM, "save": "no_such_folder"}
 MIXED = {**WITH_FOLDER, "teacher_response_fraction": 0.5}
 FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
@@ -74,6 +75,15 @@ CASES = [
     Case("seq_length", 64, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS), ON_CORPUS),
     Case("max_prompt_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
     Case("max_response_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("long_prompts", "drop", ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("max_response_length_by_domain", {"a": 9}, ON_CORPUS, (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("prompt_suffix_by_domain", {"a": "b"}, ON_CORPUS, (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case(
+        "domain_field",
+        "subject",
+        (OPDLM, SCP),
+        ({**OPDLM, "prompt_suffix_by_domain": {"a": "b"}}, BY_DOMAIN),
+    ),
     Case("chat_template_kwargs", {"enable_thinking": False}, ON_CORPUS, (SFT, OFF_POLICY, OPDLM)),
     Case("supervise_eos", False, (*ON_CORPUS, D_OPSD), (*ON_EXAMPLES, *ON_TEACHER, OPDLM)),
     Case("block_size", 32, (*ON_CORPUS, NEXT_TOKEN), (SFT, *ON_TEACHER, *ON_ROLLOUTS)),

@@ -15,10 +15,12 @@ from megatron_dlm.rollout import drawing
 from megatron_dlm.rollout import engine as engine_module
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
+from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 from megatron_dlm.training.initialize import initialized
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
+    GENERATION,
     MASK,
     SPECIAL_TOKENS,
     VOCAB_SIZE,
@@ -232,6 +234,42 @@ def test_results_do_not_depend_on_the_batch(
     monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 9)
     monkeypatch.setattr(drawing, "MAX_LOGITS", 300)
     assert [fields(t) for t in make_engine(model).generate(prompts, 14)] == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_pattern": "full"}, {"attention_pattern": "full", "block_size": None}],
+    ids=["block_causal", "full by blocks", "full as a whole"],
+)
+def test_a_prompt_may_have_a_limit_of_its_own(model: DiffusionGPTModel, changes: dict) -> None:
+    """In a batch as alone, in a rollout that is limited for all."""
+    limits = [3, None, 14, 1, 30, 5, 8, 2]
+    prompts = make_prompts(LENGTHS)
+    limited = [
+        dataclasses.replace(prompt, max_response_length=limit)
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    batch = make_engine(model, **changes).generate(limited, 14)
+    for prompt, limit, trajectory in zip(prompts, limits, batch, strict=True):
+        (alone,) = make_engine(model, **changes).generate([prompt], min(limit or 14, 14))
+        assert fields(trajectory) == fields(alone)
+        assert trajectory.canvas_length == alone.canvas_length
+
+
+def test_the_cache_is_as_long_as_what_will_be_in_it() -> None:
+    def length(*sizes: tuple[int, int | None]) -> int:
+        table = SlotTable(
+            num_slots=2,
+            prompts=[Prompt(0, torch.zeros(p), max_response_length=limit) for p, limit in sizes],
+            max_response_length=50,
+            config=GENERATION,
+            special_tokens=SPECIAL_TOKENS,
+        )
+        return table.max_length
+
+    assert length((100, 4), (8, 60), (7, None)) == 104
+    assert length((10, None), (20, 12)) == 60
+    assert length() == 0
 
 
 def test_another_seed_or_sample_index_gives_other_responses(model: DiffusionGPTModel) -> None:

@@ -1,0 +1,104 @@
+"""What the domain of a record decides: a suffix of its prompt, the longest response to it.
+
+Published recipes ask problems of mathematics for a boxed answer and multiple choice for a letter,
+and give each domain another length (OPDLM, appendix B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from megatron_dlm.config.schema import Config
+from megatron_dlm.errors import UserError, bad_value
+
+T = TypeVar("T")
+
+DEFAULT = "default"
+"""The entry for domains that a mapping does not name, and for records without one."""
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Mappings from a record's domain.
+
+    Attributes:
+        name: The record's field.
+        prompt_suffix: Text that is appended to the prompt.
+        max_response_length: Tokens of the longest response.
+    """
+
+    name: str = "domain"
+    prompt_suffix: Mapping[str, str] = field(default_factory=dict)
+    max_response_length: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Config) -> Domains:
+        """Those of a run."""
+        return cls(
+            config.data.domain_field,
+            config.data.prompt_suffix_by_domain,
+            config.rollout.max_response_length_by_domain,
+        )
+
+    def response_limit(self, record: Mapping[str, Any], where: str) -> int | None:
+        """Tokens of the longest response to a record; None if its domain has no say.
+
+        Raises:
+            UserError: The record's domain has no entry, and there is none for all others.
+        """
+        limits = self.max_response_length
+        return self._entry(limits, "--max-response-length-by-domain", record, where)
+
+    def with_suffix(self, record: dict[str, Any], where: str) -> dict[str, Any]:
+        """The record with the suffix of its domain on the last user message, or on its `prompt`.
+
+        A malformed record is returned as it is, for whoever reads it to say what is wrong.
+
+        Raises:
+            UserError: As in `response_limit`; or no message is a user's.
+        """
+        suffix = self._entry(self.prompt_suffix, "--prompt-suffix-by-domain", record, where)
+        if not suffix:
+            return record
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if isinstance(prompt, str):
+            return {**record, "prompt": prompt + suffix}
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            return record
+        users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+        if not users:
+            raise UserError(
+                f'{where}: no message has role "user", to append {suffix!r} of'
+                " --prompt-suffix-by-domain to; add one"
+            )
+        last = users[-1]
+        message = {**messages[last], "content": _appended(messages[last].get("content"), suffix)}
+        return {**record, "messages": [*messages[:last], message, *messages[last + 1 :]]}
+
+    def _entry(
+        self, entries: Mapping[str, T], flag: str, record: Mapping[str, Any], where: str
+    ) -> T | None:
+        if not entries:
+            return None
+        domain = record.get(self.name)
+        if isinstance(domain, str) and domain in entries:
+            return entries[domain]
+        if DEFAULT in entries:
+            return entries[DEFAULT]
+        raise bad_value(
+            f'{where}: "{self.name}"',
+            domain,
+            f"has no entry in {flag}, which names {', '.join(entries)}",
+            f"add one, or one for {DEFAULT}",
+        )
+
+
+def _appended(content: Any, suffix: str) -> Any:
+    """Content with the suffix behind its text; parts of another kind stay where they are."""
+    if isinstance(content, str):
+        return content + suffix
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": suffix}]
+    return content
