@@ -244,12 +244,20 @@ def check_teacher_top_k(config: Config, architecture: ArchitectureSizes) -> None
 
 
 def check_expert_adapters(config: Config, architecture: ArchitectureSizes) -> None:
-    """An expert with adapters lies on one process."""
+    """An expert with adapters lies on one process, and drops none of their inputs."""
     if config.lora.lora_rank is None or architecture.num_moe_experts is None:
         return
-    if config.expert_tensor_parallel_size > 1 and any(
-        name in config.lora.lora_target_modules for name in ("linear_fc1", "linear_fc2")
-    ):
+    targets = config.lora.lora_target_modules
+    if not any(name in targets for name in ("linear_fc1", "linear_fc2")):
+        return
+    if config.lora.lora_dropout > 0:
+        raise refuse(
+            config,
+            "lora_dropout",
+            "tokens that are dealt out to experts lose what decides what is dropped",
+            "choose 0, or --lora-target-modules linear_qkv,linear_proj",
+        )
+    if config.expert_tensor_parallel_size > 1:
         raise refuse(
             config,
             "lora_target_modules",

@@ -102,6 +102,9 @@ class LoRAConfig:
     lora_alpha: float | None = None
     """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
 
+    lora_dropout: float = 0.0
+    """Probability in [0, 1) with which an input of an adapter is dropped in training."""
+
     lora_target_modules: tuple[LoRATarget, ...] = (
         "linear_qkv",
         "linear_proj",

@@ -212,7 +212,7 @@ def _uses_of_other_options(config: Config) -> list[Use]:
         ),
         Use(
             config.lora.lora_rank is not None,
-            ("lora_alpha", "lora_target_modules"),
+            ("lora_alpha", "lora_dropout", "lora_target_modules"),
             "training without adapters",
             "add --lora-rank",
         ),

@@ -80,7 +80,7 @@ FRACTIONS = (
 )
 """Fields whose value lies in [0, 1]."""
 
-MOMENT_DECAYS = ("adam_beta1", "adam_beta2")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 """Fields whose value lies in [0, 1)."""
 
 
@@ -92,7 +92,7 @@ def check_ranges(config: Config) -> None:
         (ABOVE_ZERO, lambda x: x > 0, "is not positive", "choose a number above 0"),
         (PROBABILITIES, lambda x: 0 < x <= 1, "is outside (0, 1]", "choose e.g. 0.9, at most 1"),
         (FRACTIONS, lambda x: 0 <= x <= 1, "is outside [0, 1]", "choose e.g. 0.5, 0 to 1"),
-        (MOMENT_DECAYS, lambda x: 0 <= x < 1, "is outside [0, 1)", "choose e.g. 0.9, less than 1"),
+        (BELOW_ONE, lambda x: 0 <= x < 1, "is outside [0, 1)", "choose e.g. 0.9, less than 1"),
     )
     for names, fits, problem, remedy in rules:
         for name in names:

@@ -60,8 +60,11 @@ def pack(
         )
     )
     annealing = [document.annealing for document in documents if document.annealing is not None]
+    keys = [document.keys for document in documents if document.keys is not None]
     if annealing:  # in all documents of an update, or in none
         layout = torch.cat((layout, torch.cat(annealing, dim=1)))
+    elif keys:  # likewise
+        layout = torch.cat((layout, torch.cat(keys)[None]))
     row = Row(
         token_ids=torch.cat([document.token_ids for document in documents]),
         position_ids=layout[Field.POSITION].long(),

@@ -7,8 +7,9 @@ sees a key of the same document if
 * the query is noisy, the key clean, and the key's block strictly earlier, or
 * both are of the same noisy stream and the same block.
 
-A layout of annealed attention carries two integers more, and a clean query then also sees a later
-clean key of its document if the draw of the pair is below the query's threshold.
+A layout may carry a random integer more, the token's key, which whatever is drawn for tokens in the
+layers is a function of. One of annealed attention also carries a threshold: a clean query then sees
+a later clean key of its document if the draw of the pair is below the query's threshold.
 
 Stream 0 is clean; noisy streams count from 1, one for each state in which a sequence is trained at
 once. Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is
@@ -33,19 +34,19 @@ PADDING_DOCUMENT = -1
 
 
 class Field:
-    """Rows of a layout tensor [4, S] int32, or [6, S] with annealed attention."""
+    """Rows of a layout tensor [4, S] int32; [5, S] with keys, [6, S] with annealed attention."""
 
     # Plain integers, no enumeration: FlexAttention compiles the rule that uses them.
     DOCUMENT = 0
     BLOCK = 1
     STREAM = 2
     POSITION = 3
-    ANNEALING_KEY = 4
+    KEY = 4
     ANNEALING_THRESHOLD = 5
 
 
-ANNEALING_UNIT = 2**24
-"""Annealing threshold that every pair's draw is below: everything is visible."""
+DRAW_UNIT = 2**24
+"""What every pair's draw is below; as an annealing threshold, everything is visible."""
 
 
 def block_ids(positions: Tensor, pattern: Pattern, block_size: int) -> Tensor:
@@ -86,15 +87,15 @@ def pad_layout(layout: Tensor, length: int) -> Tensor:
     return torch.cat((layout, padding), dim=1)
 
 
-def annealing_draws(query: Tensor, key: Tensor) -> Tensor:
-    """The draw of each pair of tokens, uniform over the integers below `ANNEALING_UNIT`.
+def pair_draws(query: Tensor, key: Tensor) -> Tensor:
+    """The draw of each pair of keys, uniform over the integers below `DRAW_UNIT`.
 
     A hash of two random integers: it needs no table of pairs, so that a kernel can compute it for
     the tile it works on, and activation recomputation finds the same mask again.
 
     Args:
-        query: Random int32 >= 0 of each query (`Field.ANNEALING_KEY`).
-        key: The same of the keys; broadcasts against the queries.
+        query: Random int32 >= 0 of each query (`Field.KEY`).
+        key: The same of whatever it is paired with; broadcasts against the queries.
     """
     # In 64 bits no product of 32 and 31 bits overflows; multipliers are odd, as a bijection needs.
     mixed = (query.long() * 0x5BD1E995 + key.long()) & 0xFFFFFFFF
@@ -118,8 +119,8 @@ def visible(query: Tensor | Sequence[Tensor], key: Tensor | Sequence[Tensor]) ->
     same_block = query[Field.BLOCK] == key[Field.BLOCK]
     earlier = key[Field.BLOCK] < query[Field.BLOCK]
     sees_clean = key_clean & (earlier | (query_clean & same_block))
-    if len(query) > Field.ANNEALING_KEY:
-        draws = annealing_draws(query[Field.ANNEALING_KEY], key[Field.ANNEALING_KEY])
+    if len(query) > Field.ANNEALING_THRESHOLD:
+        draws = pair_draws(query[Field.KEY], key[Field.KEY])
         revealed = draws < query[Field.ANNEALING_THRESHOLD]
         sees_clean = sees_clean | (query_clean & key_clean & revealed)
     sees_noisy = ~key_clean & same_block & (query[Field.STREAM] == key[Field.STREAM])

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_dlm.conversion.model_parameters import ADAPTER_PARAMETER, global_name
 from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.models.attention_layout import Field
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LowRankAdapter
 from megatron_dlm.models.model import DiffusionGPTModel
 
@@ -48,6 +50,45 @@ def attach_adapters(
             size = layer.in_features_total
             uniform = torch.rand(rank, size, generator=keyed_generator(seed, name))
             layer.attach_adapter((2.0 * uniform - 1.0) / size**0.5, alpha)
+
+
+def drop_out_adapter_inputs(model: torch.nn.Module, dropout: float, seed: int) -> None:
+    """Have adapters drop some of their inputs in training; see `models.adapter_dropout`.
+
+    Args:
+        model: This rank's part of a model with adapters, whose rows come with keys of their tokens
+            when it is trained (`objectives.token_keys`).
+        dropout: Probability of each input to be dropped.
+        seed: With the layer's name, decides which.
+    """
+    for name, layer in _layers(model):
+        layer.lora_dropout = dropout
+        generator = keyed_generator(seed, name, "dropout")
+        layer.dropout_salt = int(torch.randint(0, 2**31 - 1, (), generator=generator))
+    for module in unwrap_model(model).modules():
+        if isinstance(module, TransformerLayer):
+            _keep_keys_at_hand(module)
+
+
+def _keep_keys_at_hand(layer: TransformerLayer) -> None:
+    """Let the adapters of a layer see the keys of the row that it is run on, while it is.
+
+    Pipeline schedules and recomputed activations run a layer on other rows in between.
+    """
+    adapters = [module for module in layer.modules() if isinstance(module, LowRankAdapter)]
+
+    def before(module: TransformerLayer, arguments: Any, keywords: dict[str, Any]) -> None:
+        layout = keywords["attention_mask"]
+        has_keys = isinstance(layout, Tensor) and len(layout) > Field.KEY
+        for adapter in adapters:
+            adapter.token_keys = layout[Field.KEY] if has_keys else None
+
+    def after(module: TransformerLayer, arguments: Any, output: Any) -> None:
+        for adapter in adapters:
+            adapter.token_keys = None
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after)
 
 
 def train_adapters_only(model: torch.nn.Module) -> None:

@@ -31,6 +31,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_dlm.models.adapter_dropout import drop_inputs
+
 
 class LowRankAdapter(ABC):
     """What both kinds of layer have in common: the adapter's parameters and what is done to them.
@@ -40,6 +42,9 @@ class LowRankAdapter(ABC):
         lora_b: This rank's part of B [out, r], or None without adapter.
         lora_scale: alpha / r.
         adapter_enabled: Whether the forward pass adds the adapter's output.
+        lora_dropout: Probability with which an input of the adapter is dropped in training.
+        dropout_salt: Decides, with a token's key, which are.
+        token_keys: [S] keys of the tokens of the row that the layer is run on, or None.
     """
 
     weight: Parameter
@@ -49,6 +54,10 @@ class LowRankAdapter(ABC):
     lora_b: Parameter | None
     lora_scale: float
     adapter_enabled: bool
+    lora_dropout: float
+    dropout_salt: int
+    token_keys: Tensor | None
+    training: bool
     is_expert: bool
     expert_parallel: bool
 
@@ -60,6 +69,25 @@ class LowRankAdapter(ABC):
     @abstractmethod
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """This rank's part of a whole A [r, in]."""
+
+    @property
+    def first_input(self) -> int:
+        """Number of this rank's first input in the whole layer."""
+        return 0
+
+    def adapter_input(self, input_: Tensor) -> Tensor:
+        """What the adapter sees of the layer's input: all of it, but for dropout in training."""
+        if not (self.training and self.lora_dropout):
+            return input_
+        assert self.token_keys is not None, "a row without keys of its tokens"
+        return drop_inputs(
+            input_,
+            self.token_keys,
+            self.dropout_salt,
+            self.first_input,
+            self.lora_dropout,
+            self.tp_group.rank(),
+        )
 
     def attach_adapter(self, lora_a: Tensor, alpha: float) -> None:
         """Add an adapter that changes nothing yet: B is zero.
@@ -107,6 +135,9 @@ def _without_adapter(layer: torch.nn.Module) -> None:
     layer.register_parameter("lora_b", None)
     layer.lora_scale = 0.0  # type: ignore[assignment]
     layer.adapter_enabled = False  # type: ignore[assignment]
+    layer.lora_dropout = 0.0  # type: ignore[assignment]
+    layer.dropout_salt = 0  # type: ignore[assignment]
+    layer.token_keys = None  # type: ignore[assignment]
 
 
 def _sharded_state(
@@ -154,7 +185,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
         output, bias = super().forward(input_, weight, runtime_gather_output)
         if self.lora_a is None or self.lora_b is None or not self.adapter_enabled:
             return output, bias
-        low = F.linear(input_, self.lora_a)
+        low = F.linear(self.adapter_input(input_), self.lora_a)
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(
                 low, tensor_parallel_output_grad=True, group=self.tp_group
@@ -187,9 +218,12 @@ class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """See `LowRankAdapter`."""
-        columns = self.input_size_per_partition
-        rank = self.tp_group.rank()
-        return lora_a[:, rank * columns : (rank + 1) * columns]
+        return lora_a[:, self.first_input : self.first_input + self.input_size_per_partition]
+
+    @property
+    def first_input(self) -> int:
+        """See `LowRankAdapter`."""
+        return int(self.tp_group.rank() * self.input_size_per_partition)
 
     def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
         set_tensor_model_parallel_attributes(lora_a, True, 1, 1)
@@ -200,7 +234,7 @@ class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
         output, bias = super().forward(input_)
         if self.lora_a is None or self.lora_b is None or not self.adapter_enabled:
             return output, bias
-        low = F.linear(input_, self.lora_a)  # this rank's share of the sum
+        low = F.linear(self.adapter_input(input_), self.lora_a)  # this rank's share of the sum
         if self.sequence_parallel and self.tp_group.size() > 1:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dlm.config.schema import Config
 from megatron_dlm.data.seeding import keyed_generator
-from megatron_dlm.models.attention_layout import ANNEALING_UNIT
+from megatron_dlm.models.attention_layout import DRAW_UNIT
 from megatron_dlm.objectives.base import Document
 
 
@@ -32,7 +32,7 @@ def anneal_attention(
     length = len(document.token_ids)
     generator = keyed_generator(config.data.seed, sample_index, iteration, "attention annealing")
     keys = torch.randint(0, 2**31 - 1, (length,), generator=generator)
-    thresholds = torch.full_like(keys, round(ANNEALING_UNIT * update / last))
+    thresholds = torch.full_like(keys, round(DRAW_UNIT * update / last))
     return replace(
         document,
         block=document.position.int(),  # blocks of one token: causal

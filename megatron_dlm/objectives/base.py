@@ -36,6 +36,8 @@ class Document:
             each other (a corpus window); None for one text.
         loss_count: What the loss sum is divided by, summed over the global batch; None for the
             number of supervised tokens.
+        keys: [T] int32, random integers that draws in the layers are functions of; None where
+            nothing is drawn. Annealed attention brings its own.
         annealing: [2, T] int32, keys and thresholds of annealed attention; None for the visibility
             of `block` and `stream` alone.
     """
@@ -51,6 +53,7 @@ class Document:
     teacher_top_k: TopKTargets | None = None
     document_ids: Tensor | None = None
     loss_count: int | None = None
+    keys: Tensor | None = None
     annealing: Tensor | None = None
 
 

@@ -21,6 +21,7 @@ from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
 from megatron_dlm.objectives.attention_annealing import anneal_attention
+from megatron_dlm.objectives.token_keys import with_token_keys
 from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.convention_change import changed_convention
@@ -142,17 +143,14 @@ def micro_batches(
     epoch, position = divmod(update, len(collected.trained_tokens))
     chosen = collected.trajectories[position * local : (position + 1) * local]
     num_own = collected.num_own - position * local
-    documents = [
-        anneal_attention(
-            run.objective.document(
-                trajectory, keyed_generator(run.config.data.seed, trajectory.sample_index, epoch)
-            ),
-            run.config,
-            trajectory.sample_index,
-            run.progress.iteration,
+    documents = []
+    for trajectory in chosen:
+        sample = trajectory.sample_index
+        document = run.objective.document(
+            trajectory, keyed_generator(run.config.data.seed, sample, epoch)
         )
-        for trajectory in chosen
-    ]
+        document = anneal_attention(document, run.config, sample, run.progress.iteration)
+        documents.append(with_token_keys(document, run.config, sample, run.progress.iteration))
 
     def row(start: int) -> TrainingBatch:
         stop = min(start + training.micro_batch_size, len(documents))

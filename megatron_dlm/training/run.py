@@ -14,7 +14,7 @@ from megatron_dlm.distillation.stored_teacher import StoredTeacher
 from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
-from megatron_dlm.models.lora import train_adapters_only
+from megatron_dlm.models.lora import drop_out_adapter_inputs, train_adapters_only
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
@@ -69,6 +69,7 @@ RESUME_FIXED = (
     "param_groups",
     "lora_rank",
     "lora_alpha",
+    "lora_dropout",
     "lora_target_modules",
 )
 """Options that a resumed run cannot change, where it has a use for them: it would be another run,
@@ -199,6 +200,8 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     if config.lora.lora_rank is not None:
         attach_adapters_of_run(model, config.to_dict())
         train_adapters_only(model)
+        if config.lora.lora_dropout > 0:
+            drop_out_adapter_inputs(model, config.lora.lora_dropout, config.data.seed)
     student = build_student(model, config)
     progress = Progress()
     if resume:

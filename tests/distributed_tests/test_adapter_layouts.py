@@ -34,9 +34,13 @@ from tests.tiny import (
     write_data,
 )
 
+ADAPTERS = dict(lora_rank=3, lora_alpha=6, lora_dropout=0.3)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adapters": ("dense", dict(lora_rank=3, lora_alpha=6, micro_batch_size=2)),
-    "d_opsd": ("block_causal", dict(objective="d_opsd", lora_rank=3, lora_alpha=6)),
+    "adapters": ("dense", dict(ADAPTERS, micro_batch_size=2)),
+    "d_opsd": (
+        "block_causal",
+        dict(ADAPTERS, objective="d_opsd"),
+    ),
     # Rows of ranks are cut into unequal numbers of parts.
     "d_opsd full copy": ("full", dict(objective="d_opsd", micro_batch_size=2, max_row_tokens=300)),
     "moe d_opsd": ("moe", dict(objective="d_opsd", lora_rank=3, max_row_tokens=300)),

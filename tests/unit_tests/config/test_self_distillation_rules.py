@@ -85,3 +85,8 @@ def test_rules_about_the_model() -> None:
     validate_architecture(Config.from_dict({**split, "expert_tensor_parallel_size": 1}), moe)
     attention = {**split, "lora_target_modules": ["linear_qkv"]}
     validate_architecture(Config.from_dict(attention), moe)
+    dropped = {"expert_tensor_parallel_size": 1, "lora_dropout": 0.1}
+    with pytest.raises(UserError, match=r"--lora-dropout = 0.1: .*--lora-target-modules"):
+        validate_architecture(Config.from_dict({**split, **dropped}), moe)
+    validate_architecture(Config.from_dict({**attention, **dropped}), moe)
+    validate_architecture(Config.from_dict({**split, **dropped}), dense)

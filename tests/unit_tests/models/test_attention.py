@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from megatron_dlm.models import attention_layout
 from megatron_dlm.models.attention import flex_attention_over_row, sdpa_attention
 from megatron_dlm.models.attention_layout import (
-    ANNEALING_UNIT,
+    DRAW_UNIT,
     LayoutCache,
-    annealing_draws,
     clean_layout,
     pad_layout,
+    pair_draws,
 )
 
 CLEAN = 0
@@ -79,7 +79,7 @@ def layouts(draw: st.DrawFn) -> torch.Tensor:
     if draw(st.booleans()):
         seed = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
         keys = torch.randint(0, 2**31 - 1, (row.shape[1],), generator=seed)
-        threshold = draw(st.sampled_from([0, 1, ANNEALING_UNIT // 3, ANNEALING_UNIT]))
+        threshold = draw(st.sampled_from([0, 1, DRAW_UNIT // 3, DRAW_UNIT]))
         annealing = torch.stack((keys, torch.full_like(keys, threshold)))
         row = torch.cat((row, annealing.int()))
     return pad_layout(row, row.shape[1] + draw(st.integers(0, 3)))
@@ -110,7 +110,7 @@ def test_draws_of_pairs_are_uniform_and_independent() -> None:
     length = 600
     generator = torch.Generator().manual_seed(3)
     keys = torch.randint(0, 2**31 - 1, (length,), generator=generator).int()
-    draws = annealing_draws(keys[:, None], keys[None, :]).double() / ANNEALING_UNIT
+    draws = pair_draws(keys[:, None], keys[None, :]).double() / DRAW_UNIT
     assert draws.min() >= 0
     assert draws.max() < 1
     for share in (0.02, 0.5, 0.9):

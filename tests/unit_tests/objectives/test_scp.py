@@ -8,7 +8,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch, pack
-from megatron_dlm.models.attention_layout import annealing_draws
+from megatron_dlm.models.attention_layout import pair_draws
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.attention_annealing import anneal_attention
 from megatron_dlm.rollout.trajectory import Trajectory
@@ -84,7 +84,7 @@ def test_loss_equals_one_dense_forward_per_document(
             assert document.annealing is not None
             keys, thresholds = document.annealing
             assert set(thresholds.tolist()) == {round(0.3 * 2**24)}  # the third of ten updates
-            seen = seen.tril() | (annealing_draws(keys[:, None], keys) < thresholds)
+            seen = seen.tril() | (pair_draws(keys[:, None], keys) < thresholds)
         documents.append(document)
         # The draws as the docstring states them: t of each document, then the masks.
         generator = torch.Generator().manual_seed(seed)

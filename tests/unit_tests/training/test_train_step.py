@@ -53,6 +53,22 @@ def test_recomputation_changes_nothing(
     _check(_run(folder, tmp_path / "on", model, **options), reference, rel=1e-6)
 
 
+def test_dropout_of_adapters_is_the_same_however_it_is_computed(
+    folder: Path, tmp_path: Path
+) -> None:
+    options = dict(lora_rank=3, lora_dropout=0.4, rollout_batch_size=12, lr=1e-2)
+    dropped = _run(folder, tmp_path / "dropped", **options)
+    recomputed = _run(folder, tmp_path / "again", recompute_granularity="full", **options)
+    _check(recomputed, dropped, rel=1e-6)
+    _check(_run(folder, tmp_path / "packed", micro_batch_size=4, **options), dropped, rel=1e-5)
+    whole = _run(folder, tmp_path / "whole", **{**options, "lora_dropout": 0.0})
+    # The rollout is that of the whole model, and B is still zero in the first update.
+    assert whole[0]["tokens_per_forward"] == dropped[0]["tokens_per_forward"]
+    assert whole[0]["loss"] == pytest.approx(dropped[0]["loss"], rel=1e-6)
+    assert whole[0]["grad_norm"] != pytest.approx(dropped[0]["grad_norm"], rel=1e-2)
+    assert whole[2]["loss"] != pytest.approx(dropped[2]["loss"], rel=1e-4)
+
+
 def test_packed_equals_unpacked(folder: Path, tmp_path: Path) -> None:
     unpacked = _run(folder, tmp_path / "one", micro_batch_size=1)
     for size in (2, 4):

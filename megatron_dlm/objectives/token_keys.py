@@ -1,0 +1,27 @@
+"""Keys of tokens, for what layers draw at random: dropout."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_dlm.config.schema import Config
+from megatron_dlm.data.seeding import keyed_generator
+from megatron_dlm.objectives.base import Document
+
+
+def with_token_keys(
+    document: Document, config: Config, sample_index: int, iteration: int
+) -> Document:
+    """The document with a key for each token, if anything in the layers draws by it.
+
+    Args:
+        document: One sample of an update.
+        config: Says whether anything is dropped.
+        sample_index: Of the sample; keys it together with the update.
+        iteration: Updates done before this one.
+    """
+    if config.lora.lora_dropout == 0:
+        return document
+    generator = keyed_generator(config.data.seed, sample_index, iteration, "token keys")
+    keys = torch.randint(0, 2**31 - 1, (len(document.token_ids),), generator=generator)
+    return replace(document, keys=keys.int())
