@@ -23,6 +23,8 @@ def main() -> int:
         if rank() == 0:
             print(format_config(config))
             print(format_length(config.of_data(len(inputs.data))))
+            for line in inputs.notices:
+                print(f"# {line}")
         return 0
     from megatron_dlm.training.initialize import initialized
     from megatron_dlm.training.loop import train

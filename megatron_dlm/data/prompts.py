@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.config.groups import TrainOn
+from megatron_dlm.config.groups import LongPrompts, TrainOn
 from megatron_dlm.data.chat_template import ChatTemplate, check_one_block
+from megatron_dlm.data.domains import Domains
+from megatron_dlm.data.prompt_checks import (
+    check_limits,
+    check_prompt,
+    check_response,
+    check_some_left,
+    fitted,
+)
 from megatron_dlm.data.records import (
     ExampleSource,
     PromptSource,
@@ -28,12 +36,13 @@ from megatron_dlm.data.records import (
     example_sources,
     open_prompt_source,
 )
-from megatron_dlm.data.tokenizer import SpecialTokens, check_token_ids
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.data.tokenizer import SpecialTokens
+from megatron_dlm.errors import bad_value
 from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 
 T = TypeVar("T")
 
+NO_DOMAINS = Domains()
 _CHUNK = 1024  # Texts tokenised at once: bounds the memory for them.
 
 
@@ -78,10 +87,25 @@ class TokenTable:
 class PromptDataset(Sequence[Prompt]):
     """Tokenised prompts of a file; `sample_index` of an element is its index in the file."""
 
-    def __init__(self, file: RecordFile, token_ids: TokenTable) -> None:
-        """Combine N records with their N token sequences."""
+    def __init__(
+        self,
+        file: RecordFile,
+        token_ids: TokenTable,
+        domains: Domains = NO_DOMAINS,
+        num_dropped: int = 0,
+    ) -> None:
+        """Combine N records with their N token sequences.
+
+        Args:
+            file: The records.
+            token_ids: Of their prompts.
+            domains: Limits of their responses.
+            num_dropped: Records that were left out because their prompts are too long.
+        """
         self.file = file
+        self.num_dropped = num_dropped
         self._token_ids = token_ids
+        self._domains = domains
 
     def __len__(self) -> int:
         return len(self.file)
@@ -99,11 +123,22 @@ class PromptDataset(Sequence[Prompt]):
     def sample(self, index: int, sample_index: int) -> Prompt:
         """Return record `index` as global sample `sample_index` of a run."""
         index = range(len(self))[index]
-        return Prompt(sample_index, self._token_ids[index], self.file.record(index))
+        record = self.file.record(index)
+        limit = self._domains.response_limit(record, self.file.where(index))
+        return Prompt(sample_index, self._token_ids[index], record, limit)
 
     def fingerprint(self) -> str:
         """SHA-256 of the token ids, which depend on file, tokenizer and chat template."""
         return self._token_ids.fingerprint()
+
+    def limits_fingerprint(self) -> str | None:
+        """SHA-256 of the limits of the responses; None where no domain has one."""
+        if not self._domains.max_response_length:
+            return None
+        limits = [
+            self._domains.response_limit(record, where) for where, record in self.file.records()
+        ]
+        return hashlib.sha256(repr(limits).encode()).hexdigest()
 
     def with_responses(
         self, responses: TokenTable, special_tokens: SpecialTokens
@@ -122,6 +157,7 @@ class ExampleDataset(Sequence[Trajectory]):
         responses: TokenTable,
         special_tokens: SpecialTokens,
         records: Sequence[int] | None = None,
+        num_dropped: int = 0,
     ) -> None:
         """Combine N prompts with their N responses; one without EOS was cut.
 
@@ -131,8 +167,10 @@ class ExampleDataset(Sequence[Trajectory]):
             responses: N token sequences.
             special_tokens: Which tokens end a response.
             records: Index of the record of each; None if each record is one example.
+            num_dropped: Examples that were left out because their prompts are too long.
         """
         self.file = file
+        self.num_dropped = num_dropped
         self._prompts = prompts
         self._responses = responses
         self._eos_token_ids = special_tokens.eos_token_ids
@@ -172,6 +210,9 @@ def read_prompts(
     max_prompt_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     field: str = "--prompts",
+    *,
+    domains: Domains = NO_DOMAINS,
+    long_prompts: LongPrompts = "error",
 ) -> PromptDataset:
     """Read prompts: a JSON object a line with `messages` (chat) or `prompt` (plain text).
 
@@ -183,13 +224,21 @@ def read_prompts(
         chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``; those of
             a record win.
         field: The flag that the path came from, for error messages.
+        domains: What the domain of a record decides.
+        long_prompts: What happens to prompts over `max_prompt_length`.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
     """
     file = RecordFile.read(path, field)
     return tokenize_prompts(
-        file, tokenizer, special_tokens, max_prompt_length, chat_template_kwargs
+        file,
+        tokenizer,
+        special_tokens,
+        max_prompt_length,
+        chat_template_kwargs,
+        domains=domains,
+        long_prompts=long_prompts,
     )
 
 
@@ -199,6 +248,9 @@ def tokenize_prompts(
     special_tokens: SpecialTokens,
     max_prompt_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    domains: Domains = NO_DOMAINS,
+    long_prompts: LongPrompts = "error",
 ) -> PromptDataset:
     """Tokenise the prompts of a file already read; see `read_prompts`.
 
@@ -206,16 +258,25 @@ def tokenize_prompts(
         UserError: A line is unusable.
     """
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
-    table = TokenTable()
-    for chunk in _chunks(file.records()):
+    table, kept = TokenTable(), array("q")
+    for chunk in _chunks(enumerate(file.records())):
         texts = [
-            _prompt_text(open_prompt_source(record, where), template, where)
-            for where, record in chunk
+            _prompt_text(
+                open_prompt_source(domains.with_suffix(record, where), where), template, where
+            )
+            for _, (where, record) in chunk
         ]
-        for (where, _), token_ids in zip(chunk, _encode(tokenizer, texts), strict=True):
-            _check_prompt(token_ids, where, max_prompt_length, special_tokens, tokenizer)
-            table.append(token_ids)
-    return PromptDataset(file, table)
+        for (index, (where, record)), token_ids in zip(
+            chunk, _encode(tokenizer, texts), strict=True
+        ):
+            domains.response_limit(record, where)
+            within = fitted(token_ids, where, max_prompt_length, long_prompts)
+            if within is not None:
+                check_prompt(within, where, special_tokens, tokenizer)
+                table.append(within)
+                kept.append(index)
+    check_some_left(file, len(kept), max_prompt_length)
+    return PromptDataset(file.select(kept), table, domains, len(file) - len(kept))
 
 
 def read_examples(
@@ -228,6 +289,9 @@ def read_examples(
     field: str = "--train-data",
     max_position_embeddings: int | None = None,
     train_on: TrainOn = "last",
+    *,
+    domains: Domains = NO_DOMAINS,
+    long_prompts: LongPrompts = "error",
 ) -> ExampleDataset:
     """Read training examples: a prompt record with `response`, or a chat that ends in an answer.
 
@@ -244,6 +308,8 @@ def read_examples(
         field: The flag that the path came from, for error messages.
         max_position_embeddings: The model's, in tokens of prompt and response; None for no limit.
         train_on: Which answers of a chat are examples.
+        domains: What the domain of a record decides.
+        long_prompts: What happens to prompts over `max_prompt_length`.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
@@ -251,25 +317,32 @@ def read_examples(
     file = RecordFile.read(path, field)
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     sources = (
-        (index, source)
+        (index, source, domains.response_limit(record, where))
         for index, (where, record) in enumerate(file.records())
-        for source in example_sources(record, where, train_on)
+        for source in example_sources(domains.with_suffix(record, where), where, train_on)
     )
     prompts, responses, records = TokenTable(), TokenTable(), array("q")
+    num_dropped = 0
     for chunk in _chunks(sources):
-        texts = [_example_texts(source, template) for _, source in chunk]
+        texts = [_example_texts(source, template) for _, source, _ in chunk]
         prompts_of_chunk = _encode(tokenizer, [prompt for prompt, _ in texts])
         responses_of_chunk = _encode(tokenizer, [response for _, response in texts])
-        for (index, source), prompt_ids, response_ids in zip(
+        for (index, source, limit), prompt_ids, response_ids in zip(
             chunk, prompts_of_chunk, responses_of_chunk, strict=True
         ):
             where = source.where
-            _check_prompt(prompt_ids, where, max_prompt_length, special_tokens, tokenizer)
+            within = fitted(prompt_ids, where, max_prompt_length, long_prompts)
+            if within is None:
+                num_dropped += 1
+                continue
+            prompt_ids = within
+            check_prompt(prompt_ids, where, special_tokens, tokenizer)
             if source.response is None:
                 response_ids = _turn(response_ids, special_tokens, tokenizer)
             if not response_ids or response_ids[-1] not in special_tokens.eos_token_ids:
                 response_ids = [*response_ids, special_tokens.eos_token_id]
-            _check_response(response_ids, where, max_response_length, special_tokens, tokenizer)
+            check_limits(response_ids, where, max_response_length, limit)
+            check_response(response_ids, where, special_tokens, tokenizer)
             length = len(prompt_ids) + len(response_ids)
             if max_position_embeddings is not None and length > max_position_embeddings:
                 raise bad_value(
@@ -281,7 +354,8 @@ def read_examples(
             prompts.append(prompt_ids)
             responses.append(response_ids)
             records.append(index)
-    return ExampleDataset(file, prompts, responses, special_tokens, records)
+    check_some_left(file, len(records), max_prompt_length)
+    return ExampleDataset(file, prompts, responses, special_tokens, records, num_dropped)
 
 
 class _Text(NamedTuple):
@@ -337,59 +411,3 @@ def _turn(
     if end is None or tokenizer.decode(token_ids[end + 1 :], skip_special_tokens=True).strip():
         return token_ids
     return token_ids[: end + 1]
-
-
-def _check_prompt(
-    token_ids: list[int],
-    where: str,
-    max_prompt_length: int,
-    special_tokens: SpecialTokens,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    if len(token_ids) > max_prompt_length:
-        raise bad_value(
-            f"{where}: prompt length",
-            len(token_ids),
-            f"is over --max-prompt-length {max_prompt_length}",
-            "shorten the prompt or raise --max-prompt-length",
-        )
-    if not token_ids:
-        raise UserError(f"{where}: the prompt has no tokens; write a text or remove the line")
-    _check_ids(token_ids, f"{where}: the prompt", special_tokens, tokenizer)
-
-
-def _check_response(
-    token_ids: list[int],
-    where: str,
-    max_response_length: int | None,
-    special_tokens: SpecialTokens,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    if max_response_length is not None and len(token_ids) > max_response_length:
-        raise bad_value(
-            f"{where}: response length",
-            len(token_ids),
-            f"is over --max-response-length {max_response_length}",
-            "shorten the response or raise --max-response-length",
-        )
-    ends = (token_id for token_id in token_ids[:-1] if token_id in special_tokens.eos_token_ids)
-    if (end := next(ends, None)) is not None:
-        raise UserError(
-            f"{where}: the response goes on behind the EOS token (id {end}); end it there"
-        )
-    _check_ids(token_ids, f"{where}: the response", special_tokens, tokenizer)
-
-
-def _check_ids(
-    token_ids: list[int],
-    what: str,
-    special_tokens: SpecialTokens,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    check_token_ids(
-        token_ids,
-        what,
-        tokenizer,
-        mask_token_id=special_tokens.mask_token_id,
-        vocab_size=special_tokens.vocab_size,
-    )

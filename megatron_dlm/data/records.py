@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,14 @@ class RecordFile:
         """Wrap a record that no file holds; `source` stands for the file in error messages."""
         line = json.dumps(record).encode()
         return cls(source, [line], [1], hashlib.sha256(line).hexdigest())
+
+    def select(self, indices: Sequence[int]) -> "RecordFile":
+        """Return some of the records; they keep their places in error messages."""
+        return replace(
+            self,
+            lines=[self.lines[i] for i in indices],
+            line_numbers=[self.line_numbers[i] for i in indices],
+        )
 
     def first(self, count: int) -> "RecordFile":
         """Return the first `count` records; all, if there are fewer."""

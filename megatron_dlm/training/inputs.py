@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.config import Config, validate_architecture, validate_length
+from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import (
     ExampleDataset,
     PromptDataset,
@@ -65,6 +66,19 @@ class RunInputs:
     response_store: ResponseStore | None = None
     held_out: "ExampleDataset | CorpusDataset | None" = None
     teacher_fingerprint: str | None = None
+
+    @property
+    def notices(self) -> list[str]:
+        """What a person has to know of the data: lines that were left out."""
+        lines = []
+        for data in (self.data, self.held_out):
+            dropped = getattr(data, "num_dropped", 0)  # no corpus has prompts
+            if data is not None and dropped:
+                lines.append(
+                    f"{data.file.path}: {dropped} of {dropped + len(data)} prompts dropped, "
+                    "longer than --max-prompt-length"
+                )
+        return lines
 
     @property
     def starts_autoregressive(self) -> bool:
@@ -239,6 +253,7 @@ def _response_store(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
+        prompt_limits=prompts.limits_fingerprint(),
     )
     store = ResponseStore(config.teacher_responses, header, "--teacher-responses", special_tokens)
     store.missing(())  # reads what is there: a damaged file is found before any work
@@ -277,6 +292,8 @@ def _given_responses(
         field,
         architecture.max_position_embeddings,
         config.data.train_on,
+        domains=Domains.from_config(config),
+        long_prompts=config.data.long_prompts,
     )
 
 
@@ -380,6 +397,8 @@ def read_inputs(config: Config) -> RunInputs:
             special_tokens,
             config.data.max_prompt_length,
             config.data.chat_template_kwargs,
+            domains=Domains.from_config(config),
+            long_prompts=config.data.long_prompts,
         )
         if config.traits.verifies:
             REWARDS[config.objective.reward].check(data)

@@ -185,7 +185,7 @@ def train(run: Run) -> None:
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
     inputs = run.inputs
-    warnings = changed_convention(config, inputs)
+    warnings = run.inputs.notices + changed_convention(config, inputs)
     unusable = unusable_tokens(
         inputs.tokenizer, inputs.architecture.vocab_size, str(inputs.tokenizer_folder)
     )

@@ -124,6 +124,7 @@ def _resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
         "dynamic_threshold_rollouts": config.dynamic_threshold_rollouts,
         "param_groups": [plain_value(group) for group in config.param_groups],
         DATA_FINGERPRINT: inputs.data.file.fingerprint,
+        "num_records": config.num_records,
         TEACHER_FINGERPRINT: inputs.teacher_fingerprint,
     }
 
@@ -138,6 +139,15 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             inputs.data.file.path,
             f"is not what the run in {load} was reading",
             "name that to resume it, or --finetune for a new run from its weights",
+        )
+    records = now["num_records"]
+    if before.get("num_records", records) != records:
+        raise bad_value(
+            "--max-prompt-length",
+            config.data.max_prompt_length,
+            f"leaves {records} records of {inputs.data.file.path}, the run in {load} was reading "
+            f"{before['num_records']}",
+            "choose what it was to resume it, or --finetune for a new run from its weights",
         )
     for name in RESUME_FIXED:
         if name in before and before[name] != now[name] and is_used(config, name):
