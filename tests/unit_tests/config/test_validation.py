@@ -237,7 +237,7 @@ OUT_OF_RANGE = [
     *((name, 0) for name in value_rules.ABOVE_ZERO),
     *((name, value) for name in value_rules.PROBABILITIES for value in (0, 1.1)),
     *((name, value) for name in value_rules.FRACTIONS for value in (-0.1, 1.1)),
-    *((name, value) for name in value_rules.MOMENT_DECAYS for value in (-0.1, 1)),
+    *((name, value) for name in value_rules.BELOW_ONE for value in (-0.1, 1)),
 ]
 
 
