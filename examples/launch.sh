@@ -5,13 +5,14 @@
 #
 # A run folder that holds a checkpoint is resumed. Environment, all optional; what is unset is taken
 # from the configuration file:
-#   MODEL           Hugging Face folder of the autoregressive model (--load, and the teacher)
-#   TEACHER         Hugging Face folder of another teacher (--teacher-load)
+#   MODEL           Hugging Face folder of the model (--load, and the teacher where the
+#                   configuration names the same folder for both)
+#   TEACHER         Hugging Face folder of the teacher (--teacher-load)
 #   PROMPTS         JSONL of prompts (--prompts)
 #   DATA_PATH       corpus (--data-path)
 #   VALID_DATA_PATH held-out corpus (--valid-data-path)
 #   SAVE            run folder (--save); on several nodes a folder that all of them see
-#   NUM_ROLLOUTS    length of the run (--num-rollouts)
+#   NUM_ROLLOUTS    length of the run (--num-rollouts, in place of --num-epochs)
 #   NPROC_PER_NODE  processes a node, one a GPU (8)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   as torchrun's (1, 0, 127.0.0.1, 29500)
 set -euo pipefail
@@ -24,13 +25,21 @@ config=$1
 shift
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# What the configuration, or else the one that it changes (base:), says of a key.
+value() {
+    local files=("$config") base
+    base=$(sed -n 's/^base: *\([^ #]*\).*/\1/p' "$config")
+    [[ -z $base ]] || files+=("$(dirname "$config")/$base")
+    sed -n "s/^$1: *\([^ #]*\).*/\1/p" "${files[@]}" | sed -n 1p
+}
+
 flags=(--config "$config")
 load=${MODEL:-}
 teacher=${TEACHER:-}
-if [[ -z $teacher ]] && grep -q '^teacher_load:' "$config"; then
+if [[ -z $teacher && $(value teacher_load) == "$(value load)" ]]; then
     teacher=$load
 fi
-save=${SAVE:-$(sed -n 's/^save: *//p' "$config")}
+save=${SAVE:-$(value save)}
 if [[ -f $save/latest_checkpointed_iteration.txt ]]; then
     load=$save
     set -- --no-finetune "$@"
@@ -40,7 +49,7 @@ fi
 [[ -z ${PROMPTS:-} ]] || flags+=(--prompts "$PROMPTS")
 [[ -z ${DATA_PATH:-} ]] || flags+=(--data-path "$DATA_PATH")
 [[ -z ${VALID_DATA_PATH:-} ]] || flags+=(--valid-data-path "$VALID_DATA_PATH")
-[[ -z ${NUM_ROLLOUTS:-} ]] || flags+=(--num-rollouts "$NUM_ROLLOUTS")
+[[ -z ${NUM_ROLLOUTS:-} ]] || flags+=(--num-rollouts "$NUM_ROLLOUTS" --num-epochs none)
 flags+=(--save "$save")
 
 # One CUDA queue keeps tensor-parallel communication in the order in which it was issued.
