@@ -12,7 +12,7 @@ _INLINE_MATH = re.compile(r"(?:\$\$?|\\\(|\\\[)([^$]+?)(?:\$\$?|\\\)|\\\])")
 _SEPARATOR = r"(?:,\\!|\{,\}|\\,|,)"
 _NUMBER = re.compile(
     rf"""
-    (?:\\?\$)? \s* (?P<sign>[+\-\N{{MINUS SIGN}}]?) \s* (?:\\?\$)? \s*
+    (?:\\?\$)? \s? (?P<sign>[+\-\N{{MINUS SIGN}}]?) \s? (?:\\?\$)? \s?
     (?=\.?\d) (?P<integer> [1-9]\d{{0,2}} (?:{_SEPARATOR}\d{{3}})+ | \d* )
     (?P<fraction> \.\d* )?
     (?: e (?P<exponent>[+-]?\d+) | \s*\\(?:times|cdot)\s* 10\^ (?:\{{(?P<braced>[+-]?\d+)\}}|(?P<digit>\d)) )?
