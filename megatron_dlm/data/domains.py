@@ -7,10 +7,11 @@ and give each domain another length (OPDLM, appendix B).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_dlm.config.schema import Config
+from megatron_dlm.data.records import PromptSource
 from megatron_dlm.errors import UserError, bad_value
 
 T = TypeVar("T")
@@ -51,31 +52,31 @@ class Domains:
         limits = self.max_response_length
         return self._entry(limits, "--max-response-length-by-domain", record, where)
 
-    def with_suffix(self, record: dict[str, Any], where: str) -> dict[str, Any]:
-        """The record with the suffix of its domain on the last user message, or on its `prompt`.
+    def with_suffix(
+        self, source: PromptSource, record: Mapping[str, Any], where: str
+    ) -> PromptSource:
+        """A prompt's text or chat with the suffix of the record's domain.
 
-        A malformed record is returned as it is, for whoever reads it to say what is wrong.
+        In a chat it ends the last user message, which the answer that may follow is to.
 
         Raises:
             UserError: As in `response_limit`; or no message is a user's.
         """
         suffix = self._entry(self.prompt_suffix, "--prompt-suffix-by-domain", record, where)
         if not suffix:
-            return record
-        prompt, messages = record.get("prompt"), record.get("messages")
-        if isinstance(prompt, str):
-            return {**record, "prompt": prompt + suffix}
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            return record
-        users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+            return source
+        if isinstance(source, str):
+            return source + suffix
+        messages = source.messages
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise UserError(
                 f'{where}: no message has role "user", to append {suffix!r} of'
                 " --prompt-suffix-by-domain to; add one"
             )
         last = users[-1]
-        message = {**messages[last], "content": _appended(messages[last].get("content"), suffix)}
-        return {**record, "messages": [*messages[:last], message, *messages[last + 1 :]]}
+        message = messages[last] | {"content": _appended(messages[last]["content"], suffix)}
+        return replace(source, messages=[*messages[:last], message, *messages[last + 1 :]])
 
     def _entry(
         self, entries: Mapping[str, T], flag: str, record: Mapping[str, Any], where: str
@@ -96,9 +97,7 @@ class Domains:
 
 
 def _appended(content: Any, suffix: str) -> Any:
-    """Content with the suffix behind its text; parts of another kind stay where they are."""
+    """Text or parts of text with the suffix behind them."""
     if isinstance(content, str):
         return content + suffix
-    if isinstance(content, list):
-        return [*content, {"type": "text", "text": suffix}]
-    return content
+    return [*content, {"type": "text", "text": suffix}]

@@ -262,7 +262,9 @@ def tokenize_prompts(
     for chunk in _chunks(enumerate(file.records())):
         texts = [
             _prompt_text(
-                open_prompt_source(domains.with_suffix(record, where), where), template, where
+                domains.with_suffix(open_prompt_source(record, where), record, where),
+                template,
+                where,
             )
             for _, (where, record) in chunk
         ]
@@ -317,9 +319,13 @@ def read_examples(
     file = RecordFile.read(path, field)
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     sources = (
-        (index, source, domains.response_limit(record, where))
+        (
+            index,
+            source._replace(prompt=domains.with_suffix(source.prompt, record, where)),
+            domains.response_limit(record, where),
+        )
         for index, (where, record) in enumerate(file.records())
-        for source in example_sources(domains.with_suffix(record, where), where, train_on)
+        for source in example_sources(record, where, train_on)
     )
     prompts, responses, records = TokenTable(), TokenTable(), array("q")
     num_dropped = 0

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.domains import Domains
+from megatron_dlm.data.records import prompt_source
 from tests.refusal import refusal
 
 PUBLISHED = Domains.from_config(
@@ -31,7 +32,7 @@ def test_a_domain_without_entry_is_refused_unless_there_is_a_default(record: Any
     assert "one for default" in message
     assert Domains(max_response_length={"math": 9, "default": 5}).response_limit(record, "") == 5
     assert Domains().response_limit(record, "") is None
-    assert PUBLISHED.with_suffix({**record, "prompt": "a"}, "")["prompt"] == "a"
+    assert PUBLISHED.with_suffix("a", record, "") == "a"
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -39,7 +40,6 @@ def user(content: Any) -> dict[str, Any]:
 
 
 ANSWER = {"role": "assistant", "content": "4"}
-IMAGE = {"type": "image", "url": "a.png"}
 TEXT = {"type": "text", "text": "a"}
 
 
@@ -53,29 +53,24 @@ TEXT = {"type": "text", "text": "a"}
             {"messages": [user("a"), ANSWER, user("b\nBox it."), ANSWER]},
         ),
         (
-            {"messages": [user([TEXT, IMAGE])]},
-            {"messages": [user([TEXT, IMAGE, {"type": "text", "text": "\nBox it."}])]},
+            {"messages": [user([TEXT])]},
+            {"messages": [user([TEXT, {"type": "text", "text": "\nBox it."}])]},
         ),
-        # For the reader to refuse, which says what is wrong.
-        ({"messages": "a"}, {"messages": "a"}),
-        ({"messages": [user(3)]}, {"messages": [user(3)]}),
-        ({}, {}),
     ],
 )
 def test_the_suffix_ends_the_last_user_message(
     record: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    record = {"domain": "math", **record}
-    before = repr(record)
-    assert PUBLISHED.with_suffix(record, "f:1") == {"domain": "math", **expected}
+    before, source = repr(record), prompt_source(record, "f:1")
+    suffixed = PUBLISHED.with_suffix(source, {"domain": "math"}, "f:1")
+    assert suffixed == prompt_source(expected, "f:1")
     assert repr(record) == before  # what a reward and the exported record see
-    other = {**record, "domain": "chat"}
-    assert PUBLISHED.with_suffix(other, "f:1") == other
+    assert PUBLISHED.with_suffix(source, {"domain": "chat"}, "f:1") == source
 
 
 def test_a_chat_without_a_user_has_nothing_to_append_to() -> None:
-    record = {"domain": "math", "messages": [{"role": "system", "content": "a"}]}
-    message = refusal(PUBLISHED.with_suffix, record, "f:3") or ""
+    source = prompt_source({"messages": [{"role": "system", "content": "a"}]}, "f:3")
+    message = refusal(PUBLISHED.with_suffix, source, {"domain": "math"}, "f:3") or ""
     assert message.startswith("f:3: no message has role")
 
 

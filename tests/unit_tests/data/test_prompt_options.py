@@ -105,3 +105,18 @@ def test_suffix_and_limit_of_a_domain(
     write(path, *records, {"domain": "chat", "prompt": "a", "response": "5"})
     with pytest.raises(UserError, match=r"d.jsonl:4: \"domain\" = 'chat': .*math, code"):
         read(path, tokenizer, special_tokens, 100, domains=DOMAINS)
+
+
+def test_every_turn_that_is_trained_on_answers_the_suffix(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens
+) -> None:
+    """As it does in generation, where the turn is the next one."""
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant") * 2]
+    path = write(tmp_path / "d.jsonl", {"domain": "math", "messages": turns})
+    data = read_examples(path, tokenizer, special_tokens, 100, domains=DOMAINS, train_on="all")
+    asked = ["<|im_start|>user\n1<|im_end|>\n", "<|im_start|>user\n1 7<|im_end|>\n"]
+    said = "<|im_start|>assistant\n"
+    assert [tokenizer.decode(example.prompt_ids) for example in data] == [
+        asked[1] + said,
+        asked[0] + said + "1<|im_end|>\n" + asked[1] + said,
+    ]
