@@ -1,11 +1,11 @@
 """Load a checkpoint's tokenizer and decide once which ids end, pad and mask a sequence."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.models.config_keys import TOKEN_KEYS, checked_keys
+from megatron_dlm.json_file import read_json_object
+from megatron_dlm.models.config_keys import TOKEN_KEYS, TOKENIZER_KEYS, checked_keys
 
 MASK_TOKEN = "<|MASK|>"
 """Name of the mask token in tokenizers that have one without declaring it as `mask_token`."""
@@ -24,6 +25,7 @@ DLLM_MASK_TOKEN = "<|mask|>"
 
 MASK_TOKENS = (MASK_TOKEN, DLLM_MASK_TOKEN)
 
+_TOKENIZER_JSON = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 
 
@@ -59,7 +61,8 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
         field: The flag that the folder came from, for error messages.
 
     Raises:
-        UserError: The folder does not exist or holds no tokenizer that `transformers` can load.
+        UserError: The folder does not exist, holds no tokenizer that `transformers` can load, or
+            one of its files states something of the wrong type.
     """
     path = Path(folder)
     remedy = "name a folder with tokenizer.json and tokenizer_config.json"
@@ -68,13 +71,27 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     # Without this check transformers builds an empty tokenizer from the config.json alone.
     if not has_tokenizer(path):
         raise bad_value(field, str(folder), "holds no tokenizer", remedy)
+    settings = path / "tokenizer_config.json"
+    if settings.is_file():
+        checked_keys(read_json_object(settings, field), TOKENIZER_KEYS, str(settings))
+    config = _config(path, field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, config=_config(path), local_files_only=True, trust_remote_code=False
+            path, config=config, local_files_only=True, trust_remote_code=False
         )
+    except StrictDataclassError as error:  # transformers reads the config.json beside it, too
+        raise bad_value(
+            field,
+            str(path / "config.json"),
+            f"cannot be read by transformers ({' '.join(str(error).split())})",
+            "repair the file",
+        ) from error
     except Exception as error:  # The `tokenizers` library raises bare Exceptions.
+        for name in _TOKENIZER_JSON:
+            if (path / name).is_file():
+                read_json_object(path / name, field)  # names the file that is at fault
         lines = str(error).splitlines()
-        reason = lines[0] if lines else type(error).__name__
+        reason = lines[0][:200] if lines else type(error).__name__
         raise bad_value(
             field, str(folder), f"the tokenizer cannot be loaded ({reason})", remedy
         ) from error
@@ -83,16 +100,18 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     return tokenizer
 
 
-def _config(folder: Path) -> PretrainedConfig | None:
+def _config(folder: Path, field: str) -> PretrainedConfig | None:
     """An empty configuration for models that transformers does not know, else None.
 
     It looks into config.json for hints to the tokenizer and, for models with code of their own,
     asks whether to run this and warns of the model type: a tokenizer needs neither.
     """
     file = folder / "config.json"
-    if not file.is_file() or json.loads(file.read_text()).get("model_type") in CONFIG_MAPPING:
+    if not file.is_file():
         return None
-    return PretrainedConfig()
+    model_type = read_json_object(file, field).get("model_type")
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return None if is_known else PretrainedConfig()
 
 
 def has_tokenizer(folder: Path) -> bool:

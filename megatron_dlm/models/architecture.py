@@ -289,22 +289,27 @@ def _check_sizes(architecture: Architecture) -> None:
     """Sizes that have to go together, whatever the weights are."""
     a = architecture
 
-    def refuse(key: str, value: object, problem: str) -> UserError:
-        remedy = "use the config.json that belongs to the weights"
-        return bad_value(f"{a.file}: {key}", value, problem, remedy)
+    def refuse(problem: str) -> UserError:
+        return UserError(f"{a.file}: {problem}; use the config.json that belongs to the weights")
 
+    # Either of two keys may be wrong, so both are named.
     if a.num_attention_heads % a.num_query_groups:
-        problem = f"does not divide num_attention_heads {a.num_attention_heads}"
-        raise refuse("num_key_value_heads", a.num_query_groups, problem)
+        raise refuse(
+            f"num_attention_heads = {a.num_attention_heads} is no multiple of num_key_value_heads ="
+            f" {a.num_query_groups}"
+        )
     if a.kv_channels < 1 or a.kv_channels % 2:
-        raise refuse("head_dim", a.kv_channels, "is no even number of channels to rotate")
+        raise refuse(f"head_dim = {a.kv_channels} is no even number of channels to rotate")
     if a.moe_router_topk is not None and a.moe_router_topk > (a.num_moe_experts or 0):
-        problem = f"is more than the {a.num_moe_experts} experts"
-        raise refuse("num_experts_per_tok", a.moe_router_topk, problem)
+        raise refuse(
+            f"num_experts_per_tok = {a.moe_router_topk} is more than num_experts ="
+            f" {a.num_moe_experts}"
+        )
     layer_types = a.hf_config.get("layer_types")
     if layer_types is not None and len(layer_types) != a.num_layers:
-        problem = f"are not num_hidden_layers {a.num_layers}"
-        raise refuse("layer_types", f"of {len(layer_types)} layers", problem)
+        raise refuse(
+            f"num_hidden_layers = {a.num_layers} and the {len(layer_types)} layer_types differ"
+        )
 
 
 def read_architecture(path: str | Path, field: str = "--load") -> Architecture:

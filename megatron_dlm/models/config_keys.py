@@ -1,4 +1,4 @@
-"""What the values of a Hugging Face `config.json` have to be: one table of keys.
+"""What the values of a Hugging Face `config.json` have to be: one table of keys for each file.
 
 A null means that the key is absent. Keys that are not in the table are kept and not looked at.
 """
@@ -44,12 +44,24 @@ def _is_finite(value: object) -> bool:
         return False
 
 
+def _are_templates(value: list[Any]) -> bool:
+    return all(
+        isinstance(item, dict) and isinstance(item.get(key), str)
+        for item in value
+        for key in ("name", "template")
+    )
+
+
 def _is_token_id(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
 _BOOLEAN = KeyType("true or false", lambda value: isinstance(value, bool))
 _TEXT = KeyType("a string", lambda value: isinstance(value, str))
+_DTYPE = KeyType(
+    "float64, float32, float16 or bfloat16",
+    lambda value: value in ("float64", "float32", "float16", "bfloat16"),
+)
 _OBJECT = KeyType("an object", lambda value: isinstance(value, dict))
 _TOKEN_ID = KeyType("a token id", _is_token_id)
 _TOKEN_IDS = KeyType(
@@ -64,11 +76,20 @@ _LAYER_TYPES = KeyType(
     'a list of "full_attention", the only supported type',
     lambda value: isinstance(value, list) and all(kind == "full_attention" for kind in value),
 )
+_SPECIAL_TOKEN = KeyType(
+    'a string or an object with "content"',
+    lambda value: isinstance(value.get("content") if isinstance(value, dict) else value, str),
+)
+_TEMPLATE = KeyType(
+    "a string or a list of named templates",
+    lambda value: isinstance(value, str) or (isinstance(value, list) and _are_templates(value)),
+)
 _POSITIVE = _number("a number above 0", lambda value: value > 0)
 _SMALL = _number("a number above 0 and below 1", lambda value: 0 < value < 1)
 _NOT_NEGATIVE = _number("a number of 0 or more", lambda value: value >= 0)
 
 # Far above any published model; a product of two sizes stays a count that memory can name.
+_WHOLE = _whole(0, 2**31)
 _SIZE = _whole(1, 2**24)
 _COUNT = _whole(1, 2**13)
 
@@ -109,8 +130,13 @@ CONFIG_KEYS: dict[str, KeyType] = {
     "mlp_only_layers": _LAYERS,
     "router_aux_loss_coef": _NOT_NEGATIVE,
     "block_size": _whole(1, 2**24),
-    "dtype": _TEXT,
-    "torch_dtype": _TEXT,
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+    "attention_dropout": _NOT_NEGATIVE,
+    "max_window_layers": _WHOLE,
+    "output_router_logits": _BOOLEAN,
+    "sliding_window": _WHOLE,
+    "use_cache": _BOOLEAN,
     **TOKEN_KEYS,
 }
 """Keys of config.json."""
@@ -121,6 +147,19 @@ ROPE_KEYS: dict[str, KeyType] = {
     "type": _TEXT,
 }
 """Keys of `rope_parameters` and `rope_scaling`."""
+
+TOKENIZER_KEYS: dict[str, KeyType] = {
+    "bos_token": _SPECIAL_TOKEN,
+    "eos_token": _SPECIAL_TOKEN,
+    "pad_token": _SPECIAL_TOKEN,
+    "mask_token": _SPECIAL_TOKEN,
+    "unk_token": _SPECIAL_TOKEN,
+    "chat_template": _TEMPLATE,
+    "model_max_length": _POSITIVE,
+    "tokenizer_class": _TEXT,
+    "added_tokens_decoder": _OBJECT,
+}
+"""Keys of tokenizer_config.json."""
 
 DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
