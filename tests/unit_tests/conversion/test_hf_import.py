@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_dlm.config import Config, ModelConfig
 from megatron_dlm.conversion.hf_import import load_hf_weights
@@ -166,3 +167,21 @@ def test_malformed_index_is_refused(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json"):
         import_model(sharded)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 2.5},  # an integer of it is another model
+        {"rope_theta": 99.0, "rope_parameters": {"rope_type": "default", "rope_theta": 3.5}},
+    ],
+)
+def test_rotary_embedding_is_that_of_transformers(tmp_path, rope):
+    save_hf_model(random_hf_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {key: config[key] for key in config if not key.startswith("rope_")} | rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = random_tokens()
+    logits = megatron_logits(import_model(tmp_path), tokens)
+    assert (logits[:, :VOCAB_SIZE] - hf_logits(theirs, tokens)).abs().max() < 1e-4
