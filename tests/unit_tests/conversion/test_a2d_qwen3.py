@@ -1,6 +1,8 @@
 """`a2d-qwen3`: either attention, and MASK under the name that dllm looks it up by."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,49 @@ def test_a_block_causal_folder_is_served_as_sdar(tmp_path, convert):
     assert convert("--load", sdar, *target) == (0, "")
     assert read_architecture(tmp_path / "a2d").hf_config["attention_pattern"] == "block_causal"
     assert dllm_mask_token_id(tmp_path / "a2d") == MASK_TOKEN_ID
+
+
+# What dllm does: classes of its own under the model type, no remote code, MASK by its name, and
+# attention that its sampler hands over with the positions. Arguments: folder, block size, results.
+AS_DLLM_LOADS = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+
+class A2DQwen3Config(transformers.Qwen3Config):
+    model_type = "a2d-qwen3"
+
+class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
+    config_class = A2DQwen3Config
+
+transformers.AutoConfig.register("a2d-qwen3", A2DQwen3Config)
+transformers.AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel)
+folder, block_size, results = sys.argv[1:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+assert type(model) is A2DQwen3LMHeadModel
+tokens = torch.tensor([[5, 6, tokenizer.mask_token_id, 7, 8, *[tokenizer.mask_token_id] * 3]])
+positions = torch.arange(tokens.shape[1])
+block = positions // int(block_size)
+mask = (block[:, None] >= block)[None, None]
+with torch.no_grad():
+    logits = model(tokens, attention_mask=mask, position_ids=positions[None]).logits
+save_file({"tokens": tokens, "logits": logits}, results)
+"""
+
+
+def test_dllm_loads_a_block_causal_folder(tmp_path, convert):
+    source, exported = dllm_folder(tmp_path / "dllm"), tmp_path / "exported"
+    stated = ("--attention-pattern", "block_causal", "--block-size", BLOCK_SIZE)
+    target = ("--save", exported, "--target-format", "a2d-qwen3")
+    assert convert("--load", source, *stated, *target) == (0, "")
+    arguments = (str(exported), str(BLOCK_SIZE), str(tmp_path / "results.safetensors"))
+    subprocess.run([sys.executable, "-c", AS_DLLM_LOADS, *arguments], check=True)
+    results = load_file(tmp_path / "results.safetensors")
+    remote = AutoModelForMaskedLM.from_pretrained(exported, trust_remote_code=True).eval()
+    with torch.no_grad():
+        expected = remote(input_ids=results["tokens"]).logits
+    torch.testing.assert_close(results["logits"], expected, rtol=0, atol=2e-5)
 
 
 def _refusal(convert, *arguments) -> str:
