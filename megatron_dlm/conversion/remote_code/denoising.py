@@ -184,9 +184,9 @@ class Denoising:
             mask = mask & (seen // self._size <= positions[:, :, None] // self._size)
         if self._cache is not None:
             self._cache.open(positions)
-        return self._network(
-            token_ids, mask.expand(-1, positions.shape[1], -1), positions, self._cache
-        )
+        mask = mask.expand(-1, positions.shape[1], -1)
+        # The last layers may be on another device than the rows.
+        return self._network(token_ids, mask, positions, self._cache).to(starts.device)
 
     def _draw(
         self, hidden: Tensor, rows: Tensor, positions: Tensor
@@ -195,11 +195,12 @@ class Denoising:
         settings, parts = self._settings, []
         chunk = max(1, MAX_LOGITS // settings.vocab_size)
         for part in torch.arange(len(rows), device=rows.device).split(chunk):
-            logits = self._head(hidden[part]).float()
+            logits = self._head(hidden[part]).float().to(rows.device)
             logits[:, settings.mask_token_id] = -torch.inf
-            is_early = positions[part] - self.prompt_lengths[rows[part]] < settings.min_new_tokens
-            for token in settings.eos_token_ids:
-                logits[is_early, token] = -torch.inf
+            if settings.min_new_tokens:
+                length = positions[part] - self.prompt_lengths[rows[part]]
+                for token in settings.eos_token_ids:
+                    logits[length < settings.min_new_tokens, token] = -torch.inf
             parts.append(
                 draw_tokens(
                     logits,

@@ -220,7 +220,7 @@ def decoding_settings(
         min_new_tokens=min_new_tokens,
         vocab_size=model_config.vocab_size,
         mask_token_id=mask_token_id,
-        eos_token_ids=[token for token in list_of_ids(eos) if token < model_config.vocab_size],
+        eos_token_ids=[id for id in list_of_ids(eos) if 0 <= id < model_config.vocab_size],
         use_cache=not is_full and config.use_cache is not False,
     )
 

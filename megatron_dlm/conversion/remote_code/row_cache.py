@@ -34,7 +34,8 @@ class RowCache:
             padding = (0, 0, 0, max(missing, keys.shape[2]))
             keys, values = F.pad(keys, padding), F.pad(values, padding)
             self._layers[layer_idx] = keys, values
-        index = self._columns[:, None, :, None].expand_as(key)
+        # Layers may be on other devices than the rows.
+        index = self._columns.to(key.device)[:, None, :, None].expand_as(key)
         keys.scatter_(2, index, key)
         values.scatter_(2, index, value)
         return keys[:, :, : self._num_columns], values[:, :, : self._num_columns]
@@ -45,6 +46,6 @@ class RowCache:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows, [r] bool."""
-        self._layers = {
-            layer: (keys[rows], values[rows]) for layer, (keys, values) in self._layers.items()
-        }
+        for layer, (keys, values) in self._layers.items():
+            kept = rows.to(keys.device)
+            self._layers[layer] = keys[kept], values[kept]
