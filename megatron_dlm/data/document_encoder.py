@@ -9,7 +9,7 @@ import orjson
 from megatron_dlm.data.tokenizer import (
     check_token_ids,
     load_tokenizer,
-    named_mask_token_id,
+    own_mask_token_ids,
     resolve_special_tokens,
 )
 from megatron_dlm.errors import UserError, bad_value
@@ -47,9 +47,8 @@ class DocumentEncoder:
             )
             self._mask_token_id, eos_token_id = special.mask_token_id, special.eos_token_id
         else:
-            mask, eos_token_id = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
-            named = named_mask_token_id(self._tokenizer)
-            self._mask_token_id = named if mask is None else mask
+            eos_token_id = self._tokenizer.eos_token_id
+            self._mask_token_id = next(iter(own_mask_token_ids(self._tokenizer)), None)
         self._end: list[int] = []
         if append_eod:
             if eos_token_id is None:

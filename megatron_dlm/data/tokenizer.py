@@ -244,20 +244,27 @@ def _resolve_mask(
     source: str,
     config_file: str,
 ) -> int:
-    own = _mask_token_id(tokenizer)
+    own = own_mask_token_ids(tokenizer)
+    texts = " and ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} as {i}" for i in own)
     if configured is not None:
-        if own not in (None, configured):
+        if own and configured not in own:
             raise bad_value(
                 f"{config_file}: mask_token_id",
                 configured,
-                f"but the tokenizer in {source} has {tokenizer.convert_ids_to_tokens(own)!r} as"
-                f" {own}",
+                f"but the tokenizer in {source} has {texts}",
                 "use the tokenizer that the model was trained with, or repair the file that is"
                 " wrong",
             )
         return configured
-    if own is not None:
-        return own
+    if len(own) > 1:
+        raise bad_value(
+            "mask_token_id",
+            None,
+            f"the tokenizer of {source} has {texts}",
+            "set mask_token in tokenizer_config.json, or mask_token_id in config.json",
+        )
+    if own:
+        return own[0]
     free = max(tokenizer.get_vocab().values()) + 1
     if free >= vocab_size:
         raise bad_value(
@@ -340,13 +347,12 @@ def _as_ids(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
-def _mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return _first_known(tokenizer.mask_token_id, named_mask_token_id(tokenizer))
-
-
-def named_mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of a token with one of MASK's usual names, for a tokenizer that declares none."""
-    return _first_known(*map(tokenizer.get_vocab().get, MASK_TOKENS))
+def own_mask_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer calls MASK: the id that it declares, else those with the usual names."""
+    if isinstance(declared := tokenizer.mask_token_id, int):
+        return [declared]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[name] for name in MASK_TOKENS if name in vocabulary]
 
 
 def _first_known(*candidates: object) -> int | None:

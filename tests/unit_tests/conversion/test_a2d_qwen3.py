@@ -251,6 +251,21 @@ def test_mask_is_renamed_and_nothing_else(tmp_path, convert, save):
         assert special.mask_token_id == tokenizer.mask_token_id
 
 
+def test_two_masks_are_not_chosen_between(tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path))
+    tokenizer.add_tokens(["<|MASK|>", "<|mask|>"], special_tokens=True)
+    config = {"vocab_size": VOCAB_SIZE}
+    with pytest.raises(
+        UserError, match=r"'<\|MASK\|>' as 30 and '<\|mask\|>' as 31; set mask_token"
+    ):
+        resolve_special_tokens(tokenizer, config, "here")
+    for token_id in (30, 31):
+        stated = config | {"mask_token_id": token_id}
+        assert resolve_special_tokens(tokenizer, stated, "here").mask_token_id == token_id
+    tokenizer.mask_token = "<|mask|>"
+    assert resolve_special_tokens(tokenizer, config, "here").mask_token_id == 31
+
+
 def test_a_name_that_is_taken_is_refused(tmp_path, convert):
     """Both names are there, and the trained one is not dllm's."""
     source = save_tokenizer(save_hf_model(random_hf_model(), tmp_path / "source"))
