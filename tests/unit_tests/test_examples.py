@@ -80,6 +80,14 @@ def test_script_leaves_paths_to_the_configuration(tmp_path: Path) -> None:
     assert config.logging == file.logging
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("qwen3_*")))
+def test_scripts_of_a_size_start_its_own_recipe(name: str, tmp_path: Path) -> None:
+    assert launched(name, tmp_path).logging.save == f"runs/{name}/opdlm"
+    slurm = (EXAMPLES / name / "train.slurm").read_text()
+    assert f"srun bash examples/{name}/train.sh" in slurm
+    assert f"--job-name=opdlm-{name}\n" in slurm
+
+
 def test_script_takes_another_recipe_and_what_its_base_says(tmp_path: Path) -> None:
     """Of a recipe that changes another one: run folder, teacher and length are found in both."""
     environment = {"RECIPE": "opdlm_block8.yaml", "MODEL": "weights", "NUM_ROLLOUTS": "3"}

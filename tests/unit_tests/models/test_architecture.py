@@ -31,8 +31,8 @@ CAUSAL = DiffusionConvention("causal", shifted=True)
         ("qwen3", {"attention_pattern": "causal", "shifted": True}, CAUSAL),
         ("sdar", {}, BLOCKS),
         ("sdar", {"attention_pattern": "full"}, UNSHIFTED),
-        ("a2d-qwen3", {}, UNSHIFTED),
-        ("a2d-qwen3", {"shifted": True}, SHIFTED),
+        ("a2d-qwen3", {"attention_pattern": "full"}, UNSHIFTED),
+        ("a2d-qwen3", {"attention_pattern": "full", "shifted": True}, SHIFTED),
         ("rnd1", {}, SHIFTED),
         ("rnd1", {"attention_pattern": "full"}, SHIFTED),
         ("rnd1", {"shifted": False}, UNSHIFTED),
@@ -53,6 +53,7 @@ def test_what_is_left_out_is_the_model_types(
         ({"attention_pattern": "causal"}, "here: attention_pattern = 'causal'"),
         ({"attention_pattern": "full", "shifted": "no"}, "here: shifted = 'no'"),
         ({"block_size": 4, "shifted": 1}, "here: shifted = 1"),
+        ({"model_type": "a2d-qwen3"}, "here: model_type = 'a2d-qwen3' does not say"),
     ],
 )
 def test_what_says_too_little_is_refused(stated: dict[str, Any], named: str) -> None:
