@@ -428,3 +428,20 @@ def test_dry_run(files: Path, call: Call, tmp_path: Path) -> None:
     file = tmp_path / "resolved.yaml"
     file.write_text(outcome.stdout)
     assert call(PRETRAIN, "--config", file, "--dry-run").stdout == outcome.stdout
+
+
+def test_dry_run_counts_what_an_epoch_has(files: Path, call: Call, tmp_path: Path) -> None:
+    lines = (files / "prompts.jsonl").read_text().splitlines(keepends=True)[:6]
+    long = json.dumps({"prompt": "1" * 200}) + "\n"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join([*lines, long]))
+    epoch = options(files, prompts=prompts, num_rollouts=None, num_epochs=1)
+    call(PRETRAIN, *epoch, "--dry-run").check_error(f"{prompts}:7", "--max-prompt-length 128")
+    outcome = call(PRETRAIN, *epoch, "--long-prompts", "drop", "--dry-run")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert outcome.stdout.splitlines()[-2:] == [
+        "# 6 records; 6 samples in 2 rollouts of 4, the last of 2: 2 updates",
+        f"# {prompts}: 1 of 7 prompts dropped, longer than --max-prompt-length",
+    ]
+    never = call(PRETRAIN, *epoch, "--long-prompts", "drop", "--lr-warmup-iters", "2", "--dry-run")
+    never.check_error("--lr-warmup-iters = 2", "choose 0 to 1")
