@@ -140,6 +140,14 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             f"is not what the run in {load} was reading",
             "name that to resume it, or --finetune for a new run from its weights",
         )
+    for name in RESUME_FIXED:
+        if name in before and before[name] != now[name] and is_used(config, name):
+            raise bad_value(
+                "--" + name.replace("_", "-"),
+                now[name],
+                f"the run in {load} was started with {before[name]!r}",
+                f"use {before[name]!r} to resume it, or --finetune for a new run from its weights",
+            )
     records = now["num_records"]
     if before.get("num_records", records) != records:
         raise bad_value(
@@ -149,14 +157,6 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
             f"{before['num_records']}",
             "choose what it was to resume it, or --finetune for a new run from its weights",
         )
-    for name in RESUME_FIXED:
-        if name in before and before[name] != now[name] and is_used(config, name):
-            raise bad_value(
-                "--" + name.replace("_", "-"),
-                now[name],
-                f"the run in {load} was started with {before[name]!r}",
-                f"use {before[name]!r} to resume it, or --finetune for a new run from its weights",
-            )
     if before.get(TEACHER_FINGERPRINT, now[TEACHER_FINGERPRINT]) != now[TEACHER_FINGERPRINT]:
         problem, remedy = f"the run in {load} was its own teacher", "drop it"
         if before[TEACHER_FINGERPRINT] is not None:
