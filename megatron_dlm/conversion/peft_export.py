@@ -175,7 +175,8 @@ def _peft_config(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": adapters.alpha,
-        "lora_dropout": adapters.dropout,
+        # PEFT refuses dropout on experts that transformers keeps in one tensor.
+        "lora_dropout": 0.0 if base.architecture.is_moe else adapters.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": adapters.rank,

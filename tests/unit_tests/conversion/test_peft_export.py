@@ -37,7 +37,7 @@ def save_run(
     source = save_hf_model(random_hf_model(moe=moe, tied=not moe), folder / "source")
     save_tokenizer(source)
     options: dict[str, Any] = dict(lora_rank=3, lora_alpha=6.0, seed=5, load=str(source))
-    options["lora_target_modules"] = target_modules
+    options |= dict(lora_target_modules=target_modules, lora_dropout=0.1)
     architecture = read_architecture(source)
     if diffusion:
         architecture = replace(architecture, hf_config=architecture.hf_config | BLOCK_DIFFUSION)
@@ -122,6 +122,7 @@ def test_what_a_folder_holds(tmp_path, convert):
     assert convert("--load", run, "--save", adapter, "--target-format", "peft") == (0, "")
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6.0)
+    assert config["lora_dropout"] == 0.1
     assert config["base_model_name_or_path"] == str(tmp_path / "source")
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert set(config["target_modules"]) == {*attention, "gate_proj", "up_proj", "down_proj"}
