@@ -88,7 +88,7 @@ def test_stored_responses_belong_to_their_limits(folder: Path) -> None:
         ({}, None),
         # Another record would be another sample from here on.
         ({"max_prompt_length": 200}, r"--max-prompt-length = 200: leaves 8 .* reading 7"),
-        ({"long_prompts": "truncate"}, r"leaves 8 records of .*prompts.jsonl"),
+        ({"long_prompts": "truncate"}, r"--long-prompts = .truncate.: .*started with .drop."),
         ({"prompt_suffix_by_domain": {"default": " 7"}}, r"--prompt-suffix-by-domain = "),
     ],
 )
