@@ -107,6 +107,15 @@ class HFCheckpoint(HFTensors):
         )
 
 
+def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one file of tensors, as transformers does, with the mode that the umask leaves."""
+    # safetensors makes files that only their owner may read.
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 class HFCheckpointWriter:
     """Writes tensors in a known order into safetensors files of a limited size.
 
@@ -147,12 +156,7 @@ class HFCheckpointWriter:
         assert name == shard[len(self._pending)], f"{name} is not the next tensor"
         self._pending[name] = tensor.to(device="cpu", dtype=self._dtype).contiguous()
         if len(self._pending) == len(shard):
-            file = self._folder / self._file(self._written)
-            # safetensors makes files that only their owner may read: give them the usual mode.
-            file.touch()
-            mode = file.stat().st_mode
-            save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(mode)
+            write_safetensors(self._pending, self._folder / self._file(self._written))
             self._pending = {}
             self._written += 1
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dlm.conversion.gathering import ShardGatherer
+from megatron_dlm.conversion.hf_checkpoint import write_safetensors
 from megatron_dlm.conversion.hf_import import check_weights_equal
 from megatron_dlm.conversion.parameter_layout import RowParallel
 from megatron_dlm.conversion.publishing import is_writer, published_folder
@@ -142,7 +142,7 @@ def export_peft(
             tensors[f"{name}.lora_B.weight"] = lora_b.to("cpu", dtype, copy=True).contiguous()
             layers.add(layer.rpartition(".")[2])
         if is_writer():
-            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            write_safetensors(tensors, temporary / WEIGHTS_FILE)
             config = _peft_config(adapters, base, sorted(layers))
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")

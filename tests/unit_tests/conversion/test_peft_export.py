@@ -135,6 +135,8 @@ def test_what_a_folder_holds(tmp_path, convert):
             expected[f"{layer}.lora_A.weight"] = (3, weight.shape[1])
             expected[f"{layer}.lora_B.weight"] = (weight.shape[0], 3)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    # Whoever may read the settings may read the weights.
+    assert len({file.stat().st_mode for file in adapter.iterdir() if file.is_file()}) == 1
 
 
 def _refusal(convert, *arguments) -> str:

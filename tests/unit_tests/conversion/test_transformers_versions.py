@@ -27,7 +27,7 @@ TOKENS = random_tokens()
 NUM_MASKED = 6
 TOKENS[-NUM_MASKED:] = MASK_TOKEN_ID
 BLOCKS, FULL = {"attention_pattern": "block_causal"}, {"attention_pattern": "full"}
-DENSE_FORMATS = [("sdar", BLOCKS), ("a2d-qwen3", FULL), ("qwen3", {})]
+DENSE_FORMATS = [("sdar", BLOCKS), ("a2d-qwen3", FULL), ("a2d-qwen3", BLOCKS), ("qwen3", {})]
 MOE_FORMATS = [("sdar", BLOCKS), ("rnd1", FULL | {"shifted": True}), ("qwen3", {})]
 
 
@@ -47,7 +47,9 @@ def exports(tmp_path_factory, single_process):
             weights = load_file(source / "model.safetensors")
             head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
             for format, convention in MOE_FORMATS if moe else DENSE_FORMATS:
-                out = folder / f"{format}.{kind}"
+                pattern = convention.get("attention_pattern", "causal")
+                # Names with dots: transformers makes modules of them.
+                out = folder / f"{format}.{pattern}.{kind}"
                 export_hf(
                     model,
                     replace(architecture, hf_config=architecture.hf_config | convention),
@@ -59,7 +61,6 @@ def exports(tmp_path_factory, single_process):
                     # several files
                     max_shard_size=100_000 if moe else 10**9,
                 )
-                pattern = convention.get("attention_pattern", "causal")
                 expected[out] = megatron_logits(model, TOKENS, pattern, 4)[:, :VOCAB_SIZE], head
     return expected
 
