@@ -177,6 +177,18 @@ def _check_self_teacher(
             f"is no diffusion model with {convention.attention_pattern} attention like the student",
             "name the weights that the student started from",
         )
+    keys = ["mask_token_id"]
+    if convention.attention_pattern == "block_causal":
+        keys.append("block_size")
+    for key in keys:
+        ours, theirs = student.hf_config.get(key), teacher.architecture.hf_config.get(key)
+        if None not in (ours, theirs) and ours != theirs:
+            raise bad_value(
+                f"{teacher.architecture.file}: {key}",
+                theirs,
+                f"but {student.file} says {ours}",
+                "name the weights that the student started from with --teacher-load",
+            )
     _check_vocabulary(student, teacher)
 
 

@@ -21,6 +21,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_random_model(folder / name)
     state_convention(folder / "block_causal", "block_causal", shifted=False)
     state_convention(folder / "full", "full", shifted=True)
+    for name, stated in (
+        ("other_blocks", {"block_size": 8}),
+        ("other_mask", {"mask_token_id": 400}),
+    ):
+        file = shutil.copytree(folder / "block_causal", folder / name) / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | stated))
     return folder
 
 
@@ -54,6 +60,16 @@ def test_what_becomes_autoregressive_no_longer_says_diffusion(folder: Path) -> N
         ("block_causal", {"block_size": 8}, r"--block-size = 8: .*blocks of 4; choose 4"),
         ("block_causal", {"teacher_load": "full"}, r"--teacher-load = .*block_causal"),
         ("block_causal", {"teacher_load": "ar"}, r"--teacher-load = .*no diffusion model"),
+        (
+            "block_causal",
+            {"teacher_load": "other_blocks"},
+            r"other_blocks/config.json: block_size = 8: but .*block_causal/config.json says 4",
+        ),
+        (
+            "block_causal",
+            {"teacher_load": "other_mask"},
+            r"other_mask/config.json: mask_token_id = 400: but .*/config.json says 511",
+        ),
     ],
 )
 def test_what_cannot_teach_itself_is_refused(
