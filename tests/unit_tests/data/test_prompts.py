@@ -1,5 +1,6 @@
 """Prompt and example files: ids are the template's, and every bad line is named."""
 
+import dataclasses
 import json
 from itertools import islice
 from pathlib import Path
@@ -163,6 +164,23 @@ def test_example_forms_agree(
     assert example.finish_reason == "eos"
     assert example.record == record
     assert dataset.sample(0, sample_index=99).sample_index == 99
+
+
+def test_any_listed_end_is_the_end_of_an_example(
+    tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens, tmp_path: Path
+) -> None:
+    special_tokens = dataclasses.replace(special_tokens, eos_token_ids=(508,))
+    lines = [{"prompt": "a", "response": f"x{end}"} for end in ("", "<|im_end|>", "<|endoftext|>")]
+    for end, example in zip(
+        (510, 510, 508),
+        read_examples(write(tmp_path / "x", *lines), tokenizer, special_tokens, 100),
+        strict=True,
+    ):
+        assert example.response_ids.tolist() == [*tokenizer.encode("x"), end]
+        assert example.finish_reason == "eos"
+    path = write(tmp_path / "y", {"prompt": "a", "response": "x<|endoftext|>y"})
+    with pytest.raises(UserError, match=r"y:1: .*behind the EOS token \(id 508\)"):
+        read_examples(path, tokenizer, special_tokens, 100)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
         ("teacher_weights", "c" * 64),
         ("bf16", True),
         ("seed", 2),
+        ("eos_token_ids", [508, 510]),
         ("max_response_length", 32),
         ("temperature", 0.5),
         ("top_k", 4),
