@@ -38,6 +38,8 @@ def load_and_run(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     assert config.model_type == stated["model_type"]
     tokenizer = AutoTokenizer.from_pretrained(folder, **REMOTE)
     assert tokenizer.eos_token_id is not None
+    special = tokenizer.convert_tokens_to_ids("x27")
+    assert tokenizer.decode([special, tokenizer.eos_token_id], skip_special_tokens=True) == ""
     model, report = model_class.from_pretrained(folder, output_loading_info=True, **REMOTE)
     assert not report["missing_keys"], report
     assert not report["unexpected_keys"], report
