@@ -20,6 +20,9 @@ MOE_MODEL_TYPES = ("qwen3_moe", "sdar_moe", "rnd1")
 
 GENERATION_CONFIG = "generation_config.json"
 
+SGLANG_CONFIG_FILE = "dllm_config.yaml"
+"""Where SGLang is told the block size of an `sdar` folder."""
+
 
 @dataclass(frozen=True)
 class DiffusionConvention:

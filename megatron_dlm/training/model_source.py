@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from megatron_dlm.conversion.hf_tensors import HFTensors
 from megatron_dlm.conversion.weight_sizes import check_hf_sizes, check_megatron_sizes
 from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
+    SGLANG_CONFIG_FILE,
     Architecture,
     DiffusionConvention,
     diffusion_convention,
@@ -155,12 +158,32 @@ def open_model_source(path: str, field: str) -> ModelSource:
             )
         architecture = read_architecture(folder, field)
         check_hf_sizes(architecture, HFTensors(folder, field).shapes(), path)
+        _check_block_size(architecture, folder / SGLANG_CONFIG_FILE)
         return ModelSource(folder, field, folder, False, architecture)
     checkpoint = find_checkpoint(folder, field)
     hf_folder = checkpoint / HF_FOLDER
     architecture = read_architecture(hf_folder, field)
     check_megatron_sizes(architecture, _megatron_shapes(checkpoint, field), str(checkpoint))
     return ModelSource(folder, field, hf_folder, True, architecture)
+
+
+def _check_block_size(architecture: Architecture, file: Path) -> None:
+    """What serves the folder and what trains it have to mean the same blocks."""
+    if not file.is_file():
+        return
+    try:
+        settings = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise bad_value(str(file), "", "is no YAML file", "repair or remove it") from error
+    served = settings.get("block_size") if isinstance(settings, dict) else None
+    stated = architecture.hf_config.get("block_size")
+    if None not in (served, stated) and served != stated:
+        raise bad_value(
+            f"{file}: block_size",
+            served,
+            f"but {architecture.file} says {stated}",
+            "write the block size that the model was trained with into both",
+        )
 
 
 def _megatron_shapes(checkpoint: Path, field: str) -> dict[str, tuple[int, ...]]:

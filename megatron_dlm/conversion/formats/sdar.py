@@ -21,8 +21,7 @@ from megatron_dlm.conversion.formats.qwen3 import (
 )
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.errors import bad_value
-
-SGLANG_CONFIG_FILE = "dllm_config.yaml"
+from megatron_dlm.models.architecture import SGLANG_CONFIG_FILE
 
 
 def write_sdar(request: ExportRequest, folder: Path) -> None:

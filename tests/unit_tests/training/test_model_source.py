@@ -1,5 +1,6 @@
 """A model's fingerprint is that of its weights, wherever they lie and in either kind of folder."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.checkpointing import save_checkpoint
 from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import open_model_source
-from tests.tiny import save_random_model
+from tests.refusal import refusal
+from tests.tiny import save_random_model, state_convention
 
 
 def save(folder: Path, kind: str, seed: int) -> Path:
@@ -29,6 +31,27 @@ def save(folder: Path, kind: str, seed: int) -> Path:
 
 def fingerprint(folder: Path) -> str:
     return open_model_source(str(folder), "--load").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("block_size: 8\nthreshold: 0.9\n", r"dllm_config.yaml: block_size = 8: but .* says 4"),
+        ("block_size: 4\n", None),
+        ("threshold: 0.9\n", None),
+        ("[", "is no YAML file"),
+        ("\x00", "is no YAML file"),
+        ("[" * 5000, "is no YAML file"),
+    ],
+)
+def test_the_block_size_that_engines_are_told(
+    tmp_path: Path, text: str, problem: str | None
+) -> None:
+    model = save_random_model(tmp_path / "model")
+    state_convention(model, "block_causal", shifted=False)
+    (model / "dllm_config.yaml").write_text(text)
+    message = refusal(open_model_source, str(model), "--load")
+    assert message is None if problem is None else re.search(problem, message or "")
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
