@@ -203,7 +203,13 @@ def find_special_tokens(
             config_file=architecture.file,
         )
         return architecture.ending_at(special.eos_token_ids), special.mask_token_id
-    ends = eos_token_ids(tokenizer, architecture.hf_config, generation_config)
+    ends = eos_token_ids(
+        tokenizer,
+        architecture.hf_config,
+        generation_config,
+        str(tokenizer_folder),
+        architecture.file,
+    )
     return architecture.ending_at(ends) if ends else architecture, None
 
 

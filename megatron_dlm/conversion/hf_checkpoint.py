@@ -15,11 +15,11 @@ from megatron_dlm.errors import UserError
 _ROWS = 16384
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; makes no copy of the tensor."""
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no value is NaN or infinite, also as another type; makes no copy of the tensor."""
     if not tensor.numel():
         return True
-    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
+    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
 
 
 class HFCheckpoint(HFTensors):
@@ -81,21 +81,21 @@ class HFCheckpoint(HFTensors):
                     "set tie_word_embeddings to false in config.json, or remove the tensor",
                 )
 
-    def broken(self, names: Iterable[str]) -> UserError:
-        """The error for tensors whose values are not all finite."""
+    def broken(self, names: Iterable[str], dtype: torch.dtype) -> UserError:
+        """The error for tensors whose values are not all finite in the type of the model."""
         names = list(names)
-        name = next((name for name in names if not self._is_finite(name)), names[0])
+        name = next((name for name in names if not self._is_finite(name, dtype)), names[0])
         return self.refuse(
             name,
             self.file(name),
-            "holds NaN or infinite values",
+            f"holds NaN or infinite values, read as {str(dtype).removeprefix('torch.')}",
             "fetch the file again, or use another checkpoint",
         )
 
-    def _is_finite(self, name: str) -> bool:
+    def _is_finite(self, name: str, dtype: torch.dtype) -> bool:
         values = self[name]
         rows = range(0, values.get_shape()[0], _ROWS)
-        return all(is_finite(values[start : start + _ROWS]) for start in rows)
+        return all(is_finite(values[start : start + _ROWS], dtype) for start in rows)
 
     def _equal(self, name: str, other: str) -> bool:
         left, right = self[name], self[other]

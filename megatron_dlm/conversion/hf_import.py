@@ -75,6 +75,7 @@ def _shards(
     for local in local_parameters(model, architecture, except_adapters=True):
         sources = [checkpoint[name] for name in local.mapping.hf]
         shard = local.mapping.layout.read(sources, local.parameter.shape, local.shard)
-        if not is_finite(shard):
-            raise checkpoint.broken(local.mapping.hf)
+        dtype = local.parameter.dtype
+        if not is_finite(shard, dtype):
+            raise checkpoint.broken(local.mapping.hf, dtype)
         yield local, shard

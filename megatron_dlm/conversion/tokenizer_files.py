@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_dlm.data.tokenizer import MASK_TOKEN
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.json_file import read_json_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -137,12 +138,7 @@ def _text(token: Any) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise bad_value("--tokenizer", str(file), "is no JSON file", "repair the file") from error
-    assert isinstance(value, dict)
-    return value
+    return read_json_object(file, "--tokenizer")
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ TOOL_CALLS = "tool_calls"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which chat templates read the thinking of an assistant's turn."""
 
+OTHER_SPEECH = ("function_call", "refusal")
+"""What else OpenAI's format lets an assistant say in place of content."""
+
 RESERVED_VARIABLES = frozenset(
     {
         "messages",

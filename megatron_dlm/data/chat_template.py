@@ -15,6 +15,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.data.chat import (
+    OTHER_SPEECH,
     REASONING_FIELDS,
     TOOL_CALLS,
     Chat,
@@ -179,10 +180,11 @@ class ChatTemplate:
         messages = chat.messages
         if chat.tools is not None and same_without(messages, None):
             raise _not_rendered(where, '"tools"')
-        if any(message.get(TOOL_CALLS) for message in messages):
-            uncalled = [_without(message, TOOL_CALLS) for message in messages]
-            if same_without(uncalled, chat.tools):
-                raise _not_rendered(where, f'"{TOOL_CALLS}"')
+        for name in (TOOL_CALLS, *OTHER_SPEECH):
+            if any(message.get(name) for message in messages):
+                silent = [_without(message, name) for message in messages]
+                if same_without(silent, chat.tools):
+                    raise _not_rendered(where, f'"{name}"')
         # What tools say is short, and may be in the prompt for another reason.
         unseen = {
             message["role"]
@@ -200,7 +202,8 @@ class ChatTemplate:
     def _check_target(self, chat: Chat, whole: str, target: str, where: str) -> None:
         """All that the turn says is in its target."""
         *context, turn = chat.messages
-        for names in (("content",), (TOOL_CALLS,), REASONING_FIELDS):
+        others = ((name,) for name in OTHER_SPEECH)
+        for names in (("content",), (TOOL_CALLS,), REASONING_FIELDS, *others):
             given = [name for name in names if _is_said(turn.get(name))]
             said = text_of(turn.get("content")).strip()
             if not given or (names == ("content",) and said in target):

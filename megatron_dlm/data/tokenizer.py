@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
@@ -15,6 +14,7 @@ from transformers import (
 
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
+from megatron_dlm.models.architecture import GENERATION_CONFIG
 from megatron_dlm.models.config_keys import TOKEN_KEYS, TOKENIZER_KEYS, checked_keys
 
 MASK_TOKEN = "<|MASK|>"
@@ -79,14 +79,9 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=False
         )
-    except StrictDataclassError as error:  # transformers reads the config.json beside it, too
-        raise bad_value(
-            field,
-            str(path / "config.json"),
-            f"cannot be read by transformers ({' '.join(str(error).split())})",
-            "repair the file",
-        ) from error
     except Exception as error:  # The `tokenizers` library raises bare Exceptions.
+        if (path / "config.json").is_file() and _loads_without_config(path):
+            raise _unreadable_config(path, field, error) from error
         for name in _TOKENIZER_JSON:
             if (path / name).is_file():
                 read_json_object(path / name, field)  # names the file that is at fault
@@ -112,6 +107,26 @@ def _config(folder: Path, field: str) -> PretrainedConfig | None:
     model_type = read_json_object(file, field).get("model_type")
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     return None if is_known else PretrainedConfig()
+
+
+def _loads_without_config(folder: Path) -> bool:
+    """Whether it is the config.json beside a tokenizer, read by transformers too, that is wrong."""
+    try:
+        AutoTokenizer.from_pretrained(
+            folder, config=PretrainedConfig(), local_files_only=True, trust_remote_code=False
+        )
+    except Exception:
+        return False
+    return True
+
+
+def _unreadable_config(folder: Path, field: str, error: Exception) -> UserError:
+    return bad_value(
+        field,
+        str(folder / "config.json"),
+        f"cannot be read by transformers ({' '.join(str(error).split())})",
+        "repair the file",
+    )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -154,9 +169,9 @@ def resolve_special_tokens(
     A response ends at each id that generation_config.json or config.json lists and at the
     tokenizer's EOS, which is what it writes itself. As in transformers, generation_config.json
     overrides config.json; a special token that only the latter lists ends a response all the same,
-    as serving engines have it. A tokenizer without MASK (stock Qwen3) gets the one of config.json,
-    else the first id behind its own ones: the checkpoint's embedding is padded, so that id has a
-    row.
+    as serving engines have it. A tokenizer without MASK (stock Qwen3) gets the one of config.json
+    or generation_config.json, else the first id behind its own ones: the checkpoint's embedding is
+    padded, so that id has a row.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
@@ -168,16 +183,12 @@ def resolve_special_tokens(
             beside it.
 
     Raises:
-        UserError: There is no EOS; there is no MASK and no free id below `vocab_size`; the
-            tokenizer and config.json state different ones; or an id does not fit the vocabulary or
-            serves two purposes.
+        UserError: There is no EOS; there is no MASK and no free id below `vocab_size`; two of the
+            files state different ones; or an id does not fit the vocabulary or serves two purposes.
     """
     vocab_size = int(hf_config["vocab_size"])
     generation_config = generation_config or {}
-    generation_file = str(Path(config_file).with_name("generation_config.json"))
-    for values, file in ((hf_config, config_file), (generation_config, generation_file)):
-        _check_ids(values, vocab_size, file)
-    ends = eos_token_ids(tokenizer, hf_config, generation_config)
+    ends = eos_token_ids(tokenizer, hf_config, generation_config, source, config_file)
     if not ends:
         raise bad_value(
             "eos_token_id",
@@ -189,15 +200,9 @@ def resolve_special_tokens(
     configured = (values.get("pad_token_id") for values in (generation_config, hf_config))
     pad = _first_known(tokenizer.pad_token_id, *configured, eos)
     assert pad is not None
-    mask = _resolve_mask(tokenizer, hf_config.get("mask_token_id"), vocab_size, source, config_file)
-    for name, token_id in (("eos", eos), ("pad", pad), ("mask", mask)):
-        if not 0 <= token_id < vocab_size:
-            raise bad_value(
-                f"{name}_token_id",
-                token_id,
-                f"is outside the vocabulary of {source} (vocab_size {vocab_size})",
-                "use the tokenizer that belongs to the checkpoint",
-            )
+    mask = _resolve_mask(tokenizer, hf_config, generation_config, source, config_file)
+    for name, token_id in (("pad", pad), ("mask", mask)):
+        _check_own_id(name, token_id, vocab_size, source)
     if mask in (*ends, pad):
         raise bad_value(
             "mask_token_id",
@@ -212,14 +217,25 @@ def eos_token_ids(
     tokenizer: PreTrainedTokenizerBase,
     hf_config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
+    source: str,
+    config_file: str,
 ) -> tuple[int, ...]:
-    """The ids that end a response, as `resolve_special_tokens` decides; the tokenizer's first."""
+    """The ids that end a response; the tokenizer's first. See `resolve_special_tokens`.
+
+    Raises:
+        UserError: One of the files, or the tokenizer, names an id outside the vocabulary.
+    """
+    vocab_size = int(hf_config["vocab_size"])
+    _check_ids(hf_config, vocab_size, config_file)
+    _check_ids(generation_config, vocab_size, _generation_file(config_file))
     configured = _as_ids(hf_config.get("eos_token_id"))
     generated = _as_ids(generation_config.get("eos_token_id"))
     if generated:
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         configured = [token_id for token_id in configured if token_id in special]
     own = _as_ids(tokenizer.eos_token_id)
+    for token_id in own:
+        _check_own_id("eos", token_id, vocab_size, source)
     return tuple(dict.fromkeys((*own, *generated, *configured)))
 
 
@@ -237,19 +253,47 @@ def _check_ids(values: Mapping[str, Any], vocab_size: int, file: str) -> None:
                 )
 
 
+def _check_own_id(name: str, token_id: int, vocab_size: int, source: str) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise bad_value(
+            f"{name}_token_id",
+            token_id,
+            f"is outside the vocabulary of {source} (vocab_size {vocab_size})",
+            "use the tokenizer that belongs to the checkpoint",
+        )
+
+
+def _generation_file(config_file: str) -> str:
+    return str(Path(config_file).with_name(GENERATION_CONFIG))
+
+
 def _resolve_mask(
     tokenizer: PreTrainedTokenizerBase,
-    configured: int | None,
-    vocab_size: int,
+    hf_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
     source: str,
     config_file: str,
 ) -> int:
+    configured, file = hf_config.get("mask_token_id"), config_file
+    generated, generation_file = (
+        generation_config.get("mask_token_id"),
+        _generation_file(config_file),
+    )
+    if configured is None:
+        configured, file = generated, generation_file
+    elif generated not in (None, configured):
+        raise bad_value(
+            f"{generation_file}: mask_token_id",
+            generated,
+            f"but {config_file} says {configured}",
+            "repair the file that is wrong",
+        )
     own = own_mask_token_ids(tokenizer)
     texts = " and ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} as {i}" for i in own)
     if configured is not None:
         if own and configured not in own:
             raise bad_value(
-                f"{config_file}: mask_token_id",
+                f"{file}: mask_token_id",
                 configured,
                 f"but the tokenizer in {source} has {texts}",
                 "use the tokenizer that the model was trained with, or repair the file that is"
@@ -265,6 +309,7 @@ def _resolve_mask(
         )
     if own:
         return own[0]
+    vocab_size = int(hf_config["vocab_size"])
     free = max(tokenizer.get_vocab().values()) + 1
     if free >= vocab_size:
         raise bad_value(

@@ -235,10 +235,15 @@ def _check_tokenizer(
 
 
 def _with_ends_of(
-    teacher: Architecture, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens
+    teacher: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    special_tokens: SpecialTokens,
 ) -> SpecialTokens:
     """What ends the teacher's responses ends those of the student, which learns to write them."""
-    theirs = eos_token_ids(tokenizer, teacher.hf_config, teacher.generation_config)
+    theirs = eos_token_ids(
+        tokenizer, teacher.hf_config, teacher.generation_config, str(folder), teacher.file
+    )
     return replace(special_tokens, eos_token_ids=(*special_tokens.eos_token_ids, *theirs))
 
 
@@ -376,7 +381,9 @@ def read_inputs(config: Config) -> RunInputs:
     )
     if teacher_source is not None:
         _check_tokenizer(tokenizer, tokenizer_folder, teacher_source)
-        special_tokens = _with_ends_of(teacher_source.architecture, tokenizer, special_tokens)
+        special_tokens = _with_ends_of(
+            teacher_source.architecture, tokenizer, tokenizer_folder, special_tokens
+        )
         teacher_fingerprint = teacher_source.fingerprint()
     architecture = architecture.ending_at(special_tokens.eos_token_ids)
     data: PromptDataset | ExampleDataset | CorpusDataset

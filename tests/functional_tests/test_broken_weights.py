@@ -81,6 +81,11 @@ def in_bf16(tensors: dict[str, Any]) -> None:
     tensors[NAME][0, 0] = float("nan")
 
 
+def beyond_float32(tensors: dict[str, Any]) -> None:
+    tensors[NAME] = tensors[NAME].double()
+    tensors[NAME][0, 0] = 1e300
+
+
 TOOLS = pytest.mark.parametrize(
     "script", [PRETRAIN, GENERATE, EVALUATE, CONVERT], ids=lambda path: path.stem
 )
@@ -119,6 +124,7 @@ def test_every_tool_names_the_tensor_and_its_file(
         (with_value(float("inf")), "holds NaN"),
         (with_value(float("-inf")), "holds NaN"),
         (in_bf16, "holds NaN"),
+        (beyond_float32, "holds NaN or infinite values, read as float32"),
         (quantised(torch.uint8), "is stored as U8"),
         (quantised(torch.int64), "is stored as I64"),
         (quantised(torch.float8_e5m2), "is stored as F8_E5M2"),

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_dlm.data.arithmetic import write_examples
+from megatron_dlm.errors import UserError
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run_folder import find_checkpoint
 from tests.functional_tests.entry_points import CONVERT, EVALUATE, Call, caller
@@ -93,3 +94,18 @@ def test_an_exported_model_ends_where_ours_does(tmp_path: Path, call: Call) -> N
     assert call(CONVERT, *arguments, "--tokenizer", TOKENIZER).status == 0
     after = AutoModelForCausalLM.from_pretrained(out).generate(**prompt, **options)[0].tolist()
     assert after == before[: before.index(third, prompt["input_ids"].shape[1]) + 1]
+
+
+def test_an_end_outside_the_vocabulary_goes_nowhere(tmp_path: Path, call: Call) -> None:
+    write_data(tmp_path, 8)
+    model = save_random_model(tmp_path / "model")
+    wrong = stating(save_random_model(tmp_path / "wrong"), END_OF_TURN, [END_OF_TURN, 512])
+    named = f"{wrong / 'generation_config.json'}: eos_token_id = [510, 512]: is outside"
+    for target in ("qwen3", "megatron"):
+        arguments = ("--load", wrong, "--save", tmp_path / "out", "--target-format", target)
+        call(CONVERT, *arguments).check_error(named)
+    # The student is to learn to write what ends the teacher's responses.
+    config = run_config(tmp_path, model, objective="opdlm", teacher_load=str(wrong))
+    with pytest.raises(UserError) as error:
+        read_inputs(config)
+    assert str(error.value).startswith(named)

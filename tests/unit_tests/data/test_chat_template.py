@@ -27,6 +27,8 @@ THOUGHT = {"role": "assistant", "content": "5", "reasoning_content": "2 then 3"}
 WRITTEN = {"role": "assistant", "content": "<think>\n2 then 3\n</think>\n\n5"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+OLD_CALL = {"role": "assistant", "content": "", "function_call": CALL["function"]}
+REFUSAL = {"role": "assistant", "content": "", "refusal": "I cannot."}
 RESULT = {"role": "tool", "content": "5", "tool_call_id": None}
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds"}}
 CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
@@ -422,6 +424,9 @@ def test_all_turns_keep_their_records(
         # What the template leaves out.
         (PLAIN, {"messages": [USER, CALLS]}, {}, 'leaves out messages[1]["tool_calls"]'),
         (PLAIN, {"messages": [USER, THOUGHT]}, {}, 'leaves out messages[1]["reasoning_content"]'),
+        (THINKING, {"messages": [USER, OLD_CALL]}, {}, 'leaves out messages[1]["function_call"]'),
+        (PLAIN, {"messages": [USER, REFUSAL]}, {}, 'leaves out messages[1]["refusal"]'),
+        (PLAIN, {"messages": [USER, OLD_CALL, AGAIN, ANSWER]}, {}, 'leaves out "function_call"'),
         (PLAIN, {"messages": [USER, ANSWER], "tools": [TOOL]}, {}, 'leaves out "tools"'),
         (
             PLAIN,

@@ -108,6 +108,21 @@ def test_mask_of_config_and_tokenizer_differ(declared: bool) -> None:
     assert "the tokenizer in the/folder has '<|MASK|>' as 13" in message
 
 
+def test_mask_of_generation_config() -> None:
+    """Generation with an exported folder takes it from there."""
+    stated = {"generation_config": {"mask_token_id": 17}, "config_file": "a/config.json"}
+    plain, config = stock_tokenizer(**QWEN), {"vocab_size": 20}
+    assert resolve_special_tokens(plain, config, "x", **stated).mask_token_id == 17
+    with pytest.raises(UserError) as error:
+        resolve_special_tokens(plain, config | {"mask_token_id": 16}, "x", **stated)
+    named = "a/generation_config.json: mask_token_id = 17: but "
+    assert str(error.value).startswith(f"{named}a/config.json says 16")
+    plain.add_tokens(["<|MASK|>"])
+    with pytest.raises(UserError) as error:
+        resolve_special_tokens(plain, config, "the/folder", **stated)
+    assert str(error.value).startswith(f"{named}the tokenizer in the/folder has '<|MASK|>' as 13")
+
+
 def test_pad_falls_back_to_eos() -> None:
     tokenizer = stock_tokenizer(eos_token="<|im_end|>")
     assert resolve_special_tokens(tokenizer, {"vocab_size": 20}, "x").pad_token_id == 12

@@ -85,9 +85,17 @@ def test_values_of_the_wrong_type(folder: Path, key: str) -> None:
         assert len(message.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("key", "value"), [("use_cache", "x"), ("layer_types", [1])])
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("use_cache", "x", "use_cache"),
+        ("layer_types", [1], "layer_types"),
+        ("auto_map", 5, "'int'"),
+        ("quantization_config", [], "'list'"),
+    ],
+)
 def test_config_json_is_blamed_where_transformers_cannot_read_it(
-    folder: Path, key: str, value: object
+    folder: Path, key: str, value: object, reason: str
 ) -> None:
     """A tokenizer is loaded with the config.json beside it, whoever else reads that."""
     file = folder / "config.json"
@@ -95,4 +103,4 @@ def test_config_json_is_blamed_where_transformers_cannot_read_it(
     with pytest.raises(UserError) as error:
         load_tokenizer(folder)
     assert str(error.value).startswith(f"--tokenizer = '{file}': cannot be read by transformers (")
-    assert key in str(error.value)
+    assert reason in str(error.value)
