@@ -1,6 +1,6 @@
 """What whole last blocks change: `sft` with rows that end where the response ends, and as they are.
 
-    python -m benchmarks.last_block              # two arms, two block sizes, three seeds: two hours
+    python -m benchmarks.last_block              # twelve runs: about an hour on two cores
     python -m benchmarks.last_block --seeds 1    # a quicker look
 
 Decoding always shows whole blocks. A row whose last block ends with the response tells the model
@@ -272,7 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--updates", type=int, default=1280)
+    parser.add_argument("--updates", type=int, default=640)
     parser.add_argument("--heldout", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/last_block")
