@@ -88,6 +88,8 @@ def check_variables(names: Iterable[str], what: str) -> None:
     for name in names:
         if name in RESERVED_VARIABLES:
             raise UserError(f"{what} has {name!r}, which is no variable of a template; remove it")
+        if name == "tools":
+            raise UserError(f'{what} has "tools"; write them beside "messages" in each record')
 
 
 def text_of(content: Any) -> str:

@@ -489,6 +489,12 @@ def test_all_turns_keep_their_records(
             {},
             "has 'tokenize', which is no variable",
         ),
+        (
+            PLAIN,
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": [TOOL]}},
+            {},
+            'has "tools"; write them beside "messages"',
+        ),
         (PLAIN, {"prompt": "a", "response": "b", "tools": [TOOL]}, {}, '"tools" is for the chat'),
         # Templates fail with whatever Python has.
         ("{{ 1 + messages[0].content }}", {"messages": [USER, ANSWER]}, {}, "TypeError"),
