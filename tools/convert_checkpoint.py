@@ -142,6 +142,24 @@ def check_target(arguments: ConversionConfig) -> Path:
     return target
 
 
+def check_autoregressive(source: ModelSource) -> None:
+    """What is written as `qwen3` is read as a model that predicts the next token.
+
+    Raises:
+        UserError: It is a diffusion model of another kind.
+    """
+    convention = source.convention
+    if convention is None or (convention.attention_pattern == "causal" and convention.shifted):
+        return
+    raise bad_value(
+        "--target-format",
+        "qwen3",
+        f"{source.hf_folder / 'config.json'} states a diffusion model with "
+        f"{convention.attention_pattern} attention, and a qwen3 folder is read as autoregressive",
+        "choose the format of a diffusion model, sdar for one",
+    )
+
+
 def check_layout(config: Config, architecture: Architecture) -> None:
     """Check that the processes and the model can be split as asked.
 
@@ -230,6 +248,9 @@ def main() -> int:
     config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=arguments.parallel)
     check_layout(config, architecture)
     adapters, adapter_settings, base = find_adapters(conversion, source)
+    # The weights under a run's adapters may be an autoregressive model's, whatever the run trained.
+    if conversion.target_format == "qwen3" and adapters != "remove":
+        check_autoregressive(source)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     architecture, mask_token_id = find_special_tokens(

@@ -86,6 +86,7 @@ def validate_inference(
         UserError: The first rule that is broken, with the values that would work.
     """
     value_rules.check_ranges(config)
+    value_rules.check_limits_by_domain(config)
     value_rules.check_sequence_parallel(config)
     layout_rules.check_world_size(config, world_size)
     layout_rules.check_expert_layout(config, world_size)

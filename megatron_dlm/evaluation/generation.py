@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm import platform
+from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import PromptDataset, tokenize_prompts
 from megatron_dlm.data.records import RecordFile
 from megatron_dlm.data.tokenizer import SpecialTokens, resolve_special_tokens
@@ -35,7 +36,7 @@ class InferenceInputs:
     Attributes:
         prompts: All prompts, of all ranks.
         special_tokens: Resolved once.
-        max_response_length: In tokens, for all prompts.
+        max_response_length: In tokens, for all prompts; a prompt's own limit may be lower.
     """
 
     prompts: PromptDataset
@@ -60,7 +61,12 @@ def read_inference_inputs(
         config_file=architecture.file,
     )
     prompts = tokenize_prompts(
-        file, tokenizer, special_tokens, data.max_prompt_length, data.chat_template_kwargs
+        file,
+        tokenizer,
+        special_tokens,
+        data.max_prompt_length,
+        data.chat_template_kwargs,
+        domains=Domains.from_config(setup.config),
     )
     return InferenceInputs(prompts, special_tokens, _response_length(setup, prompts))
 
@@ -82,7 +88,7 @@ def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
             f"leaves no room for a response in the model's {positions} positions",
             "shorten the longest prompt",
         )
-    length = setup.config.rollout.max_response_length
+    length = setup.config.longest_response
     if setup.options.max_response_length is None:
         return min(length, room)
     if length > room:

@@ -67,6 +67,17 @@ class InferenceConfig:
     """Longest response in tokens (default: that of training, or fewer where the model has no more
     positions)."""
 
+    domain_field: str = DataConfig.domain_field
+    """Field of a record that names its domain, for the options by domain."""
+
+    prompt_suffix_by_domain: dict[str, str] = field(default_factory=dict)
+    """Text to append to the last user message (or to `prompt`) of a record, by its domain, as in
+    training; JSON as a flag. `default` stands for all domains that are not named."""
+
+    max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
+    """Longest response in tokens by the domain of a record, where that is below
+    --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
+
     seed: int = DataConfig.seed
     """Seed of the draws; a prompt's response depends on it and on the prompt's place in the
     file, not on the parallel layout."""
@@ -312,6 +323,14 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
         )
     if convention is None and block_size is not None:
         convention = BLOCK_DIFFUSION
+    by_domain = options.prompt_suffix_by_domain or options.max_response_length_by_domain
+    if options.domain_field != DataConfig.domain_field and not by_domain:
+        raise bad_value(
+            "--domain-field",
+            options.domain_field,
+            "no option by domain is given",
+            "drop it, or add --prompt-suffix-by-domain or --max-response-length-by-domain",
+        )
     given = {
         name: getattr(options, name)
         for name in ("max_prompt_length", "max_response_length")
@@ -331,11 +350,14 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             max_prompt_length=given.get(
                 "max_prompt_length", max(1, source.architecture.max_position_embeddings - 1)
             ),
+            domain_field=options.domain_field,
+            prompt_suffix_by_domain=options.prompt_suffix_by_domain,
             chat_template_kwargs=options.chat_template_kwargs,
         ),
         rollout=RolloutConfig(
             **asdict(decoding),
             max_response_length=given.get("max_response_length", RolloutConfig.max_response_length),
+            max_response_length_by_domain=options.max_response_length_by_domain,
         ),
     )
     validate_inference(config, world_size, source.architecture)

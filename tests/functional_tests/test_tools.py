@@ -96,6 +96,62 @@ def test_block_size_comes_from_the_checkpoint(folder: Path, call: Call, tmp_path
     )
 
 
+def test_domains_are_those_of_training(folder: Path, call: Call, tmp_path: Path) -> None:
+    """Suffixes as if they were written in the file, and the longest responses."""
+    suffixes, limits = {"math": " How many?", "default": ""}, {"math": 3, "default": 7}
+    records = lines(folder / "examples.jsonl")
+    for index, record in enumerate(records):
+        record["kind"] = ("math", "code", None)[index % 3]
+    data, written_out = tmp_path / "data.jsonl", tmp_path / "written_out.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for record in records:
+        message = record["messages"][0]
+        message["content"] += suffixes["math"] if record["kind"] == "math" else ""
+    written_out.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    model = ("--load", folder / "dense", "--block-size", 4, *COMMON)
+    options = (
+        *("--domain-field", "kind", "--prompt-suffix-by-domain", json.dumps(suffixes)),
+        *("--max-response-length-by-domain", json.dumps(limits)),
+    )
+    output, one_limit = tmp_path / "output.jsonl", tmp_path / "one_limit.jsonl"
+    outcome = call(GENERATE, *model, "--prompts", data, "--output", output, *options)
+    assert outcome.status == 0, outcome.stderr
+    expected = {}
+    for limit in limits.values():
+        arguments = (*model, "--max-response-length", limit, "--prompts", written_out)
+        assert call(GENERATE, *arguments, "--output", one_limit).status == 0
+        expected[limit] = [line["response"] for line in lines(one_limit)]
+    lengths = [limits["math" if r["kind"] == "math" else "default"] for r in records]
+    assert [line["response"] for line in lines(output)] == [
+        expected[length][index] for index, length in enumerate(lengths)
+    ]
+
+    results = tmp_path / "results.json"
+    outcome = call(EVALUATE, *model, "--data", data, "--output", results, *options)
+    assert outcome.status == 0, outcome.stderr
+    [result] = json.loads(results.read_text())["settings"].values()
+    assert result["mean_response_length"] == pytest.approx(sum(lengths) / len(lengths), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--prompt-suffix-by-domain", '{"math": " ?"}'), ['prompts.jsonl:1: "domain" = None']),
+        (("--max-response-length-by-domain", '{"math": 0}'), ["by-domain.math = 0"]),
+        (("--domain-field", "kind"), ["--domain-field = 'kind'", "--prompt-suffix-by-domain"]),
+    ],
+)
+def test_domains_that_cannot_be_are_refused(
+    folder: Path, call: Call, options: tuple[str, ...], named: list[str]
+) -> None:
+    arguments = ("--load", folder / "dense", "--prompts", folder / "prompts.jsonl", *COMMON)
+    outcome = call(GENERATE, *arguments, *options)
+    assert outcome.status == 2
+    for words in named:
+        assert words in outcome.stderr
+
+
 def test_evaluation_counts_what_generation_writes(folder: Path, call: Call, tmp_path: Path) -> None:
     data, results = folder / "examples.jsonl", tmp_path / "results.json"
     static = ("--remasking-strategy", "low_confidence_static")

@@ -148,7 +148,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"`input_ids` must have the shape [sequences, tokens], but it is "
                 f"{tuple(inputs.shape)}"
             )
-        return inputs
+        return inputs.long()  # ids of 32 bits are embedded too
 
     def _criteria(
         self, config: GenerationConfig, criteria: Any, tokenizer: Any

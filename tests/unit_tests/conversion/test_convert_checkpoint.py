@@ -40,6 +40,14 @@ def test_there_and_back(tmp_path, source, convert):
     assert config["block_size"] == 8
     assert config["mask_token_id"] == MASK_TOKEN_ID
 
+    # What decodes by blocks is not written as what is read as autoregressive.
+    status, error = convert(
+        *("--load", tmp_path / "sdar", "--save", tmp_path / "new", "--target-format", "qwen3")
+    )
+    assert status == 2
+    assert "sdar/config.json states a diffusion model with block_causal attention" in error
+    assert not (tmp_path / "new").exists()
+
     # Block size and MASK are remembered, and the same folder may be written again when told.
     status, _ = convert(
         "--load",

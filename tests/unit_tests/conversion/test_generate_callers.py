@@ -221,6 +221,11 @@ def test_stopping_criteria_are_asked_behind_every_token(model):
     assert output[0, 6:].tolist() == free[: free.index(token) + 1]
 
 
+def test_ids_of_32_bits_are_ids(model):
+    expected = model.generate(PROMPT, max_new_tokens=3)
+    assert torch.equal(model.generate(PROMPT.int(), max_new_tokens=3), expected)
+
+
 def test_what_is_returned_on_request(model):
     sequences = model.generate(PROMPT, max_new_tokens=5)
     output = model.generate(PROMPT, max_new_tokens=5, return_dict_in_generate=True)
