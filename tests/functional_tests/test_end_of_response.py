@@ -67,7 +67,7 @@ def test_runs_and_conversions_keep_every_end(tmp_path: Path, call: Call) -> None
     resumed = run_config(tmp_path, run, objective="sft", train_iters=2)
     assert read_inputs(resumed).special_tokens.eos_token_ids == tuple(expected)
 
-    for target, extra in (("sdar", ()), ("qwen3", ()), ("megatron", ())):
+    for target, extra in (("sdar", ()), ("a2d-qwen3", ()), ("megatron", ())):
         out = tmp_path / target
         arguments = ("--load", run, "--save", out, "--target-format", target, *extra)
         assert call(CONVERT, *arguments).status == 0
