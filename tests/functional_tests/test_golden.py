@@ -80,10 +80,12 @@ def check(name: str, actual: list[dict[str, Any]]) -> None:
     for line, golden in zip(actual, expected, strict=True):
         assert line["supervised_tokens"] == golden["supervised_tokens"]
         assert line["response_tokens_total"] == golden["response_tokens_total"]
-        # Processors round differently, and five updates amplify it: from an AMD EPYC to an Intel
-        # Xeon, losses differ by 8e-5 of their value (3e-7 where terms cancel) and norms by 2e-3.
-        assert line["loss"] == pytest.approx(golden["loss"], rel=1e-3, abs=1e-5)
-        assert line["grad_norm"] == pytest.approx(golden["grad_norm"], rel=5e-3)
+        # Processors round differently, and five updates amplify it. From an AMD EPYC to an Intel
+        # Xeon, two runs differ by more than 1e-3: d_opsd where its terms cancel to a loss of 3e-4
+        # (by 3e-7), and the gradient norm of reverse KL, which is large (by 2e-3).
+        assert line["loss"] == pytest.approx(golden["loss"], rel=1e-3, abs=1e-6)
+        rel = 5e-3 if "reverse_kl" in name else 1e-3
+        assert line["grad_norm"] == pytest.approx(golden["grad_norm"], rel=rel)
 
 
 @pytest.mark.parametrize("name", RUNS)
