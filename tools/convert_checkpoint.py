@@ -40,7 +40,7 @@ from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
 
-TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "qwen3", "peft"]
+TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "autoregressive", "peft"]
 DType = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,7 +58,7 @@ class ConversionConfig:
     target_format: TargetFormat = "sdar"
     """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
     transformers; sdar_moe for mixtures of experts), a2d-qwen3 (dllm's: dense, full or block-causal
-    attention), rnd1 (full attention, shifted, mixture of experts), qwen3 (autoregressive; also
+    attention), rnd1 (full attention, shifted, mixture of experts), autoregressive (also
     MoE) or peft (a LoRA run's adapters alone)."""
 
     tokenizer: str | None = None
@@ -143,7 +143,7 @@ def check_target(arguments: ConversionConfig) -> Path:
 
 
 def check_autoregressive(source: ModelSource) -> None:
-    """What is written as `qwen3` is read as a model that predicts the next token.
+    """What is written as `autoregressive` is read as a model that predicts the next token.
 
     Raises:
         UserError: It is a diffusion model of another kind.
@@ -153,9 +153,9 @@ def check_autoregressive(source: ModelSource) -> None:
         return
     raise bad_value(
         "--target-format",
-        "qwen3",
+        "autoregressive",
         f"{source.hf_folder / 'config.json'} states a diffusion model with "
-        f"{convention.attention_pattern} attention, and a qwen3 folder is read as autoregressive",
+        f"{convention.attention_pattern} attention; the folder would be read as autoregressive",
         "choose the format of a diffusion model, sdar for one",
     )
 
@@ -249,14 +249,14 @@ def main() -> int:
     check_layout(config, architecture)
     adapters, adapter_settings, base = find_adapters(conversion, source)
     # The weights under a run's adapters may be an autoregressive model's, whatever the run trained.
-    if conversion.target_format == "qwen3" and adapters != "remove":
+    if conversion.target_format == "autoregressive" and adapters != "remove":
         check_autoregressive(source)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     architecture, mask_token_id = find_special_tokens(
         source,
         tokenizer_folder,
-        needs_mask=conversion.target_format not in ("megatron", "qwen3", "peft"),
+        needs_mask=conversion.target_format not in ("megatron", "autoregressive", "peft"),
     )
 
     with initialized(config):

@@ -16,9 +16,9 @@ from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
 from megatron_dlm.conversion.model_parameters import TIED_EMBEDDING, local_parameters
 from megatron_dlm.conversion.publishing import is_writer, published_folder
-from megatron_dlm.conversion.qwen3 import HEAD, hf_tensor_shapes, qwen3_mappings
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import Architecture, parameter_mappings
+from megatron_dlm.models.families.parameters import HEAD, hf_tensor_shapes
 from megatron_dlm.training.initialize import errors_on_all_ranks
 
 # Bytes of one safetensors file, as transformers writes them.
@@ -49,12 +49,12 @@ def export_hf(
             and what its logits predict.
         folder: Where to.
         format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts), `a2d-qwen3` (full
-            attention, dense), `rnd1` (full attention, shifted, mixture of experts) or `qwen3`
-            (autoregressive; `qwen3_moe`).
-        tokenizer_folder: Where the tokenizer's files are; needed by all but `qwen3`.
+            attention, dense), `rnd1` (full attention, shifted, mixture of experts) or
+            `autoregressive` (under the model type of its family).
+        tokenizer_folder: Where the tokenizer's files are; needed by all but `autoregressive`.
         block_size: Block size that the model was trained with; needed by `sdar`. Under full
             attention, the one to decode with, if any.
-        mask_token_id: Id of the MASK token; needed by all but `qwen3`.
+        mask_token_id: Id of the MASK token; needed by all but `autoregressive`.
         dynamic_threshold: Confidence threshold recommended to engines that serve the folder.
         dtype: Type of the stored tensors; None keeps the model's.
         max_shard_size: Bytes of one safetensors file.
@@ -101,7 +101,7 @@ def export_hf(
     with published_folder(target, overwrite, prepare) as temporary:
         writer = None
         if is_writer():
-            shapes = hf_tensor_shapes(qwen3_mappings(architecture))
+            shapes = hf_tensor_shapes(parameter_mappings(architecture))
             writer = HFCheckpointWriter(temporary, shapes, dtype, max_shard_size)
         for name, tensor in _gathered_tensors(architecture, gatherer, head):
             if writer is not None:
@@ -121,7 +121,7 @@ def _gathered_tensors(
         head: The parameter that is the output layer, if it has no name of its own.
     """
     written: set[str] = set()
-    for mapping in qwen3_mappings(architecture):
+    for mapping in parameter_mappings(architecture):
         # The output layer of a tied model is a copy of the embedding, which came first.
         if written.issuperset(mapping.hf):
             continue

@@ -7,9 +7,9 @@ import torch
 
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpoint, is_finite
 from megatron_dlm.conversion.model_parameters import LocalParameter, local_parameters
-from megatron_dlm.conversion.qwen3 import EMBEDDING, HEAD, hf_tensor_shapes, qwen3_mappings
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import Architecture, parameter_mappings
+from megatron_dlm.models.families.parameters import EMBEDDING, HEAD, hf_tensor_shapes
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def _shards(
     """This rank's parameters, each with its shard of the checkpoint, which is checked first."""
     checkpoint = HFCheckpoint(folder, field)
     checkpoint.check(
-        hf_tensor_shapes(qwen3_mappings(architecture)),
+        hf_tensor_shapes(parameter_mappings(architecture)),
         copies={HEAD: EMBEDDING} if architecture.tie_word_embeddings else {},
     )
     for local in local_parameters(model, architecture, except_adapters=True):

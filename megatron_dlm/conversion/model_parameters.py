@@ -10,10 +10,10 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_dlm.conversion.parameter_layout import Replicated
-from megatron_dlm.conversion.qwen3 import ParameterMapping, qwen3_mappings
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import Architecture, parameter_mappings
+from megatron_dlm.models.families.parameters import ParameterMapping
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.parameter_layout import Replicated
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
@@ -87,7 +87,7 @@ def local_parameters(
     """
     ranks = ranks or TensorParallelRanks.from_parallel_state()
     by_name: dict[str, ParameterMapping] = {}
-    for mapping in qwen3_mappings(architecture):
+    for mapping in parameter_mappings(architecture):
         by_name[mapping.megatron] = mapping
         if mapping.transformer_engine:
             by_name[mapping.transformer_engine] = mapping

@@ -16,12 +16,11 @@ from torch import Tensor
 from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import write_safetensors
 from megatron_dlm.conversion.hf_import import check_weights_equal
-from megatron_dlm.conversion.parameter_layout import RowParallel
 from megatron_dlm.conversion.publishing import is_writer, published_folder
-from megatron_dlm.conversion.qwen3 import qwen3_mappings
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.lora import local_adapters
+from megatron_dlm.models.parameter_layout import RowParallel
 from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.model_source import ModelSource
 
@@ -34,12 +33,14 @@ _BASE_REMEDY = (
 )
 # What the network computes with, beside the shapes of its tensors.
 _COMPARED = (
+    "family",
     "num_layers",
     "num_attention_heads",
     "num_query_groups",
     "kv_channels",
     "layernorm_epsilon",
     "rotary_base",
+    "rope_scaling",
     "moe_router_topk",
     "norm_topk_prob",
 )
@@ -152,7 +153,7 @@ def _gathered_adapters(
     architecture: Architecture, gatherer: ShardGatherer
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, A [r, in] and B [out, r] of each Hugging Face layer, on the writer."""
-    for mapping in qwen3_mappings(architecture):
+    for mapping in parameter_mappings(architecture):
         layer = mapping.megatron.removesuffix(".weight")
         if f"{layer}.lora_a" not in gatherer:
             continue

@@ -1,9 +1,10 @@
 """The architecture of a model, read from a Hugging Face `config.json`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
@@ -14,9 +15,9 @@ from megatron_dlm.models.config_keys import (
     TOKEN_KEYS,
     checked_keys,
 )
-
-DENSE_MODEL_TYPES = ("qwen3", "sdar", "a2d-qwen3")
-MOE_MODEL_TYPES = ("qwen3_moe", "sdar_moe", "rnd1")
+from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.models.families import FAMILIES, ModelType, model_types
+from megatron_dlm.models.families.parameters import ParameterMapping
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -24,38 +25,20 @@ SGLANG_CONFIG_FILE = "dllm_config.yaml"
 """Where SGLang is told the block size of an `sdar` folder."""
 
 
-@dataclass(frozen=True)
-class DiffusionConvention:
-    """How a diffusion model attends and which token its logits predict; part of its config.json.
-
-    Attributes:
-        attention_pattern: `block_causal`, `full` (bidirectional over the whole sequence), or
-            `causal` (each token sees those before it; shifted only). A causal diffusion model is a
-            stage of training: it is decoded from left to right, like an autoregressive one.
-        shifted: Whether logits at position i predict token i + 1 (RND1) instead of token i.
-    """
-
-    attention_pattern: Literal["block_causal", "full", "causal"]
-    shifted: bool
-
-
-BLOCK_DIFFUSION = DiffusionConvention("block_causal", shifted=False)
-RND1 = DiffusionConvention("full", shifted=True)
-
-_CONVENTION_OF_MODEL_TYPE = {
-    "sdar": BLOCK_DIFFUSION,
-    "sdar_moe": BLOCK_DIFFUSION,
-    "rnd1": RND1,
-}
-_OF_EITHER_ATTENTION = "a2d-qwen3"
-"""Model type of dllm's models under full attention (mdlm) and of its block-causal ones (bd3lm)."""
-
-
 def states_attention(hf_config: Mapping[str, Any]) -> bool:
     """Whether a config.json says how the model attends: by a key of its own or by its type."""
-    return hf_config.get("model_type") != _OF_EITHER_ATTENTION or bool(
-        {"attention_pattern", "block_size"} & hf_config.keys()
+    kind = _model_type(hf_config)
+    return (
+        kind is None
+        or kind.states_attention
+        or bool({"attention_pattern", "block_size"} & hf_config.keys())
     )
+
+
+def _model_type(hf_config: Mapping[str, Any]) -> ModelType | None:
+    """What is known of a config.json's `model_type`; None if it is unknown."""
+    _, kind = model_types().get(hf_config.get("model_type", ""), (None, None))
+    return kind
 
 
 def diffusion_convention(
@@ -72,11 +55,12 @@ def diffusion_convention(
     """
     if not states_attention(hf_config):
         raise UserError(
-            f"{where}: model_type = {_OF_EITHER_ATTENTION!r} does not say the attention; add "
+            f"{where}: model_type = {hf_config['model_type']!r} does not say the attention; add "
             '"attention_pattern": "full" (dllm\'s mdlm) or "block_causal" with "block_size" '
             "(dllm's bd3lm, OPDLM's students) to it, or --attention-pattern to a tool's options"
         )
-    implied = _CONVENTION_OF_MODEL_TYPE.get(hf_config.get("model_type", ""))
+    kind = _model_type(hf_config)
+    implied = None if kind is None else kind.convention
     if implied is None and "block_size" in hf_config:
         implied = BLOCK_DIFFUSION
     if implied is None and not {"attention_pattern", "shifted"} & hf_config.keys():
@@ -101,12 +85,17 @@ def diffusion_convention(
 
 @dataclass(frozen=True)
 class Architecture:
-    """What has to be known to build a Qwen3 or Qwen3-MoE model; sizes in elements.
+    """What has to be known to build a model; sizes in elements.
 
-    `hf_config` is the `config.json` it was read from, kept whole but for its nulls for export, as
-    is `generation_config`, the `generation_config.json` beside it; `file` is the former's name.
+    `family` is its name in `models.families`. `qk_norm`: queries and keys are normalised before
+    they are rotated. `qkv_bias`: the projections to queries, keys and values have biases.
+    `rope_scaling` has the keys of transformers, `rope_type` among them; None: the angles are those
+    of `rotary_base` alone. `hf_config` is the `config.json` it was read from, kept whole but for
+    its nulls for export, as is `generation_config`, the `generation_config.json` beside it; `file`
+    is the former's name.
     """
 
+    family: str
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -117,6 +106,9 @@ class Architecture:
     max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
+    rope_scaling: dict[str, Any] | None
+    qk_norm: bool
+    qkv_bias: bool
     tie_word_embeddings: bool
     initializer_range: float
     hf_config: dict[str, Any]
@@ -149,26 +141,34 @@ class Architecture:
 
 def active_parameters(architecture: Architecture) -> int:
     """Parameters that a token meets: all of a dense model, of experts the router's choice."""
-    hidden, head = architecture.hidden_size, architecture.kv_channels
-    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
-    attention = hidden * head * (2 * heads + 2 * groups) + 2 * head
-    if architecture.num_moe_experts is None:
-        mlp = 3 * hidden * architecture.ffn_hidden_size
-    else:
-        chosen, units = architecture.moe_router_topk, architecture.moe_ffn_hidden_size
-        assert chosen is not None
-        assert units is not None
-        mlp = 3 * hidden * units * chosen + hidden * architecture.num_moe_experts
-    tables = 1 if architecture.tie_word_embeddings else 2
-    layer = attention + mlp + 2 * hidden
-    return architecture.num_layers * layer + hidden + tables * architecture.vocab_size * hidden
+    always = of_experts = 0
+    tables: set[str] = set()
+    for mapping in parameter_mappings(architecture):
+        if tables.issuperset(mapping.hf):  # a tied output layer
+            continue
+        tables.update(mapping.hf)
+        count = sum(math.prod(shape) for shape in mapping.hf.values())
+        if mapping.is_of_expert:
+            of_experts += count
+        else:
+            always += count
+    if not architecture.is_moe:
+        return always
+    assert architecture.moe_router_topk is not None
+    assert architecture.num_moe_experts is not None
+    return always + of_experts * architecture.moe_router_topk // architecture.num_moe_experts
+
+
+def parameter_mappings(architecture: Architecture) -> list[ParameterMapping]:
+    """The Megatron parameters of a model, and the Hugging Face tensors each is made of."""
+    return FAMILIES[architecture.family].parameters(architecture)
 
 
 def _check_supported(config: Mapping[str, Any], where: str) -> None:
     def refuse(key: str, remedy: str) -> UserError:
         return bad_value(f"{where}: {key}", config[key], "is not supported", remedy)
 
-    supported = DENSE_MODEL_TYPES + MOE_MODEL_TYPES
+    supported = model_types()
     if config.get("model_type") not in supported:
         raise bad_value(
             f"{where}: model_type",
@@ -247,29 +247,32 @@ def architecture_from_hf(
         UserError: A field is missing, is of the wrong type or asks for something that is not
             supported.
     """
-    config = checked_keys(config, CONFIG_KEYS, where)
+    with_nulls, config = config, checked_keys(config, CONFIG_KEYS, where)
     _check_supported(config, where)
-    is_moe = config["model_type"] in MOE_MODEL_TYPES
-    value = {**DEFAULTS, **config}
+    family, kind = model_types()[config["model_type"]]
+    family.check(with_nulls, where)
+    is_moe = kind.is_moe
+    value = {**DEFAULTS, **kind.defaults, **config}
     try:
         heads = value["num_attention_heads"]
         if is_moe:
             experts = _num_experts(config, where)
             config["num_experts"] = experts
         architecture = Architecture(
+            family=family.name,
             num_layers=value["num_hidden_layers"],
             hidden_size=value["hidden_size"],
             ffn_hidden_size=value["intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=value.get("num_key_value_heads", heads),
-            # Of the two families, Qwen3-MoE has no default of its own.
-            kv_channels=config.get("head_dim", value["hidden_size"] // heads)
-            if is_moe
-            else value["head_dim"],
+            kv_channels=value.get("head_dim", value["hidden_size"] // heads),
             vocab_size=value["vocab_size"],
             max_position_embeddings=value["max_position_embeddings"],
             layernorm_epsilon=float(value["rms_norm_eps"]),
             rotary_base=_rope_theta(config, where),
+            rope_scaling=None,
+            qk_norm=family.qk_norm,
+            qkv_bias=family.qkv_bias,
             tie_word_embeddings=value["tie_word_embeddings"],
             initializer_range=float(value["initializer_range"]),
             hf_config=config,

@@ -167,7 +167,6 @@ DEFAULTS: dict[str, Any] = {
     "norm_topk_prob": False,
     "hidden_act": "silu",
     "decoder_sparse_step": 1,
-    "head_dim": 128,
 }
 """What transformers takes for keys that are absent, of those that may be."""
 

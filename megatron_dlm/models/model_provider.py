@@ -73,13 +73,13 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
-        qk_layernorm=True,
+        qk_layernorm=architecture.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=architecture.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=std,
@@ -114,7 +114,9 @@ def _layer_spec(
 ) -> TransformerBlockSubmodules:
     if transformer_impl == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=False,
+            qk_layernorm=config.qk_layernorm,
         )
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -123,14 +125,15 @@ def _layer_spec(
         layer = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=False,
-            qk_layernorm=True,
+            qk_layernorm=config.qk_layernorm,
             normalization="RMSNorm",
         )
         layer_norm = RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if config.qk_layernorm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
         if config.num_moe_experts is not None:
             layer.submodules.mlp.submodules.router = TorchTopKRouter
         _make_adaptable(layer.submodules.self_attention.submodules)

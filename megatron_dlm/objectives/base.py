@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.top_k_targets import TopKTargets
-from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.rollout.trajectory import Trajectory
 
 

@@ -13,7 +13,7 @@ from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
-from megatron_dlm.models.architecture import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.rollout.trajectory import Trajectory

@@ -25,13 +25,9 @@ from megatron_dlm.data.tokenizer import (
 )
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
-from megatron_dlm.models.architecture import (
-    BLOCK_DIFFUSION,
-    Architecture,
-    DiffusionConvention,
-    diffusion_convention,
-    read_architecture,
-)
+from megatron_dlm.models.architecture import Architecture, diffusion_convention, read_architecture
+from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.models.families import FAMILIES
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 
 if TYPE_CHECKING:
@@ -96,7 +92,9 @@ class RunInputs:
         for key in ("attention_pattern", "shifted", "block_size"):
             hf_config.pop(key, None)
         if config.convention is None and not config.traits.self_distillation:
-            hf_config["model_type"] = "qwen3_moe" if self.architecture.is_moe else "qwen3"
+            family = FAMILIES[self.architecture.family]
+            kind = family.autoregressive_type(is_moe=self.architecture.is_moe)
+            hf_config["model_type"] = kind.name
             return hf_config
         convention = self.convention(config)
         hf_config |= {

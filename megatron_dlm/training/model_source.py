@@ -14,11 +14,11 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     SGLANG_CONFIG_FILE,
     Architecture,
-    DiffusionConvention,
     diffusion_convention,
     read_architecture,
     states_attention,
 )
+from megatron_dlm.models.diffusion_convention import DiffusionConvention
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
 
 if TYPE_CHECKING:

@@ -84,7 +84,7 @@ def _export(config: Config, run: Path, target: Path) -> None:
     with initialized(config):
         model = build_model(source.architecture, config)
         source.load_into(model)
-        export_hf(model, source.architecture, target, format="qwen3")
+        export_hf(model, source.architecture, target, format="autoregressive")
 
 
 def _export_peft(config: Config, run: Path, base: Path) -> None:

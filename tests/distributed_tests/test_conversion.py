@@ -76,7 +76,7 @@ def import_and_export(layout: Layout, folder: str, target: str) -> torch.Tensor 
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     load_hf_weights(model, architecture, source)
-    export_hf(model, architecture, target, format="qwen3")
+    export_hf(model, architecture, target, format="autoregressive")
     if layout.tied:
         # A format that holds the output layer all the same.
         export_hf(
@@ -102,7 +102,7 @@ def refused_everywhere(layout: Layout, folder: str) -> None:
     architecture = read_architecture(source)
     model = build_model(architecture, layout.config)
     with pytest.raises(UserError, match="already exists"):
-        export_hf(model, architecture, source, format="qwen3")
+        export_hf(model, architecture, source, format="autoregressive")
 
 
 def run_layouts(rank: int, folder: str) -> list[torch.Tensor | None]:
@@ -170,7 +170,7 @@ def test_tool_reshards_under_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     save_tokenizer(tmp_path)
     done = convert(
-        *("--load", megatron, "--save", exported, "--target-format", "qwen3"),
+        *("--load", megatron, "--save", exported, "--target-format", "autoregressive"),
         *("--pipeline-model-parallel-size", "2"),
     )
     assert done.returncode == 0, done.stderr

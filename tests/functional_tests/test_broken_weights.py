@@ -47,7 +47,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def use(call: Call, script: Path, files: Path, load: Path, out: Path) -> Outcome:
     """Run a tool with a checkpoint."""
     if script == CONVERT:
-        return call(script, "--load", load, "--save", out, "--target-format", "qwen3")
+        return call(script, "--load", load, "--save", out, "--target-format", "autoregressive")
     if script == PRETRAIN:
         run = ("--objective", "sft", "--train-iters", 1, "--global-batch-size", 4, "--finetune")
         length = ("--max-response-length", 40, "--device", "cpu")
@@ -172,7 +172,7 @@ def broken_megatron(files: Path) -> Path:
         )
         # Nor does the library write such a model.
         with pytest.raises(UserError, match=r"layers\.1\.mlp\.gate_proj\.weight.* would hold NaN"):
-            export_hf(model, source.architecture, files / "exported", format="qwen3")
+            export_hf(model, source.architecture, files / "exported", format="autoregressive")
         assert not (files / "exported").exists()
     return files / "megatron"
 

@@ -90,7 +90,7 @@ def test_an_exported_model_ends_where_ours_does(tmp_path: Path, call: Call) -> N
     stating(model, END_OF_TEXT, [third, END_OF_TURN])
     out = tmp_path / "out"
     # The ends are the model's, wherever its tokenizer lies.
-    arguments = ("--load", model, "--save", out, "--target-format", "qwen3")
+    arguments = ("--load", model, "--save", out, "--target-format", "autoregressive")
     assert call(CONVERT, *arguments, "--tokenizer", TOKENIZER).status == 0
     after = AutoModelForCausalLM.from_pretrained(out).generate(**prompt, **options)[0].tolist()
     assert after == before[: before.index(third, prompt["input_ids"].shape[1]) + 1]
@@ -101,7 +101,7 @@ def test_an_end_outside_the_vocabulary_goes_nowhere(tmp_path: Path, call: Call) 
     model = save_random_model(tmp_path / "model")
     wrong = stating(save_random_model(tmp_path / "wrong"), END_OF_TURN, [END_OF_TURN, 512])
     named = f"{wrong / 'generation_config.json'}: eos_token_id = [510, 512]: is outside"
-    for target in ("qwen3", "megatron"):
+    for target in ("autoregressive", "megatron"):
         arguments = ("--load", wrong, "--save", tmp_path / "out", "--target-format", target)
         call(CONVERT, *arguments).check_error(named)
     # The student is to learn to write what ends the teacher's responses.

@@ -134,7 +134,14 @@ def test_corpus(files: Path, call: Call, tmp_path: Path) -> None:
 def test_a_conversion_says_which_tokens_are_of_no_use(
     files: Path, call: Call, tmp_path: Path, model: str, words: str
 ) -> None:
-    arguments = ("--load", files / model, "--save", tmp_path / "out", "--target-format", "qwen3")
+    arguments = (
+        "--load",
+        files / model,
+        "--save",
+        tmp_path / "out",
+        "--target-format",
+        "autoregressive",
+    )
     outcome = call(CONVERT, *arguments, "--device", "cpu")
     assert outcome.status == 0
     assert (words in outcome.stderr) if words else outcome.stderr == ""

@@ -6,8 +6,8 @@ A format is a function that checks the request and writes config.json, tokenizer
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_dlm.conversion.formats.autoregressive import write_autoregressive
 from megatron_dlm.conversion.formats.masked_lm import write_a2d_qwen3, write_rnd1
-from megatron_dlm.conversion.formats.qwen3 import write_qwen3
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.formats.sdar import write_sdar
 
@@ -15,7 +15,7 @@ TARGET_FORMATS: dict[str, Callable[[ExportRequest, Path], None]] = {
     "sdar": write_sdar,
     "a2d-qwen3": write_a2d_qwen3,
     "rnd1": write_rnd1,
-    "qwen3": write_qwen3,
+    "autoregressive": write_autoregressive,
 }
 
 FORMATS_WITH_HEAD = frozenset({"sdar"})

@@ -74,9 +74,9 @@ def suitable_format(request: ExportRequest) -> str:
     """The remedy for a model that a format cannot express: the format that can."""
     convention, is_moe = request.convention, request.architecture.is_moe
     if convention is None:
-        return "choose --target-format qwen3"
+        return "choose --target-format autoregressive"
     if convention.attention_pattern == "causal":
-        return "choose --target-format qwen3, which decodes it from left to right"
+        return "choose --target-format autoregressive, which decodes it from left to right"
     if convention.attention_pattern == "full" and not is_moe:
         return "choose --target-format a2d-qwen3"
     if convention.attention_pattern == "full" and convention.shifted:

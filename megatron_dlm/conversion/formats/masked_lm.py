@@ -8,17 +8,17 @@ either kind, and ours say which.
 
 from pathlib import Path
 
+from megatron_dlm.conversion.formats.autoregressive import (
+    network_config,
+    write_generation_config,
+    write_json,
+)
 from megatron_dlm.conversion.formats.diffusion_files import (
     check_block_size,
     check_mask_and_tokenizer,
     suitable_format,
     write_remote_code,
     write_tokenizer,
-)
-from megatron_dlm.conversion.formats.qwen3 import (
-    qwen3_config,
-    write_generation_config,
-    write_json,
 )
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.data.tokenizer import DLLM_MASK_TOKEN
@@ -135,7 +135,7 @@ def _write(
 ) -> None:
     convention = request.convention
     assert convention is not None
-    config = qwen3_config(request) | identity
+    config = network_config(request) | identity
     config |= {
         "attention_pattern": convention.attention_pattern,
         "mask_token_id": request.mask_token_id,

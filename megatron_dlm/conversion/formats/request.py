@@ -5,11 +5,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dlm.models.architecture import (
-    Architecture,
-    DiffusionConvention,
-    diffusion_convention,
-)
+from megatron_dlm.models.architecture import Architecture, diffusion_convention
+from megatron_dlm.models.diffusion_convention import DiffusionConvention
 
 
 @dataclass(frozen=True)

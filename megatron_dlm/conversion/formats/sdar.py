@@ -7,17 +7,17 @@ plain transformers (`trust_remote_code`).
 
 from pathlib import Path
 
+from megatron_dlm.conversion.formats.autoregressive import (
+    network_config,
+    write_generation_config,
+    write_json,
+)
 from megatron_dlm.conversion.formats.diffusion_files import (
     check_block_size,
     check_mask_and_tokenizer,
     suitable_format,
     write_remote_code,
     write_tokenizer,
-)
-from megatron_dlm.conversion.formats.qwen3 import (
-    qwen3_config,
-    write_generation_config,
-    write_json,
 )
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.errors import bad_value
@@ -34,7 +34,7 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
     _check(request)
     is_moe = request.architecture.is_moe
     module, name = ("sdar_moe", "SDARMoe") if is_moe else ("sdar", "SDAR")
-    config = qwen3_config(request) | {
+    config = network_config(request) | {
         "architectures": [f"{name}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"configuration_{module}.{name}Config",

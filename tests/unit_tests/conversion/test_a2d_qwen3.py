@@ -23,12 +23,8 @@ from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceConfig, resolve_inference
-from megatron_dlm.models.architecture import (
-    BLOCK_DIFFUSION,
-    DiffusionConvention,
-    diffusion_convention,
-    read_architecture,
-)
+from megatron_dlm.models.architecture import diffusion_convention, read_architecture
+from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.training.initialize import initialized
 from tests.unit_tests.conversion.hf_models import SIZES, random_hf_model, save_hf_model

@@ -27,7 +27,7 @@ def test_there_and_back(tmp_path, source, convert):
     modes = {file.stat().st_mode for file in megatron.rglob("*") if file.is_file()}
     assert modes == {plain.stat().st_mode}
 
-    for target, extra in (("qwen3", ()), ("sdar", ("--block-size", 8))):
+    for target, extra in (("autoregressive", ()), ("sdar", ("--block-size", 8))):
         out = tmp_path / target
         status, _ = convert("--load", megatron, "--save", out, "--target-format", target, *extra)
         assert status == 0
@@ -42,7 +42,14 @@ def test_there_and_back(tmp_path, source, convert):
 
     # What decodes by blocks is not written as what is read as autoregressive.
     status, error = convert(
-        *("--load", tmp_path / "sdar", "--save", tmp_path / "new", "--target-format", "qwen3")
+        *(
+            "--load",
+            tmp_path / "sdar",
+            "--save",
+            tmp_path / "new",
+            "--target-format",
+            "autoregressive",
+        )
     )
     assert status == 2
     assert "sdar/config.json states a diffusion model with block_causal attention" in error
@@ -53,15 +60,15 @@ def test_there_and_back(tmp_path, source, convert):
         "--load",
         tmp_path / "sdar",
         "--save",
-        tmp_path / "qwen3",
+        tmp_path / "autoregressive",
         "--overwrite",
         "--dtype",
         "bfloat16",
     )
     assert status == 0
-    config = json.loads((tmp_path / "qwen3" / "config.json").read_text())
+    config = json.loads((tmp_path / "autoregressive" / "config.json").read_text())
     assert (config["model_type"], config["block_size"]) == ("sdar", 8)
-    assert load_file(tmp_path / "qwen3" / "model.safetensors")["lm_head.weight"].dtype == (
+    assert load_file(tmp_path / "autoregressive" / "model.safetensors")["lm_head.weight"].dtype == (
         torch.bfloat16
     )
 
@@ -74,7 +81,7 @@ def test_weights_of_another_type_are_cast_on_loading(tmp_path, source, convert):
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"dtype": "bfloat16"}))
     out = tmp_path / "out"
-    status, error = convert("--load", megatron, "--save", out, "--target-format", "qwen3")
+    status, error = convert("--load", megatron, "--save", out, "--target-format", "autoregressive")
     assert status == 0, error
     expected = load_file(source / "model.safetensors")
     for name, tensor in load_file(out / "model.safetensors").items():

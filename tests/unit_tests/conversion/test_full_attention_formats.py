@@ -17,11 +17,8 @@ from megatron_dlm.conversion.remote_code.modeling_a2d_qwen3 import A2DQwen3LMHea
 from megatron_dlm.conversion.remote_code.modeling_rnd import RND1LM
 from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import (
-    DiffusionConvention,
-    diffusion_convention,
-    read_architecture,
-)
+from megatron_dlm.models.architecture import diffusion_convention, read_architecture
+from megatron_dlm.models.diffusion_convention import DiffusionConvention
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -232,10 +229,10 @@ CAUSAL = {"attention_pattern": "causal", "shifted": True}
         ("sdar", True, {"model_type": "rnd1"}, "shifted .* choose --target-format rnd1"),
         ("sdar", False, BLOCKS | {"shifted": True}, "shifted .* --target-format megatron"),
         ("sdar", True, FULL, "whole sequence.* keep it as --target-format megatron"),
-        ("sdar", False, CAUSAL, "shifted .* choose --target-format qwen3"),
-        ("a2d-qwen3", False, CAUSAL, "attends causally; choose --target-format qwen3"),
-        ("rnd1", True, CAUSAL, "attends causally; choose --target-format qwen3"),
-        ("a2d-qwen3", False, {}, "autoregressive; choose --target-format qwen3"),
+        ("sdar", False, CAUSAL, "shifted .* choose --target-format autoregressive"),
+        ("a2d-qwen3", False, CAUSAL, "attends causally; choose --target-format autoregressive"),
+        ("rnd1", True, CAUSAL, "attends causally; choose --target-format autoregressive"),
+        ("a2d-qwen3", False, {}, "autoregressive; choose --target-format autoregressive"),
         ("a2d-qwen3", False, BLOCKS | {"shifted": True}, "dllm .* --target-format megatron"),
         ("a2d-qwen3", True, {"model_type": "rnd1"}, "mixture of experts; .* rnd1"),
         ("rnd1", False, FULL | {"model_type": "a2d-qwen3"}, "is dense; choose .* a2d-qwen3"),

@@ -14,9 +14,8 @@ from transformers import AutoTokenizer
 from megatron_dlm.config import Config
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.hf_import import load_hf_weights
-from megatron_dlm.conversion.qwen3 import qwen3_mappings
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import read_architecture
+from megatron_dlm.models.architecture import parameter_mappings, read_architecture
 from megatron_dlm.models.model_provider import build_model
 from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import megatron_logits, random_tokens
@@ -59,7 +58,13 @@ def test_round_trip_is_bitwise(tmp_path, moe, tied):
     source = save_hf_model(hf_model, tmp_path / "source")
     model, architecture = imported(source)
     max_shard_size = 40_000
-    export_hf(model, architecture, tmp_path / "out", format="qwen3", max_shard_size=max_shard_size)
+    export_hf(
+        model,
+        architecture,
+        tmp_path / "out",
+        format="autoregressive",
+        max_shard_size=max_shard_size,
+    )
 
     expected, exported = read_tensors(source), read_tensors(tmp_path / "out")
     assert exported.keys() == expected.keys()
@@ -80,7 +85,7 @@ def test_round_trip_is_bitwise(tmp_path, moe, tied):
 
 def test_export_in_another_type(tmp_path, source):
     model, architecture = imported(source)
-    export_hf(model, architecture, tmp_path / "out", format="qwen3", dtype=torch.bfloat16)
+    export_hf(model, architecture, tmp_path / "out", format="autoregressive", dtype=torch.bfloat16)
     expected = read_tensors(source)
     for name, (file, tensor) in read_tensors(tmp_path / "out").items():
         assert file == "model.safetensors"
@@ -132,7 +137,7 @@ def test_sdar_folder(tmp_path, tokenizer, moe, tied):
     assert (read_back.is_moe, read_back.tie_word_embeddings) == (moe, False)
     tokens = random_tokens()
     assert torch.equal(megatron_logits(again, tokens), megatron_logits(model, tokens))
-    export_hf(again, read_back, tmp_path / "again", format="qwen3")
+    export_hf(again, read_back, tmp_path / "again", format="autoregressive")
     for name, (_, tensor) in read_tensors(tmp_path / "again").items():
         assert torch.equal(tensor, found[name][1]), name
 
@@ -165,9 +170,9 @@ def test_existing_folder_is_replaced_only_when_told(tmp_path, source):
     target.mkdir()
     (target / "notes.txt").write_text("keep me")
     with pytest.raises(UserError, match="already exists"):
-        export_hf(model, architecture, target, format="qwen3")
+        export_hf(model, architecture, target, format="autoregressive")
     assert (target / "notes.txt").read_text() == "keep me"
-    export_hf(model, architecture, target, format="qwen3", overwrite=True)
+    export_hf(model, architecture, target, format="autoregressive", overwrite=True)
     assert not (target / "notes.txt").exists()
     assert read_architecture(target).tie_word_embeddings
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
@@ -181,7 +186,7 @@ def test_existing_folder_is_replaced_only_when_told(tmp_path, source):
         ({"mask_token_id": 150}, "mask_token_id = 150"),
         ({"mask_token_id": MASK_TOKEN_ID + 1}, "first free id is 30"),
         ({"tokenizer_folder": None}, "--tokenizer"),
-        ({"format": "gguf"}, "use sdar or a2d-qwen3 or rnd1 or qwen3"),
+        ({"format": "gguf"}, "use sdar or a2d-qwen3 or rnd1 or autoregressive"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused(tmp_path, source, changes, message):
@@ -203,7 +208,7 @@ def test_names_under_transformer_engine_are_those_of_megatron(source):
     prefixes = model.decoder.layers[0].submodules_config.sharded_state_dict_keys_map
     assert len(prefixes) == 2
     found = 0
-    for mapping in qwen3_mappings(architecture):
+    for mapping in parameter_mappings(architecture):
         for local, fused in prefixes.items():
             if f".{local}" in mapping.megatron:
                 assert mapping.transformer_engine == mapping.megatron.replace(local, fused)

@@ -73,8 +73,8 @@ class Case:
 CASES = {
     "dense": Case("sdar", dict(changes_mask=True)),
     "moe": Case("sdar", dict(moe=True)),
-    "autoregressive": Case("qwen3", dict(diffusion=False)),
-    "autoregressive moe": Case("qwen3", dict(moe=True, diffusion=False)),
+    "autoregressive": Case("autoregressive", dict(diffusion=False)),
+    "autoregressive moe": Case("autoregressive", dict(moe=True, diffusion=False)),
     "attention alone": Case("sdar", dict(moe=True, target_modules=ALL_LAYERS[:2])),
 }
 
@@ -163,7 +163,9 @@ def test_what_cannot_be_written_is_refused(tmp_path, convert):
 
     other = ("--load", source, "--save", out, "--target-format")
     assert "holds no adapters" in _refusal(convert, *other, "peft")
-    assert "holds no adapters" in _refusal(convert, *other, "qwen3", "--without-adapters")
-    assert "only peft names one" in _refusal(convert, *other, "qwen3", "--base-model", base)
+    assert "holds no adapters" in _refusal(convert, *other, "autoregressive", "--without-adapters")
+    assert "only peft names one" in _refusal(
+        convert, *other, "autoregressive", "--base-model", base
+    )
     assert "the adapters alone" in _refusal(convert, *peft, "--without-adapters")
     assert not out.exists()

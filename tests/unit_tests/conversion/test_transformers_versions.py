@@ -28,8 +28,13 @@ TOKENS = random_tokens()
 NUM_MASKED = 6
 TOKENS[-NUM_MASKED:] = MASK_TOKEN_ID
 BLOCKS, FULL = {"attention_pattern": "block_causal"}, {"attention_pattern": "full"}
-DENSE_FORMATS = [("sdar", BLOCKS), ("a2d-qwen3", FULL), ("a2d-qwen3", BLOCKS), ("qwen3", {})]
-MOE_FORMATS = [("sdar", BLOCKS), ("rnd1", FULL | {"shifted": True}), ("qwen3", {})]
+DENSE_FORMATS = [
+    ("sdar", BLOCKS),
+    ("a2d-qwen3", FULL),
+    ("a2d-qwen3", BLOCKS),
+    ("autoregressive", {}),
+]
+MOE_FORMATS = [("sdar", BLOCKS), ("rnd1", FULL | {"shifted": True}), ("autoregressive", {})]
 
 
 @pytest.fixture(scope="module")

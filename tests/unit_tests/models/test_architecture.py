@@ -7,11 +7,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import (
-    DiffusionConvention,
     active_parameters,
     architecture_from_hf,
     diffusion_convention,
 )
+from megatron_dlm.models.diffusion_convention import DiffusionConvention
 from tests.tiny import DENSE, MOE
 
 BLOCKS = DiffusionConvention("block_causal", shifted=False)

@@ -121,7 +121,7 @@ def test_adapted_merged_and_exported_equal_transformers(source: Path, tmp_path: 
     assert torch.equal(_logits(model), adapted)
     merge_adapters(model)
     torch.testing.assert_close(_logits(model), adapted, rtol=1e-4, atol=1e-4)
-    export_hf(model, architecture, tmp_path / "exported", format="qwen3")
+    export_hf(model, architecture, tmp_path / "exported", format="autoregressive")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "by_hand" / "model.safetensors").items():
         torch.testing.assert_close(exported[name], tensor, rtol=1e-5, atol=1e-6)

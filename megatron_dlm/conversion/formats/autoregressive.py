@@ -1,4 +1,4 @@
-"""Target format `qwen3` / `qwen3_moe`: an autoregressive model that any Qwen3 code loads."""
+"""Target format `autoregressive`: a model that any code for its family loads."""
 
 import json
 from pathlib import Path
@@ -7,22 +7,19 @@ from typing import Any
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.tokenizer_files import copy_tokenizer
 from megatron_dlm.models.architecture import GENERATION_CONFIG, Architecture
+from megatron_dlm.models.families import FAMILIES
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# Fields that are handed on as the source has them, if it has them.
-_PASSED_ON = (*_TOKEN_IDS, "router_aux_loss_coef")
 
-
-def qwen3_config(request: ExportRequest) -> dict[str, Any]:
-    """The fields of `config.json` that describe the network, under Qwen3's names.
+def network_config(request: ExportRequest) -> dict[str, Any]:
+    """The fields of `config.json` that describe the network.
 
     `rope_theta` is at the top level, where transformers 4 and SGLang read it, which would otherwise
     fall back to 10000 in silence, and in `rope_parameters`, where transformers 5 and lmdeploy do.
     """
     a: Architecture = request.architecture
     config: dict[str, Any] = {
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "dtype": str(request.dtype).removeprefix("torch."),
         "head_dim": a.kv_channels,
@@ -37,25 +34,14 @@ def qwen3_config(request: ExportRequest) -> dict[str, Any]:
         "rms_norm_eps": a.layernorm_epsilon,
         "rope_parameters": {"rope_theta": a.rotary_base, "rope_type": "default"},
         "rope_theta": a.rotary_base,
-        "sliding_window": None,
         "tie_word_embeddings": a.tie_word_embeddings,
         "use_cache": True,
-        "use_sliding_window": False,
         "vocab_size": a.vocab_size,
     }
-    if a.is_moe:
-        config |= {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "moe_intermediate_size": a.moe_ffn_hidden_size,
-            "norm_topk_prob": a.norm_topk_prob,
-            "num_experts": a.num_moe_experts,
-            "num_experts_per_tok": a.moe_router_topk,
-            "output_router_logits": False,
-        }
+    config |= FAMILIES[a.family].config(a)
     # transformers 4 knows the type under its older name.
     config["torch_dtype"] = config["dtype"]
-    return config | {key: a.hf_config[key] for key in _PASSED_ON if key in a.hf_config}
+    return config | {key: a.hf_config[key] for key in _TOKEN_IDS if key in a.hf_config}
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
@@ -74,16 +60,17 @@ def write_generation_config(request: ExportRequest, folder: Path) -> None:
     write_json(folder / GENERATION_CONFIG, stated | request.architecture.generation_config)
 
 
-def write_qwen3(request: ExportRequest, folder: Path) -> None:
+def write_autoregressive(request: ExportRequest, folder: Path) -> None:
     """Write everything but the weights.
 
     Raises:
         UserError: The tokenizer cannot be copied.
     """
-    is_moe = request.architecture.is_moe
-    config = qwen3_config(request) | {
-        "architectures": ["Qwen3MoeForCausalLM" if is_moe else "Qwen3ForCausalLM"],
-        "model_type": "qwen3_moe" if is_moe else "qwen3",
+    architecture = request.architecture
+    kind = FAMILIES[architecture.family].autoregressive_type(is_moe=architecture.is_moe)
+    config = network_config(request) | {
+        "architectures": [kind.architecture],
+        "model_type": kind.name,
     }
     write_json(folder / "config.json", config)
     write_generation_config(request, folder)

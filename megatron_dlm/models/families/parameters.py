@@ -1,13 +1,16 @@
-"""Qwen3 and Qwen3-MoE: which Hugging Face tensors make up which Megatron parameter.
+"""Which Hugging Face tensors make up which Megatron parameter, under the names that most have.
 
-Checkpoints of the block-diffusion formats (`sdar`, `sdar_moe`, `a2d-qwen3`, `rnd1`) use the same
-names. Megatron's names are those of the whole model: layers and experts are counted globally.
+Megatron's names are those of the whole model: layers and experts are counted globally. A family
+whose tensors have other names, or are fused otherwise, has a table of its own.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_dlm.conversion.parameter_layout import (
+from megatron_dlm.models.parameter_layout import (
     GateUp,
     ParameterLayout,
     QueryKeyValue,
@@ -15,7 +18,9 @@ from megatron_dlm.conversion.parameter_layout import (
     RowParallel,
     Vocabulary,
 )
-from megatron_dlm.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from megatron_dlm.models.architecture import Architecture
 
 Shape = tuple[int, ...]
 
@@ -40,9 +45,17 @@ class ParameterMapping:
     layout: ParameterLayout
     transformer_engine: str | None = None
 
+    @property
+    def is_of_expert(self) -> bool:
+        """Whether it is a part of one of a layer's experts."""
+        return ".local_experts." in self.megatron
 
-def qwen3_mappings(architecture: Architecture) -> list[ParameterMapping]:
-    """All parameters of the model; a tied output layer reads the embedding once more."""
+
+def llama_parameters(architecture: Architecture) -> list[ParameterMapping]:
+    """All parameters of a model whose tensors are called as Llama's and, of experts, Qwen3-MoE's.
+
+    A tied output layer reads the embedding once more.
+    """
     a = architecture
     vocabulary, h = (a.vocab_size, a.hidden_size), a.hidden_size
     head = EMBEDDING if a.tie_word_embeddings else HEAD
@@ -72,25 +85,28 @@ def _attention(a: Architecture, layer: int) -> Iterator[ParameterMapping]:
         Replicated(),
         transformer_engine=f"{m}.self_attention.linear_qkv.layer_norm_weight",
     )
+    projections = {
+        f"{hf}.self_attn.{name}_proj": rows for name, rows in (("q", q), ("k", kv), ("v", kv))
+    }
+    interleaved = QueryKeyValue(a.num_attention_heads // a.num_query_groups, d)
     yield ParameterMapping(
         f"{m}.self_attention.linear_qkv.weight",
-        {
-            f"{hf}.self_attn.q_proj.weight": (q, h),
-            f"{hf}.self_attn.k_proj.weight": (kv, h),
-            f"{hf}.self_attn.v_proj.weight": (kv, h),
-        },
-        QueryKeyValue(a.num_attention_heads // a.num_query_groups, d),
+        {f"{name}.weight": (rows, h) for name, rows in projections.items()},
+        interleaved,
     )
-    yield ParameterMapping(
-        f"{m}.self_attention.q_layernorm.weight",
-        {f"{hf}.self_attn.q_norm.weight": (d,)},
-        Replicated(),
-    )
-    yield ParameterMapping(
-        f"{m}.self_attention.k_layernorm.weight",
-        {f"{hf}.self_attn.k_norm.weight": (d,)},
-        Replicated(),
-    )
+    if a.qkv_bias:
+        yield ParameterMapping(
+            f"{m}.self_attention.linear_qkv.bias",
+            {f"{name}.bias": (rows,) for name, rows in projections.items()},
+            interleaved,
+        )
+    if a.qk_norm:
+        for name in ("q", "k"):
+            yield ParameterMapping(
+                f"{m}.self_attention.{name}_layernorm.weight",
+                {f"{hf}.self_attn.{name}_norm.weight": (d,)},
+                Replicated(),
+            )
     yield ParameterMapping(
         f"{m}.self_attention.linear_proj.weight",
         {f"{hf}.self_attn.o_proj.weight": (h, q)},

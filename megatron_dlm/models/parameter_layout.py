@@ -2,15 +2,18 @@
 
 Each layout knows both directions: `read` takes a rank's shard out of the Hugging Face tensors,
 touching only the slices it needs, and `join` puts the shards of all ranks together again. Both are
-pure copies.
+pure copies. PyTorch is loaded when values are: which tensors a model has can be said without.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class TensorSource(Protocol):
@@ -59,7 +62,7 @@ class RowParallel:
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
-        return [torch.cat(list(shards), dim=1)]
+        return [_concatenated(shards, dim=1)]
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,17 @@ class GateUp:
     def read(self, sources: Sequence[TensorSource], shape: torch.Size, rank: int) -> Tensor:
         """See `ParameterLayout`."""
         rows = shape[0] // 2
-        return torch.cat([source[rank * rows : (rank + 1) * rows] for source in sources])
+        return _concatenated([source[rank * rows : (rank + 1) * rows] for source in sources])
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+        return [_concatenated([half[part] for half in halves]) for part in (0, 1)]
 
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """Query, key and value projection in one matrix, interleaved by query group.
+    """Query, key and value projection in one matrix, or their biases, interleaved by query group.
 
     The rows of a group are those of its query heads, its key head, its value head; groups are split
     over the ranks.
@@ -99,15 +102,15 @@ class QueryKeyValue:
         for source, heads in zip(sources, (self.heads_per_group, 1, 1), strict=True):
             rows = groups * heads * self.head_size
             part = source[rank * rows : (rank + 1) * rows]
-            parts.append(part.reshape(groups, heads * self.head_size, shape[1]))
-        return torch.cat(parts, dim=1).reshape(shape)
+            parts.append(part.reshape(groups, heads * self.head_size, *shape[1:]))
+        return _concatenated(parts, dim=1).reshape(shape)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
         rows = [heads * self.head_size for heads in (self.heads_per_group, 1, 1)]
-        hidden_size = shards[0].shape[1]
-        grouped = torch.cat(list(shards)).view(-1, sum(rows), hidden_size)
-        return [part.reshape(-1, hidden_size) for part in grouped.split(rows, dim=1)]
+        inputs = shards[0].shape[1:]
+        grouped = _concatenated(shards).view(-1, sum(rows), *inputs)
+        return [part.reshape(-1, *inputs) for part in grouped.split(rows, dim=1)]
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,14 @@ class Vocabulary:
         start = min(rank * shape[0], self.vocab_size)
         end = min((rank + 1) * shape[0], self.vocab_size)
         rows = sources[0][start:end]
-        return torch.cat((rows, rows.new_zeros(shape[0] - len(rows), shape[1])))
+        return _concatenated((rows, rows.new_zeros(shape[0] - len(rows), shape[1])))
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
-        return [torch.cat(list(shards))[: self.vocab_size].contiguous()]
+        return [_concatenated(shards)[: self.vocab_size].contiguous()]
+
+
+def _concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts), dim=dim)

@@ -1,0 +1,98 @@
+"""What is known of a model family, and where families are found by name and by model type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_dlm.models.diffusion_convention import DiffusionConvention
+from megatron_dlm.models.families.parameters import ParameterMapping, llama_parameters
+
+if TYPE_CHECKING:
+    from megatron_dlm.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """A `model_type` of config.json.
+
+    Attributes:
+        name: The value of the key.
+        architecture: Class of transformers that loads an autoregressive model of this type; None
+            for types that diffusion models alone have.
+        is_moe: Whether the feed-forward layers are mixtures of experts.
+        convention: Of diffusion models of this type, for what their config.json leaves out.
+        states_attention: False for a type with models of either attention, whose config.json has
+            to say which it is.
+        defaults: What transformers takes for keys that are absent, of those that may be; beside
+            `config_keys.DEFAULTS`.
+    """
+
+    name: str
+    architecture: str | None = None
+    is_moe: bool = False
+    convention: DiffusionConvention | None = None
+    states_attention: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _nothing(config: Mapping[str, Any], where: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of models: what their config.json means, and what their tensors are called.
+
+    Attributes:
+        name: In `Architecture.family`.
+        model_types: Of config.json; the first one with an `architecture` is that of autoregressive
+            models, among dense ones and among mixtures of experts.
+        qk_norm: Whether queries and keys are normalised before they are rotated.
+        qkv_bias: Whether the projections to queries, keys and values have biases.
+        check: Raises a UserError if a config.json, with its nulls, asks for something that
+            Megatron's layers are not built for here; called with the file's name.
+        config: Keys of config.json that this family has beside those of all families.
+        parameters: All parameters of a model, in the order of the checkpoint.
+    """
+
+    name: str
+    model_types: tuple[ModelType, ...]
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    check: Callable[[Mapping[str, Any], str], None] = _nothing
+    config: Callable[[Architecture], dict[str, Any]] = lambda architecture: {}
+    parameters: Callable[[Architecture], list[ParameterMapping]] = llama_parameters
+
+    def autoregressive_type(self, *, is_moe: bool) -> ModelType:
+        """The type that an autoregressive model's config.json has."""
+        return next(
+            kind
+            for kind in self.model_types
+            if kind.architecture is not None and kind.is_moe == is_moe
+        )
+
+
+FAMILIES: dict[str, ModelFamily] = {}
+"""All families by name."""
+
+
+def register(family: ModelFamily) -> ModelFamily:
+    """Make a family known; the file of each family calls this once.
+
+    Raises:
+        ValueError: Its name or one of its model types is another family's.
+    """
+    taken = [kind.name for kind in family.model_types if kind.name in model_types()]
+    if family.name in FAMILIES or taken:
+        raise ValueError(f"{family.name} {taken}: there is such a family")
+    FAMILIES[family.name] = family
+    return family
+
+
+def model_types() -> dict[str, tuple[ModelFamily, ModelType]]:
+    """All values that `model_type` may have, each with its family."""
+    return {
+        kind.name: (family, kind) for family in FAMILIES.values() for kind in family.model_types
+    }
