@@ -27,6 +27,16 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+_warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """Tell the person watching of something that the run can go on with; once, on rank 0."""
+    if rank() == 0 and text not in _warned:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        _warned.add(text)
+
+
 def report_user_errors(main: Callable[[], int]) -> Callable[[], int]:
     """Turn a `UserError` into one line on rank 0's standard error and exit status 2."""
 

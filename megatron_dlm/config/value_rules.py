@@ -10,7 +10,7 @@ from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.errors import bad_value
-from megatron_dlm.training.run_folder import LATEST
+from megatron_dlm.training.run_folder import is_run_folder
 
 AT_LEAST_ONE = (
     "block_size",
@@ -296,11 +296,6 @@ def check_optional_packages(config: Config) -> None:
         )
 
 
-def is_run_folder(path: str | None) -> bool:
-    """Whether `path` holds a checkpoint of a run; what died before its first can start again."""
-    return path is not None and (Path(path) / LATEST).is_file()
-
-
 def check_save(config: Config) -> None:
     """Checkpoints have a folder, and it is not another run's."""
     logging = config.logging
@@ -313,7 +308,11 @@ def check_save(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise refuse(config, "save", "is a file", "name a folder")
     load = config.model.load
-    resumes = load is not None and folder.resolve() == Path(load).resolve()
+    # A run folder, or one of its checkpoints that the run is wound back to.
+    resumes = load is not None and folder.resolve() in (
+        Path(load).resolve(),
+        Path(load).resolve().parent,
+    )
     if is_run_folder(logging.save) and (config.model.finetune or not resumes):
         resume = "--no-finetune" if resumes else f"--load {logging.save}"
         raise refuse(

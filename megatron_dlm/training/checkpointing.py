@@ -8,19 +8,18 @@ because none is consumed in training: every draw is keyed by the seed and the sa
 
 import dataclasses
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.hf_checkpoint import is_finite
 from megatron_dlm.conversion.model_parameters import global_names
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
+from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.models.architecture import GENERATION_CONFIG
 from megatron_dlm.models.lora import (
@@ -29,13 +28,24 @@ from megatron_dlm.models.lora import (
     merge_adapters,
     remove_adapters,
 )
+from megatron_dlm.training.checkpoint_metadata import checked_metadata
+from megatron_dlm.training.checkpoint_writing import (
+    UNREADABLE,
+    add_manifest,
+    bytes_of,
+    check_space,
+    publish,
+    writing,
+)
 from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.training.manifest import damages
 from megatron_dlm.training.optimizer_state import load_optimizer_state, loading_optimizer_state
 from megatron_dlm.training.run_folder import (
     HF_FOLDER,
-    LATEST,
     find_checkpoint,
+    is_iteration_folder,
     iteration_folder,
+    prune,
 )
 from megatron_dlm.training.student import Student
 
@@ -113,6 +123,7 @@ def save_checkpoint(
     student: Student | None = None,
     run_config: dict[str, Any] | None = None,
     keep: int = 0,
+    keep_every: int = 0,
 ) -> Path:
     """Write and publish a checkpoint; all ranks call this.
 
@@ -126,52 +137,85 @@ def save_checkpoint(
         student: With it, optimizer and schedule are saved and the run can be resumed.
         run_config: The run's flat configuration.
         keep: Remove all but this many newest checkpoints afterwards; 0 keeps all.
+        keep_every: But not those whose iteration is a multiple of this; 0: no others.
 
     Returns:
         The published folder.
+
+    Raises:
+        UserError: On every rank: the disk is too full, or the folder cannot be written. What was
+            saved before is untouched.
     """
     progress = progress or Progress()
     final = iteration_folder(run_folder, progress.iteration)
     temporary = final.with_name(final.name + ".tmp")
-    if is_rank_zero():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
     state = _sharded_state(model, student, is_loading=False)
+    needed = bytes_of(state)
     state["progress"] = dataclasses.asdict(progress)
     state["config"] = run_config or {}
-    dist_checkpointing.save(state, str(temporary))
-    torch.distributed.barrier()
-    if is_rank_zero():
-        write_hf_files(temporary / HF_FOLDER, hf_config, generation_config, tokenizer_folder)
-        replaced = final.with_name(final.name + ".old")
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        latest = Path(run_folder) / (LATEST + ".tmp")
-        latest.write_text(f"{progress.iteration}\n")
-        latest.rename(Path(run_folder) / LATEST)
-        if keep:
-            # Later iterations are of a run that was wound back: not ours to prune.
-            earlier = sorted(Path(run_folder).glob("iter_*[0-9]"))
-            earlier = [folder for folder in earlier if folder.name <= final.name]
-            for folder in earlier[:-keep]:
-                shutil.rmtree(folder)
-    torch.distributed.barrier()
+    with errors_on_all_ranks(), writing(final):
+        if is_rank_zero():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            check_space(temporary, needed)
+    try:
+        with writing(final):
+            dist_checkpointing.save(state, str(temporary))
+        with errors_on_all_ranks(), writing(final):
+            if is_rank_zero():
+                hf_folder = temporary / HF_FOLDER
+                write_hf_files(hf_folder, hf_config, generation_config, tokenizer_folder)
+        add_manifest(temporary, final)
+    except UserError:
+        if is_rank_zero():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with errors_on_all_ranks(), writing(final):
+        if is_rank_zero():
+            publish(temporary, final, progress.iteration)
+            prune(run_folder, progress.iteration, keep, keep_every)
     return final
-
-
-UNREADABLE = (CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
-"""What reading a damaged checkpoint raises."""
 
 
 def _damaged(checkpoint: Path, field: str) -> UserError:
     return bad_value(field, str(checkpoint), "is damaged or incomplete", "load another checkpoint")
 
 
+def verified_checkpoint(path: str | Path, field: str = "--load", verify: bool = True) -> Path:
+    """The checkpoint that a path stands for, every file of it as it was written; collective.
+
+    Of a run folder it is the newest one that is not damaged; what is left out is named in a
+    warning. Each rank reads a share of the files.
+
+    Args:
+        path: Run folder or one of its iteration folders.
+        field: What the user named the path with, for error messages.
+        verify: Whether to read the files of tensors; without it, only their sizes are compared.
+
+    Raises:
+        UserError: There is no checkpoint, the one that is named is damaged, or all are.
+    """
+    skip: list[Path] = []
+    share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    while True:
+        checkpoint = find_checkpoint(path, field, skip)
+        if not verify:
+            return checkpoint
+        found: list[list[str]] = [[] for _ in range(share[1])]
+        torch.distributed.all_gather_object(found, damages(checkpoint, share))
+        problems = [problem for part in found for problem in part]
+        if not problems:
+            return checkpoint
+        problem = f"is damaged: {problems[0]}"
+        if is_iteration_folder(path):
+            raise bad_value(field, str(path), problem, "load another checkpoint of the run")
+        warn(f"{checkpoint} is left out: {problem}")
+        skip.append(checkpoint)
+
+
 def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
     """Compare the model's tensors with the checkpoint's before anything is loaded."""
+    checked_metadata(checkpoint, field)
     try:
         saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     except UNREADABLE as error:
@@ -237,7 +281,11 @@ AdapterUse = Literal["merge", "keep", "remove"]
 
 
 def load_weights(
-    path: str | Path, model: torch.nn.Module, field: str = "--load", adapters: AdapterUse = "merge"
+    path: str | Path,
+    model: torch.nn.Module,
+    field: str = "--load",
+    adapters: AdapterUse = "merge",
+    verify: bool = True,
 ) -> None:
     """Load the weights of a checkpoint into a model of any parallel layout.
 
@@ -247,12 +295,13 @@ def load_weights(
         field: What the user named the path with, for error messages.
         adapters: Adapters of the checkpoint are merged, so that the model is the one that was
             trained; left in place, or removed.
+        verify: See `verified_checkpoint`.
 
     Raises:
         UserError: There is no checkpoint, it does not fit the model, or its values are not all
             finite.
     """
-    checkpoint = find_checkpoint(path, field)
+    checkpoint = verified_checkpoint(path, field, verify)
     run_config = saved_config(checkpoint, field)
     with errors_on_all_ranks():
         attach_adapters_of_run(model, run_config, field)
@@ -292,13 +341,21 @@ def attach_adapters_of_run(
     )
 
 
-def load_training_state(path: str | Path, student: Student, field: str = "--load") -> Progress:
+def load_training_state(
+    path: str | Path, student: Student, field: str = "--load", verify: bool = True
+) -> Progress:
     """Load weights, optimizer and schedule of a run, at any parallel layout, and its progress.
+
+    Args:
+        path: Run folder or one of its iteration folders.
+        student: What is filled.
+        field: What the user named the path with, for error messages.
+        verify: See `verified_checkpoint`.
 
     Raises:
         UserError: There is no checkpoint, it does not fit, or it holds weights only.
     """
-    checkpoint = find_checkpoint(path, field)
+    checkpoint = verified_checkpoint(path, field, verify)
     common = _load_common(checkpoint, field)
     if "scheduler" not in common:
         raise bad_value(

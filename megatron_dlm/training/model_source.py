@@ -188,15 +188,11 @@ def _check_block_size(architecture: Architecture, file: Path) -> None:
 
 def _megatron_shapes(checkpoint: Path, field: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a distributed checkpoint's tensors, of all layers together."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    try:
-        metadata = FileSystemReader(str(checkpoint)).read_metadata()
-    except Exception as error:  # It is a pickle: a damaged one may raise anything.
-        raise bad_value(
-            field, str(checkpoint), "is damaged or incomplete", "load another checkpoint"
-        ) from error
+    from megatron_dlm.training.checkpoint_metadata import checked_metadata
+
+    metadata = checked_metadata(checkpoint, field)
     return {
         name: tuple(stored.size)
         for name, stored in metadata.state_dict_metadata.items()

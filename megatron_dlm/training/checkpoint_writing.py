@@ -1,0 +1,121 @@
+"""Puts a checkpoint on the disk whole or not at all, and says what is in the way."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dlm import platform
+from megatron_dlm.errors import bad_value
+from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.training.manifest import files_of, record_files, sync_folder, write_manifest
+from megatron_dlm.training.run_folder import LATEST
+
+UNREADABLE = (
+    CheckpointingException,
+    CheckpointException,  # torch's, a BaseException
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+"""What reading a damaged checkpoint raises, or writing to a full disk."""
+
+
+def bytes_of(state: dict[str, Any]) -> int:
+    """Bytes that the tensors of a sharded state take on the disk, over all ranks."""
+
+    def local(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(local(part) for part in value.values())
+        if isinstance(value, (list, tuple)):
+            return sum(local(part) for part in value)
+        if isinstance(value, ShardedTensorFactory):
+            return local(value.build())
+        if isinstance(value, dist_checkpointing.ShardedTensor):
+            is_written = value.data is not None and _is_written_copy(value.replica_id)
+            return value.data.numel() * value.data.element_size() if is_written else 0
+        return 0
+
+    total = torch.tensor(local(state), dtype=torch.int64, device=platform.device())
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _is_written_copy(replica_id: int | tuple[int, ...]) -> bool:
+    """Whether this copy of a tensor is the one that is written."""
+    return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Check that the disk of a checkpoint's temporary folder has room for so many bytes.
+
+    Raises:
+        UserError: It has not; the folder is removed.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise bad_value(
+            "--save",
+            str(folder.parent),
+            f"no space for a checkpoint: it takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free",
+            "make room there, or choose a smaller --keep-checkpoints",
+        )
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint could not be written, and why."""
+    try:
+        yield
+    except (*UNREADABLE, RuntimeError) as error:
+        # What a writing process of Megatron-Core raised arrives as text, and for its file's end
+        # PyTorch has words of its own.
+        number = getattr(error, "errno", None)
+        if number is None and not isinstance(error, CheckpointException):
+            raise
+        reason = str(error).strip().splitlines()[-1] if number is None else os.strerror(number)
+        raise bad_value(
+            "--save",
+            str(final.parent),
+            f"{final.name} could not be written ({reason})",
+            "make room there or repair it, and start again from the checkpoint before",
+        ) from error
+
+
+def add_manifest(folder: Path, final: Path) -> None:
+    """Hash the files of a finished checkpoint, each rank a share, and write their manifest."""
+    torch.distributed.barrier()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shares: list[Any] = [None] * world
+    own = {}
+    with errors_on_all_ranks(), writing(final):
+        own = record_files(folder, files_of(folder)[rank::world])
+    torch.distributed.all_gather_object(shares, own)
+    with errors_on_all_ranks(), writing(final):
+        if rank == 0:
+            write_manifest(folder, {name: r for share in shares for name, r in share.items()})
+
+
+def publish(temporary: Path, final: Path, iteration: int) -> None:
+    """Give a complete checkpoint its name, and make it the run's newest."""
+    replaced = final.with_name(final.name + ".old")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    latest = final.parent / (LATEST + ".tmp")
+    latest.write_text(f"{iteration}\n")
+    with latest.open("rb") as file:
+        os.fsync(file.fileno())
+    latest.rename(final.parent / LATEST)
+    sync_folder(final.parent)
