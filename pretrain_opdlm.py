@@ -8,6 +8,7 @@ import sys
 
 from megatron_dlm.config import format_config, format_length, parse_config, validate
 from megatron_dlm.entry import rank, report_user_errors, world_size
+from megatron_dlm.training.run_lock import owned_run_folder
 
 
 @report_user_errors
@@ -15,23 +16,24 @@ def main() -> int:
     """Parse, validate, build, train, close."""
     config = parse_config()
     validate(config, world_size())
-    # Imported step by step, so that bad input is reported before PyTorch and Megatron are loaded.
-    from megatron_dlm.training.inputs import read_inputs
+    with owned_run_folder(None if config.dry_run else config.logging.save):
+        # Imported step by step, so that bad input is reported before PyTorch is loaded.
+        from megatron_dlm.training.inputs import read_inputs
 
-    inputs = read_inputs(config)
-    if config.dry_run:
-        if rank() == 0:
-            print(format_config(config))
-            print(format_length(config.of_data(len(inputs.data))))
-            for line in inputs.notices:
-                print(f"# {line}")
-        return 0
-    from megatron_dlm.training.initialize import initialized
-    from megatron_dlm.training.loop import train
-    from megatron_dlm.training.run import build_run
+        inputs = read_inputs(config)
+        if config.dry_run:
+            if rank() == 0:
+                print(format_config(config))
+                print(format_length(config.of_data(len(inputs.data))))
+                for line in inputs.notices:
+                    print(f"# {line}")
+            return 0
+        from megatron_dlm.training.initialize import initialized
+        from megatron_dlm.training.loop import train
+        from megatron_dlm.training.run import build_run
 
-    with initialized(config):
-        train(build_run(config, inputs))
+        with initialized(config):
+            train(build_run(config, inputs))
     return 0
 
 

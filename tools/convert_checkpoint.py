@@ -52,6 +52,9 @@ class ConversionConfig:
     load: str | None = None
     """Hugging Face folder, Megatron run folder or one of its iteration folders."""
 
+    verify_checkpoint: bool = ModelConfig.verify_checkpoint
+    """Compare every file of a Megatron checkpoint with its manifest before it is loaded."""
+
     save: str | None = None
     """Folder to write; it must not exist, unless --overwrite is given."""
 
@@ -239,7 +242,7 @@ def main() -> int:
     target = check_target(conversion)
     if conversion.load is None:
         raise bad_value("--load", None, "nothing to convert", "name a model or run folder")
-    source = open_model_source(conversion.load, "--load").attending(
+    source = open_model_source(conversion.load, "--load", conversion.verify_checkpoint).attending(
         conversion.attention_pattern, conversion.block_size
     )
     _ = source.convention  # a config.json that does not say how the model attends is refused

@@ -48,6 +48,10 @@ class ModelConfig:
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint, or a run folder (its
     latest checkpoint; the run is resumed unless --finetune is given)."""
 
+    verify_checkpoint: bool = True
+    """Compare every file of a Megatron checkpoint with its manifest before it is loaded; without
+    it only small files and sizes, which takes no time at any size."""
+
     finetune: bool = False
     """Take only the weights from --load: optimizer, schedules and data position start afresh."""
 

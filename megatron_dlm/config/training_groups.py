@@ -127,6 +127,10 @@ class LoggingConfig:
     keep_checkpoints: int = 0
     """Latest checkpoints to keep; 0 keeps all."""
 
+    keep_checkpoint_every: int = 0
+    """Keep those whose iteration is a multiple of this too, with --keep-checkpoints; 0 keeps no
+    others."""
+
     log_interval: int = 1
     """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
 

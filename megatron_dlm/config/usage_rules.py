@@ -211,6 +211,12 @@ def _uses_of_other_options(config: Config) -> list[Use]:
             "choose e.g. --divergence-top-k 16",
         ),
         Use(
+            config.logging.keep_checkpoints > 0,
+            ("keep_checkpoint_every",),
+            "--keep-checkpoints 0",
+            "choose e.g. --keep-checkpoints 3",
+        ),
+        Use(
             config.lora.lora_rank is not None,
             ("lora_alpha", "lora_dropout", "lora_target_modules"),
             "training without adapters",

@@ -63,6 +63,7 @@ AT_LEAST_ZERO = (
     "eval_interval",
     "save_interval",
     "keep_checkpoints",
+    "keep_checkpoint_every",
 )
 """Fields whose value cannot be negative."""
 

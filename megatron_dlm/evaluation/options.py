@@ -40,6 +40,9 @@ class InferenceConfig:
     load: str | None = None
     """Weights: a Hugging Face folder, a run folder (its latest checkpoint) or an iter_* folder."""
 
+    verify_checkpoint: bool = ModelConfig.verify_checkpoint
+    """Compare every file of a Megatron checkpoint with its manifest before it is loaded."""
+
     tokenizer: str | None = None
     """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
 
@@ -307,7 +310,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     options, decoding = arguments.inference, arguments.decoding
     if options.load is None:
         raise bad_value("--load", None, "there is no model", "name a model or run folder")
-    source = open_model_source(options.load, "--load").attending(
+    source = open_model_source(options.load, "--load", options.verify_checkpoint).attending(
         options.attention_pattern, options.block_size
     )
     hf_config = source.architecture.hf_config

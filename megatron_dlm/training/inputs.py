@@ -340,7 +340,7 @@ def read_inputs(config: Config) -> RunInputs:
     """
     source = teacher_source = teacher_fingerprint = None
     if config.model.load is not None:
-        source = open_model_source(config.model.load, "--load")
+        source = open_model_source(config.model.load, "--load", config.model.verify_checkpoint)
         architecture = source.architecture
     elif config.model.model_config is not None:
         architecture = read_architecture(config.model.model_config, "--model-config")
@@ -356,7 +356,7 @@ def read_inputs(config: Config) -> RunInputs:
         path = config.distillation.teacher_load or config.model.load
         assert path is not None
         field = "--teacher-load" if config.distillation.teacher_load else "--load"
-        teacher_source = open_model_source(path, field)
+        teacher_source = open_model_source(path, field, config.model.verify_checkpoint)
         if convention is None:
             _check_teacher(architecture, teacher_source)
         else:

@@ -1,10 +1,13 @@
 """What a run reports: lines for a person on rank 0, `metrics.jsonl` and TensorBoard."""
 
 import json
+import secrets
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron_dlm.entry import warn
 
 
 @dataclass
@@ -84,8 +87,8 @@ class MetricsLogger:
         run_folder: Where `metrics.jsonl` and `tensorboard/` go; None writes no files.
         enabled: Whether this is rank 0.
         total_steps: Of the run, for the time left.
-        first_step: Steps done before this process started; later lines of an earlier attempt are
-            dropped from `metrics.jsonl`.
+        first_step: Steps done before this process started; later lines of an earlier attempt move
+            from `metrics.jsonl` to `metrics_superseded.jsonl`.
         log_interval: Steps between two printed lines.
         tensorboard: Whether to write TensorBoard events.
         wandb_project: Also log to this Weights & Biases project.
@@ -111,24 +114,31 @@ class MetricsLogger:
         self._started = time.perf_counter()
         self._window = PhaseTimes()
         self._window_tokens = 0
-        self._file: TextIO | None = None
+        self._file: _MetricsFile | None = None
         self._board: Any = None
         self._wandb: Any = None
         if not enabled or run_folder is None:
             return
         folder = Path(run_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = _open_metrics(folder / "metrics.jsonl", first_step)
+        self._file = _MetricsFile(folder / "metrics.jsonl", first_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
-            )
+            # Steps from here on of an earlier attempt are not shown.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=run_config)
+            self._wandb = wandb.init(
+                project=wandb_project,
+                dir=str(folder),
+                config=run_config,
+                id=_wandb_run_id(folder),
+                resume="allow",
+            )
+            # A resumed run repeats steps, which W&B's own counter would not take.
+            self._wandb.define_metric("*", step_metric="step")
 
     def print(self, text: str) -> None:
         """A line for the person watching."""
@@ -141,15 +151,14 @@ class MetricsLogger:
             return
         record = asdict(metrics)
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._file.write(record)
         if self._board is not None or self._wandb is not None:
             scalars = _scalars(record)
             if self._board is not None:
                 for name, value in scalars.items():
                     self._board.add_scalar(name, value, metrics.step)
             if self._wandb is not None:
-                self._wandb.log(scalars, step=metrics.step)
+                self._wandb.log({"step": metrics.step, **scalars})
         self._window_tokens += metrics.supervised_tokens
         for name, seconds in asdict(metrics.time).items():
             setattr(self._window, name, getattr(self._window, name) + seconds)
@@ -194,20 +203,72 @@ class MetricsLogger:
             self._wandb.finish()
 
 
-def _open_metrics(path: Path, first_step: int) -> TextIO:
-    """Open for appending, without lines of steps that a resumed run is about to repeat."""
-    if path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w") as kept:
-            for line in path.read_text().splitlines():
-                try:
-                    step = json.loads(line)["step"]
-                except json.JSONDecodeError:
-                    continue  # torn by whatever ended the earlier attempt
-                if step <= first_step:
-                    kept.write(line + "\n")
-        temporary.replace(path)
-    return path.open("a")
+class _MetricsFile:
+    """`metrics.jsonl`: one line a step, appended.
+
+    A resumed run repeats the steps after its checkpoint. Their earlier lines, and lines that cannot
+    be read, move to `metrics_superseded.jsonl` when the first new line is written: a start that
+    ends before that changes nothing.
+
+    Args:
+        path: Of `metrics.jsonl`.
+        first_step: Steps done before this process started.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        self._first_step = first_step
+        self._file: TextIO | None = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        if self._file is None:
+            self._set_aside()
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _set_aside(self) -> None:
+        if not self._path.exists():
+            return
+        kept: list[str] = []
+        superseded: list[str] = []
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            step = _step_of(line)
+            if step is None:
+                warn(f"{self._path}:{number} cannot be read and is set aside")
+            is_kept = step is not None and step <= self._first_step
+            (kept if is_kept else superseded).append(line + "\n")
+        if not superseded:
+            return
+        with self._path.with_name("metrics_superseded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(superseded)
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+
+def _wandb_run_id(folder: Path) -> str:
+    """The id under which Weights & Biases knows the run of a folder: the same after a resume."""
+    file = folder / "wandb_run_id.txt"
+    if not file.is_file():
+        file.write_text(secrets.token_hex(4) + "\n")
+    return file.read_text().strip()
+
+
+def _step_of(line: str) -> int | None:
+    """The step that a line of metrics is about; None if it cannot be read."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:

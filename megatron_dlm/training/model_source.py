@@ -40,6 +40,7 @@ class ModelSource:
         hf_folder: Folder with config.json and, usually, the tokenizer.
         is_megatron: Whether the weights are a Megatron checkpoint (else Hugging Face safetensors).
         architecture: Read from config.json.
+        verify: Whether a Megatron checkpoint is compared with its manifest before it is loaded.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class ModelSource:
     hf_folder: Path
     is_megatron: bool
     architecture: Architecture
+    verify: bool = True
 
     @property
     def convention(self) -> DiffusionConvention | None:
@@ -127,18 +129,19 @@ class ModelSource:
         from megatron_dlm.training.initialize import errors_on_all_ranks
 
         if self.is_megatron:
-            load_weights(self.path, model, self.field, adapters)
+            load_weights(self.path, model, self.field, adapters, self.verify)
         else:
             with errors_on_all_ranks():
                 load_hf_weights(model, self.architecture, self.hf_folder, self.field)
 
 
-def open_model_source(path: str, field: str) -> ModelSource:
+def open_model_source(path: str, field: str, verify: bool = True) -> ModelSource:
     """Find out what a folder holds, reading no weights but their shapes.
 
     Args:
         path: A Hugging Face folder, a Megatron run folder or one of its iteration folders.
         field: The flag it was named with, for error messages.
+        verify: See `ModelSource`.
 
     Raises:
         UserError: There is no such folder, it holds neither kind, its config.json is unusable or
@@ -164,7 +167,7 @@ def open_model_source(path: str, field: str) -> ModelSource:
     hf_folder = checkpoint / HF_FOLDER
     architecture = read_architecture(hf_folder, field)
     check_megatron_sizes(architecture, _megatron_shapes(checkpoint, field), str(checkpoint))
-    return ModelSource(folder, field, hf_folder, True, architecture)
+    return ModelSource(folder, field, hf_folder, True, architecture, verify)
 
 
 def _check_block_size(architecture: Architecture, file: Path) -> None:

@@ -108,6 +108,7 @@ class Run:
                 student=self.student,
                 run_config=_resumable_config(self.config, self.inputs),
                 keep=self.config.logging.keep_checkpoints,
+                keep_every=self.config.logging.keep_checkpoint_every,
             )
 
 
@@ -216,7 +217,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     progress = Progress()
     if resume:
         assert load is not None
-        progress = load_training_state(load, student)
+        progress = load_training_state(load, student, verify=config.model.verify_checkpoint)
     convention = inputs.convention(config)
     objective = OBJECTIVES[config.objective.objective](
         config,

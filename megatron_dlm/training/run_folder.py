@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import bad_value
-from megatron_dlm.training.manifest import damages
+from megatron_dlm.training.manifest import MANIFEST, damages
 
 LATEST = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
@@ -64,7 +64,7 @@ def latest_iteration(run_folder: str | Path) -> int | None:
 
 def is_run_folder(path: str | Path | None) -> bool:
     """Whether `path` holds a checkpoint of a run; what died before its first can start again."""
-    return path is not None and bool(saved_iterations(path))
+    return path is not None and ((Path(path) / LATEST).is_file() or bool(saved_iterations(path)))
 
 
 def is_iteration_folder(path: str | Path) -> bool:
@@ -130,7 +130,7 @@ def _problem(checkpoint: Path) -> str | None:
         return "there is no such folder"
     found = damages(checkpoint)
     if found:
-        return f"is damaged: {found[0]}"
+        return f"is damaged: {found[0]} (if you changed it yourself, remove {MANIFEST} there)"
     return None if (checkpoint / _CHECKPOINT_FILE).is_file() else "holds no checkpoint"
 
 

@@ -1,6 +1,7 @@
 """Bad input ends in one line naming field, value and remedy, exit status 2, on one rank only."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_dlm.training.manifest import MANIFEST
+from megatron_dlm.training.run_lock import owned_run_folder
 from tests.functional_tests.entry_points import (
     CONVERT,
     EVALUATE,
@@ -273,6 +276,7 @@ def megatron(files: Path) -> Path:
 def misfit(megatron: Path, folder: Path, **config: Any) -> Path:
     """A copy of a Megatron checkpoint that claims another architecture."""
     shutil.copytree(megatron, folder)
+    (folder / "iter_0000000" / MANIFEST).unlink()
     file = folder / "iter_0000000" / "hf" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return folder
@@ -299,10 +303,12 @@ def test_megatron_checkpoint_that_does_not_fit(
 def test_megatron_folder_in_pieces(files: Path, call: Call, megatron: Path, tmp_path: Path) -> None:
     load = misfit(megatron, tmp_path / "run")
     latest = load / "latest_checkpointed_iteration.txt"
-    latest.write_text("7\n")
-    call(PRETRAIN, *options(files, load=load)).check_error(f"--load = '{load}'", "iter_0000007")
-    latest.write_text("release")
-    call(PRETRAIN, *options(files, load=load)).check_error(str(latest), "'release'")
+    # Another checkpoint is there: it is used, and what is odd is said.
+    for text, warning in (("7\n", "iter_0000007 is left out"), ("release", "'release' is no iter")):
+        latest.write_text(text)
+        found = call(PRETRAIN, *options(files, load=load), "--dry-run")
+        assert found.status == 0
+        assert re.fullmatch(f"warning: .*{warning}.*\n", found.stderr)
     latest.write_text("0")
     (load / "iter_0000000" / ".metadata").write_bytes(b"cut")
     call(PRETRAIN, *options(files, load=load)).check_error("--load", "damaged")
@@ -448,3 +454,22 @@ def test_dry_run_counts_what_an_epoch_has(files: Path, call: Call, tmp_path: Pat
     ]
     never = call(PRETRAIN, *epoch, "--long-prompts", "drop", "--lr-warmup-iters", "2", "--dry-run")
     never.check_error("--lr-warmup-iters = 2", "choose 0 to 1")
+
+
+def test_a_run_folder_that_another_process_writes_is_refused(
+    files: Path, call: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with owned_run_folder(run):
+        (run / "metrics.jsonl").write_text("untouched")
+        found = call(PRETRAIN, *options(files, save=run))
+        found.check_error("--save", str(run), "writes there since", "choose another folder")
+        assert (run / "metrics.jsonl").read_text() == "untouched"
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl"]
+
+
+def test_bad_input_leaves_no_new_run_folder(files: Path, call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = call(PRETRAIN, *options(files, save=run, prompts=tmp_path / "missing.jsonl"))
+    found.check_error("--prompts", "missing.jsonl")
+    assert not run.exists()

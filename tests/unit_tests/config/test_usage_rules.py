@@ -151,6 +151,7 @@ CASES = [
     Case("divergence_term_limit", 0.2, OTHER_DISTILLATION, (D_OPSD,)),
     Case("reward", "math_verify", OTHER_DISTILLATION, (D_OPSD,)),
     Case("max_tries", 2, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("keep_checkpoint_every", 4, (WITH_FOLDER,), ({**WITH_FOLDER, "keep_checkpoints": 3},)),
     Case("lora_dropout", 0.05, (OPDLM,), (ADAPTERS,)),
     Case("lora_alpha", 4, (OPDLM,), (ADAPTERS,)),
     Case("lora_target_modules", ["linear_qkv"], (OPDLM,), (ADAPTERS,)),
