@@ -28,7 +28,7 @@ def main() -> int:
                 for line in inputs.notices:
                     print(f"# {line}")
             return 0
-        from megatron_dlm.training.initialize import initialized
+        from megatron_dlm.parallel import initialized
         from megatron_dlm.training.loop import train
         from megatron_dlm.training.run import build_run
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import commit, machine, versions
-from megatron_dlm.distillation.divergence_spec import DivergenceSpec
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
 )

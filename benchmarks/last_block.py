@@ -80,7 +80,7 @@ def train_and_measure(case: Case, folder: Path) -> dict[str, float]:
     """Train one model in this process and measure it; `folder` gets its run folder."""
     from megatron_dlm.config import Config, validate
     from megatron_dlm.objectives import block_diffusion
-    from megatron_dlm.training.initialize import initialized
+    from megatron_dlm.parallel import initialized
     from megatron_dlm.training.inputs import read_inputs
     from megatron_dlm.training.loop import train
     from megatron_dlm.training.run import build_run
@@ -117,7 +117,7 @@ def measure(run: Any, case: Case, heldout: Path) -> dict[str, float]:
     from megatron_dlm.evaluation.tasks import get_task
     from megatron_dlm.rollout.engine import RolloutEngine
     from megatron_dlm.rollout.generation_config import GenerationConfig
-    from megatron_dlm.rollout.trajectory import Prompt
+    from megatron_dlm.types.trajectory import Prompt
 
     inputs, config = run.inputs, run.config
     examples = read_examples(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dlm.config import Config, ParallelConfig
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
 
 # A loaded machine is no defect: examples are limited in number, never in time.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)

@@ -14,7 +14,7 @@ from megatron_dlm.config.usage_rules import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.evaluation.rewards import REWARDS
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import build_run

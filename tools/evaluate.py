@@ -101,7 +101,7 @@ def main() -> int:
     )
     from megatron_dlm.evaluation.progress import GenerationProgress
     from megatron_dlm.evaluation.tasks import get_task
-    from megatron_dlm.training.initialize import initialized
+    from megatron_dlm.parallel import initialized
 
     task = get_task(options.task)
     file = RecordFile.read(options.data, "--data")

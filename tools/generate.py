@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_dlm.data.records import RecordFile
-    from megatron_dlm.rollout.trajectory import Trajectory
+    from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def main() -> int:
         read_inference_inputs,
     )
     from megatron_dlm.evaluation.progress import GenerationProgress
-    from megatron_dlm.training.initialize import initialized
+    from megatron_dlm.parallel import initialized
 
     tokenizer = load_tokenizer(setup.tokenizer_folder)
     inputs = read_inference_inputs(setup, tokenizer, read_records(options, tokenizer))

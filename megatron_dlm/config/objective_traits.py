@@ -7,7 +7,7 @@ classes in `megatron_dlm.objectives` carry them as `traits`.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, RND1, DiffusionConvention
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, RND1, DiffusionConvention
 
 ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd"]
 StateSelection = Literal["per_block", "global", "all", "random"]

@@ -33,7 +33,7 @@ from megatron_dlm.config.training_groups import (
     ParameterGroup,
     TrainingConfig,
 )
-from megatron_dlm.models.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
 __all__ = [
     "Config",

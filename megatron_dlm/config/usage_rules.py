@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config, SelfDistillationConfig
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION
 from megatron_dlm.rollout.generation_config import OPTION_OF_STRATEGY
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION
 
 DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 

@@ -6,9 +6,9 @@ import importlib.util
 import re
 from pathlib import Path
 
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
-from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.errors import bad_value
 from megatron_dlm.training.run_folder import is_run_folder
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_dlm.conversion.formats import FORMATS_WITH_HEAD, TARGET_FORMATS, ExportRequest
 from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
-from megatron_dlm.conversion.model_parameters import TIED_EMBEDDING, local_parameters
 from megatron_dlm.conversion.publishing import is_writer, published_folder
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.families.parameters import HEAD, hf_tensor_shapes
-from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.models.model_parameters import TIED_EMBEDDING, local_parameters
+from megatron_dlm.parallel import errors_on_all_ranks
 
 # Bytes of one safetensors file, as transformers writes them.
 MAX_SHARD_SIZE = 5 * 10**9

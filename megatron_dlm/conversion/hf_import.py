@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpoint, is_finite
-from megatron_dlm.conversion.model_parameters import LocalParameter, local_parameters
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.families.parameters import EMBEDDING, HEAD, hf_tensor_shapes
+from megatron_dlm.models.model_parameters import LocalParameter, local_parameters
 
 
 @torch.no_grad()

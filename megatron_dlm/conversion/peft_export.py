@@ -21,7 +21,7 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.lora import local_adapters
 from megatron_dlm.models.parameter_layout import RowParallel
-from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.parallel import errors_on_all_ranks
 from megatron_dlm.training.model_source import ModelSource
 
 CONFIG_FILE = "adapter_config.json"

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.data.sampler import shuffled_order
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Trajectory
 
 _DOCUMENT_ORDER = (0, 1)
 # A key of its own: the order of windows is keyed by the epoch alone.

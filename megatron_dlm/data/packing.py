@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
 from megatron_dlm.models.forward import Row, pad_row, texts_of_rows
-from megatron_dlm.objectives.base import Document
+from megatron_dlm.types.document import Document
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 
 @dataclass(frozen=True)

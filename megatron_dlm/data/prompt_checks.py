@@ -4,8 +4,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.config.groups import LongPrompts
 from megatron_dlm.data.records import RecordFile
-from megatron_dlm.data.tokenizer import SpecialTokens, check_token_ids
+from megatron_dlm.data.tokenizer import check_token_ids
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 
 def fitted(

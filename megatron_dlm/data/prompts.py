@@ -36,9 +36,9 @@ from megatron_dlm.data.records import (
     example_sources,
     open_prompt_source,
 )
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import bad_value
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import orjson
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import bad_value
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Load a checkpoint's tokenizer and decide once which ids end, pad and mask a sequence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
 from megatron_dlm.models.architecture import GENERATION_CONFIG
 from megatron_dlm.models.config_keys import TOKEN_KEYS, TOKENIZER_KEYS, checked_keys
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 MASK_TOKEN = "<|MASK|>"
 """Name of the mask token in tokenizers that have one without declaring it as `mask_token`."""
@@ -27,30 +27,6 @@ MASK_TOKENS = (MASK_TOKEN, DLLM_MASK_TOKEN)
 
 _TOKENIZER_JSON = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The ids that the algorithms need, all in 0..vocab_size-1.
-
-    Attributes:
-        eos_token_id: What the tokenizer ends a text with; appended to responses that lack an end.
-        pad_token_id: Fills places that no one looks at; may equal `eos_token_id`.
-        mask_token_id: Stands for a token that is not decoded yet; never equals the others.
-        eos_token_ids: Each of them ends a response; `eos_token_id` is always among them, first.
-        vocab_size: Ids from here on do not exist, whatever the tokenizer knows.
-    """
-
-    eos_token_id: int
-    pad_token_id: int
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...] = ()
-    vocab_size: int = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        """Put `eos_token_id` first among the ids that end a response, each once."""
-        ids = dict.fromkeys((self.eos_token_id, *self.eos_token_ids))
-        object.__setattr__(self, "eos_token_ids", tuple(ids))
 
 
 def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrainedTokenizerBase:

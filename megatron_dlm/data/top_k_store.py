@@ -18,8 +18,8 @@ from safetensors.torch import save
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore, publish
-from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.errors import bad_value
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 _TENSORS = {"token_ids": "I32", "log_probs": "F32", "log_rest": "F32"}
 """Fields of `TopKTargets` as tensors of a shard, and their types."""

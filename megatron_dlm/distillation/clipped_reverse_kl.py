@@ -11,9 +11,9 @@ Shapes: n predictions, c of a chunk, k tokens compared, h hidden size, v local v
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.distillation.divergence_spec import DEFAULT_CHUNK_SIZE
-from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE
 from megatron_dlm.distillation.vocab_parallel_head import VocabShard, head_loss
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 
 def clipped_reverse_kl(

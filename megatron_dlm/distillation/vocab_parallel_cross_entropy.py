@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.distillation.divergence_spec import DEFAULT_CHUNK_SIZE
+from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE
 from megatron_dlm.distillation.vocab_parallel_head import (
     VocabShard,
     head_loss,

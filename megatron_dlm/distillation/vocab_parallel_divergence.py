@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.distillation.divergence_spec import DivergenceSpec
-from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_head import (
     VocabShard,
     head_loss,
@@ -27,6 +26,7 @@ from megatron_dlm.distillation.vocab_parallel_head import (
     tiled_logsumexp,
 )
 from megatron_dlm.distillation.vocab_parallel_top_k import top_k_of_logits
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 
 def vocab_parallel_divergence(

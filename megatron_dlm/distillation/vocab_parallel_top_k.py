@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.distillation.divergence_spec import DEFAULT_CHUNK_SIZE
-from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE
 from megatron_dlm.distillation.vocab_parallel_head import VocabShard, project, tiled_logsumexp
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.evaluation.tasks import Task
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

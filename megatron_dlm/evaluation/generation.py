@@ -18,13 +18,14 @@ from megatron_dlm import platform
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import PromptDataset, tokenize_prompts
 from megatron_dlm.data.records import RecordFile
-from megatron_dlm.data.tokenizer import SpecialTokens, resolve_special_tokens
+from megatron_dlm.data.tokenizer import resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model_provider import build_teacher
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Trajectory
 
 T = TypeVar("T")
 

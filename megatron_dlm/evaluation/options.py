@@ -22,13 +22,13 @@ from megatron_dlm.config import (
 from megatron_dlm.config.rule_support import divisors, flag
 from megatron_dlm.config.validation import validate_inference
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.rollout.generation_config import (
     OPTION_OF_STRATEGY,
     GenerationConfig,
     RemaskingStrategy,
 )
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 
 Decoding = Literal["auto", "diffusion", "autoregressive"]
 

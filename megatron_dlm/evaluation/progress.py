@@ -3,8 +3,8 @@
 import sys
 import time
 
-from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.training.metrics import format_duration
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class GenerationProgress:

@@ -15,9 +15,9 @@ from megatron_dlm.models.config_keys import (
     TOKEN_KEYS,
     checked_keys,
 )
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.models.families import FAMILIES, ModelType, model_types
 from megatron_dlm.models.families.parameters import ParameterMapping
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -10,11 +10,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_dlm.conversion.model_parameters import ADAPTER_PARAMETER, global_name
-from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.models.attention_layout import Field
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LowRankAdapter
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model_parameters import ADAPTER_PARAMETER, global_name
+from megatron_dlm.seeding import keyed_generator
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:

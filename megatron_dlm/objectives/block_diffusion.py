@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document, Objective
+from megatron_dlm.objectives.base import Objective
 from megatron_dlm.objectives.state_selection import random_state
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.document import Document
+from megatron_dlm.types.trajectory import Trajectory
 
 
 def fill_last_block(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Trajectory:

@@ -2,7 +2,7 @@
 
 The student stands before a visited state; its teacher, the same model as it was, before the same
 state with some of what the student went on to write in later blocks filled in
-(`distillation.self_teacher`). Only right responses are learnt from. The loss of a state falls on
+(`teacher.self_teacher`). Only right responses are learnt from. The loss of a state falls on
 the few masked positions of which the teacher is surest, and the sum is divided by the states.
 
 C: canvas (`rollout.visited_states`).
@@ -15,16 +15,17 @@ from torch import Tensor
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.distillation.clipped_reverse_kl import clipped_reverse_kl
-from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document, LossInputs, Objective
+from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.objectives.block_diffusion import block_diffusion_document
-from megatron_dlm.rollout.trajectory import StateTargets, Trajectory
 from megatron_dlm.rollout.visited_states import (
     VisitedStates,
     final_canvas,
     states_before_last_block,
 )
+from megatron_dlm.types.document import Document
+from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.trajectory import StateTargets, Trajectory
 
 
 class DOPSD(Objective):

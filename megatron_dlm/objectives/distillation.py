@@ -7,16 +7,16 @@ p(. | x_0^{<i}). Objectives differ in where x_0 and its states come from.
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.schema import Config
-from megatron_dlm.distillation.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class DistillationObjective(BlockDiffusionObjective):

@@ -4,10 +4,10 @@ import torch
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.models.attention_layout import CLEAN
-from megatron_dlm.objectives.base import Document
 from megatron_dlm.objectives.block_diffusion import supervised_positions
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.document import Document
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class NextToken(CrossEntropyObjective):

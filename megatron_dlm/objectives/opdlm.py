@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.objectives.distillation import DistillationObjective
 from megatron_dlm.objectives.state_selection import SELECTORS, unmask_steps
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class OPDLM(DistillationObjective):

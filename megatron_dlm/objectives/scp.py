@@ -4,9 +4,9 @@ import torch
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.models.attention_layout import CLEAN, block_ids
-from megatron_dlm.objectives.base import Document
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.document import Document
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class SCP(CrossEntropyObjective):

@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class SFT(CrossEntropyObjective, BlockDiffusionObjective):

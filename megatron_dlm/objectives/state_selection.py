@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.groups import EmptyMask
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 Selector = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]
 

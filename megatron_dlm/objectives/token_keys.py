@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from megatron_dlm.config.schema import Config
-from megatron_dlm.data.seeding import keyed_generator
-from megatron_dlm.objectives.base import Document
+from megatron_dlm.seeding import keyed_generator
+from megatron_dlm.types.document import Document
 
 
 def with_token_keys(

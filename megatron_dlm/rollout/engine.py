@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm import platform
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.rollout.context import RolloutContext, rollout_context
 from megatron_dlm.rollout.drawing import TokenDrawer
@@ -26,7 +25,8 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.rollout.prompt_queue import PromptQueue
 from megatron_dlm.rollout.slots import SlotTable
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 # Prompt tokens admitted into one forward (one prompt always is): bounds its activation memory.
 MAX_PREFILL_TOKENS = 8192

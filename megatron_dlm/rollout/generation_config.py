@@ -10,7 +10,7 @@ from megatron_dlm.errors import bad_value
 if TYPE_CHECKING:
     from megatron_dlm.config.schema import Config
     from megatron_dlm.models.attention_layout import Pattern
-    from megatron_dlm.models.diffusion_convention import DiffusionConvention
+    from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
 RemaskingStrategy = Literal[
     "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"

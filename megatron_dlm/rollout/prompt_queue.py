@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_dlm.rollout.trajectory import Prompt
+from megatron_dlm.types.trajectory import Prompt
 
 
 class PromptQueue:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.remasking import DenoisedBlocks, commit_positions
 from megatron_dlm.rollout.sampling import SampledTokens
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 
 @dataclass(frozen=True)

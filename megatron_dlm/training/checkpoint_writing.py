@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.errors import bad_value
-from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.parallel import errors_on_all_ranks
 from megatron_dlm.training.manifest import files_of, record_files, sync_folder, write_manifest
 from megatron_dlm.training.run_folder import LATEST
 

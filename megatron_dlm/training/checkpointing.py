@@ -17,7 +17,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.hf_checkpoint import is_finite
-from megatron_dlm.conversion.model_parameters import global_names
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError, bad_value
@@ -28,6 +27,8 @@ from megatron_dlm.models.lora import (
     merge_adapters,
     remove_adapters,
 )
+from megatron_dlm.models.model_parameters import global_names
+from megatron_dlm.parallel import errors_on_all_ranks
 from megatron_dlm.training.checkpoint_metadata import checked_metadata
 from megatron_dlm.training.checkpoint_writing import (
     UNREADABLE,
@@ -37,7 +38,6 @@ from megatron_dlm.training.checkpoint_writing import (
     publish,
     writing,
 )
-from megatron_dlm.training.initialize import errors_on_all_ranks
 from megatron_dlm.training.manifest import damages
 from megatron_dlm.training.optimizer_state import load_optimizer_state, loading_optimizer_state
 from megatron_dlm.training.run_folder import (

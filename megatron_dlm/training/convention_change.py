@@ -6,8 +6,8 @@ be a mistake.
 
 from megatron_dlm.config import Config
 from megatron_dlm.models.architecture import diffusion_convention
-from megatron_dlm.models.diffusion_convention import DiffusionConvention
 from megatron_dlm.training.inputs import RunInputs
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
 
 def changed_convention(config: Config, inputs: RunInputs) -> list[str]:

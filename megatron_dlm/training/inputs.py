@@ -16,7 +16,6 @@ from megatron_dlm.data.prompts import (
 )
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import (
-    SpecialTokens,
     differing_token,
     eos_token_ids,
     has_tokenizer,
@@ -26,9 +25,10 @@ from megatron_dlm.data.tokenizer import (
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.architecture import Architecture, diffusion_convention, read_architecture
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.models.families import FAMILIES
 from megatron_dlm.training.model_source import ModelSource, open_model_source
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
     from megatron_dlm.data.corpus import CorpusDataset

@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
-from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.data.tokenizer import unusable_tokens
 from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.attention import FLEX_TILE
@@ -22,7 +21,7 @@ from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
 from megatron_dlm.objectives.attention_annealing import anneal_attention
 from megatron_dlm.objectives.token_keys import with_token_keys
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.convention_change import changed_convention
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
@@ -30,6 +29,7 @@ from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.rate_precision import unseen_in_bf16
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.train_step import train_step
+from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from megatron_dlm.models.architecture import (
     read_architecture,
     states_attention,
 )
-from megatron_dlm.models.diffusion_convention import DiffusionConvention
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
 if TYPE_CHECKING:
     import torch
@@ -125,8 +125,8 @@ class ModelSource:
         """
         # Not at the top: what a folder holds can be said without PyTorch and Megatron-Core.
         from megatron_dlm.conversion.hf_import import load_hf_weights
+        from megatron_dlm.parallel import errors_on_all_ranks
         from megatron_dlm.training.checkpointing import load_weights
-        from megatron_dlm.training.initialize import errors_on_all_ranks
 
         if self.is_megatron:
             load_weights(self.path, model, self.field, adapters, self.verify)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
-from megatron_dlm.distillation.self_teacher import SelfTeacher
-from megatron_dlm.distillation.stored_teacher import StoredTeacher
-from megatron_dlm.distillation.teacher import Teacher
+from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.self_teacher import SelfTeacher
+from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.student import Student
 
 Phase = Literal["rollout", "teacher", "update"]

@@ -21,8 +21,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_dlm.config.schema import Config, ParameterGroup
-from megatron_dlm.conversion.model_parameters import global_names
 from megatron_dlm.errors import bad_value
+from megatron_dlm.models.model_parameters import global_names
 
 GROUPS = {
     "attention": r"\.self_attention\.linear_(qkv|proj)\.(weight|lora_[ab])$",

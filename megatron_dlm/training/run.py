@@ -9,9 +9,6 @@ from megatron_dlm.config.fields import plain_value
 from megatron_dlm.config.usage_rules import is_used
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
-from megatron_dlm.distillation.self_teacher import SelfTeacher
-from megatron_dlm.distillation.stored_teacher import StoredTeacher
-from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.lora import drop_out_adapter_inputs, train_adapters_only
@@ -20,6 +17,10 @@ from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.teacher.building import choose_teacher, self_teacher
+from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.self_teacher import SelfTeacher
+from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.checkpointing import (
     Progress,
     attach_adapters_of_run,
@@ -31,7 +32,6 @@ from megatron_dlm.training.inputs import RunInputs, resumes
 from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.student import Student, build_student
-from megatron_dlm.training.teacher_choice import choose_teacher, self_teacher
 from megatron_dlm.training.trajectory_source import TrajectorySource
 from megatron_dlm.training.validation import Validation
 from megatron_dlm.training.verified_rollout import Verifier
@@ -175,7 +175,7 @@ def _check_resumable(config: Config, inputs: RunInputs, load: str) -> None:
 def build_run(config: Config, inputs: RunInputs) -> Run:
     """Build models, load weights, and resume where `--load` is a run.
 
-    Process groups must exist (`training.initialize`).
+    Process groups must exist (`parallel`).
 
     Raises:
         UserError: A checkpoint does not fit, or a resumed run was started with other options.

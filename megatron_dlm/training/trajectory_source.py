@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_dlm.config import Config
-from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
-from megatron_dlm.data.sampler import ShuffledSampler
-from megatron_dlm.data.seeding import keyed_generator
-from megatron_dlm.rollout.engine import RolloutEngine
-from megatron_dlm.rollout.trajectory import Trajectory
-from megatron_dlm.training.curriculum import (
+from megatron_dlm.config.curriculum import (
     dynamic_threshold,
     response_length,
     teacher_response_fraction,
 )
-from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.data.corpus import CorpusDataset
+from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
+from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
+from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

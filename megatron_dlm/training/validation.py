@@ -16,10 +16,10 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.packing import TrainingBatch, batch_to, pack
 from megatron_dlm.data.prompts import ExampleDataset
-from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
+from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.train_step import reduce_sums
 
 HELD_OUT = -1

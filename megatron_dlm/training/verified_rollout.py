@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dlm import platform
 from megatron_dlm.evaluation.rewards import RIGHT, Reward
 from megatron_dlm.rollout.engine import RolloutEngine
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 # Noise is keyed by the sample: later tries of a sample use indices that no run ever reaches.
 TRY_STRIDE = 1 << 40

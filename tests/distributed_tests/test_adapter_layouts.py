@@ -12,7 +12,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.peft_export import AdapterSettings, export_peft
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training.model_source import open_model_source
 from tests.distributed_tests.layouts import (
     DISTRIBUTED_OPTIMIZER,

@@ -18,7 +18,7 @@ from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.training.initialize import initialize
+from megatron_dlm.parallel import initialize
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer

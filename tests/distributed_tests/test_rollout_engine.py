@@ -11,8 +11,8 @@ from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import initialize
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.training.initialize import initialize
 from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, Layout
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (

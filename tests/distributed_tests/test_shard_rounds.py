@@ -6,8 +6,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_dlm.config import Config
-from megatron_dlm.training.initialize import initialized
-from megatron_dlm.training.shard_rounds import rounds
+from megatron_dlm.parallel import initialized
+from megatron_dlm.teacher.shard_rounds import rounds
 from tests.distributed_tests.spawn import run_distributed
 
 TIMEOUT = timedelta(seconds=6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.distillation.divergence_spec import DivergenceSpec
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training.checkpointing import save_checkpoint
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import build_run

@@ -14,13 +14,13 @@ from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.objectives.base import LossInputs
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training import loop
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import Run, build_run
 from megatron_dlm.training.verified_rollout import TRY_STRIDE
+from megatron_dlm.types.trajectory import Trajectory
 from tests.functional_tests.entry_points import CONVERT, run_process
 from tests.tiny import (
     REPOSITORY,

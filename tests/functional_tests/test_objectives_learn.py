@@ -15,14 +15,14 @@ from transformers import AutoTokenizer
 
 from megatron_dlm.config import Config, validate
 from megatron_dlm.data.packing import pack
-from megatron_dlm.data.seeding import keyed_generator
 from megatron_dlm.models.model import full_hidden_states, head_weight
 from megatron_dlm.objectives.base import LossInputs
-from megatron_dlm.rollout.trajectory import Trajectory
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
+from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import collect, train
 from megatron_dlm.training.run import Run, build_run
+from megatron_dlm.types.trajectory import Trajectory
 from tests.corpora import write_corpus
 from tests.tiny import REPOSITORY, TOKENIZER, run_config, write_data
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.offload import Phase

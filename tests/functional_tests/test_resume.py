@@ -10,9 +10,9 @@ from megatron.core import dist_checkpointing
 
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training import loop
 from megatron_dlm.training.checkpointing import find_checkpoint
-from megatron_dlm.training.initialize import initialized
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import (
     reward_every_third,

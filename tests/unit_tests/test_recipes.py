@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.real_shapes import REAL_SHAPES, qwen3
 from megatron_dlm.config import Config, parse_config, validate, validate_architecture
+from megatron_dlm.config.curriculum import response_length
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.training.branched_training import plan_branches
-from megatron_dlm.training.curriculum import response_length
 from tests.refusal import refusal
 from tests.tiny import save_random_model, state_convention
 from tests.unit_tests.published import (

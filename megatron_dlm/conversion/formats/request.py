@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_dlm.models.architecture import Architecture, diffusion_convention
-from megatron_dlm.models.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.models.diffusion_convention import DiffusionConvention
 from megatron_dlm.models.families.parameters import ParameterMapping, llama_parameters
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, RND1
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, RND1
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dlm.config import Config
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
 
 TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
 

@@ -24,9 +24,9 @@ from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceConfig, resolve_inference
 from megatron_dlm.models.architecture import diffusion_convention, read_architecture
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from tests.unit_tests.conversion.hf_models import SIZES, random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer

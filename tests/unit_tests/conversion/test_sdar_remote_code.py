@@ -14,12 +14,12 @@ from megatron_dlm.conversion.remote_code.configuration_sdar_moe import SDARMoeCo
 from megatron_dlm.conversion.remote_code.modeling_sdar import SDARForCausalLM
 from megatron_dlm.conversion.remote_code.modeling_sdar_moe import SDARMoeForCausalLM
 from megatron_dlm.conversion.remote_code.token_draws import draw_tokens
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.trajectory import Prompt
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer

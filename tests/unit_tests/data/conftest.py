@@ -3,8 +3,9 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dlm.data.tokenizer import SpecialTokens, resolve_special_tokens
+from megatron_dlm.data.tokenizer import resolve_special_tokens
 from megatron_dlm.data.tokenizer_builder import VOCAB_SIZE, build_tokenizer
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 
 @pytest.fixture(scope="session")

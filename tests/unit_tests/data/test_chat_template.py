@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dlm.config.groups import TrainOn
 from megatron_dlm.data.prompts import ExampleDataset, read_examples, read_prompts
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.chat_templates import ALWAYS_THINKING, ITERATING, PARTS, PLAIN, QUOTING, THINKING
 
 Message = dict[str, Any]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.corpora import random_documents, write_corpus
 
 SPECIAL = SpecialTokens(eos_token_id=510, pad_token_id=508, mask_token_id=511, vocab_size=512)

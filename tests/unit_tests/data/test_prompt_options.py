@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import read_examples, read_prompts
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 LENGTHS = [3, 9, 10, 11, 30, 2]
 LIMIT = 10

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dlm.data.arithmetic import examples
 from megatron_dlm.data.prompts import read_examples, read_prompts
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 USER = {"role": "user", "content": "Tom has 2 eggs."}
 ASSISTANT = {"role": "assistant", "content": "2 + 3 = 5"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 HEADER = ResponseHeader(
     prompts="a" * 64,

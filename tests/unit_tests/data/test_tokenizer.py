@@ -8,14 +8,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from megatron_dlm.data.tokenizer import (
-    SpecialTokens,
-    differing_token,
-    load_tokenizer,
-    resolve_special_tokens,
-)
+from megatron_dlm.data.tokenizer import differing_token, load_tokenizer, resolve_special_tokens
 from megatron_dlm.data.tokenizer_builder import save_tokenizer
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 
 def stock_tokenizer(**special: str) -> PreTrainedTokenizerFast:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore
-from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 HEADER = TopKHeader(
     prompt_tokens="a" * 64,

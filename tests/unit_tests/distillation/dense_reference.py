@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 
 @dataclass

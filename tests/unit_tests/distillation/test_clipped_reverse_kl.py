@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.distillation.clipped_reverse_kl import clipped_reverse_kl
-from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TopKTargets
 from tests.unit_tests.distillation.dense_reference import (
     LossInputs,
     dense_clipped_reverse_kl,

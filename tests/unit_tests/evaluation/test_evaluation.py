@@ -16,7 +16,7 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.evaluator import EvaluationCounts, count, evaluate, score
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
 from megatron_dlm.evaluation.tasks import get_task
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 TASK = get_task("final_answer")
 

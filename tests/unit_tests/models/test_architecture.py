@@ -11,7 +11,7 @@ from megatron_dlm.models.architecture import (
     architecture_from_hf,
     diffusion_convention,
 )
-from megatron_dlm.models.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
 from tests.tiny import DENSE, MOE
 
 BLOCKS = DiffusionConvention("block_causal", shifted=False)

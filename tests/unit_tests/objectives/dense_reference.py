@@ -11,14 +11,15 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch
-from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.models.model_provider import build_model, build_teacher
-from megatron_dlm.objectives.base import Document, LossInputs, Objective
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.objectives.base import LossInputs, Objective
+from megatron_dlm.teacher.frozen import Teacher
 from megatron_dlm.training.model_source import open_model_source
+from megatron_dlm.types.document import Document
+from megatron_dlm.types.trajectory import Trajectory
 from tests.tiny import save_random_model
 
 MASK, EOS, VOCABULARY = 511, 510, 512

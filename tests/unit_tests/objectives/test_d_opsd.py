@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
-from megatron_dlm.distillation.self_teacher import SelfTeacher, teacher_view
-from megatron_dlm.models.diffusion_convention import RND1, DiffusionConvention
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
-from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.rollout.visited_states import states_before_last_block
+from megatron_dlm.teacher.self_teacher import SelfTeacher, teacher_view
+from megatron_dlm.types.diffusion_convention import RND1, DiffusionConvention
+from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     MASK,
     VOCABULARY,

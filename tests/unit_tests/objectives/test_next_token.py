@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_dlm.config import Config
 from megatron_dlm.data.packing import pack
 from megatron_dlm.objectives import OBJECTIVES
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     MASK,
     VOCABULARY,

@@ -10,7 +10,7 @@ from megatron_dlm.data.packing import pack
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.block_diffusion import block_diffusion_document
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     EOS,
     MASK,

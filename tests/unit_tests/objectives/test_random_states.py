@@ -19,7 +19,7 @@ from megatron_dlm.models.model import head_weight
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.objectives.state_selection import SELECTORS, random_state
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     EOS,
     MASK,

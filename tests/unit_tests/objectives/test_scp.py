@@ -11,7 +11,7 @@ from megatron_dlm.data.packing import TrainingBatch, pack
 from megatron_dlm.models.attention_layout import pair_draws
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.attention_annealing import anneal_attention
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import MASK, VOCABULARY, Models, corpus_window
 
 pytestmark = pytest.mark.usefixtures("single_process")

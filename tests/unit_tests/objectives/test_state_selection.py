@@ -13,7 +13,7 @@ from megatron_dlm.objectives.state_selection import (
     random_state,
     unmask_steps,
 )
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 
 @st.composite

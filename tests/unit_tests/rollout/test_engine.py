@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.schema import Config, ParallelConfig
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import drawing
 from megatron_dlm.rollout import engine as engine_module
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import SlotTable
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
     GENERATION,

@@ -12,11 +12,11 @@ from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import engine as engine_module
 from megatron_dlm.rollout.context import CanvasContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.unit_tests.rollout.full_attention_reference import (
     bidirectional_logits,
     bidirectional_model,

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dlm.rollout.trajectory import Trajectory
 from megatron_dlm.rollout.visited_states import final_canvas, states_before_last_block
+from megatron_dlm.types.trajectory import Trajectory
 
 MASK = 99
 

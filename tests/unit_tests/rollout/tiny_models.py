@@ -9,14 +9,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megatron_dlm.config.schema import Config, ParallelConfig
 from megatron_dlm.conversion.hf_import import load_hf_weights
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.process_groups import RolloutGroups
-from megatron_dlm.rollout.trajectory import Prompt
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt
 
 VOCAB_SIZE, EOS, PAD, MASK = 61, 7, 8, 60
 SPECIAL_TOKENS = SpecialTokens(EOS, PAD, MASK, vocab_size=VOCAB_SIZE)

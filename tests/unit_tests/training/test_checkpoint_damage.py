@@ -18,10 +18,10 @@ import torch
 from megatron_dlm import entry
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training import checkpoint_writing
 from megatron_dlm.training.checkpoint_metadata import checked_metadata
 from megatron_dlm.training.checkpointing import verified_checkpoint
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.manifest import MANIFEST, files_of, read_manifest
 from megatron_dlm.training.run_folder import LATEST, find_checkpoint, prune, tidy
 from tests.tiny import run_config, run_training, save_random_model, write_data

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training import run as run_module
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import collect
 from megatron_dlm.training.run import build_run

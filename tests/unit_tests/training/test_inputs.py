@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.errors import UserError
 from megatron_dlm.training.convention_change import changed_convention
 from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.corpora import write_corpus
 from tests.tiny import run_config, run_training, save_random_model, write_data
 

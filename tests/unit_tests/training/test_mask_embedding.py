@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training.checkpointing import find_checkpoint
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run import build_run
 from tests.distributed_tests.spawn import run_distributed

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.distillation.self_teacher import SelfTeacher
-from megatron_dlm.distillation.teacher import Teacher
+from megatron_dlm.parallel import initialized
+from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.training import loop
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.offload import HostedTensors, _optimizer_tensors
 from megatron_dlm.training.run import Run, build_run

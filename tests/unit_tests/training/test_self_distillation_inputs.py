@@ -9,8 +9,8 @@ import pytest
 
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import diffusion_convention
-from megatron_dlm.models.diffusion_convention import BLOCK_DIFFUSION, RND1
 from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, RND1
 from tests.tiny import run_config, save_random_model, state_convention, write_data
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_dlm.distillation.teacher import Teacher
+from megatron_dlm.teacher.frozen import Teacher
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 

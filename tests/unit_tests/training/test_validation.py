@@ -9,8 +9,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import initialized
 from megatron_dlm.training.checkpointing import find_checkpoint
-from megatron_dlm.training.initialize import initialized
 from megatron_dlm.training.inputs import read_inputs
 from tests.tiny import run_config, run_training, save_random_model, write_data
 

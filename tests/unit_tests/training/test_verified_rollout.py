@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_dlm.data.prompts import PromptDataset
-from megatron_dlm.rollout.trajectory import Prompt, Trajectory
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.tiny import TOKENIZER
 from tests.unit_tests.rollout.tiny_models import (
     load_model,

@@ -11,12 +11,12 @@ from megatron.core import parallel_state
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.top_k_store import TopKStore
-from megatron_dlm.distillation.teacher import Teacher
-from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.rollout.trajectory import Trajectory
-from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
+from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
+from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.trajectory import Trajectory
 
 
 def compute_missing(

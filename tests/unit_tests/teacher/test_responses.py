@@ -10,14 +10,14 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
+from megatron_dlm.config.curriculum import teacher_response_fraction
 from megatron_dlm.data.response_store import ResponseStore
 from megatron_dlm.models.model_provider import build_teacher
+from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout.engine import RolloutEngine
-from megatron_dlm.training.curriculum import teacher_response_fraction
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.teacher.responses import generate_missing
 from megatron_dlm.training.inputs import RunInputs, read_inputs
 from megatron_dlm.training.run import build_run
-from megatron_dlm.training.teacher_responses import generate_missing
 from megatron_dlm.training.trajectory_source import takes_given_response
 from tests.tiny import run_config, run_training, save_random_model, write_data
 

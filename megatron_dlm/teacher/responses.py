@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.response_store import ResponseStore
-from megatron_dlm.data.tokenizer import SpecialTokens
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.trajectory import Prompt
-from megatron_dlm.training.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
+from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Prompt
 
 
 def generate_missing(

@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dlm.data.shard_store import ShardStore
-from megatron_dlm.training.initialize import errors_on_all_ranks
+from megatron_dlm.parallel import errors_on_all_ranks
 
 PROMPTS_PER_SHARD = 512
 """Most prompts in one shard: what an interruption can lose on a rank."""

@@ -19,19 +19,19 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
-from megatron_dlm.data.seeding import keyed_generator
-from megatron_dlm.distillation.top_k_targets import TopKTargets
 from megatron_dlm.distillation.vocab_parallel_top_k import top_k_and_largest_logit
 from megatron_dlm.models.attention_layout import Field, clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden, most_rows, texts_of_rows
 from megatron_dlm.models.lora import adapters_disabled
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
-from megatron_dlm.rollout.trajectory import StateTargets, Trajectory
 from megatron_dlm.rollout.visited_states import (
     VisitedStates,
     final_canvas,
     states_before_last_block,
 )
+from megatron_dlm.seeding import keyed_generator
+from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.trajectory import StateTargets, Trajectory
 
 
 class SelfTeacher:

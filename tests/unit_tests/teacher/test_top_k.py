@@ -11,14 +11,14 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.top_k_store import TopKStore
-from megatron_dlm.distillation.stored_teacher import StoredTeacher
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.rollout.trajectory import Trajectory
-from megatron_dlm.training import teacher_choice, teacher_top_k
-from megatron_dlm.training.initialize import initialized
+from megatron_dlm.parallel import initialized
+from megatron_dlm.teacher import building, top_k
+from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run import Run, build_run
+from megatron_dlm.types.trajectory import Trajectory
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 PROMPTS = 10
@@ -88,14 +88,14 @@ def test_the_teacher_is_gone_and_never_loaded_again(
 ) -> None:
     config = off_policy(folder, tmp_path)
     built_teachers: list[weakref.ref[DiffusionGPTModel]] = []
-    build = teacher_choice.build_teacher
+    build = building.build_teacher
 
     def watched(*args: Any) -> DiffusionGPTModel:
         model = build(*args)
         built_teachers.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(teacher_choice, "build_teacher", watched)
+    monkeypatch.setattr(building, "build_teacher", watched)
     assert isinstance(built(config).teacher, StoredTeacher)
     assert len(built_teachers) == 1
     gc.collect()
@@ -110,7 +110,7 @@ def test_interrupted_computation_goes_on_where_it_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = off_policy(folder, tmp_path, global_batch_size=2)
-    monkeypatch.setattr(teacher_top_k.compute_missing, "__defaults__", (3,))  # prompts a shard
+    monkeypatch.setattr(top_k.compute_missing, "__defaults__", (3,))  # prompts a shard
     write, written = TopKStore.write, []
 
     def failing(self: TopKStore, shard: range, targets: Any) -> None:
@@ -146,7 +146,7 @@ def test_a_teacher_that_moved_is_not_asked_again(
     save_random_model(tmp_path / "here")
     before = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
     (tmp_path / "here").rename(tmp_path / "moved")
-    monkeypatch.setattr(teacher_choice, "build_teacher", None)  # cannot be called
+    monkeypatch.setattr(building, "build_teacher", None)  # cannot be called
     after = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
     assert len(after) == len(before) > 0
     for trajectory, other in zip(after, before, strict=True):

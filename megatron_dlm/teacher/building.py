@@ -13,14 +13,14 @@ from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset, TokenTable
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
-from megatron_dlm.distillation.self_teacher import SelfTeacher
-from megatron_dlm.distillation.stored_teacher import StoredTeacher
-from megatron_dlm.distillation.teacher import Teacher
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_teacher
-from megatron_dlm.training.initialize import errors_on_all_ranks
-from megatron_dlm.training.teacher_responses import generate_missing
-from megatron_dlm.training.teacher_top_k import compute_missing
+from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.responses import generate_missing
+from megatron_dlm.teacher.self_teacher import SelfTeacher
+from megatron_dlm.teacher.stored import StoredTeacher
+from megatron_dlm.teacher.top_k import compute_missing
 from megatron_dlm.training.trajectory_source import given_records
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from megatron.core import parallel_state
 
 from megatron_dlm.data.top_k_store import TopKTable
-from megatron_dlm.rollout.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class StoredTeacher:

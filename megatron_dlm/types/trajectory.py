@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_dlm.distillation.top_k_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TopKTargets
 
 
 @dataclass(frozen=True)

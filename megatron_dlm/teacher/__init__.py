@@ -1,0 +1,1 @@
+"""Teachers: frozen, self, stored; their inputs, targets and responses."""

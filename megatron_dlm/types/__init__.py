@@ -1,0 +1,1 @@
+"""What travels between packages; imports nothing above it."""
