@@ -8,8 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import ParamSpec
 
 from megatron_dlm.errors import UserError
+
+P = ParamSpec("P")
 
 USER_ERROR_STATUS = 2
 
@@ -37,13 +40,13 @@ def warn(text: str) -> None:
         _warned.add(text)
 
 
-def report_user_errors(main: Callable[[], int]) -> Callable[[], int]:
+def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Turn a `UserError` into one line on rank 0's standard error and exit status 2."""
 
     @functools.wraps(main)
-    def wrapper() -> int:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main()
+            return main(*args, **kwargs)
         except UserError as error:
             if rank() == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)

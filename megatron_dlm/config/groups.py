@@ -171,7 +171,7 @@ class DataConfig:
     each of them an example of its own with all that is before it as the prompt."""
 
     data_path: str | None = None
-    """Pretraining corpus: prefix of the .bin and .idx file that tools/preprocess_data.py wrote
+    """Pretraining corpus: prefix of the .bin and .idx file that megatron-dlm preprocess wrote
     (Megatron's indexed dataset)."""
 
     seq_length: int = 2048

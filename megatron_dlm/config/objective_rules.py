@@ -75,7 +75,7 @@ def check_validation(config: Config) -> None:
         if value_of(config, name) is None or name == config.validation_option:
             continue
         remedy = (
-            "leave it out; tools/evaluate.py measures held-out prompts"
+            "leave it out; megatron-dlm evaluate measures held-out prompts"
             if config.validation_option is None
             else f"give {flag(config.validation_option)}"
         )

@@ -52,11 +52,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         UserError: An unknown flag or key, a value of the wrong type, an unreadable YAML file.
         SystemExit: After printing `--help` (status 0).
     """
-    return parse_arguments(
-        Config,
-        argv,
-        description="Turn an autoregressive language model into a block-diffusion model.",
-    )
+    return parse_arguments(Config, argv)
 
 
 def parse_arguments(

@@ -141,7 +141,7 @@ class CorpusDataset:
 
 
 def _open(prefix: str, field: str) -> IndexedDataset:
-    remedy = "name the prefix of the .bin and .idx file that tools/preprocess_data.py wrote"
+    remedy = "name the prefix of the .bin and .idx file that megatron-dlm preprocess wrote"
     for path in (get_bin_path(prefix), get_idx_path(prefix)):
         if not Path(path).is_file():
             raise bad_value(field, prefix, f"there is no {path}", remedy)

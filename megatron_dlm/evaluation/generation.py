@@ -1,4 +1,4 @@
-"""Answer prompts with a loaded model: what `tools/generate.py` and `tools/evaluate.py` share.
+"""Answer prompts with a loaded model: what generating and evaluating share.
 
 Prompt i of a file is answered by data-parallel rank i mod dp; its draws are keyed by i, so the
 responses are the same under every layout.

@@ -1,8 +1,8 @@
 """Run the entry points: as functions where many cases share one import, as processes where the
 process itself is what is tested."""
 
-import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,17 +48,13 @@ def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     """A function that runs `script` with arguments in this process."""
 
     def call(script: Path, *arguments: object) -> Outcome:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, script.stem, module)  # dataclasses look themselves up
-        spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         capsys.readouterr()
-        status = module.main()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
         captured = capsys.readouterr()
-        return Outcome(status, captured.out, captured.err)
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, captured.out, captured.err)
 
     return call
 

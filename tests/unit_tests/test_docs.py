@@ -1,5 +1,6 @@
 """The documentation says what the code does: generated pages are current, links lead somewhere."""
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -8,18 +9,21 @@ from types import ModuleType
 
 import pytest
 
+from megatron_dlm.commands import COMMANDS
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import option_fields
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
-ENTRY_POINTS = (
-    "evaluate",
-    "generate",
-    "convert_checkpoint",
-    "preprocess_data",
-    "critical_batch_size",
-)
+SCRIPTS = {
+    "pretrain_opdlm.py": "train",
+    "tools/evaluate.py": "evaluate",
+    "tools/generate.py": "generate",
+    "tools/convert_checkpoint.py": "convert",
+    "tools/preprocess_data.py": "preprocess",
+    "tools/critical_batch_size.py": "critical-batch-size",
+}
+"""The command that each script of the checkout runs."""
 PAGE_IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 
 
@@ -58,15 +62,26 @@ def test_relative_links_and_named_files_exist(page: Path) -> None:
         assert (REPOSITORY / name.rstrip(".")).exists(), name
 
 
-def known_flags(options: type) -> set[str]:
+def known_flags(command: str) -> set[str]:
+    module = importlib.import_module(f"megatron_dlm.commands.{command.replace('-', '_')}")
+    options = Config if command == "train" else module.Arguments
     return {option.flag for option in option_fields(options).values()}
 
 
+def test_each_command_has_a_script() -> None:
+    assert sorted(SCRIPTS.values()) == sorted(COMMANDS)
+    assert {*REPOSITORY.glob("tools/*.py")} | {REPOSITORY / "pretrain_opdlm.py"} == {
+        REPOSITORY / script for script in SCRIPTS
+    }
+    for script, command in SCRIPTS.items():
+        assert f'main(["{command}", *sys.argv[1:]])' in (REPOSITORY / script).read_text()
+
+
 def test_flags_in_commands_exist() -> None:
-    known = {"pretrain_opdlm.py": known_flags(Config)}
-    for name in ENTRY_POINTS:
-        script = f"tools/{name}.py"
-        known[script] = known_flags(load_script(script).Arguments)
+    known = {}
+    for script, name in SCRIPTS.items():
+        known[script] = known[f"-m megatron_dlm {name} "] = known_flags(name)
+        known[f"megatron-dlm {name} "] = known_flags(name)
     commands = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -78,4 +93,4 @@ def test_flags_in_commands_exist() -> None:
                         commands += 1
                         given = re.findall(r"--[\w-]+", arguments)
                         assert set(given) <= flags, command
-    assert commands >= len(known)
+    assert commands >= len(SCRIPTS)

@@ -1,0 +1,91 @@
+"""The command line: `megatron-dlm COMMAND ...`, one module a command.
+
+A command's module is imported when the command is run, and has a `main(argv)` that returns the exit
+status. `pretrain_opdlm.py` and `tools/` run the same commands from a checkout.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+from megatron_dlm import __version__
+from megatron_dlm.entry import rank, report_user_errors
+from megatron_dlm.errors import bad_value
+
+T = TypeVar("T")
+
+PROGRAM = "megatron-dlm"
+
+COMMANDS = {
+    "train": "Turn an autoregressive language model into a block-diffusion model.",
+    "evaluate": "Score a checkpoint's responses to held-out prompts.",
+    "generate": "Generate responses with a checkpoint.",
+    "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
+    "preprocess": "Tokenise a text corpus for pretraining.",
+    "critical-batch-size": "Find the critical batch size by branched training.",
+}
+"""What each command does, in the order of the help text."""
+
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The command's name and its arguments; None takes those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: After printing a command's `--help` (status 0).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else None
+    if name in ("-h", "--help", "--version"):
+        if rank() == 0:
+            print(f"{PROGRAM} {__version__}" if name == "--version" else _help())
+        return 0
+    if name not in COMMANDS:
+        raise _no_command(name)
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    status: int = module.main(arguments[1:])
+    return status
+
+
+def parse_command(name: str, options: type[T], argv: Sequence[str]) -> T:
+    """Read a command's arguments; its help text begins with the line in `COMMANDS`.
+
+    Raises:
+        UserError: An argument is unknown or has no value of its type.
+        SystemExit: After printing `--help` (status 0).
+    """
+    from megatron_dlm.config import parse_arguments
+
+    return parse_arguments(options, argv, description=COMMANDS[name], prog=f"{PROGRAM} {name}")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        (
+            f"usage: {PROGRAM} COMMAND [OPTIONS]",
+            "",
+            "Autoregressive language models into block-diffusion models, on Megatron-Core.",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists a command's options. Several processes:",
+            "  torchrun --nproc-per-node N -m megatron_dlm COMMAND [OPTIONS]",
+        )
+    )
+
+
+def _no_command(name: str | None) -> Exception:
+    from megatron_dlm.config.fields import unknown_name
+
+    if name is None:
+        return bad_value("command", None, "is missing", f"choose {' or '.join(COMMANDS)}")
+    return unknown_name("command", name, COMMANDS, "command")

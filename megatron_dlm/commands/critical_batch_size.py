@@ -1,0 +1,219 @@
+"""Find the critical batch size by branched training (RND1 section 3.3).
+
+megatron-dlm critical-batch-size --training-config examples/tiny/scp.yaml --load runs/tiny/scp \
+    --save runs/tiny/critical_batch_size --batch-sizes 8,16,32,64 --token-budget 1048576
+
+From one checkpoint, branches are trained that differ in the batch size only: the learning rates of
+the configuration belong to its own `global_batch_size` and are scaled by the square root of the
+ratio; warm-up, decay and validation are aligned in tokens; each branch sees the same tokens in the
+same order. A branch is an ordinary run with a fresh optimizer, in `batch_<size>` of the study's
+folder. The same command goes on with what is not finished.
+
+Writes `results.jsonl` (a line a branch), `summary.json` and `critical_batch_size.png`, and prints a
+table. The critical batch size is the largest whose final loss is within --tolerance of the best.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_dlm.commands import parse_command
+from megatron_dlm.config import Config, parse_config, validate
+from megatron_dlm.errors import bad_value
+from megatron_dlm.training.branched_training import (
+    Branch,
+    BranchResult,
+    critical_batch_size,
+    plan_branches,
+    read_metrics,
+    read_result,
+)
+from megatron_dlm.training.run_folder import latest_iteration
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Study: from where, on what, in which batch sizes."""
+
+    training_config: str | None = None
+    """YAML file of the training run: objective, data, rates and the batch size they belong to."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the training run that win over the file, {"seed": 7} for one; JSON."""
+
+    load: str | None = None
+    """Checkpoint that all branches start from, its weights only (default: that of the run)."""
+
+    save: str | None = None
+    """Folder of the study."""
+
+    batch_sizes: tuple[int, ...] = ()
+    """Global batch sizes to compare, in windows, separated by commas."""
+
+    token_budget: int | None = None
+    """Tokens that each branch is trained on: a whole number of batches of every size."""
+
+    tolerance: float = 0.01
+    """Part of the best final loss by which a branch may be worse and still count as good."""
+
+    nproc_per_node: int = 1
+    """Processes of a branch, under torchrun."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Find the critical batch size."""
+
+    study: StudyConfig = field(default_factory=StudyConfig)
+
+
+def read_branches(study: StudyConfig) -> list[Branch]:
+    """The branches to train, each of them valid.
+
+    Raises:
+        UserError: Something is missing or cannot work.
+    """
+    for name, value in (
+        ("--training-config", study.training_config),
+        ("--save", study.save),
+        ("--token-budget", study.token_budget),
+    ):
+        if value is None:
+            raise bad_value(name, None, "is missing", f"add {name}")
+    if study.tolerance < 0:
+        raise bad_value("--tolerance", study.tolerance, "is negative", "choose 0 or more")
+    if study.nproc_per_node < 1:
+        raise bad_value(
+            "--nproc-per-node", study.nproc_per_node, "is less than 1", "choose 1 or more"
+        )
+    file = parse_config(["--config", str(study.training_config)])
+    base = Config.from_dict(file.to_dict() | study.options, "--options")
+    load = study.load or base.model.load
+    if load is None:
+        raise bad_value("--load", None, "nothing to start from", "name a model or run folder")
+    branches = plan_branches(
+        base,
+        load=load,
+        save=str(study.save),
+        batch_sizes=study.batch_sizes,
+        token_budget=study.token_budget or 0,
+    )
+    for branch in branches:
+        if latest_iteration(branch.folder) is None:
+            validate(branch.config, study.nproc_per_node)
+    return branches
+
+
+def run_branch(branch: Branch, nproc_per_node: int) -> None:
+    """Train a branch, or what is left of it.
+
+    Raises:
+        UserError: Its folder holds a branch with other settings, or the run failed.
+    """
+    file, text = branch.folder / "branch.yaml", branch.config.to_yaml()
+    if file.is_file() and file.read_text() != text:
+        raise bad_value(
+            "--save", str(branch.folder), "holds a branch with other settings", "name a new folder"
+        )
+    if branch.is_finished:
+        return
+    branch.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    command = [sys.executable]
+    if nproc_per_node > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(nproc_per_node)]
+    command += ["-m", "megatron_dlm", "train", "--config", str(file)]
+    if latest_iteration(branch.folder) is not None:
+        command += ["--load", str(branch.folder), "--no-finetune"]
+    print(f"batch size {branch.batch_size}: {' '.join(command)}", flush=True)
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise bad_value(
+            "--batch-sizes",
+            branch.batch_size,
+            f"its run ended with status {status}",
+            "see its output above; the same command goes on where it stopped",
+        )
+
+
+def print_table(results: Sequence[BranchResult], critical: BranchResult) -> None:
+    """Print the results for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Branches of equal token budgets", title_justify="left")
+    for heading in ("batch size", "batch tokens", "peak lr", "updates", "train", "validation"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        held_out = result.validation_loss
+        table.add_row(
+            f"{result.batch_size}{' *' if result == critical else ''}",
+            f"{result.batch_tokens:,}",
+            f"{result.lr:.2e}",
+            f"{result.train_iters:,}",
+            f"{result.train_loss:.4f}",
+            "-" if held_out is None else f"{held_out:.4f}",
+        )
+    Console().print(table)
+
+
+def write_plot(
+    branches: Sequence[Branch], results: Sequence[BranchResult], tolerance: float, path: Path
+) -> None:
+    """Draw loss over tokens for each branch, and final loss against batch size."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curves, final) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    key = "loss" if results[0].validation_loss is None else "validation_loss"
+    for branch, result in zip(branches, results, strict=True):
+        lines = [line for line in read_metrics(branch) if line[key] is not None]
+        tokens = [line["step"] * result.batch_tokens for line in lines]
+        curves.plot(tokens, [line[key] for line in lines], label=f"{result.batch_tokens:,}")
+    name = key.replace("_", " ")
+    curves.set(title=name.capitalize(), xlabel="tokens", ylabel="nats per token")
+    curves.legend(title="batch tokens")
+    final.plot([r.batch_tokens for r in results], [r.loss for r in results], marker="o")
+    best = min(result.loss for result in results)
+    final.axhline(best * (1 + tolerance), color="gray", linestyle="--", label="best + tolerance")
+    final.set_xscale("log", base=2)
+    final.set(title=f"Final {name}", xlabel="batch tokens", ylabel="nats per token")
+    final.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, plan, train what is left, compare."""
+    study = parse_command("critical-batch-size", Arguments, argv).study
+    branches = read_branches(study)
+    for branch in branches:
+        run_branch(branch, study.nproc_per_node)
+    results = [read_result(branch) for branch in branches]
+    critical = critical_batch_size(results, study.tolerance)
+    folder = Path(str(study.save))
+    lines = [json.dumps(asdict(result)) + "\n" for result in results]
+    (folder / "results.jsonl").write_text("".join(lines))
+    is_bound = critical == results[-1]
+    summary = {
+        "critical_batch_size": critical.batch_size,
+        "critical_batch_tokens": critical.batch_tokens,
+        "is_lower_bound": is_bound,
+        "tolerance": study.tolerance,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_plot(branches, results, study.tolerance, folder / "critical_batch_size.png")
+    print_table(results, critical)
+    print(
+        f"critical batch size: {'at least ' if is_bound else ''}{critical.batch_size} windows, "
+        f"{critical.batch_tokens:,} tokens (* within {study.tolerance:.1%} of the best loss)"
+    )
+    return 0
