@@ -1,11 +1,25 @@
 """Autoregressive language models into block-diffusion models, on Megatron-Core."""
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_dlm.api import Model, Response, convert, generate, load, loss
 
 __version__ = "0.1.0"
+
+__all__ = ["Model", "Response", "__version__", "convert", "generate", "load", "loss"]
 
 # Megatron-Core warns at import about every optional package that is not installed. Those that a run
 # asks for are checked by `megatron_dlm.config.validation`, with an error that says so.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 # Its distributed checkpoints are made of what PyTorch is about to replace.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Python interface when it is first used: it loads PyTorch and Megatron-Core."""
+    if name in __all__:
+        return getattr(importlib.import_module("megatron_dlm.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,6 +40,10 @@ def initialize(config: Config) -> None:
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    _set_seeds(config)
+
+
+def _set_seeds(config: Config) -> None:
     torch.manual_seed(config.data.seed)
     model_parallel_cuda_manual_seed(config.data.seed)
 
@@ -67,7 +71,15 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def initialized(config: Config) -> Iterator[None]:
-    """`initialize` on entry; on exit leave the groups, so that another layout can follow."""
+    """`initialize` on entry; on exit leave the groups, so that another layout can follow.
+
+    One process has one layout: a block in another one uses the groups that are there.
+    """
+    if world_size() == 1 and parallel_state.model_parallel_is_initialized():
+        platform.select(config.parallel.device)
+        _set_seeds(config)
+        yield
+        return
     joined_before = torch.distributed.is_initialized()
     initialize(config)
     try:

@@ -282,7 +282,7 @@ def tokenize_prompts(
 
 
 def read_examples(
-    path: str | Path,
+    path: str | Path | RecordFile,
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: SpecialTokens,
     max_prompt_length: int,
@@ -301,7 +301,7 @@ def read_examples(
     renders for it: that has EOS, thinking and tool calls as generation would write them.
 
     Args:
-        path: The JSONL file.
+        path: The JSONL file, or its records.
         tokenizer: Its chat template renders the prompt, with the generation prompt.
         special_tokens: EOS is appended to every response that no token of `eos_token_ids` ends.
         max_prompt_length: In tokens, chat template included.
@@ -316,7 +316,7 @@ def read_examples(
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
     """
-    file = RecordFile.read(path, field)
+    file = path if isinstance(path, RecordFile) else RecordFile.read(path, field)
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     sources = (
         (

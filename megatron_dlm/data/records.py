@@ -67,10 +67,24 @@ class RecordFile:
         )
 
     @classmethod
-    def of(cls, record: dict[str, Any], source: str) -> "RecordFile":
-        """Wrap a record that no file holds; `source` stands for the file in error messages."""
-        line = json.dumps(record).encode()
-        return cls(source, [line], [1], hashlib.sha256(line).hexdigest())
+    def of(cls, records: Sequence[dict[str, Any]], source: str) -> "RecordFile":
+        """Wrap records that no file holds; `source` stands for the file in error messages.
+
+        Raises:
+            UserError: There are none, or one holds what JSON cannot.
+        """
+        if not records:
+            raise bad_value(source, records, "is empty", "give one or more")
+        lines = []
+        for number, record in enumerate(records, start=1):
+            try:
+                lines.append(json.dumps(record).encode())
+            except TypeError as error:
+                problem = f"cannot be written as JSON ({error})"
+                raise bad_value(f"{source}:{number}", record, problem, "repair it") from error
+        content = b"\n".join(lines)
+        numbers = list(range(1, len(lines) + 1))
+        return cls(source, lines, numbers, hashlib.sha256(content).hexdigest())
 
     def select(self, indices: Sequence[int]) -> "RecordFile":
         """Return some of the records; they keep their places in error messages."""

@@ -21,6 +21,7 @@ from megatron_dlm.data.records import RecordFile
 from megatron_dlm.data.tokenizer import resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
+from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_teacher
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -103,22 +104,32 @@ def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
     return length
 
 
-class Generator:
-    """A frozen model in this process's part of the layout; process groups must exist.
-
-    Args:
-        setup: What to load.
-        inputs: What to answer.
+def build_frozen_model(setup: InferenceSetup) -> DiffusionGPTModel:
+    """The model with its weights, this process's part of the layout; process groups must exist.
 
     Raises:
         UserError: The weights do not fit config.json.
     """
+    model = build_teacher(setup.source.architecture, setup.config)
+    setup.source.load_into(model)
+    return model
 
-    def __init__(self, setup: InferenceSetup, inputs: InferenceInputs) -> None:
+
+class Generator:
+    """Answers prompts; process groups must exist.
+
+    Args:
+        model: What `build_frozen_model` built of the setup.
+        setup: How it decodes.
+        inputs: What to answer.
+    """
+
+    def __init__(
+        self, model: DiffusionGPTModel, setup: InferenceSetup, inputs: InferenceInputs
+    ) -> None:
         self._setup = setup
         self._inputs = inputs
-        self._model = build_teacher(setup.source.architecture, setup.config)
-        setup.source.load_into(self._model)
+        self._model = model
         rank = parallel_state.get_data_parallel_rank()
         self._share = range(len(inputs.prompts))[
             rank :: parallel_state.get_data_parallel_world_size()

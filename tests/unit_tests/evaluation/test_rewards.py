@@ -47,20 +47,20 @@ def test_a_reference_may_come_with_the_way_to_it(name: str, response: str, is_ri
     record = {"question": "How many clips did Natalia sell altogether?", "answer": GSM8K}
     reward = REWARDS[name]  # type: ignore[index]
     assert (reward(record, response) >= RIGHT) is is_right
-    reward.check(PromptDataset(RecordFile.of({"prompt": "?", **record}, "p.jsonl"), TokenTable()))
+    reward.check(PromptDataset(RecordFile.of([{"prompt": "?", **record}], "p.jsonl"), TokenTable()))
 
 
 @pytest.mark.parametrize("name", ["exact_match", "math_verify"])
 def test_a_way_without_an_answer_is_refused_at_the_start(name: str) -> None:
     record = {"prompt": "?", "answer": "48 + 24 = 72\n####"}
-    prompts = PromptDataset(RecordFile.of(record, "p.jsonl"), TokenTable())
+    prompts = PromptDataset(RecordFile.of([record], "p.jsonl"), TokenTable())
     with pytest.raises(UserError, match=r'p.jsonl:1: "answer" = .48 \+ 24'):
         REWARDS[name].check(prompts)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", ["exact_match", "math_verify"])
 def test_a_prompt_without_answer_is_refused_at_the_start(name: str) -> None:
-    prompts = PromptDataset(RecordFile.of({"prompt": "2 + 2?"}, "prompts.jsonl"), TokenTable())
+    prompts = PromptDataset(RecordFile.of([{"prompt": "2 + 2?"}], "prompts.jsonl"), TokenTable())
     with pytest.raises(UserError, match=r'prompts.jsonl:1: "answer" = None'):
         REWARDS[name].check(prompts)  # type: ignore[index]
 

@@ -1,0 +1,240 @@
+"""What the command `convert` does, as a function; its options are in `commands.convert`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dlm.commands.convert import ConversionConfig, DType
+from megatron_dlm.config import Config, ModelConfig, ParallelConfig, architecture_rules
+from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
+from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.conversion.peft_export import AdapterSettings, check_base_model, export_peft
+from megatron_dlm.data.tokenizer import (
+    eos_token_ids,
+    has_tokenizer,
+    load_tokenizer,
+    resolve_special_tokens,
+    unusable_tokens,
+)
+from megatron_dlm.entry import rank, world_size
+from megatron_dlm.errors import bad_value
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.parallel import initialized
+from megatron_dlm.training.checkpointing import AdapterUse, save_checkpoint, saved_config
+from megatron_dlm.training.model_source import ModelSource, open_model_source
+from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def stored_dtype(choice: DType, architecture: Architecture) -> torch.dtype:
+    """The type of the converted weights.
+
+    Raises:
+        UserError: `auto`, and config.json states a type that models are not built in.
+    """
+    name: str = choice
+    if choice == "auto":
+        config = architecture.hf_config
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise bad_value(
+            "--dtype", choice, f"config.json states {name}", f"choose {' or '.join(DTYPES)}"
+        )
+    return DTYPES[name]
+
+
+def with_dtype(hf_config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json that states the type of the weights, under its old and its new name."""
+    name = str(dtype).removeprefix("torch.")
+    return hf_config | {"dtype": name, "torch_dtype": name}
+
+
+def check_target(arguments: ConversionConfig) -> Path:
+    """The folder to write.
+
+    Raises:
+        UserError: It was not named, or exists.
+    """
+    if arguments.save is None:
+        raise bad_value("--save", None, "nothing to write to", "name a new folder")
+    target = Path(arguments.save)
+    # Into a run folder, a converted checkpoint would become the one that the run goes on from.
+    may_replace = arguments.overwrite and arguments.target_format != "megatron"
+    if target.exists() and not may_replace:
+        remedy = "name a new folder"
+        if arguments.target_format != "megatron":
+            remedy += " or add --overwrite"
+        raise bad_value("--save", arguments.save, "already exists", remedy)
+    return target
+
+
+def check_autoregressive(source: ModelSource) -> None:
+    """What is written as `autoregressive` is read as a model that predicts the next token.
+
+    Raises:
+        UserError: It is a diffusion model of another kind.
+    """
+    convention = source.convention
+    if convention is None or (convention.attention_pattern == "causal" and convention.shifted):
+        return
+    raise bad_value(
+        "--target-format",
+        "autoregressive",
+        f"{source.hf_folder / 'config.json'} states a diffusion model with "
+        f"{convention.attention_pattern} attention; the folder would be read as autoregressive",
+        "choose the format of a diffusion model, sdar for one",
+    )
+
+
+def check_layout(config: Config, architecture: Architecture) -> None:
+    """Check that the processes and the model can be split as asked.
+
+    Raises:
+        UserError: They cannot.
+    """
+    check_world_size(config, world_size())
+    check_expert_layout(config, world_size())
+    # Of the rules for training, those that a model which is only loaded and written has to meet.
+    architecture_rules.check_tensor_parallel(config, architecture)
+    architecture_rules.check_pipeline_parallel(config, architecture)
+    architecture_rules.check_experts_exist(config, architecture)
+    architecture_rules.check_expert_parallel(config, architecture)
+    architecture_rules.check_expert_tensor_parallel(config, architecture)
+
+
+def find_adapters(
+    conversion: ConversionConfig, source: ModelSource
+) -> tuple[AdapterUse, AdapterSettings | None, ModelSource | None]:
+    """What becomes of the adapters of a run; for peft also what they are and their base model.
+
+    Raises:
+        UserError: There are none to write or leave out, the base model is not theirs, or options
+            contradict each other.
+    """
+    is_peft = conversion.target_format == "peft"
+    if conversion.base_model is not None and not is_peft:
+        remedy = "remove it, or choose --target-format peft"
+        raise bad_value("--base-model", conversion.base_model, "only peft names one", remedy)
+    if conversion.without_adapters and is_peft:
+        remedy = "leave it out, or write the base model in another format"
+        raise bad_value("--without-adapters", True, "peft is the adapters alone", remedy)
+    if not is_peft and not conversion.without_adapters:
+        return "merge", None, None
+    run_config = saved_config(source.path) if source.is_megatron else {}
+    settings = AdapterSettings.of_run(run_config, str(source.path))
+    if not is_peft:
+        return "remove", None, None
+    base = open_model_source(conversion.base_model or run_config["load"], "--base-model")
+    check_base_model(base, source)
+    return "keep", settings, base
+
+
+def find_special_tokens(
+    source: ModelSource, tokenizer_folder: Path, *, needs_mask: bool
+) -> tuple[Architecture, int | None]:
+    """The model with all that ends a response, and the id of MASK, as training resolves them."""
+    architecture = source.architecture
+    if not needs_mask and not has_tokenizer(tokenizer_folder):
+        return architecture, None
+    tokenizer = load_tokenizer(tokenizer_folder)
+    generation_config = architecture.generation_config
+    if needs_mask:
+        special = resolve_special_tokens(
+            tokenizer,
+            architecture.hf_config,
+            str(tokenizer_folder),
+            generation_config=generation_config,
+            config_file=architecture.file,
+        )
+        return architecture.ending_at(special.eos_token_ids), special.mask_token_id
+    ends = eos_token_ids(
+        tokenizer,
+        architecture.hf_config,
+        generation_config,
+        str(tokenizer_folder),
+        architecture.file,
+    )
+    return architecture.ending_at(ends) if ends else architecture, None
+
+
+def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tuple[Path, str]:
+    """Validate, load, write; warns on standard error of what the written folder lacks.
+
+    Returns:
+        The folder that was written, and the type of its weights.
+
+    Raises:
+        UserError: Anything that could not work.
+    """
+    target = check_target(conversion)
+    if conversion.load is None:
+        raise bad_value("--load", None, "nothing to convert", "name a model or run folder")
+    source = open_model_source(conversion.load, "--load", conversion.verify_checkpoint).attending(
+        conversion.attention_pattern, conversion.block_size
+    )
+    _ = source.convention  # a config.json that does not say how the model attends is refused
+    architecture = source.architecture
+    dtype = stored_dtype(conversion.dtype, architecture)
+    config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=parallel)
+    check_layout(config, architecture)
+    adapters, adapter_settings, base = find_adapters(conversion, source)
+    # The weights under a run's adapters may be an autoregressive model's, whatever the run trained.
+    if conversion.target_format == "autoregressive" and adapters != "remove":
+        check_autoregressive(source)
+    tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
+    block_size = conversion.block_size or architecture.hf_config.get("block_size")
+    architecture, mask_token_id = find_special_tokens(
+        source,
+        tokenizer_folder,
+        needs_mask=conversion.target_format not in ("megatron", "autoregressive", "peft"),
+    )
+
+    with initialized(config):
+        model = build_model(architecture, config)
+        source.load_into(model, adapters)
+        if conversion.target_format == "megatron":
+            save_checkpoint(
+                target,
+                model,
+                hf_config=with_dtype(architecture.hf_config, dtype),
+                generation_config=architecture.generation_config,
+                tokenizer_folder=tokenizer_folder,
+            )
+        elif adapter_settings is not None and base is not None:
+            export_peft(
+                model,
+                architecture,
+                target,
+                adapters=adapter_settings,
+                base=base,
+                dtype=dtype,
+                overwrite=conversion.overwrite,
+            )
+        else:
+            export_hf(
+                model,
+                architecture,
+                target,
+                format=conversion.target_format,
+                tokenizer_folder=tokenizer_folder,
+                block_size=block_size,
+                mask_token_id=mask_token_id,
+                dynamic_threshold=conversion.dynamic_threshold,
+                dtype=dtype,
+                max_shard_size=conversion.max_shard_size_mb * 10**6,
+                overwrite=conversion.overwrite,
+            )
+    if rank() == 0:
+        if has_tokenizer(tokenizer_folder):
+            tokenizer = load_tokenizer(tokenizer_folder)
+            if line := unusable_tokens(tokenizer, architecture.vocab_size, str(tokenizer_folder)):
+                print(line, file=sys.stderr)
+        if source.is_megatron and dtype == torch.bfloat16 and adapters == "merge":
+            run_config = config_of_run(saved_config(source.path))
+            for line in unseen_in_bf16(run_config, architecture):
+                print(line, file=sys.stderr)
+    return target, str(dtype).removeprefix("torch.")
