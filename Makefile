@@ -3,6 +3,7 @@
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
 # make study       measure all objectives side by side (hours; goes on where it was)
 # make test        lint, type check and all tests, as .ci/run does
+# make fuzz        ten thousand odd inputs: each has to end in a result or one line (an hour)
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
 # make golden      rewrite the golden losses, after a change of method, data or tiny models
@@ -20,7 +21,10 @@ export OMP_NUM_THREADS ?= 1
 # Options of the study, STUDY='--jobs 4' for one.
 STUDY ?=
 
-.PHONY: setup quickstart quickstart-moe study test lint format golden
+# Options of the fuzz, FUZZ='--inputs 500' for one.
+FUZZ ?=
+
+.PHONY: setup quickstart quickstart-moe study test fuzz lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -58,6 +62,9 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 format: setup
 	$(BIN)/ruff check --fix .

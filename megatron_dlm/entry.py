@@ -3,14 +3,17 @@
 Imports nothing heavy, so that a mistyped flag is reported before PyTorch is loaded.
 """
 
+import contextlib
 import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
-from megatron_dlm.errors import UserError
+from megatron_dlm.errors import UserError, bad_value
 
 P = ParamSpec("P")
 
@@ -22,12 +25,50 @@ REPORT_SECONDS = 20.0
 
 def world_size() -> int:
     """Number of processes, from torchrun's environment; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Global rank of this process, from torchrun's environment; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def local_rank() -> int:
+    """Rank of this process on its node, from torchrun's environment; 0 without it."""
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """A number that the launcher put into the environment.
+
+    Raises:
+        UserError: It is none, or out of range.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    is_number = text.isascii() and text.isdecimal() and len(text) < 10
+    if not is_number or int(text) < (name == "WORLD_SIZE"):
+        raise bad_value(
+            name, text, "is no number of the launcher's", "start with torchrun, or unset it"
+        )
+    return int(text)
+
+
+def check_launch() -> None:
+    """Check that the launcher's numbers fit each other.
+
+    Raises:
+        UserError: One is no number, or a rank is not below the number of processes.
+    """
+    for name, value in (("RANK", rank()), ("LOCAL_RANK", local_rank())):
+        if value >= world_size():
+            raise bad_value(
+                name,
+                value,
+                f"is not below WORLD_SIZE = {world_size()}",
+                "start with torchrun, or unset both",
+            )
 
 
 _warned: set[str] = set()
@@ -40,16 +81,36 @@ def warn(text: str) -> None:
         _warned.add(text)
 
 
+def _reports() -> bool:
+    """Whether this process tells of an error; so does one that has no rank among the others."""
+    try:
+        return not 0 < rank() < world_size()
+    except UserError:
+        return True
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave an error where torchrun looks for it, so that its table of failures shows it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        details = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            content = {"message": {"message": message, "extraInfo": details}}
+            Path(file).write_text(json.dumps(content))
+
+
 def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Turn a `UserError` into one line on rank 0's standard error and exit status 2."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
+            check_launch()
             return main(*args, **kwargs)
         except UserError as error:
-            if rank() == 0:
+            if _reports():
                 print(f"error: {error}", file=sys.stderr, flush=True)
+                _tell_launcher(f"error: {error}")
             elif "TORCHELASTIC_RUN_ID" in os.environ:
                 # torchrun ends all ranks as soon as one has ended. One that is faster than
                 # rank 0 must not take the message with it.

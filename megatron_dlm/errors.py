@@ -4,6 +4,15 @@ Every check of user input raises `UserError`; entry points turn it into one line
 exit status 2 (`report_user_errors`). Anything else is a defect and keeps its traceback.
 """
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+"""Shows a value in one line of bearable length, whatever it is: YAML can nest without end."""
+_SHORT.maxstring = _SHORT.maxother = 400
+_SHORT.maxlong = 40
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 12
+_SHORT.maxlevel = 3
+
 
 class UserError(Exception):
     """Input that cannot work, described in one line: the field, its value and the remedy."""
@@ -18,4 +27,4 @@ def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError
         problem: Why it cannot work, as a clause ("does not divide 16 attention heads").
         remedy: What to do instead, as an imperative ("choose 1, 2 or 4").
     """
-    return UserError(f"{field} = {value!r}: {problem}; {remedy}")
+    return UserError(f"{field} = {_SHORT.repr(value)}: {problem}; {remedy}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.errors import bad_value
+from megatron_dlm.regular_file import read_regular
 
 
 def read_json_object(file: Path, field: str) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def read_json_object(file: Path, field: str) -> dict[str, Any]:
     """
     remedy = "fetch or repair the file"
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(file).decode("utf-8"))
     except OSError as error:
         problem = f"cannot be read ({error.strerror or type(error).__name__})"
         raise bad_value(field, str(file), problem, remedy) from error

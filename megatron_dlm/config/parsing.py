@@ -31,6 +31,7 @@ from megatron_dlm.config.fields import (
 )
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.regular_file import read_regular
 
 T = TypeVar("T")
 
@@ -287,7 +288,7 @@ def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:
         UserError: The file is missing or broken, or has a repeated key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise bad_value(
@@ -301,6 +302,9 @@ def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:
         place = f"{path}:{mark.line + 1}" if mark else path
         problem = getattr(error, "problem", None) or "broken syntax"
         raise bad_value(field, place, f"is not YAML ({problem})", "correct that line") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"has {error}"
+        raise bad_value(field, path, reason, "write one `key: value` a line") from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode):

@@ -111,6 +111,14 @@ class HFTensors(Mapping[str, Any]):
             raise bad_value(
                 self._field, str(index), "its weight_map names no files", "fetch the file again"
             )
+        for file in weight_map.values():
+            if file != Path(file).name:
+                raise bad_value(
+                    self._field,
+                    str(index),
+                    f"its weight_map names {file[:80]!r}, which is no file of this folder",
+                    "fetch the file again from where you trust",
+                )
         return weight_map
 
     def _check_index(self, weight_map: dict[str, str]) -> None:

@@ -25,6 +25,7 @@ from megatron_dlm.data.chat import (
     with_parsed_arguments,
     written_arguments,
 )
+from megatron_dlm.data.template_limits import BYTES, template_limits
 from megatron_dlm.data.tokenizer import require_chat_template
 from megatron_dlm.errors import UserError
 
@@ -96,14 +97,20 @@ class ChatTemplate:
         if chat.tools is not None:
             given["tools"] = chat.tools
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    chat.messages,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                    **given,
+            with template_limits():
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        chat.messages,
+                        add_generation_prompt=add_generation_prompt,
+                        tokenize=False,
+                        **given,
+                    )
                 )
-            )
+        except MemoryError as error:
+            raise UserError(
+                f"{where}: the chat template takes more than {BYTES >> 30} GiB for one chat;"
+                " repair the template"
+            ) from error
         except Exception as error:  # Templates are programs: they fail with whatever Python has.
             reason = " ".join(str(error).split()) or "no reason given"
             if not isinstance(error, jinja2.TemplateError):

@@ -11,6 +11,7 @@ from megatron_dlm.config.groups import TrainOn
 from megatron_dlm.data.chat import Chat, json_type, read_chat
 from megatron_dlm.data.exact_json import UnreadableNumber, parse_json
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.regular_file import read_regular
 
 PromptSource = str | Chat
 """What a prompt is made from: plain text, or a chat that the template renders."""
@@ -46,7 +47,7 @@ class RecordFile:
             UserError: The file does not exist, cannot be read or has no record.
         """
         try:
-            content = Path(path).read_bytes()
+            content = read_regular(path)
         except OSError as error:
             reason = (error.strerror or type(error).__name__).lower()
             raise bad_value(

@@ -47,6 +47,9 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     # Without this check transformers builds an empty tokenizer from the config.json alone.
     if not has_tokenizer(path):
         raise bad_value(field, str(folder), "holds no tokenizer", remedy)
+    for file in path.iterdir():
+        if not (file.is_file() or file.is_dir()):  # reading a pipe might never end
+            raise bad_value(field, str(file), "is no regular file", "remove it")
     settings = path / "tokenizer_config.json"
     if settings.is_file():
         checked_keys(read_json_object(settings, field), TOKENIZER_KEYS, str(settings))

@@ -6,11 +6,11 @@ in this package asks `device()` where tensors live and never names a device itse
 """
 
 import gc
-import os
 from typing import Literal
 
 import torch
 
+from megatron_dlm.entry import local_rank
 from megatron_dlm.errors import bad_value
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -48,7 +48,7 @@ def select(choice: DeviceChoice = "auto") -> torch.device:
             raise bad_value(
                 "--device", "cuda", "this PyTorch sees no CUDA device", "use --device cpu or auto"
             )
-        _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        _device = torch.device("cuda", local_rank())
         torch.cuda.set_device(_device)
     else:
         from megatron_dlm.platform import cpu

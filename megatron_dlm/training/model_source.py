@@ -18,6 +18,7 @@ from megatron_dlm.models.architecture import (
     read_architecture,
     states_attention,
 )
+from megatron_dlm.regular_file import read_regular
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
 from megatron_dlm.types.diffusion_convention import DiffusionConvention
 
@@ -175,8 +176,8 @@ def _check_block_size(architecture: Architecture, file: Path) -> None:
     if not file.is_file():
         return
     try:
-        settings = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        settings = yaml.safe_load(read_regular(file))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise bad_value(str(file), "", "is no YAML file", "repair or remove it") from error
     served = settings.get("block_size") if isinstance(settings, dict) else None
     stated = architecture.hf_config.get("block_size")

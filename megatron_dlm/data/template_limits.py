@@ -1,0 +1,70 @@
+"""Limits for a chat template, which is a program that came with somebody's model."""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SECONDS = 20
+"""A template that takes longer for one chat is taken not to end."""
+
+BYTES = 2 << 30
+"""Memory that a template may take for one chat."""
+
+
+class TemplateLimitError(Exception):
+    """A template took more time than it may."""
+
+
+@contextmanager
+def template_limits() -> Iterator[None]:
+    """Bound time and memory of what is rendered in the block.
+
+    The time is bounded in the main thread only, which has the process's signals.
+
+    Raises:
+        TemplateLimitError: It took too long.
+        MemoryError: It took too much memory.
+    """
+    with _limited_memory(), _limited_time():
+        yield
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise TemplateLimitError(f"it does not end within {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # no Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + BYTES
+    for other in (soft, hard):
+        if other != resource.RLIM_INFINITY:
+            limit = min(limit, other)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
