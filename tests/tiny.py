@@ -19,6 +19,7 @@ from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import build_run
 from tests.corpora import random_documents, write_corpus
+from tests.families import random_family_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER = REPOSITORY / "examples" / "tiny" / "qwen3"
@@ -51,22 +52,14 @@ MOE: dict[str, Any] = dict(
 )
 
 
-def save_random_model(folder: Path, *, moe: bool = False, seed: int = 0, **changes: Any) -> Path:
+def save_random_model(
+    folder: Path, *, moe: bool = False, family: str = "qwen3", seed: int = 0, **changes: Any
+) -> Path:
     """Save a random transformers model with the tiny examples' tokenizer; returns the folder."""
-    from transformers import (
-        AutoTokenizer,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(seed)
-    if moe:
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**MOE, **changes}))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**{**DENSE, **changes}))
-    model.float().save_pretrained(folder)
+    family, sizes = ("qwen3_moe", MOE) if moe else (family, DENSE)
+    random_family_model(family, seed, {**sizes, **changes}).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
     return folder
 

@@ -11,12 +11,12 @@ from megatron_dlm.json_file import read_json_object
 from megatron_dlm.models.config_keys import (
     CONFIG_KEYS,
     DEFAULTS,
-    ROPE_KEYS,
     TOKEN_KEYS,
     checked_keys,
 )
 from megatron_dlm.models.families import FAMILIES, ModelType, model_types
 from megatron_dlm.models.families.parameters import ParameterMapping
+from megatron_dlm.models.rope_scaling import read_rotary_embedding
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 
 GENERATION_CONFIG = "generation_config.json"
@@ -178,6 +178,8 @@ def _check_supported(config: Mapping[str, Any], where: str) -> None:
         )
     if config.get("attention_bias"):
         raise refuse("attention_bias", "use a checkpoint without attention biases")
+    if config.get("mlp_bias"):
+        raise refuse("mlp_bias", "use a checkpoint without biases of the feed-forward layers")
     if config.get("use_sliding_window"):
         raise refuse("use_sliding_window", "use a checkpoint with global attention")
     if config.get("hidden_act", "silu") != "silu":
@@ -194,25 +196,6 @@ def _check_supported(config: Mapping[str, Any], where: str) -> None:
             f"{f' ({method})' if isinstance(method, str) else ''}, which are not read;"
             " use the checkpoint in bfloat16 or float32"
         )
-
-
-def _rope_theta(config: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary embedding, from where transformers takes it.
-
-    That is `rope_scaling`, the older name, if it holds anything, else `rope_parameters`; and
-    `rope_theta` beside them only where they name none.
-    """
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    parameters = checked_keys(config.get(key, {}), ROPE_KEYS, f"{where}: {key}")
-    nested = any(isinstance(value, dict) for value in parameters.values())
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default" or nested:
-        problem = "differ from layer to layer" if nested else f"= {kind!r}: is not supported"
-        raise UserError(f"{where}: {key} {problem}; use the unscaled checkpoint")
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise KeyError("rope_theta")
-    return float(theta)
 
 
 def _num_experts(config: Mapping[str, Any], where: str) -> int:
@@ -239,7 +222,7 @@ def architecture_from_hf(
     """Read an architecture from a parsed `config.json`.
 
     Args:
-        config: The JSON object; a null is taken for an absent key.
+        config: The JSON object; a null is taken for an absent key, but for the family's `nulls`.
         where: Name of the file for error messages.
         generation_config: The object of the `generation_config.json` beside it, if there is one.
 
@@ -247,14 +230,16 @@ def architecture_from_hf(
         UserError: A field is missing, is of the wrong type or asks for something that is not
             supported.
     """
-    with_nulls, config = config, checked_keys(config, CONFIG_KEYS, where)
+    given, config = config, checked_keys(config, CONFIG_KEYS, where)
     _check_supported(config, where)
     family, kind = model_types()[config["model_type"]]
-    family.check(with_nulls, where)
+    config |= {key: None for key in family.nulls if key in given and key not in config}
+    family.check(config, where)
     is_moe = kind.is_moe
     value = {**DEFAULTS, **kind.defaults, **config}
     try:
         heads = value["num_attention_heads"]
+        base, scaling = read_rotary_embedding(config, where, kind.defaults.get("rope_theta"))
         if is_moe:
             experts = _num_experts(config, where)
             config["num_experts"] = experts
@@ -269,8 +254,8 @@ def architecture_from_hf(
             vocab_size=value["vocab_size"],
             max_position_embeddings=value["max_position_embeddings"],
             layernorm_epsilon=float(value["rms_norm_eps"]),
-            rotary_base=_rope_theta(config, where),
-            rope_scaling=None,
+            rotary_base=base,
+            rope_scaling=scaling,
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias,
             tie_word_embeddings=value["tie_word_embeddings"],

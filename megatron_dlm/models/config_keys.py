@@ -101,6 +101,12 @@ TOKEN_KEYS: dict[str, KeyType] = {
 }
 """Keys of config.json and of generation_config.json."""
 
+_ROPE_KEYS: dict[str, KeyType] = {
+    "original_max_position_embeddings": _whole(1, 2**31),
+    "partial_rotary_factor": _POSITIVE,
+}
+"""Keys of the rotary embedding that may stand at the top too."""
+
 CONFIG_KEYS: dict[str, KeyType] = {
     "model_type": _TEXT,
     "num_hidden_layers": _COUNT,
@@ -118,6 +124,7 @@ CONFIG_KEYS: dict[str, KeyType] = {
     "initializer_range": _NOT_NEGATIVE,
     "tie_word_embeddings": _BOOLEAN,
     "attention_bias": _BOOLEAN,
+    "mlp_bias": _BOOLEAN,
     "use_sliding_window": _BOOLEAN,
     "layer_types": _LAYER_TYPES,
     "hidden_act": _TEXT,
@@ -137,6 +144,7 @@ CONFIG_KEYS: dict[str, KeyType] = {
     "output_router_logits": _BOOLEAN,
     "sliding_window": _WHOLE,
     "use_cache": _BOOLEAN,
+    **_ROPE_KEYS,
     **TOKEN_KEYS,
 }
 """Keys of config.json."""
@@ -145,6 +153,16 @@ ROPE_KEYS: dict[str, KeyType] = {
     "rope_theta": _POSITIVE,
     "rope_type": _TEXT,
     "type": _TEXT,
+    "factor": _POSITIVE,
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "attention_factor": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "mscale": _NOT_NEGATIVE,
+    "mscale_all_dim": _NOT_NEGATIVE,
+    "truncate": _BOOLEAN,
+    **_ROPE_KEYS,
 }
 """Keys of `rope_parameters` and `rope_scaling`."""
 

@@ -24,6 +24,7 @@ from megatron_dlm.models.attention import DiffusionAttention
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.rms_norm import RMSNorm
+from megatron_dlm.models.rotary import attention_factor, scaled_frequencies
 from megatron_dlm.models.router import TorchTopKRouter
 
 # The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
@@ -73,6 +74,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
+        softmax_scale=_softmax_scale(architecture),
         qk_layernorm=architecture.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.layernorm_epsilon,
@@ -107,6 +109,15 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         **moe,
         **recompute,
     )
+
+
+def _softmax_scale(architecture: Architecture) -> float | None:
+    """What scores are multiplied with; None: 1 / sqrt(size of a head).
+
+    A scaled rotary embedding may multiply queries and keys, both, with a factor.
+    """
+    factor = attention_factor(architecture.rope_scaling)
+    return None if factor == 1.0 else factor**2 / architecture.kv_channels**0.5
 
 
 def _layer_spec(
@@ -189,6 +200,10 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         rotary_base=architecture.rotary_base,
     )
     model.num_tokens = architecture.vocab_size
+    if architecture.rope_scaling is not None:
+        model.rotary_pos_emb.inv_freq = scaled_frequencies(
+            architecture.rope_scaling, architecture.rotary_base, architecture.kv_channels
+        )
     return model.to(platform.device())
 
 

@@ -25,7 +25,7 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.model_parameters import global_names
 
 GROUPS = {
-    "attention": r"\.self_attention\.linear_(qkv|proj)\.(weight|lora_[ab])$",
+    "attention": r"\.self_attention\.linear_(qkv|proj)\.(weight|bias|lora_[ab])$",
     "mlp": r"\.mlp\.linear_fc[12]\.(weight|lora_[ab])$",
     "experts": r"\.mlp\.experts\.",
     "router": r"\.mlp\.router\.",

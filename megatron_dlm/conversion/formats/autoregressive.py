@@ -10,13 +10,15 @@ from megatron_dlm.models.architecture import GENERATION_CONFIG, Architecture
 from megatron_dlm.models.families import FAMILIES
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_UNSCALED = {"rope_type": "default"}
 
 
 def network_config(request: ExportRequest) -> dict[str, Any]:
     """The fields of `config.json` that describe the network.
 
     `rope_theta` is at the top level, where transformers 4 and SGLang read it, which would otherwise
-    fall back to 10000 in silence, and in `rope_parameters`, where transformers 5 and lmdeploy do.
+    fall back to 10000 in silence, and in `rope_parameters`, where transformers 5 and lmdeploy do;
+    likewise `rope_scaling`.
     """
     a: Architecture = request.architecture
     config: dict[str, Any] = {
@@ -32,12 +34,14 @@ def network_config(request: ExportRequest) -> dict[str, Any]:
         "num_hidden_layers": a.num_layers,
         "num_key_value_heads": a.num_query_groups,
         "rms_norm_eps": a.layernorm_epsilon,
-        "rope_parameters": {"rope_theta": a.rotary_base, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": a.rotary_base} | (a.rope_scaling or _UNSCALED),
         "rope_theta": a.rotary_base,
         "tie_word_embeddings": a.tie_word_embeddings,
         "use_cache": True,
         "vocab_size": a.vocab_size,
     }
+    if a.rope_scaling is not None:
+        config["rope_scaling"] = a.rope_scaling
     config |= FAMILIES[a.family].config(a)
     # transformers 4 knows the type under its older name.
     config["torch_dtype"] = config["dtype"]

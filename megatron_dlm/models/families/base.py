@@ -51,8 +51,9 @@ class ModelFamily:
             models, among dense ones and among mixtures of experts.
         qk_norm: Whether queries and keys are normalised before they are rotated.
         qkv_bias: Whether the projections to queries, keys and values have biases.
-        check: Raises a UserError if a config.json, with its nulls, asks for something that
-            Megatron's layers are not built for here; called with the file's name.
+        nulls: Keys of config.json whose null says something else than their absence.
+        check: Raises a UserError if a config.json asks for something that Megatron's layers are not
+            built for here; called with the file's name.
         config: Keys of config.json that this family has beside those of all families.
         parameters: All parameters of a model, in the order of the checkpoint.
     """
@@ -61,6 +62,7 @@ class ModelFamily:
     model_types: tuple[ModelType, ...]
     qk_norm: bool = False
     qkv_bias: bool = False
+    nulls: tuple[str, ...] = ()
     check: Callable[[Mapping[str, Any], str], None] = _nothing
     config: Callable[[Architecture], dict[str, Any]] = lambda architecture: {}
     parameters: Callable[[Architecture], list[ParameterMapping]] = llama_parameters

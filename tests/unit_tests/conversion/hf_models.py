@@ -1,17 +1,12 @@
-"""Tiny random Qwen3 and Qwen3-MoE checkpoints, made and run by transformers, the oracle."""
+"""Tiny random checkpoints of every family, made and run by transformers, the oracle."""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedModel
 
+from tests.families import random_family_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE
 
 # Each size differs from the others, so that no two dimensions can be confused.
@@ -40,16 +35,12 @@ MOE_SIZES = SIZES | {
 
 
 def random_hf_model(
-    *, moe: bool = False, tied: bool = False, seed: int = 0, **sizes: int
+    *, moe: bool = False, family: str = "qwen3", tied: bool = False, seed: int = 0, **sizes: int
 ) -> PreTrainedModel:
     """A model whose parameters are all random, norms included."""
-    torch.manual_seed(seed)
-    if moe:
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**{**MOE_SIZES, **sizes}, tie_word_embeddings=tied)
-        )
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **sizes}, tie_word_embeddings=tied))
+    family, defaults = ("qwen3_moe", MOE_SIZES) if moe else (family, SIZES)
+    sizes = {**defaults, **sizes, "tie_word_embeddings": tied}
+    model: PreTrainedModel = random_family_model(family, seed, sizes)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -12,6 +12,7 @@ from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
+from tests.families import FAMILIES
 from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 
@@ -29,9 +30,9 @@ def import_model(folder, config=None):
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("moe", [False, True])
-def test_logits_equal_transformers(tmp_path, moe, tied, max_shard_size):
-    hf_model = random_hf_model(moe=moe, tied=tied)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tmp_path, family, tied, max_shard_size):
+    hf_model = random_hf_model(family=family, moe=family == "qwen3_moe", tied=tied)
     save_hf_model(hf_model, tmp_path, max_shard_size)
     is_sharded = (tmp_path / "model.safetensors.index.json").is_file()
     assert is_sharded == (max_shard_size != "5GB")
