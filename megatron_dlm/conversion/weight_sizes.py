@@ -41,7 +41,6 @@ _MLP = r"model\.layers\.\d+\.mlp\."
 HF_SIZES = (
     SizeRow("vocab_size", r"model\.embed_tokens\.weight", 0, lambda a: a.vocab_size),
     SizeRow("hidden_size", r"model\.(embed_tokens|norm)\.weight", -1, lambda a: a.hidden_size),
-    SizeRow("head_dim", rf"{_ATTENTION}[qk]_norm\.weight", 0, lambda a: a.kv_channels),
     SizeRow(
         "num_attention_heads",
         rf"{_ATTENTION}q_proj\.weight",
@@ -82,9 +81,6 @@ MEGATRON_SIZES = (
         lambda a: a.num_layers,
     ),
     SizeRow("hidden_size", r"decoder\.final_layernorm\.weight", 0, lambda a: a.hidden_size),
-    SizeRow(
-        "head_dim", rf"{_DECODER}self_attention\.[qk]_layernorm\.weight", 1, lambda a: a.kv_channels
-    ),
     SizeRow(
         "num_attention_heads",
         rf"{_DECODER}self_attention\.linear_proj\.weight",
@@ -134,6 +130,7 @@ def check_hf_sizes(architecture: Architecture, shapes: Mapping[str, Shape], weig
         problem = f"but the weights in {weights} have {max(layers) + 1} layers"
         raise _refuse(architecture, "num_hidden_layers", problem)
     _check_kind(architecture, any(".mlp.experts." in name for name in shapes), weights)
+    _check_head_size(architecture, shapes, weights, HF_SIZES)
     by_kind = HF_MOE_SIZES if architecture.is_moe else HF_DENSE_SIZES
     _check(architecture, shapes, weights, (*HF_SIZES, *by_kind))
     if not architecture.tie_word_embeddings and "lm_head.weight" not in shapes:
@@ -146,6 +143,7 @@ def check_megatron_sizes(
 ) -> None:
     """Compare config.json with the tensors of a Megatron checkpoint; see `check_hf_sizes`."""
     _check_kind(architecture, any(".mlp.experts." in name for name in shapes), weights)
+    _check_head_size(architecture, shapes, weights, MEGATRON_SIZES)
     by_kind = MEGATRON_MOE_SIZES if architecture.is_moe else MEGATRON_DENSE_SIZES
     _check(architecture, shapes, weights, (*MEGATRON_SIZES, *by_kind))
     if architecture.tie_word_embeddings == ("output_layer.weight" in shapes):
@@ -162,6 +160,28 @@ def _check_kind(architecture: Architecture, has_experts: bool, weights: str) -> 
     if architecture.is_moe != has_experts:
         problem = f"but {weights} holds {'experts' if has_experts else 'no experts'}"
         raise _refuse(architecture, "model_type", problem)
+
+
+def _check_head_size(
+    architecture: Architecture,
+    shapes: Mapping[str, Shape],
+    weights: str,
+    rows: tuple[SizeRow, ...],
+) -> None:
+    """Not every family has a tensor of this size: all rows of heads are as many times too long."""
+    ratios: dict[float, str] = {}
+    for row in rows:
+        if row.key not in ("num_attention_heads", "num_key_value_heads"):
+            continue
+        expected = row.expected(architecture)
+        assert expected is not None
+        for name in shapes:
+            if re.fullmatch(row.tensors, name):
+                ratios[(_dimension(shapes[name], row.dimension) or 0) / expected] = name
+    if len(ratios) == 1 and 1.0 not in ratios:
+        (tensor,) = ratios.values()
+        problem = f"but {tensor} in {weights} has shape {list(shapes[tensor])}"
+        raise _refuse(architecture, "head_dim", problem)
 
 
 def _check(

@@ -84,6 +84,8 @@ def read_rotary_embedding(
     }
     if "truncate" in stated and stated["truncate"] is None:
         scaling["truncate"] = False  # as transformers takes a null
+    if base == 1:
+        raise bad_value(f"{where}: rope_theta", base, "is no base to scale", "state the true one")
     _check(scaling, f"{where}: {key}")
     return float(base), scaling
 

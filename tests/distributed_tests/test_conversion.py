@@ -20,13 +20,14 @@ from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialize
 from tests.distributed_tests.spawn import run_distributed
+from tests.families import OTHER_FAMILIES
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of the processes, and whether the model is a mixture of experts or tied."""
+    """A layout of the processes, and which model: of experts, tied, of another family."""
 
     tp: int = 1
     pp: int = 1
@@ -35,6 +36,7 @@ class Layout:
     sequence_parallel: bool = False
     moe: bool = False
     tied: bool = False
+    family: str = "qwen3"
 
     @property
     def config(self) -> Config:
@@ -49,7 +51,7 @@ class Layout:
         )
 
     def source(self, folder: str) -> Path:
-        return Path(folder, f"source_{self.moe}_{self.tied}")
+        return Path(folder, f"source_{self.family}_{self.moe}_{self.tied}")
 
 
 # In a world of four, the processes that a layout leaves over are data-parallel replicas.
@@ -65,6 +67,14 @@ LAYOUTS = [
     Layout(tp=2, sequence_parallel=True, moe=True),
     # experts split in another way than attention
     Layout(tp=2, ep=2, expert_tp=1, sequence_parallel=True, moe=True),
+    *(
+        layout
+        for family in OTHER_FAMILIES
+        for layout in (
+            Layout(tp=2, sequence_parallel=True, family=family),
+            Layout(pp=2, family=family),
+        )
+    ),
 ]
 
 
@@ -125,7 +135,7 @@ def test_layouts(tmp_path):
     for layout in LAYOUTS:
         source = layout.source(str(tmp_path))
         if source not in expected:
-            hf_model = random_hf_model(moe=layout.moe, tied=layout.tied)
+            hf_model = random_hf_model(moe=layout.moe, family=layout.family, tied=layout.tied)
             save_hf_model(hf_model, source)
             expected[source] = hf_logits(hf_model, random_tokens())
     results = run_distributed(run_layouts, WORLD_SIZE, str(tmp_path))

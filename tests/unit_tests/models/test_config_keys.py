@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, Qwen3Config
 
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import Architecture, architecture_from_hf, read_architecture
@@ -60,10 +60,10 @@ MOE_SIZES = {
 }
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe", "llama", "mistral"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    return save_random_model(folder, moe=request.param == "moe", head_dim=8)
+    folder, family = tmp_path_factory.mktemp(request.param), request.param
+    return save_random_model(folder, moe=family == "qwen3_moe", family=family, head_dim=8)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def stated(model: Path) -> Any:
 
 
 def check_against_transformers(architecture: Architecture, config: dict[str, Any]) -> None:
-    kind = Qwen3MoeConfig if architecture.is_moe else Qwen3Config
+    kind = CONFIG_MAPPING[config["model_type"]]
     try:
         theirs = kind(**config)
     except Exception:
@@ -192,7 +192,11 @@ def test_the_base_of_the_rotary_embedding_is_that_of_transformers(rope: dict[str
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor = None"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding_window = 4096"),
+        ({"model_type": "mistral", "sliding_window": 63}, "sliding_window = 63"),
+        ({"model_type": "gpt2"}, "use one of llama, a2d-llama, mistral, "),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters = 'linear'"),
         ({"rope_parameters": {"full_attention": DEFAULT}}, "differ from layer to layer"),
         ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_parameters: rope_theta = '1e6'"),
