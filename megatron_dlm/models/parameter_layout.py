@@ -62,7 +62,7 @@ class RowParallel:
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
-        return [_concatenated(shards, dim=1)]
+        return [concatenated(shards, dim=1)]
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class GateUp:
     def read(self, sources: Sequence[TensorSource], shape: torch.Size, rank: int) -> Tensor:
         """See `ParameterLayout`."""
         rows = shape[0] // 2
-        return _concatenated([source[rank * rows : (rank + 1) * rows] for source in sources])
+        return concatenated([source[rank * rows : (rank + 1) * rows] for source in sources])
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
         halves = [shard.chunk(2) for shard in shards]
-        return [_concatenated([half[part] for half in halves]) for part in (0, 1)]
+        return [concatenated([half[part] for half in halves]) for part in (0, 1)]
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ class QueryKeyValue:
             rows = groups * heads * self.head_size
             part = source[rank * rows : (rank + 1) * rows]
             parts.append(part.reshape(groups, heads * self.head_size, *shape[1:]))
-        return _concatenated(parts, dim=1).reshape(shape)
+        return concatenated(parts, dim=1).reshape(shape)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
         rows = [heads * self.head_size for heads in (self.heads_per_group, 1, 1)]
         inputs = shards[0].shape[1:]
-        grouped = _concatenated(shards).view(-1, sum(rows), *inputs)
+        grouped = concatenated(shards).view(-1, sum(rows), *inputs)
         return [part.reshape(-1, *inputs) for part in grouped.split(rows, dim=1)]
 
 
@@ -128,14 +128,15 @@ class Vocabulary:
         start = min(rank * shape[0], self.vocab_size)
         end = min((rank + 1) * shape[0], self.vocab_size)
         rows = sources[0][start:end]
-        return _concatenated((rows, rows.new_zeros(shape[0] - len(rows), shape[1])))
+        return concatenated((rows, rows.new_zeros(shape[0] - len(rows), shape[1])))
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """See `ParameterLayout`."""
-        return [_concatenated(shards)[: self.vocab_size].contiguous()]
+        return [concatenated(shards)[: self.vocab_size].contiguous()]
 
 
-def _concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts in one tensor."""
     import torch
 
     return torch.cat(list(parts), dim=dim)
