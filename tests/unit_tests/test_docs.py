@@ -20,6 +20,7 @@ SCRIPTS = {
     "tools/evaluate.py": "evaluate",
     "tools/generate.py": "generate",
     "tools/convert_checkpoint.py": "convert",
+    "tools/verify_checkpoint.py": "verify",
     "tools/preprocess_data.py": "preprocess",
     "tools/critical_batch_size.py": "critical-batch-size",
 }

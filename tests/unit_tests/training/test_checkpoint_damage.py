@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_dlm import entry
+from megatron_dlm.commands import main
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import initialized
@@ -121,6 +122,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
                     tried += 1
         assert verified_checkpoint(run) == newest
     assert tried >= 60
+
+
+def test_the_command_verifies_all_checkpoints_of_a_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "--load", str(run)]) == 0
+    assert capsys.readouterr().out.count("intact, ") == 3
+    file = next((run / "iter_0000002").glob("*.distcp"))
+    _flip(file, random.Random(0))
+    assert main(["verify", "--load", str(run)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        f"{run / 'iter_0000002'}  DAMAGED",
+        f"  {file} is not what was written (SHA-256 differs)",
+    ]
+    assert main(["verify", "--load", str(run / "iter_0000003")]) == 0
+    assert main(["verify", "--load", str(run / "hf")]) == 2
 
 
 def test_a_damaged_manifest_is_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
