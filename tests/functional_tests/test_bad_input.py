@@ -137,9 +137,9 @@ class TestCheckpoint:
     def test_other_architecture(
         self, call: Call, script: Path, files: Path, tmp_path: Path
     ) -> None:
-        model = changed_model(files / "dense", tmp_path / "model", model_type="llama")
+        model = changed_model(files / "dense", tmp_path / "model", model_type="gpt2")
         self.run(call, script, files, model).check_error(
-            str(model / "config.json"), "model_type = 'llama'", "use one of qwen3"
+            str(model / "config.json"), "model_type = 'gpt2'", "use one of llama"
         )
 
     def test_missing_key(self, call: Call, script: Path, files: Path, tmp_path: Path) -> None:
