@@ -20,6 +20,7 @@ from tests.distributed_tests.layouts import (
     Layout,
 )
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
+from tests.families import OTHER_FAMILIES
 from tests.tiny import (
     reward_every_third,
     run_config,
@@ -100,6 +101,11 @@ FOUR_PROCESS_VARIANTS = ("opdlm_all", "short")
 OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
 """Runs on the teacher's responses, which must be the same under every layout too."""
 
+FAMILY_RUNS = {"opdlm_self_teacher": SHORT, "opdlm_bigger_teacher": SHORT}
+"""What other families run: the model's own weights as teacher, and those of a larger one."""
+FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {"TP2 SP": {TP: 2, **SP}, "PP2": {PP: 2}}
+"""Of two processes."""
+
 TEACHERS: dict[str, dict[str, Any]] = {
     "bigger": dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8),
     "smaller": dict(hidden_size=16, num_attention_heads=2),
@@ -120,7 +126,7 @@ KEYS = (
 
 def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
     """What a run is started with besides its layout."""
-    options = dict(RUNS[run])
+    options = dict((RUNS | FAMILY_RUNS)[run])
     if "prompts" in options:
         options["prompts"] = str(folder / options["prompts"])
     size = run.removeprefix("opdlm_").removesuffix("_teacher")
@@ -160,6 +166,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
             of_experts = moe != (size == "other")
             save_random_model(folder / f"{model}_{size}", moe=of_experts, seed=seed, **changes)
+    for family in OTHER_FAMILIES:
+        save_random_model(folder / family, family=family)
+        bigger = folder / f"{family}_bigger"
+        save_random_model(bigger, family=family, seed=1, **TEACHERS["bigger"])
     return folder
 
 
@@ -169,8 +179,19 @@ def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
         (f"single {model} {run}", folder / model, _options(folder, model, run))
         for model in ("dense", "moe")
         for run in RUNS
-    ]
+    ] + _family_runs(folder, "single", {})
     return run_distributed(_train, 1, folder, runs, timeout_seconds=600)[0]
+
+
+def _family_runs(
+    folder: Path, name: str, layout: dict[str, Any]
+) -> list[tuple[str, Path, dict[str, Any]]]:
+    """What other families run under a layout."""
+    return [
+        (f"{name} {family} {run}", folder / family, {**_options(folder, family, run), **layout})
+        for family in OTHER_FAMILIES
+        for run in FAMILY_RUNS
+    ]
 
 
 def _responses(folder: Path, name: str) -> list[str]:
@@ -221,6 +242,16 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
     more = VARIANTS if layout.processes == 2 else FOUR_PROCESS_VARIANTS
     runs = (*OBJECTIVES, *(more if layout.variants else ()))
     _check_layout(folder, single, name, layout, runs)
+
+
+@pytest.mark.parametrize("name", FAMILY_LAYOUTS)
+def test_other_families_train_like_one_process(
+    folder: Path, single: dict[str, Any], name: str
+) -> None:
+    started = _family_runs(folder, name, FAMILY_LAYOUTS[name])
+    results = run_distributed(_train, 2, folder, started, timeout_seconds=500)[0]
+    for of_layout, lines in results.items():
+        _check(of_layout, lines, single[of_layout.replace(name, "single")])
 
 
 @pytest.mark.parametrize("name", OTHER_TEACHER_LAYOUTS)
