@@ -128,19 +128,18 @@ def measure(run: Any, case: Case, heldout: Path) -> dict[str, float]:
     with torch.no_grad():
         measured |= last_blocks(run, case.block_size, examples)
     prompts = [Prompt(e.sample_index, e.prompt_ids, e.record) for e in examples]
-    for name, strategy in (
-        ("static", "low_confidence_static"),
-        ("dynamic_0.9", "low_confidence_dynamic"),
-    ):
+    strategies: dict[str, dict[str, Any]] = {
+        "static": {"remasking_strategy": "low_confidence_static"},
+        "dynamic_0.9": {"remasking_strategy": "low_confidence_dynamic", "dynamic_threshold": 0.9},
+    }
+    for name, strategy in strategies.items():
         generation = GenerationConfig(
             block_size=case.block_size,
-            remasking_strategy=strategy,  # type: ignore[arg-type]
-            dynamic_threshold=0.9,
-            denoising_steps_per_block=None,
             temperature=0.0,
             top_k=0,
             top_p=1.0,
             max_running_requests=64,
+            **strategy,
         )
         engine = RolloutEngine(
             run.student.model,

@@ -8,10 +8,14 @@ import json
 import typing
 from pathlib import Path
 
-import docstring_parser
-
 from megatron_dlm.config import Config
-from megatron_dlm.config.fields import INVOCATION_FIELDS, OptionField, option_fields, plain_value
+from megatron_dlm.config.fields import (
+    INVOCATION_FIELDS,
+    OptionField,
+    option_fields,
+    option_helps,
+    plain_value,
+)
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -27,7 +31,8 @@ none. Flags win over the file that `--config` names, which wins over the default
 that file names another one, relative to it, whose keys it changes or adds to: one level, a mapping
 or list as a whole, and `--dry-run` prints what results. A name that does
 not exist, a value of the wrong type, values that cannot work together and an option that the run
-has no use for, unless it has its default, are errors, in one line, with exit status 2.
+has no use for, unless it has its default, are errors, in one line, with exit status 2. What is
+`fixed` cannot be changed when a run is resumed.
 
 `--dry-run` reads, checks and prints the configuration, prompts and model description included, and
 stops. It checks a layout without starting its processes when `WORLD_SIZE` says how many there are:
@@ -59,36 +64,29 @@ def default_text(option: OptionField) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def descriptions(owner: type) -> dict[str, str]:
-    """Docstring of each field of a class, on one line."""
-    # A field's docstring is in the class that declares it.
-    declaring = [base for base in owner.__mro__ if dataclasses.is_dataclass(base)]
-    return {
-        param.arg_name: " ".join((param.description or "").split()).replace("|", "\\|")
-        for base in declaring
-        for param in docstring_parser.parse_from_object(base).params
-    }
-
-
 def group_class(name: str) -> type:
     """The dataclass of a group of options."""
     group: type = typing.get_type_hints(Config)[name]
     return group
 
 
-def table(options: list[OptionField], texts: dict[str, str]) -> list[str]:
+def table(options: list[OptionField], helps: dict[str, str]) -> list[str]:
     """Markdown rows of some options."""
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    rows = ["| key | value | default | resumed | meaning |", "|---|---|---|---|---|"]
     for option in options:
         accepts = type_name(option.type)
-        rows.append(
-            f"| `{option.name}` | {accepts} | {default_text(option)} | {texts[option.name]} |"
-        )
+        if option.range is not None:
+            accepts += f", {option.range}"
+        resumed = "fixed" if option.fixed_on_resume else ""
+        meaning = helps[option.name].replace("|", "\\|")
+        cells = (f"`{option.name}`", accepts, default_text(option), resumed, meaning)
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
 def configuration_page() -> str:
     """The text of docs/configuration.md."""
+    helps = option_helps(Config)
     by_group: dict[str | None, list[OptionField]] = {}
     for option in option_fields(Config).values():
         by_group.setdefault(option.group, []).append(option)
@@ -99,10 +97,10 @@ def configuration_page() -> str:
         owner = group_class(field.name)
         title, _, about = (owner.__doc__ or "").splitlines()[0].partition(": ")
         lines += [f"## {title}", "", about[:1].upper() + about[1:], ""]
-        lines += [*table(by_group[field.name], descriptions(owner)), ""]
+        lines += [*table(by_group[field.name], helps), ""]
     lines += ["## Invocation", "", "Flags only: they are about one start of the program.", ""]
     invocation = [option for option in by_group[None] if option.name in INVOCATION_FIELDS]
-    lines += table(invocation, descriptions(Config))
+    lines += table(invocation, helps)
     return "\n".join(lines) + "\n"
 
 

@@ -36,9 +36,10 @@ class EvaluationConfig:
     last mathematical expression, by its value."""
 
     settings: tuple[str, ...] = ()
-    """Decoding settings to evaluate one after the other, separated by commas: static,
-    static:<steps>, dynamic:<threshold>, entropy, entropy:<steps>, entropy_bounded:<nats>,
-    autoregressive (default: the one that the decoding options describe)."""
+    """Decoding settings to evaluate one after the other, separated by commas: the short name of a
+    strategy, with the value of its option after a colon if it is not the options' (static,
+    static:<steps>, dynamic:<threshold>, ...), or autoregressive (default: the one that the decoding
+    options describe)."""
 
     max_examples: int | None = None
     """Evaluate only this many examples from the beginning of the file."""

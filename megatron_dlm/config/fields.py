@@ -17,9 +17,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
+import docstring_parser
 import yaml
 
+from megatron_dlm.config.marks import FIXED
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
 
@@ -37,6 +40,8 @@ class OptionField:
         type: Resolved type annotation, without `| None`.
         optional: Whether None is allowed.
         default: Value when nobody gives one.
+        range: Numbers that it may be; None: any.
+        fixed_on_resume: Whether a resumed run cannot change it.
     """
 
     name: str
@@ -44,6 +49,8 @@ class OptionField:
     type: Any
     optional: bool
     default: Any
+    range: Range | None
+    fixed_on_resume: bool
 
     @property
     def flag(self) -> str:
@@ -59,6 +66,30 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
             raise TypeError(f"an option can have one type or one type and None: {annotation}")
         return members[0], True
     return annotation, False
+
+
+def _split_annotated(annotation: Any) -> tuple[Any, ...]:
+    """`Annotated[X, a, b]` as (X, a, b); any other annotation alone."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def option_helps(cls: type) -> dict[str, str]:
+    """What each option means, by flat name, on one line: its docstring, or its metadata's help."""
+    helps: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        nested = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(nested):
+            helps |= option_helps(typing.cast(type, nested))
+        elif "help" in field.metadata:
+            helps[field.name] = field.metadata["help"]
+    for base in reversed(cls.__mro__):
+        # A field's docstring is in the class that declares it.
+        if base.__module__ != "types" and dataclasses.is_dataclass(base):
+            for param in docstring_parser.parse_from_object(base).params:
+                helps[param.arg_name] = " ".join((param.description or "").split())
+    return helps
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -81,16 +112,23 @@ def _option_fields(cls: Any) -> dict[str, OptionField]:
     table: dict[str, OptionField] = {}
 
     def add(owner: type, group: str | None) -> None:
-        hints = typing.get_type_hints(owner)
+        hints = typing.get_type_hints(owner, include_extras=True)
         for field in dataclasses.fields(owner):
-            annotation, optional = _split_optional(hints[field.name])
+            annotation, *marks = _split_annotated(hints[field.name])
+            annotation, optional = _split_optional(annotation)
             if dataclasses.is_dataclass(annotation):
                 add(typing.cast(type, annotation), field.name)
                 continue
             if field.name in table:
                 raise TypeError(f"{cls.__name__} declares {field.name} twice")
             table[field.name] = OptionField(
-                field.name, group, annotation, optional, _default(field)
+                field.name,
+                group,
+                annotation,
+                optional,
+                _default(field),
+                next((mark for mark in marks if isinstance(mark, Range)), None),
+                FIXED in marks,
             )
 
     add(cls, None)

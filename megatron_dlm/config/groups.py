@@ -12,9 +12,20 @@ Field types are limited to what `megatron_dlm.config.fields.coerce` knows how to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from megatron_dlm.config.marks import (
+    ABOVE_ZERO,
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    BETWEEN_ZERO_AND_ONE,
+    FIXED,
+    FRACTION,
+    PROBABILITY,
+)
 from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
+from megatron_dlm.rollout.decoding_options import StrategyOptions
 
 AttentionBackend = Literal["auto", "sdpa", "flex"]
 TransformerImpl = Literal["local", "transformer_engine"]
@@ -23,9 +34,6 @@ RecomputeMethod = Literal["uniform", "block"]
 TokenDispatcher = Literal["alltoall", "flex"]
 Device = Literal["auto", "cpu", "cuda"]
 ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
-RemaskingStrategy = Literal[
-    "low_confidence_static", "low_confidence_dynamic", "entropy", "entropy_bounded"
-]
 FractionSchedule = Literal["constant", "linear", "cosine"]
 TrainOn = Literal["last", "all"]
 MaskEmbeddingInit = Literal["keep", "mean"]
@@ -58,7 +66,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
 
-    block_size: int = 4
+    block_size: Annotated[int, AT_LEAST_ONE, FIXED] = 4
     """Tokens denoised together; blocks are counted from the first prompt token."""
 
     attention_backend: AttentionBackend = "auto"
@@ -68,7 +76,7 @@ class ModelConfig:
     transformer_impl: TransformerImpl = "local"
     """Layers from Megatron-Core alone (local) or from Transformer Engine (must be installed)."""
 
-    bf16: bool = False
+    bf16: Annotated[bool, FIXED] = False
     """Compute in bfloat16 with float32 master weights; without it everything is float32."""
 
     recompute_granularity: RecomputeGranularity = "none"
@@ -78,13 +86,13 @@ class ModelConfig:
     """With full recomputation: uniform (chunks of --recompute-num-layers layers) or block (only
     the first --recompute-num-layers layers of a pipeline stage)."""
 
-    recompute_num_layers: int = 1
+    recompute_num_layers: Annotated[int, AT_LEAST_ONE] = 1
     """Layers in a recomputed chunk (uniform) or recomputed layers a stage (block)."""
 
     model_config: str | None = None
     """Hugging Face config.json to build a model with random weights from, when --load is absent."""
 
-    init_method_std: float | None = None
+    init_method_std: Annotated[float | None, ABOVE_ZERO] = None
     """Standard deviation of randomly initialised weights (default: initializer_range of the
     model's config.json)."""
 
@@ -99,17 +107,17 @@ class ModelConfig:
 class LoRAConfig:
     """LoRA: low-rank adapters that are trained in place of the weights."""
 
-    lora_rank: int | None = None
+    lora_rank: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Train adapters of this rank on frozen weights instead of the weights themselves; exports,
     evaluations and runs that start from the result get them merged."""
 
-    lora_alpha: float | None = None
+    lora_alpha: Annotated[float | None, ABOVE_ZERO, FIXED] = None
     """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
 
-    lora_dropout: float = 0.0
+    lora_dropout: Annotated[float, BELOW_ONE, FIXED] = 0.0
     """Probability in [0, 1) with which an input of an adapter is dropped in training."""
 
-    lora_target_modules: tuple[LoRATarget, ...] = (
+    lora_target_modules: Annotated[tuple[LoRATarget, ...], FIXED] = (
         "linear_qkv",
         "linear_proj",
         "linear_fc1",
@@ -123,22 +131,22 @@ class LoRAConfig:
 class ParallelConfig:
     """Parallelism: how the model and the batch are spread over processes."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share every layer (TP)."""
 
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Pipeline stages that share the layers (PP)."""
 
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share the experts of a mixture-of-experts layer (EP)."""
 
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: Annotated[int | None, AT_LEAST_ONE] = None
     """Processes that share one expert (default: --tensor-model-parallel-size)."""
 
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence."""
 
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: Annotated[bool, FIXED] = False
     """Shard optimizer state over the data-parallel processes."""
 
     overlap_grad_reduce: bool = False
@@ -151,7 +159,7 @@ class ParallelConfig:
     device: Device = "auto"
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
 
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: Annotated[int, AT_LEAST_ONE] = 10
     """Minutes a collective may wait for the other processes before the run is aborted."""
 
 
@@ -166,7 +174,7 @@ class DataConfig:
     """JSONL of prompts with answers for data-set objectives: `prompt` and `response`, or `messages`
     that end with the assistant's."""
 
-    train_on: TrainOn = "last"
+    train_on: Annotated[TrainOn, FIXED] = "last"
     """Which of the assistant's turns in `messages` are trained on: the last one of a chat, or all,
     each of them an example of its own with all that is before it as the prompt."""
 
@@ -174,7 +182,7 @@ class DataConfig:
     """Pretraining corpus: prefix of the .bin and .idx file that megatron-dlm preprocess wrote
     (Megatron's indexed dataset)."""
 
-    seq_length: int = 2048
+    seq_length: Annotated[int, AT_LEAST_ONE, FIXED] = 2048
     """Tokens of a corpus window, the sample that --global-batch-size counts. Documents are packed
     into windows end to end; those of a window do not see each other."""
 
@@ -184,60 +192,45 @@ class DataConfig:
     valid_data: str | None = None
     """Held-out examples for the validation loss of a run on --train-data, in the same format."""
 
-    max_prompt_length: int = 1024
+    max_prompt_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest prompt in tokens, chat template included."""
 
-    long_prompts: LongPrompts = "error"
+    long_prompts: Annotated[LongPrompts, FIXED] = "error"
     """What happens to longer prompts: an error that names the line, or they are left out of the
     data (drop), or only their last --max-prompt-length tokens are kept (truncate)."""
 
     domain_field: str = "domain"
     """Field of a record that names its domain, for the options by domain."""
 
-    prompt_suffix_by_domain: dict[str, str] = field(default_factory=dict)
+    prompt_suffix_by_domain: Annotated[dict[str, str], FIXED] = field(default_factory=dict)
     """Text to append to the last user message (or to `prompt`) of a record, by its domain; JSON as
     a flag. `default` stands for all domains that are not named."""
 
-    seed: int = 1234
+    seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
 
-    shuffle: bool = True
+    shuffle: Annotated[bool, FIXED] = True
     """Visit the data in a new random order every epoch instead of the file's order."""
 
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Annotated[dict[str, Any], FIXED] = field(default_factory=dict)
     """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag. Those
     of a record (`chat_template_kwargs`) win."""
 
 
 @dataclass(frozen=True)
-class DecodingConfig:
+class DecodingConfig(StrategyOptions):
     """Decoding: how tokens are drawn and kept, in training as in the tools that generate."""
 
-    remasking_strategy: RemaskingStrategy = "low_confidence_dynamic"
-    """Which drawn tokens are kept at a denoising step: a fixed number of the most confident
-    (static), all above --dynamic-threshold (dynamic), all but a shrinking number of the highest
-    entropy (entropy), or the most certain within --entropy-bound (entropy_bounded)."""
-
-    dynamic_threshold: float = 0.9
-    """Confidence a token must exceed to be kept by low_confidence_dynamic, in (0, 1]."""
-
-    entropy_bound: float = 0.1
-    """Excess entropy in nats that entropy_bounded accepts at a step."""
-
-    denoising_steps_per_block: int | None = None
-    """Denoising steps of low_confidence_static (a divisor of --block-size) and entropy for a block,
-    or for a response that is decoded as a whole (default: one token a step)."""
-
-    temperature: float = 1.0
+    temperature: Annotated[float, AT_LEAST_ZERO] = 1.0
     """Softmax temperature of the draws; 0 takes the most likely token."""
 
-    top_k: int = 0
+    top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Draw among the k most likely tokens only; 0 is off."""
 
-    top_p: float = 1.0
+    top_p: Annotated[float, PROBABILITY] = 1.0
     """Draw among the most likely tokens that together hold this probability in (0, 1]; 1 is off."""
 
-    max_running_requests: int = 64
+    max_running_requests: Annotated[int, AT_LEAST_ONE] = 64
     """Sequences a data-parallel process decodes at once (slots of its KV cache; under full
     attention, the canvases of one forward)."""
 
@@ -246,58 +239,58 @@ class DecodingConfig:
 class RolloutConfig(DecodingConfig):
     """Rollout: block-diffusion generation by the student."""
 
-    num_rollouts: int | None = None
+    num_rollouts: Annotated[int | None, AT_LEAST_ONE] = None
     """Rollouts to do, all of --rollout-batch-size prompts, whatever epoch they are in; together
     with it they set the number of updates (--num-epochs is the other way to say it)."""
 
-    rollout_batch_size: int = 128
+    rollout_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 128
     """Prompts per rollout, over all data-parallel processes."""
 
-    max_response_length: int = 1024
+    max_response_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest response in tokens; the end point of the length schedule."""
 
     max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
     """Longest response in tokens by the domain of a record, where that is below the limit of the
     rollout; JSON as a flag. `default` stands for all domains that are not named."""
 
-    min_response_length: int | None = None
+    min_response_length: Annotated[int | None, AT_LEAST_ONE] = None
     """Response limit in tokens at the first rollout (linear and cosine schedules)."""
 
     response_length_schedule: ResponseLengthSchedule = "constant"
     """How the response limit grows from --min-response-length to --max-response-length."""
 
-    response_length_warmup_rollouts: int = 0
+    response_length_warmup_rollouts: Annotated[int, AT_LEAST_ZERO] = 0
     """Rollouts until the response limit has reached --max-response-length."""
 
-    final_dynamic_threshold: float | None = None
+    final_dynamic_threshold: Annotated[float | None, PROBABILITY] = None
     """Confidence threshold in (0, 1] at the end of a linear or cosine schedule."""
 
     dynamic_threshold_schedule: ResponseLengthSchedule = "constant"
     """How the threshold goes from --dynamic-threshold to --final-dynamic-threshold (cosine: slowly
     at first)."""
 
-    dynamic_threshold_hold_rollouts: int = 0
+    dynamic_threshold_hold_rollouts: Annotated[int, AT_LEAST_ZERO] = 0
     """Rollouts with --dynamic-threshold before it begins to change."""
 
-    dynamic_threshold_rollouts: int | None = None
+    dynamic_threshold_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Rollouts after those over which it changes; the rest stay at its end (default: all that are
     left of the run)."""
 
-    max_tries: int = 8
+    max_tries: Annotated[int, AT_LEAST_ONE] = 8
     """Responses to a prompt, each with other noise, until --reward calls one right (objectives that
     verify responses)."""
 
-    teacher_response_fraction: float = 0.0
+    teacher_response_fraction: Annotated[float, FRACTION] = 0.0
     """Share of a rollout's prompts, in [0, 1], whose response is taken from the autoregressive
     teacher instead of the student; at the first rollout, if a schedule changes it."""
 
-    final_teacher_response_fraction: float = 0.0
+    final_teacher_response_fraction: Annotated[float, FRACTION] = 0.0
     """That share at the end of a linear or cosine schedule."""
 
     teacher_response_fraction_schedule: FractionSchedule = "constant"
     """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction."""
 
-    teacher_response_fraction_rollouts: int | None = None
+    teacher_response_fraction_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Rollouts over which it goes there; the rest stay there (None: --num-rollouts)."""
 
 
@@ -305,7 +298,7 @@ class RolloutConfig(DecodingConfig):
 class ObjectiveConfig:
     """Objective: what a training row looks like and what is supervised."""
 
-    objective: ObjectiveName = "opdlm"
+    objective: Annotated[ObjectiveName, FIXED] = "opdlm"
     """opdlm: on-policy distillation of a block-diffusion student from an autoregressive teacher;
     opdlm_off: the same at random states of its rollouts; off_policy: distillation at random states
     of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
@@ -324,12 +317,12 @@ class ObjectiveConfig:
     drawn again with another t (redraw), or one of its tokens is masked (mask_one; with tokens
     weighted by 1/t the loss would have no mean)."""
 
-    attention_pattern: TrainedAttention | None = None
+    attention_pattern: Annotated[TrainedAttention | None, FIXED] = None
     """What a token sees under scp: all of its document, or what lies before it (causal: the
     diffusion model that RND1's grafting trains first, for a second run with --finetune under full
     attention) (default: full)."""
 
-    attention_annealing_iters: int = 0
+    attention_annealing_iters: Annotated[int, AT_LEAST_ZERO, FIXED] = 0
     """Optimizer steps over which scp goes from causal to full attention: a later token is visible
     with a probability that rises from 0 to 1, drawn for each pair of tokens (DiffuLLaMA's
     attention-mask annealing). 0: full from the first step."""
@@ -378,17 +371,17 @@ class DistillationConfig:
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
 
-    jsd_beta: float = 0.5
+    jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = 0.5
     """Weight of the teacher in the mixture of jsd, in (0, 1)."""
 
-    divergence_top_k: int = 0
+    divergence_top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
 
     divergence_tail: DivergenceTail = "bucket"
     """With --divergence-top-k, what happens to the remaining probability: one more class (bucket)
     or nothing (ignore; the result can then be negative)."""
 
-    divergence_chunk_size: int = 256
+    divergence_chunk_size: Annotated[int, AT_LEAST_ONE] = 256
     """Supervised tokens whose logits exist at the same time: bounds peak memory, not the value."""
 
 
@@ -396,24 +389,24 @@ class DistillationConfig:
 class SelfDistillationConfig:
     """Self-distillation (d_opsd): what the teacher sees and what of it is taught."""
 
-    reveal_fraction: float = 0.25
+    reveal_fraction: Annotated[float, FRACTION] = 0.25
     """Share of the positions in later blocks at which the teacher sees what the student went on to
     write."""
 
-    positions_per_state: int = 2
+    positions_per_state: Annotated[int, AT_LEAST_ONE] = 2
     """Masked positions of the current block that are supervised: those the teacher is surest of."""
 
     position_ranking: PositionRanking = "probability"
     """What the teacher is surest of: where its likeliest token has the highest probability, or the
     highest logit before the softmax (logit, as the published code)."""
 
-    teacher_top_k: int = 20
+    teacher_top_k: Annotated[int, AT_LEAST_ONE] = 20
     """Teacher's most likely tokens that are compared, both sides renormalised over them."""
 
-    divergence_term_limit: float = 0.05
+    divergence_term_limit: Annotated[float, ABOVE_ZERO] = 0.05
     """Largest share of one vocabulary entry in a divergence; what lies above has no gradient."""
 
-    max_row_tokens: int | None = None
+    max_row_tokens: Annotated[int | None, AT_LEAST_ONE] = None
     """Longest row in tokens, of the teacher and of a full-attention student, where every state is a
     text as long as prompt and response: more states form further rows, with the same loss (default:
     all states of --micro-batch-size responses form one row)."""

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import docstring_parser
 import tyro
 import yaml
 
@@ -26,6 +25,7 @@ from megatron_dlm.config.fields import (
     coerce,
     dump_yaml,
     option_fields,
+    option_helps,
     plain_value,
     unknown_name,
 )
@@ -127,10 +127,7 @@ def _wants_help(arguments: Sequence[str]) -> bool:
 
 def _join_help_lines(cls: type) -> None:
     """Give tyro the fields' docstrings as paragraphs: it keeps their line breaks otherwise."""
-    # A field's docstring is in the class that declares it.
-    declaring = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    documented = [p for base in declaring for p in docstring_parser.parse_from_object(base).params]
-    helps = {p.arg_name: " ".join((p.description or "").split()) for p in documented}
+    helps = option_helps(cls)
     for field in dataclasses.fields(cls):
         nested = typing.get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(nested):

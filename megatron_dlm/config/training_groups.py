@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megatron_dlm.config.marks import (
+    ABOVE_ZERO,
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    FIXED,
+    FRACTION,
+)
 
 OptimizerName = Literal["adam"]
 ParamGroupPreset = Literal["rnd1"]
@@ -33,47 +42,47 @@ class ParameterGroup:
 class OptimizerConfig:
     """Optimizer: update rule, learning rates and their schedule."""
 
-    optimizer: OptimizerName = "adam"
+    optimizer: Annotated[OptimizerName, FIXED] = "adam"
     """Update rule (adam is AdamW: decoupled weight decay)."""
 
     offload_optimizer: bool = False
     """Keep the optimizer's state and main weights in host memory, and no gradients, during rollouts
     and the teacher's forwards (where there are no rollouts, those of every update)."""
 
-    lr: float = 1e-5
+    lr: Annotated[float, ABOVE_ZERO, FIXED] = 1e-5
     """Peak learning rate."""
 
-    min_lr: float = 1e-6
+    min_lr: Annotated[float, AT_LEAST_ZERO, FIXED] = 1e-6
     """Learning rate at the end of the decay; not used by a constant schedule."""
 
-    lr_decay_style: LRDecayStyle = "cosine"
+    lr_decay_style: Annotated[LRDecayStyle, FIXED] = "cosine"
     """Shape of the schedule after the warm-up."""
 
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: Annotated[int, AT_LEAST_ZERO, FIXED] = 0
     """Optimizer steps over which the learning rate rises from 0 to --lr."""
 
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: Annotated[float | None, FRACTION] = None
     """The same as a fraction of --lr-decay-iters, instead of --lr-warmup-iters."""
 
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Optimizer step at which --min-lr is reached (default: the number of steps of the run)."""
 
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, AT_LEAST_ZERO, FIXED] = 0.0
     """Decoupled weight decay; never applied to norms and biases."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, BELOW_ONE, FIXED] = 0.9
     """Decay of Adam's first moment."""
 
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, BELOW_ONE, FIXED] = 0.999
     """Decay of Adam's second moment."""
 
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, ABOVE_ZERO, FIXED] = 1e-8
     """Term that keeps Adam's denominator above zero."""
 
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, AT_LEAST_ZERO] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
-    param_groups: tuple[ParameterGroup, ...] = ()
+    param_groups: Annotated[tuple[ParameterGroup, ...], FIXED] = ()
     """Parameter groups with their own settings, a list of {pattern, lr, min_lr, weight_decay};
     JSON on the command line. Patterns: attention, mlp, experts, router, embedding, norm, output,
     default (what is in no other group), or a regular expression."""
@@ -87,28 +96,28 @@ class OptimizerConfig:
 class TrainingConfig:
     """Training: batch sizes and length of the run."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, AT_LEAST_ONE] = 1
     """Trajectories (or corpus windows) packed into one row, the unit of a forward pass."""
 
-    global_batch_size: int = 8
+    global_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 8
     """Trajectories (or corpus windows) per optimizer update, over all data-parallel processes."""
 
-    train_iters: int | None = None
+    train_iters: Annotated[int | None, AT_LEAST_ONE] = None
     """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
 
-    num_epochs: int | None = None
+    num_epochs: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Passes over the data, instead of --num-rollouts or --train-iters; the last rollout, or the
     last update, takes what is left (61,816 prompts at 128 a rollout: 483 rollouts, the last of
     120)."""
 
-    epochs_per_rollout: int = 1
+    epochs_per_rollout: Annotated[int, AT_LEAST_ONE, FIXED] = 1
     """Passes over the trajectories of a rollout before the next one."""
 
-    eval_interval: int = 0
+    eval_interval: Annotated[int, AT_LEAST_ZERO] = 0
     """Optimizer steps between two validation losses, where held-out data are given; 0 takes one
     only, at the end of the run."""
 
-    eval_iters: int = 10
+    eval_iters: Annotated[int, AT_LEAST_ONE] = 10
     """Global batches of held-out data that a validation loss is taken over: always the same samples
     with the same masks."""
 
@@ -120,18 +129,18 @@ class LoggingConfig:
     save: str | None = None
     """Run folder: checkpoints, metrics.jsonl, resolved configuration, TensorBoard."""
 
-    save_interval: int = 0
+    save_interval: Annotated[int, AT_LEAST_ZERO] = 0
     """Optimizer steps between checkpoints, rounded up to the end of the rollout; 0 saves only at
     the end of the run."""
 
-    keep_checkpoints: int = 0
+    keep_checkpoints: Annotated[int, AT_LEAST_ZERO] = 0
     """Latest checkpoints to keep; 0 keeps all."""
 
-    keep_checkpoint_every: int = 0
+    keep_checkpoint_every: Annotated[int, AT_LEAST_ZERO] = 0
     """Keep those whose iteration is a multiple of this too, with --keep-checkpoints; 0 keeps no
     others."""
 
-    log_interval: int = 1
+    log_interval: Annotated[int, AT_LEAST_ONE] = 1
     """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
 
     tensorboard: bool = True

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config, SelfDistillationConfig
-from megatron_dlm.rollout.generation_config import OPTION_OF_STRATEGY
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION
+from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
+from megatron_dlm.rollout.strategies import STRATEGIES
 
 DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 
@@ -71,7 +72,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
         "response_length_warmup_rollouts",
         "dynamic_threshold_schedule",
         "remasking_strategy",
-        *OPTION_OF_STRATEGY.values(),
+        *STRATEGY_OPTIONS,
     )
     of_records = (
         "max_prompt_length",
@@ -137,14 +138,19 @@ def _uses_of_other_options(config: Config) -> list[Use]:
     return [
         *(
             Use(
-                OPTION_OF_STRATEGY[rollout.remasking_strategy] == name,
+                STRATEGIES[rollout.remasking_strategy].option == option,
                 (name,),
                 _as_given(config, "remasking_strategy"),
                 choose(
-                    "remasking_strategy", *(s for s, o in OPTION_OF_STRATEGY.items() if o == name)
+                    "remasking_strategy",
+                    *(
+                        strategy.name
+                        for strategy in STRATEGIES.values()
+                        if strategy.option == option
+                    ),
                 ),
             )
-            for name in dict.fromkeys(OPTION_OF_STRATEGY.values())
+            for name, option in STRATEGY_OPTIONS.items()
         ),
         Use(
             config.objective.attention_pattern != "causal",

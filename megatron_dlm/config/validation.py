@@ -36,7 +36,7 @@ def validate(config: Config, world_size: int) -> None:
     # From here on, only what is used is looked at.
     objective_rules.check_attention_annealing(config)
     value_rules.check_limits_by_domain(config)
-    value_rules.check_denoising_steps(config)
+    value_rules.check_strategy_option(config)
     value_rules.check_response_length_schedule(config)
     value_rules.check_dynamic_threshold_schedule(config)
     value_rules.check_learning_rates(config)

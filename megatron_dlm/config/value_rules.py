@@ -7,99 +7,20 @@ import re
 from pathlib import Path
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
+from megatron_dlm.config.fields import option_fields
 from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
+from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.run_folder import is_run_folder
-
-AT_LEAST_ONE = (
-    "block_size",
-    "seq_length",
-    "eval_iters",
-    "recompute_num_layers",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "distributed_timeout_minutes",
-    "max_prompt_length",
-    "num_rollouts",
-    "teacher_response_fraction_rollouts",
-    "dynamic_threshold_rollouts",
-    "rollout_batch_size",
-    "max_response_length",
-    "min_response_length",
-    "denoising_steps_per_block",
-    "max_running_requests",
-    "divergence_chunk_size",
-    "lr_decay_iters",
-    "micro_batch_size",
-    "global_batch_size",
-    "train_iters",
-    "num_epochs",
-    "epochs_per_rollout",
-    "log_interval",
-    "lora_rank",
-    "max_tries",
-    "positions_per_state",
-    "teacher_top_k",
-    "max_row_tokens",
-)
-"""Fields whose value, when there is one, is a count of at least 1."""
-
-AT_LEAST_ZERO = (
-    "seed",
-    "response_length_warmup_rollouts",
-    "dynamic_threshold_hold_rollouts",
-    "temperature",
-    "entropy_bound",
-    "top_k",
-    "divergence_top_k",
-    "min_lr",
-    "lr_warmup_iters",
-    "weight_decay",
-    "clip_grad",
-    "attention_annealing_iters",
-    "eval_interval",
-    "save_interval",
-    "keep_checkpoints",
-    "keep_checkpoint_every",
-)
-"""Fields whose value cannot be negative."""
-
-ABOVE_ZERO = ("init_method_std", "lr", "adam_eps", "lora_alpha", "divergence_term_limit")
-"""Fields whose value, when there is one, is larger than 0."""
-
-PROBABILITIES = ("dynamic_threshold", "final_dynamic_threshold", "top_p")
-"""Fields whose value, when there is one, lies in (0, 1]."""
-
-FRACTIONS = (
-    "teacher_response_fraction",
-    "final_teacher_response_fraction",
-    "lr_warmup_fraction",
-    "reveal_fraction",
-)
-"""Fields whose value lies in [0, 1]."""
-
-BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
-"""Fields whose value lies in [0, 1)."""
 
 
 def check_ranges(config: Config) -> None:
-    """Every number lies where its field makes sense."""
-    rules = (
-        (AT_LEAST_ONE, lambda x: x >= 1, "is less than 1", "choose 1 or more"),
-        (AT_LEAST_ZERO, lambda x: x >= 0, "is negative", "choose 0 or more"),
-        (ABOVE_ZERO, lambda x: x > 0, "is not positive", "choose a number above 0"),
-        (PROBABILITIES, lambda x: 0 < x <= 1, "is outside (0, 1]", "choose e.g. 0.9, at most 1"),
-        (FRACTIONS, lambda x: 0 <= x <= 1, "is outside [0, 1]", "choose e.g. 0.5, 0 to 1"),
-        (BELOW_ONE, lambda x: 0 <= x < 1, "is outside [0, 1)", "choose e.g. 0.9, less than 1"),
-    )
-    for names, fits, problem, remedy in rules:
-        for name in names:
-            value = value_of(config, name)
-            if value is not None and not fits(value):
-                raise refuse(config, name, problem, remedy)
+    """Every number lies in the range that its field states."""
+    for name, option in option_fields(Config).items():
+        value = value_of(config, name)
+        if option.range is not None and value is not None and value not in option.range:
+            raise refuse(config, name, option.range.problem, option.range.remedy)
 
 
 def check_limits_by_domain(config: Config) -> None:
@@ -110,14 +31,15 @@ def check_limits_by_domain(config: Config) -> None:
             raise bad_value(name, limit, "is less than 1", "choose 1 or more")
 
 
-def check_denoising_steps(config: Config) -> None:
-    """Static remasking commits the same whole number of tokens at every step."""
-    block_size, steps = config.model.block_size, config.rollout.denoising_steps_per_block
-    is_static = config.rollout.remasking_strategy == "low_confidence_static"
-    if is_static and steps is not None and block_size % steps:
+def check_strategy_option(config: Config) -> None:
+    """A strategy that keeps equal shares of a block divides it without a remainder."""
+    block_size, strategy = config.model.block_size, STRATEGIES[config.rollout.remasking_strategy]
+    if strategy.option is None:
+        return
+    if not strategy.fits_block(value_of(config, strategy.option.name), block_size):
         raise refuse(
             config,
-            "denoising_steps_per_block",
+            strategy.option.name,
             f"does not divide --block-size {block_size}",
             f"choose {divisors(block_size)}",
         )

@@ -1,4 +1,4 @@
-"""Puts a module of `remote_code` and all that it imports from beside it into one file.
+"""Puts a module of `remote_code` and all that it imports from this repository into one file.
 
 An exported folder brings one file for the configuration and one for the model: transformers 4
 copies the files that a file of remote code imports, but not those that these import in turn. In
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
+PACKAGE = Path(__file__).parents[1]
 
 LINE_LENGTH = 100
 
 _HEADER = """\
 # SPDX-License-Identifier: Apache-2.0
-# Put together by megatron-dlm from the modules in its megatron_dlm/conversion/remote_code, which
-# are the place to change anything.
+# Put together by megatron-dlm from the modules in its megatron_dlm/conversion/remote_code, and what
+# they import of the rest, which are the place to change anything.
 """
 
 
@@ -30,13 +31,16 @@ class _Part:
     name: str
     docstring: str
     absolute: list[ast.Import | ast.ImportFrom]
-    relative: list[ast.ImportFrom]
+    local: list[ast.ImportFrom]
     code: str
     defined: set[str]
 
 
 def self_contained_code(module: str, kept: str | None = None, source: Path = REMOTE_CODE) -> str:
-    """The text of one Python file that does what a module and those beside it do.
+    """The text of one Python file that does what a module and those that it imports do.
+
+    From the rest of the package it may import modules that follow the same rules, and packages,
+    which stand for all modules in them.
 
     Args:
         module: Name of the module.
@@ -62,50 +66,72 @@ def self_contained_code(module: str, kept: str | None = None, source: Path = REM
 
 
 def _closure(module: str, source: Path) -> list[_Part]:
-    """The module behind all that it imports from beside it, directly or not, each once."""
+    """The module and, before it, all that it imports from this repository, each once."""
     found: dict[str, _Part] = {}
 
     def visit(name: str) -> None:
-        if name in found:
-            return
-        part = _parse(name, source)
-        for statement in part.relative:
-            assert statement.module is not None
-            visit(statement.module)
-        found[name] = part
+        folder = PACKAGE.parent / name.replace(".", "/")
+        if _is_ours(name) and folder.is_dir():
+            for file in sorted(folder.glob("*.py")):
+                if file.stem != "__init__":
+                    visit(f"{name}.{file.stem}")
+        elif name not in found:
+            part = _parse(name, source)
+            for statement in part.local:
+                assert statement.module is not None
+                visit(statement.module)
+            found[name] = part
 
     visit(module)
     return list(found.values())
 
 
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == PACKAGE.name
+
+
 def _parse(name: str, source: Path) -> _Part:
-    text = (source / f"{name}.py").read_text(encoding="utf-8")
+    file = PACKAGE.parent / name.replace(".", "/") if _is_ours(name) else source / name
+    text = file.with_suffix(".py").read_text(encoding="utf-8")
     tree = ast.parse(text)
     docstring = ast.get_docstring(tree)
     if docstring is None:
         raise ValueError(f"{name} has no docstring")
     statements = tree.body[1:]
-    imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
-    code = statements[len(imports) :]
+    header = [s for s in statements if _import_statements_of(s)]
+    imports = [statement for s in header for statement in _import_statements_of(s)]
+    code = statements[len(header) :]
     nested = [node for s in code for node in ast.walk(s) if isinstance(node, ast.ImportFrom)]
-    if imports != statements[: len(imports)] or any(node.level for node in nested):
+    if header != statements[: len(header)] or any(node.level for node in nested):
         raise ValueError(f"{name} imports something behind its first definition")
-    relative = [s for s in imports if isinstance(s, ast.ImportFrom) and s.level]
-    for statement in relative:
-        if statement.level > 1 or not statement.module or "." in statement.module:
+    local = [
+        s
+        for s in imports
+        if isinstance(s, ast.ImportFrom) and (s.level or _is_ours(s.module or ""))
+    ]
+    for statement in local:
+        module = statement.module or ""
+        if statement.level > 1 or not module or (statement.level and "." in module):
             raise ValueError(f"{name} imports from more than the modules beside it")
         if any(alias.asname or alias.name == "*" for alias in statement.names):
             raise ValueError(f"{name} renames what it imports from {statement.module}")
-    last = imports[-1] if imports else tree.body[0]
+    last = header[-1] if header else tree.body[0]
     assert last.end_lineno is not None
     return _Part(
         name,
         docstring,
-        [s for s in imports if s not in relative],
-        relative,
+        [s for s in imports if s not in local],
+        local,
         "\n".join(text.splitlines()[last.end_lineno :]).strip("\n"),
         {defined for statement in code for defined in _defined_names(statement)},
     )
+
+
+def _import_statements_of(statement: ast.stmt) -> list[ast.Import | ast.ImportFrom]:
+    """The imports of a statement at the top of a module, those of `if TYPE_CHECKING` included."""
+    if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+        return [imported for inner in statement.body for imported in _import_statements_of(inner)]
+    return [statement] if isinstance(statement, ast.Import | ast.ImportFrom) else []
 
 
 def _defined_names(statement: ast.stmt) -> Iterator[str]:
@@ -122,19 +148,22 @@ def _import_statements(parts: list[_Part], elsewhere: dict[str, str]) -> str:
     modules: set[str] = set()
     members: dict[str, set[str]] = {}
     for part in parts:
-        for statement in [*part.absolute, *part.relative]:
+        for statement in part.absolute:
             names = {ast.unparse(alias) for alias in statement.names}
             if isinstance(statement, ast.Import):
                 modules |= names
-            elif not statement.level:
+            elif statement.module != "__future__":
                 assert statement.module is not None
-                members.setdefault(statement.module, set()).update(names)
-            elif statement.module in elsewhere:
+                # What is imported for type checkers alone is imported for all.
+                members.setdefault(statement.module, set()).update(names - {"TYPE_CHECKING"})
+        for statement in part.local:
+            if statement.module in elsewhere:
+                names = {ast.unparse(alias) for alias in statement.names}
                 members.setdefault(f".{elsewhere[statement.module]}", set()).update(names)
     sections: dict[int, list[str]] = {0: [], 1: [], 2: []}
     for name in sorted(modules):
         sections[_import_section(name)].append(f"import {name}")
-    for name in sorted(members):
+    for name in sorted(name for name, names in members.items() if names):
         sections[_import_section(name)].append(_from_import(name, members[name]))
     return "\n\n".join("\n".join(lines) for lines in sections.values() if lines)
 

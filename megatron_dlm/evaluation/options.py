@@ -1,12 +1,12 @@
 """Options of the tools that generate, resolved against the checkpoint; needs no PyTorch.
 
-A decoding setting is one word with one optional number: `static:2` and `entropy:2` (denoising steps
-per block), `dynamic:0.7` (threshold), `entropy_bounded:0.1` (bound in nats) or `autoregressive`.
+A decoding setting is the short name of a strategy with the value of its option after a colon, such
+as `static:2` (denoising steps per block) and `dynamic:0.7` (threshold), or `autoregressive`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,8 @@ from megatron_dlm.config import (
 from megatron_dlm.config.rule_support import divisors, flag
 from megatron_dlm.config.validation import validate_inference
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.rollout.generation_config import (
-    OPTION_OF_STRATEGY,
-    GenerationConfig,
-    RemaskingStrategy,
-)
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 
@@ -197,14 +194,14 @@ class InferenceSetup:
         named = _options_named(text)
         if not named:
             return self._autoregressive()
-        block_size, steps = self.block_size, named.get("denoising_steps_per_block")
-        is_static = named["remasking_strategy"] == "low_confidence_static"
-        if is_static and steps is not None and block_size is not None and block_size % steps:
+        block_size, strategy = self.block_size, STRATEGIES[named["remasking_strategy"]]
+        value = None if strategy.option is None else named.get(strategy.option.name)
+        if block_size is not None and not strategy.fits_block(value, block_size):
             raise bad_value(
                 "--settings",
                 text,
                 f"does not divide the block size {block_size}",
-                f"choose {divisors(block_size)} steps",
+                f"choose {divisors(block_size)}",
             )
         return replace(self._diffusion("--settings", text), **named)
 
@@ -237,21 +234,6 @@ class InferenceSetup:
         )
 
 
-_STRATEGY_OF_SETTING: dict[str, RemaskingStrategy] = {
-    "static": "low_confidence_static",
-    "dynamic": "low_confidence_dynamic",
-    "entropy": "entropy",
-    "entropy_bounded": "entropy_bounded",
-}
-
-_NUMBER_OF_OPTION: dict[str, tuple[type[int] | type[float], Callable[[float], bool]]] = {
-    "denoising_steps_per_block": (int, lambda steps: steps >= 1),
-    "dynamic_threshold": (float, lambda threshold: 0 < threshold <= 1),
-    "entropy_bound": (float, lambda nats: nats >= 0),
-}
-"""Type and range of the number that a setting may name."""
-
-
 def _options_named(text: str) -> dict[str, Any]:
     """Decoding options that a setting stands for, by field; none: autoregressive decoding.
 
@@ -261,29 +243,30 @@ def _options_named(text: str) -> dict[str, Any]:
     name, colon, value = text.strip().partition(":")
     if name == "autoregressive" and not colon:
         return {}
-    strategy = _STRATEGY_OF_SETTING.get(name)
-    if strategy is None:
+    strategy = next((s for s in STRATEGIES.values() if s.short_name == name), None)
+    if strategy is None or (colon and strategy.option is None):
         raise _no_setting(text)
-    named: dict[str, Any] = {"remasking_strategy": strategy}
-    if colon:
-        option = OPTION_OF_STRATEGY[strategy]
-        number, fits = _NUMBER_OF_OPTION[option]
+    named: dict[str, Any] = {"remasking_strategy": strategy.name}
+    if colon and strategy.option is not None:
+        option = strategy.option
         try:
-            named[option] = number(value)
+            named[option.name] = option.type(value)
         except ValueError:
             raise _no_setting(text) from None
-        if not fits(named[option]):
+        if named[option.name] not in option.range:
             raise _no_setting(text)
     return named
 
 
 def _no_setting(text: str) -> UserError:
+    forms = []
+    for strategy in STRATEGIES.values():
+        forms.append(strategy.short_name)
+        if strategy.option is not None:
+            option = strategy.option
+            forms.append(f"{strategy.short_name}:<{option.unit}, {option.range}>")
     return bad_value(
-        "--settings",
-        text,
-        "is no decoding setting",
-        "write static, static:<steps>, dynamic:<threshold in (0, 1]>, entropy, entropy:<steps>, "
-        "entropy_bounded:<nats> or autoregressive",
+        "--settings", text, "is no decoding setting", f"write {', '.join(forms)} or autoregressive"
     )
 
 
@@ -291,14 +274,12 @@ def setting_name(generation: GenerationConfig) -> str:
     """What a setting is called in tables and results: `static`, `dynamic_0.9`, ..."""
     if generation.is_autoregressive:
         return "autoregressive"
-    strategy = generation.remasking_strategy
-    name = strategy.removeprefix("low_confidence_")
-    if strategy == "low_confidence_dynamic":
-        return f"{name}_{generation.dynamic_threshold:g}"
-    if strategy == "entropy_bounded":
-        return f"{name}_{generation.entropy_bound:g}"
-    steps = generation.denoising_steps_per_block
-    return name if steps in (None, generation.block_size) else f"{name}_{steps}"
+    strategy, value = generation.strategy, generation.strategy_value
+    # An option without a default counts the steps of a block, and one token a step goes unsaid.
+    has_default = strategy.option is not None and strategy.option.default is not None
+    if value is None or (not has_default and value == generation.block_size):
+        return strategy.short_name
+    return f"{strategy.short_name}_{value:g}"
 
 
 def resolve_inference(arguments: InferenceArguments, world_size: int) -> InferenceSetup:

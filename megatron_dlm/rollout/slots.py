@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.remasking import DenoisedBlocks, commit_positions
 from megatron_dlm.rollout.sampling import SampledTokens
+from megatron_dlm.rollout.strategies import DenoisedBlocks
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -229,7 +229,8 @@ class SlotTable:
             step=self._step[active],
             masked_at_start=self._masked_at_start[active],
         )
-        committed = commit_positions(blocks, self._config)[where]
+        config = self._config
+        committed = config.strategy.commit(blocks, config.strategy_value)[where]
         slots, positions = plan.draw_slots[committed], plan.position[committed]
         self._tokens[slots, positions] = sampled.token_ids[committed]
         self._unmask_step[slots, positions] = plan.denoising_step[committed]

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
-from megatron_dlm.config.fields import plain_value
+from megatron_dlm.config.fields import option_fields, plain_value
 from megatron_dlm.config.usage_rules import is_used
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
@@ -36,41 +36,8 @@ from megatron_dlm.training.trajectory_source import TrajectorySource
 from megatron_dlm.training.validation import Validation
 from megatron_dlm.training.verified_rollout import Verifier
 
-RESUME_FIXED = (
-    "objective",
-    "attention_pattern",
-    "attention_annealing_iters",
-    "seed",
-    "shuffle",
-    "seq_length",
-    "chat_template_kwargs",
-    "train_on",
-    "block_size",
-    "rollout_batch_size",
-    "global_batch_size",
-    "num_epochs",
-    "long_prompts",
-    "prompt_suffix_by_domain",
-    "epochs_per_rollout",
-    "teacher_response_fraction_rollouts",
-    "dynamic_threshold_rollouts",
-    "bf16",
-    "use_distributed_optimizer",
-    "optimizer",
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_warmup_iters",
-    "lr_decay_iters",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "param_groups",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
+RESUME_FIXED = tuple(
+    name for name, option in option_fields(Config).items() if option.fixed_on_resume
 )
 """Options that a resumed run cannot change, where it has a use for them: it would be another run,
 or they would be ignored, as they live on in the checkpointed optimizer and schedule."""

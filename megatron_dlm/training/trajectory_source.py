@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -69,8 +70,8 @@ class TrajectorySource:
             self.prompts.sample(record, sample) for sample, record in samples if sample not in given
         ]
         length = response_length(self.config, rollout)
-        threshold = dynamic_threshold(self.config, rollout)
-        self.engine.generation = replace(self.engine.generation, dynamic_threshold=threshold)
+        changed: dict[str, Any] = {"dynamic_threshold": dynamic_threshold(self.config, rollout)}
+        self.engine.generation = replace(self.engine.generation, **changed)
         if self.verifier is None:
             trajectories = self.engine.generate(prompts, length)
         else:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_dlm.rollout.strategies import STRATEGIES, DenoisedBlocks
+
 from .generation_arguments import DecodingSettings
-from .remasking import committed_positions
 from .response_columns import ResponseColumns
 from .row_cache import RowCache
 from .token_draws import draw_tokens, row_seeds
@@ -146,17 +147,15 @@ class Denoising:
         def in_block(values: Tensor) -> Tensor:
             return values.new_zeros(masked.shape).index_put_((row, column), values)
 
-        committed = committed_positions(
-            settings.remasking_strategy,
-            masked,
-            in_block(confidence),
-            in_block(entropy),
+        blocks = DenoisedBlocks(
+            masked=masked,
+            confidence=in_block(confidence),
+            entropy=in_block(entropy),
             step=self._step[rows],
             masked_at_start=self._masked_at_start[rows],
-            num_steps=settings.num_steps,
-            dynamic_threshold=settings.dynamic_threshold,
-            entropy_bound=settings.entropy_bound,
         )
+        strategy = STRATEGIES[settings.remasking_strategy]
+        committed = strategy.commit(blocks, settings.strategy_value)
         kept = committed[row, column]
         self.tokens[rows[row[kept]], drawn_at[kept]] = tokens[kept]
         self._is_known[rows[row[kept]], drawn_at[kept]] = True

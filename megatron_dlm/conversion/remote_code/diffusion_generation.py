@@ -69,16 +69,11 @@ class DiffusionGenerationMixin(GenerationMixin):
                 - `attention_mask`: [B, P], zero for padding, on either side;
                 - `block_size`: default: the config's. Under full attention None denoises the
                   response as a whole;
-                - `denoising_steps`: of `low_confidence_static` and `entropy` for a block; default:
-                  `num_diffusion_steps` of the config, else one for each token;
-                - `remasking_strategy`: `low_confidence_static` keeps an equal share of the tokens
-                  at every step, the most confident ones; `low_confidence_dynamic` all above the
-                  threshold, else the most confident one; `entropy` all but a shrinking number of
-                  the highest entropy; `entropy_bounded` the most confident ones as long as their
-                  entropies but the largest sum up to the bound. Default: `low_confidence_dynamic`,
-                  and `entropy` under full attention;
-                - `dynamic_threshold`: confidence that a token must exceed; default 0.9;
-                - `entropy_bound`: in nats; default 0.1;
+                - `remasking_strategy`: one of `STRATEGIES`, which say what they keep. Default:
+                  `low_confidence_dynamic`, and `entropy` under full attention;
+                - the option of that strategy: `dynamic_threshold`, `entropy_bound`, or
+                  `denoising_steps` (default: `num_diffusion_steps` of the config, else one for each
+                  token of a block);
                 - `mask_token_id`: default: the config's.
 
         Returns:

@@ -10,17 +10,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .remasking import REMASKING_STRATEGIES
+from megatron_dlm.rollout.strategies import STRATEGIES
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
+STRATEGY_OPTIONS = {strategy.option for strategy in STRATEGIES.values() if strategy.option}
 DIFFUSION_OPTIONS = (
     "block_size",
-    "denoising_steps",
-    "dynamic_threshold",
-    "entropy_bound",
     "mask_token_id",
     "remasking_strategy",
+    *sorted(option.generate_argument for option in STRATEGY_OPTIONS),
 )
 
 # Fields of transformers' GenerationConfig that would change what is generated, or what is returned
@@ -63,10 +62,8 @@ class DecodingSettings(NamedTuple):
         is_full: Whether every forward sees the whole canvas, and not only what is behind a block.
         is_shifted: Whether logits at position i predict token i + 1.
         block_size: On the grid from token 0; None: the response is one block.
-        num_steps: Denoising steps of a block in which everything is MASK.
-        remasking_strategy: One of `REMASKING_STRATEGIES`.
-        dynamic_threshold: Confidence that a token must exceed.
-        entropy_bound: In nats.
+        remasking_strategy: One of `STRATEGIES`.
+        strategy_value: Value of the strategy's option; None where it has none.
         temperature: 0 takes the most likely token.
         top_k: 0 is off.
         top_p: 1 is off.
@@ -81,10 +78,8 @@ class DecodingSettings(NamedTuple):
     is_full: bool
     is_shifted: bool
     block_size: int | None
-    num_steps: int
     remasking_strategy: str
-    dynamic_threshold: float
-    entropy_bound: float
+    strategy_value: Any
     temperature: float
     top_k: int
     top_p: float
@@ -163,10 +158,9 @@ def decoding_settings(
             raise ValueError(f"`{name}` (={value}) {remedy}")
 
     is_full = model_config.attention_pattern == "full"
-    strategy = option("remasking_strategy", "entropy" if is_full else "low_confidence_dynamic")
+    name = option("remasking_strategy", "entropy" if is_full else "low_confidence_dynamic")
     block_size = option("block_size", model_config.block_size)
     size = block_size or max_new_tokens
-    num_steps = option("denoising_steps", model_config.num_diffusion_steps or size)
     mask_token_id = option("mask_token_id", model_config.mask_token_id)
     eos = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
     temperature, top_k, top_p = 0.0, 0, 1.0
@@ -183,10 +177,10 @@ def decoding_settings(
         require(top_k >= 0, "top_k", top_k, "must be 0 (off) or more")
         require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
     require(
-        strategy in REMASKING_STRATEGIES,
+        name in STRATEGIES,
         "remasking_strategy",
-        strategy,
-        f"must be one of {', '.join(REMASKING_STRATEGIES)}",
+        name,
+        f"must be one of {', '.join(STRATEGIES)}",
     )
     require(mask_token_id is not None, "mask_token_id", None, "must be in the config or given")
     require(
@@ -195,13 +189,22 @@ def decoding_settings(
         block_size,
         "must be at least 1",
     )
-    require(num_steps >= 1, "denoising_steps", num_steps, "must be at least 1")
-    require(
-        is_full or strategy != "low_confidence_static" or size % num_steps == 0,
-        "denoising_steps",
-        num_steps,
-        f"must divide the block {size}",
-    )
+    strategy, strategy_value = STRATEGIES[name], None
+    if strategy.option is not None:
+        # An option without a default counts the steps of a block.
+        default, argument = strategy.option.default, strategy.option.generate_argument
+        if default is None:
+            default = model_config.num_diffusion_steps or size
+        strategy_value, range = option(argument, default), strategy.option.range
+        require(
+            strategy_value in range, argument, strategy_value, f"{range.problem}; {range.remedy}"
+        )
+        require(
+            strategy.fits_block(strategy_value, None if is_full else size),
+            argument,
+            strategy_value,
+            f"must divide the block {size}",
+        )
     min_new_tokens = config.min_new_tokens
     if min_new_tokens is None:
         min_new_tokens = max((config.min_length or 0) - prompt_length, 0)
@@ -209,10 +212,8 @@ def decoding_settings(
         is_full=is_full,
         is_shifted=bool(model_config.shifted),
         block_size=block_size,
-        num_steps=num_steps,
-        remasking_strategy=strategy,
-        dynamic_threshold=option("dynamic_threshold", 0.9),
-        entropy_bound=option("entropy_bound", 0.1),
+        remasking_strategy=name,
+        strategy_value=strategy_value,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -213,7 +213,7 @@ def test_every_rule_has_a_case() -> None:
     ("run", "changes", "named"),
     [
         (SCP, {"denoising_steps_per_block": 3}, ["--objective scp"]),
-        (OPDLM, {"denoising_steps_per_block": 2}, ["low_confidence_static or entropy"]),
+        (OPDLM, {"denoising_steps_per_block": 2}, ["entropy or low_confidence_static"]),
         (OPDLM, {"entropy_bound": 0.5}, ["low_confidence_dynamic", "choose", "entropy_bounded"]),
         (GREEDY, {"top_k": 5}, ["--temperature 0", "a temperature above 0"]),
         (OPDLM, {"min_response_length": 2000}, ["schedule constant", "choose", "linear or cosine"]),

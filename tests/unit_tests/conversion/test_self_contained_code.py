@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.conversion.self_contained_code import REMOTE_CODE, self_contained_code
+from megatron_dlm.conversion.self_contained_code import PACKAGE, REMOTE_CODE, self_contained_code
 
 FORMATS = ("sdar", "sdar_moe", "a2d_qwen3", "rnd")
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
@@ -33,7 +33,8 @@ def test_files_import_nothing_that_is_not_shipped_and_change_no_definition(forma
     of_configuration, of_model = definitions(configuration), definitions(model)
     assert not of_configuration.keys() & of_model.keys()
     originals = {}
-    for file in REMOTE_CODE.glob("*.py"):
+    strategies = (PACKAGE / "rollout" / "strategies").glob("*.py")
+    for file in (*REMOTE_CODE.glob("*.py"), *strategies, PACKAGE / "ranges.py"):
         originals |= definitions(file.read_text())
     for name, source in {**of_configuration, **of_model}.items():
         assert source == originals[name], name

@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_dlm.errors import UserError
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.remasking import (
-    REMASKING_STRATEGIES,
-    DenoisedBlocks,
-    commit_positions,
-)
+from megatron_dlm.rollout.strategies import STRATEGIES, DenoisedBlocks
 
 BLOCK_SIZE = 8
 CONFIG = GenerationConfig(
@@ -25,6 +21,10 @@ CONFIG = GenerationConfig(
     max_running_requests=1,
     entropy_bound=0.4,
 )
+
+
+def commit_positions(blocks, config):
+    return config.strategy.commit(blocks, config.strategy_value)
 
 
 def slow_commit(
@@ -74,7 +74,7 @@ BLOCKS = st.lists(
 )
 
 
-@pytest.mark.parametrize("strategy", REMASKING_STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=150, deadline=None)
 @given(blocks=BLOCKS)
 def test_commits_what_the_definition_says(strategy: str, blocks: list[tuple]) -> None:
