@@ -19,6 +19,7 @@ from typing import Literal
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import ModelConfig, ParallelConfig
 from megatron_dlm.entry import rank
+from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
 from megatron_dlm.training.model_source import StatedAttention
 
 TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "autoregressive", "peft"]
@@ -55,7 +56,7 @@ class ConversionConfig:
     """Attention of the model, where its config.json does not say: a2d-qwen3 folders of dllm hold
     models of full and of block_causal attention."""
 
-    dynamic_threshold: float = 0.9
+    dynamic_threshold: float = DEFAULT_THRESHOLD
     """Confidence threshold recommended to engines that serve an sdar folder."""
 
     base_model: str | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_dlm.errors import bad_value
 
 DEFAULT_CHUNK_SIZE = 256
+DEFAULT_JSD_BETA = 0.5
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAILS = ("bucket", "ignore")
@@ -32,7 +33,7 @@ class DivergenceSpec:
     """
 
     weights: Mapping[str, float]
-    jsd_beta: float = 0.5
+    jsd_beta: float = DEFAULT_JSD_BETA
     top_k: int = 0
     tail: str = "bucket"
     chunk_size: int = DEFAULT_CHUNK_SIZE
@@ -66,7 +67,7 @@ class DivergenceSpec:
         cls,
         text: str,
         *,
-        jsd_beta: float = 0.5,
+        jsd_beta: float = DEFAULT_JSD_BETA,
         top_k: int = 0,
         tail: str = "bucket",
         chunk_size: int = DEFAULT_CHUNK_SIZE,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE, DEFAULT_JSD_BETA
 from megatron_dlm.config.marks import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
@@ -115,7 +116,7 @@ class LoRAConfig:
     """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
 
     lora_dropout: Annotated[float, BELOW_ONE, FIXED] = 0.0
-    """Probability in [0, 1) with which an input of an adapter is dropped in training."""
+    """Probability with which an input of an adapter is dropped in training."""
 
     lora_target_modules: Annotated[tuple[LoRATarget, ...], FIXED] = (
         "linear_qkv",
@@ -228,7 +229,7 @@ class DecodingConfig(StrategyOptions):
     """Draw among the k most likely tokens only; 0 is off."""
 
     top_p: Annotated[float, PROBABILITY] = 1.0
-    """Draw among the most likely tokens that together hold this probability in (0, 1]; 1 is off."""
+    """Draw among the most likely tokens that together hold this probability; 1 is off."""
 
     max_running_requests: Annotated[int, AT_LEAST_ONE] = 64
     """Sequences a data-parallel process decodes at once (slots of its KV cache; under full
@@ -263,7 +264,7 @@ class RolloutConfig(DecodingConfig):
     """Rollouts until the response limit has reached --max-response-length."""
 
     final_dynamic_threshold: Annotated[float | None, PROBABILITY] = None
-    """Confidence threshold in (0, 1] at the end of a linear or cosine schedule."""
+    """Confidence threshold at the end of a linear or cosine schedule."""
 
     dynamic_threshold_schedule: ResponseLengthSchedule = "constant"
     """How the threshold goes from --dynamic-threshold to --final-dynamic-threshold (cosine: slowly
@@ -281,7 +282,7 @@ class RolloutConfig(DecodingConfig):
     verify responses)."""
 
     teacher_response_fraction: Annotated[float, FRACTION] = 0.0
-    """Share of a rollout's prompts, in [0, 1], whose response is taken from the autoregressive
+    """Share of a rollout's prompts whose response is taken from the autoregressive
     teacher instead of the student; at the first rollout, if a schedule changes it."""
 
     final_teacher_response_fraction: Annotated[float, FRACTION] = 0.0
@@ -371,8 +372,8 @@ class DistillationConfig:
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
 
-    jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = 0.5
-    """Weight of the teacher in the mixture of jsd, in (0, 1)."""
+    jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = DEFAULT_JSD_BETA
+    """Weight of the teacher in the mixture of jsd."""
 
     divergence_top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
@@ -381,7 +382,7 @@ class DistillationConfig:
     """With --divergence-top-k, what happens to the remaining probability: one more class (bucket)
     or nothing (ignore; the result can then be negative)."""
 
-    divergence_chunk_size: Annotated[int, AT_LEAST_ONE] = 256
+    divergence_chunk_size: Annotated[int, AT_LEAST_ONE] = DEFAULT_CHUNK_SIZE
     """Supervised tokens whose logits exist at the same time: bounds peak memory, not the value."""
 
 

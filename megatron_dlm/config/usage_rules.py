@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config, SelfDistillationConfig
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.strategies import STRATEGIES
+from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION
 
 DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 

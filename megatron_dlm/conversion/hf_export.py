@@ -20,6 +20,7 @@ from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.families.parameters import HEAD, hf_tensor_shapes
 from megatron_dlm.models.model_parameters import TIED_EMBEDDING, local_parameters
 from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
 
 # Bytes of one safetensors file, as transformers writes them.
 MAX_SHARD_SIZE = 5 * 10**9
@@ -34,7 +35,7 @@ def export_hf(
     tokenizer_folder: str | Path | None = None,
     block_size: int | None = None,
     mask_token_id: int | None = None,
-    dynamic_threshold: float = 0.9,
+    dynamic_threshold: float = DEFAULT_THRESHOLD,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,

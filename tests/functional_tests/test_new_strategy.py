@@ -72,12 +72,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 EXPORT = """\
-import importlib.util
+import sys
 import torch
 from exported.configuration_sdar import SDARConfig
 from exported.modeling_sdar import SDARForCausalLM
 
-assert importlib.util.find_spec("megatron_dlm") is None
+assert "megatron_dlm" not in sys.modules
 sizes = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8)
 heads = dict(num_attention_heads=4, num_key_value_heads=2)
 config = SDARConfig(**sizes, **heads, mask_token_id=59, eos_token_id=58, block_size=4)

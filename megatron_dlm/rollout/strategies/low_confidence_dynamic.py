@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DEFAULT_THRESHOLD = 0.9
+
+
 def low_confidence_dynamic(blocks: DenoisedBlocks, threshold: float) -> Tensor:
     """Every masked position above the threshold; if there is none, the most confident one."""
     passing = blocks.masked & (blocks.confidence > threshold)
@@ -27,7 +30,7 @@ register(
         option=StrategyOption(
             name="dynamic_threshold",
             type=float,
-            default=0.9,
+            default=DEFAULT_THRESHOLD,
             range=Range(0, 1, above_lowest=True),
             unit="threshold",
             help="Confidence a token must exceed to be kept by low_confidence_dynamic.",

@@ -1,5 +1,6 @@
 """Each rule refuses what cannot work, naming flag and remedy, and lets the rest pass."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_dlm.config import (
 from megatron_dlm.config.fields import option_fields
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import architecture_from_hf
+from megatron_dlm.ranges import Range
 from tests.refusal import refusal
 from tests.unit_tests.config.configurations import (
     GROWING,
@@ -110,7 +112,7 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
             ["--response-length-warmup-rollouts = 0", "1 or more"],
         ),
         (1, {"divergence": "forward_lk"}, ["forward_lk", "forward_kl, reverse_kl, jsd"]),
-        (1, {"jsd_beta": 1.0}, ["jsd_beta", "1.0"]),
+        (1, {"jsd_beta": 1.0}, ["jsd-beta", "1.0"]),
         (1, {"lr": 1e-7}, ["--min-lr = 1e-06", "0 to 1e-07"]),
         (1, {"lr_warmup_iters": 32}, ["--lr-warmup-iters = 32", "0 to 31"]),
         (1, {"lr_warmup_iters": 9, "lr_decay_iters": 9}, ["--lr-warmup-iters = 9", "0 to 8"]),
@@ -231,13 +233,26 @@ def test_next_token_ignores_the_rollout_batch() -> None:
     assert refusal(validate, config, 1) is None
 
 
+NUMBERS = {n: o for n, o in option_fields(Config).items() if o.type in (int, float)}
+
+
+def outside(allowed: Range) -> list[float]:
+    """Numbers next to the ends of a range that are not in it."""
+    values = [allowed.lowest if allowed.above_lowest else allowed.lowest - 1]
+    if allowed.highest is not None:
+        values.append(allowed.highest if allowed.below_highest else allowed.highest + 1)
+    return values
+
+
 OUT_OF_RANGE = [
-    *((name, 0) for name in value_rules.AT_LEAST_ONE),
-    *((name, -1) for name in value_rules.AT_LEAST_ZERO),
-    *((name, 0) for name in value_rules.ABOVE_ZERO),
-    *((name, value) for name in value_rules.PROBABILITIES for value in (0, 1.1)),
-    *((name, value) for name in value_rules.FRACTIONS for value in (-0.1, 1.1)),
-    *((name, value) for name in value_rules.BELOW_ONE for value in (-0.1, 1)),
+    *((name, value) for name, o in NUMBERS.items() if o.range for value in outside(o.range)),
+    *(("dynamic_threshold", value) for value in (0.0, 1.1)),
+    *(("adam_beta1", value) for value in (-0.1, 1.0)),
+    *(("jsd_beta", value) for value in (0.0, 1.0)),
+    ("lr", 0),
+    ("seed", -1),
+    ("block_size", 0),
+    ("teacher_response_fraction", 1.1),
 ]
 
 
@@ -248,9 +263,23 @@ def test_number_out_of_range(name: str, value: float) -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    numbers = {n for n, option in option_fields(Config).items() if option.type in (int, float)}
-    elsewhere = {"jsd_beta"}  # check_divergence
-    assert numbers - elsewhere == {name for name, _ in OUT_OF_RANGE}
+    assert [name for name, option in NUMBERS.items() if option.range is None] == []
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "text"),
+    [
+        (Range(1), (1, 2), "1 or more"),
+        (Range(0, above_lowest=True), (1e-9,), "above 0"),
+        (Range(0, 1, above_lowest=True), (1e-9, 1), "(0, 1]"),
+        (Range(0, 1, below_highest=True), (0, 0.999), "[0, 1)"),
+        (Range(0, 1), (0, 1), "[0, 1]"),
+    ],
+)
+def test_a_range_holds_its_numbers(allowed: Range, inside: tuple[float, ...], text: str) -> None:
+    assert all(number in allowed for number in inside)
+    assert not any(number in allowed for number in (*outside(allowed), math.nan))
+    assert str(allowed) == text
 
 
 @pytest.mark.parametrize(
