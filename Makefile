@@ -2,7 +2,8 @@
 # make quickstart  convert the tiny model end to end and print the table
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
 # make study       measure all objectives side by side (hours; goes on where it was)
-# make test        lint, type check and all tests, as .ci/run does
+# make test-fast   unit tests that are not marked slow (under 4 minutes on 2 idle cores)
+# make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (an hour)
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
@@ -24,7 +25,7 @@ STUDY ?=
 # Options of the fuzz, FUZZ='--inputs 500' for one.
 FUZZ ?=
 
-.PHONY: setup quickstart quickstart-moe study test fuzz lint format golden
+.PHONY: setup quickstart quickstart-moe study test test-fast fuzz lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -59,6 +60,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-fast: setup
+	$(BIN)/pytest tests/unit_tests -m 'not slow' --numprocesses 2 --dist loadfile --durations 5
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15

@@ -26,6 +26,7 @@ from typing import Any
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, parse_config, validate
 from megatron_dlm.errors import bad_value
+from megatron_dlm.extras import check_installed
 from megatron_dlm.training.branched_training import (
     Branch,
     BranchResult,
@@ -194,6 +195,7 @@ def write_plot(
 def main(argv: Sequence[str]) -> int:
     """Parse, plan, train what is left, compare."""
     study = parse_command("critical-batch-size", Arguments, argv).study
+    check_installed("matplotlib", "command", "critical-batch-size")
     branches = read_branches(study)
     for branch in branches:
         run_branch(branch, study.nproc_per_node)

@@ -11,6 +11,7 @@ from megatron_dlm.config.fields import option_fields
 from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
+from megatron_dlm.extras import check_installed
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.run_folder import is_run_folder
 
@@ -210,13 +211,8 @@ def check_optional_packages(config: Config) -> None:
             "the package deep_ep is not installed",
             "install DeepEP (CUDA only) or choose alltoall",
         )
-    if config.logging.wandb_project is not None and not _is_installed("wandb"):
-        raise refuse(
-            config,
-            "wandb_project",
-            "the package wandb is not installed",
-            "install wandb or leave the flag out",
-        )
+    if config.logging.wandb_project is not None:
+        check_installed("wandb", "--wandb-project", config.logging.wandb_project)
 
 
 def check_save(config: Config) -> None:

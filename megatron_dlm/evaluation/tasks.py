@@ -8,6 +8,7 @@ from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.math_scoring import is_math, math_answer, math_answers_match
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
+from megatron_dlm.extras import check_installed
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Task:
         extract: From the text of a response to its answer; None if it gives none.
         matches: Whether an extracted answer equals the reference.
         can_read: Whether a reference is one that answers can be compared with.
+        package: What scoring imports that only an extra brings; None for nothing.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Task:
     extract: Callable[[str], str | None]
     matches: Callable[[str | None, str], bool]
     can_read: Callable[[str], bool] = bool
+    package: str | None = None
 
     def reference(self, record: Mapping[str, Any], where: str) -> str:
         """Return the reference of a record: its field, or what follows the last ``####`` in that.
@@ -49,8 +52,11 @@ class Task:
         """Check that every record can be scored, before anything is generated.
 
         Raises:
-            UserError: A reference is missing or cannot be read; names file and line.
+            UserError: A reference is missing or cannot be read, which names file and line; or a
+                package is missing.
         """
+        if self.package is not None:
+            check_installed(self.package, "task", self.name)
         for where, record in prompts.file.records():
             reference = self.reference(record, where)
             if not self.can_read(reference):
@@ -76,6 +82,7 @@ TASKS: dict[str, Task] = {
             extract=math_answer,
             matches=math_answers_match,
             can_read=is_math,
+            package="math_verify",
         ),
     )
 }

@@ -1,0 +1,28 @@
+"""Packages that only some options need, installed as extras of this one."""
+
+from importlib.util import find_spec
+
+from megatron_dlm.errors import bad_value
+
+EXTRAS = {"matplotlib": "plots", "math_verify": "eval", "wandb": "wandb"}
+"""Extra that brings each package; the extras are in pyproject.toml."""
+
+
+def check_installed(package: str, field: str, value: object) -> None:
+    """Check that a package of an extra can be imported; imports nothing.
+
+    Args:
+        package: One of `EXTRAS`, as it is imported.
+        field: Option that needs it.
+        value: Of the option.
+
+    Raises:
+        UserError: It is missing.
+    """
+    if find_spec(package) is None:
+        raise bad_value(
+            field,
+            value,
+            f"the package {package} is not installed",
+            f"install it with pip install 'megatron-dlm[{EXTRAS[package]}]', or do without",
+        )
