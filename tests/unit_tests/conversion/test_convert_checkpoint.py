@@ -80,6 +80,7 @@ def test_weights_of_another_type_are_cast_on_loading(tmp_path, source, convert):
     config_file = megatron / "iter_0000000" / "hf" / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    (megatron / "iter_0000000" / "manifest.json").unlink()  # which knows the file as it was
     out = tmp_path / "out"
     status, error = convert("--load", megatron, "--save", out, "--target-format", "autoregressive")
     assert status == 0, error
