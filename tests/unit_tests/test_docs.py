@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -95,3 +97,58 @@ def test_flags_in_commands_exist() -> None:
                         given = re.findall(r"--[\w-]+", arguments)
                         assert set(given) <= flags, command
     assert commands >= len(SCRIPTS)
+
+
+def test_figures_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as another matplotlib draws them alike: what is coloured where, not every byte."""
+    module = load_script("docs/draw_figures.py")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    module.main()
+    for drawn in sorted(tmp_path.iterdir()):
+        committed = REPOSITORY / "docs" / "figures" / drawn.name
+        assert fills(drawn) == fills(committed), "run docs/draw_figures.py"
+        assert f"docs/figures/{drawn.name}" in (REPOSITORY / "README.md").read_text()
+
+
+def fills(figure: Path) -> list[str]:
+    return re.findall(r"fill: #\w+", figure.read_text(encoding="utf-8"))
+
+
+def test_mask_figure_is_that_of_the_paper() -> None:
+    """The cells by the three parts of BD3-LM's mask, written out."""
+    drawn = fills(REPOSITORY / "docs" / "figures" / "mask.svg")
+    clean, noisy = ["prompt", 1, 2], [1, 2]
+    rows = [("clean", block) for block in clean] + [("noisy", block) for block in noisy]
+    order = {"prompt": 0, 1: 1, 2: 2}
+    seen = []
+    for query_stream, query in rows:
+        for key_stream, key in rows:
+            if key_stream == "noisy":
+                seen.append(query_stream == "noisy" and query == key)
+            elif query_stream == "clean":
+                seen.append(order[key] <= order[query])
+            else:
+                seen.append(order[key] < order[query])
+    num_seen = sum(color in ("fill: #3b78c4", "fill: #d9822b") for color in drawn)
+    assert num_seen == 16 * sum(seen)
+
+
+def test_python_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- python-example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    assert found is not None
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", found[1]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    response, loss = done.stdout.rsplit("\n", 2)[:2]
+    assert response.endswith(" eos 1.0")
+    assert loss.endswith(" nats per token")
+    assert (tmp_path / "hf" / "tiny" / "model.safetensors").is_file()

@@ -1,11 +1,14 @@
 """Shipped recipes are the published runs, and fit the models and GPUs that they are for."""
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.real_shapes import REAL_SHAPES, qwen3
 from megatron_dlm.config import Config, parse_config, validate, validate_architecture
@@ -308,3 +311,30 @@ def test_critical_batch_recipe_has_the_papers_branches(tmp_path: Path) -> None:
         config = branch.config
         assert config.train_iters * config.training.global_batch_size * 2048 == budget
         assert config.lr_warmup_iters == round(0.01 * config.train_iters)
+
+
+@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B", "30B-A3B"])
+def test_memory_and_time_are_those_of_the_models(size: str) -> None:
+    """The table of examples/README.md, with the parameters that transformers' models have."""
+    readme = (EXAMPLES / "README.md").read_text()
+    [cells] = re.findall(rf"^\| {re.escape(size)} \| (.*[0-9]) \|$", readme, flags=re.MULTILINE)
+    layout, *numbers = cells.split(" | ")
+    name = f"qwen3_{size.lower().replace('-', '_')}"
+    with torch.device("meta"):
+        shape = SHAPES[name]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
+    sizes = {n: p.numel() / 1e9 for n, p in model.named_parameters()}  # tied ones once
+    experts = sum(count for n, count in sizes.items() if ".experts." in n)
+    others = sum(sizes.values()) - experts
+    config = load(f"{name}/opdlm")
+    tp = config.parallel.tensor_model_parallel_size
+    ep = config.parallel.expert_model_parallel_size
+    dp = 8 // tp
+    expected_layout = f"EP {ep} x DP {dp}" if ep > 1 else f"TP {tp} x DP {dp}" if tp > 1 else "DP 8"
+    assert layout == expected_layout
+    student = others / tp * (6 + 12 / dp) + experts / ep * (6 + 12 / (8 // ep))
+    teacher = 2 * (others / tp + experts / ep)
+    active = others + experts * shape.get("num_experts_per_tok", 0) / shape.get("num_experts", 1)
+    seconds = 8 * active * 1e15 / (8 * 989e12 * 0.4)
+    expected = (student, teacher, student + teacher, seconds)
+    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.06)
