@@ -1,6 +1,6 @@
 """Packages that only some options need, installed as extras of this one."""
 
-from importlib.util import find_spec
+import importlib.util
 
 from megatron_dlm.errors import bad_value
 
@@ -19,7 +19,7 @@ def check_installed(package: str, field: str, value: object) -> None:
     Raises:
         UserError: It is missing.
     """
-    if find_spec(package) is None:
+    if importlib.util.find_spec(package) is None:
         raise bad_value(
             field,
             value,
