@@ -1,0 +1,43 @@
+"""What only an extra brings is asked for by the extra's name, before any work."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megatron_dlm.commands import main
+from megatron_dlm.data.prompts import PromptDataset, TokenTable
+from megatron_dlm.data.records import RecordFile
+from megatron_dlm.evaluation.tasks import get_task
+from megatron_dlm.extras import EXTRAS
+from tests.refusal import refusal
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_each_package_is_in_its_extra_and_no_dependency() -> None:
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    extras = project["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        name = package.replace("_", "-")
+        assert any(requirement.startswith(name) for requirement in extras[extra])
+        assert not any(requirement.startswith(name) for requirement in project["dependencies"])
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_scoring_by_value_asks_for_its_extra() -> None:
+    prompts = PromptDataset(RecordFile.of([{"prompt": "?", "answer": "1"}], "p"), TokenTable())
+    text = str(refusal(get_task("math_verify").check, prompts))
+    assert "math_verify is not installed; install it with pip install 'megatron-dlm[eval]'" in text
+    assert refusal(get_task("final_answer").check, prompts) is None
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_plotting_asks_for_its_extra_before_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["critical-batch-size"]) == 2
+    assert "megatron-dlm[plots]" in capsys.readouterr().err
