@@ -143,6 +143,7 @@ save_file({"tokens": tokens, "logits": logits}, results)
 """
 
 
+@pytest.mark.slow
 def test_dllm_loads_a_block_causal_folder(tmp_path, convert):
     source, exported = dllm_folder(tmp_path / "dllm"), tmp_path / "exported"
     stated = ("--attention-pattern", "block_causal", "--block-size", BLOCK_SIZE)

@@ -75,6 +75,7 @@ def exports(tmp_path_factory, single_process):
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", supported_versions())
 def test_exports_load_and_generate(exports, tmp_path, version):
