@@ -21,16 +21,16 @@ class Use:
     """A condition under which some options are read.
 
     Attributes:
-        holds: Whether it does.
+        condition: Whether they are read.
         names: Fields of the options.
-        otherwise: What has no use for them where it does not.
-        instead: What would use them, as an imperative; empty if nothing but another run would.
+        reason: What has no use for them where they are not.
+        remedy: What would use them, as an imperative; empty if nothing but another run would.
     """
 
-    holds: bool
+    condition: bool
     names: tuple[str, ...]
-    otherwise: str
-    instead: str = ""
+    reason: str
+    remedy: str = ""
 
 
 def uses(config: Config) -> tuple[Use, ...]:
@@ -40,16 +40,16 @@ def uses(config: Config) -> tuple[Use, ...]:
 
 def is_used(config: Config, name: str) -> bool:
     """Whether the run reads an option."""
-    return all(use.holds for use in uses(config) if name in use.names)
+    return all(use.condition for use in uses(config) if name in use.names)
 
 
 def check_nothing_is_ignored(config: Config) -> None:
     """What the run has no use for keeps its default."""
     for use in uses(config):
-        for name in use.names if not use.holds else ():
+        for name in use.names if not use.condition else ():
             if value_of(config, name) != default_of(name):
-                remedy = f"drop {flag(name)}" + (f", or {use.instead}" if use.instead else "")
-                raise refuse(config, name, f"{use.otherwise} has no use for it", remedy)
+                remedy = f"drop {flag(name)}" + (f", or {use.remedy}" if use.remedy else "")
+                raise refuse(config, name, f"{use.reason} has no use for it", remedy)
 
 
 def _uses_of_objective(config: Config) -> list[Use]:
@@ -111,7 +111,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
     )
     objective = _as_given(config, "objective")
     return [
-        *(Use(holds, names, objective) for holds, names in rows),
+        *(Use(condition, names, objective) for condition, names in rows),
         Use(
             not itself,
             DIVERGENCE_FIELDS,

@@ -204,7 +204,7 @@ def test_every_rule_has_a_case() -> None:
         for case in CASES
         for run in case.unused
         for index, use in enumerate(uses(config_with(run)))
-        if not use.holds and case.name in use.names
+        if not use.condition and case.name in use.names
     }
     assert refusing == set(range(len(rules)))
 
