@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
 from megatron_dlm.models.forward import Row, pad_row, texts_of_rows
 from megatron_dlm.types.document import Document
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class TrainingBatch:
         supervised: [n] int64, indices into S.
         labels: [n] int64.
         weights: [n] float32.
-        teacher_hidden: [n, h] or None.
-        teacher_top_k: [n] distributions or None.
+        targets: [n] of the teacher, or None.
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
             tokens (or what the objective counts), or under `row_mean` samples, but for those in
             which the objective counts nothing.
@@ -34,8 +33,7 @@ class TrainingBatch:
     supervised: Tensor
     labels: Tensor
     weights: Tensor
-    teacher_hidden: Tensor | None
-    teacher_top_k: TopKTargets | None
+    targets: TeacherTargets | None
     loss_count: int
 
 
@@ -83,16 +81,14 @@ def pack(
         weights = weights / torch.repeat_interleave(
             counts, torch.tensor([len(document.supervised) for document in documents])
         )
-    hidden = [d.teacher_hidden for d in documents if d.teacher_hidden is not None]
-    top_k = [d.teacher_top_k for d in documents if d.teacher_top_k is not None]
+    targets = [document.targets for document in documents if document.targets is not None]
     return TrainingBatch(
         row=pad_row(row, pad_multiple),
         supervised=supervised,
         labels=torch.cat([document.labels for document in documents]),
         weights=weights,
         # All documents of a row have been annotated, or none.
-        teacher_hidden=torch.cat(hidden) if len(hidden) == len(documents) else None,
-        teacher_top_k=TopKTargets.cat(top_k) if len(top_k) == len(documents) else None,
+        targets=TeacherTargets.cat(targets) if len(targets) == len(documents) else None,
         loss_count=sum(d.loss_count != 0 for d in documents) if row_mean else sum(loss_counts),
     )
 
@@ -123,7 +119,7 @@ def empty_row(batch: TrainingBatch, pad_multiple: int = 1) -> TrainingBatch:
 
 
 def _part(batch: TrainingBatch, start: int, end: int, pad_multiple: int) -> TrainingBatch:
-    row, hidden, top_k = batch.row, batch.teacher_hidden, batch.teacher_top_k
+    row, targets = batch.row, batch.targets
     assert isinstance(row.attention, Tensor)
     inside = (batch.supervised >= start) & (batch.supervised < end)
     tokens = Row(
@@ -136,8 +132,7 @@ def _part(batch: TrainingBatch, start: int, end: int, pad_multiple: int) -> Trai
         supervised=batch.supervised[inside] - start,
         labels=batch.labels[inside],
         weights=batch.weights[inside],
-        teacher_hidden=None if hidden is None else hidden[inside.to(hidden.device)],
-        teacher_top_k=None if top_k is None else top_k[inside],
+        targets=None if targets is None else targets[inside],
         loss_count=batch.loss_count if start == 0 else 0,
     )
 
@@ -172,6 +167,5 @@ def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
         supervised=move(batch.supervised),
         labels=move(batch.labels),
         weights=move(batch.weights),
-        teacher_hidden=None if batch.teacher_hidden is None else move(batch.teacher_hidden),
-        teacher_top_k=None if batch.teacher_top_k is None else batch.teacher_top_k.to(device),
+        targets=None if batch.targets is None else batch.targets.to(device),
     )

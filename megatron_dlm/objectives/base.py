@@ -15,7 +15,7 @@ from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.types.document import Document
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -29,9 +29,8 @@ class LossInputs:
         labels: [n].
         weights: [n].
         tp_group: Tensor-parallel group; None for a group of one.
-        teacher_hidden: [n, h_teacher] or None.
-        teacher_head: [V/tp, h_teacher] or None.
-        teacher_top_k: [n] distributions of a teacher whose hidden states are not there, or None.
+        targets: [n] of the teacher, or None.
+        teacher_head: [V/tp, h_teacher], the output layer for `HiddenTargets`, else None.
     """
 
     hidden: Tensor
@@ -39,9 +38,8 @@ class LossInputs:
     labels: Tensor
     weights: Tensor
     tp_group: torch.distributed.ProcessGroup | None = None
-    teacher_hidden: Tensor | None = None
+    targets: TeacherTargets | None = None
     teacher_head: Tensor | None = None
-    teacher_top_k: TopKTargets | None = None
 
 
 class Objective(ABC):

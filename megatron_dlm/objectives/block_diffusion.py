@@ -99,7 +99,7 @@ def block_diffusion_document(
     noisy_masked = masked[state, noisy]
     noisy_target = target[state, noisy].nonzero()[:, 0]
     target_position = noisy[noisy_target]
-    hidden, top_k = trajectory.teacher_hidden, trajectory.teacher_top_k
+    targets = trajectory.targets
     rows = target_position - len(trajectory.prompt_ids)
     positions = torch.cat((position[:clean_length], noisy))
     clean = torch.full((clean_length,), CLEAN)
@@ -113,8 +113,7 @@ def block_diffusion_document(
         supervised=clean_length + noisy_target,
         labels=tokens[target_position],
         weights=torch.ones(len(target_position)) if weights is None else weights[target_position],
-        teacher_hidden=None if hidden is None else hidden[rows.to(hidden.device)],
-        teacher_top_k=None if top_k is None else top_k[rows],
+        targets=None if targets is None else targets[rows],
         loss_count=None if weights is None else int(supervised.sum()),
     )
 

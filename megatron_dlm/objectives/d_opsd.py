@@ -24,8 +24,8 @@ from megatron_dlm.rollout.visited_states import (
     states_before_last_block,
 )
 from megatron_dlm.types.document import Document
-from megatron_dlm.types.teacher_targets import TopKTargets
-from megatron_dlm.types.trajectory import StateTargets, Trajectory
+from megatron_dlm.types.teacher_targets import StateTargets, TopKTargets
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class DOPSD(Objective):
@@ -41,6 +41,7 @@ class DOPSD(Objective):
         targets = trajectory.targets
         if targets is None:
             return self._empty_document()
+        assert isinstance(targets, StateTargets)
         states = states_before_last_block(trajectory, self.config.model.block_size)
         if self.convention.attention_pattern == "full":
             return self._full_document(trajectory, states, targets, self.convention.shifted)
@@ -48,11 +49,11 @@ class DOPSD(Objective):
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Clipped reverse KL; see `Objective.loss`."""
-        assert inputs.teacher_top_k is not None
+        assert isinstance(inputs.targets, TopKTargets)
         return clipped_reverse_kl(
             inputs.hidden,
             inputs.head,
-            inputs.teacher_top_k,
+            inputs.targets,
             inputs.weights,
             self.config.self_distillation.divergence_term_limit,
             self.vocab_size,
@@ -71,7 +72,7 @@ class DOPSD(Objective):
             supervised=none,
             labels=none,
             weights=torch.empty(0),
-            teacher_top_k=TopKTargets(
+            targets=TopKTargets(
                 torch.empty(0, k, dtype=torch.int32), torch.empty(0, k, dtype=torch.float32)
             ),
             loss_count=0,
@@ -93,7 +94,7 @@ class DOPSD(Objective):
             supervised=targets.state * length + targets.position - int(shifted),
             labels=canvas[targets.position],
             weights=torch.ones(len(targets.position)),
-            teacher_top_k=targets.top_k,
+            targets=targets.top_k,
             document_ids=torch.arange(num_states).repeat_interleave(length),
             loss_count=num_states,
         )
@@ -109,11 +110,11 @@ class DOPSD(Objective):
         supervised = torch.zeros(num_steps, len(canvas), dtype=torch.bool)
         supervised[step - 1, targets.position] = True
         document = block_diffusion_document(
-            trajectory,
+            replace(trajectory, targets=None),  # those are of states, not of response tokens
             masked,
             supervised,
             block_size=self.config.model.block_size,
             mask_token_id=self.mask_token_id,
         )
         order = (step * len(canvas) + targets.position).argsort()
-        return replace(document, teacher_top_k=targets.top_k[order], loss_count=len(states))
+        return replace(document, targets=targets.top_k[order], loss_count=len(states))

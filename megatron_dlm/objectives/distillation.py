@@ -16,6 +16,7 @@ from megatron_dlm.distillation.vocab_parallel_divergence import (
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.teacher_targets import HiddenTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -48,22 +49,22 @@ class DistillationObjective(BlockDiffusionObjective):
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Divergence of the student from the teacher; see `Objective.loss`."""
-        if inputs.teacher_top_k is not None:
+        if isinstance(inputs.targets, TopKTargets):
             return vocab_parallel_top_k_divergence(
                 inputs.hidden,
                 inputs.head,
-                inputs.teacher_top_k,
+                inputs.targets,
                 inputs.weights,
                 self.divergence,
                 self.vocab_size,
                 inputs.tp_group,
             )
-        assert inputs.teacher_hidden is not None
+        assert isinstance(inputs.targets, HiddenTargets)
         assert inputs.teacher_head is not None
         return vocab_parallel_divergence(
             inputs.hidden,
             inputs.head,
-            inputs.teacher_hidden,
+            inputs.targets.hidden,
             inputs.teacher_head,
             inputs.weights,
             self.divergence,

@@ -16,7 +16,8 @@ from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_teacher
 from megatron_dlm.parallel import errors_on_all_ranks
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.base import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.responses import generate_missing
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.teacher.stored import StoredTeacher
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 def choose_teacher(
     config: Config, inputs: RunInputs, sampler: ShuffledSampler
-) -> tuple[Teacher | StoredTeacher | None, ExampleDataset | CorpusDataset | None]:
+) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
     """Have the teacher do what it does once, and keep it only if training asks it; collective.
 
     Args:
@@ -73,7 +74,7 @@ def choose_teacher(
             return StoredTeacher(table, sampler.record_index), examples
     if not config.traits.uses_teacher:
         return None, examples
-    return Teacher(load(), config.training.micro_batch_size), examples
+    return FrozenTeacher(load(), config.training.micro_batch_size), examples
 
 
 def self_teacher(config: Config, inputs: RunInputs, student: DiffusionGPTModel) -> SelfTeacher:

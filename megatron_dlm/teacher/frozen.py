@@ -10,10 +10,11 @@ import torch
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.types.teacher_targets import HiddenTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
-class Teacher:
+class FrozenTeacher:
     """Annotates trajectories with the teacher's hidden states.
 
     Args:
@@ -31,9 +32,9 @@ class Teacher:
         return head_weight(self.model) if self.model.post_process else None
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        """Set `teacher_hidden` of each trajectory, on the last pipeline stage.
+        """Set `targets` of each trajectory, on the last pipeline stage.
 
-        An AR model's hidden state at i - 1 predicts token i, so a response of L tokens behind P
+        An AR model's hidden state at i - 1 predicts token i, so a response of L tokens after P
         prompt tokens takes positions P - 1 .. P + L - 2 of the causal forward over x_0.
 
         Raises:
@@ -58,5 +59,6 @@ class Teacher:
             for trajectory in group:
                 length = len(trajectory.token_ids) - 1
                 first = start + len(trajectory.prompt_ids) - 1
-                trajectory.teacher_hidden = hidden[first : start + length].clone()
+                own = hidden[first : start + length].clone()
+                trajectory.targets = HiddenTargets(own)
                 start += length

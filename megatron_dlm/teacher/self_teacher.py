@@ -30,8 +30,8 @@ from megatron_dlm.rollout.visited_states import (
     states_before_last_block,
 )
 from megatron_dlm.seeding import keyed_generator
-from megatron_dlm.types.teacher_targets import TopKTargets
-from megatron_dlm.types.trajectory import StateTargets, Trajectory
+from megatron_dlm.types.teacher_targets import StateTargets, TopKTargets
+from megatron_dlm.types.trajectory import Trajectory
 
 
 class SelfTeacher:
@@ -150,7 +150,8 @@ class SelfTeacher:
         return StateTargets(
             state=state,
             position=packed[:, 0].long(),
-            top_k=TopKTargets(packed[:, 1 : 1 + k].int(), packed[:, 1 + k :].float()),
+            token_ids=packed[:, 1 : 1 + k].int(),
+            log_probs=packed[:, 1 + k :].float(),
         )
 
     def _surest(self, states: VisitedStates, hidden: Tensor) -> tuple[Tensor, TopKTargets]:

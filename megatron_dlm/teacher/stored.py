@@ -16,18 +16,20 @@ class StoredTeacher:
         record_index: The record of a global sample index.
 
     Attributes:
+        model: None: it has left.
         head: None: what is stored went through the output layer.
     """
 
-    head = None
+    model: None = None
+    head: None = None
 
     def __init__(self, table: TopKTable, record_index: Callable[[int], int]) -> None:
         self._table = table
         self._record_index = record_index
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        """Set `teacher_top_k` of each trajectory, on the last pipeline stage."""
+        """Set `targets` of each trajectory, on the last pipeline stage."""
         if parallel_state.is_pipeline_last_stage():
             for trajectory in trajectories:
                 record = self._record_index(trajectory.sample_index)
-                trajectory.teacher_top_k = self._table[record]
+                trajectory.targets = self._table[record]

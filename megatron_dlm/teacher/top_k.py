@@ -13,9 +13,9 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.top_k_store import TopKStore
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -45,7 +45,7 @@ def compute_missing(
     missing = missing_prompts(store, wanted)
     if not missing:
         return
-    teacher = Teacher(model(), config.training.micro_batch_size)
+    teacher = FrozenTeacher(model(), config.training.micro_batch_size)
     at_once = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
     writes = parallel_state.get_tensor_model_parallel_rank() == 0
     for shard, most in rounds(missing, "teacher top-k", prompts_per_shard):
@@ -59,12 +59,12 @@ def compute_missing(
             if targets is not None:
                 parts.append(targets)
         if parts and writes and shard:
-            store.write(shard, TopKTargets.cat(parts))
+            store.write(shard, TeacherTargets.cat(parts))
 
 
 def _targets(
     config: Config,
-    teacher: Teacher,
+    teacher: FrozenTeacher,
     trajectories: Sequence[Trajectory],
     count: int,
     vocab_size: int,
@@ -73,12 +73,12 @@ def _targets(
     teacher.annotate(trajectories)
     if teacher.head is None:
         return None
-    hidden = [t.teacher_hidden for t in trajectories[:count] if t.teacher_hidden is not None]
+    hidden = [t.targets for t in trajectories[:count] if isinstance(t.targets, HiddenTargets)]
     if not hidden:
         return None
     tp_group = parallel_state.get_tensor_model_parallel_group()
     targets = vocab_parallel_top_k(
-        torch.cat(hidden),
+        TeacherTargets.cat(hidden).hidden,
         teacher.head,
         config.distillation.divergence_top_k,
         vocab_size,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.base import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.student import Student
@@ -112,12 +113,13 @@ class PhaseOffload:
 
 
 def build_offload(
-    config: Config, student: Student, teacher: Teacher | StoredTeacher | SelfTeacher | None
+    config: Config, student: Student, teacher: Teacher | None
 ) -> PhaseOffload:
     """What `--offload-teacher` and `--offload-optimizer` ask for."""
     residents: list[tuple[HostedTensors | _Gradients, set[Phase]]] = []
     if config.distillation.offload_teacher:
-        assert isinstance(teacher, Teacher | SelfTeacher)
+        assert teacher is not None
+        assert teacher.model is not None
         head = [] if teacher.head is None else [teacher.head]
         body = _without([*teacher.model.parameters(), *teacher.model.buffers()], head)
         residents += [

@@ -17,8 +17,9 @@ from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.teacher.building import choose_teacher, self_teacher
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.checkpointing import (
@@ -53,7 +54,7 @@ class Run:
     config: Config
     inputs: RunInputs
     student: Student
-    teacher: Teacher | StoredTeacher | SelfTeacher | None
+    teacher: Teacher | None
     objective: Objective
     source: TrajectorySource
     sampler: ShuffledSampler
@@ -163,7 +164,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
             "start with both sizes 1, and load that checkpoint at any layout",
         )
     sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
-    teacher: Teacher | StoredTeacher | SelfTeacher | None
+    teacher: Teacher | None
     teacher, examples = choose_teacher(config, inputs, sampler)
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:

@@ -100,9 +100,8 @@ def train_step(
                     labels=batch.labels,
                     weights=batch.weights,
                     tp_group=tp_group if tp_group.size() > 1 else None,
-                    teacher_hidden=batch.teacher_hidden,
+                    targets=batch.targets,
                     teacher_head=teacher_head,
-                    teacher_top_k=batch.teacher_top_k,
                 )
             )
             count = torch.tensor(batch.loss_count, dtype=torch.int, device=device)

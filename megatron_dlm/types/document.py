@@ -1,13 +1,13 @@
 """What an objective makes of a trajectory: one document of a training row.
 
-T: tokens of the document; n: supervised tokens; h: hidden size of the teacher.
+T: tokens of the document; n: supervised tokens.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Document:
         supervised: [n] int64, indices into T whose hidden states the loss reads.
         labels: [n] int64, the x_0 token that each of them should predict.
         weights: [n] float32, w(t).
-        teacher_hidden: [n, h] of the teacher at the same predictions, or None.
-        teacher_top_k: [n] distributions of the teacher, or None.
+        targets: [n] of the teacher at the same predictions, or None.
         document_ids: [T] from 0 without gaps, where the sample holds several texts that do not see
             each other (a corpus window); None for one text.
         loss_count: What the loss sum is divided by, summed over the global batch; None for the
@@ -41,8 +40,7 @@ class Document:
     supervised: Tensor
     labels: Tensor
     weights: Tensor
-    teacher_hidden: Tensor | None = None
-    teacher_top_k: TopKTargets | None = None
+    targets: TeacherTargets | None = None
     document_ids: Tensor | None = None
     loss_count: int | None = None
     keys: Tensor | None = None

@@ -1,17 +1,71 @@
-"""A teacher's distribution as its k most likely tokens: small enough to keep on disk."""
+"""What a teacher says of each prediction: hidden states, or its k most likely tokens."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+Targets = TypeVar("Targets", bound="TeacherTargets")
+
 
 @dataclass(frozen=True)
-class TopKTargets:
-    """Distributions of a teacher over n predictions.
+class TeacherTargets:
+    """A teacher's distributions over n predictions.
+
+    Every field of a subclass is a tensor with n rows, or None. A loss tells the subclasses apart;
+    everything else indexes, joins and moves them alike.
+    """
+
+    def __len__(self) -> int:
+        tensor: Tensor = getattr(self, fields(self)[0].name)
+        return len(tensor)
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        """The targets of some predictions; indices or a mask may be on another device."""
+
+        def of_rows(tensor: Tensor) -> Tensor:
+            return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
+
+        return self._each(of_rows)
+
+    def to(self, device: torch.device) -> Self:
+        """The same targets on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    @staticmethod
+    def cat(parts: Sequence[Targets]) -> Targets:
+        """Targets laid end to end; at least one part, all of the same kind and sizes.
+
+        A field that any of them lacks is None.
+        """
+        joined: dict[str, Tensor | None] = {}
+        for field in fields(parts[0]):
+            found = [getattr(part, field.name) for part in parts]
+            joined[field.name] = None if any(t is None for t in found) else torch.cat(found)
+        return type(parts[0])(**joined)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: None if t is None else change(t) for name, t in values.items()}
+        return type(self)(**changed)
+
+
+@dataclass(frozen=True)
+class HiddenTargets(TeacherTargets):
+    """The teacher's hidden states; its output layer makes distributions of them.
+
+    Attributes:
+        hidden: [n, h].
+    """
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class TopKTargets(TeacherTargets):
+    """The teacher's k most likely tokens: small enough to keep on disk.
 
     Attributes:
         token_ids: [n, k] int32, most likely first.
@@ -24,29 +78,20 @@ class TopKTargets:
     log_probs: Tensor
     log_rest: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor | slice) -> TopKTargets:
-        """The targets of some predictions."""
-        rest = None if self.log_rest is None else self.log_rest[rows]
-        return TopKTargets(self.token_ids[rows], self.log_probs[rows], rest)
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
+@dataclass(frozen=True, kw_only=True)
+class StateTargets(TopKTargets):
+    """Distributions at positions of visited states; the same on every rank.
 
-    def to(self, device: torch.device) -> TopKTargets:
-        """The same targets on a device."""
-        rest = None if self.log_rest is None else self.log_rest.to(device, non_blocking=True)
-        return TopKTargets(
-            self.token_ids.to(device, non_blocking=True),
-            self.log_probs.to(device, non_blocking=True),
-            rest,
-        )
+    Attributes:
+        state: [n] int64, number of the visited state, ascending.
+        position: [n] int64, position in the sequence, ascending within a state.
+    """
 
-    @classmethod
-    def cat(cls, parts: Sequence[TopKTargets]) -> TopKTargets:
-        """Targets laid end to end; at least one part, all of the same k."""
-        rests = [part.log_rest for part in parts if part.log_rest is not None]
-        return cls(
-            torch.cat([part.token_ids for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-            torch.cat(rests) if len(rests) == len(parts) else None,
-        )
+    state: Tensor
+    position: Tensor
+
+    @property
+    def top_k(self) -> TopKTargets:
+        """The n distributions, without their places."""
+        return TopKTargets(self.token_ids, self.log_probs, self.log_rest)

@@ -1,6 +1,6 @@
 """What travels from a rollout (or a data set) to an objective: token ids, never text.
 
-Shapes: P prompt tokens, L response tokens, T tail tokens, h hidden size of the teacher.
+Shapes: P prompt tokens, L response tokens, T tail tokens.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,6 @@ class Prompt:
         """Tokens after which a response is cut, in a rollout of responses up to this length."""
         own = self.max_response_length
         return max_response_length if own is None else min(own, max_response_length)
-
-
-@dataclass(frozen=True)
-class StateTargets:
-    """A teacher's distributions at positions of visited states; the same on every rank.
-
-    Attributes:
-        state: [n] int64, number of the visited state, ascending.
-        position: [n] int64, position in the sequence, ascending within a state.
-        top_k: The n distributions.
-    """
-
-    state: Tensor
-    position: Tensor
-    top_k: TopKTargets
 
 
 def _no_tokens() -> Tensor:
@@ -77,13 +62,9 @@ class Trajectory:
             behind the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
-        teacher_hidden: [L, h], the teacher's hidden states that predict each response token (those
-            of the position before it); on the last pipeline stage after the teacher phase, else
-            None.
-        teacher_top_k: [L], the teacher's distributions of the same tokens where they were stored;
-            instead of `teacher_hidden`.
-        targets: What a self-distilling teacher made of its visited states; None before the teacher
-            phase and where nothing of it is trained on.
+        targets: What the teacher says: of each of the L response tokens, on the last pipeline
+            stage, or, where the student teaches itself, of visited states (`StateTargets`), on all
+            of them. None before the teacher phase and where nothing of it is trained on.
         correct: Whether the run's reward calls the response right; None where nobody asked.
         tries: Responses that were made to the prompt, this one the last.
         record: The prompt's JSON object.
@@ -101,9 +82,7 @@ class Trajectory:
     canvas_length: int | None = None
     denoising_forwards: int = 0
     total_forwards: int = 0
-    teacher_hidden: Tensor | None = None
-    teacher_top_k: TopKTargets | None = None
-    targets: StateTargets | None = None
+    targets: TeacherTargets | None = None
     correct: bool | None = None
     tries: int = 1
     record: dict[str, Any] = field(default_factory=dict)

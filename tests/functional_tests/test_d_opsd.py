@@ -212,7 +212,7 @@ def _loss(run: Run, trajectories: list[Trajectory]) -> float:
                 head=head_weight(model),
                 labels=batch.labels,
                 weights=batch.weights,
-                teacher_top_k=batch.teacher_top_k,
+                targets=batch.targets,
             )
         )
     return float(loss) / batch.loss_count

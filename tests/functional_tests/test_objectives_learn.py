@@ -102,7 +102,7 @@ def loss_on(run: Run, trajectories: list[Trajectory]) -> float:
             head=head_weight(run.student.model),
             labels=batch.labels,
             weights=batch.weights,
-            teacher_hidden=batch.teacher_hidden,
+            targets=batch.targets,
             teacher_head=run.teacher.head if run.teacher is not None else None,
         )
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore
 from megatron_dlm.errors import UserError
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets, TopKTargets
 
 HEADER = TopKHeader(
     prompt_tokens="a" * 64,
@@ -50,7 +50,7 @@ def fill(store: TopKStore, targets: list[TopKTargets]) -> None:
 
 def write(store: TopKStore, prompts: list[int], targets: list[TopKTargets]) -> None:
     if prompts:
-        store.write(prompts, TopKTargets.cat([targets[index] for index in prompts]))
+        store.write(prompts, TeacherTargets.cat([targets[index] for index in prompts]))
 
 
 @given(

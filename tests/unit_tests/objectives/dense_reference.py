@@ -52,9 +52,8 @@ class Models:
                 head_weight(self.student),
                 batch.labels,
                 batch.weights,
-                teacher_hidden=batch.teacher_hidden,
+                targets=batch.targets,
                 teacher_head=self.teacher.head,
-                teacher_top_k=batch.teacher_top_k,
             )
         )
         return float(loss.detach())

@@ -50,7 +50,7 @@ def test_loss_equals_one_dense_forward_per_block(models: Models, case) -> None:
     config = Config.from_dict({"device": "cpu", **options})
     objective = OBJECTIVES["opdlm"](config, MASK, VOCABULARY)
     for trajectory in batch:
-        trajectory.teacher_hidden = None
+        trajectory.targets = None
     models.teacher.annotate(batch)
     documents, expected, count = [], 0.0, 0
     for trajectory in batch:

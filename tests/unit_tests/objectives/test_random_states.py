@@ -19,6 +19,7 @@ from megatron_dlm.models.model import head_weight
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.objectives.state_selection import SELECTORS, random_state
+from megatron_dlm.types.teacher_targets import HiddenTargets
 from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     EOS,
@@ -127,7 +128,7 @@ def test_hard_targets_make_distillation_the_block_diffusion_loss(
     head = head_weight(models.student).detach()
     results = []
     for objective, teacher in (
-        (distillation, (certain, 1e4 * torch.eye(VOCABULARY))),
+        (distillation, (HiddenTargets(certain), 1e4 * torch.eye(VOCABULARY))),
         (block_diffusion, (None, None)),
     ):
         leaf = hidden.clone().requires_grad_()
@@ -137,7 +138,7 @@ def test_hard_targets_make_distillation_the_block_diffusion_loss(
                 head,
                 document.labels,
                 document.weights,
-                teacher_hidden=teacher[0],
+                targets=teacher[0],
                 teacher_head=teacher[1],
             )
         )

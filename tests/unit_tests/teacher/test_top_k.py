@@ -62,7 +62,7 @@ def test_stored_targets_are_those_of_transformers(folder: Path, tmp_path: Path) 
             logits = model(trajectory.token_ids[None]).logits[0, prompt - 1 : -1]
         log_p = logits.log_softmax(-1)
         values, ids = log_p.topk(K, dim=1)
-        targets = trajectory.teacher_top_k
+        targets = trajectory.targets
         assert targets is not None
         assert torch.equal(targets.token_ids.long(), ids)
         torch.testing.assert_close(targets.log_probs.double(), values, rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ def test_interrupted_computation_goes_on_where_it_stopped(
     monkeypatch.undo()
     whole = annotated(off_policy(folder, tmp_path / "whole"))
     for trajectory, other in zip(trajectories, whole, strict=True):
-        targets, expected = trajectory.teacher_top_k, other.teacher_top_k
+        targets, expected = trajectory.targets, other.targets
         assert targets is not None
         assert expected is not None
         assert torch.equal(targets.token_ids, expected.token_ids)
@@ -150,7 +150,7 @@ def test_a_teacher_that_moved_is_not_asked_again(
     after = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
     assert len(after) == len(before) > 0
     for trajectory, other in zip(after, before, strict=True):
-        targets, expected = trajectory.teacher_top_k, other.teacher_top_k
+        targets, expected = trajectory.targets, other.targets
         assert targets is not None
         assert expected is not None
         assert torch.equal(targets.token_ids, expected.token_ids)
