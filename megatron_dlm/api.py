@@ -34,7 +34,7 @@ from megatron_dlm.entry import world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.generation import (
     Generator,
-    build_frozen_model,
+    load_frozen_model,
     read_inference_inputs,
 )
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceSetup, resolve_inference
@@ -120,7 +120,7 @@ class Model:
         self._closing = weakref.finalize(self, _GROUPS.leave)
         try:
             with torch.random.fork_rng():
-                self._module: DiffusionGPTModel | None = build_frozen_model(setup)
+                self._module: DiffusionGPTModel | None = load_frozen_model(setup)
         except BaseException:
             self._closing()
             raise

@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_dlm.evaluation.evaluator import EvaluationCounts, count, score
     from megatron_dlm.evaluation.generation import (
         Generator,
-        build_frozen_model,
+        load_frozen_model,
         read_inference_inputs,
         sum_over_ranks,
     )
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
     with initialized(setup.config):
-        generator = Generator(build_frozen_model(setup), setup, inputs)
+        generator = Generator(load_frozen_model(setup), setup, inputs)
         for name, generation in settings.items():
             began = time.perf_counter()
             progress = GenerationProgress(name, len(generator.share), enabled=rank() == 0)

@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_dlm.data.tokenizer import load_tokenizer
     from megatron_dlm.evaluation.generation import (
         Generator,
-        build_frozen_model,
+        load_frozen_model,
         gather_in_order,
         read_inference_inputs,
     )
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(setup.tokenizer_folder)
     inputs = read_inference_inputs(setup, tokenizer, read_records(options, tokenizer))
     with initialized(setup.config):
-        generator = Generator(build_frozen_model(setup), setup, inputs)
+        generator = Generator(load_frozen_model(setup), setup, inputs)
         progress = GenerationProgress(setting, len(generator.share), enabled=rank() == 0)
         trajectories = generator.generate(generation, progress)
         records = gather_in_order([response_record(t, tokenizer) for t in trajectories])

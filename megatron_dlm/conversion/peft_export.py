@@ -21,8 +21,8 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.lora import local_adapters
 from megatron_dlm.models.parameter_layout import RowParallel
+from megatron_dlm.models.weights import ModelWeights
 from megatron_dlm.parallel import errors_on_all_ranks
-from megatron_dlm.training.model_source import ModelSource
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -75,7 +75,7 @@ class AdapterSettings:
         return cls(rank, run_config["lora_alpha"] or rank, run_config.get("lora_dropout") or 0.0)
 
 
-def check_base_model(base: ModelSource, source: ModelSource) -> None:
+def check_base_model(base: ModelWeights, source: ModelWeights) -> None:
     """Check that a folder describes the model under a run's adapters; weights are not read.
 
     Raises:
@@ -108,7 +108,7 @@ def export_peft(
     folder: str | Path,
     *,
     adapters: AdapterSettings,
-    base: ModelSource,
+    base: ModelWeights,
     dtype: torch.dtype,
     overwrite: bool = False,
 ) -> None:
@@ -167,7 +167,7 @@ def _gathered_adapters(
 
 
 def _peft_config(
-    adapters: AdapterSettings, base: ModelSource, target_modules: list[str]
+    adapters: AdapterSettings, base: ModelWeights, target_modules: list[str]
 ) -> dict[str, Any]:
     return {
         "base_model_name_or_path": str(base.path),

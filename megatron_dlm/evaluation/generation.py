@@ -22,7 +22,7 @@ from megatron_dlm.data.tokenizer import resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.models.model_provider import build_teacher
+from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -104,13 +104,13 @@ def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
     return length
 
 
-def build_frozen_model(setup: InferenceSetup) -> DiffusionGPTModel:
+def load_frozen_model(setup: InferenceSetup) -> DiffusionGPTModel:
     """The model with its weights, this process's part of the layout; process groups must exist.
 
     Raises:
         UserError: The weights do not fit config.json.
     """
-    model = build_teacher(setup.source.architecture, setup.config)
+    model = build_frozen_model(setup.source.architecture, setup.config)
     setup.source.load_into(model)
     return model
 
@@ -119,7 +119,7 @@ class Generator:
     """Answers prompts; process groups must exist.
 
     Args:
-        model: What `build_frozen_model` built of the setup.
+        model: What `load_frozen_model` made of the setup.
         setup: How it decodes.
         inputs: What to answer.
     """

@@ -207,7 +207,7 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
     return model.to(platform.device())
 
 
-def build_teacher(architecture: Architecture, config: Config) -> DiffusionGPTModel:
+def build_frozen_model(architecture: Architecture, config: Config) -> DiffusionGPTModel:
     """Build a frozen model: evaluation mode, no gradients, outside DDP and the optimizer."""
     model = build_model(architecture, config)
     model.requires_grad_(False)

@@ -5,6 +5,7 @@ supervised tokens; h: hidden size; V/tp: vocabulary shard.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
+from megatron_dlm.data.packing import TrainingBatch, pack
+from megatron_dlm.objectives.token_keys import with_token_keys
+from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.types.document import Document
 from megatron_dlm.types.teacher_targets import TeacherTargets
@@ -73,6 +77,33 @@ class Objective(ABC):
             generator: Source of every random choice; seeded per sample, so that results do not
                 depend on the parallel layout.
         """
+
+    @property
+    def max_row_tokens(self) -> int | None:
+        """Tokens of the longest row before padding; None leaves a micro-batch in one row."""
+        return None
+
+    def update_document(self, trajectory: Trajectory, epoch: int, iteration: int) -> Document:
+        """The document of one trajectory in an optimizer update.
+
+        Args:
+            trajectory: As in `document`.
+            epoch: Of the rollout batch, from 0; keys the draws of `document` with the sample.
+            iteration: Updates done before this one; keys what layers draw.
+        """
+        generator = keyed_generator(self.config.data.seed, trajectory.sample_index, epoch)
+        document = self.document(trajectory, generator)
+        return with_token_keys(document, self.config, trajectory.sample_index, iteration)
+
+    def row(self, documents: Sequence[Document], pad_multiple: int) -> TrainingBatch:
+        """The packed row of one micro-batch.
+
+        Args:
+            documents: At least one.
+            pad_multiple: What the length of the row must be a multiple of.
+        """
+        row_mean = self.config.objective.loss_normalization == "row_mean"
+        return pack(documents, pad_multiple=pad_multiple, row_mean=row_mean)
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:

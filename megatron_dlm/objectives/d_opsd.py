@@ -33,6 +33,11 @@ class DOPSD(Objective):
 
     traits = OBJECTIVE_TRAITS["d_opsd"]
 
+    @property
+    def max_row_tokens(self) -> int | None:
+        """Of `--max-row-tokens`: a micro-batch has the states of whole trajectories."""
+        return self.config.self_distillation.max_row_tokens
+
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """Lay out the states that have targets, as the rollout saw them; see `Objective.document`.
 

@@ -4,6 +4,7 @@ import torch
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.models.attention_layout import CLEAN, block_ids
+from megatron_dlm.objectives.attention_annealing import anneal_attention
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.types.document import Document
 from megatron_dlm.types.trajectory import Trajectory
@@ -26,6 +27,11 @@ class SCP(CrossEntropyObjective):
     """
 
     traits = OBJECTIVE_TRAITS["scp"]
+
+    def update_document(self, trajectory: Trajectory, epoch: int, iteration: int) -> Document:
+        """The document as an update sees it while attention is annealed."""
+        document = super().update_document(trajectory, epoch, iteration)
+        return anneal_attention(document, self.config, trajectory.sample_index, iteration)
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """The window under full or causal attention, each of its documents by itself."""

@@ -18,7 +18,7 @@ class FrozenTeacher:
     """Annotates trajectories with the teacher's hidden states.
 
     Args:
-        model: This rank's part, frozen and in evaluation mode (`model_provider.build_teacher`).
+        model: This rank's part, frozen and in evaluation mode (`build_frozen_model`).
         rows_of: Trajectories per packed row of a forward.
     """
 

@@ -25,7 +25,6 @@ def generate_missing(
     wanted: Iterable[int],
     teacher: Callable[[], DiffusionGPTModel],
     special_tokens: SpecialTokens,
-    vocab_size: int,
     prompts_per_shard: int = PROMPTS_PER_SHARD,
 ) -> None:
     """Complete a store of responses; all ranks call this.
@@ -37,7 +36,6 @@ def generate_missing(
         wanted: Indices of those whose responses are needed, ascending.
         teacher: Loads this rank's part of the teacher; called only if a response is missing.
         special_tokens: Of the tokenizer.
-        vocab_size: Ids from here on are never drawn.
         prompts_per_shard: Most prompts of a shard.
 
     Raises:
@@ -56,7 +54,7 @@ def generate_missing(
             max_running_requests=rollout.max_running_requests,
         ),
         special_tokens=special_tokens,
-        vocab_size=vocab_size,
+        vocab_size=special_tokens.vocab_size,
         seed=config.data.seed,
     )
     writes = (

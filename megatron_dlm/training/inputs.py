@@ -14,18 +14,19 @@ from megatron_dlm.data.prompts import (
     read_examples,
     read_prompts,
 )
-from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
-from megatron_dlm.data.tokenizer import (
-    differing_token,
-    eos_token_ids,
-    has_tokenizer,
-    load_tokenizer,
-    resolve_special_tokens,
-)
+from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.architecture import Architecture, diffusion_convention, read_architecture
 from megatron_dlm.models.families import FAMILIES
+from megatron_dlm.teacher.inputs import (
+    TeacherInputs,
+    check_diffusion_student,
+    check_teacher,
+    check_tokenizer,
+    response_store,
+    with_ends_of,
+)
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -40,28 +41,26 @@ class RunInputs:
 
     Attributes:
         source: The student's weights; None for random ones.
-        teacher_source: The teacher's weights; None for runs without a teacher.
+        teacher: None for runs without a teacher of its own weights.
         architecture: The student's.
+        convention: How the student decodes: as its objective trains it, else as its config.json
+            says.
         tokenizer: Shared by student and teacher.
         tokenizer_folder: Where it was read from.
         special_tokens: EOS, padding and MASK, resolved once.
         data: Prompts that student or teacher answer, else prompt + response examples or a corpus.
-        response_store: Where the teacher's responses to the prompts are; None if none are used.
         held_out: What the validation loss is measured on; None if none is.
-        teacher_fingerprint: Of the teacher's weights, which may be a checkpoint that is pruned
-            later; None for runs without a teacher of its own.
     """
 
     source: ModelSource | None
-    teacher_source: ModelSource | None
+    teacher: TeacherInputs | None
     architecture: Architecture
+    convention: DiffusionConvention
     tokenizer: PreTrainedTokenizerBase
     tokenizer_folder: Path
     special_tokens: SpecialTokens
     data: "PromptDataset | ExampleDataset | CorpusDataset"
-    response_store: ResponseStore | None = None
     held_out: "ExampleDataset | CorpusDataset | None" = None
-    teacher_fingerprint: str | None = None
 
     @property
     def notices(self) -> list[str]:
@@ -81,11 +80,6 @@ class RunInputs:
         """Whether the weights that the run starts from are an autoregressive model's."""
         return self.source is not None and self.source.is_autoregressive
 
-    def convention(self, config: Config) -> DiffusionConvention:
-        """How the student decodes: as its objective trains it, else as its config.json says."""
-        stated = diffusion_convention(self.architecture.hf_config)
-        return config.convention or stated or BLOCK_DIFFUSION
-
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its convention and its MASK."""
         hf_config = dict(self.architecture.hf_config)
@@ -96,7 +90,7 @@ class RunInputs:
             kind = family.autoregressive_type(is_moe=self.architecture.is_moe)
             hf_config["model_type"] = kind.name
             return hf_config
-        convention = self.convention(config)
+        convention = self.convention
         hf_config |= {
             "attention_pattern": convention.attention_pattern,
             "shifted": convention.shifted,
@@ -130,149 +124,6 @@ def _check_mask_embedding(config: Config, source: ModelSource | None) -> None:
         f"{start} no autoregressive model to convert",
         "drop --mask-embedding-init",
     )
-
-
-def _check_diffusion_student(config: Config, student: Architecture) -> DiffusionConvention:
-    """What a model that teaches itself has to be; returns its convention."""
-    load, hf_config = config.model.load, student.hf_config
-    convention = diffusion_convention(hf_config)
-    if convention is None:
-        raise bad_value(
-            "--load",
-            load,
-            f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
-            "convert it first, for one with --objective opdlm",
-        )
-    if convention.attention_pattern == "causal":
-        raise bad_value(
-            "--load",
-            load,
-            "attends causally; a view of what it wrote later needs more",
-            "train it under full attention first, with --objective scp",
-        )
-    if convention.shifted and convention.attention_pattern == "block_causal":
-        raise bad_value(
-            "--load", load, "states shifted logits of a block-causal model", "repair config.json"
-        )
-    block_size = hf_config.get("block_size", config.model.block_size)
-    if block_size != config.model.block_size:
-        raise bad_value(
-            "--block-size",
-            config.model.block_size,
-            f"the model in {load} has blocks of {block_size}",
-            f"choose {block_size}",
-        )
-    return convention
-
-
-def _check_self_teacher(
-    student: Architecture, convention: DiffusionConvention, teacher: ModelSource
-) -> None:
-    if teacher.convention != convention:
-        raise bad_value(
-            teacher.field,
-            str(teacher.path),
-            f"is no diffusion model with {convention.attention_pattern} attention like the student",
-            "name the weights that the student started from",
-        )
-    keys = ["mask_token_id"]
-    if convention.attention_pattern == "block_causal":
-        keys.append("block_size")
-    for key in keys:
-        ours, theirs = student.hf_config.get(key), teacher.architecture.hf_config.get(key)
-        if None not in (ours, theirs) and ours != theirs:
-            raise bad_value(
-                f"{teacher.architecture.file}: {key}",
-                theirs,
-                f"but {student.file} says {ours}",
-                "name the weights that the student started from with --teacher-load",
-            )
-    _check_vocabulary(student, teacher)
-
-
-def _check_teacher(student: Architecture, teacher: ModelSource) -> None:
-    if not teacher.is_autoregressive:
-        raise bad_value(
-            teacher.field,
-            str(teacher.path),
-            "is a diffusion model; the teacher has to be autoregressive",
-            "name the autoregressive model's folder with --teacher-load",
-        )
-    _check_vocabulary(student, teacher)
-
-
-def _check_vocabulary(student: Architecture, teacher: ModelSource) -> None:
-    if teacher.architecture.vocab_size != student.vocab_size:
-        raise bad_value(
-            teacher.field,
-            str(teacher.path),
-            f"has a vocabulary of {teacher.architecture.vocab_size}, "
-            f"the student one of {student.vocab_size}",
-            "choose a teacher with the student's tokenizer",
-        )
-
-
-def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: ModelSource
-) -> None:
-    """The teacher reads the ids that the run's tokenizer writes; its folder may hold none."""
-    if teacher.hf_folder.resolve() == folder.resolve() or not has_tokenizer(teacher.hf_folder):
-        return
-    other = load_tokenizer(teacher.hf_folder, teacher.field)
-    text = differing_token(tokenizer, other)
-    if text is None:
-        return
-    ids = [vocabulary.get(text) for vocabulary in (other.get_vocab(), tokenizer.get_vocab())]
-    theirs, ours = ("not at all" if token_id is None else f"as {token_id}" for token_id in ids)
-    raise bad_value(
-        teacher.field,
-        str(teacher.path),
-        f"its tokenizer knows {text!r} {theirs}, the one in {folder} {ours}",
-        "choose a teacher with the student's tokenizer",
-    )
-
-
-def _with_ends_of(
-    teacher: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    special_tokens: SpecialTokens,
-) -> SpecialTokens:
-    """What ends the teacher's responses ends those of the student, which learns to write them."""
-    theirs = eos_token_ids(
-        tokenizer, teacher.hf_config, teacher.generation_config, str(folder), teacher.file
-    )
-    return replace(special_tokens, eos_token_ids=(*special_tokens.eos_token_ids, *theirs))
-
-
-def _response_store(
-    config: Config,
-    teacher: ModelSource,
-    teacher_fingerprint: str,
-    prompts: PromptDataset,
-    special_tokens: SpecialTokens,
-) -> ResponseStore:
-    assert config.teacher_responses is not None
-    rollout = config.rollout
-    header = ResponseHeader(
-        prompts=prompts.file.fingerprint,
-        prompt_tokens=prompts.fingerprint(),
-        num_prompts=len(prompts),
-        # Of a run folder, the checkpoint it stands for now.
-        teacher=str(teacher.hf_folder.resolve()),
-        teacher_weights=teacher_fingerprint,
-        bf16=config.model.bf16,
-        seed=config.data.seed,
-        eos_token_ids=sorted(special_tokens.eos_token_ids),
-        max_response_length=rollout.max_response_length,
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        prompt_limits=prompts.limits_fingerprint(),
-    )
-    store = ResponseStore(config.teacher_responses, header, "--teacher-responses", special_tokens)
-    store.missing(())  # reads what is there: a damaged file is found before any work
-    return store
 
 
 def _given_responses(
@@ -338,7 +189,7 @@ def read_inputs(config: Config) -> RunInputs:
     Raises:
         UserError: Anything that could not work.
     """
-    source = teacher_source = teacher_fingerprint = None
+    source = weights = teacher = None
     if config.model.load is not None:
         source = open_model_source(config.model.load, "--load", config.model.verify_checkpoint)
         architecture = source.architecture
@@ -349,20 +200,16 @@ def read_inputs(config: Config) -> RunInputs:
             "--load", None, "nothing to train", "name a model folder, or give --model-config"
         )
     _check_mask_embedding(config, source)
-    convention = None
+    self_taught = None
     if config.traits.self_distillation:
-        convention = _check_diffusion_student(config, architecture)
+        self_taught = check_diffusion_student(config, architecture)
     if config.needs_teacher:
         path = config.distillation.teacher_load or config.model.load
         assert path is not None
         field = "--teacher-load" if config.distillation.teacher_load else "--load"
-        teacher_source = open_model_source(path, field, config.model.verify_checkpoint)
-        if convention is None:
-            _check_teacher(architecture, teacher_source)
-        else:
-            _check_self_teacher(architecture, convention, teacher_source)
-    teacher = None if teacher_source is None else teacher_source.architecture
-    validate_architecture(config, architecture, teacher)
+        weights = open_model_source(path, field, config.model.verify_checkpoint)
+        check_teacher(architecture, weights, self_taught)
+    validate_architecture(config, architecture, None if weights is None else weights.architecture)
     if config.model.tokenizer is not None:
         tokenizer_folder = Path(config.model.tokenizer)
     elif source is not None:
@@ -377,15 +224,15 @@ def read_inputs(config: Config) -> RunInputs:
         generation_config=architecture.generation_config,
         config_file=architecture.file,
     )
-    if teacher_source is not None:
-        _check_tokenizer(tokenizer, tokenizer_folder, teacher_source)
-        special_tokens = _with_ends_of(
-            teacher_source.architecture, tokenizer, tokenizer_folder, special_tokens
+    if weights is not None:
+        check_tokenizer(tokenizer, tokenizer_folder, weights)
+        special_tokens = with_ends_of(
+            weights.architecture, tokenizer, tokenizer_folder, special_tokens
         )
-        teacher_fingerprint = teacher_source.fingerprint()
+        teacher = TeacherInputs(weights, weights.fingerprint())
     architecture = architecture.ending_at(special_tokens.eos_token_ids)
     data: PromptDataset | ExampleDataset | CorpusDataset
-    response_store = held_out = None
+    held_out = None
     if config.response_source in ("data", "corpus"):
         data = _given_responses(
             config,
@@ -420,21 +267,18 @@ def read_inputs(config: Config) -> RunInputs:
         if config.traits.verifies:
             REWARDS[config.objective.reward].check(data)
         if config.uses_teacher_responses:
-            assert teacher_source is not None
-            assert teacher_fingerprint is not None
-            response_store = _response_store(
-                config, teacher_source, teacher_fingerprint, data, special_tokens
-            )
+            assert teacher is not None
+            store = response_store(config, teacher, data, special_tokens)
+            teacher = replace(teacher, responses=store)
     validate_length(config.of_data(len(data)))
     return RunInputs(
         source,
-        teacher_source,
+        teacher,
         architecture,
+        config.convention or diffusion_convention(architecture.hf_config) or BLOCK_DIFFUSION,
         tokenizer,
         tokenizer_folder,
         special_tokens,
         data,
-        response_store,
         held_out,
-        teacher_fingerprint,
     )

@@ -13,15 +13,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dlm import platform
-from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
+from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row
 from megatron_dlm.data.tokenizer import unusable_tokens
 from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
-from megatron_dlm.objectives.attention_annealing import anneal_attention
-from megatron_dlm.objectives.token_keys import with_token_keys
-from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.convention_change import changed_convention
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
@@ -100,7 +97,7 @@ def collect(run: Run) -> Collected:
     )
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
-    verifies = config.traits.verifies
+    verifies = run.source.verifier is not None
     return Collected(
         trajectories=trajectories,
         num_own=len(own),
@@ -119,9 +116,9 @@ def flops_per_token(run: Run) -> int:
     """Training FLOPs a token by the rule of OPDLM's equation 7: 6 N_student + 2 N_teacher."""
     student = active_parameters(run.inputs.architecture)
     teacher = 0
-    if run.config.traits.uses_teacher:
-        source = run.inputs.teacher_source
-        teacher = student if source is None else active_parameters(source.architecture)
+    if run.teacher is not None:
+        own = run.inputs.teacher
+        teacher = student if own is None else active_parameters(own.source.architecture)
     return 6 * student + 2 * teacher
 
 
@@ -143,26 +140,18 @@ def micro_batches(
     epoch, position = divmod(update, len(collected.trained_tokens))
     chosen = collected.trajectories[position * local : (position + 1) * local]
     num_own = collected.num_own - position * local
-    documents = []
-    for trajectory in chosen:
-        sample = trajectory.sample_index
-        document = run.objective.document(
-            trajectory, keyed_generator(run.config.data.seed, sample, epoch)
-        )
-        document = anneal_attention(document, run.config, sample, run.progress.iteration)
-        documents.append(with_token_keys(document, run.config, sample, run.progress.iteration))
+    documents = [
+        run.objective.update_document(trajectory, epoch, run.progress.iteration)
+        for trajectory in chosen
+    ]
 
     def row(start: int) -> TrainingBatch:
         stop = min(start + training.micro_batch_size, len(documents))
-        packed = pack(
-            documents[start : max(min(stop, num_own), start + 1)],
-            pad_multiple=multiple,
-            row_mean=run.config.objective.loss_normalization == "row_mean",
-        )
-        return packed if start < num_own else empty_row(packed, multiple)
+        row = run.objective.row(documents[start : max(min(stop, num_own), start + 1)], multiple)
+        return row if start < num_own else empty_row(row, multiple)
 
     rows = [row(start) for start in range(0, len(documents), training.micro_batch_size)]
-    max_tokens = run.config.self_distillation.max_row_tokens
+    max_tokens = run.objective.max_row_tokens
     if max_tokens is None:
         return rows
     rows = [part for row in rows for part in cut_row(row, max_tokens, multiple)]

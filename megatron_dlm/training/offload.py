@@ -20,9 +20,6 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.teacher.base import Teacher
-from megatron_dlm.teacher.frozen import FrozenTeacher
-from megatron_dlm.teacher.self_teacher import SelfTeacher
-from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.student import Student
 
 Phase = Literal["rollout", "teacher", "update"]
@@ -112,9 +109,7 @@ class PhaseOffload:
                 tensors.restore()
 
 
-def build_offload(
-    config: Config, student: Student, teacher: Teacher | None
-) -> PhaseOffload:
+def build_offload(config: Config, student: Student, teacher: Teacher | None) -> PhaseOffload:
     """What `--offload-teacher` and `--offload-optimizer` ask for."""
     residents: list[tuple[HostedTensors | _Gradients, set[Phase]]] = []
     if config.distillation.offload_teacher:

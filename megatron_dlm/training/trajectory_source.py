@@ -5,8 +5,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from megatron_dlm.config import Config
 from megatron_dlm.config.curriculum import (
     dynamic_threshold,
@@ -15,10 +13,9 @@ from megatron_dlm.config.curriculum import (
 )
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
-from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.parallel import errors_on_all_ranks
 from megatron_dlm.rollout.engine import RolloutEngine
-from megatron_dlm.seeding import keyed_generator
+from megatron_dlm.teacher.given_responses import takes_given_response
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -78,29 +75,3 @@ class TrajectorySource:
             trajectories = generate_until_right(self.engine, prompts, length, self.verifier)
         rolled_out = iter(trajectories)
         return [given[sample] if sample in given else next(rolled_out) for sample, _ in samples]
-
-
-def given_records(config: Config, sampler: ShuffledSampler) -> list[int]:
-    """Records whose responses a run takes from the teacher, from its first sample to its last.
-
-    Args:
-        config: Of a run with the teacher's responses.
-        sampler: Maps samples to records.
-
-    Returns:
-        Their indices, ascending.
-    """
-    records = set()
-    for rollout, start in enumerate(range(0, config.num_samples, config.rollout_batch_size)):
-        fraction = teacher_response_fraction(config, rollout) if config.uses_rollouts else 1.0
-        count = min(config.rollout_batch_size, config.num_samples - start)
-        for sample, record in sampler.samples(start, count):
-            if record not in records and takes_given_response(config.data.seed, sample, fraction):
-                records.add(record)
-    return sorted(records)
-
-
-def takes_given_response(seed: int, sample_index: int, fraction: float) -> bool:
-    """Whether a sample's response is the given one; decided by its index alone, on any layout."""
-    draw = torch.rand((), generator=keyed_generator(seed, sample_index), dtype=torch.float64)
-    return bool(draw < fraction)

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.packing import TrainingBatch, batch_to, pack
+from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.data.prompts import ExampleDataset
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
@@ -94,8 +94,7 @@ class Validation:
             )
             for index in samples
         ]
-        row_mean = self.config.objective.loss_normalization == "row_mean"
-        return pack(documents, pad_multiple=row_multiple, row_mean=row_mean)
+        return self.objective.row(documents, row_multiple)
 
     def _sums(
         self, model: DiffusionGPTModel, batch: TrainingBatch, hidden: torch.Tensor

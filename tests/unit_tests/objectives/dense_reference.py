@@ -14,7 +14,7 @@ from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
-from megatron_dlm.models.model_provider import build_model, build_teacher
+from megatron_dlm.models.model_provider import build_frozen_model, build_model
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.teacher.frozen import Teacher
 from megatron_dlm.training.model_source import open_model_source
@@ -39,7 +39,7 @@ class Models:
         self.student = build_model(read_architecture(student), config)
         open_model_source(student, "--load").load_into(self.student)
         self.student.eval()
-        teacher_model = build_teacher(read_architecture(teacher), config)
+        teacher_model = build_frozen_model(read_architecture(teacher), config)
         open_model_source(teacher, "--teacher-load").load_into(teacher_model)
         self.teacher = Teacher(teacher_model, rows_of=2)
 

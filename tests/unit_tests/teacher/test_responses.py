@@ -12,13 +12,13 @@ from transformers import Qwen3ForCausalLM
 from megatron_dlm.config import Config
 from megatron_dlm.config.curriculum import teacher_response_fraction
 from megatron_dlm.data.response_store import ResponseStore
-from megatron_dlm.models.model_provider import build_teacher
+from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.teacher.given_responses import takes_given_response
 from megatron_dlm.teacher.responses import generate_missing
 from megatron_dlm.training.inputs import RunInputs, read_inputs
 from megatron_dlm.training.run import build_run
-from megatron_dlm.training.trajectory_source import takes_given_response
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 PROMPTS = 10
@@ -38,12 +38,12 @@ def off_policy(folder: Path, save: Path, **options: Any) -> tuple[Config, RunInp
 
 
 def generate(config: Config, inputs: RunInputs, prompts_per_shard: int = 3) -> None:
-    teacher_source, store = inputs.teacher_source, inputs.response_store
-    assert teacher_source is not None
+    assert inputs.teacher is not None
+    source, store = inputs.teacher.source, inputs.teacher.responses
     assert store is not None
     with initialized(config):
-        teacher = build_teacher(teacher_source.architecture, config)
-        teacher_source.load_into(teacher)
+        teacher = build_frozen_model(source.architecture, config)
+        source.load_into(teacher)
         generate_missing(
             config,
             store,
@@ -51,12 +51,13 @@ def generate(config: Config, inputs: RunInputs, prompts_per_shard: int = 3) -> N
             range(PROMPTS),
             lambda: teacher,
             inputs.special_tokens,
-            512,
             prompts_per_shard,
         )
 
 
-def stored(store: ResponseStore | None) -> list[list[int]]:
+def stored(inputs: RunInputs) -> list[list[int]]:
+    assert inputs.teacher is not None
+    store = inputs.teacher.responses
     assert store is not None
     table = store.read()
     return [table[index].tolist() for index in range(len(table))]
@@ -66,7 +67,7 @@ def test_greedy_responses_are_those_of_transformers(folder: Path, tmp_path: Path
     config, inputs = off_policy(folder, tmp_path, temperature=0.0)
     generate(config, inputs)
     model = Qwen3ForCausalLM.from_pretrained(folder / "dense").eval()
-    for prompt, response in zip(inputs.data, stored(inputs.response_store), strict=True):
+    for prompt, response in zip(inputs.data, stored(inputs), strict=True):
         ids = prompt.token_ids[None]
         for token in response:
             with torch.no_grad():
@@ -96,7 +97,8 @@ def test_interrupted_generation_goes_on_where_it_stopped(
         patch.setattr(ResponseStore, "write", failing)
         with pytest.raises(KeyboardInterrupt):
             generate(config, inputs)
-    store = inputs.response_store
+    assert inputs.teacher is not None
+    store = inputs.teacher.responses
     assert store is not None
     assert written == [[0, 1], [2, 3, 4]]
     assert store.missing(range(PROMPTS)) == [5, 6, 7, 8, 9]
@@ -112,7 +114,7 @@ def test_interrupted_generation_goes_on_where_it_stopped(
     generate(config, read_inputs(config))
     assert asked == [5, 6, 7, 8, 9]
     assert kept.items() <= {f.name: f.stat().st_mtime_ns for f in store.folder.iterdir()}.items()
-    assert stored(store) == stored(whole[1].response_store)
+    assert stored(inputs) == stored(whole[1])
     generate(config, inputs)
     assert asked == [5, 6, 7, 8, 9]  # nothing is missing any more
 
@@ -138,7 +140,7 @@ def test_responses_belong_to_weights_and_not_to_a_folder(folder: Path, tmp_path:
     generate(config, inputs)
     here.rename(moved)
     options: dict[str, Any] = dict(teacher_load=str(moved))
-    assert stored(off_policy(folder, tmp_path / "run", **options)[1].response_store)
+    assert stored(off_policy(folder, tmp_path / "run", **options)[1])
     save_random_model(moved, seed=1)  # trained again in place: files of the same names and sizes
     with pytest.raises(UserError, match=r"--teacher-responses = .*teacher_weights = "):
         off_policy(folder, tmp_path / "run", **options)
@@ -165,7 +167,7 @@ def test_sft_takes_the_teachers_responses_and_lets_the_teacher_go(
         samples = [(sample, record) for sample, record in enumerate(range(PROMPTS))]
         trajectories = run.source.trajectories(samples, 0)
     assert run.teacher is None
-    assert [t.response_ids.tolist() for t in trajectories] == stored(inputs.response_store)
+    assert [t.response_ids.tolist() for t in trajectories] == stored(inputs)
     assert all(not trajectory.is_rollout for trajectory in trajectories)
     eos = inputs.special_tokens.eos_token_id
     for trajectory in trajectories:
@@ -185,7 +187,7 @@ def test_mixture_is_decided_by_the_sample(folder: Path, tmp_path: Path) -> None:
     given = {t.sample_index for t in trajectories if not t.is_rollout}
     assert given == {g for g in range(20) if takes_given_response(config.data.seed, g, 0.5)}
     assert 0 < len(given) < 20
-    responses = stored(inputs.response_store)
+    responses = stored(inputs)
     for trajectory, (_, record) in zip(trajectories, samples, strict=True):
         if trajectory.sample_index in given:
             assert trajectory.response_ids.tolist() == responses[record]
@@ -287,7 +289,7 @@ def test_a_short_run_leaves_the_rest_of_the_file(folder: Path, tmp_path: Path) -
     with initialized(config):
         run = build_run(config, inputs)
         used = {record for _, record in run.sampler.samples(0, 6)}
-    answered = {index for index, ids in enumerate(stored(inputs.response_store)) if ids}
+    answered = {index for index, ids in enumerate(stored(inputs)) if ids}
     assert answered == used
     assert len(used) == 6
 

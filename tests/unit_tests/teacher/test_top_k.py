@@ -88,14 +88,14 @@ def test_the_teacher_is_gone_and_never_loaded_again(
 ) -> None:
     config = off_policy(folder, tmp_path)
     built_teachers: list[weakref.ref[DiffusionGPTModel]] = []
-    build = building.build_teacher
+    build = building.build_frozen_model
 
     def watched(*args: Any) -> DiffusionGPTModel:
         model = build(*args)
         built_teachers.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(building, "build_teacher", watched)
+    monkeypatch.setattr(building, "build_frozen_model", watched)
     assert isinstance(built(config).teacher, StoredTeacher)
     assert len(built_teachers) == 1
     gc.collect()
@@ -146,7 +146,7 @@ def test_a_teacher_that_moved_is_not_asked_again(
     save_random_model(tmp_path / "here")
     before = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
     (tmp_path / "here").rename(tmp_path / "moved")
-    monkeypatch.setattr(building, "build_teacher", None)  # cannot be called
+    monkeypatch.setattr(building, "build_frozen_model", None)  # cannot be called
     after = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
     assert len(after) == len(before) > 0
     for trajectory, other in zip(after, before, strict=True):

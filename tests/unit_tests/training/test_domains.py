@@ -9,7 +9,7 @@ import pytest
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import initialized
-from megatron_dlm.training import run as run_module
+from megatron_dlm.training import resume as resuming
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import collect
 from megatron_dlm.training.run import build_run
@@ -73,7 +73,9 @@ def test_responses_are_as_long_as_their_domain_allows(folder: Path, fraction: fl
 
 def test_stored_responses_belong_to_their_limits(folder: Path) -> None:
     save = {"save": str(folder / "store"), "teacher_response_fraction": 1.0}
-    store = read_inputs(options(folder, **save)).response_store
+    teacher = read_inputs(options(folder, **save)).teacher
+    assert teacher is not None
+    store = teacher.responses
     assert store is not None
     store.create()
     read_inputs(options(folder, **save))
@@ -99,11 +101,11 @@ def test_a_resumed_run_has_the_same_prompts(
         inputs = read_inputs(config)
         return config.of_data(len(inputs.data)), inputs
 
-    saved = run_module._resumable_config(*read(options(folder)))
-    monkeypatch.setattr(run_module, "saved_config", lambda load: saved)
+    saved = resuming.resumable_config(*read(options(folder)))
+    monkeypatch.setattr(resuming, "saved_config", lambda load: saved)
     resumed = read(options(folder, **changes))
     if message is None:
-        run_module._check_resumable(*resumed, "run")
+        resuming.check_resumable(*resumed, "run")
         return
     with pytest.raises(UserError, match=message):
-        run_module._check_resumable(*resumed, "run")
+        resuming.check_resumable(*resumed, "run")

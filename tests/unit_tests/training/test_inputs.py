@@ -193,5 +193,5 @@ def test_a_teacher_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     for file in teacher.glob("*token*"):
         file.unlink()
     inputs = read_inputs(run_config(folder, folder / "ar", teacher_load=str(teacher)))
-    assert inputs.teacher_source is not None
-    assert inputs.teacher_source.hf_folder == teacher
+    assert inputs.teacher is not None
+    assert inputs.teacher.source.hf_folder == teacher

@@ -10,15 +10,13 @@ import pytest
 
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
-from megatron_dlm.training import run
+from megatron_dlm.training import resume as resuming
 from megatron_dlm.training.inputs import RunInputs, read_inputs
 from tests.tiny import run_config, save_random_model, state_convention, write_data
 
 INPUTS = cast(
     RunInputs,
-    SimpleNamespace(
-        data=SimpleNamespace(file=SimpleNamespace(fingerprint=1)), teacher_fingerprint=None
-    ),
+    SimpleNamespace(data=SimpleNamespace(file=SimpleNamespace(fingerprint=1)), teacher=None),
 )
 COMMON = {"objective": "next_token", "load": "run", "train_iters": 4}
 
@@ -26,9 +24,9 @@ COMMON = {"objective": "next_token", "load": "run", "train_iters": 4}
 def check(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], **before: Any) -> None:
     config = Config.from_dict({**COMMON, **options})
     monkeypatch.setattr(
-        run, "saved_config", lambda load: run._resumable_config(config, INPUTS) | before
+        resuming, "saved_config", lambda load: resuming.resumable_config(config, INPUTS) | before
     )
-    run._check_resumable(config, INPUTS, "run")
+    resuming.check_resumable(config, INPUTS, "run")
 
 
 def test_the_length_of_windows_is_fixed_where_there_are_any(
@@ -83,13 +81,15 @@ def resume(
         config = run_config(folder, folder / model, objective=objective, **options)
         return config, read_inputs(config)
 
-    saved = json.loads(json.dumps(run._resumable_config(*read(before))))
+    saved = json.loads(json.dumps(resuming.resumable_config(*read(before))))
     for name in forgotten:
         del saved[name]
-    monkeypatch.setattr(run, "saved_config", lambda load: saved)
+    monkeypatch.setattr(resuming, "saved_config", lambda load: saved)
     resumed = read(now)
-    run._check_resumable(*resumed, "run")
-    return saved.get(run.TEACHER_FINGERPRINT), resumed[1].teacher_fingerprint
+    resuming.check_resumable(*resumed, "run")
+    teacher = resumed[1].teacher
+    now_read = None if teacher is None else teacher.fingerprint
+    return saved.get(resuming.TEACHER_FINGERPRINT), now_read
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_knows_no_teacher_is_resumed(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     """Of an earlier version."""
-    resume(monkeypatch, folder, "opdlm", "ar", "other_ar", run.TEACHER_FINGERPRINT)
+    resume(monkeypatch, folder, "opdlm", "ar", "other_ar", resuming.TEACHER_FINGERPRINT)
 
 
 def test_a_teacher_is_what_it_was_at_the_start(folder: Path, tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_a_teacher_is_what_it_was_at_the_start(folder: Path, tmp_path: Path) -> 
     shutil.copytree(folder / "ar", tmp_path / "teacher")
     config = run_config(folder, folder / "ar", teacher_load=str(tmp_path / "teacher"))
     inputs = read_inputs(config)
-    before = run._resumable_config(config, inputs)
+    before = resuming.resumable_config(config, inputs)
     shutil.rmtree(tmp_path / "teacher")
-    assert run._resumable_config(config, inputs) == before
-    assert before[run.TEACHER_FINGERPRINT] is not None
+    assert resuming.resumable_config(config, inputs) == before
+    assert before[resuming.TEACHER_FINGERPRINT] is not None
 
 
 def test_the_schedule_of_the_mixture_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,11 @@ def _read(folder: Path, model: str, **options: Any) -> Any:
 
 def test_the_students_convention_is_kept(folder: Path) -> None:
     config, inputs = _read(folder, "block_causal")
-    assert inputs.teacher_source is None
-    assert inputs.convention(config) == BLOCK_DIFFUSION
+    assert inputs.teacher is None
+    assert inputs.convention == BLOCK_DIFFUSION
     config, inputs = _read(folder, "full", block_size=8, teacher_load=str(folder / "full"))
-    assert inputs.teacher_source is not None
-    assert inputs.convention(config) == RND1
+    assert inputs.teacher is not None
+    assert inputs.convention == RND1
     written = inputs.hf_config(config)
     assert (written["attention_pattern"], written["shifted"]) == ("full", True)
     assert written["block_size"] == 8  # which its rollouts had

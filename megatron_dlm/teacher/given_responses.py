@@ -1,0 +1,34 @@
+"""Which samples of a run take a given response, the teacher's, instead of the student's."""
+
+import torch
+
+from megatron_dlm.config import Config
+from megatron_dlm.config.curriculum import teacher_response_fraction
+from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.seeding import keyed_generator
+
+
+def given_records(config: Config, sampler: ShuffledSampler) -> list[int]:
+    """Records whose responses a run takes from the teacher, from its first sample to its last.
+
+    Args:
+        config: Of a run with the teacher's responses.
+        sampler: Maps samples to records.
+
+    Returns:
+        Their indices, ascending.
+    """
+    records = set()
+    for rollout, start in enumerate(range(0, config.num_samples, config.rollout_batch_size)):
+        fraction = teacher_response_fraction(config, rollout) if config.uses_rollouts else 1.0
+        count = min(config.rollout_batch_size, config.num_samples - start)
+        for sample, record in sampler.samples(start, count):
+            if record not in records and takes_given_response(config.data.seed, sample, fraction):
+                records.add(record)
+    return sorted(records)
+
+
+def takes_given_response(seed: int, sample_index: int, fraction: float) -> bool:
+    """Whether a sample's response is the given one; decided by its index alone, on any layout."""
+    draw = torch.rand((), generator=keyed_generator(seed, sample_index), dtype=torch.float64)
+    return bool(draw < fraction)

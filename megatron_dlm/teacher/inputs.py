@@ -1,0 +1,204 @@
+"""What a run reads of its teacher before it builds a model, and whether it fits the student."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dlm.config import Config
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
+from megatron_dlm.data.tokenizer import (
+    differing_token,
+    eos_token_ids,
+    has_tokenizer,
+    load_tokenizer,
+)
+from megatron_dlm.errors import bad_value
+from megatron_dlm.models.architecture import Architecture, diffusion_convention
+from megatron_dlm.models.weights import ModelWeights
+from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.special_tokens import SpecialTokens
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """A teacher that has weights of its own.
+
+    Attributes:
+        source: Its weights.
+        fingerprint: Of them; they may be a checkpoint that is pruned later.
+        responses: Where its responses to the prompts are; None if none are used.
+    """
+
+    source: ModelWeights
+    fingerprint: str
+    responses: ResponseStore | None = None
+
+
+def check_diffusion_student(config: Config, student: Architecture) -> DiffusionConvention:
+    """What a model that teaches itself has to be; returns its convention.
+
+    Raises:
+        UserError: It is something else.
+    """
+    load, hf_config = config.model.load, student.hf_config
+    convention = diffusion_convention(hf_config)
+    if convention is None:
+        raise bad_value(
+            "--load",
+            load,
+            f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
+            "convert it first, for one with --objective opdlm",
+        )
+    if convention.attention_pattern == "causal":
+        raise bad_value(
+            "--load",
+            load,
+            "attends causally; a view of what it wrote later needs more",
+            "train it under full attention first, with --objective scp",
+        )
+    if convention.shifted and convention.attention_pattern == "block_causal":
+        raise bad_value(
+            "--load", load, "states shifted logits of a block-causal model", "repair config.json"
+        )
+    block_size = hf_config.get("block_size", config.model.block_size)
+    if block_size != config.model.block_size:
+        raise bad_value(
+            "--block-size",
+            config.model.block_size,
+            f"the model in {load} has blocks of {block_size}",
+            f"choose {block_size}",
+        )
+    return convention
+
+
+def check_teacher(
+    student: Architecture, teacher: ModelWeights, self_taught: DiffusionConvention | None
+) -> None:
+    """Whether a teacher fits the student.
+
+    Args:
+        student: What is trained.
+        teacher: Weights of its own.
+        self_taught: Convention of a student whose teacher is what it was itself, else None.
+
+    Raises:
+        UserError: It does not.
+    """
+    if self_taught is not None:
+        _check_self_teacher(student, self_taught, teacher)
+    elif not teacher.is_autoregressive:
+        raise bad_value(
+            teacher.field,
+            str(teacher.path),
+            "is a diffusion model; the teacher has to be autoregressive",
+            "name the autoregressive model's folder with --teacher-load",
+        )
+    _check_vocabulary(student, teacher)
+
+
+def _check_self_teacher(
+    student: Architecture, convention: DiffusionConvention, teacher: ModelWeights
+) -> None:
+    if teacher.convention != convention:
+        raise bad_value(
+            teacher.field,
+            str(teacher.path),
+            f"is no diffusion model with {convention.attention_pattern} attention like the student",
+            "name the weights that the student started from",
+        )
+    keys = ["mask_token_id"]
+    if convention.attention_pattern == "block_causal":
+        keys.append("block_size")
+    for key in keys:
+        ours, theirs = student.hf_config.get(key), teacher.architecture.hf_config.get(key)
+        if None not in (ours, theirs) and ours != theirs:
+            raise bad_value(
+                f"{teacher.architecture.file}: {key}",
+                theirs,
+                f"but {student.file} says {ours}",
+                "name the weights that the student started from with --teacher-load",
+            )
+
+
+def _check_vocabulary(student: Architecture, teacher: ModelWeights) -> None:
+    if teacher.architecture.vocab_size != student.vocab_size:
+        raise bad_value(
+            teacher.field,
+            str(teacher.path),
+            f"has a vocabulary of {teacher.architecture.vocab_size}, "
+            f"the student one of {student.vocab_size}",
+            "choose a teacher with the student's tokenizer",
+        )
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: ModelWeights
+) -> None:
+    """The teacher reads the ids that the run's tokenizer writes; its folder may hold none.
+
+    Raises:
+        UserError: The teacher's tokenizer has other ids.
+    """
+    if teacher.hf_folder.resolve() == folder.resolve() or not has_tokenizer(teacher.hf_folder):
+        return
+    other = load_tokenizer(teacher.hf_folder, teacher.field)
+    text = differing_token(tokenizer, other)
+    if text is None:
+        return
+    ids = [vocabulary.get(text) for vocabulary in (other.get_vocab(), tokenizer.get_vocab())]
+    theirs, ours = ("not at all" if token_id is None else f"as {token_id}" for token_id in ids)
+    raise bad_value(
+        teacher.field,
+        str(teacher.path),
+        f"its tokenizer knows {text!r} {theirs}, the one in {folder} {ours}",
+        "choose a teacher with the student's tokenizer",
+    )
+
+
+def with_ends_of(
+    teacher: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    special_tokens: SpecialTokens,
+) -> SpecialTokens:
+    """What ends the teacher's responses ends those of the student, which learns to write them."""
+    theirs = eos_token_ids(
+        tokenizer, teacher.hf_config, teacher.generation_config, str(folder), teacher.file
+    )
+    return replace(special_tokens, eos_token_ids=(*special_tokens.eos_token_ids, *theirs))
+
+
+def response_store(
+    config: Config,
+    teacher: TeacherInputs,
+    prompts: PromptDataset,
+    special_tokens: SpecialTokens,
+) -> ResponseStore:
+    """Where the teacher's responses to the prompts are or will be.
+
+    Raises:
+        UserError: The folder holds others, or a damaged file.
+    """
+    assert config.teacher_responses is not None
+    rollout = config.rollout
+    header = ResponseHeader(
+        prompts=prompts.file.fingerprint,
+        prompt_tokens=prompts.fingerprint(),
+        num_prompts=len(prompts),
+        # Of a run folder, the checkpoint it stands for now.
+        teacher=str(teacher.source.hf_folder.resolve()),
+        teacher_weights=teacher.fingerprint,
+        bf16=config.model.bf16,
+        seed=config.data.seed,
+        eos_token_ids=sorted(special_tokens.eos_token_ids),
+        max_response_length=rollout.max_response_length,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        prompt_limits=prompts.limits_fingerprint(),
+    )
+    store = ResponseStore(config.teacher_responses, header, "--teacher-responses", special_tokens)
+    store.missing(())  # reads what is there: a damaged file is found before any work
+    return store
