@@ -1,18 +1,78 @@
-"""Process groups and seeds: from one plain process to a torchrun job."""
+"""Process groups and seeds, from one plain process to a torchrun job."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from torch.distributed import HashStore  # type: ignore[attr-defined] # documented, not listed
+from torch.distributed import (  # type: ignore[attr-defined] # documented, not listed
+    HashStore,
+    ProcessGroup,
+)
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The process groups that a rank communicates in; None where it would be alone.
+
+    Attributes:
+        tp: Ranks that hold the other shards of the vocabulary.
+        pp: Stages of this rank's pipeline.
+        pp_last_rank: Global rank of the last of them.
+        is_last_stage: Whether this is it.
+        model: All ranks that hold parts of the same replica of the model.
+        dp: The same part in all replicas.
+        dp_rank: Of this replica.
+        dp_size: Replicas.
+        lockstep: Ranks that have to make as many forwards as this one, because the forwards hold
+            collectives of experts. A union of whole tensor-parallel groups, so that all ranks
+            with the same prompts learn the same from a reduction over it.
+    """
+
+    tp: ProcessGroup | None = None
+    pp: ProcessGroup | None = None
+    pp_last_rank: int = 0
+    is_last_stage: bool = True
+    model: ProcessGroup | None = None
+    dp: ProcessGroup | None = None
+    dp_rank: int = 0
+    dp_size: int = 1
+    lockstep: ProcessGroup | None = None
+
+    @classmethod
+    def from_parallel_state(cls) -> "ParallelGroups":
+        """The groups that Megatron-Core was initialised with."""
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        lockstep = None
+        if parallel_state.get_expert_model_parallel_world_size() > 1:
+            lockstep = parallel_state.get_expert_tensor_and_model_parallel_group()
+            if lockstep.size() % tp_size != 0:
+                # Groups of experts that cut through tensor-parallel groups tie neighbours together
+                # all along the stage.
+                lockstep = parallel_state.get_tensor_and_data_parallel_group()
+        return cls(
+            tp=_unless_alone(parallel_state.get_tensor_model_parallel_group()),
+            pp=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
+            pp_last_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+            is_last_stage=parallel_state.is_pipeline_last_stage(),
+            model=_unless_alone(parallel_state.get_model_parallel_group()),
+            dp=_unless_alone(parallel_state.get_data_parallel_group()),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            lockstep=lockstep,
+        )
+
+
+def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
+    return group if group.size() > 1 else None
 
 
 def initialize(config: Config) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import ForwardPlan
 
@@ -38,7 +38,7 @@ class TokenDrawer:
         generation: GenerationConfig,
         mask_token_id: int,
         vocab_size: int,
-        groups: RolloutGroups,
+        groups: ParallelGroups,
     ) -> None:
         self._model = model
         self._generation = generation

@@ -19,10 +19,10 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dlm import platform
 from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.context import RolloutContext, rollout_context
 from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.rollout.prompt_queue import PromptQueue
 from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -66,13 +66,13 @@ class RolloutEngine:
         special_tokens: SpecialTokens,
         vocab_size: int,
         seed: int,
-        groups: RolloutGroups | None = None,
+        groups: ParallelGroups | None = None,
     ) -> None:
         self.generation = generation
         self.seed = seed
         self._model = unwrap_model(model)
         self._special_tokens = special_tokens
-        self._groups = groups or RolloutGroups.from_parallel_state()
+        self._groups = groups or ParallelGroups.from_parallel_state()
         self._drawer = TokenDrawer(
             self._model,
             generation=generation,

@@ -12,7 +12,7 @@ from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_frozen_model
-from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.given_responses import given_records
@@ -32,6 +32,7 @@ def build_teacher(
     sampler: ShuffledSampler,
     special_tokens: SpecialTokens,
     convention: DiffusionConvention,
+    groups: ParallelGroups,
     student: Callable[[], DiffusionGPTModel],
 ) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
     """Have the teacher do what it does once, and keep it only if training asks it; collective.
@@ -43,6 +44,7 @@ def build_teacher(
         sampler: Maps samples to records.
         special_tokens: Of the tokenizer.
         convention: How the student attends and predicts.
+        groups: Process groups of teacher and student.
         student: Builds the student on the first call. Only a student that teaches itself is asked
             for here: any other teacher has the memory to itself while it answers prompts.
 
@@ -71,6 +73,7 @@ def build_teacher(
             mask_token_id=special_tokens.mask_token_id,
             vocab_size=special_tokens.vocab_size,
             shifted=convention.shifted,
+            groups=groups,
         ), examples
     if inputs is None:
         return None, examples
@@ -78,17 +81,25 @@ def build_teacher(
         assert isinstance(data, PromptDataset)
         assert inputs.responses is not None
         wanted = given_records(config, sampler)
-        generate_missing(config, inputs.responses, data, wanted, load, special_tokens)
+        generate_missing(config, inputs.responses, data, wanted, load, special_tokens, groups)
         with errors_on_all_ranks():
             responses = inputs.responses.read()
         examples = data.with_responses(responses, special_tokens)
         if config.distillation.teacher_top_k_cache:
             table = _stored_top_k(
-                config, inputs, data, responses, examples, wanted, load, special_tokens.vocab_size
+                config,
+                inputs,
+                data,
+                responses,
+                examples,
+                wanted,
+                load,
+                special_tokens.vocab_size,
+                groups,
             )
             load.cache_clear()
             platform.release_memory()
-            return StoredTeacher(table, sampler.record_index), examples
+            return StoredTeacher(table, sampler.record_index, groups), examples
     if not config.traits.uses_teacher:
         return None, examples
     return FrozenTeacher(load(), config.training.micro_batch_size), examples
@@ -103,6 +114,7 @@ def _stored_top_k(
     wanted: Sequence[int],
     load: Callable[[], DiffusionGPTModel],
     vocab_size: int,
+    groups: ParallelGroups,
 ) -> TopKTable:
     assert config.teacher_responses is not None
     k = config.distillation.divergence_top_k
@@ -117,6 +129,6 @@ def _stored_top_k(
     folder = Path(config.teacher_responses) / f"top_{k}"
     with errors_on_all_ranks():
         store = TopKStore(folder, header, "--teacher-responses", responses, vocab_size)
-    compute_missing(config, store, examples, wanted, load, vocab_size)
+    compute_missing(config, store, examples, wanted, load, vocab_size, groups)
     with errors_on_all_ranks():
         return store.read()

@@ -6,11 +6,10 @@ on interruptions.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron.core import parallel_state
-
 from megatron_dlm.config import Config
 from megatron_dlm.data.response_store import ResponseStore
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
@@ -25,6 +24,7 @@ def generate_missing(
     wanted: Iterable[int],
     teacher: Callable[[], DiffusionGPTModel],
     special_tokens: SpecialTokens,
+    groups: ParallelGroups,
     prompts_per_shard: int = PROMPTS_PER_SHARD,
 ) -> None:
     """Complete a store of responses; all ranks call this.
@@ -36,6 +36,7 @@ def generate_missing(
         wanted: Indices of those whose responses are needed, ascending.
         teacher: Loads this rank's part of the teacher; called only if a response is missing.
         special_tokens: Of the tokenizer.
+        groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
 
     Raises:
@@ -56,12 +57,10 @@ def generate_missing(
         special_tokens=special_tokens,
         vocab_size=special_tokens.vocab_size,
         seed=config.data.seed,
+        groups=groups,
     )
-    writes = (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_pipeline_model_parallel_rank() == 0
-    )
-    for shard, _ in rounds(missing, "teacher responses", prompts_per_shard):
+    writes = groups.model is None or groups.model.rank() == 0
+    for shard, _ in rounds(missing, "teacher responses", groups, prompts_per_shard):
         trajectories = engine.generate(
             [prompts[index] for index in shard], rollout.max_response_length
         )

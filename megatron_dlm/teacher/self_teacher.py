@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dlm import platform
@@ -24,6 +23,7 @@ from megatron_dlm.models.attention_layout import Field, clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden, most_rows, texts_of_rows
 from megatron_dlm.models.lora import adapters_disabled
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.visited_states import (
     VisitedStates,
     final_canvas,
@@ -43,6 +43,7 @@ class SelfTeacher:
         mask_token_id: Id of MASK.
         vocab_size: Ids from here on are padding.
         shifted: Whether the model's logits at position i predict token i + 1.
+        groups: Process groups of the model.
     """
 
     head: None = None
@@ -56,12 +57,14 @@ class SelfTeacher:
         mask_token_id: int,
         vocab_size: int,
         shifted: bool,
+        groups: ParallelGroups,
     ) -> None:
         self.model = model
         self._config = config
         self._mask_token_id = mask_token_id
         self._vocab_size = vocab_size
         self._shifted = shifted
+        self._groups = groups
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Set `targets` of each right response with more than one block; all ranks call this."""
@@ -140,12 +143,8 @@ class SelfTeacher:
             packed[:, 0] = position
             packed[:, 1 : 1 + k] = top_k.token_ids
             packed[:, 1 + k :] = top_k.log_probs
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            dist.broadcast(
-                packed,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
+        if self._groups.pp is not None:
+            dist.broadcast(packed, src=self._groups.pp_last_rank, group=self._groups.pp)
         packed = packed.cpu()
         return StateTargets(
             state=state,
@@ -158,13 +157,12 @@ class SelfTeacher:
         """Positions [n] that rank first in each state, ascending, and their targets."""
         options = self._config.self_distillation
         state, position = states.current.nonzero(as_tuple=True)
-        tp_group = parallel_state.get_tensor_model_parallel_group()
         top_k, largest_logit = top_k_and_largest_logit(
             hidden,
             head_weight(self.model),
             options.teacher_top_k,
             self._vocab_size,
-            tp_group if tp_group.size() > 1 else None,
+            self._groups.tp,
             self._config.distillation.divergence_chunk_size,
         )
         confidence = torch.full(states.current.shape, -torch.inf)

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dlm.data.shard_store import ShardStore
-from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 
 PROMPTS_PER_SHARD = 512
 """Most prompts in one shard: what an interruption can lose on a rank."""
@@ -36,7 +35,10 @@ def missing_prompts(store: ShardStore, wanted: Iterable[int]) -> list[int]:
 
 
 def rounds(
-    missing: list[int], what: str, prompts_per_shard: int = PROMPTS_PER_SHARD
+    missing: list[int],
+    what: str,
+    groups: ParallelGroups,
+    prompts_per_shard: int = PROMPTS_PER_SHARD,
 ) -> Iterator[tuple[list[int], int]]:
     """This rank's shard in each round, and the size of the round's largest one.
 
@@ -46,10 +48,10 @@ def rounds(
     Args:
         missing: As `missing_prompts` returned it, not empty.
         what: What the shards hold, for the line of progress.
+        groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
     """
-    dp_rank = parallel_state.get_data_parallel_rank()
-    dp_size = parallel_state.get_data_parallel_world_size()
+    dp_rank, dp_size = groups.dp_rank, groups.dp_size
     num_shards = dp_size * -(-len(missing) // (dp_size * prompts_per_shard))
     bounds = [len(missing) * shard // num_shards for shard in range(num_shards + 1)]
     # Replicas decode independently, and may end further apart than a collective waits.

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from megatron.core import parallel_state
-
 from megatron_dlm.data.top_k_store import TopKTable
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -14,6 +13,7 @@ class StoredTeacher:
     Args:
         table: Its targets, record by record.
         record_index: The record of a global sample index.
+        groups: Process groups of the student.
 
     Attributes:
         model: None: it has left.
@@ -23,13 +23,16 @@ class StoredTeacher:
     model: None = None
     head: None = None
 
-    def __init__(self, table: TopKTable, record_index: Callable[[int], int]) -> None:
+    def __init__(
+        self, table: TopKTable, record_index: Callable[[int], int], groups: ParallelGroups
+    ) -> None:
         self._table = table
         self._record_index = record_index
+        self._groups = groups
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Set `targets` of each trajectory, on the last pipeline stage."""
-        if parallel_state.is_pipeline_last_stage():
+        if self._groups.is_last_stage:
             for trajectory in trajectories:
                 record = self._record_index(trajectory.sample_index)
                 trajectory.targets = self._table[record]

@@ -7,12 +7,12 @@ numbers on disk.
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.top_k_store import TopKStore
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
@@ -26,6 +26,7 @@ def compute_missing(
     wanted: Iterable[int],
     model: Callable[[], DiffusionGPTModel],
     vocab_size: int,
+    groups: ParallelGroups,
     prompts_per_shard: int = PROMPTS_PER_SHARD,
 ) -> None:
     """Complete a store of targets; all ranks call this.
@@ -37,6 +38,7 @@ def compute_missing(
         wanted: Their indices, ascending.
         model: Loads this rank's part of the teacher; called only if a shard is missing.
         vocab_size: Ids from here on are padding.
+        groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
 
     Raises:
@@ -46,16 +48,16 @@ def compute_missing(
     if not missing:
         return
     teacher = FrozenTeacher(model(), config.training.micro_batch_size)
-    at_once = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
-    writes = parallel_state.get_tensor_model_parallel_rank() == 0
-    for shard, most in rounds(missing, "teacher top-k", prompts_per_shard):
+    at_once = config.training.global_batch_size // groups.dp_size
+    writes = groups.tp is None or groups.tp.rank() == 0
+    for shard, most in rounds(missing, "teacher top-k", groups, prompts_per_shard):
         # Ranks that share experts run equal numbers of rows: a smaller shard is filled up.
         indices = [*shard, *[missing[0]] * (most - len(shard))]
         parts = []
         for start in range(0, most, at_once):
             trajectories = [examples[index] for index in indices[start : start + at_once]]
             own = max(0, len(shard) - start)
-            targets = _targets(config, teacher, trajectories, own, vocab_size)
+            targets = _targets(config, teacher, trajectories, own, vocab_size, groups)
             if targets is not None:
                 parts.append(targets)
         if parts and writes and shard:
@@ -68,6 +70,7 @@ def _targets(
     trajectories: Sequence[Trajectory],
     count: int,
     vocab_size: int,
+    groups: ParallelGroups,
 ) -> TopKTargets | None:
     """Targets of the first `count` trajectories on the CPU; on the last pipeline stage only."""
     teacher.annotate(trajectories)
@@ -76,13 +79,12 @@ def _targets(
     hidden = [t.targets for t in trajectories[:count] if isinstance(t.targets, HiddenTargets)]
     if not hidden:
         return None
-    tp_group = parallel_state.get_tensor_model_parallel_group()
     targets = vocab_parallel_top_k(
         TeacherTargets.cat(hidden).hidden,
         teacher.head,
         config.distillation.divergence_top_k,
         vocab_size,
-        tp_group if tp_group.size() > 1 else None,
+        groups.tp,
         config.distillation.divergence_chunk_size,
     )
     return targets.to(torch.device("cpu"))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row
@@ -66,8 +65,7 @@ def collect(run: Run) -> Collected:
     is the same set of trajectories under every layout.
     """
     config = run.config
-    dp_rank = parallel_state.get_data_parallel_rank()
-    dp_size = parallel_state.get_data_parallel_world_size()
+    dp_rank, dp_size = run.groups.dp_rank, run.groups.dp_size
     consumed = run.progress.consumed_samples
     count = min(config.rollout_batch_size, config.num_samples - consumed)
     samples = run.sampler.samples(consumed, count)
@@ -95,7 +93,8 @@ def collect(run: Run) -> Collected:
         dtype=torch.float64,
         device=platform.device(),
     )
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    if run.groups.dp is not None:
+        torch.distributed.all_reduce(sums, group=run.groups.dp)
     tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
     verifies = run.source.verifier is not None
     return Collected(
@@ -136,7 +135,7 @@ def micro_batches(
 ) -> list[TrainingBatch]:
     """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
     training = run.config.training
-    local = training.global_batch_size // parallel_state.get_data_parallel_world_size()
+    local = training.global_batch_size // run.groups.dp_size
     epoch, position = divmod(update, len(collected.trained_tokens))
     chosen = collected.trajectories[position * local : (position + 1) * local]
     num_own = collected.num_own - position * local
@@ -211,6 +210,7 @@ def train(run: Run) -> None:
                 run.objective,
                 batches,
                 run.teacher.head if run.teacher is not None else None,
+                run.groups,
             )
             progress.iteration += 1
             progress.trained_tokens_total += collected.trained_tokens[

@@ -7,7 +7,7 @@ know.
 """
 
 import torch
-from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.groups import MaskEmbeddingInit
 from megatron_dlm.models.model import DiffusionGPTModel
@@ -15,7 +15,11 @@ from megatron_dlm.models.model import DiffusionGPTModel
 
 @torch.no_grad()
 def initialize_mask_embedding(
-    model: DiffusionGPTModel, mask_token_id: int, vocab_size: int, init: MaskEmbeddingInit
+    model: DiffusionGPTModel,
+    mask_token_id: int,
+    vocab_size: int,
+    init: MaskEmbeddingInit,
+    tp_group: ProcessGroup | None,
 ) -> None:
     """Replace the row of MASK by the mean of all other rows, or keep it; all ranks call this.
 
@@ -27,23 +31,26 @@ def initialize_mask_embedding(
         mask_token_id: Id of MASK.
         vocab_size: Rows from here on are padding.
         init: `mean` or `keep`.
+        tp_group: Ranks that hold the other rows; None for one rank.
     """
     if init == "keep":
         return
     if model.pre_process:
-        _fill_row(model.embedding.word_embeddings.weight, mask_token_id, vocab_size)
+        _fill_row(model.embedding.word_embeddings.weight, mask_token_id, vocab_size, tp_group)
     elif model.post_process and model.share_embeddings_and_output_weights:
-        _fill_row(model.shared_embedding_or_output_weight(), mask_token_id, vocab_size)
+        _fill_row(model.shared_embedding_or_output_weight(), mask_token_id, vocab_size, tp_group)
 
 
-def _fill_row(table: torch.Tensor, row: int, vocab_size: int) -> None:
+def _fill_row(
+    table: torch.Tensor, row: int, vocab_size: int, tp_group: ProcessGroup | None
+) -> None:
     """Write the mean of the other rows of a vocabulary-parallel table [V / tp, h] into a row."""
-    start = parallel_state.get_tensor_model_parallel_rank() * len(table)
+    start = len(table) * (0 if tp_group is None else tp_group.rank())
     here = start <= row < start + len(table)
     total = table[: max(0, vocab_size - start)].double().sum(0)
     if here:
         total -= table[row - start].double()
-    group = parallel_state.get_tensor_model_parallel_group()
-    torch.distributed.all_reduce(total, group=group)
+    if tp_group is not None:
+        torch.distributed.all_reduce(total, group=tp_group)
     if here:
         table[row - start] = (total / (vocab_size - 1)).to(table.dtype)

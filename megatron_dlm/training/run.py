@@ -14,6 +14,7 @@ from megatron_dlm.models.lora import drop_out_adapter_inputs, train_adapters_onl
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.teacher.base import Teacher
@@ -47,6 +48,7 @@ class Run:
     sampler: ShuffledSampler
     progress: Progress
     offload: PhaseOffload
+    groups: ParallelGroups
     validation: Validation | None = None
 
     def save(self) -> None:
@@ -90,9 +92,11 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         )
     sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
 
+    groups = ParallelGroups.from_parallel_state()
+
     @functools.cache
     def student_and_progress() -> tuple[Student, Progress]:
-        return _build_student(config, inputs, resume=resume)
+        return _build_student(config, inputs, groups, resume=resume)
 
     teacher, examples = build_teacher(
         config,
@@ -101,6 +105,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         sampler,
         inputs.special_tokens,
         inputs.convention,
+        groups,
         student=lambda: student_and_progress()[0].model,
     )
     student, progress = student_and_progress()
@@ -116,15 +121,18 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         student,
         teacher,
         objective,
-        _build_source(config, inputs, student, examples),
+        _build_source(config, inputs, student, examples, groups),
         sampler,
         progress,
         build_offload(config, student, teacher),
-        None if inputs.held_out is None else Validation(config, objective, inputs.held_out),
+        groups,
+        None if inputs.held_out is None else Validation(config, objective, inputs.held_out, groups),
     )
 
 
-def _build_student(config: Config, inputs: RunInputs, *, resume: bool) -> tuple[Student, Progress]:
+def _build_student(
+    config: Config, inputs: RunInputs, groups: ParallelGroups, *, resume: bool
+) -> tuple[Student, Progress]:
     """The student with its weights, and how far the run has come."""
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
@@ -135,6 +143,7 @@ def _build_student(config: Config, inputs: RunInputs, *, resume: bool) -> tuple[
                 inputs.special_tokens.mask_token_id,
                 inputs.architecture.vocab_size,
                 config.mask_embedding_init,
+                groups.tp,
             )
     if config.lora.lora_rank is not None:
         attach_adapters_of_run(model, config.to_dict())
@@ -154,6 +163,7 @@ def _build_source(
     inputs: RunInputs,
     student: Student,
     examples: ExampleDataset | CorpusDataset | None,
+    groups: ParallelGroups,
 ) -> TrajectorySource:
     """What turns samples into trajectories: the student, given responses, or both."""
     if not config.uses_rollouts:
@@ -165,9 +175,10 @@ def _build_source(
         special_tokens=inputs.special_tokens,
         vocab_size=inputs.architecture.vocab_size,
         seed=config.data.seed,
+        groups=groups,
     )
     verifier = None
     if config.traits.verifies:
         reward = REWARDS[config.objective.reward]
-        verifier = Verifier(reward, inputs.tokenizer, config.rollout.max_tries)
+        verifier = Verifier(reward, inputs.tokenizer, config.rollout.max_tries, groups)
     return TrajectorySource(config, inputs.data, engine, examples, verifier)

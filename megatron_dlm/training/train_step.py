@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -19,6 +18,7 @@ from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.models.model import full_hidden_states, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
+from megatron_dlm.parallel import ParallelGroups
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,15 @@ class StepResult:
     optimizer_seconds: float
 
 
-def reduce_sums(local: list[Tensor]) -> Tensor:
+def reduce_sums(local: list[Tensor], groups: ParallelGroups) -> Tensor:
     """Add up what the last stages of all data-parallel replicas measured; known to all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
-    if parallel_state.is_pipeline_last_stage():
+    if groups.is_last_stage:
         sums += torch.stack(local).sum(0)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-    torch.distributed.broadcast(
-        sums,
-        src=parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
+        if groups.dp is not None:
+            torch.distributed.all_reduce(sums, group=groups.dp)
+    if groups.pp is not None:
+        torch.distributed.broadcast(sums, src=groups.pp_last_rank, group=groups.pp)
     return sums
 
 
@@ -61,6 +59,7 @@ def train_step(
     objective: Objective,
     batches: Sequence[TrainingBatch],
     teacher_head: Tensor | None,
+    groups: ParallelGroups,
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches and update the weights once.
 
@@ -71,6 +70,7 @@ def train_step(
         objective: Computes the loss on the last pipeline stage.
         batches: This rank's micro-batches; every data-parallel rank passes the same number.
         teacher_head: The teacher's output layer shard on the last stage, or None.
+        groups: Process groups of the student.
 
     Raises:
         FloatingPointError: The loss is not finite, and the weights were not changed; or the
@@ -79,7 +79,6 @@ def train_step(
     started = time.perf_counter()
     config = get_model_config(model)
     device = platform.device()
-    tp_group = parallel_state.get_tensor_model_parallel_group()
 
     def forward_step(
         data_iterator: Iterator[TrainingBatch], model: torch.nn.Module
@@ -99,7 +98,7 @@ def train_step(
                     head=head_weight(model),
                     labels=batch.labels,
                     weights=batch.weights,
-                    tp_group=tp_group if tp_group.size() > 1 else None,
+                    tp_group=groups.tp,
                     targets=batch.targets,
                     teacher_head=teacher_head,
                 )
@@ -123,7 +122,7 @@ def train_step(
         seq_length=len(batches[0].row.token_ids),
         micro_batch_size=1,
     )
-    sums = reduce_sums(measured)
+    sums = reduce_sums(measured, groups)
     loss = float(sums[0] / sums[1].clamp(min=1.0))
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss {loss}: training diverged")

@@ -9,7 +9,6 @@ the training is touched.
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
@@ -19,6 +18,7 @@ from megatron_dlm.data.prompts import ExampleDataset
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.train_step import reduce_sums
 
@@ -37,11 +37,13 @@ class Validation:
         config: The run's configuration.
         objective: Lays the samples out and computes the loss; needs no teacher.
         data: At least `eval_iters` global batches of samples, which `read_inputs` has checked.
+        groups: Process groups of the student.
     """
 
     config: Config
     objective: Objective
     data: ExampleDataset | CorpusDataset
+    groups: ParallelGroups
 
     def is_due(self, iteration: int) -> bool:
         """Whether the loss is measured after this optimizer step."""
@@ -65,9 +67,8 @@ class Validation:
         chunk = 1
         if parallel.pipeline_model_parallel_size > 1:
             chunk = ROWS_PER_STAGE * parallel.pipeline_model_parallel_size
-        dp_rank = parallel_state.get_data_parallel_rank()
-        dp_size = parallel_state.get_data_parallel_world_size()
-        own = range(dp_rank, training.eval_iters * training.global_batch_size, dp_size)
+        samples = training.eval_iters * training.global_batch_size
+        own = range(self.groups.dp_rank, samples, self.groups.dp_size)
         rows = [
             own[start : start + training.micro_batch_size]
             for start in range(0, len(own), training.micro_batch_size)
@@ -83,7 +84,7 @@ class Validation:
             for batch, row in zip(batches, hidden, strict=True):
                 sums += self._sums(model, batch, row)
         model.train(was_training)
-        sums = reduce_sums([sums])
+        sums = reduce_sums([sums], self.groups)
         return float(sums[0] / sums[1].clamp(min=1.0))
 
     def _batch(self, samples: range, row_multiple: int) -> TrainingBatch:
@@ -101,14 +102,13 @@ class Validation:
     ) -> torch.Tensor:
         """Loss sum, loss count and supervised tokens of one row, as training measures them."""
         batch = batch_to(batch, platform.device())
-        tp_group = parallel_state.get_tensor_model_parallel_group()
         loss_sum, _ = self.objective.loss(
             LossInputs(
                 hidden=hidden[batch.supervised],
                 head=head_weight(model),
                 labels=batch.labels,
                 weights=batch.weights,
-                tp_group=tp_group if tp_group.size() > 1 else None,
+                tp_group=self.groups.tp,
             )
         )
         counts = torch.tensor([0, batch.loss_count, len(batch.supervised)], dtype=torch.float64)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm import platform
 from megatron_dlm.evaluation.rewards import RIGHT, Reward
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -25,22 +25,24 @@ class Verifier:
         reward: What is right.
         tokenizer: Decodes responses.
         max_tries: Responses to a prompt at most.
+        groups: Process groups of the student.
     """
 
     reward: Reward
     tokenizer: PreTrainedTokenizerBase
     max_tries: int
+    groups: ParallelGroups
 
     def verify(self, trajectories: Sequence[Trajectory]) -> None:
         """Set `correct` of each trajectory; all ranks of the replica call this with the same."""
-        group = parallel_state.get_model_parallel_group()
+        group = self.groups.model
         verdicts = torch.zeros(len(trajectories), dtype=torch.int32, device=platform.device())
-        if group.rank() == 0:
+        if group is None or group.rank() == 0:
             for i, trajectory in enumerate(trajectories):
                 ids = trajectory.response_ids.tolist()
                 text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                 verdicts[i] = self.reward(trajectory.record, text) >= RIGHT
-        if group.size() > 1:
+        if group is not None:
             dist.broadcast(verdicts, group=group, group_src=0)
         for trajectory, verdict in zip(trajectories, verdicts.tolist(), strict=True):
             trajectory.correct = bool(verdict)
@@ -64,7 +66,7 @@ def generate_until_right(
     pending = list(range(len(prompts)))
     for number in range(verifier.max_tries):
         # Ranks that share experts decode in step: none stops while another goes on.
-        if not _any_rank(bool(pending)):
+        if not _any_rank(bool(pending), verifier.groups):
             break
         again = [
             replace(prompts[i], sample_index=prompts[i].sample_index + number * TRY_STRIDE)
@@ -84,7 +86,9 @@ def _is_right(trajectory: Trajectory | None) -> bool:
     return trajectory is not None and bool(trajectory.correct)
 
 
-def _any_rank(works: bool) -> bool:
+def _any_rank(works: bool, groups: ParallelGroups) -> bool:
+    if groups.dp is None:
+        return works
     flag = torch.tensor([int(works)], device=platform.device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=groups.dp)
     return bool(flag.item())

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_dlm.config import Config
-from megatron_dlm.parallel import initialized
+from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.teacher.shard_rounds import rounds
 from tests.distributed_tests.spawn import run_distributed
 
@@ -17,13 +17,13 @@ def _deal(rank: int) -> tuple[list[tuple[list[int], int]], list[tuple[list[int],
     """What this rank is dealt: with rank 1 slow, and where one shard each could not be equal."""
     with initialized(Config.from_dict({"device": "cpu"})):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
-        slowly = []
-        for dealt in rounds([0, 1, 2, 3, 4], "test", prompts_per_shard=1):
+        groups, slowly = ParallelGroups.from_parallel_state(), []
+        for dealt in rounds([0, 1, 2, 3, 4], "test", groups, prompts_per_shard=1):
             slowly.append(dealt)
             if rank == 1 and len(slowly) == 1:
                 time.sleep(TIMEOUT.seconds + 2)
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60), dist.group.WORLD)
-        return slowly, list(rounds([3, 4, 8, 9, 11], "test", prompts_per_shard=4))
+        return slowly, list(rounds([3, 4, 8, 9, 11], "test", groups, prompts_per_shard=4))
 
 
 def test_work_is_dealt_evenly_and_the_slowest_is_waited_for() -> None:

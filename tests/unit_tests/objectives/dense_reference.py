@@ -16,7 +16,7 @@ from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.models.model_provider import build_frozen_model, build_model
 from megatron_dlm.objectives.base import LossInputs, Objective
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.types.document import Document
 from megatron_dlm.types.trajectory import Trajectory
@@ -41,7 +41,7 @@ class Models:
         self.student.eval()
         teacher_model = build_frozen_model(read_architecture(teacher), config)
         open_model_source(teacher, "--teacher-load").load_into(teacher_model)
-        self.teacher = Teacher(teacher_model, rows_of=2)
+        self.teacher = FrozenTeacher(teacher_model, rows_of=2)
 
     def loss(self, objective: Objective, batch: TrainingBatch) -> float:
         """The loss sum of a batch as training computes it."""

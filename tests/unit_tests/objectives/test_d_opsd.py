@@ -15,6 +15,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.visited_states import states_before_last_block
 from megatron_dlm.teacher.self_teacher import SelfTeacher, teacher_view
 from megatron_dlm.types.diffusion_convention import RND1, DiffusionConvention
@@ -54,6 +55,7 @@ class Case:
             mask_token_id=MASK,
             vocab_size=VOCABULARY,
             shifted=self.convention.shifted,
+            groups=ParallelGroups(),
         ).annotate(self.batch)
 
 

@@ -12,9 +12,9 @@ from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.process_groups import RolloutGroups
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt
 
@@ -100,7 +100,7 @@ FULL_ATTENTION = dataclasses.replace(
 def make_engine(
     model: torch.nn.Module,
     generation: GenerationConfig = GENERATION,
-    groups: RolloutGroups | None = None,
+    groups: ParallelGroups | None = None,
     special_tokens: SpecialTokens = SPECIAL_TOKENS,
     **changes: Any,
 ) -> RolloutEngine:

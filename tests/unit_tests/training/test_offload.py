@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dlm.parallel import initialized
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.training import loop
 from megatron_dlm.training.inputs import read_inputs
@@ -92,10 +92,10 @@ def test_phases_hold_what_they_use_and_results_are_the_same(
 
     def watch(phase: str, run: Run) -> None:
         seen.append(phase)
-        assert isinstance(run.teacher, Teacher | SelfTeacher)
+        assert isinstance(run.teacher, FrozenTeacher | SelfTeacher)
         # The loss reads the output layer of a teacher that leaves hidden states.
         heads = [] if run.teacher.head is None else [run.teacher.head]
-        assert len(heads) == isinstance(run.teacher, Teacher)
+        assert len(heads) == isinstance(run.teacher, FrozenTeacher)
         teacher, student = (
             list(run.teacher.model.parameters()),
             list(run.student.model.parameters()),

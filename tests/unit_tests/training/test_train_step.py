@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_dlm.teacher.frozen import Teacher
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 
@@ -146,15 +146,15 @@ def test_the_teacher_is_untouched_by_updates(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights: list[dict[str, torch.Tensor]] = []
-    annotate = Teacher.annotate
+    annotate = FrozenTeacher.annotate
 
-    def watched(self: Teacher, trajectories: Any) -> None:
+    def watched(self: FrozenTeacher, trajectories: Any) -> None:
         assert not self.model.training
         assert not any(parameter.requires_grad for parameter in self.model.parameters())
         annotate(self, trajectories)
         weights.append({name: p.clone() for name, p in self.model.named_parameters()})
 
-    monkeypatch.setattr(Teacher, "annotate", watched)
+    monkeypatch.setattr(FrozenTeacher, "annotate", watched)
     _run(folder, tmp_path, num_rollouts=2)  # two updates between the two phases
     first, second = weights
     assert len(first) > 10

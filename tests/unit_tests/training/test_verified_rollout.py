@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.tiny import TOKENIZER
@@ -61,7 +62,7 @@ def test_wrong_answers_are_tried_again_with_other_noise(engine: RecordingEngine)
     ]
     engine.calls.clear()
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    verifier = Verifier(RightAtTry(), tokenizer, max_tries=4)
+    verifier = Verifier(RightAtTry(), tokenizer, max_tries=4, groups=ParallelGroups())
     result = generate_until_right(engine, prompts, 12, verifier)  # type: ignore[arg-type]
     assert [t.sample_index for t in result] == [0, 1, 2, 3]
     assert [t.tries for t in result] == [1, 3, 4, 2]
@@ -78,7 +79,8 @@ def test_wrong_answers_are_tried_again_with_other_noise(engine: RecordingEngine)
 def test_without_wrong_answers_there_is_one_rollout(engine: RecordingEngine) -> None:
     prompts = [Prompt(4, torch.tensor([1, 2]), {"id": 4, "right_at": 1})]
     engine.calls.clear()
-    verifier = Verifier(RightAtTry(), AutoTokenizer.from_pretrained(TOKENIZER), max_tries=8)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    verifier = Verifier(RightAtTry(), tokenizer, 8, ParallelGroups.from_parallel_state())
     generate_until_right(engine, prompts, 8, verifier)  # type: ignore[arg-type]
     assert engine.calls == [[4]]
     engine.calls.clear()
