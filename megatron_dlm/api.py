@@ -40,7 +40,7 @@ from megatron_dlm.evaluation.generation import (
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceSetup, resolve_inference
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.objectives import OBJECTIVES
-from megatron_dlm.parallel import initialized
+from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -269,7 +269,8 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
         config, special_tokens.mask_token_id, architecture.vocab_size
     )
     samples = replace(config.training, eval_iters=len(data), global_batch_size=1)
-    return Validation(replace(config, training=samples), judge, data).loss(module, row_multiple=1)
+    config = replace(config, training=samples)
+    return Validation(config, judge, data, ParallelGroups()).loss(module, row_multiple=1)
 
 
 def convert(

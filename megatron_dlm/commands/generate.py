@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
     from megatron_dlm.data.tokenizer import load_tokenizer
     from megatron_dlm.evaluation.generation import (
         Generator,
-        load_frozen_model,
         gather_in_order,
+        load_frozen_model,
         read_inference_inputs,
     )
     from megatron_dlm.evaluation.progress import GenerationProgress

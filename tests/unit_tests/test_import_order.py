@@ -31,6 +31,7 @@ ORDER = (
     ("training",),
     ("evaluation",),
     ("commands",),
+    ("api",),
 )
 """From the bottom up: a row imports from those before it. Packages of one row know nothing of each
 other. A module is listed apart from its package where rows in between import it."""
@@ -55,7 +56,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             package, _, module = name.partition(".")
-            if package == megatron_dlm.__name__ and module:
+            if package == megatron_dlm.__name__ and module not in ("", "__version__"):
                 yield node.lineno, module
 
 
