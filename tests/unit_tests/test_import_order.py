@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,12 @@ ROOT = Path(megatron_dlm.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("json_file", "platform", "entry", "seeding"),
+    ("regular_file",),
+    ("json_file", "entry", "extras", "seeding", "ranges"),
+    ("platform",),
     ("types",),
     ("training.manifest", "training.run_folder"),
+    ("rollout.decoding_options", "rollout.strategies"),
     ("config",),
     ("parallel",),
     ("models",),
@@ -100,6 +104,12 @@ def test_the_table_lists_everything_once_and_nothing_else() -> None:
     assert {unit_of(module) for module in modules()} <= set(LEVEL)
     known = modules()
     assert all(unit in known for unit in LEVEL)
+
+
+def test_the_documentation_shows_the_same_table() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| \d+ \| ([^|]+) \|", text, flags=re.MULTILINE)
+    assert [set(re.findall("`([^`]+)`", row)) for row in rows] == [set(row) for row in ORDER]
 
 
 def test_imports_of_every_kind_are_seen() -> None:
