@@ -10,6 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.data.sentencepiece_model import (
+    TOKENIZER_MODEL,
+    is_sentencepiece,
+    write_tokenizer_json,
+)
 from megatron_dlm.data.tokenizer import MASK_TOKEN
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
@@ -21,27 +26,35 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    TOKENIZER_MODEL,
     "chat_template.jinja",
 )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files.
+    """Copy the tokenizer's files; of a SentencePiece model those that stand for it.
+
+    A `tokenizer.model` stays where it is: it has no place for MASK.
 
     Raises:
-        UserError: `source` has no `tokenizer.json` or no `tokenizer_config.json`.
+        UserError: `source` has no `tokenizer.json` or no `tokenizer_config.json`, nor a readable
+            SentencePiece model.
     """
-    for name in TOKENIZER_FILES[:2]:
+    is_converted = is_sentencepiece(source)
+    needed = TOKENIZER_FILES[:2]
+    for name, other in () if is_converted else zip(needed, reversed(needed), strict=True):
         if not (source / name).is_file():
             raise bad_value(
                 "--tokenizer",
                 str(source),
                 f"holds no {name}",
-                "name a folder with tokenizer.json and tokenizer_config.json",
+                f"name a folder with it and {other}, or with {TOKENIZER_MODEL}",
             )
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if name != TOKENIZER_MODEL and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if is_converted:
+        write_tokenizer_json(source, folder)
     config = _read(folder / "tokenizer_config.json")
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -75,8 +88,12 @@ def register_mask_token(folder: Path, mask_token_id: int, mask_token: str | None
     tokenizer = _read(folder / "tokenizer.json")
     added: list[dict[str, Any]] = tokenizer["added_tokens"]
     special = {token["id"]: token["content"] for token in added}
-    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
-    by_id = {token_id: text for text, token_id in vocabulary.items()} | special
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):  # unigram: pieces with their scores, by id
+        by_id = {token_id: text for token_id, (text, _) in enumerate(vocabulary)}
+    else:
+        by_id = {token_id: text for text, token_id in vocabulary.items()}
+    by_id |= special
     old = by_id.get(mask_token_id)
     text = mask_token or old or MASK_TOKEN
     found = next((token_id for token_id, other in by_id.items() if other == text), mask_token_id)
@@ -114,7 +131,10 @@ def register_mask_token(folder: Path, mask_token_id: int, mask_token: str | None
 def _rename(folder: Path, tokenizer: dict[str, Any], old: str, new: str) -> None:
     """Give a special token another text wherever the files name it, apart from its own entries."""
     vocabulary = tokenizer["model"]["vocab"]
-    if old in vocabulary:
+    if isinstance(vocabulary, list):
+        renamed_pieces = [[new if text == old else text, score] for text, score in vocabulary]
+        tokenizer["model"]["vocab"] = renamed_pieces
+    elif old in vocabulary:
         # Its place is kept: the id of some models is the place.
         renamed = {new if text == old else text: number for text, number in vocabulary.items()}
         tokenizer["model"]["vocab"] = renamed

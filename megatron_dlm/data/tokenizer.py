@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from megatron_dlm.data.sentencepiece_model import TOKENIZER_MODEL, with_tokenizer_json
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
 from megatron_dlm.models.architecture import GENERATION_CONFIG
@@ -26,7 +27,7 @@ DLLM_MASK_TOKEN = "<|mask|>"
 MASK_TOKENS = (MASK_TOKEN, DLLM_MASK_TOKEN)
 
 _TOKENIZER_JSON = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", TOKENIZER_MODEL, "vocab.txt")
 
 
 def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrainedTokenizerBase:
@@ -41,7 +42,9 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
             one of its files states something of the wrong type.
     """
     path = Path(folder)
-    remedy = "name a folder with tokenizer.json and tokenizer_config.json"
+    remedy = (
+        f"name a folder with tokenizer.json or {TOKENIZER_MODEL}, and with tokenizer_config.json"
+    )
     if not path.is_dir():
         raise bad_value(field, str(folder), "is not a folder", remedy)
     # Without this check transformers builds an empty tokenizer from the config.json alone.
@@ -55,9 +58,17 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
         checked_keys(read_json_object(settings, field), TOKENIZER_KEYS, str(settings))
     config = _config(path, field)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, config=config, local_files_only=True, trust_remote_code=False
-        )
+        with with_tokenizer_json(path, field) as readable:
+            tokenizer = AutoTokenizer.from_pretrained(
+                readable,
+                # Without the config.json, transformers would look for one.
+                config=config if readable == path else PretrainedConfig(),
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            tokenizer.name_or_path = str(path)
+    except UserError:
+        raise
     except Exception as error:  # The `tokenizers` library raises bare Exceptions.
         if (path / "config.json").is_file() and _loads_without_config(path):
             raise _unreadable_config(path, field, error) from error
