@@ -274,14 +274,14 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
 
 
 def convert(
-    source: str | Path, target: str | Path, *, format: str = "sdar", **options: Any
+    source: str | Path, target: str | Path, *, format: str | None = None, **options: Any
 ) -> Path:
     """Write a model in another format.
 
     Args:
         source: Hugging Face folder, run folder or one of its checkpoints.
         target: Folder to write; it must not exist, unless `overwrite` is given.
-        format: As `megatron-dlm convert --target-format`.
+        format: As `megatron-dlm convert --target-format`; None: its default.
         options: Those of `megatron-dlm convert`, by name: `block_size`, `dtype`, `overwrite`, ...
 
     Returns:
@@ -290,10 +290,12 @@ def convert(
     Raises:
         UserError: Anything that could not work.
     """
-    values = {**options, "load": str(source), "save": str(target), "target_format": format}
+    values = {**options, "load": str(source), "save": str(target)}
+    if format is not None:
+        values["target_format"] = format
     arguments = build(ConversionArguments, values, "convert()")
     with torch.random.fork_rng():
-        written, _ = run_conversion(arguments.conversion, arguments.parallel)
+        written, *_ = run_conversion(arguments.conversion, arguments.parallel)
     return written
 
 

@@ -9,6 +9,7 @@ import torch
 from megatron_dlm.commands.convert import ConversionConfig, DType
 from megatron_dlm.config import Config, ModelConfig, ParallelConfig, architecture_rules
 from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
+from megatron_dlm.conversion.formats import default_format
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.peft_export import AdapterSettings, check_base_model, export_peft
 from megatron_dlm.data.tokenizer import (
@@ -161,11 +162,11 @@ def find_special_tokens(
     return architecture.ending_at(ends) if ends else architecture, None
 
 
-def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tuple[Path, str]:
+def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tuple[Path, str, str]:
     """Validate, load, write; warns on standard error of what the written folder lacks.
 
     Returns:
-        The folder that was written, and the type of its weights.
+        The folder that was written, its format, and the type of its weights.
 
     Raises:
         UserError: Anything that could not work.
@@ -178,25 +179,26 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
     )
     _ = source.convention  # a config.json that does not say how the model attends is refused
     architecture = source.architecture
+    target_format = conversion.target_format or default_format(architecture)
     dtype = stored_dtype(conversion.dtype, architecture)
     config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=parallel)
     check_layout(config, architecture)
     adapters, adapter_settings, base = find_adapters(conversion, source)
     # The weights under a run's adapters may be an autoregressive model's, whatever the run trained.
-    if conversion.target_format == "autoregressive" and adapters != "remove":
+    if target_format == "autoregressive" and adapters != "remove":
         check_autoregressive(source)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     architecture, mask_token_id = find_special_tokens(
         source,
         tokenizer_folder,
-        needs_mask=conversion.target_format not in ("megatron", "autoregressive", "peft"),
+        needs_mask=target_format not in ("megatron", "autoregressive", "peft"),
     )
 
     with initialized(config):
         model = build_model(architecture, config)
         source.load_into(model, adapters)
-        if conversion.target_format == "megatron":
+        if target_format == "megatron":
             save_checkpoint(
                 target,
                 model,
@@ -219,7 +221,7 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
                 model,
                 architecture,
                 target,
-                format=conversion.target_format,
+                format=target_format,
                 tokenizer_folder=tokenizer_folder,
                 block_size=block_size,
                 mask_token_id=mask_token_id,
@@ -237,4 +239,4 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
             run_config = config_of_run(saved_config(source.path))
             for line in unseen_in_bf16(run_config, architecture):
                 print(line, file=sys.stderr)
-    return target, str(dtype).removeprefix("torch.")
+    return target, target_format, str(dtype).removeprefix("torch.")

@@ -22,7 +22,17 @@ from megatron_dlm.entry import rank
 from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
 from megatron_dlm.training.model_source import StatedAttention
 
-TargetFormat = Literal["megatron", "sdar", "a2d-qwen3", "rnd1", "autoregressive", "peft"]
+TargetFormat = Literal[
+    "megatron",
+    "sdar",
+    "a2d-llama",
+    "a2d-mistral",
+    "a2d-qwen2",
+    "a2d-qwen3",
+    "rnd1",
+    "autoregressive",
+    "peft",
+]
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -39,11 +49,12 @@ class ConversionConfig:
     save: str | None = None
     """Folder to write; it must not exist, unless --overwrite is given."""
 
-    target_format: TargetFormat = "sdar"
-    """megatron (distributed checkpoint), sdar (block diffusion for SGLang, lmdeploy and
-    transformers; sdar_moe for mixtures of experts), a2d-qwen3 (dllm's: dense, full or block-causal
+    target_format: TargetFormat | None = None
+    """megatron (distributed checkpoint), sdar (block diffusion of Qwen3 for SGLang, lmdeploy and
+    transformers; sdar_moe for mixtures of experts), a2d-FAMILY (dllm's: dense, full or block-causal
     attention), rnd1 (full attention, shifted, mixture of experts), autoregressive (also
-    MoE) or peft (a LoRA run's adapters alone)."""
+    MoE) or peft (a LoRA run's adapters alone). Default: sdar, or a2d-FAMILY for networks that code
+    for sdar does not compute."""
 
     tokenizer: str | None = None
     """Folder with tokenizer.json (default: the one beside the weights)."""
@@ -53,7 +64,7 @@ class ConversionConfig:
     (default: block_size of its config.json)."""
 
     attention_pattern: StatedAttention | None = None
-    """Attention of the model, where its config.json does not say: a2d-qwen3 folders of dllm hold
+    """Attention of the model, where its config.json does not say: a2d folders of dllm hold
     models of full and of block_causal attention."""
 
     dynamic_threshold: float = DEFAULT_THRESHOLD
@@ -89,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_command("convert", Arguments, argv)
     from megatron_dlm.commands.conversion import run_conversion  # loads PyTorch and Megatron-Core
 
-    target, dtype = run_conversion(arguments.conversion, arguments.parallel)
+    target, target_format, dtype = run_conversion(arguments.conversion, arguments.parallel)
     if rank() == 0:
-        print(f"wrote {target} ({arguments.conversion.target_format}, {dtype})")
+        print(f"wrote {target} ({target_format}, {dtype})")
     return 0

@@ -49,8 +49,8 @@ def export_hf(
         architecture: What it was built from; its config.json says how a diffusion model attends
             and what its logits predict.
         folder: Where to.
-        format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts), `a2d-qwen3` (full
-            attention, dense), `rnd1` (full attention, shifted, mixture of experts) or
+        format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts), `a2d-<family>`
+            (dense, either attention), `rnd1` (full attention, shifted, mixture of experts) or
             `autoregressive` (under the model type of its family).
         tokenizer_folder: Where the tokenizer's files are; needed by all but `autoregressive`.
         block_size: Block size that the model was trained with; needed by `sdar`. Under full

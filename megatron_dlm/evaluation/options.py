@@ -48,7 +48,7 @@ class InferenceConfig:
     model of full attention decodes the response as a whole)."""
 
     attention_pattern: StatedAttention | None = None
-    """Attention of the model, where its config.json does not say: a2d-qwen3 folders of dllm hold
+    """Attention of the model, where its config.json does not say: a2d folders of dllm hold
     models of full and of block_causal attention."""
 
     decoding: Decoding = "auto"

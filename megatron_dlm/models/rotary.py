@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 
-def scaled_frequencies(scaling: Mapping[str, Any], base: float, head_size: int) -> Tensor:
-    """Frequencies [d / 2] under a scaling: between f, kept, and f / factor, stretched.
+def scaled_frequencies(scaling: Mapping[str, Any] | None, base: float, head_size: int) -> Tensor:
+    """Frequencies [d / 2]: f or, under a scaling, between f, kept, and f / factor, stretched.
 
     Args:
-        scaling: `Architecture.rope_scaling`.
-        base: `Architecture.rotary_base`.
+        scaling: Its keys in config.json, `rope_type` among them; None: there is none.
+        base: Of f.
         head_size: d.
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     frequencies = 1.0 / base**exponents
+    if scaling is None or scaling["rope_type"] == "default":
+        return frequencies
     kept = {"llama3": _kept_by_llama3, "yarn": _kept_by_yarn}[scaling["rope_type"]]
     share = kept(scaling, frequencies, base, head_size)
     return frequencies / scaling["factor"] * (1.0 - share) + frequencies * share

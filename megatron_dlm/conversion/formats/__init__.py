@@ -4,16 +4,24 @@ A format is a function that checks the request and writes config.json, tokenizer
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_dlm.conversion.formats.autoregressive import write_autoregressive
-from megatron_dlm.conversion.formats.masked_lm import write_a2d_qwen3, write_rnd1
+from megatron_dlm.conversion.formats.diffusion_files import unfit_for_sdar
+from megatron_dlm.conversion.formats.masked_lm import write_a2d, write_rnd1
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.formats.sdar import write_sdar
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.families import FAMILIES, model_types
 
 TARGET_FORMATS: dict[str, Callable[[ExportRequest, Path], None]] = {
     "sdar": write_sdar,
-    "a2d-qwen3": write_a2d_qwen3,
+    **{
+        format: partial(write_a2d, family=family)
+        for family in FAMILIES
+        if (format := f"a2d-{family}") in model_types()
+    },
     "rnd1": write_rnd1,
     "autoregressive": write_autoregressive,
 }
@@ -22,4 +30,10 @@ FORMATS_WITH_HEAD = frozenset({"sdar"})
 """Formats that hold the output layer even where it is tied to the embeddings, and say that it is
 not: SGLang's loader looks it up in any case."""
 
-__all__ = ["FORMATS_WITH_HEAD", "TARGET_FORMATS", "ExportRequest"]
+
+def default_format(architecture: Architecture) -> str:
+    """The format of a block-diffusion model: what engines serve, else that of its family."""
+    return "sdar" if unfit_for_sdar(architecture) is None else f"a2d-{architecture.family}"
+
+
+__all__ = ["FORMATS_WITH_HEAD", "TARGET_FORMATS", "ExportRequest", "default_format"]

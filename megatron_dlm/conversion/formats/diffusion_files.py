@@ -6,6 +6,8 @@ from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.self_contained_code import self_contained_code
 from megatron_dlm.conversion.tokenizer_files import copy_tokenizer, register_mask_token
 from megatron_dlm.errors import bad_value
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.rotary import attention_factor
 
 
 def check_mask_and_tokenizer(request: ExportRequest, format: str) -> None:
@@ -63,24 +65,58 @@ def write_tokenizer(request: ExportRequest, folder: Path, mask_token: str | None
     register_mask_token(folder, request.mask_token_id, mask_token)
 
 
-def write_remote_code(configuration: str, modeling: str, folder: Path) -> None:
-    """Write the two files of modelling code that `auto_map` names, for `trust_remote_code`."""
+def write_remote_code(name: str, folder: Path, renamed: tuple[str, str] | None = None) -> None:
+    """Write the two files of modelling code that `auto_map` names, for `trust_remote_code`.
+
+    Args:
+        name: Of the modules `configuration_<name>` and `modeling_<name>`.
+        folder: Where to.
+        renamed: The name in these modules, as classes have it, that is replaced, and by what; also
+            where it is in lower case, in the names of the files too.
+    """
+
+    def rename(text: str) -> str:
+        if renamed is None:
+            return text
+        old, new = renamed
+        return text.replace(old, new).replace(old.lower(), new.lower())
+
+    configuration, modeling = f"configuration_{name}", f"modeling_{name}"
     for module, kept in ((configuration, None), (modeling, configuration)):
-        text = self_contained_code(module, kept)
-        (folder / f"{module}.py").write_text(text, encoding="utf-8")
+        text = rename(self_contained_code(module, kept))
+        (folder / f"{rename(module)}.py").write_text(text, encoding="utf-8")
+
+
+def unfit_for_sdar(architecture: Architecture) -> str | None:
+    """What of a network is ignored by code that serves `sdar`; None: nothing.
+
+    That code has Qwen3's layers. It scales rotary embeddings as config.json says, but SGLang has
+    another name for YaRN's `attention_factor`, and takes the default.
+    """
+    if not architecture.qk_norm or architecture.qkv_bias:
+        return f"code that serves it has Qwen3's layers, and this is a {architecture.family} model"
+    scaling = architecture.rope_scaling or {}
+    stated = {key: value for key, value in scaling.items() if key != "attention_factor"}
+    if attention_factor(scaling or None) != attention_factor(stated or None):
+        return f"SGLang ignores attention_factor = {scaling['attention_factor']} of rope_scaling"
+    return None
 
 
 def suitable_format(request: ExportRequest) -> str:
     """The remedy for a model that a format cannot express: the format that can."""
     convention, is_moe = request.convention, request.architecture.is_moe
+    a2d = f"choose --target-format a2d-{request.architecture.family}"
     if convention is None:
         return "choose --target-format autoregressive"
     if convention.attention_pattern == "causal":
         return "choose --target-format autoregressive, which decodes it from left to right"
     if convention.attention_pattern == "full" and not is_moe:
-        return "choose --target-format a2d-qwen3"
+        return a2d
     if convention.attention_pattern == "full" and convention.shifted:
         return "choose --target-format rnd1"
     if convention.attention_pattern == "block_causal" and not convention.shifted:
-        return "choose --target-format sdar"
+        if unfit_for_sdar(request.architecture) is None:
+            return "choose --target-format sdar"
+        if not is_moe:
+            return a2d
     return "keep it as --target-format megatron: no published format can express it"

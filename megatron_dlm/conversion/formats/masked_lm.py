@@ -1,9 +1,9 @@
-"""Target formats that load as masked language models: `a2d-qwen3` (dense), `rnd1` (experts).
+"""Target formats that load as masked language models: `a2d-<family>` (dense), `rnd1` (experts).
 
-Tensor names are Qwen3's and Qwen3-MoE's. The folder brings its own modelling code for plain
+Tensor names are the family's and Qwen3-MoE's. The folder brings its own modelling code for plain
 transformers (`trust_remote_code`); its logits stay where the network has them, and config.json says
-whether they are shifted. `rnd1` is of full attention; an `a2d-qwen3` folder, as dllm makes them, of
-either kind, and ours say which.
+whether they are shifted. `rnd1` is of full attention; an `a2d-<family>` folder, as dllm makes
+them, of either kind, and ours say which.
 """
 
 from pathlib import Path
@@ -23,24 +23,37 @@ from megatron_dlm.conversion.formats.diffusion_files import (
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.data.tokenizer import DLLM_MASK_TOKEN
 from megatron_dlm.errors import bad_value
+from megatron_dlm.models.families import FAMILIES
 
 NUM_DIFFUSION_STEPS = 256
 """Denoising steps that an `rnd1` folder asks for, as the published one does."""
 
 
-def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
-    """Write everything but the weights of an `a2d-qwen3` folder.
+def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
+    """Write everything but the weights of an `a2d-<family>` folder.
+
+    The modelling code is written for Qwen3: a family is a name in it, what its layers have beside
+    it stands in config.json.
+
+    Args:
+        request: What to write.
+        folder: Where to.
+        family: That the format is for.
 
     Raises:
-        UserError: The model is no dense diffusion model, or block size, MASK or tokenizer are
-            missing.
+        UserError: The model is no dense diffusion model of the family, or block size, MASK or
+            tokenizer are missing.
     """
+    format, architecture = f"a2d-{family}", request.architecture
+    if architecture.family != family:
+        problem = f"this is a {architecture.family} model"
+        raise bad_value("--target-format", format, problem, suitable_format(request))
     _check(
         request,
-        "a2d-qwen3",
+        format,
         ("full", "block_causal"),
         "is a mixture of experts",
-        not request.architecture.is_moe,
+        not architecture.is_moe,
     )
     convention = request.convention
     assert convention is not None
@@ -48,31 +61,40 @@ def write_a2d_qwen3(request: ExportRequest, folder: Path) -> None:
     if is_block_causal and convention.shifted:
         raise bad_value(
             "--target-format",
-            "a2d-qwen3",
+            format,
             "the logits of this block-causal model are shifted, and dllm takes them for unshifted",
             suitable_format(request),
         )
     if is_block_causal:
-        check_block_size(request, "a2d-qwen3")
+        check_block_size(request, format)
+    kind = FAMILIES[family].autoregressive_type(is_moe=False)
+    assert kind.architecture is not None
+    name = kind.architecture.removesuffix("ForCausalLM")
+    configuration, model = (
+        f"configuration_a2d_{family}.A2D{name}",
+        f"modeling_a2d_{family}.A2D{name}",
+    )
     _write(
         request,
         folder,
         # dllm looks MASK up by this name; without it, it adds a token whose row is untrained.
         DLLM_MASK_TOKEN,
         {
-            "architectures": ["A2DQwen3LMHeadModel"],
+            "architectures": [f"A2D{name}LMHeadModel"],
             "auto_map": {
-                "AutoConfig": "configuration_a2d_qwen3.A2DQwen3Config",
-                "AutoModel": "modeling_a2d_qwen3.A2DQwen3Model",
+                "AutoConfig": f"{configuration}Config",
+                "AutoModel": f"{model}Model",
                 # For pipelines and evaluation that ask for text.
-                "AutoModelForCausalLM": "modeling_a2d_qwen3.A2DQwen3LMHeadModel",
-                "AutoModelForMaskedLM": "modeling_a2d_qwen3.A2DQwen3LMHeadModel",
+                "AutoModelForCausalLM": f"{model}LMHeadModel",
+                "AutoModelForMaskedLM": f"{model}LMHeadModel",
             },
-            "model_type": "a2d-qwen3",
+            "model_type": format,
+            "qk_norm": architecture.qk_norm,
+            "qkv_bias": architecture.qkv_bias,
             "use_cache": is_block_causal,
         },
     )
-    write_remote_code("configuration_a2d_qwen3", "modeling_a2d_qwen3", folder)
+    write_remote_code("a2d_qwen3", folder, renamed=("Qwen3", name))
 
 
 def write_rnd1(request: ExportRequest, folder: Path) -> None:
@@ -109,7 +131,7 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
             "use_cache": False,
         },
     )
-    write_remote_code("configuration_rnd", "modeling_rnd", folder)
+    write_remote_code("rnd", folder)
 
 
 def _check(

@@ -16,6 +16,7 @@ from megatron_dlm.conversion.formats.diffusion_files import (
     check_block_size,
     check_mask_and_tokenizer,
     suitable_format,
+    unfit_for_sdar,
     write_remote_code,
     write_tokenizer,
 )
@@ -28,8 +29,8 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
     """Write everything but the weights.
 
     Raises:
-        UserError: The model's attention is full or its logits are shifted, or block size, MASK or
-            tokenizer are missing.
+        UserError: The model's attention is full, its logits are shifted or its layers are not
+            Qwen3's, or block size, MASK or tokenizer are missing.
     """
     _check(request)
     is_moe = request.architecture.is_moe
@@ -49,7 +50,7 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
     }
     write_json(folder / "config.json", config)
     write_generation_config(request, folder)
-    write_remote_code(f"configuration_{module}", f"modeling_{module}", folder)
+    write_remote_code(module, folder)
     (folder / SGLANG_CONFIG_FILE).write_text(
         "# SGLang: --dllm-algorithm LowConfidence --dllm-algorithm-config "
         f"{SGLANG_CONFIG_FILE}\n"
@@ -77,5 +78,7 @@ def _check(request: ExportRequest) -> None:
             "finished blocks only",
             suitable_format(request),
         )
+    if problem := unfit_for_sdar(request.architecture):
+        raise bad_value("--target-format", "sdar", problem, suitable_format(request))
     check_block_size(request, "sdar")
     check_mask_and_tokenizer(request, "sdar")

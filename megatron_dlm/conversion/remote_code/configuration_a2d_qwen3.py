@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .configuration_diffusion_qwen3 import DiffusionQwen3Config
+from .configuration_diffusion import DiffusionConfig
 
 
-class A2DQwen3Config(DiffusionQwen3Config):
-    """Fields of `DiffusionQwen3Config`."""
+class A2DQwen3Config(DiffusionConfig):
+    """Fields of `DiffusionConfig`."""
 
     model_type = "a2d-qwen3"
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .configuration_diffusion_qwen3_moe import DiffusionQwen3MoeConfig
+from .configuration_diffusion_moe import DiffusionMoeConfig
 
 
-class RND1Config(DiffusionQwen3MoeConfig):
-    """Fields of `DiffusionQwen3MoeConfig`."""
+class RND1Config(DiffusionMoeConfig):
+    """Fields of `DiffusionMoeConfig`."""
 
     model_type = "rnd1"
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .configuration_diffusion_qwen3_moe import DiffusionQwen3MoeConfig
+from .configuration_diffusion_moe import DiffusionMoeConfig
 
 
-class SDARMoeConfig(DiffusionQwen3MoeConfig):
-    """Fields of `DiffusionQwen3MoeConfig`."""
+class SDARMoeConfig(DiffusionMoeConfig):
+    """Fields of `DiffusionMoeConfig`."""
 
     model_type = "sdar_moe"
 

@@ -2,11 +2,11 @@
 
 from .configuration_rnd import RND1Config
 from .diffusion_generation import DiffusionGenerationMixin
-from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
-from .qwen3_moe_layers import MoeDecoderLayer
+from .diffusion_model import DiffusionLMHeadModel, DiffusionModel
+from .moe_layers import MoeDecoderLayer
 
 
-class RND1Model(DiffusionQwen3Model):
+class RND1Model(DiffusionModel):
     """The network without its output layer."""
 
     config_class = RND1Config
@@ -14,7 +14,7 @@ class RND1Model(DiffusionQwen3Model):
     layer_class = MoeDecoderLayer
 
 
-class RND1LM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
+class RND1LM(DiffusionLMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = RND1Config

@@ -2,17 +2,17 @@
 
 from .configuration_sdar import SDARConfig
 from .diffusion_generation import DiffusionGenerationMixin
-from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
+from .diffusion_model import DiffusionLMHeadModel, DiffusionModel
 
 
-class SDARModel(DiffusionQwen3Model):
+class SDARModel(DiffusionModel):
     """The network without its output layer."""
 
     config_class = SDARConfig
     _auto_class = "AutoModel"
 
 
-class SDARForCausalLM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
+class SDARForCausalLM(DiffusionLMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = SDARConfig

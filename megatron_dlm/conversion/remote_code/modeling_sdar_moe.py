@@ -2,11 +2,11 @@
 
 from .configuration_sdar_moe import SDARMoeConfig
 from .diffusion_generation import DiffusionGenerationMixin
-from .diffusion_qwen3 import DiffusionQwen3LMHeadModel, DiffusionQwen3Model
-from .qwen3_moe_layers import MoeDecoderLayer
+from .diffusion_model import DiffusionLMHeadModel, DiffusionModel
+from .moe_layers import MoeDecoderLayer
 
 
-class SDARMoeModel(DiffusionQwen3Model):
+class SDARMoeModel(DiffusionModel):
     """The network without its output layer."""
 
     config_class = SDARMoeConfig
@@ -14,7 +14,7 @@ class SDARMoeModel(DiffusionQwen3Model):
     layer_class = MoeDecoderLayer
 
 
-class SDARMoeForCausalLM(DiffusionQwen3LMHeadModel, DiffusionGenerationMixin):
+class SDARMoeForCausalLM(DiffusionLMHeadModel, DiffusionGenerationMixin):
     """The network with its output layer, and diffusion decoding."""
 
     config_class = SDARMoeConfig

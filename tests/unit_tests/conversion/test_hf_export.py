@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_dlm.commands.convert import TargetFormat
 from megatron_dlm.config import Config
+from megatron_dlm.conversion.formats import TARGET_FORMATS
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.errors import UserError
@@ -192,7 +195,7 @@ def test_existing_folder_is_replaced_only_when_told(tmp_path, source):
         ({"mask_token_id": 150}, "mask_token_id = 150"),
         ({"mask_token_id": MASK_TOKEN_ID + 1}, "first free id is 30"),
         ({"tokenizer_folder": None}, "--tokenizer"),
-        ({"format": "gguf"}, "use sdar or a2d-qwen3 or rnd1 or autoregressive"),
+        ({"format": "gguf"}, "use sdar or a2d-llama or .* or rnd1 or autoregressive"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused(tmp_path, source, changes, message):
@@ -205,6 +208,10 @@ def test_what_a_format_cannot_express_is_refused(tmp_path, source, changes, mess
     with pytest.raises(UserError, match=message):
         export_hf(model, architecture, tmp_path / "out", **{**arguments, **changes})
     assert {path.name for path in tmp_path.iterdir()} == {"source", "tokenizer"}
+
+
+def test_the_command_knows_all_formats():
+    assert set(get_args(TargetFormat)) == {"megatron", *TARGET_FORMATS, "peft"}
 
 
 def test_names_under_transformer_engine_are_those_of_megatron(source):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dlm.conversion.formats.diffusion_files import write_remote_code
 from megatron_dlm.conversion.self_contained_code import PACKAGE, REMOTE_CODE, self_contained_code
 
 FORMATS = ("sdar", "sdar_moe", "a2d_qwen3", "rnd")
+NAMES = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral"}
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
@@ -34,27 +36,38 @@ def test_files_import_nothing_that_is_not_shipped_and_change_no_definition(forma
     assert not of_configuration.keys() & of_model.keys()
     originals = {}
     strategies = (PACKAGE / "rollout" / "strategies").glob("*.py")
-    for file in (*REMOTE_CODE.glob("*.py"), *strategies, PACKAGE / "ranges.py"):
+    others = (PACKAGE / "ranges.py", PACKAGE / "models" / "rotary.py")
+    for file in (*REMOTE_CODE.glob("*.py"), *strategies, *others):
         originals |= definitions(file.read_text())
     for name, source in {**of_configuration, **of_model}.items():
         assert source == originals[name], name
-    assert "DiffusionQwen3Config" in of_configuration
+    assert "DiffusionConfig" in of_configuration
     assert "DecoderLayer" in of_model
     assert ("SparseMoeBlock" in of_model) == (format in ("sdar_moe", "rnd"))
 
 
 def test_files_pass_our_own_linter(tmp_path):
     for format in FORMATS:
-        modules = (
-            (f"configuration_{format}", None),
-            (f"modeling_{format}", f"configuration_{format}"),
-        )
-        for module, kept in modules:
-            (tmp_path / f"{module}.py").write_text(self_contained_code(module, kept))
+        write_remote_code(format, tmp_path)
+    for name in NAMES.values():
+        write_remote_code("a2d_qwen3", tmp_path, renamed=("Qwen3", name))
     for command in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--config", PYPROJECT, "."]
         done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_a_family_s_files_differ_from_qwen3_s_in_the_name_alone(tmp_path):
+    write_remote_code("a2d_qwen3", tmp_path)
+    for family, name in NAMES.items():
+        write_remote_code("a2d_qwen3", tmp_path, renamed=("Qwen3", name))
+        for module in ("configuration", "modeling"):
+            text = (tmp_path / f"{module}_a2d_{family}.py").read_text()
+            assert "qwen3" not in text.lower()
+            renamed = text.replace(f"A2D{name}", "A2DQwen3").replace(f"a2d_{family}", "a2d_qwen3")
+            same = (tmp_path / f"{module}_a2d_qwen3.py").read_text().splitlines()[4:]
+            for found, expected in zip(renamed.splitlines()[4:], same, strict=True):
+                assert found.replace(f"a2d-{family}", "a2d-qwen3") == expected
 
 
 BASE = '"""Base."""\n\nimport torch\n\nSIZE = 1\n'

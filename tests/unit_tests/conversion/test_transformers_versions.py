@@ -28,12 +28,18 @@ TOKENS = random_tokens()
 NUM_MASKED = 6
 TOKENS[-NUM_MASKED:] = MASK_TOKEN_ID
 BLOCKS, FULL = {"attention_pattern": "block_causal"}, {"attention_pattern": "full"}
-DENSE_FORMATS = [
+QWEN3_FORMATS = [
     ("sdar", BLOCKS),
     ("a2d-qwen3", FULL),
     ("a2d-qwen3", BLOCKS),
     ("autoregressive", {}),
 ]
+FAMILY_FORMATS = {
+    "qwen3_yarn": ("sdar", BLOCKS),
+    "qwen2": ("a2d-qwen2", FULL),
+    "llama": ("a2d-llama", BLOCKS),
+    "mistral": ("a2d-mistral", FULL),
+}
 MOE_FORMATS = [("sdar", BLOCKS), ("rnd1", FULL | {"shifted": True}), ("autoregressive", {})]
 
 
@@ -47,31 +53,39 @@ def exports(tmp_path_factory, single_process):
     special.add_special_tokens({"extra_special_tokens": ["x27"]})
     special.save_pretrained(tokenizer)
     expected = {}
-    for moe in (False, True):
-        for tied in (False, True):
-            kind = f"{'moe' if moe else 'dense'}.{'tied' if tied else 'untied'}"
-            source = save_hf_model(random_hf_model(moe=moe, tied=tied), folder / f"source.{kind}")
-            architecture = read_architecture(source)
-            model = build_model(architecture, Config())
-            load_hf_weights(model, architecture, source)
-            weights = load_file(source / "model.safetensors")
-            head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
-            for format, convention in MOE_FORMATS if moe else DENSE_FORMATS:
-                pattern = convention.get("attention_pattern", "causal")
-                # Names with dots: transformers makes modules of them.
-                out = folder / f"{format}.{pattern}.{kind}"
-                export_hf(
-                    model,
-                    replace(architecture, hf_config=architecture.hf_config | convention),
-                    out,
-                    format=format,
-                    tokenizer_folder=tokenizer,
-                    block_size=4,
-                    mask_token_id=MASK_TOKEN_ID,
-                    # several files
-                    max_shard_size=100_000 if moe else 10**9,
-                )
-                expected[out] = megatron_logits(model, TOKENS, pattern, 4)[:, :VOCAB_SIZE], head
+    cases = [
+        (family, tied, formats)
+        for family, formats in (("qwen3", QWEN3_FORMATS), ("qwen3_moe", MOE_FORMATS))
+        for tied in (False, True)
+    ]
+    cases += [(family, family == "qwen2", [format]) for family, format in FAMILY_FORMATS.items()]
+    for family, tied, formats in cases:
+        moe = family == "qwen3_moe"
+        kind = f"{family}.{'tied' if tied else 'untied'}"
+        # The length that YaRN's factor makes of the original one: transformers warns of others.
+        hf_model = random_hf_model(family=family, moe=moe, tied=tied, max_position_embeddings=64)
+        source = save_hf_model(hf_model, folder / f"source.{kind}")
+        architecture = read_architecture(source)
+        model = build_model(architecture, Config())
+        load_hf_weights(model, architecture, source)
+        weights = load_file(source / "model.safetensors")
+        head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        for format, convention in formats:
+            pattern = convention.get("attention_pattern", "causal")
+            # Names with dots: transformers makes modules of them.
+            out = folder / f"{format}.{pattern}.{kind}"
+            export_hf(
+                model,
+                replace(architecture, hf_config=architecture.hf_config | convention),
+                out,
+                format=format,
+                tokenizer_folder=tokenizer,
+                block_size=4,
+                mask_token_id=MASK_TOKEN_ID,
+                # several files
+                max_shard_size=100_000 if moe else 10**9,
+            )
+            expected[out] = megatron_logits(model, TOKENS, pattern, 4)[:, :VOCAB_SIZE], head
     return expected
 
 

@@ -1,4 +1,4 @@
-"""`a2d-qwen3`: either attention, and MASK under the name that dllm looks it up by."""
+"""`a2d-<family>`: either attention, and MASK under the name that dllm looks it up by."""
 
 import json
 import subprocess
@@ -12,44 +12,56 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from megatron_dlm.config import Config
 from megatron_dlm.conversion.hf_import import load_hf_weights
-from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_special_tokens
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceConfig, resolve_inference
 from megatron_dlm.models.architecture import diffusion_convention, read_architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
-from tests.unit_tests.conversion.hf_models import SIZES, random_hf_model, save_hf_model
+from megatron_dlm.types.trajectory import Prompt
+from tests.families import OTHER_FAMILIES
+from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
 BLOCK_SIZE = 4
+PROMPTS = [random_tokens(length, seed=length) for length in (3, 8, 1)]
+MAX_NEW_TOKENS = 18
 FULL = DiffusionConvention("full", shifted=False)
 
 
-def dllm_folder(folder: Path, **stated: Any) -> Path:
+def dllm_folder(folder: Path, family: str = "qwen3", **stated: Any) -> Path:
     """What dllm saves: the model type, and no word on attention or blocks."""
-    save_tokenizer(save_hf_model(random_hf_model(tied=True), folder))
+    hf_model = random_hf_model(family=family, tied=True)
+    save_tokenizer(save_hf_model(hf_model, folder))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"], **stated}
+    name = type(hf_model).__name__.removesuffix("ForCausalLM")
+    config |= {
+        "model_type": f"a2d-{name.lower()}",
+        "architectures": [f"A2D{name}LMHeadModel"],
+        **stated,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def dllm_mask_token_id(folder: Path) -> int:
     """As dllm's own loader finds it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    # Without remote code it is the model type that dllm makes known, which is in no other package.
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=True)
     size = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     assert len(tokenizer) == size, "dllm adds a token whose row nothing has trained"
@@ -57,9 +69,10 @@ def dllm_mask_token_id(folder: Path) -> int:
 
 
 @torch.no_grad()
-def qwen3_logits(folder: Path, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
-    """transformers' own Qwen3 on the folder's weights, under a dense block-causal mask."""
-    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)).eval()
+def hf_logits(
+    model: PreTrainedModel, folder: Path, tokens: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """A model of transformers on the folder's weights, under a dense block-causal mask."""
     weights = load_file(folder / "model.safetensors")
     model.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"], **weights})
     block = torch.arange(len(tokens)) // block_size
@@ -67,17 +80,51 @@ def qwen3_logits(folder: Path, tokens: torch.Tensor, block_size: int) -> torch.T
     return model(input_ids=tokens[None], attention_mask=hidden[None, None]).logits[0]
 
 
-@pytest.mark.parametrize("pattern", ["block_causal", "full"])
-def test_there_and_back_from_dllm(tmp_path, convert, pattern):
-    source, exported = dllm_folder(tmp_path / "dllm"), tmp_path / "exported"
+def engine_responses(model: torch.nn.Module, pattern: str) -> list[list[int]]:
+    """The most likely tokens of our own engine."""
+    engine = RolloutEngine(
+        model,
+        generation=GenerationConfig(
+            attention_pattern=pattern,
+            block_size=BLOCK_SIZE,
+            denoising_steps_per_block=None,
+            remasking_strategy="low_confidence_dynamic",
+            dynamic_threshold=0.3,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            max_running_requests=3,
+        ),
+        special_tokens=SpecialTokens(1, 0, MASK_TOKEN_ID, vocab_size=VOCAB_SIZE),
+        vocab_size=VOCAB_SIZE,
+        seed=0,
+    )
+    prompts = [Prompt(index, tokens) for index, tokens in enumerate(PROMPTS)]
+    return [t.response_ids.tolist() for t in engine.generate(prompts, MAX_NEW_TOKENS)]
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [
+        ("qwen3", "block_causal"),
+        ("qwen3", "full"),
+        ("qwen3_yarn", "block_causal"),
+        ("qwen2", "full"),
+        ("llama", "block_causal"),
+        ("mistral", "full"),
+    ],
+)
+def test_there_and_back_from_dllm(tmp_path, convert, family, pattern):
+    source, exported = dllm_folder(tmp_path / "dllm", family), tmp_path / "exported"
+    format = json.loads((source / "config.json").read_text())["model_type"]
     tokens = random_tokens()
     tokens[::3] = MASK_TOKEN_ID
     stated = ("--attention-pattern", pattern, "--block-size", BLOCK_SIZE)
-    target = ("--save", exported, "--target-format", "a2d-qwen3")
+    target = ("--save", exported, "--target-format", format)
     assert convert("--load", source, *stated, *target) == (0, "")
 
     config = json.loads((exported / "config.json").read_text())
-    assert (config["model_type"], config["attention_pattern"]) == ("a2d-qwen3", pattern)
+    assert (config["model_type"], config["attention_pattern"]) == (format, pattern)
     assert config["block_size"] == BLOCK_SIZE
     before = load_file(source / "model.safetensors")
     for name, tensor in load_file(exported / "model.safetensors").items():
@@ -85,7 +132,7 @@ def test_there_and_back_from_dllm(tmp_path, convert, pattern):
     assert dllm_mask_token_id(exported) == config["mask_token_id"] == MASK_TOKEN_ID
 
     size = BLOCK_SIZE if pattern == "block_causal" else len(tokens)
-    expected = qwen3_logits(exported, tokens, size)
+    expected = hf_logits(random_hf_model(family=family, tied=True), exported, tokens, size)
     remote = AutoModelForMaskedLM.from_pretrained(exported, trust_remote_code=True).eval()
     with torch.no_grad():
         found = remote(input_ids=tokens[None]).logits[0]
@@ -98,7 +145,42 @@ def test_there_and_back_from_dllm(tmp_path, convert, pattern):
         model = build_model(architecture, Config())
         load_hf_weights(model, architecture, exported)
         ours = megatron_logits(model, tokens, pattern, BLOCK_SIZE)
+        responses = engine_responses(model, pattern)
     torch.testing.assert_close(ours[:, :VOCAB_SIZE], expected, rtol=0, atol=2e-5)
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        generated = remote.generate(
+            prompt[None],
+            max_new_tokens=MAX_NEW_TOKENS,
+            remasking_strategy="low_confidence_dynamic",
+            dynamic_threshold=0.3,
+        )
+        assert generated[0, len(prompt) :].tolist() == response
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_the_default_format_is_the_family_s(tmp_path, convert, family):
+    """`sdar` where engines compute the model, else what does."""
+    source, out = dllm_folder(tmp_path / "dllm", family, block_size=BLOCK_SIZE), tmp_path / "out"
+    assert convert("--load", source, "--save", out) == (0, "")
+    found = json.loads((out / "config.json").read_text())["model_type"]
+    assert found == ("sdar" if family == "qwen3_yarn" else f"a2d-{family}")
+
+
+def test_a_network_that_engines_do_not_compute_is_not_written_as_sdar(tmp_path, convert):
+    target = ("--save", tmp_path / "new", "--target-format", "sdar")
+    source = dllm_folder(tmp_path / "qwen2", "qwen2", block_size=BLOCK_SIZE)
+    line = _refusal(convert, "--load", source, *target)
+    assert "this is a qwen2 model; choose --target-format a2d-qwen2" in line
+    scaled = dllm_folder(tmp_path / "yarn", "qwen3_yarn", block_size=BLOCK_SIZE)
+    file = scaled / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_parameters"]["attention_factor"] = 1.5
+    file.write_text(json.dumps(config))
+    line = _refusal(convert, "--load", scaled, *target)
+    assert "attention_factor = 1.5 of rope_scaling; choose --target-format a2d-qwen3" in line
+    other = ("--save", tmp_path / "new", "--target-format", "a2d-llama")
+    line = _refusal(convert, "--load", source, *other)
+    assert "this is a qwen2 model; choose --target-format a2d-qwen2" in line
 
 
 def test_a_block_causal_folder_is_served_as_sdar(tmp_path, convert):

@@ -1,12 +1,12 @@
-"""Configuration of a diffusion model of the Qwen3-MoE architecture."""
+"""Configuration of a diffusion model of Qwen3-MoE's architecture."""
 
 from typing import Any
 
-from .configuration_diffusion_qwen3 import DiffusionQwen3Config
+from .configuration_diffusion import DiffusionConfig
 
 
-class DiffusionQwen3MoeConfig(DiffusionQwen3Config):
-    """Fields of `DiffusionQwen3Config`, and those of Qwen3's mixture of experts."""
+class DiffusionMoeConfig(DiffusionConfig):
+    """Fields of `DiffusionConfig`, and those of Qwen3's mixture of experts."""
 
     def __init__(
         self,

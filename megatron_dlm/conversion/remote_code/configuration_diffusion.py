@@ -1,19 +1,23 @@
-"""Configuration of a diffusion model of the Qwen3 architecture."""
+"""Configuration of a diffusion model that has the layers of a dense decoder."""
 
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 
-class DiffusionQwen3Config(PretrainedConfig):
-    """Fields of Qwen3, and those of diffusion.
+class DiffusionConfig(PretrainedConfig):
+    """Fields of the network, and those of diffusion.
 
     Args:
         block_size: Tokens that are denoised together; blocks are counted from the first token.
             None: a response is denoised as a whole.
         mask_token_id: Id that stands for a token not decoded yet; needed to generate.
+        qk_norm: Whether queries and keys are normalised before they are rotated.
+        qkv_bias: Whether the projections to queries, keys and values have biases.
         rope_theta: Base of the rotary embeddings, where `rope_parameters` has none.
-        rope_parameters: transformers 5's place for it; no type but `default` is known.
+        rope_parameters: transformers 5's place for base and scaling; its `rope_type` is `default`,
+            `llama3` or `yarn`.
+        rope_scaling: The same under its older name, which wins if it holds anything.
         attention_pattern: `full`: every token sees every token; `block_causal`: it sees its own
             block and those before.
         shifted: Whether logits at position i predict token i + 1 instead of token i.
@@ -38,8 +42,11 @@ class DiffusionQwen3Config(PretrainedConfig):
         max_position_embeddings: int = 32768,
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-6,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
         rope_theta: float = 1000000.0,
         rope_parameters: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         block_size: int | None = None,
@@ -63,12 +70,17 @@ class DiffusionQwen3Config(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
-        # In both places, since readers look in either.
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        # In all places, since readers look in either.
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
-        self.rope_parameters |= rope_parameters or {}
-        if self.rope_parameters["rope_type"] != "default":
-            raise ValueError(f"rope_type {self.rope_parameters['rope_type']} is not supported")
+        self.rope_parameters |= rope_scaling or rope_parameters or {}
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ("default", "llama3", "yarn"):
+            raise ValueError(f"rope_type {rope_type} is not supported")
         self.rope_theta = self.rope_parameters["rope_theta"]
+        if not hasattr(PretrainedConfig, "rope_scaling"):  # transformers 5 has it as a property
+            self.rope_scaling = None if rope_type == "default" else dict(self.rope_parameters)
         self.use_cache = use_cache
         self.block_size = block_size
         self.mask_token_id = mask_token_id

@@ -1,4 +1,4 @@
-"""Layers of Qwen3 under any attention mask, for plain transformers.
+"""Layers of a decoder under any attention mask, for plain transformers.
 
 B: sequences; S: tokens of a forward; K: tokens in the cache and S; d: head size; h: hidden size.
 """
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+
+from megatron_dlm.models.rotary import attention_factor, scaled_frequencies
 
 
 class RMSNorm(nn.Module):
@@ -26,13 +28,13 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(position_ids: Tensor, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of positions [B, S], [B, 1, S, d] float32."""
+    """Cosine and sine of positions [B, S], times the attention factor, [B, 1, S, d] float32."""
     # Not a buffer: loading through the meta device would leave it without values.
-    exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
-    inverse_frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
-    angles = position_ids[:, None, :, None].float() * inverse_frequency
+    frequencies = scaled_frequencies(config.rope_parameters, config.rope_theta, config.head_dim)
+    angles = position_ids[:, None, :, None].float() * frequencies.to(position_ids.device)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    factor = attention_factor(config.rope_parameters)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+    """Grouped-query attention, with biases and norms of queries and keys as the config says."""
 
     def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -51,12 +53,12 @@ class Attention(nn.Module):
         query_size = config.num_attention_heads * d
         key_size = config.num_key_value_heads * d
         self.num_groups = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps)
-        self.k_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, past_key_values: Cache | None

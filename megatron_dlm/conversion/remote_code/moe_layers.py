@@ -1,4 +1,4 @@
-"""Layers of Qwen3-MoE: those of Qwen3 with a mixture of experts, for plain transformers.
+"""Layers of Qwen3-MoE: a decoder with a mixture of experts in each, for plain transformers.
 
 T: tokens; E: experts; k: experts of a token.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .qwen3_layers import MLP, DecoderLayer
+from .layers import MLP, DecoderLayer
 
 
 class SparseMoeBlock(nn.Module):

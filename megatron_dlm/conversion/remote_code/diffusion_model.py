@@ -1,4 +1,4 @@
-"""Qwen3 as a diffusion model, for plain transformers.
+"""A decoder as a diffusion model, for plain transformers.
 
 Under `block_causal` attention, tokens of a block see each other and all earlier blocks; blocks are
 counted from the first token of the sequence, prompt included. Under `full` attention every token
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .configuration_diffusion_qwen3 import DiffusionQwen3Config
-from .qwen3_layers import DecoderLayer, RMSNorm, rotary_angles
+from .configuration_diffusion import DiffusionConfig
+from .layers import DecoderLayer, RMSNorm, rotary_angles
 
 # transformers 5.24 renamed this field of outputs and warns of the older name.
 CACHE_FIELD = (
@@ -25,22 +25,22 @@ CACHE_FIELD = (
 )
 
 
-class DiffusionQwen3PreTrainedModel(PreTrainedModel):
+class DiffusionPreTrainedModel(PreTrainedModel):
     """What transformers has to know to load and place the model."""
 
-    config_class: type[DiffusionQwen3Config] = DiffusionQwen3Config
+    config_class: type[DiffusionConfig] = DiffusionConfig
     base_model_prefix = "model"
     _no_split_modules: ClassVar = ["DecoderLayer", "MoeDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
 
 
-class DiffusionQwen3Model(DiffusionQwen3PreTrainedModel):
+class DiffusionModel(DiffusionPreTrainedModel):
     """The network without its output layer."""
 
     layer_class: type[nn.Module] = DecoderLayer
 
-    def __init__(self, config: DiffusionQwen3Config) -> None:
+    def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -118,13 +118,13 @@ class DiffusionQwen3Model(DiffusionQwen3PreTrainedModel):
         return mask[:, None], positions[:, past:]
 
 
-class DiffusionQwen3LMHeadModel(DiffusionQwen3PreTrainedModel):
+class DiffusionLMHeadModel(DiffusionPreTrainedModel):
     """The network with its output layer."""
 
-    model_class: type[DiffusionQwen3Model] = DiffusionQwen3Model
+    model_class: type[DiffusionModel] = DiffusionModel
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: DiffusionQwen3Config) -> None:
+    def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
