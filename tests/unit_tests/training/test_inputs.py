@@ -1,6 +1,7 @@
 """What a run reads is measured against the model; another kind of model is announced."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.errors import UserError
+from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.training.convention_change import changed_convention
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.corpora import write_corpus
+from tests.families import FAMILIES
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 FULL = {"attention_pattern": "full", "shifted": True}
@@ -195,3 +198,22 @@ def test_a_teacher_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     inputs = read_inputs(run_config(folder, folder / "ar", teacher_load=str(teacher)))
     assert inputs.teacher is not None
     assert inputs.teacher.source.hf_folder == teacher
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_autoregressive_result_is_of_its_familys_model_type(
+    folder: Path, tmp_path: Path, family: str
+) -> None:
+    source = save_random_model(tmp_path, family=family, moe=family == "qwen3_moe")
+    original = json.loads((source / "config.json").read_text())
+    name = original["model_type"]
+    diffusion = "rnd1" if family == "qwen3_moe" else f"a2d-{name}"
+    (source / "config.json").write_text(json.dumps(original | FULL | {"model_type": diffusion}))
+    config = run_config(folder, source, objective="next_token")
+    inputs = read_inputs(config)
+    written = inputs.hf_config(config)
+    assert written["model_type"] == name
+    again = architecture_from_hf(json.loads(json.dumps(written)))
+    assert replace(again, hf_config={}) == replace(
+        inputs.architecture, hf_config={}, generation_config={}
+    )
