@@ -195,13 +195,14 @@ class InferenceSetup:
         if not named:
             return self._autoregressive()
         block_size, strategy = self.block_size, STRATEGIES[named["remasking_strategy"]]
-        value = None if strategy.option is None else named.get(strategy.option.name)
-        if block_size is not None and not strategy.fits_block(value, block_size):
+        option = strategy.option
+        value = None if option is None else named.get(option.name)
+        if option and block_size is not None and not strategy.fits_block(value, block_size):
             raise bad_value(
                 "--settings",
                 text,
                 f"does not divide the block size {block_size}",
-                f"choose {divisors(block_size)}",
+                f"choose {divisors(block_size)} {option.unit}",
             )
         return replace(self._diffusion("--settings", text), **named)
 

@@ -356,7 +356,7 @@ def test_tool_options(files: Path, call: Call, tmp_path: Path) -> None:
     call(GENERATE, *model, "--prompt", "x", "--prompts", "y").check_error("--prompt = 'x'")
     call(EVALUATE, *model).check_error("--data = None")
     call(EVALUATE, *evaluate, "--settings", "dynamic:2", "--block-size", 4).check_error(
-        "--settings = 'dynamic:2'", "write static"
+        "--settings = 'dynamic:2'", "write entropy", "dynamic:<threshold, (0, 1]>"
     )
     call(EVALUATE, *evaluate, "--settings", "static,static", "--block-size", 4).check_error("twice")
     call(EVALUATE, *evaluate, "--settings", "static").check_error("add --block-size")
