@@ -66,7 +66,7 @@ ordered = ("--remasking-strategy", "left_to_right", "--run-length")
 assert problem(*ordered, "3") is None
 assert "is outside [1, 9]" in problem(*ordered, "10")
 assert "choose --remasking-strategy left_to_right" in problem("--run-length", "3")
-write_remote_code("configuration_sdar", "modeling_sdar", Path(sys.argv[1]))
+write_remote_code("sdar", Path(sys.argv[1]))
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
