@@ -81,3 +81,24 @@ def run_process(
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def options(files: Path, **changes: object) -> list[str]:
+    """Arguments of a run that would work, with changes; None leaves a flag out."""
+    values: dict[str, object] = {
+        "load": files / "dense",
+        "prompts": files / "prompts.jsonl",
+        "num_rollouts": 1,
+        "rollout_batch_size": 4,
+        "global_batch_size": 4,
+        "max_prompt_length": 128,
+        "max_response_length": 8,
+        "device": "cpu",
+    }
+    values |= changes
+    return [
+        part
+        for name, value in values.items()
+        if value is not None
+        for part in ("--" + name.replace("_", "-"), str(value))
+    ]

@@ -1,8 +1,6 @@
 """Bad input ends in one line naming field, value and remedy, exit status 2, on one rank only."""
 
-import itertools
 import json
-import os
 import re
 import shutil
 import time
@@ -14,7 +12,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_dlm.training.manifest import MANIFEST
-from megatron_dlm.training.run_lock import owned_run_folder
 from tests.functional_tests.entry_points import (
     CONVERT,
     EVALUATE,
@@ -22,52 +19,16 @@ from tests.functional_tests.entry_points import (
     PRETRAIN,
     Call,
     Outcome,
-    caller,
+    options,
     run_process,
 )
-from tests.tiny import save_random_model, write_data
+from tests.tiny import save_random_model
 
 NEAR = [
     ("--blok-size", "3", "'--blok-size'", "did you mean --block-size?"),
     ("--top-k", "many", "--top-k = 'many'", "whole number"),
     ("--top-p", "1.5", "--top-p = 1.5", "(0, 1]"),
 ]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `dense`, `moe`, `prompts.jsonl`, `examples.jsonl`; tests do not change it."""
-    folder = tmp_path_factory.mktemp("bad_input")
-    save_random_model(folder / "dense")
-    save_random_model(folder / "moe", moe=True)
-    write_data(folder, 8)
-    return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
-
-
-def options(files: Path, **changes: object) -> list[str]:
-    """Arguments of a run that would work, with changes; None leaves a flag out."""
-    values: dict[str, object] = {
-        "load": files / "dense",
-        "prompts": files / "prompts.jsonl",
-        "num_rollouts": 1,
-        "rollout_batch_size": 4,
-        "global_batch_size": 4,
-        "max_prompt_length": 128,
-        "max_response_length": 8,
-        "device": "cpu",
-    }
-    values |= changes
-    return [
-        part
-        for name, value in values.items()
-        if value is not None
-        for part in ("--" + name.replace("_", "-"), str(value))
-    ]
 
 
 def changed_model(source: Path, folder: Path, **config: Any) -> Path:
@@ -456,55 +417,3 @@ def test_dry_run_counts_what_an_epoch_has(files: Path, call: Call, tmp_path: Pat
     ]
     never = call(PRETRAIN, *epoch, "--long-prompts", "drop", "--lr-warmup-iters", "2", "--dry-run")
     never.check_error("--lr-warmup-iters = 2", "choose 0 to 1")
-
-
-def test_a_run_folder_that_another_process_writes_is_refused(
-    files: Path, call: Call, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    with owned_run_folder(run):
-        (run / "metrics.jsonl").write_text("untouched")
-        found = call(PRETRAIN, *options(files, save=run))
-        found.check_error("--save", str(run), "writes there since", "choose another folder")
-        assert (run / "metrics.jsonl").read_text() == "untouched"
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl"]
-
-
-def test_bad_input_leaves_no_new_run_folder(files: Path, call: Call, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    found = call(PRETRAIN, *options(files, save=run, prompts=tmp_path / "missing.jsonl"))
-    found.check_error("--prompts", "missing.jsonl")
-    assert not run.exists()
-
-
-@pytest.mark.parametrize("name", ["prompts.jsonl", "run.yaml", "dense/tokenizer_config.json"])
-def test_a_pipe_is_no_file(files: Path, call: Call, tmp_path: Path, name: str) -> None:
-    shutil.copytree(files / "dense", tmp_path / "dense")
-    (tmp_path / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / name)
-    changes: dict[str, object] = {"load": tmp_path / "dense"}
-    if not name.startswith("dense"):
-        changes["prompts" if name == "prompts.jsonl" else "config"] = tmp_path / name
-    call(PRETRAIN, *options(files, **changes)).check_error(name, "is no regular file")
-
-
-@pytest.mark.parametrize("file", ["../dense/model.safetensors", "/etc/passwd", "a/b.safetensors"])
-def test_an_index_names_files_of_its_folder(
-    files: Path, call: Call, tmp_path: Path, file: str
-) -> None:
-    model = Path(shutil.copytree(files / "dense", tmp_path / "model"))
-    names = list(load_file(model / "model.safetensors"))
-    (model / "model.safetensors").rename(model / "other.safetensors")
-    index = model / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
-    call(PRETRAIN, *options(files, load=model)).check_error(str(index), file, "no file of this")
-
-
-def test_a_yaml_file_that_nests_without_end(files: Path, call: Call, tmp_path: Path) -> None:
-    lines = ["a: &a [x, x]"]
-    for before, name in itertools.pairwise("abcdefghijklmnopqrstuvwxyz"):
-        lines.append(f"{name}: &{name} [*{before}, *{before}]")
-    (tmp_path / "run.yaml").write_text("\n".join([*lines, "lr: *z"]))
-    found = call(PRETRAIN, "--config", tmp_path / "run.yaml")
-    found.check_error("run.yaml")
-    assert len(found.stderr) < 2000

@@ -10,65 +10,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dlm.config.groups import TrainOn
-from megatron_dlm.data.prompts import ExampleDataset, read_examples, read_prompts
+from megatron_dlm.data.prompts import read_prompts
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.special_tokens import SpecialTokens
-from tests.chat_templates import ALWAYS_THINKING, ITERATING, PARTS, PLAIN, QUOTING, THINKING
-
-Message = dict[str, Any]
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-USER = {"role": "user", "content": "2 + 3?"}
-AGAIN = {"role": "user", "content": "and 4?"}
-ANSWER = {"role": "assistant", "content": "5"}
-THOUGHT = {"role": "assistant", "content": "5", "reasoning_content": "2 then 3"}
-WRITTEN = {"role": "assistant", "content": "<think>\n2 then 3\n</think>\n\n5"}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
-CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-OLD_CALL = {"role": "assistant", "content": "", "function_call": CALL["function"]}
-REFUSAL = {"role": "assistant", "content": "", "refusal": "I cannot."}
-RESULT = {"role": "tool", "content": "5", "tool_call_id": None}
-TOOL = {"type": "function", "function": {"name": "add", "description": "adds"}}
-CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
-
-
-def written_call(arguments: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
-
-
-NO_THINKING = {"enable_thinking": False}
+from tests.chat_templates import ITERATING, PARTS, PLAIN, QUOTING, THINKING
+from tests.unit_tests.data.chats import (
+    AGAIN,
+    ANSWER,
+    CALL,
+    CALLED,
+    CALLS,
+    NO_THINKING,
+    RESULT,
+    SYSTEM,
+    THOUGHT,
+    TOOL,
+    USER,
+    WRITTEN,
+    Message,
+    read,
+    texts,
+    written_call,
+)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One for the tests of this file, which set its template."""
     return build_tokenizer()
-
-
-def read(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    special_tokens: SpecialTokens,
-    template: str,
-    *records: dict[str, Any],
-    train_on: TrainOn = "last",
-    **kwargs: Any,
-) -> ExampleDataset:
-    tokenizer.chat_template = template
-    path = folder / "t.jsonl"
-    path.write_text("\n".join(map(json.dumps, records)))
-    return read_examples(
-        path, tokenizer, special_tokens, 1000, chat_template_kwargs=kwargs, train_on=train_on
-    )
-
-
-def texts(tokenizer: PreTrainedTokenizerFast, dataset: ExampleDataset) -> list[tuple[str, str]]:
-    return [
-        (tokenizer.decode(example.prompt_ids), tokenizer.decode(example.response_ids))
-        for example in dataset
-    ]
 
 
 @pytest.mark.parametrize(
@@ -387,173 +357,3 @@ def test_all_turns_keep_their_records(
     assert [e.token_ids.tolist() for e in last] == [
         dataset[i].token_ids.tolist() for i in (1, 3, 4)
     ]
-
-
-@pytest.mark.parametrize(
-    ("template", "record", "kwargs", "problem"),
-    [
-        # Thinking behind a prompt that closes it, or that opens it already.
-        (THINKING, {"messages": [USER, THOUGHT]}, NO_THINKING, "closes <think> in the prompt"),
-        (THINKING, {"messages": [USER, WRITTEN]}, NO_THINKING, "closes <think> in the prompt"),
-        (PLAIN, {"messages": [USER, WRITTEN]}, NO_THINKING, "closes <think> in the prompt"),
-        (
-            PLAIN,
-            {"messages": [USER, {**ANSWER, "content": "So: <think>2</think> 5"}]},
-            NO_THINKING,
-            "closes <think> in the prompt",
-        ),
-        (
-            THINKING,
-            {"messages": [USER], "response": "<think>\nso\n</think>\n\n5"},
-            NO_THINKING,
-            "closes <think> in the prompt",
-        ),
-        (
-            ALWAYS_THINKING,
-            {"messages": [USER], "response": "<think>\nso\n</think>\n\n5"},
-            {},
-            "opens <think> in the prompt",
-        ),
-        (ALWAYS_THINKING, {"messages": [USER, WRITTEN]}, {}, "generation cannot come to"),
-        (
-            THINKING,
-            {"messages": [USER, THOUGHT | WRITTEN]},
-            {},
-            "is thought twice",
-        ),
-        # What the template leaves out.
-        (PLAIN, {"messages": [USER, CALLS]}, {}, 'leaves out messages[1]["tool_calls"]'),
-        (PLAIN, {"messages": [USER, THOUGHT]}, {}, 'leaves out messages[1]["reasoning_content"]'),
-        (THINKING, {"messages": [USER, OLD_CALL]}, {}, 'leaves out messages[1]["function_call"]'),
-        (PLAIN, {"messages": [USER, REFUSAL]}, {}, 'leaves out messages[1]["refusal"]'),
-        (PLAIN, {"messages": [USER, OLD_CALL, AGAIN, ANSWER]}, {}, 'leaves out "function_call"'),
-        (PLAIN, {"messages": [USER, ANSWER], "tools": [TOOL]}, {}, 'leaves out "tools"'),
-        (
-            PLAIN,
-            {"messages": [USER, CALLS, RESULT, ANSWER]},
-            {},
-            'leaves out "tool_calls"',
-        ),
-        (
-            "{% for m in messages if m.role != 'tool' %}{{ m.content }}|{% endfor %}",
-            {"messages": [USER, ANSWER, RESULT, ANSWER]},
-            {},
-            "leaves out what role 'tool' says",
-        ),
-        (
-            "{% for m in messages %}{{ m.content if loop.first }}|{% endfor %}",
-            {"messages": [USER, {**ANSWER, "content": "seven"}]},
-            {},
-            'leaves out messages[1]["content"]',
-        ),
-        # EOS ends a response.
-        (PLAIN, {"messages": [USER, {**ANSWER, "content": "5<|im_end|>6"}]}, {}, "goes on behind"),
-        # Malformed.
-        (
-            PLAIN,
-            {"messages": [USER, {"role": "assistant", "content": None}]},
-            {},
-            '"content"] is null',
-        ),
-        (
-            PLAIN,
-            {"messages": [USER, {"role": "assistant", "tool_calls": []}]},
-            {},
-            '"content"] is missing',
-        ),
-        (PLAIN, {"messages": [{**USER, "content": None}, ANSWER]}, {}, '"content"] is null'),
-        (
-            PLAIN,
-            {"messages": [{**USER, "content": [{"type": "image", "url": "x"}]}, ANSWER]},
-            {},
-            'messages[0]["content"][0] is no text',
-        ),
-        (
-            PLAIN,
-            {"messages": [USER, {**CALLS, "tool_calls": "add"}]},
-            {},
-            '"tool_calls"] is no list',
-        ),
-        (PLAIN, {"messages": [USER, {**ANSWER, "reasoning": 3}]}, {}, '"reasoning"] is a number'),
-        (PLAIN, {"messages": [USER, ANSWER], "tools": "add"}, {}, '"tools" is a string'),
-        (PLAIN, {"messages": [USER, ANSWER], "tools": ["add"]}, {}, '"tools" is a list of other'),
-        (
-            PLAIN,
-            {"messages": [USER, ANSWER], "chat_template_kwargs": [1]},
-            {},
-            '"chat_template_kwargs" is a list',
-        ),
-        (
-            PLAIN,
-            {"messages": [USER, ANSWER], "chat_template_kwargs": {"tokenize": True}},
-            {},
-            "has 'tokenize', which is no variable",
-        ),
-        (
-            PLAIN,
-            {"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": [TOOL]}},
-            {},
-            'has "tools"; write them beside "messages"',
-        ),
-        (PLAIN, {"prompt": "a", "response": "b", "tools": [TOOL]}, {}, '"tools" is for the chat'),
-        # Templates fail with whatever Python has.
-        ("{{ 1 + messages[0].content }}", {"messages": [USER, ANSWER]}, {}, "TypeError"),
-        ("{{ messages[7].content }}", {"messages": [USER, ANSWER]}, {}, "has no element 7"),
-        ("{{ {}.pop('x') }}", {"messages": [USER, ANSWER]}, {}, "refuses"),
-        ("{{ 1 / 0 }}", {"messages": [USER, ANSWER]}, {}, "ZeroDivisionError"),
-        ("{{ 'x'.split('') }}", {"messages": [USER, ANSWER]}, {}, "ValueError"),
-        ("{{ strftime_now(3) }}", {"messages": [USER, ANSWER]}, {}, "refuses"),
-        ("{% if %}", {"messages": [USER, ANSWER]}, {}, "refuses"),
-        ("{{ raise_exception('no\nway') }}", {"messages": [USER, ANSWER]}, {}, "(no way)"),
-    ],
-)
-def test_what_cannot_be_rendered_is_named(
-    tokenizer: PreTrainedTokenizerFast,
-    special_tokens: SpecialTokens,
-    tmp_path: Path,
-    template: str,
-    record: dict[str, Any],
-    kwargs: dict[str, Any],
-    problem: str,
-) -> None:
-    with pytest.raises(UserError) as error:
-        read(
-            tmp_path,
-            tokenizer,
-            special_tokens,
-            template,
-            {"prompt": "a", "response": "b"},
-            record,
-            **kwargs,
-        )
-    message = str(error.value)
-    assert message.startswith(f"{tmp_path}/t.jsonl:2: ")
-    assert problem in message
-    assert "; " in message, "no remedy"
-    assert "\n" not in message
-
-
-def test_errors_name_the_turn(
-    tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens, tmp_path: Path
-) -> None:
-    chat = [USER, {**ANSWER, "content": "5<|MASK|>"}, AGAIN, ANSWER]
-    for train_on, where in (("all", "t.jsonl:1: messages[1]: "), ("last", "t.jsonl:1: ")):
-        with pytest.raises(UserError, match=r"contains the MASK token") as error:
-            read(tmp_path, tokenizer, special_tokens, PLAIN, {"messages": chat}, train_on=train_on)
-        assert str(error.value).startswith(f"{tmp_path}/{where}the ")
-    with pytest.raises(UserError, match=r":1: messages\[0\] is a response without a prompt"):
-        read(
-            tmp_path,
-            tokenizer,
-            special_tokens,
-            PLAIN,
-            {"messages": [ANSWER, *chat]},
-            train_on="all",
-        )
-
-
-def test_variables_of_the_run_are_checked(
-    tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"--chat-template-kwargs has 'padding'"):
-        read(tmp_path, tokenizer, special_tokens, PLAIN, {"messages": [USER, ANSWER]}, padding=True)

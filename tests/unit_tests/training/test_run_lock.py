@@ -82,10 +82,13 @@ def test_a_dead_host_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "process 7 on elsewhere, is dead" in capsys.readouterr().err
 
 
-def test_a_restarted_host_with_the_same_process_number_is_recognised(tmp_path: Path) -> None:
-    _of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid())
+def test_a_restarted_host_with_the_same_process_number_is_recognised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _of_another_host(tmp_path, host=socket.gethostname(), pid=os.getpid())
     with owned_run_folder(tmp_path):
-        pass
+        assert json.loads(file.read_text())["boot"] != "1"
+    assert f"process {os.getpid()} on {socket.gethostname()}, is dead" in capsys.readouterr().err
 
 
 def test_a_host_that_shows_signs_of_life_is_not_taken_over(tmp_path: Path) -> None:
@@ -153,6 +156,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         pass
 
 
-def test_without_a_run_folder_there_is_nothing_to_own() -> None:
+def test_without_a_run_folder_there_is_nothing_to_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with owned_run_folder(None):
-        pass
+        assert list(tmp_path.iterdir()) == []
