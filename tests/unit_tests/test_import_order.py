@@ -18,7 +18,7 @@ ORDER = (
     ("json_file", "entry", "extras", "seeding", "ranges"),
     ("platform",),
     ("types",),
-    ("training.manifest", "training.run_folder"),
+    ("training.manifest", "training.run_folder", "training.run_history"),
     ("rollout.decoding_options", "rollout.strategies"),
     ("config",),
     ("parallel",),
