@@ -149,7 +149,7 @@ def measure(run: Any, case: Case, heldout: Path) -> dict[str, float]:
             seed=case.seed,
         )
         responses = engine.generate(prompts, config.rollout.max_response_length)
-        result = evaluate(responses, inputs.tokenizer, get_task("final_answer"))
+        result = evaluate(responses, inputs.tokenizer, get_task("exact_match"))
         same_length = [
             len(response.response_ids) == len(example.response_ids)
             for response, example in zip(responses, examples, strict=True)

@@ -81,7 +81,7 @@ def write_data(folder: Path, num: int = 48, split: Split = "train") -> tuple[Pat
     return prompts, path
 
 
-def state_convention(model: Path, attention_pattern: str, *, shifted: bool) -> None:
+def declare_diffusion_kind(model: Path, attention_pattern: str, *, shifted: bool) -> None:
     """Make a folder's config.json that of a diffusion model with blocks of 4."""
     file = model / "config.json"
     config = json.loads(file.read_text())

@@ -79,14 +79,14 @@ def check_autoregressive(source: ModelSource) -> None:
     Raises:
         UserError: It is a diffusion model of another kind.
     """
-    convention = source.convention
-    if convention is None or (convention.attention_pattern == "causal" and convention.shifted):
+    kind = source.diffusion_kind
+    if kind is None or (kind.attention_pattern == "causal" and kind.shifted):
         return
     raise bad_value(
         "--target-format",
         "autoregressive",
         f"{source.hf_folder / 'config.json'} states a diffusion model with "
-        f"{convention.attention_pattern} attention; the folder would be read as autoregressive",
+        f"{kind.attention_pattern} attention; the folder would be read as autoregressive",
         "choose the format of a diffusion model, sdar for one",
     )
 
@@ -177,7 +177,7 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
     source = open_model_source(conversion.load, "--load", conversion.verify_checkpoint).attending(
         conversion.attention_pattern, conversion.block_size
     )
-    _ = source.convention  # a config.json that does not say how the model attends is refused
+    _ = source.diffusion_kind  # a config.json that does not say how the model attends is refused
     architecture = source.architecture
     target_format = conversion.target_format or default_format(architecture)
     dtype = stored_dtype(conversion.dtype, architecture)

@@ -31,8 +31,8 @@ class EvaluationConfig:
     data: str | None = None
     """JSONL of prompts with the reference that the task compares with, `answer`."""
 
-    task: str = "final_answer"
-    """What a correct response is: final_answer compares what follows the last ####, math_verify the
+    task: str = "exact_match"
+    """What a correct response is: exact_match compares what follows the last ####, math_verify the
     last mathematical expression, by its value."""
 
     settings: tuple[str, ...] = ()

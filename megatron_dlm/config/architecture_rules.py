@@ -222,11 +222,11 @@ def check_divergence_top_k(config: Config, architecture: ArchitectureSizes) -> N
             "choose 0 for the full vocabulary, or fewer tokens",
         )
     stores_all = config.distillation.divergence_top_k == architecture.vocab_size
-    if stores_all and config.distillation.teacher_top_k_cache:
+    if stores_all and config.distillation.cache_teacher_targets:
         raise refuse(
             config,
             "divergence_top_k",
-            "is the whole vocabulary, which --teacher-top-k-cache cannot store",
+            "is the whole vocabulary, which --cache-teacher-targets cannot store",
             "choose e.g. 16",
         )
 

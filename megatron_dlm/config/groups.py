@@ -361,7 +361,7 @@ class DistillationConfig:
     generated before training, with the rollout's temperature, top-k, top-p and
     --max-response-length (default: teacher_responses in the run folder)."""
 
-    teacher_top_k_cache: bool = False
+    cache_teacher_targets: bool = False
     """Compute the teacher's --divergence-top-k most likely tokens at every token of its stored
     responses once, keep them beside these, and train without the teacher in memory."""
 

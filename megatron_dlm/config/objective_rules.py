@@ -139,34 +139,34 @@ def check_teacher_responses(config: Config) -> None:
         )
 
 
-def check_teacher_top_k_cache(config: Config) -> None:
+def check_cache_teacher_targets(config: Config) -> None:
     """Distributions can be stored where the same responses come again, and k tokens of each."""
-    if not config.distillation.teacher_top_k_cache or not config.traits.uses_teacher:
+    if not config.distillation.cache_teacher_targets or not config.traits.uses_teacher:
         return
     if config.uses_rollouts:
         raise refuse(
             config,
-            "teacher_top_k_cache",
+            "cache_teacher_targets",
             f"{_objective(config)} trains on new rollouts, which the teacher has to see",
-            "drop --teacher-top-k-cache, or choose --objective off_policy",
+            "drop --cache-teacher-targets, or choose --objective off_policy",
         )
     if config.distillation.divergence_top_k == 0:
         raise refuse(
             config,
             "divergence_top_k",
-            "--teacher-top-k-cache cannot store the full vocabulary",
-            "choose e.g. 16, or drop --teacher-top-k-cache",
+            "--cache-teacher-targets cannot store the full vocabulary",
+            "choose e.g. 16, or drop --cache-teacher-targets",
         )
 
 
 def check_offloading(config: Config) -> None:
     """What is moved out of the way is there, and makes room for something."""
     for name in ("offload_teacher", "offload_optimizer"):
-        if value_of(config, name) and config.distillation.teacher_top_k_cache:
+        if value_of(config, name) and config.distillation.cache_teacher_targets:
             raise refuse(
                 config,
                 name,
-                "with --teacher-top-k-cache there is no teacher in memory",
+                "with --cache-teacher-targets there is no teacher in memory",
                 f"drop {flag(name)}",
             )
     if config.distillation.offload_teacher and config.teaches_itself:

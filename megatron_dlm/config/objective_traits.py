@@ -7,7 +7,7 @@ classes in `megatron_dlm.objectives` carry them as `traits`.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, RND1, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, RND1, DiffusionKind
 
 ObjectiveName = Literal["opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd"]
 StateSelection = Literal["per_block", "global", "all", "random"]
@@ -26,19 +26,19 @@ class ObjectiveTraits:
             with its most likely tokens where these were stored or the student teaches itself.
         state_selections: Which denoising states it can be trained on, the default first; none for
             a model that stays autoregressive.
-        convention: Attention and prediction of the trained model, written into its config.json;
+        diffusion_kind: Attention and prediction of the trained model, written into its config.json;
             None for a model that stays what it was.
         self_distillation: Whether student and teacher are one diffusion model, the teacher frozen
             and shown more of the sequence.
         verifies: Whether the student answers a prompt again until `--reward` calls it right.
         weighs_tokens: Whether `--loss-weighting` chooses the weight w(t) of a token.
-        chooses_attention: Whether `--attention-pattern` chooses the attention of its convention.
+        chooses_attention: Whether `--attention-pattern` chooses the attention of that model.
     """
 
     response_sources: tuple[ResponseSource, ...]
     uses_teacher: bool
     state_selections: tuple[StateSelection, ...] = ()
-    convention: DiffusionConvention | None = None
+    diffusion_kind: DiffusionKind | None = None
     self_distillation: bool = False
     verifies: bool = False
     weighs_tokens: bool = False

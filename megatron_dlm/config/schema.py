@@ -33,7 +33,7 @@ from megatron_dlm.config.training_groups import (
     ParameterGroup,
     TrainingConfig,
 )
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 __all__ = [
     "Config",
@@ -82,12 +82,12 @@ class Config:
         return OBJECTIVE_TRAITS[self.objective.objective]
 
     @property
-    def convention(self) -> DiffusionConvention | None:
+    def diffusion_kind(self) -> DiffusionKind | None:
         """Attention and prediction of the trained model; None if it stays what it was."""
-        convention, pattern = self.traits.convention, self.objective.attention_pattern
-        if convention is None or pattern is None:
-            return convention
-        return replace(convention, attention_pattern=pattern)
+        kind, pattern = self.traits.diffusion_kind, self.objective.attention_pattern
+        if kind is None or pattern is None:
+            return kind
+        return replace(kind, attention_pattern=pattern)
 
     @property
     def response_source(self) -> ResponseSource:

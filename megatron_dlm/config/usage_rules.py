@@ -11,7 +11,7 @@ from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config, SelfDistillationConfig
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.strategies import STRATEGIES
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION
 
 DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
 
@@ -57,7 +57,7 @@ def _uses_of_objective(config: Config) -> list[Use]:
     traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
     corpus, itself = source == "corpus", traits.self_distillation
     generates = rollouts or config.uses_teacher_responses
-    block_diffusion = traits.convention == BLOCK_DIFFUSION
+    block_diffusion = traits.diffusion_kind == BLOCK_DIFFUSION
     by_blocks = rollouts or block_diffusion
     # A given response has no visited states, and a corpus window no blocks.
     masks_at_random = block_diffusion and (
@@ -103,11 +103,11 @@ def _uses_of_objective(config: Config) -> list[Use]:
         (traits.weighs_tokens, ("loss_weighting",)),
         (masks_at_random, ("empty_mask",)),
         (traits.chooses_attention, ("attention_pattern", "attention_annealing_iters")),
-        (traits.convention is not None, ("mask_embedding_init",)),
+        (traits.diffusion_kind is not None, ("mask_embedding_init",)),
         (config.needs_teacher, ("teacher_load",)),
         (config.uses_teacher_responses, ("teacher_responses",)),
         (traits.uses_teacher, ("offload_teacher", "offload_optimizer")),
-        (traits.uses_teacher, ("teacher_top_k_cache", *DIVERGENCE_FIELDS)),
+        (traits.uses_teacher, ("cache_teacher_targets", *DIVERGENCE_FIELDS)),
     )
     objective = _as_given(config, "objective")
     return [

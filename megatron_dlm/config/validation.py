@@ -49,7 +49,7 @@ def validate(config: Config, world_size: int) -> None:
     self_distillation_rules.check_something_to_learn(config)
     objective_rules.check_empty_mask(config)
     objective_rules.check_teacher_responses(config)
-    objective_rules.check_teacher_top_k_cache(config)
+    objective_rules.check_cache_teacher_targets(config)
     objective_rules.check_offloading(config)
     value_rules.check_save(config)
     layout_rules.check_world_size(config, world_size)

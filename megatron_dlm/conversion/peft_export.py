@@ -89,7 +89,7 @@ def check_base_model(base: ModelWeights, source: ModelWeights) -> None:
         if found != (expected := getattr(source.architecture, name)):
             problem = f"has {name} {found}, the run {expected}"
             raise bad_value(base.field, path, problem, _BASE_REMEDY)
-    if base.convention != source.convention:
+    if base.diffusion_kind != source.diffusion_kind:
         problem = (
             "is an autoregressive model, and the run's is not"
             if base.is_autoregressive

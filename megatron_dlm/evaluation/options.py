@@ -25,7 +25,7 @@ from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 
 Decoding = Literal["auto", "diffusion", "autoregressive"]
 
@@ -112,20 +112,20 @@ class InferenceSetup:
         source: The weights.
         options: As given.
         block_size: From the options or config.json; None if neither names one.
-        convention: Of config.json, else block diffusion if there is a block size; None if there is
-            none: an autoregressive model.
+        diffusion_kind: Of config.json, else block diffusion if there is a block size; None for an
+            autoregressive model.
     """
 
     config: Config
     source: ModelSource
     options: InferenceConfig
     block_size: int | None
-    convention: DiffusionConvention | None
+    diffusion_kind: DiffusionKind | None
 
     @property
     def _is_causal(self) -> bool:
         """Whether the model is a diffusion model whose tokens see only those before them."""
-        return self.convention is not None and self.convention.attention_pattern == "causal"
+        return self.diffusion_kind is not None and self.diffusion_kind.attention_pattern == "causal"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -171,7 +171,7 @@ class InferenceSetup:
             remedy = f"drop {flag(option.name)}"
             if option.name in ("top_k", "top_p"):
                 decoding, remedy = "--temperature 0", f"{remedy}, or choose a temperature above 0"
-            elif self.convention is None:
+            elif self.diffusion_kind is None:
                 remedy += ", or add --block-size"
             raise bad_value(flag(option.name), value, f"{decoding} has no use for it", remedy)
 
@@ -179,7 +179,7 @@ class InferenceSetup:
         """The decoding setting that the options describe."""
         decoding = self.options.decoding
         if decoding == "auto":
-            left_to_right = self.convention is None or self._is_causal
+            left_to_right = self.diffusion_kind is None or self._is_causal
             decoding = "autoregressive" if left_to_right else "diffusion"
         if decoding == "autoregressive":
             return self._autoregressive()
@@ -216,14 +216,16 @@ class InferenceSetup:
                 "choose autoregressive",
             )
         missing = self.block_size is None
-        if self.convention is None or (missing and self.convention.attention_pattern != "full"):
+        if self.diffusion_kind is None or (
+            missing and self.diffusion_kind.attention_pattern != "full"
+        ):
             raise bad_value(
                 field,
                 value,
                 f"needs a block size, and {self.source.hf_folder / 'config.json'} names none",
                 "add --block-size",
             )
-        return GenerationConfig.from_config(self.config, self.convention, self.block_size)
+        return GenerationConfig.from_config(self.config, self.diffusion_kind, self.block_size)
 
     def _autoregressive(self) -> GenerationConfig:
         rollout = self.config.rollout
@@ -298,16 +300,16 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     hf_config = source.architecture.hf_config
     stored = hf_config.get("block_size")
     block_size = options.block_size if options.block_size is not None else stored
-    convention = source.convention
-    if options.block_size is not None and convention and convention.attention_pattern == "causal":
+    kind = source.diffusion_kind
+    if options.block_size is not None and kind and kind.attention_pattern == "causal":
         raise bad_value(
             "--block-size",
             options.block_size,
             f"{source.hf_folder / 'config.json'} states causal attention, which has no blocks",
             "drop --block-size",
         )
-    if convention is None and block_size is not None:
-        convention = BLOCK_DIFFUSION
+    if kind is None and block_size is not None:
+        kind = BLOCK_DIFFUSION
     by_domain = options.prompt_suffix_by_domain or options.max_response_length_by_domain
     if options.domain_field != DataConfig.domain_field and not by_domain:
         raise bad_value(
@@ -346,7 +348,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
         ),
     )
     validate_inference(config, world_size, source.architecture)
-    return InferenceSetup(config, source, options, block_size, convention)
+    return InferenceSetup(config, source, options, block_size, kind)
 
 
 def check_output(path: str | None) -> None:

@@ -54,6 +54,6 @@ class AnswerReward:
 
 
 REWARDS: dict[RewardName, Reward] = {
-    "exact_match": AnswerReward(TASKS["final_answer"]),
+    "exact_match": AnswerReward(TASKS["exact_match"]),
     "math_verify": AnswerReward(TASKS["math_verify"]),
 }

@@ -71,7 +71,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            name="final_answer",
+            name="exact_match",
             reference_field="answer",
             extract=final_answer,
             matches=answers_match,

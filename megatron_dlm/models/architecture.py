@@ -17,7 +17,7 @@ from megatron_dlm.models.config_keys import (
 from megatron_dlm.models.families import FAMILIES, ModelType, model_types
 from megatron_dlm.models.families.parameters import ParameterMapping
 from megatron_dlm.models.rope_scaling import read_rotary_embedding
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -27,27 +27,27 @@ SGLANG_CONFIG_FILE = "dllm_config.yaml"
 
 def states_attention(hf_config: Mapping[str, Any]) -> bool:
     """Whether a config.json says how the model attends: by a key of its own or by its type."""
-    kind = _model_type(hf_config)
+    model_type = _model_type(hf_config)
     return (
-        kind is None
-        or kind.states_attention
+        model_type is None
+        or model_type.states_attention
         or bool({"attention_pattern", "block_size"} & hf_config.keys())
     )
 
 
 def _model_type(hf_config: Mapping[str, Any]) -> ModelType | None:
     """What is known of a config.json's `model_type`; None if it is unknown."""
-    _, kind = model_types().get(hf_config.get("model_type", ""), (None, None))
-    return kind
+    _, model_type = model_types().get(hf_config.get("model_type", ""), (None, None))
+    return model_type
 
 
-def diffusion_convention(
+def read_diffusion_kind(
     hf_config: Mapping[str, Any], where: str = "config.json"
-) -> DiffusionConvention | None:
-    """The convention that a config.json states; None for an autoregressive model.
+) -> DiffusionKind | None:
+    """The kind of diffusion model in a config.json; None for an autoregressive model.
 
-    `attention_pattern` and `shifted` say it; for one that is left out the model type does, and a
-    `block_size` makes any other type a block-diffusion model.
+    The keys `attention_pattern` and `shifted` state it. A key that is left out has the value that
+    the model type implies; with `block_size`, any other type is a block-diffusion model.
 
     Raises:
         UserError: `attention_pattern` or `shifted` has an unknown value, or `shifted` stands alone;
@@ -59,8 +59,8 @@ def diffusion_convention(
             '"attention_pattern": "full" (dllm\'s mdlm) or "block_causal" with "block_size" '
             "(dllm's bd3lm, OPDLM's students) to it, or --attention-pattern to a tool's options"
         )
-    kind = _model_type(hf_config)
-    implied = None if kind is None else kind.convention
+    model_type = _model_type(hf_config)
+    implied = None if model_type is None else model_type.diffusion_kind
     if implied is None and "block_size" in hf_config:
         implied = BLOCK_DIFFUSION
     if implied is None and not {"attention_pattern", "shifted"} & hf_config.keys():
@@ -80,7 +80,7 @@ def diffusion_convention(
         raise bad_value(
             f"{where}: attention_pattern", pattern, "is unknown", "write block_causal or full"
         )
-    return DiffusionConvention(pattern, shifted)
+    return DiffusionKind(pattern, shifted)
 
 
 @dataclass(frozen=True)

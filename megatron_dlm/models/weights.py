@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_dlm.models.architecture import Architecture
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class ModelWeights(Protocol):
         """Read from config.json."""
 
     @property
-    def convention(self) -> DiffusionConvention | None:
+    def diffusion_kind(self) -> DiffusionKind | None:
         """What config.json says of attention and prediction; None for an autoregressive model."""
 
     @property

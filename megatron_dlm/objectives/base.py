@@ -17,7 +17,7 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.data.packing import TrainingBatch, pack
 from megatron_dlm.objectives.token_keys import with_token_keys
 from megatron_dlm.seeding import keyed_generator
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 from megatron_dlm.types.document import Document
 from megatron_dlm.types.teacher_targets import TeacherTargets
 from megatron_dlm.types.trajectory import Trajectory
@@ -51,7 +51,7 @@ class Objective(ABC):
 
     Attributes:
         traits: What it needs; its line in `config.objective_traits.OBJECTIVE_TRAITS`.
-        convention: Attention and prediction of the model in rollouts.
+        diffusion_kind: Attention and prediction of the model in rollouts.
     """
 
     traits: ClassVar[ObjectiveTraits]
@@ -61,12 +61,12 @@ class Objective(ABC):
         config: Config,
         mask_token_id: int,
         vocab_size: int,
-        convention: DiffusionConvention = BLOCK_DIFFUSION,
+        diffusion_kind: DiffusionKind = BLOCK_DIFFUSION,
     ) -> None:
         self.config = config
         self.mask_token_id = mask_token_id
         self.vocab_size = vocab_size
-        self.convention = convention
+        self.diffusion_kind = diffusion_kind
 
     @abstractmethod
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:

@@ -48,8 +48,8 @@ class DOPSD(Objective):
             return self._empty_document()
         assert isinstance(targets, StateTargets)
         states = states_before_last_block(trajectory, self.config.model.block_size)
-        if self.convention.attention_pattern == "full":
-            return self._full_document(trajectory, states, targets, self.convention.shifted)
+        if self.diffusion_kind.attention_pattern == "full":
+            return self._full_document(trajectory, states, targets, self.diffusion_kind.shifted)
         return self._block_causal_document(trajectory, states, targets)
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from megatron_dlm.distillation.vocab_parallel_divergence import (
 )
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 from megatron_dlm.types.teacher_targets import HiddenTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -28,9 +28,9 @@ class DistillationObjective(BlockDiffusionObjective):
         config: Config,
         mask_token_id: int,
         vocab_size: int,
-        convention: DiffusionConvention = BLOCK_DIFFUSION,
+        diffusion_kind: DiffusionKind = BLOCK_DIFFUSION,
     ) -> None:
-        super().__init__(config, mask_token_id, vocab_size, convention)
+        super().__init__(config, mask_token_id, vocab_size, diffusion_kind)
         options = config.distillation
         self.divergence = DivergenceSpec.parse(
             options.divergence,

@@ -45,9 +45,9 @@ class SCP(CrossEntropyObjective):
         weights = torch.ones(len(target))
         if self.config.objective.loss_weighting == "inverse_t":
             weights = t[target].reciprocal().float()
-        convention = self.config.convention
-        assert convention is not None
-        block = block_ids(position, convention.attention_pattern, block_size=1).int()
+        kind = self.config.diffusion_kind
+        assert kind is not None
+        block = block_ids(position, kind.attention_pattern, block_size=1).int()
         return Document(
             token_ids=tokens.masked_fill(masked, self.mask_token_id),
             block=block,

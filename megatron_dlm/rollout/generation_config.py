@@ -12,7 +12,7 @@ from megatron_dlm.rollout.strategies import STRATEGIES, Strategy
 if TYPE_CHECKING:
     from megatron_dlm.config.schema import Config
     from megatron_dlm.models.attention_layout import Pattern
-    from megatron_dlm.types.diffusion_convention import DiffusionConvention
+    from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class GenerationConfig(StrategyOptions):
 
     @classmethod
     def from_config(
-        cls, config: Config, convention: DiffusionConvention, block_size: int | None
+        cls, config: Config, diffusion_kind: DiffusionKind, block_size: int | None
     ) -> GenerationConfig:
         """The settings of a run's rollouts, or of a tool's responses.
 
         Args:
             config: Decoding options.
-            convention: The diffusion model's.
+            diffusion_kind: The diffusion model's.
             block_size: Tokens of a block; None decodes the response as a whole.
         """
         rollout = config.rollout
@@ -63,8 +63,8 @@ class GenerationConfig(StrategyOptions):
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
-            attention_pattern=convention.attention_pattern,
-            shifted=convention.shifted,
+            attention_pattern=diffusion_kind.attention_pattern,
+            shifted=diffusion_kind.shifted,
             **{name: getattr(rollout, name) for name in ("remasking_strategy", *STRATEGY_OPTIONS)},
         )
 

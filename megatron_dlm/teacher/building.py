@@ -21,7 +21,7 @@ from megatron_dlm.teacher.responses import generate_missing
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.teacher.top_k import compute_missing
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 
@@ -31,7 +31,7 @@ def build_teacher(
     data: PromptDataset | ExampleDataset | CorpusDataset,
     sampler: ShuffledSampler,
     special_tokens: SpecialTokens,
-    convention: DiffusionConvention,
+    diffusion_kind: DiffusionKind,
     groups: ParallelGroups,
     student: Callable[[], DiffusionGPTModel],
 ) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
@@ -43,7 +43,7 @@ def build_teacher(
         data: What the run reads.
         sampler: Maps samples to records.
         special_tokens: Of the tokenizer.
-        convention: How the student attends and predicts.
+        diffusion_kind: How the student attends and predicts.
         groups: Process groups of teacher and student.
         student: Builds the student on the first call. Only a student that teaches itself is asked
             for here: any other teacher has the memory to itself while it answers prompts.
@@ -72,7 +72,7 @@ def build_teacher(
             config,
             mask_token_id=special_tokens.mask_token_id,
             vocab_size=special_tokens.vocab_size,
-            shifted=convention.shifted,
+            shifted=diffusion_kind.shifted,
             groups=groups,
         ), examples
     if inputs is None:
@@ -85,7 +85,7 @@ def build_teacher(
         with errors_on_all_ranks():
             responses = inputs.responses.read()
         examples = data.with_responses(responses, special_tokens)
-        if config.distillation.teacher_top_k_cache:
+        if config.distillation.cache_teacher_targets:
             table = _stored_top_k(
                 config,
                 inputs,

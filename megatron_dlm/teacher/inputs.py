@@ -15,9 +15,9 @@ from megatron_dlm.data.tokenizer import (
     load_tokenizer,
 )
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture, diffusion_convention
+from megatron_dlm.models.architecture import Architecture, read_diffusion_kind
 from megatron_dlm.models.weights import ModelWeights
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 
@@ -36,29 +36,29 @@ class TeacherInputs:
     responses: ResponseStore | None = None
 
 
-def check_diffusion_student(config: Config, student: Architecture) -> DiffusionConvention:
-    """What a model that teaches itself has to be; returns its convention.
+def check_diffusion_student(config: Config, student: Architecture) -> DiffusionKind:
+    """Check that a model can teach itself; returns the kind of diffusion model that it is.
 
     Raises:
         UserError: It is something else.
     """
     load, hf_config = config.model.load, student.hf_config
-    convention = diffusion_convention(hf_config)
-    if convention is None:
+    kind = read_diffusion_kind(hf_config)
+    if kind is None:
         raise bad_value(
             "--load",
             load,
             f"is autoregressive; --objective {config.objective.objective} trains a diffusion model",
             "convert it first, for one with --objective opdlm",
         )
-    if convention.attention_pattern == "causal":
+    if kind.attention_pattern == "causal":
         raise bad_value(
             "--load",
             load,
             "attends causally; a view of what it wrote later needs more",
             "train it under full attention first, with --objective scp",
         )
-    if convention.shifted and convention.attention_pattern == "block_causal":
+    if kind.shifted and kind.attention_pattern == "block_causal":
         raise bad_value(
             "--load", load, "states shifted logits of a block-causal model", "repair config.json"
         )
@@ -70,18 +70,18 @@ def check_diffusion_student(config: Config, student: Architecture) -> DiffusionC
             f"the model in {load} has blocks of {block_size}",
             f"choose {block_size}",
         )
-    return convention
+    return kind
 
 
 def check_teacher(
-    student: Architecture, teacher: ModelWeights, self_taught: DiffusionConvention | None
+    student: Architecture, teacher: ModelWeights, self_taught: DiffusionKind | None
 ) -> None:
     """Whether a teacher fits the student.
 
     Args:
         student: What is trained.
         teacher: Weights of its own.
-        self_taught: Convention of a student whose teacher is what it was itself, else None.
+        self_taught: Kind of a student whose teacher is what it was itself, else None.
 
     Raises:
         UserError: It does not.
@@ -98,18 +98,16 @@ def check_teacher(
     _check_vocabulary(student, teacher)
 
 
-def _check_self_teacher(
-    student: Architecture, convention: DiffusionConvention, teacher: ModelWeights
-) -> None:
-    if teacher.convention != convention:
+def _check_self_teacher(student: Architecture, kind: DiffusionKind, teacher: ModelWeights) -> None:
+    if teacher.diffusion_kind != kind:
         raise bad_value(
             teacher.field,
             str(teacher.path),
-            f"is no diffusion model with {convention.attention_pattern} attention like the student",
+            f"is no diffusion model with {kind.attention_pattern} attention like the student",
             "name the weights that the student started from",
         )
     keys = ["mask_token_id"]
-    if convention.attention_pattern == "block_causal":
+    if kind.attention_pattern == "block_causal":
         keys.append("block_size")
     for key in keys:
         ours, theirs = student.hf_config.get(key), teacher.architecture.hf_config.get(key)

@@ -84,7 +84,7 @@ def plan_branches(
             f"choose a multiple of {unit}",
         )
     # Stated, as the branches do without the preset that it may follow from.
-    converts = base.traits.convention is not None
+    converts = base.traits.diffusion_kind is not None
     converts = converts and open_model_source(load, "--load").is_autoregressive
     start = {
         "load": load,

@@ -17,7 +17,7 @@ from megatron_dlm.data.prompts import (
 from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
-from megatron_dlm.models.architecture import Architecture, diffusion_convention, read_architecture
+from megatron_dlm.models.architecture import Architecture, read_architecture, read_diffusion_kind
 from megatron_dlm.models.families import FAMILIES
 from megatron_dlm.teacher.inputs import (
     TeacherInputs,
@@ -28,7 +28,7 @@ from megatron_dlm.teacher.inputs import (
     with_ends_of,
 )
 from megatron_dlm.training.model_source import ModelSource, open_model_source
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RunInputs:
         source: The student's weights; None for random ones.
         teacher: None for runs without a teacher of its own weights.
         architecture: The student's.
-        convention: How the student decodes: as its objective trains it, else as its config.json
+        diffusion_kind: How the student decodes: as its objective trains it, else as its config.json
             says.
         tokenizer: Shared by student and teacher.
         tokenizer_folder: Where it was read from.
@@ -55,7 +55,7 @@ class RunInputs:
     source: ModelSource | None
     teacher: TeacherInputs | None
     architecture: Architecture
-    convention: DiffusionConvention
+    diffusion_kind: DiffusionKind
     tokenizer: PreTrainedTokenizerBase
     tokenizer_folder: Path
     special_tokens: SpecialTokens
@@ -81,23 +81,23 @@ class RunInputs:
         return self.source is not None and self.source.is_autoregressive
 
     def hf_config(self, config: Config) -> dict[str, Any]:
-        """config.json of the trained model: a diffusion model names its convention and its MASK."""
+        """config.json of the trained model: a diffusion model names its kind and its MASK."""
         hf_config = dict(self.architecture.hf_config)
         for key in ("attention_pattern", "shifted", "block_size"):
             hf_config.pop(key, None)
-        if config.convention is None and not config.traits.self_distillation:
+        if config.diffusion_kind is None and not config.traits.self_distillation:
             family = FAMILIES[self.architecture.family]
-            kind = family.autoregressive_type(is_moe=self.architecture.is_moe)
-            hf_config["model_type"] = kind.name
+            model_type = family.autoregressive_type(is_moe=self.architecture.is_moe)
+            hf_config["model_type"] = model_type.name
             return hf_config
-        convention = self.convention
+        kind = self.diffusion_kind
         hf_config |= {
-            "attention_pattern": convention.attention_pattern,
-            "shifted": convention.shifted,
+            "attention_pattern": kind.attention_pattern,
+            "shifted": kind.shifted,
             "mask_token_id": self.special_tokens.mask_token_id,
         }
         # A model of full attention is decoded as a whole unless its rollouts went by blocks.
-        if convention.attention_pattern == "block_causal" or config.uses_rollouts:
+        if kind.attention_pattern == "block_causal" or config.uses_rollouts:
             hf_config["block_size"] = config.model.block_size
         return hf_config
 
@@ -275,7 +275,7 @@ def read_inputs(config: Config) -> RunInputs:
         source,
         teacher,
         architecture,
-        config.convention or diffusion_convention(architecture.hf_config) or BLOCK_DIFFUSION,
+        config.diffusion_kind or read_diffusion_kind(architecture.hf_config) or BLOCK_DIFFUSION,
         tokenizer,
         tokenizer_folder,
         special_tokens,

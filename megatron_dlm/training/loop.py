@@ -19,7 +19,7 @@ from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
 from megatron_dlm.training.checkpointing import is_rank_zero
-from megatron_dlm.training.convention_change import changed_convention
+from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.rate_precision import unseen_in_bf16
@@ -173,7 +173,7 @@ def train(run: Run) -> None:
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
     inputs = run.inputs
-    warnings = run.inputs.notices + changed_convention(config, inputs)
+    warnings = run.inputs.notices + changed_diffusion_kind(config, inputs)
     unusable = unusable_tokens(
         inputs.tokenizer, inputs.architecture.vocab_size, str(inputs.tokenizer_folder)
     )

@@ -14,13 +14,13 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     SGLANG_CONFIG_FILE,
     Architecture,
-    diffusion_convention,
     read_architecture,
+    read_diffusion_kind,
     states_attention,
 )
 from megatron_dlm.regular_file import read_regular
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 if TYPE_CHECKING:
     import torch
@@ -52,19 +52,19 @@ class ModelSource:
     verify: bool = True
 
     @property
-    def convention(self) -> DiffusionConvention | None:
+    def diffusion_kind(self) -> DiffusionKind | None:
         """What config.json says of attention and prediction; None for an autoregressive model.
 
         Raises:
             UserError: It says something unknown.
         """
         where = str(self.hf_folder / "config.json")
-        return diffusion_convention(self.architecture.hf_config, where)
+        return read_diffusion_kind(self.architecture.hf_config, where)
 
     @property
     def is_autoregressive(self) -> bool:
         """Whether config.json describes no diffusion model."""
-        return self.convention is None
+        return self.diffusion_kind is None
 
     def attending(
         self, attention_pattern: StatedAttention | None, block_size: int | None
@@ -87,7 +87,7 @@ class ModelSource:
                 added["block_size"] = block_size
             architecture = replace(self.architecture, hf_config=hf_config | added)
             return replace(self, architecture=architecture)
-        stated = self.convention
+        stated = self.diffusion_kind
         if stated is not None and stated.attention_pattern == attention_pattern:
             return self
         found = f"{stated.attention_pattern} attention" if stated else "an autoregressive model"

@@ -21,7 +21,7 @@ TEACHER_FINGERPRINT = "teacher_fingerprint"
 
 def resumable_config(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """The flat configuration with what a resumed run is compared by, resolved."""
-    chosen = config.convention if config.traits.chooses_attention else None
+    chosen = config.diffusion_kind if config.traits.chooses_attention else None
     return config.to_dict() | {
         "attention_pattern": None if chosen is None else chosen.attention_pattern,
         "lr_decay_iters": config.lr_decay_iters,

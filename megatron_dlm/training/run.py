@@ -104,7 +104,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         inputs.data,
         sampler,
         inputs.special_tokens,
-        inputs.convention,
+        inputs.diffusion_kind,
         groups,
         student=lambda: student_and_progress()[0].model,
     )
@@ -113,7 +113,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         config,
         inputs.special_tokens.mask_token_id,
         inputs.architecture.vocab_size,
-        inputs.convention,
+        inputs.diffusion_kind,
     )
     return Run(
         config,
@@ -137,7 +137,7 @@ def _build_student(
     model = build_model(inputs.architecture, config)
     if inputs.source is not None and not resume:
         inputs.source.load_into(model)
-        if inputs.starts_autoregressive and config.traits.convention is not None:
+        if inputs.starts_autoregressive and config.traits.diffusion_kind is not None:
             initialize_mask_embedding(
                 model,
                 inputs.special_tokens.mask_token_id,
@@ -171,7 +171,9 @@ def _build_source(
     assert isinstance(inputs.data, PromptDataset)
     engine = RolloutEngine(
         student.model,
-        generation=GenerationConfig.from_config(config, inputs.convention, config.model.block_size),
+        generation=GenerationConfig.from_config(
+            config, inputs.diffusion_kind, config.model.block_size
+        ),
         special_tokens=inputs.special_tokens,
         vocab_size=inputs.architecture.vocab_size,
         seed=config.data.seed,

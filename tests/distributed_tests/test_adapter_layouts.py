@@ -26,11 +26,11 @@ from tests.distributed_tests.layouts import (
 )
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import (
+    declare_diffusion_kind,
     reward_every_third,
     run_config,
     run_training,
     save_random_model,
-    state_convention,
     write_data,
 )
 
@@ -108,9 +108,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder)
     for name in ("dense", "block_causal", "full", "moe"):
         save_random_model(folder / name, moe=name == "moe")
-    state_convention(folder / "block_causal", "block_causal", shifted=False)
-    state_convention(folder / "moe", "block_causal", shifted=False)
-    state_convention(folder / "full", "full", shifted=True)
+    declare_diffusion_kind(folder / "block_causal", "block_causal", shifted=False)
+    declare_diffusion_kind(folder / "moe", "block_causal", shifted=False)
+    declare_diffusion_kind(folder / "full", "full", shifted=True)
     return folder
 
 

@@ -22,11 +22,11 @@ from tests.distributed_tests.layouts import (
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.families import OTHER_FAMILIES
 from tests.tiny import (
+    declare_diffusion_kind,
     reward_every_third,
     run_config,
     run_training,
     save_random_model,
-    state_convention,
     write_data,
 )
 
@@ -76,7 +76,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm_off": dict(max_response_length=8, objective="opdlm_off"),
     "off_policy": dict(GIVEN, train_iters=5, objective="off_policy"),
     "off_policy_stored": dict(
-        GIVEN, objective="off_policy", divergence_top_k=6, teacher_top_k_cache=True
+        GIVEN, objective="off_policy", divergence_top_k=6, cache_teacher_targets=True
     ),
     "sft": dict(objective="sft", param_groups=GROUPS),
     "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
@@ -162,7 +162,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model, moe in (("dense", False), ("moe", True)):
         save_random_model(folder / model, moe=moe)
         diffusion = save_random_model(folder / f"{model}_diffusion", moe=moe)
-        state_convention(diffusion, "block_causal", shifted=False)
+        declare_diffusion_kind(diffusion, "block_causal", shifted=False)
         for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
             of_experts = moe != (size == "other")
             save_random_model(folder / f"{model}_{size}", moe=of_experts, seed=seed, **changes)

@@ -333,7 +333,7 @@ def test_tool_options(files: Path, call: Call, tmp_path: Path) -> None:
     call(GENERATE, *model, "--prompt", "x", "--decoding", "diffusion").check_error(
         "--decoding = 'diffusion'", "add --block-size"
     )
-    call(EVALUATE, *evaluate, "--task", "essay").check_error("--task = 'essay'", "final_answer")
+    call(EVALUATE, *evaluate, "--task", "essay").check_error("--task = 'essay'", "exact_match")
     call(EVALUATE, *evaluate, "--max-examples", 0).check_error("--max-examples = 0")
     no_answers = tmp_path / "no_answers.jsonl"
     no_answers.write_text('{"prompt": "1 + 1"}\n')

@@ -24,11 +24,11 @@ from megatron_dlm.types.trajectory import Trajectory
 from tests.functional_tests.entry_points import CONVERT, run_process
 from tests.tiny import (
     REPOSITORY,
+    declare_diffusion_kind,
     reward_every_third,
     run_config,
     run_training,
     save_random_model,
-    state_convention,
     write_data,
 )
 
@@ -44,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("d_opsd")
     write_data(folder)
     save_random_model(folder / "model")
-    state_convention(folder / "model", "block_causal", shifted=False)
+    declare_diffusion_kind(folder / "model", "block_causal", shifted=False)
     save_random_model(folder / "full")
-    state_convention(folder / "full", "full", shifted=True)
+    declare_diffusion_kind(folder / "full", "full", shifted=True)
     return folder
 
 

@@ -17,10 +17,10 @@ import torch
 
 from tests.tiny import (
     REPOSITORY,
+    declare_diffusion_kind,
     reward_every_third,
     run_config,
     run_training,
-    state_convention,
     write_data,
 )
 
@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "off_policy dense": ("qwen3", dict(objective="off_policy")),
     "off_policy stored top-8": (
         "qwen3",
-        dict(objective="off_policy", divergence_top_k=8, teacher_top_k_cache=True),
+        dict(objective="off_policy", divergence_top_k=8, cache_teacher_targets=True),
     ),
     "sft dense": ("qwen3", dict(objective="sft")),
     "next_token dense": ("qwen3", dict(objective="next_token")),
@@ -67,7 +67,7 @@ def measure(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
     path = REPOSITORY / "examples" / "tiny" / model
     if options.get("objective") == "d_opsd":  # it wants a model that is a diffusion model already
         path = Path(shutil.copytree(path, folder / model))
-        state_convention(path, "full", shifted=True)
+        declare_diffusion_kind(path, "full", shifted=True)
     config = run_config(folder, path, **{**options, **changes})
     with reward_every_third():
         return [{key: line[key] for key in KEYS} for line in run_training(config)]

@@ -15,11 +15,11 @@ from megatron_dlm.training import loop
 from megatron_dlm.training.checkpointing import find_checkpoint
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import (
+    declare_diffusion_kind,
     reward_every_third,
     run_config,
     run_training,
     save_random_model,
-    state_convention,
     write_data,
 )
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / EPOCH["prompts"]).write_text("".join(lines[:21]))
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
-    state_convention(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
+    declare_diffusion_kind(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
     return folder
 
 
@@ -131,7 +131,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
                 **GIVEN,
                 "objective": "off_policy",
                 "divergence_top_k": 6,
-                "teacher_top_k_cache": True,
+                "cache_teacher_targets": True,
             },
         ),
         ("dense", EPOCH),

@@ -34,7 +34,7 @@ def test_scoring_by_value_asks_for_its_extra() -> None:
     prompts = PromptDataset(RecordFile.of([{"prompt": "?", "answer": "1"}], "p"), TokenTable())
     text = str(refusal(get_task("math_verify").check, prompts))
     assert "math_verify is not installed; install it with pip install 'megatron-dlm[eval]'" in text
-    assert refusal(get_task("final_answer").check, prompts) is None
+    assert refusal(get_task("exact_match").check, prompts) is None
 
 
 @pytest.mark.usefixtures("nothing_installed")

@@ -16,7 +16,7 @@ from megatron_dlm.config.curriculum import response_length
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.training.branched_training import plan_branches
 from tests.refusal import refusal
-from tests.tiny import save_random_model, state_convention
+from tests.tiny import declare_diffusion_kind, save_random_model
 from tests.unit_tests.published import (
     CODE,
     D_OPSD,
@@ -297,7 +297,7 @@ def test_critical_batch_recipe_has_the_papers_branches(tmp_path: Path) -> None:
     sizes, budget = (512, 1024, 2048, 4096), 4_999_610_368
     assert f"--batch-sizes {','.join(map(str, sizes))} --token-budget {budget}" in file.read_text()
     model = save_random_model(tmp_path / "model")
-    state_convention(model, "full", shifted=True)
+    declare_diffusion_kind(model, "full", shifted=True)
     branches = plan_branches(
         load("qwen3_4b/scp_critical_batch"),
         load=str(model),

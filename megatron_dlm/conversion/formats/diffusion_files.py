@@ -104,17 +104,17 @@ def unfit_for_sdar(architecture: Architecture) -> str | None:
 
 def suitable_format(request: ExportRequest) -> str:
     """The remedy for a model that a format cannot express: the format that can."""
-    convention, is_moe = request.convention, request.architecture.is_moe
+    kind, is_moe = request.diffusion_kind, request.architecture.is_moe
     a2d = f"choose --target-format a2d-{request.architecture.family}"
-    if convention is None:
+    if kind is None:
         return "choose --target-format autoregressive"
-    if convention.attention_pattern == "causal":
+    if kind.attention_pattern == "causal":
         return "choose --target-format autoregressive, which decodes it from left to right"
-    if convention.attention_pattern == "full" and not is_moe:
+    if kind.attention_pattern == "full" and not is_moe:
         return a2d
-    if convention.attention_pattern == "full" and convention.shifted:
+    if kind.attention_pattern == "full" and kind.shifted:
         return "choose --target-format rnd1"
-    if convention.attention_pattern == "block_causal" and not convention.shifted:
+    if kind.attention_pattern == "block_causal" and not kind.shifted:
         if unfit_for_sdar(request.architecture) is None:
             return "choose --target-format sdar"
         if not is_moe:

@@ -55,10 +55,10 @@ def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
         "is a mixture of experts",
         not architecture.is_moe,
     )
-    convention = request.convention
-    assert convention is not None
-    is_block_causal = convention.attention_pattern == "block_causal"
-    if is_block_causal and convention.shifted:
+    kind = request.diffusion_kind
+    assert kind is not None
+    is_block_causal = kind.attention_pattern == "block_causal"
+    if is_block_causal and kind.shifted:
         raise bad_value(
             "--target-format",
             format,
@@ -67,9 +67,9 @@ def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
         )
     if is_block_causal:
         check_block_size(request, format)
-    kind = FAMILIES[family].autoregressive_type(is_moe=False)
-    assert kind.architecture is not None
-    name = kind.architecture.removesuffix("ForCausalLM")
+    model_type = FAMILIES[family].autoregressive_type(is_moe=False)
+    assert model_type.architecture is not None
+    name = model_type.architecture.removesuffix("ForCausalLM")
     configuration, model = (
         f"configuration_a2d_{family}.A2D{name}",
         f"modeling_a2d_{family}.A2D{name}",
@@ -105,9 +105,9 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
             or tokenizer are missing.
     """
     _check(request, "rnd1", ("full",), "is dense", request.architecture.is_moe)
-    convention = request.convention
-    assert convention is not None
-    if not convention.shifted:
+    kind = request.diffusion_kind
+    assert kind is not None
+    if not kind.shifted:
         raise bad_value(
             "--target-format",
             "rnd1",
@@ -137,13 +137,13 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
 def _check(
     request: ExportRequest, format: str, patterns: tuple[str, ...], otherwise: str, is_fit: bool
 ) -> None:
-    convention = request.convention
+    kind = request.diffusion_kind
     problem = None
-    if convention is None:
+    if kind is None:
         problem = "this model is autoregressive"
-    elif convention.attention_pattern == "causal":
+    elif kind.attention_pattern == "causal":
         problem = "this model attends causally"
-    elif convention.attention_pattern not in patterns:
+    elif kind.attention_pattern not in patterns:
         problem = "this model attends by blocks"
     elif not is_fit:
         problem = f"this model {otherwise}"
@@ -155,13 +155,13 @@ def _check(
 def _write(
     request: ExportRequest, folder: Path, mask_token: str | None, identity: dict[str, object]
 ) -> None:
-    convention = request.convention
-    assert convention is not None
+    kind = request.diffusion_kind
+    assert kind is not None
     config = network_config(request) | identity
     config |= {
-        "attention_pattern": convention.attention_pattern,
+        "attention_pattern": kind.attention_pattern,
         "mask_token_id": request.mask_token_id,
-        "shifted": convention.shifted,
+        "shifted": kind.shifted,
     }
     if request.block_size is not None:
         config["block_size"] = request.block_size

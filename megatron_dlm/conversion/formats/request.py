@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dlm.models.architecture import Architecture, diffusion_convention
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.models.architecture import Architecture, read_diffusion_kind
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,6 @@ class ExportRequest:
     dynamic_threshold: float
 
     @property
-    def convention(self) -> DiffusionConvention | None:
+    def diffusion_kind(self) -> DiffusionKind | None:
         """What the model's config.json says of attention and shift; None: autoregressive."""
-        return diffusion_convention(self.architecture.hf_config)
+        return read_diffusion_kind(self.architecture.hf_config)

@@ -61,8 +61,8 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
 
 
 def _check(request: ExportRequest) -> None:
-    convention = request.convention
-    if convention is not None and convention.shifted:
+    kind = request.diffusion_kind
+    if kind is not None and kind.shifted:
         raise bad_value(
             "--target-format",
             "sdar",
@@ -70,7 +70,7 @@ def _check(request: ExportRequest) -> None:
             "that serve sdar take them for unshifted ones: every token would be one place off",
             suitable_format(request),
         )
-    if convention is not None and convention.attention_pattern == "full":
+    if kind is not None and kind.attention_pattern == "full":
         raise bad_value(
             "--target-format",
             "sdar",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.models.families.parameters import ParameterMapping, llama_parameters
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -22,7 +22,7 @@ class ModelType:
         architecture: Class of transformers that loads an autoregressive model of this type; None
             for types that diffusion models alone have.
         is_moe: Whether the feed-forward layers are mixtures of experts.
-        convention: Of diffusion models of this type, for what their config.json leaves out.
+        diffusion_kind: Of diffusion models of this type, for what their config.json leaves out.
         states_attention: False for a type with models of either attention, whose config.json has
             to say which it is.
         defaults: What transformers takes for keys that are absent, of those that may be; beside
@@ -32,7 +32,7 @@ class ModelType:
     name: str
     architecture: str | None = None
     is_moe: bool = False
-    convention: DiffusionConvention | None = None
+    diffusion_kind: DiffusionKind | None = None
     states_attention: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

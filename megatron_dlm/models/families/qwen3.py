@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, RND1
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, RND1
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -43,11 +43,11 @@ register(
         name="qwen3",
         model_types=(
             ModelType("qwen3", "Qwen3ForCausalLM", defaults=_DENSE),
-            ModelType("sdar", convention=BLOCK_DIFFUSION, defaults=_DENSE),
+            ModelType("sdar", diffusion_kind=BLOCK_DIFFUSION, defaults=_DENSE),
             ModelType("a2d-qwen3", states_attention=False, defaults=_DENSE),
             ModelType("qwen3_moe", "Qwen3MoeForCausalLM", is_moe=True),
-            ModelType("sdar_moe", is_moe=True, convention=BLOCK_DIFFUSION),
-            ModelType("rnd1", is_moe=True, convention=RND1),
+            ModelType("sdar_moe", is_moe=True, diffusion_kind=BLOCK_DIFFUSION),
+            ModelType("rnd1", is_moe=True, diffusion_kind=RND1),
         ),
         qk_norm=True,
         config=_config,

@@ -23,7 +23,7 @@ SCP = {"objective": "scp", "load": "weights", "data_path": "corpus", "train_iter
 NEXT_TOKEN_ON_CORPUS = {**SCP, "objective": "next_token"}
 SFT_ON_TEACHER = {**OFF_POLICY, "objective": "sft"}
 D_OPSD = {**OPDLM, "objective": "d_opsd", "lora_rank": 8}
-STORED = {"teacher_top_k_cache": True, "divergence_top_k": 16}
+STORED = {"cache_teacher_targets": True, "divergence_top_k": 16}
 GROWING = {"response_length_schedule": "linear", "response_length_warmup_rollouts": 3}
 
 

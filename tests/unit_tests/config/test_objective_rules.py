@@ -26,10 +26,18 @@ MIXED = {"teacher_response_fraction": 0.5, "save": "no_such_folder"}
 @pytest.mark.parametrize(
     ("base", "changes", "named"),
     [
-        (OPDLM, STORED, ["--teacher-top-k-cache = True", "new rollouts", "--objective off_policy"]),
-        (OPDLM, {**MIXED, **STORED}, ["--teacher-top-k-cache = True", "new rollouts"]),
-        (OFF_POLICY, {"teacher_top_k_cache": True}, ["--divergence-top-k = 0", "full vocabulary"]),
-        (SFT_ON_TEACHER, STORED, ["--teacher-top-k-cache = True", "has no use for it"]),
+        (
+            OPDLM,
+            STORED,
+            ["--cache-teacher-targets = True", "new rollouts", "--objective off_policy"],
+        ),
+        (OPDLM, {**MIXED, **STORED}, ["--cache-teacher-targets = True", "new rollouts"]),
+        (
+            OFF_POLICY,
+            {"cache_teacher_targets": True},
+            ["--divergence-top-k = 0", "full vocabulary"],
+        ),
+        (SFT_ON_TEACHER, STORED, ["--cache-teacher-targets = True", "has no use for it"]),
         (OFF_POLICY, {**STORED, "offload_teacher": True}, ["--offload-teacher", "no teacher in"]),
         (SFT, {"offload_teacher": True}, ["--offload-teacher = True", "has no use for it"]),
         (OFF_POLICY, {**STORED, "offload_optimizer": True}, ["--offload-optimizer", "no teacher"]),

@@ -131,7 +131,7 @@ CASES = [
     Case("mask_embedding_init", "mean", (NEXT_TOKEN, D_OPSD), (SCP, SFT, OFF_POLICY, OPDLM)),
     Case("teacher_load", "t", GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
     Case("teacher_responses", "folder", (*GIVEN, *ON_ROLLOUTS), (*ON_TEACHER, MIXED)),
-    Case("teacher_top_k_cache", True, UNTAUGHT, ({**OFF_POLICY, "divergence_top_k": 16},)),
+    Case("cache_teacher_targets", True, UNTAUGHT, ({**OFF_POLICY, "divergence_top_k": 16},)),
     Case("offload_teacher", True, UNTAUGHT, (OFF_POLICY, OPDLM)),
     Case("offload_optimizer", True, UNTAUGHT, (OFF_POLICY, *ON_ROLLOUTS)),
     Case("divergence", "jsd", (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),

@@ -22,12 +22,12 @@ from megatron_dlm.data.tokenizer import SpecialTokens, load_tokenizer, resolve_s
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceConfig, resolve_inference
-from megatron_dlm.models.architecture import diffusion_convention, read_architecture
+from megatron_dlm.models.architecture import read_architecture, read_diffusion_kind
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 from megatron_dlm.types.trajectory import Prompt
 from tests.families import OTHER_FAMILIES
 from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
@@ -37,7 +37,7 @@ from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 BLOCK_SIZE = 4
 PROMPTS = [random_tokens(length, seed=length) for length in (3, 8, 1)]
 MAX_NEW_TOKENS = 18
-FULL = DiffusionConvention("full", shifted=False)
+FULL = DiffusionKind("full", shifted=False)
 
 
 def dllm_folder(folder: Path, family: str = "qwen3", **stated: Any) -> Path:
@@ -139,8 +139,8 @@ def test_there_and_back_from_dllm(tmp_path, convert, family, pattern):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
     architecture = read_architecture(exported)
-    convention = BLOCK_DIFFUSION if pattern == "block_causal" else FULL
-    assert diffusion_convention(architecture.hf_config) == convention
+    kind = BLOCK_DIFFUSION if pattern == "block_causal" else FULL
+    assert read_diffusion_kind(architecture.hf_config) == kind
     with initialized(Config()):
         model = build_model(architecture, Config())
         load_hf_weights(model, architecture, exported)
@@ -280,8 +280,8 @@ def test_generation_takes_the_stated_attention(tmp_path):
     with pytest.raises(UserError, match="does not say the attention"):
         resolve(block_size=4)
     setup = resolve(block_size=4, attention_pattern="block_causal")
-    assert (setup.convention, setup.block_size) == (BLOCK_DIFFUSION, 4)
-    assert resolve(attention_pattern="full").convention == FULL
+    assert (setup.diffusion_kind, setup.block_size) == (BLOCK_DIFFUSION, 4)
+    assert resolve(attention_pattern="full").diffusion_kind == FULL
 
 
 def _declared(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -16,11 +16,11 @@ from megatron_dlm.conversion.remote_code.configuration_rnd import RND1Config
 from megatron_dlm.conversion.remote_code.modeling_a2d_qwen3 import A2DQwen3LMHeadModel
 from megatron_dlm.conversion.remote_code.modeling_rnd import RND1LM
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import diffusion_convention, read_architecture
+from megatron_dlm.models.architecture import read_architecture, read_diffusion_kind
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
@@ -104,7 +104,7 @@ def test_folder(exported):
 
     again, architecture = imported(folder / "out")
     assert architecture.is_moe == moe
-    assert diffusion_convention(architecture.hf_config) == DiffusionConvention(
+    assert read_diffusion_kind(architecture.hf_config) == DiffusionKind(
         "full", theirs.config.shifted
     )
     for mine, read_back in zip(model.parameters(), again.parameters(), strict=True):

@@ -18,7 +18,7 @@ from megatron_dlm.evaluation.scoring import answers_match, final_answer
 from megatron_dlm.evaluation.tasks import get_task
 from megatron_dlm.types.trajectory import Trajectory
 
-TASK = get_task("final_answer")
+TASK = get_task("exact_match")
 
 
 @pytest.fixture(scope="module")
@@ -157,5 +157,5 @@ def test_records_without_reference_are_named(
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(UserError, match=r"^--task = 'sing': unknown task; choose one of final_"):
+    with pytest.raises(UserError, match=r"^--task = 'sing': unknown task; choose one of exact_"):
         get_task("sing")

@@ -9,15 +9,15 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import (
     active_parameters,
     architecture_from_hf,
-    diffusion_convention,
+    read_diffusion_kind,
 )
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 from tests.tiny import DENSE, MOE
 
-BLOCKS = DiffusionConvention("block_causal", shifted=False)
-UNSHIFTED = DiffusionConvention("full", shifted=False)
-SHIFTED = DiffusionConvention("full", shifted=True)
-CAUSAL = DiffusionConvention("causal", shifted=True)
+BLOCKS = DiffusionKind("block_causal", shifted=False)
+UNSHIFTED = DiffusionKind("full", shifted=False)
+SHIFTED = DiffusionKind("full", shifted=True)
+CAUSAL = DiffusionKind("causal", shifted=True)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ CAUSAL = DiffusionConvention("causal", shifted=True)
     ],
 )
 def test_what_is_left_out_is_the_model_types(
-    model_type: str, stated: dict[str, Any], expected: DiffusionConvention | None
+    model_type: str, stated: dict[str, Any], expected: DiffusionKind | None
 ) -> None:
-    assert diffusion_convention({"model_type": model_type, **stated}) == expected
+    assert read_diffusion_kind({"model_type": model_type, **stated}) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_is_left_out_is_the_model_types(
 )
 def test_what_says_too_little_is_refused(stated: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        diffusion_convention({"model_type": "qwen3", **stated}, "here")
+        read_diffusion_kind({"model_type": "qwen3", **stated}, "here")
 
 
 @pytest.mark.parametrize("tied", [True, False])

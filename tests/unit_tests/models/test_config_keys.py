@@ -99,7 +99,7 @@ def test_every_key_with_every_kind_of_value(model: Path, stated: dict[str, Any],
         config = stated | {key: value}
         file.write_text(json.dumps(config))
         began = time.process_time()
-        message = refusal(lambda: open_model_source(str(model), "--load").convention)
+        message = refusal(lambda: open_model_source(str(model), "--load").diffusion_kind)
         assert time.process_time() - began < 1, name
         if message is None:
             check_against_transformers(read_architecture(model), config)

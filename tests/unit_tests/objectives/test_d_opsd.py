@@ -18,7 +18,7 @@ from megatron_dlm.objectives.base import Objective
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.visited_states import states_before_last_block
 from megatron_dlm.teacher.self_teacher import SelfTeacher, teacher_view
-from megatron_dlm.types.diffusion_convention import RND1, DiffusionConvention
+from megatron_dlm.types.diffusion_kind import RND1, DiffusionKind
 from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     MASK,
@@ -29,23 +29,23 @@ from tests.unit_tests.objectives.dense_reference import (
 )
 
 pytestmark = pytest.mark.usefixtures("single_process")
-CONVENTIONS = [
-    DiffusionConvention("block_causal", shifted=False),
-    DiffusionConvention("full", shifted=False),
+KINDS = [
+    DiffusionKind("block_causal", shifted=False),
+    DiffusionKind("full", shifted=False),
     RND1,
 ]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and rollouts of a model of some convention."""
+    """A configuration and rollouts of some kind of diffusion model."""
 
     config: Config
-    convention: DiffusionConvention
+    diffusion_kind: DiffusionKind
     batch: list[Trajectory]
 
     def objective(self) -> Objective:
-        return OBJECTIVES["d_opsd"](self.config, MASK, VOCABULARY, self.convention)
+        return OBJECTIVES["d_opsd"](self.config, MASK, VOCABULARY, self.diffusion_kind)
 
     def annotate(self, models: Models) -> None:
         """The frozen copy is another model here, so that nobody's part can be mixed up."""
@@ -54,7 +54,7 @@ class Case:
             self.config,
             mask_token_id=MASK,
             vocab_size=VOCABULARY,
-            shifted=self.convention.shifted,
+            shifted=self.diffusion_kind.shifted,
             groups=ParallelGroups(),
         ).annotate(self.batch)
 
@@ -62,7 +62,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     block_size = draw(st.integers(1, 4))
-    convention = draw(st.sampled_from(CONVENTIONS))
+    kind = draw(st.sampled_from(KINDS))
     options: dict[str, Any] = dict(
         objective="d_opsd",
         teacher_load="a frozen copy",
@@ -79,9 +79,9 @@ def cases(draw: st.DrawFn) -> Case:
     batch = [draw(trajectories(block_size)) for _ in range(draw(st.integers(1, 3)))]
     for trajectory in batch:
         trajectory.correct = draw(st.booleans())
-        if convention.attention_pattern == "full" and draw(st.booleans()):
+        if kind.attention_pattern == "full" and draw(st.booleans()):
             trajectory.canvas_length = len(full_sequence(trajectory)) + draw(st.integers(0, 5))
-    return Case(Config.from_dict({"device": "cpu", **options}), convention, batch)
+    return Case(Config.from_dict({"device": "cpu", **options}), kind, batch)
 
 
 def dense_logits(model: torch.nn.Module, ids: Tensor, visible: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def dense_loss(models: Models, case: Case) -> tuple[float, int, int]:
     """Loss sum, states and predictions by the definition; one forward a state and model."""
     options = case.config.self_distillation
     block_size = case.config.model.block_size
-    shift = int(case.convention.shifted)
+    shift = int(case.diffusion_kind.shifted)
     total, num_states, predictions = 0.0, 0, 0
     for trajectory in case.batch:
         if not trajectory.correct:
@@ -133,7 +133,7 @@ def dense_loss(models: Models, case: Case) -> tuple[float, int, int]:
             everything = torch.ones(length, length, dtype=torch.bool)
             logits = dense_logits(models.hf_teacher, view, everything)
             teacher = logits.log_softmax(-1)
-            if case.convention.attention_pattern == "full":
+            if case.diffusion_kind.attention_pattern == "full":
                 student = dense_logits(models.hf_student, canvas, everything)
             else:
                 block = torch.arange(length) // block_size
@@ -228,7 +228,7 @@ def test_wrong_responses_and_single_blocks_are_not_trained_on(models: Models) ->
     response = torch.tensor([5, 6, 7, 8])
     wrong = Trajectory(0, torch.tensor([1, 2]), response, torch.ones(4).long(), correct=False)
     short = Trajectory(1, torch.tensor([1, 2]), response[:2], torch.ones(2).long(), correct=True)
-    case = Case(config, CONVENTIONS[0], [wrong, short])
+    case = Case(config, KINDS[0], [wrong, short])
     case.annotate(models)
     documents = [case.objective().document(t, torch.Generator()) for t in case.batch]
     packed = pack(documents, pad_multiple=4)

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def off_policy(folder: Path, save: Path, **options: Any) -> Config:
-    options = dict(divergence_top_k=K, teacher_top_k_cache=True) | options
+    options = dict(divergence_top_k=K, cache_teacher_targets=True) | options
     return run_config(folder, folder / "dense", objective="off_policy", save=str(save), **options)
 
 
@@ -74,7 +74,9 @@ def test_stored_targets_are_those_of_transformers(folder: Path, tmp_path: Path) 
 def test_training_is_that_with_the_teacher_present(folder: Path, tmp_path: Path, tail: str) -> None:
     options = dict(divergence="forward_kl:0.5,reverse_kl", divergence_tail=tail)
     stored = run_training(off_policy(folder, tmp_path / "stored", **options))
-    live = run_training(off_policy(folder, tmp_path / "live", **options, teacher_top_k_cache=False))
+    live = run_training(
+        off_policy(folder, tmp_path / "live", **options, cache_teacher_targets=False)
+    )
     assert len(stored) == 5
     for line, other in zip(stored, live, strict=True):
         assert line["supervised_tokens"] == other["supervised_tokens"]

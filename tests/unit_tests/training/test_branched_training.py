@@ -14,7 +14,7 @@ from megatron_dlm.training.branched_training import (
     critical_batch_size,
     plan_branches,
 )
-from tests.tiny import REPOSITORY, state_convention
+from tests.tiny import REPOSITORY, declare_diffusion_kind
 
 MODEL = REPOSITORY / "examples" / "tiny" / "qwen3"
 BASE: dict[str, Any] = dict(
@@ -73,7 +73,7 @@ def test_branches_are_aligned_in_tokens(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("changes", [{}, {"mask_embedding_init": "mean"}])
 def test_a_diffusion_model_keeps_its_mask(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
-    state_convention(model, "full", shifted=True)
+    declare_diffusion_kind(model, "full", shifted=True)
     [branch] = plan([8], 800, load=model, **changes)
     assert branch.config.model.mask_embedding_init is None
 

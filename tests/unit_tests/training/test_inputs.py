@@ -10,7 +10,7 @@ import pytest
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import architecture_from_hf
-from megatron_dlm.training.convention_change import changed_convention
+from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.corpora import write_corpus
@@ -55,7 +55,7 @@ def stating(folder: Path, model: Path, **config: Any) -> Path:
         ({**FULL, "block_size": 8}, "scp", {}, "shifted logits, blocks of 8)", "shifted logits)"),
     ],
 )
-def test_another_convention_is_announced(
+def test_another_diffusion_kind_is_announced(
     folder: Path,
     tmp_path: Path,
     stated: dict[str, Any],
@@ -66,7 +66,7 @@ def test_another_convention_is_announced(
 ) -> None:
     model = stating(folder, tmp_path / "model", **stated)
     config = run_config(folder, model, objective=objective, **options)
-    (line,) = changed_convention(config, read_inputs(config))
+    (line,) = changed_diffusion_kind(config, read_inputs(config))
     told, made = line.split("; ")
     assert str(model) in told
     assert before in told
@@ -86,12 +86,12 @@ def test_another_convention_is_announced(
         (BLOCKS, "d_opsd", {"lora_rank": 2, "block_size": 8}),
     ],
 )
-def test_a_kept_convention_and_a_conversion_are_not(
+def test_a_kept_diffusion_kind_and_a_conversion_are_not(
     folder: Path, tmp_path: Path, stated: dict[str, Any], objective: str, options: dict[str, Any]
 ) -> None:
     model = stating(folder, tmp_path / "model", **stated)
     config = run_config(folder, model, objective=objective, **options)
-    assert changed_convention(config, read_inputs(config)) == []
+    assert changed_diffusion_kind(config, read_inputs(config)) == []
 
 
 def test_it_is_said_once_and_not_again_when_the_run_goes_on(

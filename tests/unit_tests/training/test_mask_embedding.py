@@ -17,10 +17,10 @@ from megatron_dlm.training.run import build_run
 from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import (
     TOKENIZER,
+    declare_diffusion_kind,
     run_config,
     run_training,
     save_random_model,
-    state_convention,
     write_data,
 )
 
@@ -117,7 +117,7 @@ def test_a_diffusion_model_keeps_its_row(folder: Path, tmp_path: Path) -> None:
 
 def test_self_distillation_keeps_the_row(folder: Path, tmp_path: Path) -> None:
     save_random_model(tmp_path / "model")
-    state_convention(tmp_path / "model", "block_causal", shifted=False)
+    declare_diffusion_kind(tmp_path / "model", "block_causal", shifted=False)
     config = run_config(
         folder, tmp_path / "model", objective="d_opsd", save=None, lora_rank=2, num_rollouts=1
     )

@@ -13,7 +13,7 @@ from megatron_dlm.training.checkpointing import save_checkpoint
 from megatron_dlm.training.manifest import MANIFEST
 from megatron_dlm.training.model_source import open_model_source
 from tests.refusal import refusal
-from tests.tiny import save_random_model, state_convention
+from tests.tiny import declare_diffusion_kind, save_random_model
 
 
 def save(folder: Path, kind: str, seed: int) -> Path:
@@ -49,7 +49,7 @@ def test_the_block_size_that_engines_are_told(
     tmp_path: Path, text: str, problem: str | None
 ) -> None:
     model = save_random_model(tmp_path / "model")
-    state_convention(model, "block_causal", shifted=False)
+    declare_diffusion_kind(model, "block_causal", shifted=False)
     (model / "dllm_config.yaml").write_text(text)
     message = refusal(open_model_source, str(model), "--load")
     assert message is None if problem is None else re.search(problem, message or "")

@@ -16,11 +16,11 @@ from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.offload import HostedTensors, _optimizer_tensors
 from megatron_dlm.training.run import Run, build_run
 from tests.tiny import (
+    declare_diffusion_kind,
     reward_every_third,
     run_config,
     run_training,
     save_random_model,
-    state_convention,
     write_data,
 )
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
     save_random_model(folder / "diffusion")
-    state_convention(folder / "diffusion", "block_causal", shifted=False)
+    declare_diffusion_kind(folder / "diffusion", "block_causal", shifted=False)
     return folder
 
 

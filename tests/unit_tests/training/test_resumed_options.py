@@ -12,7 +12,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.training import resume as resuming
 from megatron_dlm.training.inputs import RunInputs, read_inputs
-from tests.tiny import run_config, save_random_model, state_convention, write_data
+from tests.tiny import declare_diffusion_kind, run_config, save_random_model, write_data
 
 INPUTS = cast(
     RunInputs,
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("ar", 0), ("other_ar", 1), ("diffusion", 0), ("other_diffusion", 1)):
         save_random_model(folder / name, seed=seed)
     for name in ("diffusion", "other_diffusion"):
-        state_convention(folder / name, "block_causal", shifted=False)
+        declare_diffusion_kind(folder / name, "block_causal", shifted=False)
     shutil.copytree(folder / "ar", folder / "moved_ar")
     shutil.copytree(folder / "diffusion", folder / "moved_diffusion")
     return folder

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import diffusion_convention
+from megatron_dlm.models.architecture import read_diffusion_kind
 from megatron_dlm.training.inputs import read_inputs
-from megatron_dlm.types.diffusion_convention import BLOCK_DIFFUSION, RND1
-from tests.tiny import run_config, save_random_model, state_convention, write_data
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, RND1
+from tests.tiny import declare_diffusion_kind, run_config, save_random_model, write_data
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder)
     for name in ("ar", "block_causal", "full"):
         save_random_model(folder / name)
-    state_convention(folder / "block_causal", "block_causal", shifted=False)
-    state_convention(folder / "full", "full", shifted=True)
+    declare_diffusion_kind(folder / "block_causal", "block_causal", shifted=False)
+    declare_diffusion_kind(folder / "full", "full", shifted=True)
     for name, stated in (
         ("other_blocks", {"block_size": 8}),
         ("other_mask", {"mask_token_id": 400}),
@@ -36,13 +36,13 @@ def _read(folder: Path, model: str, **options: Any) -> Any:
     return config, read_inputs(config)
 
 
-def test_the_students_convention_is_kept(folder: Path) -> None:
+def test_the_students_diffusion_kind_is_kept(folder: Path) -> None:
     config, inputs = _read(folder, "block_causal")
     assert inputs.teacher is None
-    assert inputs.convention == BLOCK_DIFFUSION
+    assert inputs.diffusion_kind == BLOCK_DIFFUSION
     config, inputs = _read(folder, "full", block_size=8, teacher_load=str(folder / "full"))
     assert inputs.teacher is not None
-    assert inputs.convention == RND1
+    assert inputs.diffusion_kind == RND1
     written = inputs.hf_config(config)
     assert (written["attention_pattern"], written["shifted"]) == ("full", True)
     assert written["block_size"] == 8  # which its rollouts had
@@ -51,7 +51,7 @@ def test_the_students_convention_is_kept(folder: Path) -> None:
 def test_what_becomes_autoregressive_no_longer_says_diffusion(folder: Path) -> None:
     config = run_config(folder, folder / "full", objective="next_token", data_path=None)
     written = read_inputs(config).hf_config(config)
-    assert diffusion_convention(written) is None
+    assert read_diffusion_kind(written) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class DiffusionConvention:
+class DiffusionKind:
     """How a diffusion model attends and which token its logits predict; part of its config.json.
 
     Attributes:
@@ -19,5 +19,5 @@ class DiffusionConvention:
     shifted: bool
 
 
-BLOCK_DIFFUSION = DiffusionConvention("block_causal", shifted=False)
-RND1 = DiffusionConvention("full", shifted=True)
+BLOCK_DIFFUSION = DiffusionKind("block_causal", shifted=False)
+RND1 = DiffusionKind("full", shifted=True)

@@ -1,16 +1,16 @@
-"""A diffusion model that a run trains under another convention than its own: said, not refused.
+"""Warn when a run turns a diffusion model into another kind of diffusion model.
 
 Growing the block size of a model is a recipe; to lose what it had learnt under full attention may
 be a mistake.
 """
 
 from megatron_dlm.config import Config
-from megatron_dlm.models.architecture import diffusion_convention
+from megatron_dlm.models.architecture import read_diffusion_kind
 from megatron_dlm.training.inputs import RunInputs
-from megatron_dlm.types.diffusion_convention import DiffusionConvention
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 
-def changed_convention(config: Config, inputs: RunInputs) -> list[str]:
+def changed_diffusion_kind(config: Config, inputs: RunInputs) -> list[str]:
     """A warning, if the run makes another kind of model of the diffusion model in `--load`.
 
     Args:
@@ -18,25 +18,25 @@ def changed_convention(config: Config, inputs: RunInputs) -> list[str]:
         inputs: With the source of the weights.
     """
     source = inputs.source
-    if source is None or source.convention is None:
+    if source is None or source.diffusion_kind is None:
         return []
     stated, written = source.architecture.hf_config, inputs.hf_config(config)
-    trained = diffusion_convention(written)
+    trained = read_diffusion_kind(written)
     block_size = written.get("block_size")
-    if trained == source.convention and stated.get("block_size", block_size) == block_size:
+    if trained == source.diffusion_kind and stated.get("block_size", block_size) == block_size:
         return []
     blocks = "" if block_size is None else f" and --block-size {block_size}"
     return [
         f"warning: the config.json of --load {source.path} states "
-        f"{_described(source.convention, stated.get('block_size'))}; with "
+        f"{_described(source.diffusion_kind, stated.get('block_size'))}; with "
         f"--objective {config.objective.objective}{blocks} this run makes it "
         f"{_described(trained, block_size)}"
     ]
 
 
-def _described(convention: DiffusionConvention | None, block_size: int | None) -> str:
-    if convention is None:
+def _described(kind: DiffusionKind | None, block_size: int | None) -> str:
+    if kind is None:
         return "an autoregressive model"
-    logits = "shifted" if convention.shifted else "unshifted"
+    logits = "shifted" if kind.shifted else "unshifted"
     blocks = "" if block_size is None else f", blocks of {block_size}"
-    return f"a diffusion model ({convention.attention_pattern} attention, {logits} logits{blocks})"
+    return f"a diffusion model ({kind.attention_pattern} attention, {logits} logits{blocks})"
