@@ -14,6 +14,7 @@
 #   SAVE            run folder (--save); on several nodes a folder that all of them see
 #   NUM_ROLLOUTS    length of the run (--num-rollouts, in place of --num-epochs)
 #   NPROC_PER_NODE  processes a node, one a GPU (8)
+#   MAX_RESTARTS    how often all processes start again after one of them died (3)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   as torchrun's (1, 0, 127.0.0.1, 29500)
 set -euo pipefail
 
@@ -61,6 +62,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 exec torchrun \
     --nnodes "${NNODES:-1}" \
     --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" \
+    --max-restarts "${MAX_RESTARTS:-3}" \
     --nproc-per-node "${NPROC_PER_NODE:-8}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" \
     --master-port "${MASTER_PORT:-29500}" \

@@ -3,17 +3,15 @@
 Imports nothing heavy, so that a mistyped flag is reported before PyTorch is loaded.
 """
 
-import contextlib
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import ParamSpec
 
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.launcher import die_with_launcher, final_error, leave_error
 
 P = ParamSpec("P")
 
@@ -89,16 +87,6 @@ def _reports() -> bool:
         return True
 
 
-def _tell_launcher(message: str) -> None:
-    """Leave an error where torchrun looks for it, so that its table of failures shows it."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        details = {"py_callstack": "", "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            content = {"message": {"message": message, "extraInfo": details}}
-            Path(file).write_text(json.dumps(content))
-
-
 def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Turn a `UserError` into one line on rank 0's standard error and exit status 2."""
 
@@ -106,11 +94,19 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             check_launch()
-            return main(*args, **kwargs)
+            die_with_launcher()
+            ended = final_error()
+            if ended is not None:  # said when it happened; no restart changes it
+                leave_error(*ended)
+                return ended[1]
+            status = main(*args, **kwargs)
+            if status:
+                leave_error(f"ended with status {status}", status)
+            return status
         except UserError as error:
+            leave_error(f"error: {error}", USER_ERROR_STATUS)
             if _reports():
                 print(f"error: {error}", file=sys.stderr, flush=True)
-                _tell_launcher(f"error: {error}")
             elif "TORCHELASTIC_RUN_ID" in os.environ:
                 # torchrun ends all ranks as soon as one has ended. One that is faster than
                 # rank 0 must not take the message with it.

@@ -10,13 +10,17 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import (  # type: ignore[attr-defined] # documented, not listed
     HashStore,
+    PrefixStore,
     ProcessGroup,
+    Store,
 )
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import UserError
+from megatron_dlm.launcher import attempt
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,14 @@ def initialize(config: Config) -> None:
     `LOCAL_RANK`) and in a plain process, which becomes a group of one.
     """
     device = platform.select(config.parallel.device)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             backend=platform.collective_backend(),
-            # One process has nobody to find: it needs no address and no port.
-            store=HashStore() if world_size() == 1 else None,
+            store=_store(timeout),
             rank=rank(),
             world_size=world_size(),
-            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     parallel = config.parallel
@@ -101,6 +105,19 @@ def initialize(config: Config) -> None:
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     _set_seeds(config)
+
+
+def _store(timeout: timedelta) -> Store:
+    """Where the processes of this attempt find each other.
+
+    torchrun keeps one store through all restarts: without a name of its own, an attempt would find
+    the addresses of the dead ranks of the one before.
+    """
+    if world_size() == 1:
+        return HashStore()  # one process has nobody to find: it needs no address and no port
+    store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
+    store.set_timeout(timeout)
+    return PrefixStore(f"attempt_{attempt()}", store)
 
 
 def _set_seeds(config: Config) -> None:

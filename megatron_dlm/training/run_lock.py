@@ -1,8 +1,8 @@
 """One process owns a run folder: a file in it names the owner, and its age says whether it lives.
 
 Made with an exclusive create, which is atomic on NFS too. The owner touches the file every few
-seconds. Who finds one looks whether its process exists, on the same host, and else whether it is
-touched while they watch: no clocks are compared.
+seconds. Who finds one looks whether its process exists, on the same host, and elsewhere whether it
+is touched while they watch: no clocks are compared.
 """
 
 import json
@@ -70,6 +70,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _boot_id(),
+        "pid_namespace": _pid_namespace(),
         "pid": os.getpid(),
         "process_start": _process_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -85,10 +86,19 @@ def _boot_id() -> str | None:
         return None
 
 
-def _process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None if there is no such process."""
+def _pid_namespace() -> str | None:
+    """Tells who numbers processes as this one does; containers of one host do it each."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; None if there is none, or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return None
 
@@ -152,9 +162,13 @@ def _is_alive(file: Path, owner: dict[str, Any]) -> bool:
     pid = owner.get("pid")
     if here and isinstance(pid, int) and Path("/proc/self").exists():
         started = _process_start(pid)
-        # Containers share host name and boot, but number processes for themselves.
         if started is not None and started == owner.get("process_start"):
             return True
+        # Containers share host name and boot, but number processes for themselves: elsewhere a
+        # process that is not found here may live.
+        namespace = _pid_namespace()
+        if namespace is not None and owner.get("pid_namespace") == namespace:
+            return False
     return _is_touched(file)
 
 

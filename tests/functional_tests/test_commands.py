@@ -14,6 +14,7 @@ from tests.tiny import REPOSITORY
 def run_module(*arguments: str, torchrun: bool = False) -> Outcome:
     """Run `python -m megatron_dlm`, or the same under torchrun in two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["--max-restarts", "3"]
     command = [sys.executable, *(launcher if torchrun else ()), "-m", "megatron_dlm", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -61,7 +62,12 @@ def test_no_command(arguments, fragments, capsys) -> None:
     Outcome(status, captured.out, captured.err).check_error(*fragments)
 
 
-def test_module_under_torchrun_checks_the_layout_of_all_processes() -> None:
+def test_an_error_under_torchrun_is_said_once_and_restarts_do_no_work() -> None:
     config = ("--config", "examples/tiny/opdlm.yaml", "--prompts", "README.md")
     done = run_module("train", *config, "--tensor-model-parallel-size", "4", torchrun=True)
-    assert "does not divide the 2 processes of the run" in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "does not divide the 2 processes of the run" in line
+    # The table of failures of the last attempt, in which nothing ran, still shows the reason.
+    assert "attempt_3" in done.stderr
+    assert f"traceback : {line}" in done.stderr
+    assert "exitcode  : 2" in done.stderr

@@ -1,12 +1,14 @@
 """What the launcher says, and what it is told."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_dlm.entry import report_user_errors
 from megatron_dlm.errors import bad_value
+from megatron_dlm.launcher import final_error
 
 
 def _failing() -> int:
@@ -46,3 +48,41 @@ def test_the_launcher_finds_the_error(
     line = capsys.readouterr().err.strip()
     assert line == "error: --lr = -1: is negative; choose 0 or more"
     assert json.loads(file.read_text())["message"]["message"] == line
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, int], Path]:
+    """Put this process into a rank's place in an attempt of torchrun's; returns its error file."""
+
+    def enter(attempt: int, local_rank: int) -> Path:
+        file = tmp_path / "run" / f"attempt_{attempt}" / str(local_rank) / "error.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        return file
+
+    return enter
+
+
+def test_an_error_that_no_restart_changes_ends_all_later_attempts(
+    attempts: Callable[[int, int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts(0, 0)
+    assert report_user_errors(_failing)() == 2
+    line = capsys.readouterr().err.strip()
+    for attempt in range(1, 12):
+        attempts(attempt, attempt % 3)
+        assert final_error() == (line, 2)
+        assert report_user_errors(lambda: pytest.fail("works in vain"))() == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"message": "Traceback"}', "[1]", '{"mess'])
+def test_after_another_end_an_attempt_works(
+    attempts: Callable[[int, int], Path], content: str | None
+) -> None:
+    file = attempts(0, 0)
+    if content is not None:
+        file.write_text(content)
+    attempts(1, 0)
+    assert report_user_errors(lambda: 0)() == 0

@@ -14,7 +14,7 @@ ROOT = Path(megatron_dlm.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("regular_file",),
+    ("regular_file", "launcher"),
     ("json_file", "entry", "extras", "seeding", "ranges"),
     ("platform",),
     ("types",),
