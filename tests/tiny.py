@@ -10,7 +10,7 @@ import torch
 
 from megatron_dlm.config import Config, validate
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.config.usage_rules import is_used
+from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.evaluation.rewards import REWARDS

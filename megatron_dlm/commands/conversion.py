@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from megatron_dlm.commands.convert import ConversionConfig, DType
-from megatron_dlm.config import Config, ModelConfig, ParallelConfig, architecture_rules
-from megatron_dlm.config.layout_rules import check_expert_layout, check_world_size
+from megatron_dlm.config import Config, ModelConfig, ParallelConfig, validate_inference
 from megatron_dlm.conversion.formats import default_format
 from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.conversion.peft_export import AdapterSettings, check_base_model, export_peft
@@ -91,22 +90,6 @@ def check_autoregressive(source: ModelSource) -> None:
     )
 
 
-def check_layout(config: Config, architecture: Architecture) -> None:
-    """Check that the processes and the model can be split as asked.
-
-    Raises:
-        UserError: They cannot.
-    """
-    check_world_size(config, world_size())
-    check_expert_layout(config, world_size())
-    # Of the rules for training, those that a model which is only loaded and written has to meet.
-    architecture_rules.check_tensor_parallel(config, architecture)
-    architecture_rules.check_pipeline_parallel(config, architecture)
-    architecture_rules.check_experts_exist(config, architecture)
-    architecture_rules.check_expert_parallel(config, architecture)
-    architecture_rules.check_expert_tensor_parallel(config, architecture)
-
-
 def find_adapters(
     conversion: ConversionConfig, source: ModelSource
 ) -> tuple[AdapterUse, AdapterSettings | None, ModelSource | None]:
@@ -182,7 +165,7 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
     target_format = conversion.target_format or default_format(architecture)
     dtype = stored_dtype(conversion.dtype, architecture)
     config = Config(model=ModelConfig(bf16=dtype == torch.bfloat16), parallel=parallel)
-    check_layout(config, architecture)
+    validate_inference(config, world_size(), architecture)
     adapters, adapter_settings, base = find_adapters(conversion, source)
     # The weights under a run's adapters may be an autoregressive model's, whatever the run trained.
     if target_format == "autoregressive" and adapters != "remove":

@@ -1,6 +1,5 @@
 """Configuration: options classes, command line and YAML, rules across fields."""
 
-from megatron_dlm.config.architecture_rules import validate_architecture
 from megatron_dlm.config.groups import (
     DataConfig,
     DecodingConfig,
@@ -20,7 +19,12 @@ from megatron_dlm.config.training_groups import (
     ParameterGroup,
     TrainingConfig,
 )
-from megatron_dlm.config.validation import validate, validate_length
+from megatron_dlm.config.validation import (
+    validate,
+    validate_architecture,
+    validate_inference,
+    validate_length,
+)
 
 __all__ = [
     "Config",
@@ -43,5 +47,6 @@ __all__ = [
     "parse_config",
     "validate",
     "validate_architecture",
+    "validate_inference",
     "validate_length",
 ]

@@ -18,9 +18,9 @@ from megatron_dlm.config import (
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
+    validate_inference,
 )
-from megatron_dlm.config.rule_support import divisors, flag
-from megatron_dlm.config.validation import validate_inference
+from megatron_dlm.config.rules.support import divisors, flag
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.strategies import STRATEGIES

@@ -18,6 +18,7 @@ from megatron_dlm.models.families import FAMILIES, ModelType, model_types
 from megatron_dlm.models.families.parameters import ParameterMapping
 from megatron_dlm.models.rope_scaling import read_rotary_embedding
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
+from megatron_dlm.types.model_sizes import ModelSizes
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -83,8 +84,8 @@ def read_diffusion_kind(
     return DiffusionKind(pattern, shifted)
 
 
-@dataclass(frozen=True)
-class Architecture:
+@dataclass(frozen=True, kw_only=True)
+class Architecture(ModelSizes):
     """What has to be known to build a model; sizes in elements.
 
     `family` is its name in `models.families`. `qk_norm`: queries and keys are normalised before
@@ -96,14 +97,8 @@ class Architecture:
     """
 
     family: str
-    num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
     kv_channels: int
-    vocab_size: int
-    max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
     rope_scaling: dict[str, Any] | None
@@ -112,9 +107,7 @@ class Architecture:
     tie_word_embeddings: bool
     initializer_range: float
     hf_config: dict[str, Any]
-    num_moe_experts: int | None = None
     moe_router_topk: int | None = None
-    moe_ffn_hidden_size: int | None = None
     norm_topk_prob: bool = True
     generation_config: dict[str, Any] = field(default_factory=dict)
     file: str = field(default="config.json", compare=False)

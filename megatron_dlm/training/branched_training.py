@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import plain_value
-from megatron_dlm.config.usage_rules import is_used
+from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.errors import bad_value
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run_folder import latest_iteration

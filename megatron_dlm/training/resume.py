@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import option_fields, plain_value
-from megatron_dlm.config.usage_rules import is_used
+from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.errors import bad_value
 from megatron_dlm.training.checkpointing import saved_config
 from megatron_dlm.training.inputs import RunInputs

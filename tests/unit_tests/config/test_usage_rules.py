@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from megatron_dlm.config import Config, validate
-from megatron_dlm.config.usage_rules import is_used, uses
+from megatron_dlm.config.rules.usage import is_used, uses
 from tests.refusal import refusal
 from tests.unit_tests.config.configurations import (
     D_OPSD,

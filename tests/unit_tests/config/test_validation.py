@@ -12,9 +12,9 @@ from megatron_dlm.config import (
     parse_config,
     validate,
     validate_length,
-    value_rules,
 )
 from megatron_dlm.config.fields import option_fields
+from megatron_dlm.config.rules import values
 from megatron_dlm.errors import UserError
 from megatron_dlm.ranges import Range
 from tests.refusal import refusal
@@ -255,7 +255,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_number_out_of_range(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} = {value}"):
-        value_rules.check_ranges(config_with(OPDLM, **{name: value}))
+        values.check_ranges(config_with(OPDLM, **{name: value}))
 
 
 def test_every_number_has_a_range() -> None:
@@ -291,9 +291,9 @@ def test_optional_package(
     config = config_with(OPDLM, **changes)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"package {package} is not installed"):
-        value_rules.check_optional_packages(config)
+        values.check_optional_packages(config)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert refusal(value_rules.check_optional_packages, config) is None
+    assert refusal(values.check_optional_packages, config) is None
 
 
 def make_run(tmp_path: Path) -> str:
@@ -310,14 +310,14 @@ def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     for changes, remedy in (({}, f"--load {run}"), ({"load": run, "finetune": True}, "--no-fine")):
         with pytest.raises(UserError, match=f"holds another run.*{remedy}"):
-            value_rules.check_save(config_with(OPDLM, save=run, **changes))
+            values.check_save(config_with(OPDLM, save=run, **changes))
     for changes in ({"save": run, "load": run}, {"save": str(tmp_path / "new")}):
-        assert refusal(value_rules.check_save, config_with(OPDLM, **changes)) is None
+        assert refusal(values.check_save, config_with(OPDLM, **changes)) is None
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_start_again(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert refusal(value_rules.check_save, config_with(OPDLM, save=str(tmp_path))) is None
+    assert refusal(values.check_save, config_with(OPDLM, save=str(tmp_path))) is None
 
 
 def test_derived_sizes() -> None:

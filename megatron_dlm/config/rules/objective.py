@@ -1,9 +1,10 @@
-"""Rules between an objective and what it is given: data, weights, teacher, states, duration."""
+"""Rules between an objective and what it is given: data, weights, adapters, teacher, states."""
 
 from __future__ import annotations
 
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.config.rule_support import flag, refuse, value_of
+from megatron_dlm.config.rules.registry import Stage, rule
+from megatron_dlm.config.rules.support import flag, refuse, value_of
 from megatron_dlm.config.schema import Config
 
 
@@ -11,6 +12,7 @@ def _objective(config: Config) -> str:
     return f"--objective {config.objective.objective}"
 
 
+@rule(Stage.NEEDS)
 def check_objective_inputs(config: Config) -> None:
     """The objective has the data, the weights and the duration that it needs."""
     data = config.data_option
@@ -47,6 +49,7 @@ def check_objective_inputs(config: Config) -> None:
         )
 
 
+@rule(Stage.NEEDS)
 def check_response_source(config: Config) -> None:
     """Where an objective could take responses from two places, one is named."""
     sources = config.traits.response_sources
@@ -69,6 +72,7 @@ def check_response_source(config: Config) -> None:
         )
 
 
+@rule(Stage.NEEDS)
 def check_validation(config: Config) -> None:
     """Held-out data are of the kind that the run trains on, and its loss needs no rollout."""
     for name in ("valid_data", "valid_data_path"):
@@ -87,6 +91,7 @@ def check_validation(config: Config) -> None:
         )
 
 
+@rule(Stage.NEEDS)
 def check_state_selection(config: Config) -> None:
     """The objective can be trained on the states that were chosen."""
     chosen, possible = config.objective.state_selection, config.traits.state_selections
@@ -104,6 +109,60 @@ def check_state_selection(config: Config) -> None:
     )
 
 
+@rule(Stage.COMBINATIONS)
+def check_lora(config: Config) -> None:
+    """Adapters are described by layers that can have them."""
+    lora = config.lora
+    if lora.lora_rank is None:
+        return
+    if not lora.lora_target_modules:
+        raise refuse(config, "lora_target_modules", "names no layer", "name e.g. linear_qkv")
+    if config.model.transformer_impl != "local":
+        raise refuse(
+            config,
+            "lora_rank",
+            "adapters need Megatron's local layers",
+            "choose --transformer-impl local",
+        )
+
+
+@rule(Stage.COMBINATIONS)
+def check_self_distillation(config: Config) -> None:
+    """A frozen teacher exists."""
+    if config.teaches_itself and config.lora.lora_rank is None:
+        raise refuse(
+            config,
+            "teacher_load",
+            "without adapters nothing keeps the weights that the student started from",
+            "add --lora-rank, or name those weights for a frozen copy",
+        )
+
+
+@rule(Stage.COMBINATIONS)
+def check_something_to_learn(config: Config) -> None:
+    """Another try differs from the first, and some state has a later block to learn from."""
+    rollout = config.rollout
+    if config.traits.verifies and rollout.max_tries > 1:
+        for name, value in (("temperature", 0), ("top_k", 1)):
+            if value_of(config, name) == value:
+                raise refuse(
+                    config,
+                    name,
+                    f"all {rollout.max_tries} tries would be the same response",
+                    "sample it, or choose --max-tries 1",
+                )
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    if config.traits.self_distillation and longest <= config.model.block_size:
+        raise refuse(
+            config,
+            "block_size",
+            f"holds the longest prompt and response ({longest} tokens), so that no state has a "
+            "later block to learn from",
+            f"choose less than {longest}, or a larger --max-response-length",
+        )
+
+
+@rule(Stage.COMBINATIONS)
 def check_empty_mask(config: Config) -> None:
     """A token masked by force is not weighted by the 1/t under which none was."""
     weighted = config.traits.weighs_tokens and config.objective.loss_weighting == "inverse_t"
@@ -116,18 +175,7 @@ def check_empty_mask(config: Config) -> None:
         )
 
 
-def check_attention_annealing(config: Config) -> None:
-    """The attention that the trained model is said to have has been trained."""
-    iters = config.objective.attention_annealing_iters
-    if 0 < config.train_iters < iters:  # 0: epochs of data that have not been read
-        raise refuse(
-            config,
-            "attention_annealing_iters",
-            f"the run ends after {config.train_iters} updates, before attention is full",
-            f"choose {config.train_iters} or fewer",
-        )
-
-
+@rule(Stage.COMBINATIONS)
 def check_teacher_responses(config: Config) -> None:
     """The teacher's responses have a folder."""
     if config.uses_teacher_responses and config.teacher_responses is None:
@@ -139,6 +187,7 @@ def check_teacher_responses(config: Config) -> None:
         )
 
 
+@rule(Stage.COMBINATIONS)
 def check_cache_teacher_targets(config: Config) -> None:
     """Distributions can be stored where the same responses come again, and k tokens of each."""
     if not config.distillation.cache_teacher_targets or not config.traits.uses_teacher:
@@ -159,6 +208,7 @@ def check_cache_teacher_targets(config: Config) -> None:
         )
 
 
+@rule(Stage.COMBINATIONS)
 def check_offloading(config: Config) -> None:
     """What is moved out of the way is there, and makes room for something."""
     for name in ("offload_teacher", "offload_optimizer"):
@@ -175,4 +225,17 @@ def check_offloading(config: Config) -> None:
             "offload_teacher",
             "the teacher is the student without its adapters",
             "drop --offload-teacher, or name a frozen copy with --teacher-load",
+        )
+
+
+@rule(Stage.LENGTH)
+def check_attention_annealing(config: Config) -> None:
+    """The attention that the trained model is said to have has been trained."""
+    iters = config.objective.attention_annealing_iters
+    if 0 < config.train_iters < iters:  # 0: epochs of data that have not been read
+        raise refuse(
+            config,
+            "attention_annealing_iters",
+            f"the run ends after {config.train_iters} updates, before attention is full",
+            f"choose {config.train_iters} or fewer",
         )

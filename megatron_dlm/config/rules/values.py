@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.fields import option_fields
-from megatron_dlm.config.rule_support import divisors, flag, refuse, value_of
+from megatron_dlm.config.rules.registry import Stage, rule
+from megatron_dlm.config.rules.support import divisors, flag, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
@@ -16,6 +17,7 @@ from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.run_folder import is_run_folder
 
 
+@rule(Stage.VALUES, "training", "inference")
 def check_ranges(config: Config) -> None:
     """Every number lies in the range that its field states."""
     for name, option in option_fields(Config).items():
@@ -24,6 +26,7 @@ def check_ranges(config: Config) -> None:
             raise refuse(config, name, option.range.problem, option.range.remedy)
 
 
+@rule(Stage.COMBINATIONS, "training", "inference")
 def check_limits_by_domain(config: Config) -> None:
     """Every domain has room for a response."""
     for domain, limit in config.rollout.max_response_length_by_domain.items():
@@ -32,6 +35,7 @@ def check_limits_by_domain(config: Config) -> None:
             raise bad_value(name, limit, "is less than 1", "choose 1 or more")
 
 
+@rule(Stage.COMBINATIONS)
 def check_strategy_option(config: Config) -> None:
     """A strategy that keeps equal shares of a block divides it without a remainder."""
     block_size, strategy = config.model.block_size, STRATEGIES[config.rollout.remasking_strategy]
@@ -46,6 +50,7 @@ def check_strategy_option(config: Config) -> None:
         )
 
 
+@rule(Stage.COMBINATIONS)
 def check_response_length_schedule(config: Config) -> None:
     """A growing response limit has a start, an end above it, and a duration."""
     rollout = config.rollout
@@ -73,6 +78,7 @@ def check_response_length_schedule(config: Config) -> None:
         )
 
 
+@rule(Stage.LENGTH)
 def check_dynamic_threshold_schedule(config: Config) -> None:
     """A threshold that changes has an end, and rollouts in which it does."""
     rollout = config.rollout
@@ -95,6 +101,7 @@ def check_dynamic_threshold_schedule(config: Config) -> None:
         )
 
 
+@rule(Stage.VALUES)
 def check_divergence(config: Config) -> None:
     """The divergence is one that can be computed."""
     distillation = config.distillation
@@ -107,6 +114,7 @@ def check_divergence(config: Config) -> None:
     )
 
 
+@rule(Stage.COMBINATIONS)
 def check_learning_rates(config: Config) -> None:
     """The learning rate decays downwards."""
     optimizer = config.optimizer
@@ -119,6 +127,7 @@ def check_learning_rates(config: Config) -> None:
         )
 
 
+@rule(Stage.COMBINATIONS)
 def check_parameter_groups(config: Config) -> None:
     """Each parameter group has a pattern of its own and settings like the global ones."""
     optimizer = config.optimizer
@@ -162,6 +171,7 @@ def check_parameter_groups(config: Config) -> None:
             )
 
 
+@rule(Stage.COMBINATIONS, "training", "inference")
 def check_sequence_parallel(config: Config) -> None:
     """Sequence parallelism splits over the tensor-parallel processes, so there must be several."""
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
@@ -173,6 +183,7 @@ def check_sequence_parallel(config: Config) -> None:
         )
 
 
+@rule(Stage.COMBINATIONS)
 def check_attention_backend(config: Config) -> None:
     """FlexAttention has no backward pass on CPU."""
     if config.model.attention_backend != "flex":
@@ -193,6 +204,7 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@rule(Stage.COMBINATIONS)
 def check_optional_packages(config: Config) -> None:
     """What a flag asks for is installed."""
     if config.model.transformer_impl == "transformer_engine" and not _is_installed(
@@ -215,6 +227,7 @@ def check_optional_packages(config: Config) -> None:
         check_installed("wandb", "--wandb-project", config.logging.wandb_project)
 
 
+@rule(Stage.COMBINATIONS)
 def check_save(config: Config) -> None:
     """Checkpoints have a folder, and it is not another run's."""
     logging = config.logging
@@ -242,6 +255,7 @@ def check_save(config: Config) -> None:
         )
 
 
+@rule(Stage.LENGTH)
 def check_schedule_length(config: Config) -> None:
     """The warm-up is given in one way and ends before the decay does."""
     if config.lr_decay_iters == 0:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dlm.config.rule_support import default_of, flag, refuse, value_of
+from megatron_dlm.config.rules.registry import Stage, rule
+from megatron_dlm.config.rules.support import default_of, flag, refuse, value_of
 from megatron_dlm.config.schema import Config, SelfDistillationConfig
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.strategies import STRATEGIES
@@ -43,6 +44,7 @@ def is_used(config: Config, name: str) -> bool:
     return all(use.condition for use in uses(config) if name in use.names)
 
 
+@rule(Stage.USAGE)
 def check_nothing_is_ignored(config: Config) -> None:
     """What the run has no use for keeps its default."""
     for use in uses(config):
