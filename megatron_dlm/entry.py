@@ -3,6 +3,7 @@
 Imports nothing heavy, so that a mistyped flag is reported before PyTorch is loaded.
 """
 
+import errno
 import functools
 import os
 import sys
@@ -19,6 +20,18 @@ USER_ERROR_STATUS = 2
 
 REPORT_SECONDS = 20.0
 """How long other ranks stay for rank 0 to report; the launcher usually ends them much sooner."""
+
+
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EACCES: "give this user the right to it, or choose another path",
+    errno.EPERM: "give this user the right to it, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOSPC: "make room there, or choose another path",
+    errno.EDQUOT: "make room there, or choose another path",
+    errno.ELOOP: "the symbolic link leads to itself: choose another path",
+}
+"""What to do where the system refuses a file, whichever step of a command met it."""
 
 
 def world_size() -> int:
@@ -87,8 +100,19 @@ def _reports() -> bool:
         return True
 
 
+def _of_a_file(error: OSError) -> UserError | None:
+    """What the system refused to do with a file that somebody named; None for a defect of ours."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None or error.filename is None:
+        return None
+    return UserError(f"{error.filename}: {error.strerror}; {remedy}")
+
+
 def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
-    """Turn a `UserError` into one line on rank 0's standard error and exit status 2."""
+    """Turn a `UserError` into one line on rank 0's standard error and exit status 2.
+
+    So is what the system refuses to do with a file that somebody named.
+    """
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -103,7 +127,10 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
             if status:
                 leave_error(f"ended with status {status}", status)
             return status
-        except UserError as error:
+        except (UserError, OSError) as caught:
+            error = caught if isinstance(caught, UserError) else _of_a_file(caught)
+            if error is None:
+                raise
             leave_error(f"error: {error}", USER_ERROR_STATUS)
             if _reports():
                 print(f"error: {error}", file=sys.stderr, flush=True)

@@ -13,9 +13,18 @@ _SHORT.maxlong = 40
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 12
 _SHORT.maxlevel = 3
 
+LONGEST = 1000
+"""Characters of each part of an error."""
+
 
 class UserError(Exception):
-    """Input that cannot work, described in one line: the field, its value and the remedy."""
+    """Input that cannot work, described in one line: the field, its value and the remedy.
+
+    Line breaks and the middle of what is very long are left out: a message can quote a file.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_line(message, 4 * LONGEST))
 
 
 def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError:
@@ -26,5 +35,16 @@ def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError
         value: The offending value.
         problem: Why it cannot work, as a clause ("does not divide 16 attention heads").
         remedy: What to do instead, as an imperative ("choose 1, 2 or 4").
+
+    The middle of a long field, problem or remedy is left out.
     """
+    field, problem, remedy = _line(field), _line(problem), _line(remedy)
     return UserError(f"{field} = {_SHORT.repr(value)}: {problem}; {remedy}")
+
+
+def _line(text: str, longest: int = LONGEST) -> str:
+    """The text on one line, without its middle where that is long."""
+    line = " ".join(text.splitlines())
+    if len(line) <= longest:
+        return line
+    return f"{line[: longest // 2]}...{line[-longest // 2 :]}"

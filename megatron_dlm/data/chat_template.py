@@ -112,7 +112,7 @@ class ChatTemplate:
                 " repair the template"
             ) from error
         except Exception as error:  # Templates are programs: they fail with whatever Python has.
-            reason = " ".join(str(error).split()) or "no reason given"
+            reason = str(error) or "no reason given"
             if not isinstance(error, jinja2.TemplateError):
                 reason = f"{type(error).__name__}: {reason}"
             raise UserError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path, get_idx_path
 from numpy.typing import NDArray
 
 from megatron_dlm.data.fingerprint import add_ends
@@ -27,6 +27,9 @@ _DOCUMENT_ORDER = (0, 1)
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 # magic, version, type of a token, number of sequences, number of documents + 1
+
+_TOKEN_TYPES = {kind.value: np.dtype(kind.name).itemsize for kind in DType if "int" in kind.name}
+"""Bytes of a token by the code of its type."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,9 @@ def _open(prefix: str, field: str) -> IndexedDataset:
     for path in (get_bin_path(prefix), get_idx_path(prefix)):
         if not Path(path).is_file():
             raise bad_value(field, prefix, f"there is no {path}", remedy)
-    if not _is_index(Path(get_idx_path(prefix))):
-        raise bad_value(
-            field, prefix, f"{prefix}.idx is damaged or no index", "preprocess the corpus again"
-        )
+    problem = _index_problem(Path(get_idx_path(prefix)))
+    if problem is not None:
+        raise bad_value(field, prefix, f"{prefix}.idx {problem}", "preprocess the corpus again")
     size = Path(get_bin_path(prefix)).stat().st_size
     if not size:
         raise bad_value(field, prefix, f"{prefix}.bin is empty", remedy)
@@ -164,16 +166,30 @@ def _open(prefix: str, field: str) -> IndexedDataset:
     return dataset
 
 
-def _is_index(path: Path) -> bool:
-    """Whether a file is a whole index; Megatron-Core's reader asserts, or reads past its end."""
+def _index_problem(path: Path) -> str | None:
+    """What is wrong with an index; Megatron-Core's reader asserts, or reads past its end."""
     with path.open("rb") as file:
         header = file.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size:
-        return False
-    magic, version, _, sequences, documents = _INDEX_HEADER.unpack(header)
-    # A length (int32) and a pointer (int64) for each sequence, an int64 for each document.
-    size = _INDEX_HEADER.size + 12 * sequences + 8 * documents
-    return magic == _INDEX_MAGIC and version == 1 and path.stat().st_size == size
+        if len(header) < _INDEX_HEADER.size:
+            return "is no index"
+        magic, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        # A length (int32) and a pointer (int64) for each sequence, an int64 for each document.
+        size = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+        if magic != _INDEX_MAGIC or version != 1 or path.stat().st_size != size:
+            return "is damaged or no index"
+        if code not in _TOKEN_TYPES:
+            return f"is damaged: its tokens are of no type of whole numbers (code {code})"
+        lengths = np.fromfile(file, np.int32, sequences)
+        pointers = np.fromfile(file, np.int64, sequences)
+        starts = np.fromfile(file, np.int64, documents)
+    if (lengths < 0).any():
+        return "is damaged: a sequence has a negative length"
+    expected = np.cumsum(lengths, dtype=np.int64) - lengths
+    if (pointers != expected * _TOKEN_TYPES[code]).any():
+        return "is damaged: its sequences do not lie one after the other"
+    if not len(starts) or starts[0] or starts[-1] != sequences or (np.diff(starts) < 0).any():
+        return "is damaged: its documents are not made of its sequences"
+    return None
 
 
 def _fingerprint(prefix: str) -> str:

@@ -114,7 +114,7 @@ def _unreadable_config(folder: Path, field: str, error: Exception) -> UserError:
     return bad_value(
         field,
         str(folder / "config.json"),
-        f"cannot be read by transformers ({' '.join(str(error).split())})",
+        f"cannot be read by transformers ({error})",
         "repair the file",
     )
 

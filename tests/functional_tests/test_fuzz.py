@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.inputs import feed
-from tests.fuzz.template import write_run
+from tests.fuzz.template import write_runs
 
 
 @pytest.fixture(scope="module")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     folder = tmp_path_factory.mktemp("fuzz")
-    write_run(folder / "template")
+    write_runs(folder / "template")
 
     def make() -> Path:
         shutil.rmtree(folder / "work", ignore_errors=True)
@@ -34,5 +34,5 @@ def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 def test_an_odd_input_ends_in_a_result_or_one_line(
     make_folder: Callable[[], Path], number: int
 ) -> None:
-    finding = feed(number, make_folder)
-    assert finding is None, f"{finding.kind}\n{finding.problem}"
+    fed = feed(number, make_folder)
+    assert fed.problem is None, f"{fed.detail}\n{fed.problem}"

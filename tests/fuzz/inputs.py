@@ -17,35 +17,46 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import yaml
 
 from megatron_dlm.config import parse_config, validate
+from megatron_dlm.data import template_limits
 from megatron_dlm.entry import report_user_errors, world_size
 from megatron_dlm.training.inputs import read_inputs
+from tests.fuzz.template import RUNS
 
 SECONDS = 60
 """An input that takes longer, of CPU, is taken to hang."""
+
+TEMPLATE_SECONDS = 1
+"""What a template gets here, in place of `template_limits.SECONDS`: many never end."""
 
 
 class Hang(BaseException):
     """No `Exception`: nothing on the way may take it for a mistake of the user's."""
 
 
+Outcome = Literal["read", "refused", "finding"]
+
+
 @dataclass(frozen=True)
-class Finding:
-    """An input that ended otherwise than it may.
+class Fed:
+    """How an input ended.
 
     Attributes:
-        number: The input.
-        kind: What was made odd.
-        problem: Traceback, or what else was wrong.
+        outcome: It was read, or refused in one line with status 2, or ended otherwise (a finding).
+        kind: What was made odd, of a few kinds.
+        detail: The same in detail.
+        problem: Of a finding: a traceback, or what else was wrong.
     """
 
-    number: int
+    outcome: Outcome
     kind: str
-    problem: str
+    detail: str
+    problem: str | None = None
 
 
 def odd_value(rng: random.Random, depth: int = 0) -> Any:
@@ -196,6 +207,18 @@ def _odd_template(rng: random.Random, file: Path) -> None:
     )
 
 
+def _odd_binary(rng: random.Random, file: Path) -> None:
+    """Change bytes, or numbers of the header, of an indexed corpus."""
+    content = bytearray(file.read_bytes())
+    if rng.random() < 0.5 and len(content) >= 34:
+        position = rng.randrange(9, 34)  # after the magic: version, type, counts
+        number = rng.choice([0, 1, 2**31 - 1, 2**62, 2**64 - 1])
+        content[position : position + 8] = struct.pack("<Q", number)
+        file.write_bytes(content)
+    else:
+        file.write_bytes(odd_bytes(rng, bytes(content)))
+
+
 def _pipe(rng: random.Random, file: Path) -> None:
     """A pipe that nobody writes into."""
     file.unlink()
@@ -207,9 +230,9 @@ def _folder(rng: random.Random, file: Path) -> None:
     file.mkdir()
 
 
-FILES: dict[str, tuple[Callable[[random.Random, Path], None], ...]] = {
-    "run.yaml": (_odd_config, _pipe, _folder),
-    "prompts.jsonl": (_odd_lines, _pipe, _folder),
+Change = Callable[[random.Random, Path], None]
+
+MODEL_FILES: dict[str, tuple[Change, ...]] = {
     "dense/config.json": (_odd_json, _pipe, _folder),
     "dense/tokenizer_config.json": (_odd_json, _pipe, _folder),
     "dense/tokenizer.json": (_odd_json, _pipe, _folder),
@@ -218,7 +241,18 @@ FILES: dict[str, tuple[Callable[[random.Random, Path], None], ...]] = {
     "dense/model.safetensors": (_odd_safetensors, _pipe, _folder),
     "dense/model.safetensors.index.json": (_odd_index,),
 }
-"""What is made odd, relative to the folder of a run, and in which ways; the first most often."""
+"""Files that every run reads, and ways to make them odd; the first most often."""
+
+DATA_FILES: dict[str, dict[str, tuple[Change, ...]]] = {
+    "opdlm": {"prompts.jsonl": (_odd_lines, _pipe, _folder)},
+    "sft": {"examples.jsonl": (_odd_lines, _pipe, _folder)},
+    "scp": {
+        "corpus.idx": (_odd_binary, _pipe, _folder),
+        "corpus.bin": (_odd_binary, _pipe, _folder),
+        "corpus_heldout.idx": (_odd_binary, _pipe, _folder),
+    },
+}
+"""Files that only one run reads."""
 
 
 def _odd_flags(rng: random.Random) -> list[str]:
@@ -228,7 +262,10 @@ def _odd_flags(rng: random.Random) -> list[str]:
     name = rng.choice(list(option_fields(Config)))
     value = odd_value(rng)
     text = value if isinstance(value, str) else json.dumps(value)
-    text = rng.choice([text, text, "9" * 5000, "-" * 50, "[" * 5000, "1e999", "nan"])
+    number = str(rng.choice([rng.randrange(100), rng.random(), 10 ** rng.randrange(20)]))
+    text = rng.choice(
+        [text, text, number, number, number, "9" * 5000, "-" * 50, "[" * 5000, "1e999", "nan"]
+    )
     return [f"--{name.replace('_', '-')}", text.replace("\x00", "")]
 
 
@@ -265,38 +302,40 @@ def _bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def feed(number: int, make_folder: Callable[[], Path]) -> Finding | None:
+def feed(number: int, make_folder: Callable[[], Path]) -> Fed:
     """Make an input odd and read it as a run does.
 
     Args:
         number: Of the input.
-        make_folder: Makes a folder with `run.yaml`, `prompts.jsonl` and the model `dense`.
-
-    Returns:
-        None where there was a result, or one line and status 2.
+        make_folder: Makes a folder with the runs of `tests.fuzz.template`.
     """
     rng = random.Random(number)
     folder = make_folder()
-    arguments = ["--config", str(folder / "run.yaml")]
+    run = rng.choice(RUNS)
+    arguments = ["--config", str(folder / f"{run}.yaml")]
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(mock.patch.object(template_limits, "SECONDS", TEMPLATE_SECONDS))
         draw = rng.random()
         if draw < 0.15:
             flags = _odd_flags(rng)
             arguments += flags
-            kind = " ".join(flags)[:100]
+            kind, detail = "flag", " ".join(flags)[:100]
         elif draw < 0.2:
-            kind = stack.enter_context(_environment(rng))
+            kind, detail = "environment", stack.enter_context(_environment(rng))
         else:
-            name = rng.choice(list(FILES))
-            ways = FILES[name]
-            change = ways[0] if rng.random() < 0.85 else rng.choice(ways)
-            change(rng, folder / name)
-            kind = f"{name} ({change.__name__.strip('_')})"
-        return _outcome(number, kind, arguments)
+            files = rng.choice(
+                [MODEL_FILES, DATA_FILES[run], {f"{run}.yaml": (_odd_config, _pipe, _folder)}]
+            )
+            kind = rng.choice(list(files))
+            change = files[kind][0] if rng.random() < 0.85 else rng.choice(files[kind])
+            change(rng, folder / kind)
+            detail = f"{kind} ({change.__name__.strip('_')})"
+        outcome, problem = _read(arguments)
+    return Fed(outcome, kind, f"{run}: {detail}", problem)
 
 
-def _outcome(number: int, kind: str, arguments: list[str]) -> Finding | None:
+def _read(arguments: list[str]) -> tuple[Outcome, str | None]:
     def main() -> int:
         config = parse_config(arguments)
         validate(config, world_size())
@@ -308,12 +347,15 @@ def _outcome(number: int, kind: str, arguments: list[str]) -> Finding | None:
         with _bounded(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             status = report_user_errors(main)()
     except SystemExit as exit_:
-        return None if exit_.code in (0, None) else Finding(number, kind, f"exit {exit_.code}")
+        return ("read", None) if exit_.code in (0, None) else ("finding", f"exit {exit_.code}")
     except Hang:
-        return Finding(number, kind, f"took longer than {SECONDS} seconds of CPU")
+        return "finding", f"took longer than {SECONDS} seconds of CPU"
     except BaseException:
-        return Finding(number, kind, traceback.format_exc(limit=-6))
+        return "finding", traceback.format_exc(limit=-6)
+    if status == 0:
+        return "read", None
     lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
-    if status == 2 and (len(lines) != 1 or len(lines[0]) > 5000):
-        return Finding(number, kind, f"status 2 and {len(lines)} lines: {errors.getvalue()[:500]}")
-    return None
+    if status != 2 or len(lines) != 1 or len(lines[0]) > 5000:
+        shown = errors.getvalue()[:500]
+        return "finding", f"status {status} and {len(lines)} lines: {shown}"
+    return "refused", None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dlm.entry import report_user_errors
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.launcher import final_error
 
 
@@ -86,3 +86,44 @@ def test_after_another_end_an_attempt_works(
         file.write_text(content)
     attempts(1, 0)
     assert report_user_errors(lambda: 0)() == 0
+
+
+def test_an_error_stays_one_bearable_line() -> None:
+    library = "unknown variant `" + "x" * 100_000 + "`\nat line 1"
+    text = str(bad_value("--load", "folder", f"cannot be read ({library})", "give another folder"))
+    assert "\n" not in text
+    assert len(text) < 1500
+    assert text.startswith("--load = 'folder': cannot be read (unknown variant `xxx")
+    assert text.endswith("` at line 1); give another folder")
+    assert len(str(UserError(library))) < 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("x" * 3000, "File name too long; give a shorter path"),
+        ("loop/config.json", "choose another path"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    path: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    def main() -> int:
+        (tmp_path / path).stat()
+        return 0
+
+    assert report_user_errors(main)() == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {tmp_path}/")
+    assert line in error
+
+
+def test_a_missing_file_that_nobody_checked_for_is_a_defect(tmp_path: Path) -> None:
+    def main() -> int:
+        (tmp_path / "gone").stat()
+        return 0
+
+    with pytest.raises(FileNotFoundError):
+        report_user_errors(main)()

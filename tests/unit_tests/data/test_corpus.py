@@ -1,5 +1,6 @@
 """Corpus windows against the documents laid end to end by hand; damaged files are refused."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,18 @@ def test_files_that_cannot_be(folder: Path) -> None:
     for broken in (b"nonsense" * 9, index[:-8]):
         Path(f"{prefix}.idx").write_bytes(broken)
         with pytest.raises(UserError, match="idx is damaged or no index"):
+            corpus(prefix)
+    Path(f"{prefix}.bin").write_bytes(data)
+    numbers = {
+        17: (struct.pack("<B", 7), "no type of whole numbers"),
+        34: (struct.pack("<i", -5), "negative length"),
+        34 + 9 * 4 + 8: (struct.pack("<q", 4), "one after the other"),
+        len(index) - 8: (struct.pack("<q", 3), "not made of its sequences"),
+    }
+    for position, (number, problem) in numbers.items():
+        end = position + len(number)
+        Path(f"{prefix}.idx").write_bytes(index[:position] + number + index[end:])
+        with pytest.raises(UserError, match=f"idx is damaged: .*{problem}"):
             corpus(prefix)
     with pytest.raises(UserError, match=r"empty.bin is empty"):
         corpus(write_corpus(folder / "empty", [[]]))
