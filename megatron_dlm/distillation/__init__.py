@@ -1,1 +1,1 @@
-"""Divergence from the teacher, and cross entropy, without ever holding the logits whole."""
+"""Divergence from the teacher, and cross entropy, without the full logits in memory."""

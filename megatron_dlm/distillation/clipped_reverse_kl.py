@@ -1,9 +1,9 @@
 """Reverse KL over a teacher's k most likely tokens, each term limited (d-OPSD, appendix C.1).
 
 p and q are the teacher's and the student's probabilities renormalised over the k tokens; the loss
-of a prediction is sum_v min(q_v log(q_v / p_v), limit). A few tokens carry most of a divergence:
-the limit keeps them from deciding the update. A term above it is constant: no gradient comes from
-it directly.
+of a prediction is sum_v min(q_v log(q_v / p_v), limit). A few tokens carry most of a divergence;
+the limit keeps them from dominating the update. A term above the limit is constant: it contributes
+no gradient of its own.
 
 Shapes: n predictions, c of a chunk, k tokens compared, h hidden size, v local vocabulary entries.
 """
@@ -34,7 +34,7 @@ def clipped_reverse_kl(
         head: [padded_vocabulary / tp, h], this rank's rows.
         targets: The teacher's n distributions on the same device; the same on every rank.
         token_weights: [n].
-        term_limit: Largest share of one token.
+        term_limit: Largest term of one token.
         vocab_size: Rows with an id from here on are padding.
         tp_group: Tensor-parallel group, None for one rank.
         chunk_size: Predictions projected at a time.

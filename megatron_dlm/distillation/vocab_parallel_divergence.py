@@ -76,7 +76,7 @@ def vocab_parallel_divergence(
             f"{student_head.shape[0]} split the vocabulary of {vocab_size} at different ids"
         )
     teacher_hidden, teacher_head = teacher_hidden.detach(), teacher_head.detach()
-    # Over at least the whole vocabulary there is no rest to treat apart.
+    # With k >= the vocabulary there is no rest.
     compares_all = not 0 < spec.top_k < vocab_size
 
     def chunk_loss(rows: slice, needs_grad: bool, student: Tensor) -> Tensor:
@@ -100,11 +100,11 @@ def vocab_parallel_top_k_divergence(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `vocab_parallel_divergence` under `spec.top_k` from a teacher that is not there.
+    """Compute `vocab_parallel_divergence` with `spec.top_k` from stored targets.
 
     Args:
-        student_hidden: [n, h], as there.
-        student_head: [padded_vocabulary / tp, h], as there.
+        student_hidden: [n, h], as in `vocab_parallel_divergence`.
+        student_head: [padded_vocabulary / tp, h], likewise.
         targets: The teacher's n distributions, with `log_rest`, on the student's device; every rank
             of the group passes the same.
         token_weights: [n].
@@ -124,7 +124,7 @@ def vocab_parallel_top_k_divergence(
             f"student rows and top_k {spec.top_k}"
         )
     if targets.log_rest is None:
-        raise ValueError("the targets do not say what probability is left for all other tokens")
+        raise ValueError("the targets lack `log_rest`, the log-probability of all other tokens")
     shard = VocabShard.of(student_head, vocab_size, tp_group)
     ids = targets.token_ids.long()
     log_p = torch.cat([targets.log_probs, targets.log_rest.unsqueeze(1)], dim=1)
@@ -193,7 +193,7 @@ def _top_k_divergence(
 
     Args:
         ids: [c, k] of the teacher.
-        log_p: [c, k + 1], theirs and, last, that of the bucket.
+        log_p: [c, k + 1], the log-probabilities of these ids and, last, of the bucket.
         student: Logits [c, v]; they become their gradient.
         spec: The divergence.
         shard: Which ids the logits are of.

@@ -1,8 +1,9 @@
 """Attention-mask annealing (Gong et al. 2025, DiffuLLaMA): from causal to full attention by steps.
 
-At update u of the first N, a token sees every earlier one, itself, and each later one of its
-document with probability u / N, a draw for each pair. The draws are keyed by seed, sample and
-update: the same under every parallel layout, after a resumption and in recomputed activations.
+At update u of the first N, a token sees itself and every earlier token, and each later token of its
+document with probability u / N, drawn for each pair of tokens. The draws are keyed by seed, sample
+and update, so they are the same under every parallel layout, after a resume and in recomputed
+activations.
 """
 
 from dataclasses import replace
@@ -18,11 +19,11 @@ from megatron_dlm.types.document import Document
 def anneal_attention(
     document: Document, config: Config, sample_index: int, iteration: int
 ) -> Document:
-    """The document as an update sees it while attention is annealed; later, itself.
+    """Add annealed attention to a document; return it unchanged once annealing has ended.
 
     Args:
         document: A clean document under full attention.
-        config: Says over how many updates attention opens.
+        config: `attention_annealing_iters` is N.
         sample_index: Of the sample that the document was made of.
         iteration: Updates done before this one.
     """

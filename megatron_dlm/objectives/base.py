@@ -1,4 +1,4 @@
-"""What every objective provides; a new one is a file here and a line in registry and traits.
+"""The interface of an objective; a new one is a file here and a line in registry and traits.
 
 P, L: prompt and response tokens of a trajectory; T: tokens of the document made of it; n:
 supervised tokens; h: hidden size; V/tp: vocabulary shard.
@@ -7,12 +7,10 @@ supervised tokens; h: hidden size; V/tp: vocabulary shard.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.objective_traits import ObjectiveTraits
 from megatron_dlm.config.schema import Config
 from megatron_dlm.data.packing import TrainingBatch, pack
 from megatron_dlm.objectives.token_keys import with_token_keys
@@ -28,13 +26,13 @@ class LossInputs:
     """What a loss is computed from, on the last pipeline stage.
 
     Attributes:
-        hidden: [n, h] of the student.
-        head: [V/tp, h] of the student.
-        labels: [n].
-        weights: [n].
+        hidden: [n, h], hidden states of the student.
+        head: [V/tp, h], output layer of the student.
+        labels: [n] int64, token ids to predict.
+        weights: [n] float32, loss weights.
         tp_group: Tensor-parallel group; None for a group of one.
-        targets: [n] of the teacher, or None.
-        teacher_head: [V/tp, h_teacher], the output layer for `HiddenTargets`, else None.
+        targets: The teacher's n targets, or None.
+        teacher_head: [V/tp, h_teacher], output layer of the teacher for `HiddenTargets`, else None.
     """
 
     hidden: Tensor
@@ -50,11 +48,8 @@ class Objective(ABC):
     """Turns trajectories into training documents and hidden states into a loss.
 
     Attributes:
-        traits: What it needs; its line in `config.objective_traits.OBJECTIVE_TRAITS`.
-        diffusion_kind: Attention and prediction of the model in rollouts.
+        diffusion_kind: How the model attends and predicts in rollouts.
     """
-
-    traits: ClassVar[ObjectiveTraits]
 
     def __init__(
         self,
@@ -73,7 +68,7 @@ class Objective(ABC):
         """Lay out one trajectory.
 
         Args:
-            trajectory: What was generated or read.
+            trajectory: A rollout, or an example that was read.
             generator: Source of every random choice; seeded per sample, so that results do not
                 depend on the parallel layout.
         """
@@ -88,8 +83,8 @@ class Objective(ABC):
 
         Args:
             trajectory: As in `document`.
-            epoch: Of the rollout batch, from 0; keys the draws of `document` with the sample.
-            iteration: Updates done before this one; keys what layers draw.
+            epoch: Pass over the rollout batch, from 0; with the sample, keys draws of `document`.
+            iteration: Updates done before this one; a key of the draws inside layers (dropout).
         """
         generator = keyed_generator(self.config.data.seed, trajectory.sample_index, epoch)
         document = self.document(trajectory, generator)
@@ -100,7 +95,7 @@ class Objective(ABC):
 
         Args:
             documents: At least one.
-            pad_multiple: What the length of the row must be a multiple of.
+            pad_multiple: The row is padded to a multiple of this.
         """
         row_mean = self.config.objective.loss_normalization == "row_mean"
         return pack(documents, pad_multiple=pad_multiple, row_mean=row_mean)
@@ -110,5 +105,5 @@ class Objective(ABC):
         """Weighted loss sum over the supervised tokens.
 
         Returns:
-            The sum, a scalar with gradient, and the unweighted loss per token [n] without.
+            The sum, a scalar with gradient, and the unweighted loss per token [n] without gradient.
         """

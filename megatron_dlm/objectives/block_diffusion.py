@@ -3,10 +3,10 @@
 Noisy block b sees clean blocks < b and itself (`models.attention_layout`), so one forward computes
 every block's denoising loss given its clean prefix (BD3-LM, Arriola et al. 2025).
 
-Rows hold the states that decoding visits, and decoding always shows whole blocks. A rolled-out
-trajectory has a tail: what the student decoded in the last block after the end of the response. A
-response from elsewhere gets one (`fill_last_block`), as a block that ended with it would tell the
-model where the response ends. Only response tokens are ever supervised.
+Decoding always shows the model whole blocks, so training does too. A rolled-out trajectory has a
+tail: what the student decoded in the last block after the end of the response. Other responses get
+a tail from `fill_last_block`; without it, a shorter last block would tell the model where the
+response ends. Only response tokens are supervised.
 
 P, L: prompt and response tokens; F: all tokens of the trajectory, tail included; B: block size.
 """
@@ -26,14 +26,14 @@ from megatron_dlm.types.trajectory import Trajectory
 
 
 def fill_last_block(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Trajectory:
-    """Give a response that was not rolled out the tail that decoding would have shown.
+    """Add to a response that was not rolled out the tail that decoding would have shown.
 
-    A response that ended is followed by its EOS up to the end of the block, which is masked and
-    shown like the response. What would follow one that was cut is not known: there the tail is MASK
-    in every state.
+    The tail of a response that ended repeats its EOS up to the end of the block; it is masked and
+    shown like the response. The continuation of a response that was cut is not known, so its tail
+    is MASK in every state.
 
     Args:
-        trajectory: One from a rollout is whole already and stays as it is.
+        trajectory: Returned unchanged if it is from a rollout: it has a tail.
         block_size: B.
         mask_token_id: Id of MASK.
     """
@@ -48,12 +48,12 @@ def fill_last_block(trajectory: Trajectory, block_size: int, mask_token_id: int)
 
 
 def sequence_with_tail(trajectory: Trajectory) -> Tensor:
-    """Prompt, response and tail, which fills the last block; [F] int64."""
+    """Prompt, response and the tail that fills the last block; [F] int64."""
     return torch.cat((trajectory.prompt_ids, trajectory.response_ids, trajectory.tail_ids))
 
 
 def supervised_positions(trajectory: Trajectory, supervise_eos: bool) -> Tensor:
-    """Where a loss may fall, [F] bool: response tokens up to and including the first EOS."""
+    """Tokens that may be supervised, [F] bool: the response up to and including the first EOS."""
     prompt, response = len(trajectory.prompt_ids), len(trajectory.response_ids)
     end = prompt + response
     if trajectory.finish_reason == "eos" and not supervise_eos:
@@ -73,17 +73,17 @@ def block_diffusion_document(
 ) -> Document:
     """Lay out states of a trajectory: one clean stream, and a noisy stream for each state.
 
-    A noisy stream holds only blocks with a supervised MASK, the clean stream only the blocks that
-    those can see; neither omission changes a value.
+    A noisy stream holds only blocks with a supervised MASK, and the clean stream only the blocks
+    that these see. The loss is the same as with all blocks.
 
     Args:
         trajectory: The terminal sequence.
         states: For each state, [F] bool, where x_t holds MASK.
-        supervised: [F] bool, where a loss may fall, or [states, F] bool for each state.
+        supervised: [F] bool, tokens that may be supervised, or [states, F] bool for each state.
         block_size: B.
         mask_token_id: Id of MASK.
         weights: [F] loss weights, default 1. A weighted loss is divided by the number of supervised
-            tokens, masked or not; without weights, by that of the supervised MASKs.
+            tokens, masked or not; an unweighted one by the number of supervised MASKs.
     """
     tokens = sequence_with_tail(trajectory)
     position = torch.arange(len(tokens))
@@ -119,7 +119,7 @@ def block_diffusion_document(
 
 
 class BlockDiffusionObjective(Objective):
-    """Documents of block diffusion; what is left to say is which states, and the loss."""
+    """Base of block-diffusion objectives; subclasses define the states and the loss."""
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """Lay out the states that `states` chooses; see `Objective.document`."""
@@ -145,7 +145,7 @@ class BlockDiffusionObjective(Objective):
 
         Args:
             trajectory: With at least one supervised token.
-            supervised: [F] bool, where a loss may fall.
+            supervised: [F] bool, tokens that may be supervised.
             generator: Source of every draw.
         """
 

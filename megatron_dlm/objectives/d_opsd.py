@@ -1,9 +1,9 @@
-"""d-OPSD: a diffusion model learns from itself, shown its own future (arXiv:2606.18195).
+"""d-OPSD: a diffusion model distils from itself, with its own later text shown (arXiv:2606.18195).
 
-The student stands before a visited state; its teacher, the same model as it was, before the same
-state with some of what the student went on to write in later blocks filled in
-(`teacher.self_teacher`). Only right responses are learnt from. The loss of a state falls on
-the few masked positions of which the teacher is surest, and the sum is divided by the states.
+The student predicts at a visited state. The teacher is the model that the run started from; it sees
+the same state with some tokens of later blocks filled in from the finished response
+(`teacher.self_teacher`). Only right responses are trained on. The loss of a state is at the few
+masked positions where the teacher is most certain; the sum is divided by the number of states.
 
 C: canvas (`rollout.visited_states`).
 """
@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.distillation.clipped_reverse_kl import clipped_reverse_kl
 from megatron_dlm.models.attention_layout import CLEAN
 from megatron_dlm.objectives.base import LossInputs, Objective
@@ -31,17 +30,15 @@ from megatron_dlm.types.trajectory import Trajectory
 class DOPSD(Objective):
     """Clipped reverse KL from the self-teacher at visited states of right responses."""
 
-    traits = OBJECTIVE_TRAITS["d_opsd"]
-
     @property
     def max_row_tokens(self) -> int | None:
-        """Of `--max-row-tokens`: a micro-batch has the states of whole trajectories."""
+        """The option `--max-row-tokens`: a micro-batch holds all states of its trajectories."""
         return self.config.self_distillation.max_row_tokens
 
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """Lay out the states that have targets, as the rollout saw them; see `Objective.document`.
 
-        Nothing is drawn here: all states are trained on, and the teacher has chosen the positions.
+        Nothing is random here: all states are trained on, at the positions that the teacher chose.
         """
         targets = trajectory.targets
         if targets is None:
@@ -86,7 +83,7 @@ class DOPSD(Objective):
     def _full_document(
         self, trajectory: Trajectory, states: VisitedStates, targets: StateTargets, shifted: bool
     ) -> Document:
-        """Every state is a text of its own of C tokens, all of which see each other."""
+        """Lay out each state as a separate text of C tokens that all see each other."""
         canvas = final_canvas(trajectory, self.mask_token_id)
         num_states, length = len(states), len(canvas)
         token_ids = canvas.expand(num_states, length).masked_fill(states.masked, self.mask_token_id)
@@ -107,7 +104,7 @@ class DOPSD(Objective):
     def _block_causal_document(
         self, trajectory: Trajectory, states: VisitedStates, targets: StateTargets
     ) -> Document:
-        """One clean stream and a noisy one for each step number, which all blocks share."""
+        """Lay out a clean stream, and for each step number a noisy stream that all blocks share."""
         canvas = final_canvas(trajectory, self.mask_token_id)
         step = states.step[targets.state]
         num_steps = int(step.max())

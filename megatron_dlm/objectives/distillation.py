@@ -4,35 +4,34 @@ At each masked position the target is the frozen teacher's distribution given th
 p(. | x_0^{<i}). Objectives differ in where x_0 and its states come from.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
-from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
-from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 from megatron_dlm.types.teacher_targets import HiddenTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
 class DistillationObjective(BlockDiffusionObjective):
-    """Divergence between teacher and student at the MASKs of random states, all weights 1."""
+    """Divergence between teacher and student at the MASKs of random states, all weights 1.
 
-    def __init__(
-        self,
-        config: Config,
-        mask_token_id: int,
-        vocab_size: int,
-        diffusion_kind: DiffusionKind = BLOCK_DIFFUSION,
-    ) -> None:
-        super().__init__(config, mask_token_id, vocab_size, diffusion_kind)
-        options = config.distillation
-        self.divergence = DivergenceSpec.parse(
+    `off_policy` (states of responses that the teacher wrote once) and `opdlm_off` (of the student's
+    rollouts, OPDLM table 4) are this objective with different sources of responses.
+    """
+
+    @cached_property
+    def divergence(self) -> DivergenceSpec:
+        """The divergence that the options name."""
+        options = self.config.distillation
+        return DivergenceSpec.parse(
             options.divergence,
             jsd_beta=options.jsd_beta,
             top_k=options.divergence_top_k,

@@ -1,8 +1,7 @@
-"""Ordinary autoregressive training on prompt + response or a corpus; it makes a teacher."""
+"""Autoregressive training on prompt + response or on a corpus; makes a teacher."""
 
 import torch
 
-from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.models.attention_layout import CLEAN
 from megatron_dlm.objectives.block_diffusion import supervised_positions
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
@@ -13,10 +12,8 @@ from megatron_dlm.types.trajectory import Trajectory
 class NextToken(CrossEntropyObjective):
     """Cross entropy of each response token given everything before it, under causal attention."""
 
-    traits = OBJECTIVE_TRAITS["next_token"]
-
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
-        """The sequence without its last token; each position predicts the next of its document."""
+        """The sequence without its last token; each position predicts its document's next token."""
         tokens = trajectory.token_ids
         document, position = trajectory.documents()
         supervised = supervised_positions(trajectory, self.config.objective.supervise_eos)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.objectives.distillation import DistillationObjective
 from megatron_dlm.objectives.state_selection import SELECTORS, unmask_steps
 from megatron_dlm.types.trajectory import Trajectory
@@ -15,8 +14,6 @@ class OPDLM(DistillationObjective):
     A response of the teacher (`--teacher-response-fraction`) has no visited states; it is trained
     at a random one.
     """
-
-    traits = OBJECTIVE_TRAITS["opdlm"]
 
     def states(
         self, trajectory: Trajectory, supervised: Tensor, generator: torch.Generator

@@ -2,7 +2,6 @@
 
 import torch
 
-from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.models.attention_layout import CLEAN, block_ids
 from megatron_dlm.objectives.attention_annealing import anneal_attention
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
@@ -17,16 +16,14 @@ class SCP(CrossEntropyObjective):
 
         sum over i of 1[x_t^{i+1} = MASK] * (1/t) * -log p(x_0^{i+1} | x_t), read off position i.
 
-    Nothing predicts the first token, so it always shows. Divided by the number of the other tokens,
-    masked or not, the expectation is an upper bound of their negative log-likelihood given the
-    first one, in nats a token. A document in which no token happens to be masked adds nothing: to
-    draw again, as short blocks do, would bias the bound.
+    Nothing predicts the first token, so it is never masked. Divided by the number of all other
+    tokens, masked or not, the expectation is an upper bound of their negative log-likelihood given
+    the first one, in nats per token. A document in which no token was masked adds zero: drawing
+    again, as for short blocks, would bias the bound.
 
     Under `--attention-pattern causal` position i sees x_t up to itself: the causal diffusion model
     that RND1's grafting begins with. Everything else is the same.
     """
-
-    traits = OBJECTIVE_TRAITS["scp"]
 
     def update_document(self, trajectory: Trajectory, epoch: int, iteration: int) -> Document:
         """The document as an update sees it while attention is annealed."""

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.types.trajectory import Trajectory
@@ -15,8 +14,6 @@ class SFT(CrossEntropyObjective, BlockDiffusionObjective):
     The student is not shifted: position i predicts token i. With w = 1/t the sum is divided by all
     supervised tokens, masked or not, as BD3-LM's bound is; with w = 1 by the MASKs among them.
     """
-
-    traits = OBJECTIVE_TRAITS["sft"]
 
     def states(
         self, trajectory: Trajectory, supervised: Tensor, generator: torch.Generator

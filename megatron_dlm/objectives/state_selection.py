@@ -64,7 +64,7 @@ def global_(
 ) -> list[Tensor]:
     """One step drawn uniformly from the whole trajectory; arguments and result as `per_block`.
 
-    Blocks before the one it falls into are finished, later ones are all MASK.
+    Blocks before the block of that step are finished, later ones are all MASK.
     """
     ends = last_step.cumsum(0)
     step = _uniform_integers(ends[-1:], generator)
@@ -79,7 +79,7 @@ def all_(
 ) -> list[Tensor]:
     """Every realised state of every block; arguments and result as `per_block`.
 
-    The k-th state shows each block before its step k, as long as a supervised token was to come.
+    The k-th state shows each block before its step k, while a supervised token is still masked.
     """
     return [(steps >= k) & (last_step[block] >= k) for k in range(1, int(last_step.max()) + 1)]
 
@@ -93,18 +93,18 @@ def random_state(
 ) -> tuple[Tensor, Tensor]:
     """For each block t ~ U(0, 1), and each of its positions masked with probability t.
 
-    A state that masks no supervised token of a block has no loss there. With `redraw`, t and the
-    mask are drawn again until one is. Of n supervised tokens, k = 1 .. n are then masked with equal
+    A block without a masked supervised token has no loss. With `redraw`, t and the mask are drawn
+    again until there is one. Of n supervised tokens, k = 1 .. n are then masked with equal
     probability, and the weighted sum has a mean: E[1(i masked) / t] = (n + 1) / n. With `mask_one`
     one of the supervised tokens is masked instead, as OPDLM's code does: k = 1 has the probability
-    2 / (n + 1), the others 1 / (n + 1), and the weighted sum has no mean, since t can be next to 0.
+    2 / (n + 1), the others 1 / (n + 1), and the weighted sum has no mean, since t can be near 0.
 
     Args:
-        maskable: [F] bool, what is not the prompt.
-        supervised: [F] bool, where a loss may fall; part of `maskable`.
+        maskable: [F] bool, all but the prompt.
+        supervised: [F] bool, tokens that may be supervised; part of `maskable`.
         block: [F] block ids.
         generator: Source of the draws.
-        empty_mask: What happens where no supervised token of a block was masked.
+        empty_mask: What to do with a block in which no supervised token was masked.
 
     Returns:
         The state, [F] bool, true where it holds MASK, nowhere in blocks without a supervised token;

@@ -1,4 +1,4 @@
-"""Keys of tokens, for what layers draw at random: dropout."""
+"""Keys of tokens: what random draws inside layers (dropout) depend on."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ from megatron_dlm.types.document import Document
 def with_token_keys(
     document: Document, config: Config, sample_index: int, iteration: int
 ) -> Document:
-    """The document with a key for each token, if anything in the layers draws by it.
+    """The document with a key for each token, if the layers have dropout.
 
     Args:
         document: One sample of an update.
-        config: Says whether anything is dropped.
-        sample_index: Of the sample; keys it together with the update.
+        config: Has the dropout probability.
+        sample_index: Index of the sample; with the update, decides the keys.
         iteration: Updates done before this one.
     """
     if config.lora.lora_dropout == 0:

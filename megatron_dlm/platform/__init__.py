@@ -84,12 +84,3 @@ def release_memory() -> None:
     gc.collect()
     if is_cuda():
         torch.cuda.empty_cache()
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory taken so far: allocated on the GPU, resident in this process on a CPU."""
-    if is_cuda():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

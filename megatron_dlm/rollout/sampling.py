@@ -1,9 +1,9 @@
 """Drawing tokens from vocabulary-parallel logits with counter-based randomness.
 
-A draw is Gumbel-max: argmax over the vocabulary of logit / temperature + Gumbel noise. The noise is
-a hash of (seed, sample index, position, denoising step, vocabulary id), so it depends neither on
-the batch nor on the parallel layout, and every tensor-parallel rank computes its own shard's only.
-Ranks exchange a few numbers per drawn token, never the vocabulary.
+A draw is Gumbel-max: argmax over the vocabulary of logit / temperature + Gumbel noise. The noise
+(`gumbel_noise`) depends neither on the batch nor on the parallel layout, and every tensor-parallel
+rank computes its own shard's only. Ranks exchange a few numbers per drawn token, never the
+vocabulary.
 
 n: tokens drawn at once; Vp: vocabulary padded for tensor parallelism; tp: its ranks; k: top-k.
 """
@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_dlm.rollout.gumbel_noise import gumbel_noise
+
 # Logit of a token that must not be drawn. Finite, so that 0 * FORBIDDEN is 0 in the entropy.
 _FORBIDDEN = -1e30
-
-_NOISE_BITS = 40
 
 
 @dataclass(frozen=True)
@@ -35,58 +35,6 @@ class SampledTokens:
     token_ids: Tensor
     confidence: Tensor
     entropy: Tensor
-
-
-def _signed(word: int) -> int:
-    """The 64-bit word as PyTorch's int64 holds it."""
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
-
-
-def _shift_right(word: Tensor, bits: int) -> Tensor:
-    """Logical shift; `>>` on int64 copies the sign bit."""
-    return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _mix(word: Tensor) -> Tensor:
-    """Finaliser of SplitMix64 (Steele et al. 2014), in place: every bit depends on every bit."""
-    word.bitwise_xor_(_shift_right(word, 30)).mul_(_MIX_1)
-    word.bitwise_xor_(_shift_right(word, 27)).mul_(_MIX_2)
-    return word.bitwise_xor_(_shift_right(word, 31))
-
-
-def gumbel_noise(
-    seed: int,
-    sample_index: Tensor,
-    position: Tensor,
-    denoising_step: Tensor,
-    vocabulary_ids: Tensor,
-) -> Tensor:
-    """Standard Gumbel noise as a pure function of its counters.
-
-    Args:
-        seed: Seed of the run's draws.
-        sample_index: [n] int64, global index of the sample.
-        position: [n] int64, position of the token in its sequence.
-        denoising_step: [n] int64.
-        vocabulary_ids: [v] int64, ids to compute the noise of.
-
-    Returns:
-        [n, v] float32.
-    """
-    key = torch.full_like(sample_index, _signed(seed % (1 << 64)))
-    for counter in (sample_index, position, denoising_step):
-        key = _mix(key.bitwise_xor_(counter).add_(_GOLDEN))
-    bits = _mix(key[:, None] + (vocabulary_ids + 1) * _GOLDEN)
-    uniform = _shift_right(bits, 64 - _NOISE_BITS).float().add_(0.5).mul_(2.0**-_NOISE_BITS)
-    # The exponential variate keeps full precision where it is small, which is where draws are
-    # decided; the clamp keeps the largest one finite after rounding to float32.
-    exponential = uniform.clamp_(max=1.0 - 2.0**-24).neg_().log1p_().neg_()
-    return exponential.log_().neg_()
 
 
 def _reduce(values: Tensor, op: dist.ReduceOp.RedOpType, tp_group: ProcessGroup | None) -> Tensor:

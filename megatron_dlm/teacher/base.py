@@ -1,4 +1,4 @@
-"""What every teacher provides."""
+"""The interface of a teacher."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,17 +10,17 @@ from megatron_dlm.types.trajectory import Trajectory
 
 
 class Teacher(Protocol):
-    """Says what it would have predicted, once over each rollout batch."""
+    """Adds its predictions to the trajectories of a rollout batch."""
 
     @property
     def model(self) -> DiffusionGPTModel | None:
-        """This rank's part of the model that runs; None where nothing of it is in memory."""
+        """This rank's part of the model; None for a teacher that is not in memory."""
 
     @property
     def head(self) -> Tensor | None:
-        """Vocabulary shard [V/tp, h] that makes distributions of `HiddenTargets`, else None.
+        """Vocabulary shard [V/tp, h] of the output layer, for `HiddenTargets`; else None.
 
-        It is there on the last pipeline stage only.
+        Only the last pipeline stage has it.
         """
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:

@@ -1,4 +1,4 @@
-"""The teacher of a run: a model, or what it left on disk, or nobody."""
+"""Build the teacher of a run: a model in memory, targets on disk, or none."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -35,26 +35,28 @@ def build_teacher(
     groups: ParallelGroups,
     student: Callable[[], DiffusionGPTModel],
 ) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
-    """Have the teacher do what it does once, and keep it only if training asks it; collective.
+    """Complete the teacher's stored responses and targets, and build it if training needs it.
+
+    All ranks call this.
 
     Args:
         config: The run's configuration.
-        inputs: Weights and responses of the teacher; None where it has no weights of its own.
-        data: What the run reads.
+        inputs: Weights and responses of the teacher; None if it has no weights of its own.
+        data: Prompts or examples of the run.
         sampler: Maps samples to records.
         special_tokens: Of the tokenizer.
         diffusion_kind: How the student attends and predicts.
         groups: Process groups of teacher and student.
-        student: Builds the student on the first call. Only a student that teaches itself is asked
-            for here: any other teacher has the memory to itself while it answers prompts.
+        student: Builds the student on the first call. Called here only for a student that teaches
+            itself: any other teacher should have the memory to itself while it answers prompts.
 
     Returns:
-        What annotates trajectories, None where nobody asks; and the records with given responses or
-        texts, a data set's or the teacher's to the prompts that the run takes, None where all are
-        the student's.
+        The teacher that annotates trajectories, None if training needs none; and the examples with
+        given responses (a data set's, or the teacher's to the run's prompts), None if all
+        responses are the student's rollouts.
 
     Raises:
-        UserError: A folder cannot be used.
+        UserError: A folder of stored responses or targets cannot be used.
     """
     examples = None if isinstance(data, PromptDataset) else data
 

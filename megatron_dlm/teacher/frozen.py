@@ -1,6 +1,6 @@
-"""The frozen AR teacher: co-located with the student, run once over each rollout batch.
+"""The frozen AR teacher, on the same ranks as the student; runs once over each rollout batch.
 
-Its result that travels to the student updates is hidden states [L, h] per trajectory, never logits.
+It hands hidden states [L, h] of each trajectory to the student's updates, never logits.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which samples of a run take a given response, the teacher's, instead of the student's."""
+"""Which samples of a run use a response of the teacher instead of a rollout."""
 
 import torch
 
@@ -9,10 +9,10 @@ from megatron_dlm.seeding import keyed_generator
 
 
 def given_records(config: Config, sampler: ShuffledSampler) -> list[int]:
-    """Records whose responses a run takes from the teacher, from its first sample to its last.
+    """Records for which the run uses a response of the teacher.
 
     Args:
-        config: Of a run with the teacher's responses.
+        config: Configuration of a run with the teacher's responses.
         sampler: Maps samples to records.
 
     Returns:
@@ -29,6 +29,6 @@ def given_records(config: Config, sampler: ShuffledSampler) -> list[int]:
 
 
 def takes_given_response(seed: int, sample_index: int, fraction: float) -> bool:
-    """Whether a sample's response is the given one; decided by its index alone, on any layout."""
+    """Whether a sample uses the teacher's response; depends on its index, not on the layout."""
     draw = torch.rand((), generator=keyed_generator(seed, sample_index), dtype=torch.float64)
     return bool(draw < fraction)

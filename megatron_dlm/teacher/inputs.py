@@ -1,4 +1,4 @@
-"""What a run reads of its teacher before it builds a model, and whether it fits the student."""
+"""Read and check a run's teacher before a model is built: weights, tokenizer, responses."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +27,8 @@ class TeacherInputs:
 
     Attributes:
         source: Its weights.
-        fingerprint: Of them; they may be a checkpoint that is pruned later.
-        responses: Where its responses to the prompts are; None if none are used.
+        fingerprint: SHA-256 of the weights, read now: a checkpoint may be pruned later.
+        responses: Store of its responses to the prompts; None if none are used.
     """
 
     source: ModelWeights
@@ -40,7 +40,7 @@ def check_diffusion_student(config: Config, student: Architecture) -> DiffusionK
     """Check that a model can teach itself; returns the kind of diffusion model that it is.
 
     Raises:
-        UserError: It is something else.
+        UserError: It cannot.
     """
     load, hf_config = config.model.load, student.hf_config
     kind = read_diffusion_kind(hf_config)
@@ -55,7 +55,7 @@ def check_diffusion_student(config: Config, student: Architecture) -> DiffusionK
         raise bad_value(
             "--load",
             load,
-            "attends causally; a view of what it wrote later needs more",
+            "attends causally, so as a teacher it could not see later blocks",
             "train it under full attention first, with --objective scp",
         )
     if kind.shifted and kind.attention_pattern == "block_causal":
@@ -76,15 +76,15 @@ def check_diffusion_student(config: Config, student: Architecture) -> DiffusionK
 def check_teacher(
     student: Architecture, teacher: ModelWeights, self_taught: DiffusionKind | None
 ) -> None:
-    """Whether a teacher fits the student.
+    """Check that a teacher fits the student.
 
     Args:
-        student: What is trained.
-        teacher: Weights of its own.
-        self_taught: Kind of a student whose teacher is what it was itself, else None.
+        student: Architecture of the student.
+        teacher: Weights of the teacher.
+        self_taught: Kind of a student that teaches itself, else None.
 
     Raises:
-        UserError: It does not.
+        UserError: It does not fit.
     """
     if self_taught is not None:
         _check_self_teacher(student, self_taught, teacher)
@@ -134,7 +134,7 @@ def _check_vocabulary(student: Architecture, teacher: ModelWeights) -> None:
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: ModelWeights
 ) -> None:
-    """The teacher reads the ids that the run's tokenizer writes; its folder may hold none.
+    """Check that the teacher's tokenizer, if its folder has one, gives the same ids as the run's.
 
     Raises:
         UserError: The teacher's tokenizer has other ids.
@@ -161,7 +161,7 @@ def with_ends_of(
     folder: Path,
     special_tokens: SpecialTokens,
 ) -> SpecialTokens:
-    """What ends the teacher's responses ends those of the student, which learns to write them."""
+    """The student's special tokens with the ids that end the teacher's responses added."""
     theirs = eos_token_ids(
         tokenizer, teacher.hf_config, teacher.generation_config, str(folder), teacher.file
     )
@@ -174,7 +174,7 @@ def response_store(
     prompts: PromptDataset,
     special_tokens: SpecialTokens,
 ) -> ResponseStore:
-    """Where the teacher's responses to the prompts are or will be.
+    """The store of the teacher's responses to the prompts.
 
     Raises:
         UserError: The folder holds others, or a damaged file.
@@ -185,7 +185,7 @@ def response_store(
         prompts=prompts.file.fingerprint,
         prompt_tokens=prompts.fingerprint(),
         num_prompts=len(prompts),
-        # Of a run folder, the checkpoint it stands for now.
+        # For a run folder: the checkpoint that it means now.
         teacher=str(teacher.source.hf_folder.resolve()),
         teacher_weights=teacher.fingerprint,
         bf16=config.model.bf16,
@@ -198,5 +198,5 @@ def response_store(
         prompt_limits=prompts.limits_fingerprint(),
     )
     store = ResponseStore(config.teacher_responses, header, "--teacher-responses", special_tokens)
-    store.missing(())  # reads what is there: a damaged file is found before any work
+    store.missing(())  # reads existing shards: a damaged file is found before any work
     return store

@@ -31,8 +31,8 @@ def generate_missing(
 
     Args:
         config: Decoding settings and the longest response.
-        store: What exists and what is missing.
-        prompts: All prompts.
+        store: Responses that exist.
+        prompts: All prompts of the file.
         wanted: Indices of those whose responses are needed, ascending.
         teacher: Loads this rank's part of the teacher; called only if a response is missing.
         special_tokens: Of the tokenizer.

@@ -1,9 +1,9 @@
-"""The teacher of d-OPSD: the student as it was, which sees some of its own future.
+"""The teacher of d-OPSD: the model the student started from, shown part of the finished response.
 
-It runs once over each rollout batch. Before a visited state it sees what the student saw and, at a
-random share of the positions in later blocks, what the student went on to write; its attention is
-bidirectional over the whole canvas, whatever the student's is. Its k most likely tokens at the
-masked positions of which it is surest become the targets.
+It runs once over each rollout batch. At a visited state it sees what the student saw and, at a
+random share of the positions in later blocks, the tokens that the student wrote there in the end.
+Its attention is bidirectional over the whole canvas, whatever the student's is. Its k most likely
+tokens at the masked positions where it is most certain become the targets.
 
 C: canvas (`rollout.visited_states`); m: states; n: targets; k: tokens of a target.
 """
@@ -38,7 +38,7 @@ class SelfTeacher:
     """Annotates right responses with targets at their visited states.
 
     Args:
-        model: This rank's part of the student, whose adapters are left out, or of a frozen copy.
+        model: This rank's part of the student (run without its adapters) or of a frozen copy.
         config: The run's configuration.
         mask_token_id: Id of MASK.
         vocab_size: Ids from here on are padding.
@@ -47,7 +47,7 @@ class SelfTeacher:
     """
 
     head: None = None
-    """Targets say all that the loss needs of this teacher."""
+    """None: the loss needs only the targets of this teacher."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class SelfTeacher:
         own_view: AbstractContextManager[None] = nullcontext()
         if self._config.teaches_itself:
             own_view = adapters_disabled(self.model)
-        # The unit of a forward is that of training, so that it needs no more memory and ranks that
+        # A forward has the micro-batch size of training: it needs no more memory, and ranks that
         # share experts run equally many.
         size = self._config.training.micro_batch_size
         with own_view, torch.no_grad():
@@ -154,7 +154,7 @@ class SelfTeacher:
         )
 
     def _surest(self, states: VisitedStates, hidden: Tensor) -> tuple[Tensor, TopKTargets]:
-        """Positions [n] that rank first in each state, ascending, and their targets."""
+        """The highest-ranked positions [n] of each state, ascending, and their targets."""
         options = self._config.self_distillation
         state, position = states.current.nonzero(as_tuple=True)
         top_k, largest_logit = top_k_and_largest_logit(
@@ -169,7 +169,7 @@ class SelfTeacher:
         by_logit = options.position_ranking == "logit"
         rank_by = largest_logit if by_logit else top_k.log_probs[:, 0]
         confidence[state, position] = rank_by.cpu()
-        # A stable sort leaves equals to the earlier position.
+        # A stable sort: of equals, the earlier position comes first.
         ranked = confidence.sort(dim=1, descending=True, stable=True).indices
         chosen = torch.zeros_like(states.current)
         chosen.scatter_(1, ranked[:, : options.positions_per_state], True)
@@ -186,14 +186,14 @@ def teacher_view(
     mask_token_id: int,
     seed: int,
 ) -> Tensor:
-    """What the teacher sees of each state, [m, C] int64.
+    """Token ids that the teacher sees at each state, [m, C] int64.
 
     Args:
-        trajectory: What the student wrote in the end.
+        trajectory: The finished response.
         states: Its visited states.
         fraction: Share of the written positions of later blocks that are revealed, rounded up.
         mask_token_id: Id of MASK.
-        seed: With the sample, decides which positions.
+        seed: With the sample index, decides which positions.
     """
     canvas = final_canvas(trajectory, mask_token_id)
     masked = states.masked
@@ -207,7 +207,7 @@ def teacher_view(
 
 def _row(texts: Sequence[Tensor]) -> Row:
     """One row of texts [C], each seeing all of itself."""
-    if not texts:  # ranks that share experts run this forward all the same
+    if not texts:  # with no texts too: ranks that share experts all run this forward
         none = torch.empty(0, dtype=torch.int64)
         return Row(none, none, torch.empty(4, 0, dtype=torch.int32))
     layout = clean_layout([len(text) for text in texts], "full", block_size=1)

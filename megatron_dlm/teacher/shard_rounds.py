@@ -1,4 +1,4 @@
-"""Prompts that a store lacks, dealt out to the data-parallel ranks round by round."""
+"""Distribute the prompts that a store lacks over the data-parallel ranks, round by round."""
 
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -9,21 +9,21 @@ from megatron_dlm.data.shard_store import ShardStore
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 
 PROMPTS_PER_SHARD = 512
-"""Most prompts in one shard: what an interruption can lose on a rank."""
+"""Most prompts in one shard. An interruption loses at most one shard on each rank."""
 
 _PATIENCE = timedelta(days=365)
-"""How long a replica that is done waits for the others: longer than any of this takes."""
+"""How long a replica that is done waits for the others; longer than any of them can take."""
 
 
 def missing_prompts(store: ShardStore, wanted: Iterable[int]) -> list[int]:
     """Which of the wanted prompts a store lacks, the same on all ranks; all call this.
 
     Args:
-        store: Its header is written if it is new.
+        store: A new one gets its header written.
         wanted: Indices of prompts, ascending.
 
     Raises:
-        UserError: What is there already is damaged; raised on all ranks.
+        UserError: A stored shard is damaged; raised on all ranks.
     """
     missing: list[list[int]] = [[]]
     with errors_on_all_ranks():
@@ -42,12 +42,12 @@ def rounds(
 ) -> Iterator[tuple[list[int], int]]:
     """This rank's shard in each round, and the size of the round's largest one.
 
-    All shards have the same size, to within one prompt. Every rank takes part in every round, if
-    only with an empty shard: experts are shared between ranks.
+    All shards have the same size, to within one prompt. Every rank takes part in every round, with
+    an empty shard if need be: experts are shared between ranks.
 
     Args:
         missing: As `missing_prompts` returned it, not empty.
-        what: What the shards hold, for the line of progress.
+        what: What the shards hold, for the progress line.
         groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
     """

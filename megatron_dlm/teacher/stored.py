@@ -1,4 +1,4 @@
-"""A teacher whose distributions are on disk: nothing of it is in memory."""
+"""A teacher whose distributions are on disk; its model is not in memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,16 +8,16 @@ from megatron_dlm.types.trajectory import Trajectory
 
 
 class StoredTeacher:
-    """Annotates trajectories with the most likely tokens of a teacher that has left.
+    """Annotates trajectories with the stored most likely tokens.
 
     Args:
-        table: Its targets, record by record.
+        table: The stored targets, one entry a record.
         record_index: The record of a global sample index.
         groups: Process groups of the student.
 
     Attributes:
-        model: None: it has left.
-        head: None: what is stored went through the output layer.
+        model: None.
+        head: None: targets are probabilities already.
     """
 
     model: None = None

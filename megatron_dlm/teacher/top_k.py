@@ -1,7 +1,7 @@
 """The teacher's most likely tokens at every token of its stored responses, computed once.
 
-Training then needs neither the teacher nor its hidden states: a distribution is k ids and k + 1
-numbers on disk.
+Training then needs neither the teacher nor its hidden states: a distribution is stored as k ids and
+k + 1 numbers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,10 +32,10 @@ def compute_missing(
     """Complete a store of targets; all ranks call this.
 
     Args:
-        config: k, and how much is computed at a time.
-        store: What exists and what is missing.
-        examples: All prompts; those that are wanted have a response.
-        wanted: Their indices, ascending.
+        config: k (`divergence_top_k`) and batch sizes.
+        store: Targets that exist.
+        examples: All examples; the wanted ones have a response.
+        wanted: Indices of those whose targets are needed, ascending.
         model: Loads this rank's part of the teacher; called only if a shard is missing.
         vocab_size: Ids from here on are padding.
         groups: Process groups of the teacher.

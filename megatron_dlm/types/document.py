@@ -1,4 +1,4 @@
-"""What an objective makes of a trajectory: one document of a training row.
+"""Documents that objectives make from trajectories.
 
 T: tokens of the document; n: supervised tokens.
 """
@@ -22,13 +22,13 @@ class Document:
         supervised: [n] int64, indices into T whose hidden states the loss reads.
         labels: [n] int64, the x_0 token that each of them should predict.
         weights: [n] float32, w(t).
-        targets: [n] of the teacher at the same predictions, or None.
+        targets: The teacher's n targets for the same predictions, or None.
         document_ids: [T] from 0 without gaps, where the sample holds several texts that do not see
             each other (a corpus window); None for one text.
         loss_count: What the loss sum is divided by, summed over the global batch; None for the
             number of supervised tokens.
-        keys: [T] int32, random integers that draws in the layers are functions of; None where
-            nothing is drawn. Annealed attention brings its own.
+        keys: [T] int32, random integers that decide draws in the layers (dropout); None without
+            such draws. Annealed attention has its own keys.
         annealing: [2, T] int32, keys and thresholds of annealed attention; None for the visibility
             of `block` and `stream` alone.
     """

@@ -8,11 +8,11 @@ class SpecialTokens:
     """The ids that the algorithms need, all in 0..vocab_size-1.
 
     Attributes:
-        eos_token_id: What the tokenizer ends a text with; appended to responses that lack an end.
-        pad_token_id: Fills places that no one looks at; may equal `eos_token_id`.
+        eos_token_id: The tokenizer's EOS; appended to responses that lack one.
+        pad_token_id: Fills positions that are never used; may equal `eos_token_id`.
         mask_token_id: Stands for a token that is not decoded yet; never equals the others.
         eos_token_ids: Each of them ends a response; `eos_token_id` is always among them, first.
-        vocab_size: Ids from here on do not exist, whatever the tokenizer knows.
+        vocab_size: Ids from here on do not exist in the model, even if the tokenizer has them.
     """
 
     eos_token_id: int

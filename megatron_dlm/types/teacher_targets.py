@@ -1,4 +1,4 @@
-"""What a teacher says of each prediction: hidden states, or its k most likely tokens."""
+"""The teacher's targets for each prediction: hidden states, or its k most likely tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -14,8 +14,8 @@ Targets = TypeVar("Targets", bound="TeacherTargets")
 class TeacherTargets:
     """A teacher's distributions over n predictions.
 
-    Every field of a subclass is a tensor with n rows, or None. A loss tells the subclasses apart;
-    everything else indexes, joins and moves them alike.
+    Every field of a subclass is a tensor with n rows, or None. Only a loss treats the subclasses
+    differently; indexing, joining and moving are the same for all.
     """
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class TeacherTargets:
 
 @dataclass(frozen=True)
 class HiddenTargets(TeacherTargets):
-    """The teacher's hidden states; its output layer makes distributions of them.
+    """The teacher's hidden states; its output layer turns them into distributions.
 
     Attributes:
         hidden: [n, h].
@@ -71,7 +71,7 @@ class TopKTargets(TeacherTargets):
         token_ids: [n, k] int32, most likely first.
         log_probs: [n, k] float32, under the whole vocabulary: their probabilities sum to at most 1.
         log_rest: [n] float32, log-probability of all other tokens together, or None where they do
-            not count. One minus the sum of k probabilities near 1 would have no digit of it.
+            not count. Not computed as one minus the sum: near 1 that loses all digits.
     """
 
     token_ids: Tensor
@@ -93,5 +93,5 @@ class StateTargets(TopKTargets):
 
     @property
     def top_k(self) -> TopKTargets:
-        """The n distributions, without their places."""
+        """The n distributions, without states and positions."""
         return TopKTargets(self.token_ids, self.log_probs, self.log_rest)

@@ -1,4 +1,4 @@
-"""What travels from a rollout (or a data set) to an objective: token ids, never text.
+"""Trajectories: what rollouts and data sets hand to objectives, as token ids.
 
 Shapes: P prompt tokens, L response tokens, T tail tokens.
 """
@@ -20,7 +20,7 @@ class Prompt:
         sample_index: Global index of the sample in the whole run; every random draw for it is keyed
             by this number, so results do not depend on the parallel layout.
         token_ids: [P] int64.
-        record: The JSON object the prompt was read from, optional fields kept as they are.
+        record: The JSON object the prompt was read from, with all its fields.
         max_response_length: Tokens of the longest response to this prompt; None for no limit but
             that of the rollout.
     """
@@ -50,8 +50,8 @@ class Trajectory:
         response_ids: [L] int64, up to and including the first EOS.
         unmask_step: [L] int64, the denoising step of its block (from 1) at which each response
             token was committed; zeros for responses that were not rolled out by block diffusion.
-        tail_ids: [T] int64, tokens that shared the final block with the response but lie behind its
-            end (after EOS or the length limit). They are no part of x_0 and never supervised, but
+        tail_ids: [T] int64, tokens of the final block after the end of the response (after EOS or
+            the length limit). They are no part of x_0 and never supervised, but
             the student saw them when it denoised that block, so its visited states contain them.
             Empty for responses that were not rolled out (`objectives.block_diffusion` fills their
             last block).
@@ -59,14 +59,14 @@ class Trajectory:
         finish_reason: "eos" or "length".
         canvas_length: Positions that every forward of this sequence saw under full attention: the
             prompt and its longest response, MASK where a token was not committed yet, blocks
-            behind the last decoded one included. None where no forward saw later blocks.
+            after the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
-        targets: What the teacher says: of each of the L response tokens, on the last pipeline
-            stage, or, where the student teaches itself, of visited states (`StateTargets`), on all
-            of them. None before the teacher phase and where nothing of it is trained on.
-        correct: Whether the run's reward calls the response right; None where nobody asked.
-        tries: Responses that were made to the prompt, this one the last.
+        targets: The teacher's targets: for each of the L response tokens, on the last pipeline
+            stage; or, if the student teaches itself, for visited states (`StateTargets`), on all
+            stages. None before the teacher phase and for trajectories that are not trained on.
+        correct: Whether the run's reward rates the response right; None without a reward.
+        tries: Responses generated for the prompt, this one included.
         record: The prompt's JSON object.
         document_lengths: Tokens of each document of a corpus window, in order; they do not see each
             other. Empty where prompt and response are one document.

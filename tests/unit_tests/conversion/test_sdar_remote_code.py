@@ -177,6 +177,7 @@ def test_mask_is_never_generated(models):
     output = exported.generate(
         PROMPTS[1][None],
         max_new_tokens=200,
+        min_new_tokens=100,
         do_sample=True,
         temperature=50.0,
         top_k=0,
@@ -209,7 +210,7 @@ def test_draws_follow_the_filtered_distribution():
     logits = probabilities.log().repeat(count, 1)
 
     def frequencies(temperature, top_k, top_p):
-        drawn = draw_tokens(
+        tokens, confidence, entropy = draw_tokens(
             logits,
             temperature=temperature,
             top_k=top_k,
@@ -219,9 +220,9 @@ def test_draws_follow_the_filtered_distribution():
             steps=torch.ones(count, dtype=torch.int64),
         )
         # Confidence and entropy are those of the distribution before temperature and filters.
-        assert torch.allclose(drawn.confidence, probabilities[drawn.tokens])
-        assert torch.allclose(drawn.entropy, -(probabilities * probabilities.log()).sum())
-        return torch.bincount(drawn.tokens, minlength=4) / count
+        assert torch.allclose(confidence, probabilities[tokens])
+        assert torch.allclose(entropy, -(probabilities * probabilities.log()).sum())
+        return torch.bincount(tokens, minlength=4) / count
 
     expected = {
         (1.0, 0, 1.0): probabilities,

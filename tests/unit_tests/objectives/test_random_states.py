@@ -11,7 +11,6 @@ from megatron_dlm.config import Config
 from megatron_dlm.config.objective_traits import (
     OBJECTIVE_TRAITS,
     ObjectiveName,
-    ObjectiveTraits,
     StateSelection,
 )
 from megatron_dlm.data.packing import pack
@@ -51,9 +50,6 @@ def seeded(seed: int = 3) -> torch.Generator:
 
 def test_registry_and_configuration_know_the_same_objectives() -> None:
     assert set(get_args(ObjectiveName)) == set(OBJECTIVE_TRAITS) == set(OBJECTIVES)
-    for name, objective in OBJECTIVES.items():
-        assert isinstance(objective.traits, ObjectiveTraits)
-        assert objective.traits is OBJECTIVE_TRAITS[name]
     selections = {
         choice for traits in OBJECTIVE_TRAITS.values() for choice in traits.state_selections
     }
@@ -79,7 +75,7 @@ def cases(draw: st.DrawFn) -> tuple[ObjectiveName, list[Trajectory], dict[str, A
 def test_loss_equals_one_dense_forward_per_block(models: Models, case) -> None:
     name, batch, options = case
     objective = make(name, **options)
-    if objective.traits.uses_teacher:
+    if objective.config.traits.uses_teacher:
         models.teacher.annotate(batch)
     documents, expected, count = [], 0.0, 0
     for trajectory in batch:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.sampling import gumbel_noise
+from megatron_dlm.rollout.gumbel_noise import gumbel_noise
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import EOS, MASK, SEED, VOCAB_SIZE
 

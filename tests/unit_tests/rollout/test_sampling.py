@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dlm.rollout.sampling import SampledTokens, gumbel_noise, sample_tokens
+from megatron_dlm.rollout.gumbel_noise import gumbel_noise
+from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 
 MASK_TOKEN_ID, VOCAB_SIZE, PADDED = 3, 11, 16
 
