@@ -135,8 +135,8 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
             if _reports():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             elif "TORCHELASTIC_RUN_ID" in os.environ:
-                # torchrun ends all ranks as soon as one has ended. One that is faster than
-                # rank 0 must not take the message with it.
+                # torchrun ends all ranks as soon as one has ended. One that is faster than rank 0
+                # must not take the message with it.
                 time.sleep(REPORT_SECONDS)
             return USER_ERROR_STATUS
 

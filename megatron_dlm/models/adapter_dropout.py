@@ -1,8 +1,8 @@
 """Dropout on the inputs of adapters (LoRA), the same under every parallel layout.
 
-What is dropped is a function of a token's key, which travels with the layout of its micro-batch,
-of the layer and of the number of the input: no generator has a state, so that neither the packing
-of rows nor the split of layers, pipeline stages or sequences, nor recomputed activations change it.
+Which inputs are dropped is a function of the token's key (a row of the micro-batch's layout), the
+layer and the index of the input. There is no generator state, so the result does not depend on
+packing, on the split of layers, pipeline stages or sequences, or on recomputed activations.
 
 S: tokens of the row; s: those that a layer's input holds; f: inputs of a layer on this rank.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_dlm.models.attention_layout import DRAW_UNIT, pair_draws
 
 MAX_DRAWS = 1 << 24
-"""Draws that exist at once; each takes several 64-bit integers."""
+"""Most draws in memory at once; each takes several 64-bit integers."""
 
-_SPREAD = 0x9E3779B1  # odd: numbers of inputs stay different modulo 2^31
+_SPREAD = 0x9E3779B1  # odd: indices of inputs stay different modulo 2^31
 
 
 def kept_inputs(keys: Tensor, salt: int, first: int, count: int, dropout: float) -> Tensor:
@@ -23,10 +23,10 @@ def kept_inputs(keys: Tensor, salt: int, first: int, count: int, dropout: float)
 
     Args:
         keys: [s], keys of tokens.
-        salt: Integer of the layer.
-        first: Number, in the whole layer, of the first input.
+        salt: Integer that stands for the layer.
+        first: Index, in the whole layer, of the first input.
         count: Inputs.
-        dropout: Probability of each to be dropped.
+        dropout: Probability that an input is dropped.
     """
     numbers = torch.arange(first, first + count, device=keys.device)
     inputs = (salt + numbers * _SPREAD) & 0x7FFFFFFF
@@ -46,12 +46,12 @@ def drop_inputs(
     """Inputs [s, 1, f] of an adapter with some set to 0 and the others scaled up.
 
     Args:
-        inputs: Of all tokens, or under sequence parallelism of this rank's part of them.
+        inputs: Of all tokens or, under sequence parallelism, of this rank's tokens.
         keys: [S] of all tokens.
-        salt: Integer of the layer.
-        first: Number, in the whole layer, of the first input.
-        dropout: Probability of each to be dropped.
-        tp_rank: Which part of the tokens this is, where it is one.
+        salt: Integer that stands for the layer.
+        first: Index, in the whole layer, of the first input.
+        dropout: Probability that an input is dropped.
+        tp_rank: Index of this rank's part of the tokens, under sequence parallelism.
     """
     tokens = len(inputs)
     if tokens != len(keys):

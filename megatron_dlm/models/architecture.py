@@ -23,7 +23,7 @@ from megatron_dlm.types.model_sizes import ModelSizes
 GENERATION_CONFIG = "generation_config.json"
 
 SGLANG_CONFIG_FILE = "dllm_config.yaml"
-"""Where SGLang is told the block size of an `sdar` folder."""
+"""File of an `sdar` folder from which SGLang reads the block size."""
 
 
 def states_attention(hf_config: Mapping[str, Any]) -> bool:
@@ -37,7 +37,7 @@ def states_attention(hf_config: Mapping[str, Any]) -> bool:
 
 
 def _model_type(hf_config: Mapping[str, Any]) -> ModelType | None:
-    """What is known of a config.json's `model_type`; None if it is unknown."""
+    """The record of a config.json's `model_type`; None if it is unknown."""
     _, model_type = model_types().get(hf_config.get("model_type", ""), (None, None))
     return model_type
 
@@ -52,7 +52,7 @@ def read_diffusion_kind(
 
     Raises:
         UserError: `attention_pattern` or `shifted` has an unknown value, or `shifted` stands alone;
-            or the model type has models of either attention and nothing says which this is.
+            or the model type allows either attention and nothing states which this is.
     """
     if not states_attention(hf_config):
         raise UserError(
@@ -74,7 +74,7 @@ def read_diffusion_kind(
         raise bad_value(
             f"{where}: attention_pattern",
             pattern,
-            "is what no diffusion model of unshifted logits has",
+            "needs shifted logits",
             "add shifted: true, or write block_causal or full",
         )
     if pattern not in ("block_causal", "full", "causal"):
@@ -86,14 +86,14 @@ def read_diffusion_kind(
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(ModelSizes):
-    """What has to be known to build a model; sizes in elements.
+    """Everything needed to build a model; sizes in elements.
 
     `family` is its name in `models.families`. `qk_norm`: queries and keys are normalised before
     they are rotated. `qkv_bias`: the projections to queries, keys and values have biases.
     `rope_scaling` has the keys of transformers, `rope_type` among them; None: the angles are those
-    of `rotary_base` alone. `hf_config` is the `config.json` it was read from, kept whole but for
-    its nulls for export, as is `generation_config`, the `generation_config.json` beside it; `file`
-    is the former's name.
+    of `rotary_base` alone. `hf_config` is the whole `config.json` without its nulls, kept for
+    export; `generation_config` is the `generation_config.json` beside it; `file` is the path of
+    `config.json`.
     """
 
     family: str
@@ -118,10 +118,10 @@ class Architecture(ModelSizes):
         return self.num_moe_experts is not None
 
     def ending_at(self, eos_token_ids: Sequence[int]) -> "Architecture":
-        """The same model, whose config.json and generation_config.json list what ends a response.
+        """The same model, with these ids as EOS in config.json and generation_config.json.
 
         Args:
-            eos_token_ids: All of the ids.
+            eos_token_ids: All ids that end a response.
         """
         ids = list(eos_token_ids)
         stated = {"eos_token_id": ids[0] if len(ids) == 1 else ids}
@@ -133,7 +133,7 @@ class Architecture(ModelSizes):
 
 
 def active_parameters(architecture: Architecture) -> int:
-    """Parameters that a token meets: all of a dense model, of experts the router's choice."""
+    """Parameters used for one token: all of a dense model; of experts, those the router chose."""
     always = of_experts = 0
     tables: set[str] = set()
     for mapping in parameter_mappings(architecture):
@@ -153,7 +153,7 @@ def active_parameters(architecture: Architecture) -> int:
 
 
 def parameter_mappings(architecture: Architecture) -> list[ParameterMapping]:
-    """The Megatron parameters of a model, and the Hugging Face tensors each is made of."""
+    """The Megatron parameters of a model, with the Hugging Face tensors of each."""
     return FAMILIES[architecture.family].parameters(architecture)
 
 
@@ -270,7 +270,7 @@ def architecture_from_hf(
 
 
 def _check_sizes(architecture: Architecture) -> None:
-    """Sizes that have to go together, whatever the weights are."""
+    """Check that the sizes fit each other, without looking at the weights."""
     a = architecture
 
     def refuse(problem: str) -> UserError:
@@ -301,7 +301,7 @@ def read_architecture(path: str | Path, field: str = "--load") -> Architecture:
 
     Args:
         path: File or folder.
-        field: What the user named the path with, for error messages.
+        field: The flag that the path came from, for error messages.
 
     Raises:
         UserError: There is no such file, it or the `generation_config.json` beside it is no JSON
@@ -321,7 +321,7 @@ def read_generation_config(folder: Path, field: str = "--load") -> dict[str, Any
 
     Args:
         folder: Of the model.
-        field: What the user named the folder with, for error messages.
+        field: The flag that the folder came from, for error messages.
 
     Raises:
         UserError: The file is no JSON object, or states something that is no token id.

@@ -1,7 +1,7 @@
 """Core attention of student and teacher: any visibility pattern over packed rows.
 
-Takes the place of Megatron's `DotProductAttention` in the layer spec. What it attends to is decided
-by the `attention_mask` argument, which Megatron hands through untouched: a layout tensor
+Replaces Megatron's `DotProductAttention` in the layer spec. Visibility is decided by the
+`attention_mask` argument, which Megatron passes on unchanged: a layout tensor
 (`megatron_dlm.models.attention_layout`) in training, or a `CachedAttention` in a rollout.
 
 S: tokens of the packed row; n: query heads, g: key/value heads of this tensor-parallel rank; d:
@@ -61,7 +61,7 @@ def sdpa_attention(
         Context [S, 1, n, d]; zero for padding tokens.
     """
     batch = _document_batches(layout)
-    if batch.num_documents == 0:  # a row of padding only, from a rank that keeps step with others
+    if batch.num_documents == 0:  # a row of padding only: the rank just takes part in collectives
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
 
     def by_document(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [D, heads, L, d]

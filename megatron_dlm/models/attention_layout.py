@@ -1,4 +1,4 @@
-"""Who sees whom: one visibility rule for every attention pattern of the framework.
+"""Which tokens see which: one visibility rule for every attention pattern of the framework.
 
 Tokens of a packed row carry four integers (`Field`): document, block, stream and position. A query
 sees a key of the same document if
@@ -7,9 +7,9 @@ sees a key of the same document if
 * the query is noisy, the key clean, and the key's block strictly earlier, or
 * both are of the same noisy stream and the same block.
 
-A layout may carry a random integer more, the token's key, which whatever is drawn for tokens in the
-layers is a function of. One of annealed attention also carries a threshold: a clean query then sees
-a later clean key of its document if the draw of the pair is below the query's threshold.
+A layout may have a fifth row, a random integer per token (its key), from which random draws inside
+the layers are computed. With annealed attention a sixth row holds a threshold: a clean query also
+sees a later clean key of its document if the draw of the pair is below the query's threshold.
 
 Stream 0 is clean; noisy streams count from 1, one for each state in which a sequence is trained at
 once. Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is
@@ -46,7 +46,7 @@ class Field:
 
 
 DRAW_UNIT = 2**24
-"""What every pair's draw is below; as an annealing threshold, everything is visible."""
+"""Upper bound of a pair's draw (exclusive); as a threshold it makes every pair visible."""
 
 
 def block_ids(positions: Tensor, pattern: Pattern, block_size: int) -> Tensor:
@@ -75,9 +75,9 @@ def clean_layout(lengths: list[int], pattern: Pattern, block_size: int) -> Tenso
 
 
 def pad_layout(layout: Tensor, length: int) -> Tensor:
-    """Append padding tokens, which see nothing and are seen by nobody, up to `length`.
+    """Append padding tokens up to `length`; they see nothing and no token sees them.
 
-    A layout of that length is returned as it is, so that what was derived from it is found again.
+    A layout of that length is returned unchanged, so that cached values derived from it are found.
     """
     missing = length - layout.shape[1]
     if not missing:
@@ -95,9 +95,10 @@ def pair_draws(query: Tensor, key: Tensor) -> Tensor:
 
     Args:
         query: Random int32 >= 0 of each query (`Field.KEY`).
-        key: The same of whatever it is paired with; broadcasts against the queries.
+        key: The same of each key; broadcasts against the queries.
     """
-    # In 64 bits no product of 32 and 31 bits overflows; multipliers are odd, as a bijection needs.
+    # In 64 bits no product of 32 and 31 bits overflows; multipliers are odd, so that each step is a
+    # bijection.
     mixed = (query.long() * 0x5BD1E995 + key.long()) & 0xFFFFFFFF
     for multiplier in (0x7FEB352D, 0x31848BAB):
         mixed = ((mixed ^ (mixed >> 15)) * multiplier) & 0xFFFFFFFF
@@ -155,7 +156,7 @@ class DocumentBatch:
 def document_batch(layout: Tensor) -> DocumentBatch:
     """Regroup a row by document; documents must be contiguous and numbered 0, 1, ... in the row.
 
-    Attention costs D * L^2 instead of S^2, and nothing outside a document is ever compared.
+    Attention costs D * L^2 instead of S^2; no pair of different documents is computed.
     """
     device = layout.device
     document = layout[Field.DOCUMENT].long()

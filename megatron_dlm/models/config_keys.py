@@ -1,6 +1,6 @@
-"""What the values of a Hugging Face `config.json` have to be: one table of keys for each file.
+"""Checks of Hugging Face `config.json` values: one table of keys for each file.
 
-A null means that the key is absent. Keys that are not in the table are kept and not looked at.
+A null counts as an absent key. Keys that are not in the table are kept unchecked.
 """
 
 import math
@@ -14,11 +14,11 @@ from megatron_dlm.errors import UserError
 
 @dataclass(frozen=True)
 class KeyType:
-    """What a value has to be.
+    """A check of a value.
 
     Attributes:
-        name: In words, for messages: "is not <name>".
-        fits: Whether a value is one.
+        name: Description of valid values, for messages: "is not <name>".
+        fits: Whether a value is valid.
     """
 
     name: str
@@ -88,7 +88,7 @@ _POSITIVE = _number("a number above 0", lambda value: value > 0)
 _SMALL = _number("a number above 0 and below 1", lambda value: 0 < value < 1)
 _NOT_NEGATIVE = _number("a number of 0 or more", lambda value: value >= 0)
 
-# Far above any published model; a product of two sizes stays a count that memory can name.
+# Far above any published model; a product of two sizes still fits 64 bits.
 _WHOLE = _whole(0, 2**31)
 _SIZE = _whole(1, 2**24)
 _COUNT = _whole(1, 2**13)
@@ -105,7 +105,7 @@ _ROPE_KEYS: dict[str, KeyType] = {
     "original_max_position_embeddings": _whole(1, 2**31),
     "partial_rotary_factor": _POSITIVE,
 }
-"""Keys of the rotary embedding that may stand at the top too."""
+"""Keys of the rotary embedding that may also be at the top level."""
 
 CONFIG_KEYS: dict[str, KeyType] = {
     "model_type": _TEXT,
@@ -186,7 +186,7 @@ DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "decoder_sparse_step": 1,
 }
-"""What transformers takes for keys that are absent, of those that may be."""
+"""Defaults of transformers for optional keys."""
 
 
 def checked_keys(
@@ -196,11 +196,11 @@ def checked_keys(
 
     Args:
         values: The object.
-        keys: What is known of its keys.
-        where: The file, for error messages; with the key of an inner object.
+        keys: The table for its keys.
+        where: The file and, for an inner object, its key, for error messages.
 
     Raises:
-        UserError: A value is not what its key needs.
+        UserError: A value is not valid for its key.
     """
     values = {key: value for key, value in values.items() if value is not None}
     for key, expected in keys.items():
@@ -208,6 +208,6 @@ def checked_keys(
             # `reprlib`: whatever the value is, the message is short.
             raise UserError(
                 f"{where}: {key} = {reprlib.repr(values[key])}: is not {expected.name};"
-                " repair the file, or leave the key out where it may be"
+                " repair the file, or leave the key out if it is optional"
             )
     return values

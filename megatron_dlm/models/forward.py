@@ -23,8 +23,8 @@ class Row:
     Attributes:
         token_ids: [S] int64.
         position_ids: [S] int64.
-        attention: Layout [4, S] or [6, S], or one that has the row's padding already, or a
-            `CachedAttention` that ignores tokens behind those it knows.
+        attention: Layout [4, S] or [6, S], which may include the row's padding already, or a
+            `CachedAttention`, which ignores the padding tokens after its own.
     """
 
     token_ids: Tensor
@@ -33,7 +33,7 @@ class Row:
 
 
 def pad_row(row: Row, multiple: int) -> Row:
-    """Append padding tokens until the length is a positive multiple; layouts grow with the row."""
+    """Append padding tokens up to a positive multiple; a layout is padded like the row."""
     length = len(row.token_ids)
     missing = -length % multiple if length else multiple
     if not missing:
@@ -50,14 +50,14 @@ def pad_row(row: Row, multiple: int) -> Row:
 
 
 def texts_of_rows(lengths: Sequence[int], max_tokens: int | None) -> list[slice]:
-    """Which texts share a row, in their order: as many as fit.
+    """Group texts into rows, in order, as many to a row as fit.
 
     Args:
         lengths: Tokens of each text.
-        max_tokens: Of a row; a longer text is a row of its own. None is no limit.
+        max_tokens: Limit of a row; a longer text gets a row of its own. None is no limit.
 
     Returns:
-        At least one row, of no text if there is none.
+        Indices of the texts of each row; one empty row if there is no text.
     """
     rows, first, tokens = [], 0, 0
     for text, length in enumerate(lengths):
@@ -69,9 +69,9 @@ def texts_of_rows(lengths: Sequence[int], max_tokens: int | None) -> list[slice]
 
 
 def most_rows(rows: int) -> int:
-    """The most rows that a data-parallel rank has; all ranks call this.
+    """The largest number of rows on any data-parallel rank; all ranks call this.
 
-    Ranks that share experts run equally many, empty ones in place of those that they do not have.
+    Ranks that share experts must run equally many rows, so the others add empty ones.
     """
     most = torch.tensor([rows], device=platform.device())
     group = parallel_state.get_data_parallel_group()
@@ -80,7 +80,7 @@ def most_rows(rows: int) -> int:
 
 
 def sequence_parallel_multiple(model: torch.nn.Module) -> int:
-    """What the length of a row in `forward_hidden` is padded to a multiple of."""
+    """`forward_hidden` pads rows to a multiple of this."""
     config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
 

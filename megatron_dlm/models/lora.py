@@ -53,13 +53,13 @@ def attach_adapters(
 
 
 def drop_out_adapter_inputs(model: torch.nn.Module, dropout: float, seed: int) -> None:
-    """Have adapters drop some of their inputs in training; see `models.adapter_dropout`.
+    """Switch on dropout of the adapters' inputs in training; see `models.adapter_dropout`.
 
     Args:
         model: This rank's part of a model with adapters, whose rows come with keys of their tokens
             when it is trained (`objectives.token_keys`).
         dropout: Probability of each input to be dropped.
-        seed: With the layer's name, decides which.
+        seed: With the layer's name, decides which inputs.
     """
     for name, layer in _layers(model):
         layer.lora_dropout = dropout
@@ -71,9 +71,9 @@ def drop_out_adapter_inputs(model: torch.nn.Module, dropout: float, seed: int) -
 
 
 def _keep_keys_at_hand(layer: TransformerLayer) -> None:
-    """Let the adapters of a layer see the keys of the row that it is run on, while it is.
+    """Give the adapters of a layer the keys of its current row, during each forward of the layer.
 
-    Pipeline schedules and recomputed activations run a layer on other rows in between.
+    Not once per micro-batch: pipeline schedules and recomputation alternate between rows.
     """
     adapters = [module for module in layer.modules() if isinstance(module, LowRankAdapter)]
 

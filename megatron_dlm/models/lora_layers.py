@@ -35,7 +35,7 @@ from megatron_dlm.models.adapter_dropout import drop_inputs
 
 
 class LowRankAdapter(ABC):
-    """What both kinds of layer have in common: the adapter's parameters and what is done to them.
+    """Common part of both kinds of layer: the adapter's parameters and operations on them.
 
     Attributes:
         lora_a: This rank's part of A [r, in], or None without adapter.
@@ -43,8 +43,8 @@ class LowRankAdapter(ABC):
         lora_scale: alpha / r.
         adapter_enabled: Whether the forward pass adds the adapter's output.
         lora_dropout: Probability with which an input of the adapter is dropped in training.
-        dropout_salt: Decides, with a token's key, which are.
-        token_keys: [S] keys of the tokens of the row that the layer is run on, or None.
+        dropout_salt: With a token's key, decides which inputs are dropped.
+        token_keys: [S] keys of the tokens of the current row, or None.
     """
 
     weight: Parameter
@@ -72,11 +72,11 @@ class LowRankAdapter(ABC):
 
     @property
     def first_input(self) -> int:
-        """Number of this rank's first input in the whole layer."""
+        """Index of this rank's first input in the whole layer."""
         return 0
 
     def adapter_input(self, input_: Tensor) -> Tensor:
-        """What the adapter sees of the layer's input: all of it, but for dropout in training."""
+        """The adapter's input: the layer's input, with dropout in training."""
         if not (self.training and self.lora_dropout):
             return input_
         assert self.token_keys is not None, "a row without keys of its tokens"
@@ -104,8 +104,8 @@ class LowRankAdapter(ABC):
         for parameter in (self.lora_a, self.lora_b):
             parameter.allreduce = not (self.is_expert and self.expert_parallel)  # type: ignore[attr-defined]
         if self.is_expert:
-            # One process has an expert whole (`check_expert_adapters`), and no other has it: to
-            # Megatron both parts are shards, which nobody else's gradient belongs to.
+            # An expert is whole on one process (`check_expert_adapters`) and on no other. For
+            # Megatron both parts count as shards: no gradient of another rank is added.
             for parameter in (self.lora_a, self.lora_b):
                 set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         else:
@@ -113,7 +113,7 @@ class LowRankAdapter(ABC):
 
     @abstractmethod
     def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
-        """Tell Megatron which of the two is split and which has a gradient to be summed up."""
+        """Mark for Megatron which of the two is split and which needs its gradient summed."""
 
     @torch.no_grad()
     def merge_adapter(self) -> None:

@@ -18,7 +18,7 @@ from megatron_dlm.models.attention import CachedAttention
 class DiffusionGPTModel(GPTModel):
     """A `GPTModel` that takes one packed row and returns its final hidden states.
 
-    It differs from its parent in two points. Rotary angles come from each token's own position,
+    It differs from its parent in two ways. Rotary angles come from each token's own position,
     since a row holds many documents and, in block diffusion, two streams that share positions. The
     output layer is not applied: logits over the whole row would never fit, so the loss and the
     sampler multiply only the hidden states they need with `head_weight`.
@@ -38,7 +38,7 @@ class DiffusionGPTModel(GPTModel):
         """Run the layers of this pipeline stage.
 
         Args:
-            input_ids: [1, S] int64, below `num_tokens`; read on the first stage only.
+            input_ids: [1, S] int64, below `num_tokens`; used on the first stage only.
             position_ids: [1, S] int64.
             attention_mask: Layout tensor [4, S] or [6, S] (`attention_layout`), or a
                 `CachedAttention`.
@@ -47,11 +47,12 @@ class DiffusionGPTModel(GPTModel):
             [S, 1, h], normalised on the last stage; [S / tp, 1, h] under sequence parallelism.
 
         Raises:
-            RuntimeError: An id is outside the vocabulary; on CUDA when the device gets there.
+            RuntimeError: An id is outside the vocabulary; on CUDA raised asynchronously.
         """
         embedded = None
         if self.pre_process:
-            # Else rows of padding, or zeros where the embedding is split and no rank has the id.
+            # Otherwise the embedding would silently be a padding row, or zero if no rank has the
+            # id.
             known = (input_ids >= 0) & (input_ids < self.num_tokens)
             torch._assert_async(known.all(), "token ids outside the vocabulary")
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -79,15 +80,14 @@ def head_weight(model: torch.nn.Module) -> Tensor:
 
 
 def full_hidden_states(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
-    """Hidden states of all tokens of the row on every tensor-parallel rank, ready for the head.
+    """Hidden states of all tokens of the row on every tensor-parallel rank, as input of the head.
 
-    The head is split over the vocabulary, so each rank contributes a part of the gradient of the
-    hidden
+    The head is split over the vocabulary, so each rank has a part of the gradient of the hidden
     states: the backward pass sums these parts over the tensor-parallel group.
 
     Args:
         hidden_states: What `DiffusionGPTModel.forward` returned on the last stage.
-        sequence_parallel: Whether it holds this rank's part of the row only.
+        sequence_parallel: Whether they are only this rank's part of the row.
 
     Returns:
         [S, h].

@@ -25,7 +25,7 @@ TIED_EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class TensorParallelRanks:
-    """Place of this process in the groups that parameters are split over.
+    """Rank of this process in the groups that parameters are split over.
 
     Attributes:
         dense: (rank, size) of the tensor-parallel group.
@@ -37,7 +37,7 @@ class TensorParallelRanks:
 
     @classmethod
     def from_parallel_state(cls) -> "TensorParallelRanks":
-        """Those of Megatron-Core's process groups."""
+        """From Megatron-Core's process groups."""
         return cls(
             dense=(
                 parallel_state.get_tensor_model_parallel_rank(),
@@ -56,7 +56,7 @@ class LocalParameter:
 
     Attributes:
         parameter: Its values, this rank's shard.
-        mapping: Where they are in the Hugging Face checkpoint.
+        mapping: Its tensors in the Hugging Face checkpoint.
         shard: Number of the shard.
         num_shards: Shards of the whole parameter; 1 if it is replicated.
     """
@@ -80,10 +80,10 @@ def local_parameters(
         model: The model, from either layer spec.
         architecture: What it was built from.
         ranks: Default: those of Megatron-Core's parallel state.
-        except_adapters: Leave out those of adapters, which have no place in the family's table.
+        except_adapters: Leave out those of adapters, which the family's table does not have.
 
     Raises:
-        KeyError: The model has a parameter that the family's table does not know.
+        KeyError: The model has a parameter that is not in the family's table.
     """
     ranks = ranks or TensorParallelRanks.from_parallel_state()
     by_name: dict[str, ParameterMapping] = {}
@@ -105,8 +105,8 @@ def local_parameters(
 def global_names(model: torch.nn.Module) -> dict[Tensor, str]:
     """The parameters of this rank's part of a model, with their names in the whole model.
 
-    They do not depend on the layout: layers and experts are numbered through, and the copy of tied
-    embeddings that the last pipeline stage has is called as the first one's.
+    The names do not depend on the parallel layout: layers and experts have their index in the whole
+    model, and the last pipeline stage's copy of tied embeddings has the name of the first one's.
 
     Args:
         model: A `DiffusionGPTModel`, possibly wrapped for training.

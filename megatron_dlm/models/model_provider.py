@@ -52,10 +52,10 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             # softmax over the chosen experts = softmax over all of them, renormalised
             moe_router_pre_softmax=not architecture.norm_topk_prob,
             moe_router_dtype="fp32",
-            # distillation has no use for a balancing loss; the router follows the divergence
+            # no balancing loss in distillation: the router is trained by the divergence
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
-            # a dense model beside a mixture of experts has no part in the experts' layout
+            # a dense model (a teacher beside a student with experts) has no expert parallelism
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             moe_enable_deepep=parallel.moe_token_dispatcher_type == "flex",
@@ -112,9 +112,9 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
 
 
 def _softmax_scale(architecture: Architecture) -> float | None:
-    """What scores are multiplied with; None: 1 / sqrt(size of a head).
+    """Factor on attention scores; None: 1 / sqrt(size of a head).
 
-    A scaled rotary embedding may multiply queries and keys, both, with a factor.
+    A scaled rotary embedding may multiply both queries and keys by a factor.
     """
     factor = attention_factor(architecture.rope_scaling)
     return None if factor == 1.0 else factor**2 / architecture.kv_channels**0.5
@@ -159,7 +159,7 @@ def _layer_spec(
 
 
 def _make_adaptable(submodules: Any) -> None:
-    """Let the linear layers of an attention or feed-forward spec carry low-rank adapters."""
+    """Replace the linear layers of an attention or feed-forward spec by those with adapters."""
     replacement = {
         ColumnParallelLinear: LoRAColumnParallelLinear,
         RowParallelLinear: LoRARowParallelLinear,
@@ -170,7 +170,7 @@ def _make_adaptable(submodules: Any) -> None:
 
 
 def attention_backend(config: Config) -> str:
-    """The attention backend in force: FlexAttention on CUDA unless one was chosen."""
+    """The attention backend: the chosen one, by default FlexAttention on CUDA, else SDPA."""
     if config.model.attention_backend != "auto":
         return config.model.attention_backend
     return "flex" if platform.is_cuda() else "sdpa"

@@ -1,8 +1,8 @@
-"""How a Megatron parameter is made of Hugging Face tensors and split over tensor-parallel ranks.
+"""How Hugging Face tensors become a Megatron parameter, split over tensor-parallel ranks.
 
-Each layout knows both directions: `read` takes a rank's shard out of the Hugging Face tensors,
-touching only the slices it needs, and `join` puts the shards of all ranks together again. Both are
-pure copies. PyTorch is loaded when values are: which tensors a model has can be said without.
+Each layout has both directions: `read` makes a rank's shard from the Hugging Face tensors, reading
+only the slices it needs, and `join` makes the tensors from the shards of all ranks. Both only copy.
+PyTorch is imported with the first values: listing the tensors of a model does not need it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TensorSource(Protocol):
-    """A tensor or a safetensors slice: its values are read when it is indexed."""
+    """A tensor or a safetensors slice, whose values are read when it is indexed."""
 
     def __getitem__(self, index: Any) -> Tensor:
         """The values of a slice."""

@@ -24,16 +24,16 @@ _OPTIONAL = {
 def read_rotary_embedding(
     config: Mapping[str, Any], where: str, default_base: float | None = None
 ) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary embedding, from where transformers takes them.
+    """Base and scaling of the rotary embedding, read from the same keys as transformers does.
 
-    That is `rope_scaling`, the older name, if it holds anything, else `rope_parameters`; and
-    `rope_theta` beside them only where they name none. `original_max_position_embeddings` beside
-    them wins.
+    `rope_scaling`, the older key, is used if it is not empty, else `rope_parameters`. A top-level
+    `rope_theta` counts only if neither has one; a top-level `original_max_position_embeddings`
+    overrides theirs.
 
     Args:
         config: config.json without its nulls.
         where: Name of the file for error messages.
-        default_base: Of a file that states none.
+        default_base: Base if the file states none.
 
     Returns:
         The base, and the keys of the scaling with `rope_type` among them; None without scaling.
@@ -83,7 +83,7 @@ def read_rotary_embedding(
         name: parameters[name] for name in (*_NEEDED[kind], *_OPTIONAL[kind]) if name in parameters
     }
     if "truncate" in stated and stated["truncate"] is None:
-        scaling["truncate"] = False  # as transformers takes a null
+        scaling["truncate"] = False  # as transformers reads a null
     if base == 1:
         raise bad_value(f"{where}: rope_theta", base, "is no base to scale", "state the true one")
     _check(scaling, f"{where}: {key}")
@@ -91,7 +91,7 @@ def read_rotary_embedding(
 
 
 def _check(scaling: Mapping[str, Any], where: str) -> None:
-    """Bounds that would have no room between them."""
+    """Check that the upper bound is above the lower one."""
     bounds = {
         "llama3": (("low_freq_factor", 0.0), ("high_freq_factor", 0.0)),
         "yarn": (("beta_slow", 1.0), ("beta_fast", 32.0)),

@@ -1,4 +1,4 @@
-"""Frequencies of rotary embeddings that are stretched to longer texts, as transformers has them.
+"""Frequencies of rotary embeddings scaled to longer texts, as in transformers.
 
 Megatron-Core's own `llama3` scaling has the constants of one model, and its `yarn` no
 `attention_factor`. d: size of a head; f: frequency in radians a token, [d / 2] float32.
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def scaled_frequencies(scaling: Mapping[str, Any] | None, base: float, head_size: int) -> Tensor:
-    """Frequencies [d / 2]: f or, under a scaling, between f, kept, and f / factor, stretched.
+    """Frequencies [d / 2]: f or, with a scaling, a mixture of f (kept) and f / factor (stretched).
 
     Args:
-        scaling: Its keys in config.json, `rope_type` among them; None: there is none.
-        base: Of f.
+        scaling: Its keys in config.json, `rope_type` among them; None for no scaling.
+        base: Base of f.
         head_size: d.
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
@@ -32,7 +32,7 @@ def scaled_frequencies(scaling: Mapping[str, Any] | None, base: float, head_size
 def _kept_by_llama3(
     scaling: Mapping[str, Any], frequencies: Tensor, base: float, head_size: int
 ) -> Tensor:
-    """By how many periods fit into the texts of the first training."""
+    """Share kept, by the number of periods in the original context length (llama3)."""
     periods = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     return ((periods - low) / (high - low)).clamp(0.0, 1.0)
@@ -41,7 +41,7 @@ def _kept_by_llama3(
 def _kept_by_yarn(
     scaling: Mapping[str, Any], frequencies: Tensor, base: float, head_size: int
 ) -> Tensor:
-    """By where a channel lies between those with beta_fast and with beta_slow periods.
+    """Share kept, by the channel's place between those with beta_fast and beta_slow periods.
 
     Peng et al. 2023, Section 3.2, with the ramp over channels instead of periods, as its code does.
     """
@@ -61,7 +61,7 @@ def _kept_by_yarn(
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
-    """What a scaling multiplies queries and keys with, both: scores grow by its square.
+    """Factor of a scaling on queries and on keys: scores grow by its square.
 
     Args:
         scaling: `Architecture.rope_scaling`.

@@ -1,4 +1,4 @@
-"""A folder of weights, as those see it who only load it."""
+"""The interface of a folder of weights, for packages that only load from it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class ModelWeights(Protocol):
-    """Describes a model on disk and fills one in memory; see `training.model_source`."""
+    """Describes a model on disk and loads it into memory; see `training.model_source`."""
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """The path that the user named."""
 
     @property
     def field(self) -> str:
@@ -27,7 +27,7 @@ class ModelWeights(Protocol):
 
     @property
     def is_megatron(self) -> bool:
-        """Whether they are a Megatron checkpoint."""
+        """Whether the folder is a Megatron checkpoint."""
 
     @property
     def architecture(self) -> Architecture:
@@ -35,14 +35,14 @@ class ModelWeights(Protocol):
 
     @property
     def diffusion_kind(self) -> DiffusionKind | None:
-        """What config.json says of attention and prediction; None for an autoregressive model."""
+        """Kind of diffusion model, from config.json; None for an autoregressive model."""
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether config.json describes no diffusion model."""
+        """Whether config.json describes an autoregressive model."""
 
     def fingerprint(self) -> str:
-        """SHA-256 that follows the weights, not the place of their folder."""
+        """SHA-256 of the weights; independent of the folder's path."""
 
     def load_into(self, model: "torch.nn.Module") -> None:
-        """Fill this rank's part of a model; all ranks call this."""
+        """Load the weights into this rank's part of a model; all ranks call this."""

@@ -1,4 +1,4 @@
-"""What the tokens of a rollout's forward attend to: a KV cache, or each other."""
+"""Attention of a rollout's forwards: against a KV cache, or within the forward."""
 
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class RolloutContext(Protocol):
     def attention(self, starts: Tensor, ends: Tensor) -> Tensor | CachedAttention:
         """Attention of a forward over positions starts[r] to ends[r] - 1 of each slot r.
 
-        Without slots: that of a row with a single token, which belongs to no sequence.
+        Without slots: attention of a row with one token that belongs to no sequence.
 
         Args:
             starts: [R] int64 on the CPU.
@@ -28,18 +28,18 @@ class RolloutContext(Protocol):
         """
 
     def move(self, source: int, target: int) -> None:
-        """The sequence of slot `source` goes on in slot `target`."""
+        """Move the sequence of slot `source` to slot `target`."""
 
 
 class CachedContext:
-    """Block-causal or causal attention against the keys of what came before.
+    """Block-causal or causal attention against cached keys.
 
     Args:
         model: This rank's part of the model.
         tp_size: Tensor-parallel ranks that share its heads.
         num_slots: Sequences held at once.
         max_length: Positions of each.
-        block_size: Grid of the visibility; 1 is causal.
+        block_size: Tokens of a block of the visibility rule; 1 is causal.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class CachedContext:
 
 
 class CanvasContext:
-    """Full attention: every forward holds whole sequences, and nothing outlives it.
+    """Full attention: every forward holds whole sequences, without a cache.
 
-    A key would change with every token that is committed anywhere, so there is nothing to cache.
+    Every committed token changes the keys of all others, so no key could be reused.
 
     Args:
-        multiple: What the length of a forward is padded to a multiple of.
+        multiple: The length of a forward is padded to a multiple of this.
     """
 
     def __init__(self, multiple: int) -> None:
@@ -92,7 +92,7 @@ class CanvasContext:
     def attention(self, starts: Tensor, ends: Tensor) -> Tensor:
         """See `RolloutContext`; a layout tensor, with the padding of the forward."""
         lengths = (ends - starts).tolist()
-        # The same tensor while no sequence ends, so that masks derived from it are kept.
+        # The same tensor as long as no sequence ends, so that its cached masks are reused.
         if lengths != self._lengths:
             self._lengths = lengths
             nothing = torch.empty(4, 0, dtype=torch.int32)
@@ -102,7 +102,7 @@ class CanvasContext:
         return self._layout
 
     def move(self, source: int, target: int) -> None:
-        """See `RolloutContext`; there is nothing to move."""
+        """See `RolloutContext`; nothing has to move."""
 
 
 def rollout_context(
@@ -113,7 +113,7 @@ def rollout_context(
     num_slots: int,
     max_length: int,
 ) -> RolloutContext:
-    """An empty context, in which nothing is older than the model's weights."""
+    """A new, empty context: no key in it is from older weights."""
     if generation.attention_pattern == "full":
         return CanvasContext(sequence_parallel_multiple(model))
     assert generation.block_size is not None

@@ -1,4 +1,4 @@
-"""Options of the decoding strategies, as fields made of the strategies' records."""
+"""Options of the decoding strategies, as dataclass fields made from the strategies' records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STRATEGY_OPTIONS: dict[str, StrategyOption] = {
 if TYPE_CHECKING:
 
     class StrategyOptions:
-        """Has an attribute for the choice and for the option of every strategy."""
+        """Has an attribute for the chosen strategy and for the option of every strategy."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -49,5 +49,5 @@ else:
         ],
         frozen=True,
         kw_only=True,
-        namespace={"__doc__": "The choice and the option of every strategy."},
+        namespace={"__doc__": "The chosen strategy and the option of every strategy."},
     )

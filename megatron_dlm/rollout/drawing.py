@@ -1,4 +1,4 @@
-"""From the hidden states of a forward to drawn tokens, known on every pipeline stage.
+"""Draw tokens from the hidden states of a forward; the result is on every pipeline stage.
 
 S: tokens of a forward; n: draws of a forward; h: hidden size; Vp: padded vocabulary; tp:
 tensor-parallel size.
@@ -16,12 +16,12 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import ForwardPlan
 
-# Logits that exist at once while drawing, in elements: their noise takes several 64-bit copies.
+# Most logits in memory at once while drawing: their noise takes several 64-bit copies.
 MAX_LOGITS = 1 << 24
 
 
 class TokenDrawer:
-    """Draws what a `ForwardPlan` asks for.
+    """Draws the tokens of a `ForwardPlan`.
 
     Args:
         model: This rank's part of the model.
@@ -50,8 +50,8 @@ class TokenDrawer:
         """Sample on the last stage from hidden states [S, h]; the result on every stage's CPU.
 
         Args:
-            hidden: None before the last stage.
-            plan: Of the forward that made them.
+            hidden: None on stages before the last.
+            plan: The plan of that forward.
             seed: Seed of the draws.
         """
         if hidden is not None:

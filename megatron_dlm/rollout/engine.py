@@ -1,13 +1,13 @@
 """Rollouts: diffusion decoding with continuous batching (OPDLM, section 3; RND1; LLaDA).
 
 Every forward of the engine is a denoising step of every running sequence. Under block-causal
-attention there is a KV cache, and what else has to be computed rides along: the complete blocks of
-a new prompt are prefilled in the forward of its first step, and a finished block's clean keys are
-written in the forward of the next block's first step. Under full attention every forward holds the
-whole canvas of every sequence. Either way no forward draws nothing, and `total_forwards` equals
-`denoising_forwards`.
+attention there is a KV cache, and prefill and commits need no forwards of their own: the complete
+blocks of a new prompt are prefilled in the forward of its first step, and a finished block's clean
+keys are written in the forward of the next block's first step. Under full attention every forward
+holds the whole canvas of every sequence. In both cases every forward draws tokens, and
+`total_forwards` equals `denoising_forwards`.
 
-The engine knows token ids only. It does not tokenise, score or select training states.
+The engine works on token ids. It does not tokenise, score or select training states.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
-# Prompt tokens admitted into one forward (one prompt always is): bounds its activation memory.
+# Most prompt tokens added to one forward (at least one prompt): bounds its activation memory.
 MAX_PREFILL_TOKENS = 8192
 
 
@@ -51,8 +51,8 @@ class RolloutEngine:
     Args:
         model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
         generation: Decoding settings.
-        special_tokens: What ends a response, stands for tokens not committed yet (MASK is never
-            drawn), and fills forwards of ranks without work.
+        special_tokens: EOS ends a response, MASK stands for tokens not committed yet (it is never
+            drawn), padding fills forwards of ranks without work.
         vocab_size: Ids from here on are padding of the vocabulary; never drawn.
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
         groups: Process groups; default: those of Megatron-Core's parallel state.
@@ -92,7 +92,7 @@ class RolloutEngine:
         All model-parallel ranks call this with the same prompts; data-parallel ranks have their
         own, possibly none. A response ends with its first EOS or after `max_response_length`
         tokens, but the block that holds its end is decoded completely (`Trajectory.tail_ids`);
-        under full attention, as far as the canvas of prompt and `max_response_length` tokens goes.
+        under full attention, up to the end of the canvas (prompt and `max_response_length` tokens).
 
         Args:
             prompts: What to decode.
@@ -104,8 +104,8 @@ class RolloutEngine:
             ranks.
 
         Raises:
-            ValueError: `max_response_length` is below 1, or a prompt is empty where tokens are
-                predicted from the one before.
+            ValueError: `max_response_length` is below 1, or a prompt is empty although each token
+                is predicted from the one before.
         """
         if max_response_length < 1:
             raise ValueError(f"max_response_length = {max_response_length} is below 1")
@@ -142,7 +142,8 @@ class RolloutEngine:
         finished: list[int] = []
         while True:
             queue.begin_forward()
-            # From the last slot down: what moves into a freed slot is never itself finished.
+            # From the last slot down: a sequence that moves into a freed slot is never finished
+            # itself.
             for slot in reversed(finished):
                 trajectory = slots.trajectory(slot)
                 trajectories[slots.request(slot)] = trajectory
@@ -171,7 +172,7 @@ class RolloutEngine:
         return [trajectory for trajectory in trajectories if trajectory is not None]
 
     def _any_rank_works(self, works: bool) -> bool:
-        """Whether any rank of the lockstep group has sequences to decode."""
+        """Whether any rank that shares collectives with this one has sequences to decode."""
         if self._groups.lockstep is None:
             return works
         flag = torch.tensor([int(works)], device=platform.device())

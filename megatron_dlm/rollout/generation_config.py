@@ -1,4 +1,4 @@
-"""How a rollout or an evaluation decodes: one immutable value."""
+"""Decoding settings of a rollout or an evaluation, as one immutable value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationConfig(StrategyOptions):
-    """Decoding settings; the defaults of a run live in `megatron_dlm.config`.
+    """Decoding settings; the defaults of a run are in `megatron_dlm.config`.
 
     `remasking_strategy` and the strategies' options are attributes too.
 
@@ -29,12 +29,12 @@ class GenerationConfig(StrategyOptions):
         top_p: 1 is off.
         max_running_requests: Sequences decoded at once on a data-parallel rank.
         attention_pattern: What a forward sees: earlier blocks and its own (`block_causal`),
-            everything up to the longest response, MASK where nothing is known yet (`full`), or
+            everything up to the longest response, MASK where no token is known yet (`full`), or
             earlier tokens (`causal`: an autoregressive model).
         shifted: Whether logits at position i predict token i + 1; always under `causal`.
 
     Raises:
-        UserError: A value out of range, or combinations that cannot work.
+        UserError: A value is out of range, or a combination cannot work.
     """
 
     block_size: int | None
@@ -90,12 +90,12 @@ class GenerationConfig(StrategyOptions):
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether tokens are predicted one after the other, without MASK."""
+        """Whether tokens are decoded one by one, without MASK."""
         return self.attention_pattern == "causal"
 
     @property
     def strategy(self) -> Strategy:
-        """The rule that says which drawn tokens are committed."""
+        """The rule that decides which drawn tokens are committed."""
         return STRATEGIES[self.remasking_strategy]
 
     @property
@@ -106,7 +106,7 @@ class GenerationConfig(StrategyOptions):
 
     @property
     def options_read(self) -> frozenset[str]:
-        """Names of the decoding options that matter here."""
+        """Names of the decoding options that these settings use."""
         read = {"temperature", "max_running_requests"}
         if self.temperature > 0:
             read |= {"top_k", "top_p"}

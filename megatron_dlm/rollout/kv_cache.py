@@ -4,7 +4,7 @@ The cache of a pipeline stage has one slot per running sequence. A forward pass 
 tokens of many slots, laid end to end; it overwrites the cache at their positions, then each token
 attends to its slot. Writing first makes every kind of forward the same: prefilling a prompt,
 denoising a block (whose noisy keys the next forward overwrites), and the clean block followed by
-the next noisy one, in which neither sees more than it should because visibility goes by blocks.
+the next noisy one, where the block rule keeps either from seeing too much.
 
 S: tokens of a forward; R: slots in use; n: query heads, g: key/value heads of this tensor-parallel
 rank; d: head size; Q: most tokens of a slot in a group; K: longest sequence in a group.
@@ -118,7 +118,7 @@ class _Group:
 
 
 class CacheView:
-    """One forward pass's window on a `KVCache`; travels as Megatron's `attention_mask`.
+    """A `KVCache` for one forward pass, handed to the layers as Megatron's `attention_mask`.
 
     Implements `megatron_dlm.models.attention.CachedAttention`. Slot r contributes the tokens at
     positions starts[r] to ends[r] - 1, slots in ascending order. A query at position i sees the
@@ -155,7 +155,7 @@ class CacheView:
         done = 0
         for value in bucket[lengths > 0].unique().tolist():
             chosen = (bucket == value) & (lengths > 0)
-            # Unchosen slots among few denoising queries cost less than copying the others' keys.
+            # Computing a few unneeded slots costs less than copying the keys of the others.
             all_slots = value == 0 or bool(chosen.all())
             rows = torch.arange(len(starts)) if all_slots else chosen.nonzero()[:, 0]
             num_queries = int(lengths[chosen].max())
@@ -164,7 +164,7 @@ class CacheView:
             query = torch.arange(num_queries)
             # Padded queries repeat some token; their results are never read.
             gather = (offsets[rows, None] + query).clamp_(max=self.num_tokens - 1)
-            # Every position of theirs sees something, so no softmax is empty.
+            # Each of their positions sees some key, so no softmax is empty.
             position = (starts[rows, None] + query).to(device)
             limit = (position // block_size + 1) * block_size
             limit = torch.minimum(limit, ends[rows, None].to(device)).clamp_(min=1)

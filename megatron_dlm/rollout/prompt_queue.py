@@ -1,4 +1,4 @@
-"""Prompts that wait for a slot of the rollout."""
+"""Queue of prompts that wait for a slot."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ class PromptQueue:
 
     Args:
         prompts: All prompts of a rollout.
-        max_prefill_tokens: Prompt tokens handed out for one forward; a single prompt always is.
+        max_prefill_tokens: Most prompt tokens for one forward; a first prompt may be longer.
     """
 
     def __init__(self, prompts: Sequence[Prompt], max_prefill_tokens: int) -> None:
@@ -24,7 +24,7 @@ class PromptQueue:
         self._prefill_tokens = 0
 
     def pop(self) -> int | None:
-        """Index of the next prompt, or None if none is left or it has to wait for a forward."""
+        """Index of the next prompt; None if none is left or it has to wait for the next forward."""
         if self._next == len(self._prompts):
             return None
         total = self._prefill_tokens + len(self._prompts[self._next].token_ids)

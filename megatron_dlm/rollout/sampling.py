@@ -23,7 +23,7 @@ _FORBIDDEN = -1e30
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Drawn tokens and what remasking needs to know about them.
+    """Drawn tokens, and their confidence and entropy for remasking.
 
     Attributes:
         token_ids: [n] int64.
@@ -54,7 +54,7 @@ def _gather(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
 
 
 def _apply_top_k(scaled: Tensor, top_k: int, tp_group: ProcessGroup | None) -> Tensor:
-    """Forbid what is below the k-th largest value; ties with it stay."""
+    """Forbid values below the k-th largest; ties with it stay."""
     largest = scaled.topk(min(top_k, scaled.shape[1]), dim=-1).values
     candidates = _gather(largest, tp_group).transpose(0, 1).flatten(1)
     threshold = candidates.topk(min(top_k, candidates.shape[1]), dim=-1).values[:, -1:]

@@ -1,4 +1,4 @@
-"""The sequences that are being decoded: what is known of each, and what its next forward needs.
+"""State of the sequences in decoding, and the plan of their next forward.
 
 All state lives in small CPU tensors with one row per slot. Slots 0 to R - 1 are in use; when a
 sequence ends and none waits, the last slot moves into its place, so the slots in use stay
@@ -31,8 +31,8 @@ class ForwardPlan:
         token_ids: [S] int64, slots in ascending order, MASK where not committed yet.
         position_ids: [S] int64.
         starts: [R] int64, first position of each slot in this forward.
-        ends: [R] int64, the position behind its last.
-        draw_rows: [n] int64, index into S of the hidden state behind each draw.
+        ends: [R] int64, one past the last position.
+        draw_rows: [n] int64, index into S of the hidden state that each draw is made from.
         draw_slots: [n] int64.
         draw_columns: [n] int64, position of each draw within its block.
         sample_index: [n] int64.
@@ -58,13 +58,14 @@ class SlotTable:
     With a cache, a slot's next forward covers the positions from `_start`, the first whose keys are
     not final in it, to the end of the block in decoding: the prompt's complete blocks on the first
     forward, the block just finished on the first of each later block, nothing else on the others.
-    Under full attention every forward covers the canvas, prompt and longest response; what lies
-    behind the block in decoding is MASK, and the last block ends with the canvas.
+    Under full attention every forward covers the canvas (prompt and longest response): positions
+    after the block in decoding are MASK, and the last block ends with the canvas.
 
     Args:
         num_slots: Sequences held at once.
-        prompts: All that will be placed.
-        max_response_length: Tokens after which a response is cut; `Prompt` may say fewer.
+        prompts: All prompts that will be placed.
+        max_response_length: Tokens after which a response is cut; a `Prompt` may have a lower
+            limit.
         config: Decoding settings.
         special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
             committed yet.
@@ -88,7 +89,7 @@ class SlotTable:
         self._block_size = config.block_size or max_response_length
         self._columns = torch.arange(self._block_size)
         longest = max((len(p.token_ids) + self._limit(p) for p in prompts), default=0)
-        # In whole blocks, also behind the end of a canvas.
+        # In whole blocks, also past the end of a canvas.
         blocks = -(-longest // self._block_size)
         self.max_length = blocks * self._block_size
         self._prompts: list[Prompt | None] = [None] * num_slots
@@ -127,11 +128,11 @@ class SlotTable:
 
     @property
     def _has_canvas(self) -> bool:
-        """Whether a forward covers what lies behind the block in decoding."""
+        """Whether a forward covers positions after the block in decoding."""
         return self._config.attention_pattern == "full"
 
     def request(self, slot: int) -> int:
-        """The number that the sequence in a slot was placed under."""
+        """The index that the sequence in a slot was placed with."""
         return self._requests[slot]
 
     def place(self, slot: int, request: int, prompt: Prompt) -> None:
@@ -163,10 +164,10 @@ class SlotTable:
         self._step[slots] = 1
 
     def remove(self, slot: int) -> int | None:
-        """Give up a finished slot.
+        """Free a finished slot.
 
         Returns:
-            The slot whose sequence took its place (its cache must move along), or None.
+            The slot whose sequence moved into this one (its cache must move too), or None.
         """
         self.num_active -= 1
         last = self.num_active
@@ -240,7 +241,7 @@ class SlotTable:
         if self._config.is_autoregressive:
             self._start[active] = plan.ends
         elif not self._has_canvas:
-            # Keys before the block are final now; the block's own are once it is clean.
+            # Keys before the block are final now; its own become final once it is clean.
             self._start[active] = self._block_start[active]
 
         full = (~masked.any(dim=-1)).nonzero()[:, 0]
@@ -256,7 +257,7 @@ class SlotTable:
         return full[finished].tolist()
 
     def trajectory(self, slot: int) -> Trajectory:
-        """What was decoded in a finished slot."""
+        """The trajectory decoded in a finished slot."""
         prompt = self._prompts[slot]
         assert prompt is not None
         prompt_length = int(self._prompt_length[slot])

@@ -1,10 +1,11 @@
 """The denoising states that a rollout passed through, as its network saw them.
 
-A state is a block in decoding and the step that came next: earlier blocks are final, tokens of the
-block that were kept at this step or later are MASK, and so is everything behind the block. Steps
-count from 1 in each block.
+A state is given by the block in decoding and the step that came next: earlier blocks are final;
+tokens of the block that were kept at this step or later are MASK, and so is everything after the
+block. Steps count from 1 in each block.
 
-F: tokens of a trajectory: prompt, response and tail. C: canvas, what a forward sees: at least F.
+F: tokens of a trajectory: prompt, response and tail. C: positions of the canvas that a forward
+sees, at least F.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from megatron_dlm.types.trajectory import Trajectory
 def final_canvas(trajectory: Trajectory, mask_token_id: int) -> Tensor:
     """Prompt, response and tail, and MASK on what is left of the canvas; [C] int64."""
     tokens = torch.cat((trajectory.prompt_ids, trajectory.response_ids, trajectory.tail_ids))
-    behind = max((trajectory.canvas_length or 0) - len(tokens), 0)
-    return torch.cat((tokens, tokens.new_full((behind,), mask_token_id)))
+    masked = max((trajectory.canvas_length or 0) - len(tokens), 0)
+    return torch.cat((tokens, tokens.new_full((masked,), mask_token_id)))
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class VisitedStates:
         step: [m] int64, the step that came next.
         current: [m, C] bool, the masked positions of the block in decoding.
         later: [m, C] bool, the positions of later blocks, all of them masked.
-        written: [C] bool, where the rollout wrote a token in the end, or was given one.
+        written: [C] bool, positions of the prompt and of tokens that the rollout wrote.
     """
 
     step: Tensor
@@ -43,7 +44,7 @@ class VisitedStates:
 
     @property
     def masked(self) -> Tensor:
-        """[m, C] bool, where the state holds MASK."""
+        """[m, C] bool, positions at which the state holds MASK."""
         return self.current | self.later
 
 

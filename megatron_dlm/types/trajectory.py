@@ -51,10 +51,10 @@ class Trajectory:
         unmask_step: [L] int64, the denoising step of its block (from 1) at which each response
             token was committed; zeros for responses that were not rolled out by block diffusion.
         tail_ids: [T] int64, tokens of the final block after the end of the response (after EOS or
-            the length limit). They are no part of x_0 and never supervised, but
-            the student saw them when it denoised that block, so its visited states contain them.
-            Empty for responses that were not rolled out (`objectives.block_diffusion` fills their
-            last block).
+            the length limit). They are no part of x_0 and never supervised, but the student saw
+            them when it denoised that block, so its visited states contain them. Empty for
+            responses that were not rolled out (`objectives.block_diffusion` fills their last
+            block).
         tail_unmask_step: [T] int64.
         finish_reason: "eos" or "length".
         canvas_length: Positions that every forward of this sequence saw under full attention: the

@@ -22,7 +22,7 @@ from .response_columns import ResponseColumns
 from .row_cache import RowCache
 from .token_draws import draw_tokens, row_seeds
 
-# Logits that exist at once while drawing, in elements: their noise takes several 64-bit copies.
+# Most logits in memory at once while drawing: their noise takes several 64-bit copies.
 MAX_LOGITS = 1 << 24
 
 

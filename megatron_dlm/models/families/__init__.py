@@ -1,6 +1,6 @@
-"""Model families, one file each: what varies between models that Megatron's layers can be.
+"""Model families, one file each: the differences between models built from Megatron's layers.
 
-A file makes its family known with `register`; every file of this folder is loaded.
+A file adds its family with `register`; every file of this folder is loaded.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What is known of a model family, and where families are found by name and by model type."""
+"""The record of a model family, and the registry of families by name and by model type."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ModelType:
     Attributes:
         name: The value of the key.
         architecture: Class of transformers that loads an autoregressive model of this type; None
-            for types that diffusion models alone have.
+            for types that only diffusion models have.
         is_moe: Whether the feed-forward layers are mixtures of experts.
-        diffusion_kind: Of diffusion models of this type, for what their config.json leaves out.
-        states_attention: False for a type with models of either attention, whose config.json has
-            to say which it is.
-        defaults: What transformers takes for keys that are absent, of those that may be; beside
-            `config_keys.DEFAULTS`.
+        diffusion_kind: Kind of the diffusion models of this type, for keys that config.json leaves
+            out.
+        states_attention: False for a type that allows either attention, whose config.json has to
+            state it.
+        defaults: Defaults of transformers for optional keys, beside `config_keys.DEFAULTS`.
     """
 
     name: str
@@ -43,17 +43,17 @@ def _nothing(config: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A family of models: what their config.json means, and what their tensors are called.
+    """A family of models: the meaning of their config.json, and the names of their tensors.
 
     Attributes:
         name: In `Architecture.family`.
-        model_types: Of config.json; the first one with an `architecture` is that of autoregressive
-            models, among dense ones and among mixtures of experts.
+        model_types: Its values of `model_type`. Of dense models and of mixtures of experts, the
+            first with an `architecture` is the autoregressive one.
         qk_norm: Whether queries and keys are normalised before they are rotated.
         qkv_bias: Whether the projections to queries, keys and values have biases.
-        nulls: Keys of config.json whose null says something else than their absence.
-        check: Raises a UserError if a config.json asks for something that Megatron's layers are not
-            built for here; called with the file's name.
+        nulls: Keys of config.json for which null differs from an absent key.
+        check: Raises a UserError if a config.json asks for something unsupported; called with the
+            file's name.
         config: Keys of config.json that this family has beside those of all families.
         parameters: All parameters of a model, in the order of the checkpoint.
     """
@@ -81,14 +81,14 @@ FAMILIES: dict[str, ModelFamily] = {}
 
 
 def register(family: ModelFamily) -> ModelFamily:
-    """Make a family known; the file of each family calls this once.
+    """Add a family; the file of each family calls this once.
 
     Raises:
         ValueError: Its name or one of its model types is another family's.
     """
     taken = [kind.name for kind in family.model_types if kind.name in model_types()]
     if family.name in FAMILIES or taken:
-        raise ValueError(f"{family.name} {taken}: there is such a family")
+        raise ValueError(f"{family.name} {taken}: the name or a model type is taken")
     FAMILIES[family.name] = family
     return family
 

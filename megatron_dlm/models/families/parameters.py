@@ -1,7 +1,7 @@
-"""Which Hugging Face tensors make up which Megatron parameter, under the names that most have.
+"""The Hugging Face tensors of each Megatron parameter, under the names that most families have.
 
 Megatron's names are those of the whole model: layers and experts are counted globally. A family
-whose tensors have other names, or are fused otherwise, has a table of its own.
+with other tensor names, or other fused tensors, has its own table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ParameterMapping:
     Attributes:
         megatron: Name in the whole Megatron model.
         hf: Names and shapes of the tensors, in the order that `layout` expects.
-        layout: How they become this rank's shard, and back.
+        layout: Converts them to a rank's shard and back.
         transformer_engine: Name under the Transformer Engine spec, where it differs: norms are
             fused into the linear layer that follows them.
     """
@@ -52,9 +52,9 @@ class ParameterMapping:
 
 
 def llama_parameters(architecture: Architecture) -> list[ParameterMapping]:
-    """All parameters of a model whose tensors are called as Llama's and, of experts, Qwen3-MoE's.
+    """All parameters of a model with tensor names of Llama and, for experts, of Qwen3-MoE.
 
-    A tied output layer reads the embedding once more.
+    A tied output layer is read from the embedding tensor.
     """
     a = architecture
     vocabulary, h = (a.vocab_size, a.hidden_size), a.hidden_size

@@ -1,6 +1,6 @@
 """Decoding strategies, one file each: which of the drawn tokens a denoising step keeps.
 
-A file makes its strategy known with `register`; every file of this folder is loaded. Flags, rules,
+A file adds its strategy with `register`; every file of this folder is loaded. Flags, rules,
 evaluation settings and the modelling code of exported folders derive from the records. Nothing here
 imports PyTorch, since options are checked before it is loaded: strategies use methods of tensors.
 """

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StrategyOption:
-    """The option of a strategy; several strategies may share one.
+    """The option of a strategy; strategies may share one.
 
     Attributes:
         name: Of the flag and the key, with underscores.
         type: int or float.
         default: None stands for the number of tokens of a block.
-        range: Values that it may have.
+        range: Valid values.
         unit: What the number is, in one word, for `--settings`.
         help: Text of `--help` and of docs/configuration.md.
         argument: Its name in `generate` of an exported folder; empty: `name`.
@@ -43,7 +43,7 @@ class StrategyOption:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A rule that says which drawn tokens are committed at a denoising step.
+    """A rule that decides which drawn tokens are committed at a denoising step.
 
     Attributes:
         name: Value of `--remasking-strategy`.
@@ -64,7 +64,7 @@ class Strategy:
     divides_block: bool = False
 
     def fits_block(self, value: Any, block_size: int | None) -> bool:
-        """Whether the option's value goes with a block size; None: a response is one block."""
+        """Whether the option's value fits a block size; None: a response is one block."""
         if not self.divides_block or value is None or block_size is None:
             return True
         return block_size % value == 0
@@ -74,10 +74,10 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def register(strategy: Strategy) -> None:
-    """Make a strategy known under its name.
+    """Add a strategy under its name.
 
     Raises:
-        ValueError: Its name or short name is another one's.
+        ValueError: Its name or short name is taken.
     """
     names = {other.short_name for other in STRATEGIES.values()} | STRATEGIES.keys()
     if {strategy.name, strategy.short_name} & names:

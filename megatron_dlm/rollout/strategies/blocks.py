@@ -1,4 +1,4 @@
-"""What a decoding strategy is given, and positions in the order of a score.
+"""Input of a decoding strategy, and helpers to order positions by a score.
 
 r: blocks decoded at once; B: positions of a block (its size, or the whole response).
 """

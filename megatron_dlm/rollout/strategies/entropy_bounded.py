@@ -1,4 +1,4 @@
-"""entropy_bounded: as many tokens as may depend on each other by a bounded amount."""
+"""entropy_bounded: as many tokens as keep a bound on their mutual dependence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def entropy_bounded(blocks: DenoisedBlocks, bound: float) -> Tensor:
-    """In order of confidence while cumsum(entropy) - cummax(entropy) is within the bound."""
+    """Keep tokens by confidence while cumsum(entropy) - cummax(entropy) is within the bound."""
     order = in_order(blocks.confidence, blocks.masked)
     entropy = blocks.entropy.gather(-1, order)
     excess = entropy.cumsum(dim=-1) - entropy.cummax(dim=-1).values
     within = (excess <= bound).long().cumprod(dim=-1)
-    # The first one has no excess over itself; rounding must not be able to deny it.
+    # The first one is always kept: its excess is 0, whatever rounding says.
     return first_of(order, within.sum(dim=-1), blocks.masked)
 
 
