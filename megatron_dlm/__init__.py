@@ -14,7 +14,7 @@ __all__ = ["Model", "Response", "__version__", "convert", "generate", "load", "l
 # Megatron-Core warns at import about every optional package that is not installed. Those that a run
 # asks for are checked by `megatron_dlm.config.validation`, with an error that says so.
 warnings.filterwarnings("ignore", module=r"megatron\.")
-# Its distributed checkpoints are made of what PyTorch is about to replace.
+# Its distributed checkpoints use interfaces that PyTorch is about to replace.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 

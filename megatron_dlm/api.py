@@ -6,9 +6,9 @@
     [response] = megatron_dlm.generate(model, "What is 17 + 25?")
     print(response.text, response.tokens_per_forward)
 
-Results are those of the commands with the same options. What cannot work raises `UserError`, whose
-text is the line that a command prints. The process groups that Megatron-Core needs are made with
-the first model and go with the last; the caller's random numbers stay what they were.
+Results are those of the commands with the same options. Input that cannot work raises `UserError`,
+whose text is the line that a command prints. The process groups that Megatron-Core needs exist from
+the first open model to the last; the state of the caller's random generators is restored.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 Records = str | Path | Sequence[Record]
-"""A JSONL file, or what its lines hold."""
+"""A JSONL file, or its records."""
 
 OF_THE_MODEL = {"load", "tokenizer", "bf16", "attention_pattern", "verify_checkpoint"} | {
     option.name for option in fields(ParallelConfig)
 }
-"""Options of `load` that nothing can change later."""
+"""Options of `load` that cannot change later."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Groups:
 
     def enter(self, config: Config) -> None:
         if not self._users:
-            with torch.random.fork_rng():  # making them sets seeds
+            with torch.random.fork_rng():  # initialising them sets seeds
                 self._stack.enter_context(initialized(config))
         self._users += 1
 
@@ -98,11 +98,11 @@ _GROUPS = _Groups()
 class Model:
     """A frozen model in memory, made by `load`.
 
-    It is freed by `close`, at the end of a `with` block, or when nothing refers to it any more.
+    It is freed by `close`, at the end of a `with` block, or when it is garbage-collected.
 
     Attributes:
-        tokenizer: The one beside the weights, or that named to `load`.
-        options: Those given to `load`.
+        tokenizer: From the folder of the weights, or as passed to `load`.
+        options: The options of `load`.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Model:
         return self._module
 
     def close(self) -> None:
-        """Free the weights; the process groups go with the last model."""
+        """Free the weights and, with the last model, the process groups."""
         self._module = None
         self._closing()
 
@@ -152,13 +152,13 @@ def load(folder: str | Path, **options: Any) -> Model:
     """Load a model: Hugging Face folder, run folder or one of its checkpoints.
 
     Args:
-        folder: Where it is.
+        folder: Path of the model.
         options: Those of `megatron-dlm generate`, by name: `bf16`, `device`, `block_size`,
-            `tokenizer`, `max_response_length`, ... What concerns decoding can be given to
-            `generate` too, which wins.
+            `tokenizer`, `max_response_length`, ... Decoding options can also be passed to
+            `generate`, which overrides them.
 
     Raises:
-        UserError: Anything that could not work.
+        UserError: An input cannot work.
     """
     return Model({**options, "load": str(folder)})
 
@@ -174,20 +174,20 @@ def generate(
     """Answer prompts.
 
     Args:
-        model: What answers.
+        model: The model.
         prompts: One text, several, records with `messages` or `prompt`, or the `Path` of a JSONL
             file of these.
         setting: Decoding as `megatron-dlm evaluate --settings` names it: `static`, `dynamic:0.9`,
             `autoregressive`, ...; None for what the options say.
-        chat: Put texts into the chat template, where there is one, as a user's message.
-        options: Those of `megatron-dlm generate` that concern decoding, by name:
+        chat: Put texts into the chat template, if there is one, as a user's message.
+        options: Decoding options of `megatron-dlm generate`, by name:
             `max_response_length`, `temperature`, `seed`, ...
 
     Returns:
         A response for each prompt, in their order.
 
     Raises:
-        UserError: Anything that could not work.
+        UserError: An input cannot work.
     """
     module, setup = model.module, _setup(model, options, "generate()")
     [(_, generation)] = setup.settings(() if setting is None else (setting,)).items()
@@ -209,19 +209,19 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
     """Loss of given responses, as training reports it for held-out data.
 
     Args:
-        model: What is judged.
-        examples: A JSONL file of prompts with `response`, or of chats that end in an answer, or
-            the records of one.
+        model: The model.
+        examples: A JSONL file of prompts with `response` or of chats that end in an answer, or
+            such records.
         objective: `sft` (block diffusion: cross entropy at the MASKs of one random state of each
             example, fixed by the seed) or `next_token` (autoregressive cross entropy).
-        options: Those of `megatron-dlm train` that concern it, by name: `seed`, `block_size`,
+        options: Options of `megatron-dlm train` for the loss, by name: `seed`, `block_size`,
             `loss_weighting`, ...
 
     Returns:
         Nats per token, over all examples.
 
     Raises:
-        UserError: Anything that could not work.
+        UserError: An input cannot work.
     """
     known = [name for name, traits in OBJECTIVE_TRAITS.items() if "data" in traits.response_sources]
     if objective not in known:
@@ -288,7 +288,7 @@ def convert(
         The folder that was written.
 
     Raises:
-        UserError: Anything that could not work.
+        UserError: An input cannot work.
     """
     values = {**options, "load": str(source), "save": str(target)}
     if format is not None:
@@ -300,7 +300,7 @@ def convert(
 
 
 def _setup(model: Model, options: Mapping[str, Any], source: str) -> InferenceSetup:
-    """The model's options with others over them, checked against the checkpoint again."""
+    """The model's options updated by others, checked against the checkpoint again."""
     for name in options:
         if name in OF_THE_MODEL:
             raise bad_value(

@@ -1,6 +1,6 @@
-"""What entry points have in common: their place among the processes of a job, and how they fail.
+"""Common parts of entry points: rank and number of processes, and reports of errors.
 
-Imports nothing heavy, so that a mistyped flag is reported before PyTorch is loaded.
+Imports nothing slow, so that a mistyped flag is reported before PyTorch is loaded.
 """
 
 import errno
@@ -19,7 +19,7 @@ P = ParamSpec("P")
 USER_ERROR_STATUS = 2
 
 REPORT_SECONDS = 20.0
-"""How long other ranks stay for rank 0 to report; the launcher usually ends them much sooner."""
+"""Seconds that other ranks wait for rank 0 to report; the launcher usually ends them sooner."""
 
 
 _REMEDIES = {
@@ -53,7 +53,7 @@ def _number(name: str, default: int) -> int:
     """A number that the launcher put into the environment.
 
     Raises:
-        UserError: It is none, or out of range.
+        UserError: It is not a number, or out of range.
     """
     text = os.environ.get(name)
     if text is None:
@@ -86,14 +86,14 @@ _warned: set[str] = set()
 
 
 def warn(text: str) -> None:
-    """Tell the person watching of something that the run can go on with; once, on rank 0."""
+    """Print a warning once, on rank 0."""
     if rank() == 0 and text not in _warned:
         print(f"warning: {text}", file=sys.stderr, flush=True)
         _warned.add(text)
 
 
 def _reports() -> bool:
-    """Whether this process tells of an error; so does one that has no rank among the others."""
+    """Whether this process reports an error: rank 0, or one whose rank is invalid."""
     try:
         return not 0 < rank() < world_size()
     except UserError:

@@ -7,7 +7,7 @@ exit status 2 (`report_user_errors`). Anything else is a defect and keeps its tr
 import reprlib
 
 _SHORT = reprlib.Repr()
-"""Shows a value in one line of bearable length, whatever it is: YAML can nest without end."""
+"""Shows any value in one short line: YAML can nest without end."""
 _SHORT.maxstring = _SHORT.maxother = 400
 _SHORT.maxlong = 40
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 12
@@ -31,7 +31,7 @@ def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError
     """Build the error for one field.
 
     Args:
-        field: What the user wrote it under: a flag, a configuration key or `file:line`.
+        field: Where the user wrote it: a flag, a configuration key or `file:line`.
         value: The offending value.
         problem: Why it cannot work, as a clause ("does not divide 16 attention heads").
         remedy: What to do instead, as an imperative ("choose 1, 2 or 4").

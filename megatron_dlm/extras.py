@@ -1,4 +1,4 @@
-"""Packages that only some options need, installed as extras of this one."""
+"""Packages that only some options need, installed as extras."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ def check_installed(package: str, field: str, value: object) -> None:
     Args:
         package: One of `EXTRAS`, as it is imported.
         field: Option that needs it.
-        value: Of the option.
+        value: Value of the option.
 
     Raises:
         UserError: It is missing.

@@ -1,4 +1,4 @@
-"""JSON objects in files that others wrote: whatever is wrong with one is said in one line."""
+"""Read JSON objects from files, with one-line errors."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def read_json_object(file: Path, field: str) -> dict[str, Any]:
 
     Args:
         file: The file.
-        field: What the user named it, or the folder it is in, with.
+        field: The flag that the file or its folder came from.
 
     Raises:
         UserError: It cannot be read, is no JSON, or holds something else than an object.

@@ -31,14 +31,14 @@ class ParallelGroups:
         tp: Ranks that hold the other shards of the vocabulary.
         pp: Stages of this rank's pipeline.
         pp_last_rank: Global rank of the last of them.
-        is_last_stage: Whether this is it.
+        is_last_stage: Whether this rank is on the last stage.
         model: All ranks that hold parts of the same replica of the model.
-        dp: The same part in all replicas.
-        dp_rank: Of this replica.
-        dp_size: Replicas.
-        lockstep: Ranks that have to make as many forwards as this one, because the forwards hold
-            collectives of experts. A union of whole tensor-parallel groups, so that all ranks
-            with the same prompts learn the same from a reduction over it.
+        dp: Ranks that hold the same part in all replicas.
+        dp_rank: Index of this replica.
+        dp_size: Number of replicas.
+        lockstep: Ranks that must run as many forwards as this one, because the forwards contain
+            collectives of experts. A union of whole tensor-parallel groups, so that a reduction
+            over it gives the same result on all ranks with the same prompts.
     """
 
     tp: ProcessGroup | None = None
@@ -59,8 +59,8 @@ class ParallelGroups:
         if parallel_state.get_expert_model_parallel_world_size() > 1:
             lockstep = parallel_state.get_expert_tensor_and_model_parallel_group()
             if lockstep.size() % tp_size != 0:
-                # Groups of experts that cut through tensor-parallel groups tie neighbours together
-                # all along the stage.
+                # Expert groups that cross tensor-parallel groups connect neighbours, and so all
+                # ranks of the stage.
                 lockstep = parallel_state.get_tensor_and_data_parallel_group()
         return cls(
             tp=_unless_alone(parallel_state.get_tensor_model_parallel_group()),
@@ -127,12 +127,12 @@ def _set_seeds(config: Config) -> None:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """Raise a `UserError` of any rank on all of them, so that none waits for the one that ended.
+    """Raise a `UserError` of any rank on all of them, so that no rank waits for one that ended.
 
     Collective; the body must not be.
 
     Raises:
-        UserError: That of the lowest rank that has one.
+        UserError: The error of the lowest rank with one.
     """
     own: UserError | None = None
     try:
@@ -148,9 +148,9 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def initialized(config: Config) -> Iterator[None]:
-    """`initialize` on entry; on exit leave the groups, so that another layout can follow.
+    """`initialize` on entry; destroy the groups on exit, so that another layout can follow.
 
-    One process has one layout: a block in another one uses the groups that are there.
+    A nested block uses the existing groups.
     """
     if world_size() == 1 and parallel_state.model_parallel_is_initialized():
         platform.select(config.parallel.device)

@@ -1,4 +1,4 @@
-"""Ranges of numbers, stated once beside the option that they bound."""
+"""Ranges of numbers, to annotate options with."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class Range:
 
     Attributes:
         lowest: Its lower end.
-        highest: Its upper end; None: there is none.
+        highest: Its upper end; None for none.
         above_lowest: Whether the lower end itself is left out.
         below_highest: Whether the upper end itself is left out.
     """
@@ -36,7 +36,7 @@ class Range:
 
     @property
     def problem(self) -> str:
-        """What is wrong with a number that is not in it."""
+        """The problem with a number outside the interval, for error messages."""
         if self.highest is not None:
             return f"is outside {self}"
         if self.lowest == 0:
@@ -45,7 +45,7 @@ class Range:
 
     @property
     def remedy(self) -> str:
-        """What to choose instead."""
+        """The remedy for such a number."""
         if self.highest is None:
             return f"choose a number {self}" if self.above_lowest else f"choose {self}"
         return f"choose a number in {self}, e.g. {(self.lowest + self.highest) / 2:g}"

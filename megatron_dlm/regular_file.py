@@ -1,4 +1,4 @@
-"""Reads files that a user names: a pipe or a device, which might never end, is refused."""
+"""Read files named by the user; a pipe or a device is refused, since reading might never end."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ def check_regular(path: str | Path) -> None:
     """Check that a path is a regular file, without opening it.
 
     Raises:
-        OSError: It is not, or there is nothing; `strerror` says it.
+        OSError: It is not one or does not exist; `strerror` says which.
     """
     mode = Path(path).stat().st_mode
     if stat.S_ISDIR(mode):
@@ -23,7 +23,7 @@ def read_regular(path: str | Path) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: It is none, or cannot be read.
+        OSError: It is not a regular file, or cannot be read.
     """
     check_regular(path)
     return Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""Random generators keyed by what they are for, never by how often they were used."""
+"""Random generators keyed by their purpose, not by how often they were used."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""What the command `convert` does, as a function; its options are in `commands.convert`."""
+"""The command `convert` as a function; its options are in `commands.convert`."""
 
 import sys
 from pathlib import Path
@@ -73,7 +73,7 @@ def check_target(arguments: ConversionConfig) -> Path:
 
 
 def check_autoregressive(source: ModelSource) -> None:
-    """What is written as `autoregressive` is read as a model that predicts the next token.
+    """Check that a model written as `autoregressive` predicts the next token.
 
     Raises:
         UserError: It is a diffusion model of another kind.
@@ -86,14 +86,14 @@ def check_autoregressive(source: ModelSource) -> None:
         "autoregressive",
         f"{source.hf_folder / 'config.json'} states a diffusion model with "
         f"{kind.attention_pattern} attention; the folder would be read as autoregressive",
-        "choose the format of a diffusion model, sdar for one",
+        "choose the format of a diffusion model, such as sdar",
     )
 
 
 def find_adapters(
     conversion: ConversionConfig, source: ModelSource
 ) -> tuple[AdapterUse, AdapterSettings | None, ModelSource | None]:
-    """What becomes of the adapters of a run; for peft also what they are and their base model.
+    """How to write the adapters of a run; for peft also their settings and base model.
 
     Raises:
         UserError: There are none to write or leave out, the base model is not theirs, or options
@@ -120,7 +120,7 @@ def find_adapters(
 def find_special_tokens(
     source: ModelSource, tokenizer_folder: Path, *, needs_mask: bool
 ) -> tuple[Architecture, int | None]:
-    """The model with all that ends a response, and the id of MASK, as training resolves them."""
+    """The architecture with all ids that end a response, and the id of MASK, as in training."""
     architecture = source.architecture
     if not needs_mask and not has_tokenizer(tokenizer_folder):
         return architecture, None

@@ -8,7 +8,7 @@ megatron-dlm convert --load runs/lora --save adapter/ --target-format peft \
 torchrun --nproc-per-node 8 -m megatron_dlm convert --load runs/mine --save hf/ \
     --pipeline-model-parallel-size 8
 
-What `--load` holds is found out by looking. One process is enough for whatever fits its memory; a
+The format of `--load` is detected. One process is enough for whatever fits its memory; a
 parallel layout spreads the model, and Megatron checkpoints can be loaded at any other layout later.
 """
 
@@ -38,7 +38,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class ConversionConfig:
-    """Conversion: from where, to where, into what."""
+    """Conversion: source, target and format."""
 
     load: str | None = None
     """Hugging Face folder, Megatron run folder or one of its iteration folders."""

@@ -40,7 +40,7 @@ from megatron_dlm.training.run_folder import latest_iteration
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Study: from where, on what, in which batch sizes."""
+    """Study: checkpoint, data and batch sizes."""
 
     training_config: str | None = None
     """YAML file of the training run: objective, data, rates and the batch size they belong to."""
@@ -61,7 +61,7 @@ class StudyConfig:
     """Tokens that each branch is trained on: a whole number of batches of every size."""
 
     tolerance: float = 0.01
-    """Part of the best final loss by which a branch may be worse and still count as good."""
+    """Fraction of the best final loss by which a branch may be worse and still count as good."""
 
     nproc_per_node: int = 1
     """Processes of a branch, under torchrun."""

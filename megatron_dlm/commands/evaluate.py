@@ -26,7 +26,7 @@ from megatron_dlm.evaluation.options import InferenceArguments, check_output, re
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation: on what, of what, under which settings."""
+    """Evaluation: data, task and decoding settings."""
 
     data: str | None = None
     """JSONL of prompts with the reference that the task compares with, `answer`."""
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     setup = resolve_inference(arguments, world_size())
     settings = setup.settings(options.settings)
     check_output(options.output)
-    # Only now what takes seconds to import.
+    # Imported only now, because it takes seconds.
     from megatron_dlm.data.records import RecordFile
     from megatron_dlm.data.tokenizer import load_tokenizer
     from megatron_dlm.evaluation.evaluator import EvaluationCounts, count, score

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     setup = resolve_inference(arguments, world_size())
     [(setting, generation)] = setup.settings().items()
     check_output(options.output)
-    # Only now what takes seconds to import.
+    # Imported only now, because it takes seconds.
     from megatron_dlm.data.tokenizer import load_tokenizer
     from megatron_dlm.evaluation.generation import (
         Generator,

@@ -35,7 +35,7 @@ SECONDS_BETWEEN_REPORTS = 10.0
 
 @dataclass(frozen=True)
 class InputConfig:
-    """Input: documents and what they are read with."""
+    """Input: documents and tokenizer."""
 
     input: str | None = None
     """JSONL in UTF-8, one document a line; blank lines are skipped."""
@@ -70,7 +70,7 @@ class Arguments:
 
 
 _encoder: DocumentEncoder | None = None
-"""What this process, or the one that it was forked from, encodes with."""
+"""The encoder of this process, inherited by forked workers."""
 
 
 def _encode(numbered_line: tuple[int, bytes]) -> tuple[int, dict[str, list[int]]]:
@@ -130,7 +130,7 @@ def check_arguments(arguments: Arguments) -> dict[str, Path]:
 
 
 class Progress:
-    """Counts what was written, and says so on standard error every few seconds."""
+    """Counts documents and tokens, and prints progress to standard error every few seconds."""
 
     def __init__(self) -> None:
         self._started = self._reported = time.perf_counter()
@@ -167,7 +167,7 @@ def encoded_documents(
     # Forked workers have the tokenizer already; its own threads must not have started before.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        # A part at a time: `map` would read the whole corpus ahead of the workers.
+        # A part at a time: `map` would read the whole corpus before the workers finish.
         while part := list(islice(lines, LINES_PER_WORKER * workers)):
             yield from pool.map(_encode, part, chunksize=LINES_PER_TASK)
 

@@ -1,4 +1,4 @@
-"""Compare every file of a run's checkpoints with what was written.
+"""Compare every file of a run's checkpoints with its manifest.
 
 megatron-dlm verify --load runs/mine              # all checkpoints of the run
 megatron-dlm verify --load runs/mine/iter_0000400
@@ -23,7 +23,7 @@ DAMAGED_STATUS = 1
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Verification: of what."""
+    """Verification: checkpoints to verify."""
 
     load: str | None = None
     """Run folder (all of its checkpoints) or one of its iteration folders."""
@@ -37,7 +37,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read all files, and say which of them are damaged."""
+    """Read all files, and print which of them are damaged."""
     load = parse_command("verify", Arguments, argv).verify.load
     if load is None:
         raise bad_value("--load", None, "nothing to verify", "name a run folder")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """What a path stands for, the oldest first."""
+    """The checkpoints of a path, the oldest first."""
     if is_iteration_folder(folder) and folder.is_dir():
         return [folder]
     found = [iteration_folder(folder, iteration) for iteration in saved_iterations(folder)]

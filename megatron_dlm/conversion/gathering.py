@@ -1,4 +1,4 @@
-"""Brings the shards of a live, possibly parallel model together on the process that writes."""
+"""Gathers the shards of a model in memory, possibly parallel, on the process that writes."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ WRITER = 0
 """Global rank of the process that writes."""
 
 ShardKey = tuple[str, int]
-"""Name of a tensor in the whole model, and number of the shard."""
+"""Name of a tensor in the whole model, and index of the shard."""
 
 
 class ShardGatherer:
@@ -32,7 +32,7 @@ class ShardGatherer:
             {}
         ] * dist.get_world_size()
         dist.all_gather_object(self._manifests, manifest)
-        # Data-parallel replicas hold the same shard: the lowest rank sends it.
+        # Data-parallel replicas hold the same shard: only the lowest rank sends it.
         self._holders: dict[ShardKey, int] = {}
         for holder, held in reversed(list(enumerate(self._manifests))):
             self._holders.update(dict.fromkeys(held, holder))

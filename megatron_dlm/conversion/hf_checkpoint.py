@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in safetensors, one file or many: slices in, a stream out."""
+"""Read slices of Hugging Face checkpoints in safetensors, and write checkpoints as a stream."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,26 +11,26 @@ from torch import Tensor
 from megatron_dlm.conversion.hf_tensors import INDEX_FILE, SINGLE_FILE, HFTensors
 from megatron_dlm.errors import UserError
 
-# Rows of a matrix that are held at a time when its values are looked at.
+# Rows of a matrix in memory at a time when its values are checked.
 _ROWS = 16384
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether no value is NaN or infinite, also as another type; makes no copy of the tensor."""
+    """Whether no value is NaN or infinite after conversion to a type; makes no whole copy."""
     if not tensor.numel():
         return True
     return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
 
 
 class HFCheckpoint(HFTensors):
-    """Tensors of a checkpoint folder; opening it reads the files' headers, indexing one its values.
+    """Tensors of a checkpoint folder: opening reads the headers of files, indexing reads values.
 
     Args:
         folder: Folder with `model.safetensors`, or shards and `model.safetensors.index.json`.
-        field: What the user named the folder with, for error messages.
+        field: The flag that the folder came from, for error messages.
 
     Raises:
-        UserError: As `HFTensors`.
+        UserError: As in `HFTensors`.
     """
 
     def __init__(self, folder: str | Path, field: str = "--load") -> None:
@@ -44,8 +44,8 @@ class HFCheckpoint(HFTensors):
             copies: Names that may be there if their values equal those of another tensor.
 
         Raises:
-            UserError: A tensor is missing, unexpected, of the wrong shape, or differs from the one
-                it has to equal.
+            UserError: A tensor is missing, unexpected, of the wrong shape, or differs from the
+                tensor that it must equal.
         """
         missing = [name for name in shapes if name not in self]
         if missing:
@@ -108,8 +108,8 @@ class HFCheckpoint(HFTensors):
 
 
 def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write one file of tensors, as transformers does, with the mode that the umask leaves."""
-    # safetensors makes files that only their owner may read.
+    """Write one file of tensors, as transformers does, with the permissions of the umask."""
+    # safetensors makes files readable by their owner only.
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})

@@ -1,7 +1,7 @@
-"""Megatron to Hugging Face: streams the weights of a live, possibly parallel model into a folder.
+"""Megatron to Hugging Face: streams the weights of a model, possibly parallel, to a folder.
 
-Rank 0 writes. Tensor by tensor, the ranks that hold its shards send them there, so what is in
-memory is one tensor and the file being filled, never the model.
+Rank 0 writes. The other ranks send it the shards of one tensor at a time, so its memory holds one
+tensor and the file being filled, never the whole model.
 """
 
 from collections.abc import Iterator
@@ -42,17 +42,16 @@ def export_hf(
 ) -> None:
     """Write a model as a Hugging Face folder; a collective call of all ranks.
 
-    The folder appears complete or not at all: it is filled under a temporary name and renamed.
+    The folder is filled under a temporary name and renamed, so it is complete or absent.
 
     Args:
         model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
-        architecture: What it was built from; its config.json says how a diffusion model attends
-            and what its logits predict.
-        folder: Where to.
+        architecture: Architecture of the model; its config.json has the kind of diffusion model.
+        folder: Folder to write.
         format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts), `a2d-<family>`
             (dense, either attention), `rnd1` (full attention, shifted, mixture of experts) or
             `autoregressive` (under the model type of its family).
-        tokenizer_folder: Where the tokenizer's files are; needed by all but `autoregressive`.
+        tokenizer_folder: Folder of the tokenizer's files; needed by all but `autoregressive`.
         block_size: Block size that the model was trained with; needed by `sdar`. Under full
             attention, the one to decode with, if any.
         mask_token_id: Id of the MASK token; needed by all but `autoregressive`.
@@ -117,9 +116,9 @@ def _gathered_tensors(
     """All tensors of the folder in model order, on the writer; other ranks only send.
 
     Args:
-        architecture: What is written.
+        architecture: Architecture of the model.
         gatherer: Holds the model's shards.
-        head: The parameter that is the output layer, if it has no name of its own.
+        head: The parameter that is also the output layer, if the model has tied embeddings.
     """
     written: set[str] = set()
     for mapping in parameter_mappings(architecture):

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint to Megatron: fills this rank's part of a model from safetensors."""
+"""Hugging Face checkpoint to Megatron: loads this rank's part of a model from safetensors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +19,17 @@ def load_hf_weights(
     folder: str | Path,
     field: str = "--load",
 ) -> None:
-    """Fill a model in place, in its own data type and on its own device.
+    """Load weights into a model in place, in its data type and on its device.
 
-    Every rank reads only the slices of its own shard, one tensor at a time. No communication: all
-    ranks check the whole checkpoint and come to the same verdict.
+    Every rank reads only the slices of its own shard, one tensor at a time. Without communication:
+    all ranks check the whole checkpoint, with the same result.
 
     Args:
         model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training. Master
-            weights of an optimizer built before are not updated.
-        architecture: What the model was built from.
+            weights of an existing optimizer are not updated.
+        architecture: Architecture of the model.
         folder: Hugging Face folder with safetensors.
-        field: What the user named the folder with, for error messages.
+        field: The flag that the folder came from, for error messages.
 
     Raises:
         UserError: The checkpoint does not hold exactly the tensors of the architecture, or their
@@ -44,13 +44,13 @@ def load_hf_weights(
 def check_weights_equal(
     model: torch.nn.Module, architecture: Architecture, folder: str | Path, field: str, remedy: str
 ) -> None:
-    """Check that a checkpoint holds the weights of a model, those of its adapters aside.
+    """Check that a checkpoint holds the weights of a model, without its adapters.
 
     Args:
         model: See `load_hf_weights`.
-        architecture: What the model was built from.
+        architecture: Architecture of the model.
         folder: Hugging Face folder with safetensors.
-        field: What the user named the folder with, for error messages.
+        field: The flag that the folder came from, for error messages.
         remedy: What the user can do, for error messages.
 
     Raises:
@@ -66,7 +66,7 @@ def check_weights_equal(
 def _shards(
     model: torch.nn.Module, architecture: Architecture, folder: str | Path, field: str
 ) -> Iterator[tuple[LocalParameter, torch.Tensor]]:
-    """This rank's parameters, each with its shard of the checkpoint, which is checked first."""
+    """This rank's parameters, each with its shard; the checkpoint is checked first."""
     checkpoint = HFCheckpoint(folder, field)
     checkpoint.check(
         hf_tensor_shapes(parameter_mappings(architecture)),

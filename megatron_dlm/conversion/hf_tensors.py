@@ -1,4 +1,4 @@
-"""What the files of a Hugging Face checkpoint hold, from their headers alone; needs no PyTorch."""
+"""Tensors of a Hugging Face checkpoint, listed from the headers of files; needs no PyTorch."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-"""As safetensors calls them. Others need scales that are no part of the architecture."""
+"""Names of types in safetensors. Others need scales, which the architecture does not have."""
 
 
 class HFTensors(Mapping[str, Any]):
@@ -21,8 +21,8 @@ class HFTensors(Mapping[str, Any]):
 
     Args:
         folder: Folder with `model.safetensors`, or shards and `model.safetensors.index.json`.
-        field: What the user named the folder with, for error messages.
-        framework: What the values are read with: PyTorch, or numpy where nobody reads them.
+        field: The flag that the folder came from, for error messages.
+        framework: What values are read with: PyTorch, or numpy if only headers are needed.
 
     Raises:
         UserError: There are no safetensors, a file is damaged, the index does not fit the files, or
@@ -117,7 +117,7 @@ class HFTensors(Mapping[str, Any]):
                     self._field,
                     str(index),
                     f"its weight_map names {file[:80]!r}, which is no file of this folder",
-                    "fetch the file again from where you trust",
+                    "fetch the file again from a source that you trust",
                 )
         return weight_map
 

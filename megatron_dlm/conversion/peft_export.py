@@ -31,7 +31,7 @@ _BASE_REMEDY = (
     "write the weights under the adapters with --without-adapters and a --target-format that suits "
     "the model, and name that folder"
 )
-# What the network computes with, beside the shapes of its tensors.
+# Settings of the network that do not show in the shapes of tensors.
 _COMPARED = (
     "family",
     "num_layers",
@@ -48,7 +48,7 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What a run's adapters are, from its flat configuration.
+    """Settings of a run's adapters, from its flat configuration.
 
     Attributes:
         rank: r.
@@ -62,10 +62,10 @@ class AdapterSettings:
 
     @classmethod
     def of_run(cls, run_config: dict[str, Any], path: str) -> "AdapterSettings":
-        """Read them.
+        """Read the settings.
 
         Raises:
-            UserError: The run has none.
+            UserError: The run has no adapters.
         """
         rank = run_config.get("lora_rank")
         if rank is None:
@@ -76,7 +76,7 @@ class AdapterSettings:
 
 
 def check_base_model(base: ModelWeights, source: ModelWeights) -> None:
-    """Check that a folder describes the model under a run's adapters; weights are not read.
+    """Check that a folder describes a run's model without its adapters; reads no weights.
 
     Raises:
         UserError: It does not.
@@ -116,10 +116,10 @@ def export_peft(
 
     Args:
         model: This rank's part of a model with its adapters attached.
-        architecture: The model's.
-        folder: Where to.
-        adapters: What the adapters are.
-        base: The Hugging Face folder that they belong on, checked by `check_base_model`.
+        architecture: Architecture of the model.
+        folder: Folder to write.
+        adapters: Settings of the adapters.
+        base: Hugging Face folder of the base model, checked by `check_base_model`.
         dtype: Type of the stored tensors.
         overwrite: Replace an existing folder.
 

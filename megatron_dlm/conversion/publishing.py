@@ -1,4 +1,4 @@
-"""A folder that one process writes: complete or not there, and all ranks learn of errors."""
+"""Write a folder from one process, complete or not at all; errors are raised on all ranks."""
 
 import os
 import shutil
@@ -27,8 +27,8 @@ def published_folder(
     Args:
         target: Its final name.
         overwrite: Replace an existing folder.
-        prepare: What the writer does first, in the folder: a mistake of the user that it finds is
-            raised on every rank.
+        prepare: Called first on the writer, with the folder; a `UserError` from it is raised on
+            every rank.
 
     Yields:
         The temporary name.
@@ -56,7 +56,7 @@ def published_folder(
 
 
 def _on_writer(action: Callable[[], None], folder: Path) -> None:
-    """Run something on the writer only; what the user did wrong is raised on every rank."""
+    """Run something on the writer only; a `UserError` of it is raised on every rank."""
     outcome: list[Any] = [None]
     if is_writer():
         try:
@@ -72,7 +72,7 @@ def _on_writer(action: Callable[[], None], folder: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Rename the finished folder to its place; what was there is deleted only afterwards."""
+    """Rename the finished folder; a folder that it replaces is deleted only afterwards."""
     if not target.exists():
         temporary.rename(target)
         return

@@ -1,8 +1,8 @@
-"""The tokenizer of an exported folder: a copy of the source's files, with MASK made known.
+"""The tokenizer of an exported folder: a copy of the source's files, with MASK added.
 
 The files are edited as JSON. Loading and saving them with transformers would rewrite them in the
-dialect of the installed version, which older versions and serving engines may not read; what
-transformers 5 wrote into the source is put back into words that transformers 4 knows as well.
+format of the installed version, which older versions and serving engines may not read; names that
+transformers 5 wrote into the source are replaced by those that transformers 4 knows as well.
 """
 
 import json
@@ -32,9 +32,9 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files; of a SentencePiece model those that stand for it.
+    """Copy the tokenizer's files; for a SentencePiece model, the files made from it.
 
-    A `tokenizer.model` stays where it is: it has no place for MASK.
+    A `tokenizer.model` is not copied: MASK cannot be added to it.
 
     Raises:
         UserError: `source` has no `tokenizer.json` or no `tokenizer_config.json`, nor a readable
@@ -72,13 +72,13 @@ def register_mask_token(folder: Path, mask_token_id: int, mask_token: str | None
 
     Args:
         folder: With the tokenizer's files.
-        mask_token_id: Of MASK.
-        mask_token: The text that readers look MASK up by: the token is renamed if need be. None: an
-            id that has a text already keeps it, a free one (Qwen3) becomes `<|MASK|>`.
+        mask_token_id: Id of MASK.
+        mask_token: Text by which readers look up MASK; the token is renamed if necessary. None: an
+            id with a text keeps it, a free one (Qwen3) becomes `<|MASK|>`.
 
     Raises:
-        UserError: The text is there under another id, the id is an ordinary token that cannot be
-            renamed, or it lies behind a gap.
+        UserError: The text has another id, the id is an ordinary token that cannot be renamed, or
+            there is a gap before it.
     """
 
     def refuse(problem: str) -> UserError:
@@ -129,13 +129,13 @@ def register_mask_token(folder: Path, mask_token_id: int, mask_token: str | None
 
 
 def _rename(folder: Path, tokenizer: dict[str, Any], old: str, new: str) -> None:
-    """Give a special token another text wherever the files name it, apart from its own entries."""
+    """Replace the text of a special token wherever files use it, but not in its own entries."""
     vocabulary = tokenizer["model"]["vocab"]
     if isinstance(vocabulary, list):
         renamed_pieces = [[new if text == old else text, score] for text, score in vocabulary]
         tokenizer["model"]["vocab"] = renamed_pieces
     elif old in vocabulary:
-        # Its place is kept: the id of some models is the place.
+        # Its place is kept: in some models the place is the id.
         renamed = {new if text == old else text: number for text, number in vocabulary.items()}
         tokenizer["model"]["vocab"] = renamed
     for name in ("vocab.json", "added_tokens.json"):

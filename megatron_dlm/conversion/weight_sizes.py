@@ -1,8 +1,8 @@
-"""The sizes of a config.json against the shapes of the weights, before a model is built.
+"""Compare the sizes in config.json with the shapes of the weights, before a model is built.
 
-Shapes are in the files' headers, so this reads no weights and needs no PyTorch. A size that no
-tensor has is the fault of config.json. One that some tensors have and others have not is left to
-the comparison of all shapes, which names the tensor.
+Shapes are in the headers of files, so this reads no weights and needs no PyTorch. A size that no
+tensor has is an error in config.json. If only some tensors differ, the later comparison of all
+shapes names the tensor.
 """
 
 import re
@@ -19,13 +19,13 @@ _REMEDY = "use a config.json and weights that belong together"
 
 @dataclass(frozen=True)
 class SizeRow:
-    """Where the weights show a size.
+    """Where a size shows in the weights.
 
     Attributes:
-        key: Of config.json.
-        tensors: Regular expression of the names of the tensors that have it.
-        dimension: Which of theirs.
-        expected: What it is by config.json.
+        key: Key of config.json.
+        tensors: Regular expression of the names of tensors with this size.
+        dimension: Dimension of these tensors.
+        expected: Size according to config.json.
     """
 
     key: str
@@ -118,12 +118,11 @@ def check_hf_sizes(architecture: Architecture, shapes: Mapping[str, Shape], weig
 
     Args:
         architecture: Read from config.json.
-        shapes: Of all tensors.
-        weights: Where they are, for error messages.
+        shapes: Shapes of all tensors.
+        weights: Path of the weights, for error messages.
 
     Raises:
-        UserError: A size is not that of the weights, or there is no head of its own though there
-            should be.
+        UserError: A size differs from the weights, or the output layer is missing.
     """
     layers = {int(found[1]) for name in shapes if (found := _HF_LAYER.match(name))}
     if layers and max(layers) + 1 != architecture.num_layers:
@@ -168,7 +167,7 @@ def _check_head_size(
     weights: str,
     rows: tuple[SizeRow, ...],
 ) -> None:
-    """Not every family has a tensor of this size: all rows of heads are as many times too long."""
+    """Compare head_dim: with a wrong one, the rows of all heads are off by the same factor."""
     ratios: dict[float, str] = {}
     for row in rows:
         if row.key not in ("num_attention_heads", "num_key_value_heads"):

@@ -3,9 +3,9 @@
     python -m megatron_dlm.data.arithmetic --split train --num 1000 --seed 1 --output train.jsonl
 
 A problem is a starting number and two or three operations, told in short sentences; its response
-computes one operation a line and ends in ``#### n``. The split is a property of the problem: a
-hash of the arithmetic content alone (numbers and operations, never names or wording) says whether
-it is a training or a held-out problem, so training cannot meet a held-out one under any seed.
+computes one operation a line and ends in ``#### n``. A hash of the arithmetic content (numbers and
+operations, not names or wording) decides whether a problem is for training or held out, so training
+never contains a held-out problem, under any seed.
 """
 
 import argparse
@@ -101,17 +101,17 @@ class Problem:
 
 
 def generate_example(split: Split, seed: int, index: int) -> dict[str, Any]:
-    """Generate one example from its number alone.
+    """Generate one example from its index alone.
 
     Args:
-        split: The split that the problem has to belong to.
-        seed: Names a sequence of examples.
+        split: The split that the problem belongs to.
+        seed: Of the sequence of examples.
         index: Position in that sequence, from 0; no other example has to be generated for it.
 
     Returns:
         ``{"messages": [{"role": "user", "content": ...}], "response": ..., "answer": ...}``.
     """
-    # Only Random.random() is promised to give the same numbers under every Python version.
+    # Only Random.random() is guaranteed to give the same numbers in every Python version.
     rng = random.Random(f"{split}:{seed}:{index}")
     problem = _draw_problem(rng)
     while problem.split != split:

@@ -1,4 +1,4 @@
-"""Chats as records hold them: messages, tools and variables for the chat template, all checked."""
+"""Chats of records: messages, tools and variables for the chat template, all checked."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,10 +11,10 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 TOOL_CALLS = "tool_calls"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Names under which chat templates read the thinking of an assistant's turn."""
+"""Keys from which chat templates read the thinking of an assistant's turn."""
 
 OTHER_SPEECH = ("function_call", "refusal")
-"""What else OpenAI's format lets an assistant say in place of content."""
+"""Other keys that OpenAI's format allows in place of an assistant's content."""
 
 RESERVED_VARIABLES = frozenset(
     {
@@ -33,17 +33,17 @@ RESERVED_VARIABLES = frozenset(
         "tokenizer_kwargs",
     }
 )
-"""What `apply_chat_template` takes for itself: no variables of a template."""
+"""Arguments of `apply_chat_template` itself, which are no variables of a template."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation and what else its chat template is given.
+    """A conversation with the tools and variables for its chat template.
 
     Attributes:
         messages: At least one, each with a role; entries that are null are left out.
         tools: JSON schemas of tools that may be called; None if there are none.
-        template_kwargs: Variables for the chat template, which win over the run's.
+        template_kwargs: Variables for the chat template; they override the run's.
     """
 
     messages: list[Message]
@@ -51,11 +51,11 @@ class Chat:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def before(self, position: int) -> "Chat":
-        """The same chat up to a message, without it."""
+        """The same chat before a message."""
         return replace(self, messages=self.messages[:position])
 
     def through(self, position: int) -> "Chat":
-        """The same chat up to a message, with it."""
+        """The same chat up to and including a message."""
         return self.before(position + 1)
 
 
@@ -73,17 +73,17 @@ def read_chat(record: Mapping[str, Any], where: str) -> Chat:
     if not isinstance(kwargs, dict):
         raise UserError(
             f'{where}: "chat_template_kwargs" is {json_type(kwargs)}, not an object;'
-            ' write {"enable_thinking": false}, for one'
+            ' write {"enable_thinking": false}, for example'
         )
     check_variables(kwargs, f'{where}: "chat_template_kwargs"')
     return Chat(_messages(record["messages"], where), _tools(record.get("tools"), where), kwargs)
 
 
 def check_variables(names: Iterable[str], what: str) -> None:
-    """Check that variables for a chat template are no arguments of what renders it.
+    """Check that no variable for a chat template is an argument of `apply_chat_template`.
 
     Raises:
-        UserError: One is; `what` names where it is from.
+        UserError: One is; the text begins with `what`, the place it is from.
     """
     for name in names:
         if name in RESERVED_VARIABLES:
@@ -93,7 +93,7 @@ def check_variables(names: Iterable[str], what: str) -> None:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content: of its parts end to end, or empty where there is none."""
+    """The text of a message's content, its parts joined; empty without content."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
@@ -106,7 +106,7 @@ def written_arguments(message: Message) -> list[str]:
 
 
 def with_parsed_arguments(message: Message) -> Message:
-    """The message with what `written_arguments` returns as objects."""
+    """The message with the arguments that `written_arguments` returns as objects."""
     if not written_arguments(message):
         return message
     calls = []
@@ -124,7 +124,7 @@ def _function(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(arguments: object) -> dict[str, Any] | None:
-    """The object that a text is JSON of; None if it is none."""
+    """The object that a JSON text holds; None if it holds none."""
     if not isinstance(arguments, str):
         return None
     try:
@@ -135,7 +135,7 @@ def _parsed(arguments: object) -> dict[str, Any] | None:
 
 
 def json_type(value: object) -> str:
-    """What a value of JSON is called in error messages."""
+    """Name of a JSON value's type in error messages."""
     names = {
         dict: "an object",
         list: "a list",
@@ -198,7 +198,7 @@ def _message(message: object, name: str) -> Message:
             raise UserError(f'{name}["content"] is {_found(message, "content")}; write a string')
     elif not isinstance(content, str):
         raise UserError(f'{name}["content"] is {_found(message, "content")}; write a string')
-    # As transformers does: templates know entries that are not there, many fail at null.
+    # As transformers does: templates handle missing entries, but many fail at null.
     return {key: value for key, value in message.items() if value is not None}
 
 

@@ -1,8 +1,8 @@
-"""From chats to text: what generation sees of a prompt, and what it would write as the answer.
+"""Render chats as text: the prompt that generation sees, and the target that it should write.
 
-The prompt is the chat up to a turn, rendered with the generation prompt; the target of the turn is
-what the template renders behind it when the turn is there. Whatever the record says and the
-template leaves out is an error: it would be missing in training without a word.
+The prompt is the chat before a turn, rendered with the generation prompt; the target is what the
+template renders after it when the turn is included. Content of a record that the template leaves
+out is an error: it would silently be missing in training.
 """
 
 import json
@@ -30,7 +30,7 @@ from megatron_dlm.data.tokenizer import require_chat_template
 from megatron_dlm.errors import UserError
 
 _LAST_BLOCK = re.compile(r"<(\w+)>(\s*</\1>)?\s*\Z")
-"""A block, such as ``<think>``, that a prompt ends in: open, or closed without anything in it."""
+"""A block such as ``<think>`` at the end of a prompt: open, or closed and empty."""
 
 _SHOWN = 40  # characters of a text in an error message
 
@@ -40,10 +40,10 @@ class ChatTemplate:
 
     Args:
         tokenizer: Has the template.
-        template_kwargs: The run's variables for it; those of a record win.
+        template_kwargs: The run's variables for it; a record's override them.
 
     Raises:
-        UserError: One of them is no variable.
+        UserError: One of them is not a variable of a template.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ChatTemplate:
         """The chat with the generation prompt.
 
         Raises:
-            UserError: The template refuses it, or leaves out what it says; names `where`.
+            UserError: The template refuses the chat or leaves out some of it; names `where`.
         """
         chat = self._with_readable_calls(self._with_readable_parts(chat, where), where)
         prompt = self._render(chat, where, add_generation_prompt=True)
@@ -65,11 +65,11 @@ class ChatTemplate:
         return prompt
 
     def example(self, chat: Chat, where: str) -> tuple[str, str]:
-        """The prompt to the chat's last message, and what the template renders of that behind it.
+        """The prompt before the chat's last message, and the rendered text of that message.
 
         Raises:
-            UserError: As for `prompt`, or the message is rendered in a way that does not go on from
-                its prompt, so that generation would not come to it.
+            UserError: As for `prompt`, or the rendered message does not continue its prompt, so
+                that generation could never write it.
         """
         chat = self._with_readable_calls(self._with_readable_parts(chat, where), where)
         context = chat.before(len(chat.messages) - 1)
@@ -82,7 +82,7 @@ class ChatTemplate:
             same = next(differs, min(len(prompt), len(whole)))
             raise UserError(
                 f"{where}: where the prompt goes on with {_shown(prompt[same:])}, the chat template"
-                f" renders the answer with {_shown(whole[same:])}, which generation cannot come to;"
+                f" has the answer as {_shown(whole[same:])}, which generation can never write;"
                 ' remove its thinking, set "chat_template_kwargs" to allow it, or write as'
                 ' "response" what follows the prompt'
             )
@@ -111,7 +111,7 @@ class ChatTemplate:
                 f"{where}: the chat template takes more than {BYTES >> 30} GiB for one chat;"
                 " repair the template"
             ) from error
-        except Exception as error:  # Templates are programs: they fail with whatever Python has.
+        except Exception as error:  # Templates are programs: any exception is possible.
             reason = str(error) or "no reason given"
             if not isinstance(error, jinja2.TemplateError):
                 reason = f"{type(error).__name__}: {reason}"
@@ -121,7 +121,7 @@ class ChatTemplate:
             ) from error
 
     def _renders(self, chat: Chat, text: str, where: str, **options: bool) -> bool:
-        """Whether a chat is rendered as this text."""
+        """Whether a chat renders as this text."""
         try:
             return self._render(chat, where, **options) == text
         except UserError:
@@ -130,7 +130,7 @@ class ChatTemplate:
     def _with_readable_parts(self, chat: Chat, where: str) -> Chat:
         """The chat with lists of parts as text, where the template cannot read lists.
 
-        Templates for text alone print a list as Python or JSON does, leave it out or fail.
+        Templates that expect text print a list as Python or JSON would, leave it out or fail.
         """
         joined: list[Message] = []
         marked: list[Message] = []
@@ -161,7 +161,7 @@ class ChatTemplate:
     def _with_readable_calls(self, chat: Chat, where: str) -> Chat:
         """The chat with arguments of calls as objects, where the template cannot read JSON in text.
 
-        OpenAI writes them as text; templates that expect objects quote that again or fail.
+        OpenAI's format has them as text; templates that expect objects quote that again or fail.
         """
         written = [text for message in chat.messages for text in written_arguments(message)]
         if not written:
@@ -175,9 +175,9 @@ class ChatTemplate:
         return parsed if quoted else chat
 
     def _check_prompt(self, chat: Chat, prompt: str, where: str) -> None:
-        """The tools, their calls and what others than the assistant said are in the prompt.
+        """Check that the prompt has the tools, their calls and all messages but the assistant's.
 
-        What the assistant said before may be shortened: templates leave out earlier thinking.
+        The assistant's earlier messages may be shortened: templates leave out old thinking.
         """
 
         def same_without(messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
@@ -192,7 +192,7 @@ class ChatTemplate:
                 silent = [_without(message, name) for message in messages]
                 if same_without(silent, chat.tools):
                     raise _not_rendered(where, f'"{name}"')
-        # What tools say is short, and may be in the prompt for another reason.
+        # Results of tools are short, and may be in the prompt for another reason.
         unseen = {
             message["role"]
             for message in messages
@@ -204,10 +204,10 @@ class ChatTemplate:
         for role in sorted(unseen):
             silent = [m | {"content": ""} if m["role"] == role else m for m in messages]
             if same_without(silent, chat.tools):
-                raise _not_rendered(where, f"what role {role!r} says")
+                raise _not_rendered(where, f"the content of role {role!r}")
 
     def _check_target(self, chat: Chat, whole: str, target: str, where: str) -> None:
-        """All that the turn says is in its target."""
+        """Check that the target contains everything in the turn."""
         *context, turn = chat.messages
         others = ((name,) for name in OTHER_SPEECH)
         for names in (("content",), (TOOL_CALLS,), REASONING_FIELDS, *others):
@@ -229,7 +229,7 @@ def _without(message: Message, *names: str) -> Message:
 
 
 def check_one_block(prompt: str, response: str, where: str) -> None:
-    """Check that a response does not begin anew the thinking that its prompt begins, or closes.
+    """Check that a response does not open a thinking block again that its prompt opens or closes.
 
     Raises:
         UserError: It does.
@@ -248,7 +248,7 @@ def check_one_block(prompt: str, response: str, where: str) -> None:
 
 
 def _check_thought_once(turn: Message, target: str, where: str) -> None:
-    """Check that thinking of its own is not written in the content as well."""
+    """Check that thinking is not given both in a field of its own and in the content."""
     thoughts = [str(turn[key]).strip() for key in REASONING_FIELDS if turn.get(key)]
     tag = re.match(r"\s*<\w+>", text_of(turn.get("content")))
     if tag is None or not thoughts:
@@ -257,17 +257,17 @@ def _check_thought_once(turn: Message, target: str, where: str) -> None:
     written = any(re.search(rf"{opening}\s*{re.escape(thought)}", target) for thought in thoughts)
     if written and target.count(opening) > 1:
         raise UserError(
-            f"{where}: the answer is thought twice, in a field of its own and as {opening} in"
+            f"{where}: the answer has its thinking twice, in a field of its own and as {opening} in"
             ' "content"; keep one of them'
         )
 
 
 def _continuation(prompt: str, whole: str) -> str | None:
-    """What of a rendered chat follows the prompt to its last message; None if it does not."""
+    """The part of a rendered chat after the prompt; None if it does not begin with the prompt."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     block = _LAST_BLOCK.search(prompt)
-    # Templates close thinking in the prompt and write answers without any: these follow it.
+    # Some templates close thinking in the prompt and render answers without it: they do follow.
     if block is not None and block[2] is not None:
         header = prompt[: block.start()]
         if whole.startswith(header):

@@ -1,8 +1,9 @@
 """Windows of a pretraining corpus in Megatron's indexed dataset format (`.bin` and `.idx`).
 
-The documents, in a seeded order, are laid end to end and cut every `seq_length` tokens. A window
-says where its documents begin, so that they need not see each other; one that is cut goes on in
-another window as a document of its own. No token is left out: the last window may be shorter.
+The documents are laid end to end in a seeded order and cut every `seq_length` tokens. A window has
+the lengths of its documents, so that attention can keep them apart; the rest of a document that is
+cut is a document of its own in the next window. No token is left out: the last window may be
+shorter.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Trajectory
 
 _DOCUMENT_ORDER = (0, 1)
-# A key of its own: the order of windows is keyed by the epoch alone.
+# A separate key: the order of windows is keyed by the epoch alone.
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -34,7 +35,7 @@ _TOKEN_TYPES = {kind.value: np.dtype(kind.name).itemsize for kind in DType if "i
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """Which corpus a run reads.
+    """Identity of the corpus that a run reads.
 
     Attributes:
         path: The prefix, as the user wrote it.
@@ -53,7 +54,7 @@ class CorpusDataset:
         seq_length: Tokens of a window.
         seed: Decides the order of documents.
         shuffle: False keeps the order of the files.
-        special_tokens: A corpus cannot hold MASK, nor ids outside the vocabulary.
+        special_tokens: MASK and ids outside the vocabulary are refused.
         field: The flag that the prefix came from, for error messages.
 
     Raises:
@@ -107,7 +108,7 @@ class CorpusDataset:
         pieces: list[NDArray[np.int64]] = []
         while position < end:
             stop = min(end, int(self._ends[rank]))
-            if stop > position:  # else an empty document
+            if stop > position:  # otherwise an empty document
                 pieces.append(self._read(rank, position, stop))
             position, rank = stop, rank + 1
         token_ids = torch.from_numpy(np.concatenate(pieces))
@@ -126,7 +127,7 @@ class CorpusDataset:
         length = int(self._ends[rank] - (self._ends[rank - 1] if rank else 0))
         offset = position - (int(self._ends[rank]) - length)
         sequence = int(self._tokens.document_indices[document])
-        # The sequences of a document lie behind each other, so one read spans them.
+        # The sequences of a document are contiguous, so one read covers them.
         ids = self._tokens.get(sequence, offset, stop - position).astype(np.int64)
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise bad_value(
@@ -160,7 +161,7 @@ def _open(prefix: str, field: str) -> IndexedDataset:
         raise bad_value(
             field,
             prefix,
-            f"{prefix}.bin has {size} bytes, its index speaks of {expected}",
+            f"{prefix}.bin has {size} bytes, and its index needs {expected}",
             "preprocess the corpus again",
         )
     return dataset
@@ -195,6 +196,6 @@ def _index_problem(path: Path) -> str | None:
 def _fingerprint(prefix: str) -> str:
     with Path(get_idx_path(prefix)).open("rb") as index:
         digest = hashlib.file_digest(index, "sha256")
-    # The tokens may be terabytes: their number and both ends tell corpora apart.
+    # There may be terabytes of tokens: their number and both ends identify a corpus.
     add_ends(digest, Path(get_bin_path(prefix)))
     return digest.hexdigest()

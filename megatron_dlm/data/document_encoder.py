@@ -24,7 +24,7 @@ class DocumentEncoder:
     Args:
         path: The JSONL file, for error messages.
         keys: Fields that hold text.
-        tokenizer: Folder of the tokenizer; a config.json in it says which id is EOS.
+        tokenizer: Folder of the tokenizer; a config.json in it may name the id of EOS.
         append_eod: Whether every document ends with EOS.
 
     Raises:
@@ -62,7 +62,7 @@ class DocumentEncoder:
         """Token ids of the document on a line, by key; an empty text has none.
 
         Raises:
-            UserError: The line is no document; names file and line.
+            UserError: The line is not a document; names file and line.
         """
         where = f"{self._path}:{number}"
         remedy = f'write one JSON object a line, with "{self._keys[0]}"'

@@ -1,7 +1,7 @@
-"""What the domain of a record decides: a suffix of its prompt, the longest response to it.
+"""Settings by the domain of a record: a suffix of its prompt, and the longest response to it.
 
-Published recipes ask problems of mathematics for a boxed answer and multiple choice for a letter,
-and give each domain another length (OPDLM, appendix B).
+Published recipes ask for a boxed answer to mathematics and for a letter to multiple choice, and
+limit responses by domain (OPDLM, appendix B).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Domains:
     """Mappings from a record's domain.
 
     Attributes:
-        name: The record's field.
+        name: The field of a record that names its domain.
         prompt_suffix: Text that is appended to the prompt.
         max_response_length: Tokens of the longest response.
     """
@@ -36,7 +36,7 @@ class Domains:
 
     @classmethod
     def from_config(cls, config: Config) -> Domains:
-        """Those of a run."""
+        """The settings of a run."""
         return cls(
             config.data.domain_field,
             config.data.prompt_suffix_by_domain,
@@ -44,7 +44,7 @@ class Domains:
         )
 
     def response_limit(self, record: Mapping[str, Any], where: str) -> int | None:
-        """Tokens of the longest response to a record; None if its domain has no say.
+        """Tokens of the longest response to a record; None without a limit by domain.
 
         Raises:
             UserError: The record's domain has no entry, and there is none for all others.
@@ -57,10 +57,10 @@ class Domains:
     ) -> PromptSource:
         """A prompt's text or chat with the suffix of the record's domain.
 
-        In a chat it ends the last user message, which the answer that may follow is to.
+        In a chat it is appended to the last user message.
 
         Raises:
-            UserError: As in `response_limit`; or no message is a user's.
+            UserError: As in `response_limit`; or the chat has no user message.
         """
         suffix = self._entry(self.prompt_suffix, "--prompt-suffix-by-domain", record, where)
         if not suffix:
@@ -97,7 +97,7 @@ class Domains:
 
 
 def _appended(content: Any, suffix: str) -> Any:
-    """Text or parts of text with the suffix behind them."""
+    """Text or parts of text with the suffix appended."""
     if isinstance(content, str):
         return content + suffix
     return [*content, {"type": "text", "text": suffix}]

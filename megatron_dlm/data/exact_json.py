@@ -1,4 +1,4 @@
-"""JSON whose numbers keep the digits that the file has: an answer is compared as it was written."""
+"""JSON whose numbers keep all digits of the file, so that answers are compared as written."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 
 import orjson
 
-# A number that 64 bits may not hold: orjson would round it. In a string it does no harm.
+# A number that may not fit 64 bits: orjson would round it. A match inside a string is harmless.
 _LONG_NUMBER = re.compile(rb"[\d.]{16}|\d[eE]")
 
 
 class WrittenFloat(float):
-    """A float whose text keeps the digits that the file has and a float has not."""
+    """A float whose text keeps all digits of the file."""
 
     text: str
 
@@ -43,7 +43,7 @@ def parse_json(line: bytes) -> Any:
         )
         json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
     except (UnicodeError, RecursionError):
-        return orjson.loads(line)  # which says what is wrong
+        return orjson.loads(line)  # whose error says what is wrong
     return value
 
 

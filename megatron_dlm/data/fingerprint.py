@@ -1,4 +1,4 @@
-"""Large files told apart without reading them whole."""
+"""Fingerprints of large files without reading them whole."""
 
 from pathlib import Path
 from typing import Protocol
@@ -7,14 +7,14 @@ _SAMPLED_BYTES = 1 << 20
 
 
 class Digest(Protocol):
-    """What `hashlib` returns."""
+    """A hash object of `hashlib`."""
 
     def update(self, data: bytes, /) -> None:
-        """Take in more bytes."""
+        """Add bytes."""
 
 
 def add_ends(digest: Digest, file: Path) -> None:
-    """Add a file's first and last MiB and its size to a digest; its name and place play no part."""
+    """Add a file's size and its first and last MiB to a digest; its path does not count."""
     with file.open("rb") as content:
         digest.update(content.read(_SAMPLED_BYTES))
         size = content.seek(0, 2)

@@ -14,7 +14,7 @@ from megatron_dlm.types.teacher_targets import TeacherTargets
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One micro-batch: a packed row and what its loss needs.
+    """One micro-batch: a packed row and the inputs of its loss.
 
     S: tokens of the row; n: supervised tokens.
 
@@ -23,10 +23,10 @@ class TrainingBatch:
         supervised: [n] int64, indices into S.
         labels: [n] int64.
         weights: [n] float32.
-        targets: [n] of the teacher, or None.
+        targets: The teacher's n targets, or None.
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
-            tokens (or what the objective counts), or under `row_mean` samples, but for those in
-            which the objective counts nothing.
+            tokens (or the objective's own count) or, under `row_mean`, samples whose count is not
+            zero.
     """
 
     row: Row
@@ -94,13 +94,13 @@ def pack(
 
 
 def cut_row(batch: TrainingBatch, max_tokens: int, pad_multiple: int = 1) -> list[TrainingBatch]:
-    """Cut a row between texts that do not see each other, so that less exists at a time.
+    """Cut a row between texts that do not see each other, to need less memory at a time.
 
     Loss sums of the parts add up to that of the row; its loss count stays with the first part.
 
     Args:
         batch: What `pack` returned.
-        max_tokens: Of a part, before padding; a longer text is a part of its own.
+        max_tokens: Limit of a part before padding; a longer text gets a part of its own.
         pad_multiple: Each part is padded to a multiple of this.
     """
     assert isinstance(batch.row.attention, Tensor)
@@ -114,7 +114,7 @@ def cut_row(batch: TrainingBatch, max_tokens: int, pad_multiple: int = 1) -> lis
 
 
 def empty_row(batch: TrainingBatch, pad_multiple: int = 1) -> TrainingBatch:
-    """A row like another one, of padding only: it adds exactly zero to loss and gradient."""
+    """A row of padding only, like another one: adds exactly zero to loss and gradient."""
     return replace(_part(batch, 0, 0, pad_multiple), loss_count=0)
 
 
@@ -138,7 +138,7 @@ def _part(batch: TrainingBatch, start: int, end: int, pad_multiple: int) -> Trai
 
 
 def _document_ids(documents: Sequence[Document]) -> Tensor:
-    """Document of each token of a row, numbered 0, 1, ... over all of its samples."""
+    """Document of each token of a row, numbered 0, 1, ... across all its samples."""
     numbered, first = [], 0
     for document in documents:
         own = document.document_ids

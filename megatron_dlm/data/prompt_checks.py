@@ -1,4 +1,4 @@
-"""What tokenised prompts and responses have to be; errors name file and line."""
+"""Checks of tokenised prompts and responses; errors name file and line."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +12,7 @@ from megatron_dlm.types.special_tokens import SpecialTokens
 def fitted(
     token_ids: list[int], where: str, max_prompt_length: int, long_prompts: LongPrompts
 ) -> list[int] | None:
-    """A prompt within the limit: itself, its end, or None for one that is left out."""
+    """The prompt, its last tokens if it is cut to the limit, or None if it is left out."""
     if len(token_ids) <= max_prompt_length:
         return token_ids
     if long_prompts == "error":
@@ -26,7 +26,7 @@ def fitted(
 
 
 def check_some_left(file: RecordFile, num_kept: int, max_prompt_length: int) -> None:
-    """There is a prompt left."""
+    """Check that at least one prompt is left."""
     if len(file) and not num_kept:
         raise bad_value(
             "--max-prompt-length",
@@ -39,7 +39,7 @@ def check_some_left(file: RecordFile, num_kept: int, max_prompt_length: int) -> 
 def check_limits(
     token_ids: list[int], where: str, max_response_length: int | None, limit: int | None
 ) -> None:
-    """The response is within the limits of the run and of its domain."""
+    """Check that the response is within the limits of the run and of its domain."""
     limits = {
         "--max-response-length": max_response_length,
         "--max-response-length-by-domain": limit,
@@ -60,7 +60,7 @@ def check_prompt(
     special_tokens: SpecialTokens,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """A prompt has tokens, all of the vocabulary and none of them MASK."""
+    """Check that a prompt has tokens, all of the vocabulary and none of them MASK."""
     if not token_ids:
         raise UserError(f"{where}: the prompt has no tokens; write a text or remove the line")
     _check_ids(token_ids, f"{where}: the prompt", special_tokens, tokenizer)
@@ -72,11 +72,11 @@ def check_response(
     special_tokens: SpecialTokens,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """A response ends at its EOS, and its tokens are of the vocabulary and not MASK."""
+    """Check that a response ends at its EOS and has only tokens of the vocabulary, no MASK."""
     ends = (token_id for token_id in token_ids[:-1] if token_id in special_tokens.eos_token_ids)
     if (end := next(ends, None)) is not None:
         raise UserError(
-            f"{where}: the response goes on behind the EOS token (id {end}); end it there"
+            f"{where}: the response goes on after the EOS token (id {end}); end it there"
         )
     _check_ids(token_ids, f"{where}: the response", special_tokens, tokenizer)
 

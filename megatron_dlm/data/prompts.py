@@ -1,7 +1,7 @@
 """Tokenised prompts and training examples from JSONL files.
 
 A whole file is validated and tokenised before any work starts, so that a bad line is found in
-seconds and not in the middle of a run. Tokens are held in one flat array; `Prompt` and `Trajectory`
+seconds and not during a run. Tokens are held in one flat array; `Prompt` and `Trajectory`
 objects are made when they are asked for.
 
 Shapes: N records, P prompt tokens, L response tokens.
@@ -43,7 +43,7 @@ from megatron_dlm.types.trajectory import Prompt, Trajectory
 T = TypeVar("T")
 
 NO_DOMAINS = Domains()
-_CHUNK = 1024  # Texts tokenised at once: bounds the memory for them.
+_CHUNK = 1024  # Texts tokenised at once, to bound memory.
 
 
 class TokenTable:
@@ -132,7 +132,7 @@ class PromptDataset(Sequence[Prompt]):
         return self._token_ids.fingerprint()
 
     def limits_fingerprint(self) -> str | None:
-        """SHA-256 of the limits of the responses; None where no domain has one."""
+        """SHA-256 of the limits of the responses; None without limits by domain."""
         if not self._domains.max_response_length:
             return None
         limits = [
@@ -143,7 +143,7 @@ class PromptDataset(Sequence[Prompt]):
     def with_responses(
         self, responses: TokenTable, special_tokens: SpecialTokens
     ) -> "ExampleDataset":
-        """The same records with their responses; one with an empty response cannot be sampled."""
+        """The same records with responses; a record with an empty response must not be sampled."""
         return ExampleDataset(self.file, self._token_ids, responses, special_tokens)
 
 
@@ -159,7 +159,7 @@ class ExampleDataset(Sequence[Trajectory]):
         records: Sequence[int] | None = None,
         num_dropped: int = 0,
     ) -> None:
-        """Combine N prompts with their N responses; one without EOS was cut.
+        """Combine N prompts with their N responses; a response without EOS counts as cut.
 
         Args:
             file: What they were read from.
@@ -221,11 +221,11 @@ def read_prompts(
         tokenizer: Its chat template renders `messages`, with the generation prompt.
         special_tokens: Needed to refuse prompts that contain MASK.
         max_prompt_length: In tokens, chat template included.
-        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``; those of
-            a record win.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``; a
+            record's override them.
         field: The flag that the path came from, for error messages.
-        domains: What the domain of a record decides.
-        long_prompts: What happens to prompts over `max_prompt_length`.
+        domains: Settings by the domain of a record.
+        long_prompts: What to do with prompts over `max_prompt_length`.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
@@ -297,8 +297,8 @@ def read_examples(
 ) -> ExampleDataset:
     """Read training examples: a prompt record with `response`, or a chat that ends in an answer.
 
-    A `response` is the text that follows the prompt. An answer in a chat is what the template
-    renders for it: that has EOS, thinking and tool calls as generation would write them.
+    A `response` is the text that follows the prompt. An answer in a chat is rendered by the
+    template, with EOS, thinking and tool calls as generation would write them.
 
     Args:
         path: The JSONL file, or its records.
@@ -310,8 +310,8 @@ def read_examples(
         field: The flag that the path came from, for error messages.
         max_position_embeddings: The model's, in tokens of prompt and response; None for no limit.
         train_on: Which answers of a chat are examples.
-        domains: What the domain of a record decides.
-        long_prompts: What happens to prompts over `max_prompt_length`.
+        domains: Settings by the domain of a record.
+        long_prompts: What to do with prompts over `max_prompt_length`.
 
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
@@ -369,8 +369,8 @@ class _Text(NamedTuple):
 
     text: str
     is_bare: bool
-    """Whether it gets what the tokenizer puts around text (a BOS where the model has one); a chat
-    template writes all special tokens itself."""
+    """Whether the tokenizer adds its special tokens (a BOS if the model has one); a chat template
+    writes all special tokens itself."""
 
 
 def _prompt_text(source: PromptSource, template: ChatTemplate, where: str) -> _Text:
@@ -380,7 +380,7 @@ def _prompt_text(source: PromptSource, template: ChatTemplate, where: str) -> _T
 
 
 def _example_texts(source: ExampleSource, template: ChatTemplate) -> tuple[_Text, _Text]:
-    """What an example's prompt and its response are tokenised from."""
+    """The texts of an example's prompt and response."""
     if source.response is None:
         assert not isinstance(source.prompt, str)
         prompt, response = template.example(source.prompt, source.where)
@@ -411,7 +411,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[_Text]) -> Itera
 def _turn(
     token_ids: list[int], special_tokens: SpecialTokens, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """A rendered turn up to its EOS: templates go on with a line break or other special tokens."""
+    """A rendered turn up to its EOS; templates add line breaks or special tokens after it."""
     ends = (i for i, token_id in enumerate(token_ids) if token_id in special_tokens.eos_token_ids)
     end = next(ends, None)
     if end is None or tokenizer.decode(token_ids[end + 1 :], skip_special_tokens=True).strip():

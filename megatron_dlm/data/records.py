@@ -14,7 +14,7 @@ from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.regular_file import read_regular
 
 PromptSource = str | Chat
-"""What a prompt is made from: plain text, or a chat that the template renders."""
+"""Source of a prompt: plain text, or a chat that the template renders."""
 
 _FORMAT = 'one JSON object a line, with "messages" or "prompt"'
 
@@ -69,10 +69,10 @@ class RecordFile:
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], source: str) -> "RecordFile":
-        """Wrap records that no file holds; `source` stands for the file in error messages.
+        """Wrap records that are in memory; `source` stands for the file in error messages.
 
         Raises:
-            UserError: There are none, or one holds what JSON cannot.
+            UserError: There are none, or one cannot be written as JSON.
         """
         if not records:
             raise bad_value(source, records, "is empty", "give one or more")
@@ -137,7 +137,7 @@ class RecordFile:
 
 
 class ExampleSource(NamedTuple):
-    """What a training example is made from.
+    """Source of a training example.
 
     Attributes:
         where: ``file:line`` and, of one of several, the place in `messages`.
@@ -151,7 +151,7 @@ class ExampleSource(NamedTuple):
 
 
 def prompt_source(record: dict[str, Any], where: str) -> PromptSource:
-    """Return what a record's prompt is made from: plain text or a chat.
+    """Return the source of a record's prompt: plain text or a chat.
 
     Raises:
         UserError: Both or neither of `prompt` and `messages` are given, or one is malformed.
@@ -175,7 +175,7 @@ def prompt_source(record: dict[str, Any], where: str) -> PromptSource:
     for name in ("tools", "chat_template_kwargs"):
         if record.get(name):
             raise UserError(
-                f'{where}: "{name}" is for the chat template, which plain "prompt" has no use for;'
+                f'{where}: "{name}" is for the chat template, which a plain "prompt" does not use;'
                 ' remove it or use "messages"'
             )
     return prompt
@@ -204,8 +204,8 @@ def example_sources(
     Args:
         record: With a field `response`, or with turns of the assistant in `messages`.
         where: ``file:line`` of the record.
-        train_on: ``last`` for the one example of the last answer; ``all`` for one of every turn of
-            the assistant, in their order.
+        train_on: ``last`` for one example, of the last answer; ``all`` for one example of every
+            turn of the assistant, in order.
 
     Raises:
         UserError: Something is malformed, or there is no response.

@@ -20,7 +20,7 @@ from megatron_dlm.types.special_tokens import SpecialTokens
 
 @dataclass(frozen=True)
 class ResponseHeader:
-    """What decides the responses.
+    """Everything that the responses depend on.
 
     Attributes:
         prompts: SHA-256 of the prompt file.
@@ -35,8 +35,8 @@ class ResponseHeader:
         temperature: Of the draws.
         top_k: 0 is off.
         top_p: 1 is off.
-        prompt_limits: SHA-256 of the longest response to each prompt by its own limit; None where
-            no prompt has one.
+        prompt_limits: SHA-256 of the prompts' own limits of responses; None if no prompt has
+            one.
     """
 
     prompts: str
@@ -61,7 +61,7 @@ class ResponseStore(ShardStore):
         folder: As in `ShardStore`.
         header: As in `ShardStore`.
         field: As in `ShardStore`.
-        special_tokens: A response cannot hold MASK, nor ids outside the vocabulary.
+        special_tokens: MASK and ids outside the vocabulary are refused.
     """
 
     content = "responses"
@@ -79,7 +79,7 @@ class ResponseStore(ShardStore):
         self._special_tokens = special_tokens
 
     def write(self, prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
-        """Publish one shard: the response to each of some prompts, which are in order."""
+        """Write one shard: the responses to some prompts, in order."""
         text = "".join(
             json.dumps({"index": index, "response_ids": list(response_ids)}) + "\n"
             for index, response_ids in zip(prompts, responses, strict=True)
@@ -91,10 +91,10 @@ class ResponseStore(ShardStore):
         return list(self._responses(shard))
 
     def read(self) -> TokenTable:
-        """The response to each prompt, in their order; empty where there is none yet.
+        """The response to each prompt, in order; empty where there is none yet.
 
         Raises:
-            UserError: A shard is not what was written.
+            UserError: A shard is damaged.
         """
         responses: dict[int, Sequence[int]] = {}
         for shard in self.shards():

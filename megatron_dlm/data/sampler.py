@@ -1,7 +1,7 @@
-"""Which record is the g-th sample of a run: a pure function, so resuming costs nothing.
+"""The record of the g-th sample of a run, as a pure function, so that resuming costs nothing.
 
-A run counts the samples it has consumed, over all ranks and epochs. That one number is the whole
-state of the data pipeline: it goes into a checkpoint, and it keys the randomness of the sample.
+A run counts the samples it has consumed, over all ranks and epochs. This count is the whole state
+of the data pipeline: it is saved in checkpoints, and it keys the random draws of a sample.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from megatron_dlm.errors import bad_value
 
 
 def shuffled_order(num_records: int, seed: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of `num_records` that depends on the seed and the key (each at least 0) only.
+    """A permutation of `num_records` that depends only on seed and key (each at least 0).
 
     Sorting raw generator output instead of Generator.permutation: numpy keeps the former stable
     between versions, not the latter.
@@ -33,7 +33,7 @@ class ShuffledSampler:
         Args:
             num_records: N, at least 1.
             seed: Decides the orders; at least 0.
-            shuffle: False for the order of the file in every epoch.
+            shuffle: False keeps the order of the file in every epoch.
 
         Raises:
             UserError: There are no records, or the seed is negative.

@@ -1,8 +1,8 @@
-"""Folders whose tokenizer is a SentencePiece `tokenizer.model` alone: its `tokenizer.json`.
+"""Make a `tokenizer.json` for folders with only a SentencePiece `tokenizer.model`.
 
-transformers takes every such file for byte-pair encoding without normalisation, as Llama 2 and
-Mistral have it. Here the file says what it is: unigram or byte-pair encoding, its normalisation,
-and what becomes of spaces and unknown characters (Kudo and Richardson 2018).
+transformers reads every such file as byte-pair encoding without normalisation, which is right for
+Llama 2 and Mistral. Here the file decides: unigram or byte-pair encoding, its normalisation, and
+the handling of spaces and unknown characters (Kudo and Richardson 2018).
 """
 
 import json
@@ -27,7 +27,7 @@ _READ_ELSEWHERE = ("added_tokens_decoder", "auto_map", "sp_model_kwargs", "use_f
 
 
 def is_sentencepiece(folder: Path) -> bool:
-    """Whether a folder's tokenizer is in `tokenizer.model` and nowhere else."""
+    """Whether a folder's only tokenizer file is `tokenizer.model`."""
     others = ("tokenizer.json", "vocab.json", "vocab.txt")
     return (folder / TOKENIZER_MODEL).is_file() and not any(
         (folder / name).is_file() for name in others
@@ -36,11 +36,11 @@ def is_sentencepiece(folder: Path) -> bool:
 
 @contextmanager
 def with_tokenizer_json(folder: Path, field: str) -> Iterator[Path]:
-    """A folder with a `tokenizer.json`: the folder itself, or one that is made for a while.
+    """A folder with a `tokenizer.json`: the folder itself, or a temporary one.
 
     Args:
         folder: With a tokenizer's files.
-        field: What the user named the folder with, for error messages.
+        field: The flag that the folder came from, for error messages.
 
     Raises:
         UserError: Its SentencePiece model cannot be read.
@@ -61,13 +61,13 @@ def write_tokenizer_json(source: Path, folder: Path, field: str = "--tokenizer")
 
     Args:
         source: Folder of the model. Added tokens, special tokens and whether texts begin with BOS
-            are those of the JSON files beside it.
-        folder: Where to.
-        field: What the user named the source with, for error messages.
+            are read from the JSON files beside it.
+        folder: Folder to write.
+        field: The flag that the source came from, for error messages.
 
     Raises:
-        UserError: sentencepiece is not installed, the file is none of its models, of another kind
-            or has no place for an added token.
+        UserError: sentencepiece is not installed, the file is not one of its models or of an
+            unsupported kind, or an added token does not fit.
     """
     proto = _read(source / TOKENIZER_MODEL, field)
     config = _special_tokens(proto)
@@ -76,7 +76,7 @@ def write_tokenizer_json(source: Path, folder: Path, field: str = "--tokenizer")
             config |= read_json_object(source / name, field)
     tokenizer = _tokenizer(proto, source / TOKENIZER_MODEL, field)
     _add_tokens(tokenizer, source, config, field)
-    # Llama's class is the one that begins texts with BOS unless told otherwise.
+    # Llama's class begins texts with BOS by default.
     adds_bos = str(config.get("tokenizer_class", "")).startswith("Llama")
     _frame(tokenizer, config, bos=config.pop("add_bos_token", adds_bos))
     for key in _READ_ELSEWHERE:
@@ -103,7 +103,7 @@ def _read(file: Path, field: str) -> Any:
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
-    except Exception:  # DecodeError, of whichever implementation protobuf has
+    except Exception:  # DecodeError of the protobuf implementation in use
         proto.Clear()
     if not any(piece.type == _UNKNOWN for piece in proto.pieces):
         raise refuse(
@@ -132,9 +132,9 @@ def _special_tokens(proto: Any) -> dict[str, Any]:
 
 
 def _tokenizer(proto: Any, file: Path, field: str) -> Tokenizer:
-    """Gives any text without added tokens the ids that SentencePiece gives it.
+    """Encodes text without added tokens as SentencePiece does.
 
-    A text beside an added token is encoded as one of its own, with the space that begins a text.
+    The texts before and after an added token are encoded separately, each with the initial space.
     """
     make = _unigram if proto.trainer_spec.model_type == _UNIGRAM else _byte_pair_encoding
     tokenizer = Tokenizer(make(proto))
@@ -157,7 +157,7 @@ def _tokenizer(proto: Any, file: Path, field: str) -> Tokenizer:
 
 def _unigram(proto: Any) -> Unigram:
     unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
-    # Pieces that are no text have the least score: the search for text should not find them.
+    # Pieces that are not text get the lowest score, so that encoding does not choose them.
     lowest = min(piece.score for piece in proto.pieces)
     scores = [
         (piece.piece, piece.score if piece.type == _NORMAL else lowest) for piece in proto.pieces
@@ -199,7 +199,7 @@ def _normalizer(proto: Any) -> normalizers.Normalizer:
 
 
 def _add_tokens(tokenizer: Tokenizer, source: Path, config: Mapping[str, Any], field: str) -> None:
-    """Add the tokens that the JSON files name, each under the id that they give it."""
+    """Add the tokens of the JSON files, each with the id given there."""
     added: dict[int, Any] = {}
     if (source / "added_tokens.json").is_file():
         stated = read_json_object(source / "added_tokens.json", field)
@@ -220,7 +220,7 @@ def _add_tokens(tokenizer: Tokenizer, source: Path, config: Mapping[str, Any], f
 
 
 def _frame(tokenizer: Tokenizer, config: dict[str, Any], *, bos: bool) -> None:
-    """Let texts begin with BOS and end with EOS, as far as the configuration says so."""
+    """Let texts begin with BOS and end with EOS if the configuration says so."""
     ends = {"bos_token": bos, "eos_token": config.pop("add_eos_token", False)}
     texts = {}
     for name, is_added in ends.items():

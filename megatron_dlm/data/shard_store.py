@@ -1,10 +1,10 @@
-"""A folder of shards over the prompts of a file, computed once and completed as runs need more.
+"""A folder of shards for the prompts of a file, computed once and completed when runs need more.
 
-    header.json      what the shards were computed for
+    header.json      what the shards depend on
     <content>_<i>.*  a shard, computed together for some prompts, of which prompt i is the first
 
-Each shard appears under its name only when it is complete, so whatever an interrupted run leaves is
-kept. What a later run lacks is computed then, under any parallel layout.
+A shard gets its name only when it is complete, so the shards of an interrupted run are usable. A
+later run computes what is missing, under any parallel layout.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from megatron_dlm.errors import UserError, bad_value
 
 
 class Header(Protocol):
-    """A dataclass of plain values that decide the content; a folder holds that of one header.
+    """A dataclass of plain values that the content depends on; a folder belongs to one header.
 
-    A field with `compare=False` decides nothing: it is written for people to read.
+    A field with `compare=False` is for people to read and is not compared.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
 
 class ShardStore(ABC):
-    """Which prompts have something stored; a subclass says what.
+    """Base of stores; a subclass defines what is stored for a prompt.
 
     Args:
         folder: Created by `create`.
-        header: What the shards have to be for.
+        header: What the shards have to depend on.
         field: The flag that the folder came from, for error messages.
 
     Attributes:
-        content: What the shards hold, as the names of their files begin.
-        suffix: How these names end.
+        content: Beginning of the names of shards, such as `responses`.
+        suffix: End of these names.
 
     Raises:
         UserError: The folder holds the shards of another header.
@@ -86,7 +86,7 @@ class ShardStore(ABC):
         return sorted(self.folder.glob(f"{self.content}_*{self.suffix}"))
 
     def file(self, prompts: Sequence[int]) -> Path:
-        """Where a shard of these prompts is or will be: no other shard begins with the first."""
+        """Path of the shard of these prompts; no other shard begins with the first of them."""
         return self.folder / f"{self.content}_{prompts[0]:08d}{self.suffix}"
 
     @abstractmethod
@@ -94,27 +94,27 @@ class ShardStore(ABC):
         """Indices of the prompts in a shard, ascending.
 
         Raises:
-            UserError: It is not what was written.
+            UserError: It is damaged.
         """
 
     def missing(self, wanted: Iterable[int]) -> list[int]:
-        """Those of the wanted prompts that nothing is stored for.
+        """The wanted prompts without a stored entry.
 
         Raises:
-            UserError: A shard is not what was written.
+            UserError: A shard is damaged.
         """
         stored = {index for shard in self.shards() for index in self.prompts(shard)}
         return [index for index in wanted if index not in stored]
 
     def damaged(self, shard: Path) -> UserError:
-        """The error for a shard that is not what was written."""
+        """The error for a damaged shard."""
         return bad_value(
             self._field, str(shard), "is damaged", "delete it to have it computed again"
         )
 
 
 def publish(file: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written under a temporary name and rename it: it is there completely or not."""
+    """Write a file under a temporary name and rename it, so that it is complete or absent."""
     temporary = file.with_name(file.name + ".tmp")
     write(temporary)
     temporary.replace(file)

@@ -1,4 +1,4 @@
-"""Limits for a chat template, which is a program that came with somebody's model."""
+"""Limits of time and memory for a chat template, a program that came with a model."""
 
 import resource
 import signal
@@ -9,21 +9,21 @@ from pathlib import Path
 from types import FrameType
 
 SECONDS = 20
-"""A template that takes longer for one chat is taken not to end."""
+"""Seconds after which a template is considered endless."""
 
 BYTES = 2 << 30
 """Memory that a template may take for one chat."""
 
 
 class TemplateLimitError(Exception):
-    """A template took more time than it may."""
+    """A template took too long."""
 
 
 @contextmanager
 def template_limits() -> Iterator[None]:
-    """Bound time and memory of what is rendered in the block.
+    """Limit time and memory of the rendering in the block.
 
-    The time is bounded in the main thread only, which has the process's signals.
+    Time is limited only in the main thread, which receives the process's signals.
 
     Raises:
         TemplateLimitError: It took too long.

@@ -1,4 +1,4 @@
-"""Load a checkpoint's tokenizer and decide once which ids end, pad and mask a sequence."""
+"""Load a checkpoint's tokenizer and decide which ids are EOS, padding and MASK."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ from megatron_dlm.models.config_keys import TOKEN_KEYS, TOKENIZER_KEYS, checked_
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 MASK_TOKEN = "<|MASK|>"
-"""Name of the mask token in tokenizers that have one without declaring it as `mask_token`."""
+"""Usual name of a mask token that is not declared as `mask_token`."""
 
 DLLM_MASK_TOKEN = "<|mask|>"
-"""Name that dllm gives it, and looks it up by, in `a2d-qwen3` folders."""
+"""Name of the mask token in dllm's `a2d-qwen3` folders; dllm looks it up by this name."""
 
 MASK_TOKENS = (MASK_TOKEN, DLLM_MASK_TOKEN)
 
@@ -51,7 +51,7 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
     if not has_tokenizer(path):
         raise bad_value(field, str(folder), "holds no tokenizer", remedy)
     for file in path.iterdir():
-        if not (file.is_file() or file.is_dir()):  # reading a pipe might never end
+        if not (file.is_file() or file.is_dir()):  # reading from a pipe might never end
             raise bad_value(field, str(file), "is no regular file", "remove it")
     settings = path / "tokenizer_config.json"
     if settings.is_file():
@@ -74,7 +74,7 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
             raise _unreadable_config(path, field, error) from error
         for name in _TOKENIZER_JSON:
             if (path / name).is_file():
-                read_json_object(path / name, field)  # names the file that is at fault
+                read_json_object(path / name, field)  # raises an error that names the faulty file
         lines = str(error).splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         raise bad_value(
@@ -88,8 +88,8 @@ def load_tokenizer(folder: str | Path, field: str = "--tokenizer") -> PreTrained
 def _config(folder: Path, field: str) -> PretrainedConfig | None:
     """An empty configuration for models that transformers does not know, else None.
 
-    It looks into config.json for hints to the tokenizer and, for models with code of their own,
-    asks whether to run this and warns of the model type: a tokenizer needs neither.
+    Otherwise transformers would read config.json, ask whether to run the model's own code and warn
+    about the model type; the tokenizer needs none of this.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -127,10 +127,10 @@ def has_tokenizer(folder: Path) -> bool:
 def differing_token(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> str | None:
-    """The first token that keeps two tokenizers from sharing a vocabulary; None if they share one.
+    """The first token that two tokenizers encode differently; None if they share a vocabulary.
 
-    Either may have special tokens, and a MASK, under ids that are free in the other: a conversion
-    adds MASK, and no text of the other comes to such a token.
+    Either may have special tokens, such as MASK, under ids that are free in the other: a conversion
+    adds MASK, and no text of the other tokenizer uses such an id.
     """
     first, second = tokenizer.get_vocab(), other.get_vocab()
     for one, vocabulary, rest in ((tokenizer, first, second), (other, second, first)):
@@ -156,12 +156,11 @@ def resolve_special_tokens(
 ) -> SpecialTokens:
     """Decide the special tokens of a checkpoint; the only place where this is done.
 
-    A response ends at each id that generation_config.json or config.json lists and at the
-    tokenizer's EOS, which is what it writes itself. As in transformers, generation_config.json
-    overrides config.json; a special token that only the latter lists ends a response all the same,
-    as serving engines have it. A tokenizer without MASK (stock Qwen3) gets the one of config.json
-    or generation_config.json, else the first id behind its own ones: the checkpoint's embedding is
-    padded, so that id has a row.
+    A response ends at the tokenizer's EOS and at each EOS of generation_config.json or config.json.
+    As in transformers, generation_config.json overrides config.json; but as in serving engines, a
+    special token that only config.json lists also ends a response. For a tokenizer without MASK
+    (stock Qwen3), MASK is the id in config.json or generation_config.json, else the first id after
+    the tokenizer's: the checkpoint's embedding is padded, so that id has a row.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
@@ -169,8 +168,8 @@ def resolve_special_tokens(
             or a list of ids), `pad_token_id` and `mask_token_id` are optional.
         source: Where the tokenizer came from, for error messages.
         generation_config: The checkpoint's `generation_config.json`, with the same optional keys.
-        config_file: Where `hf_config` came from, for error messages; `generation_config` lies
-            beside it.
+        config_file: Path of `config.json`, for error messages; `generation_config` is from the
+            same folder.
 
     Raises:
         UserError: There is no EOS; there is no MASK and no free id below `vocab_size`; two of the
@@ -321,19 +320,19 @@ def check_token_ids(
     mask_token_id: int | None,
     vocab_size: int | None,
 ) -> None:
-    """Check that what a text became can go into a model; every text's ids come by here.
+    """Check that a model can take the ids of a text; all texts are checked here.
 
     A tokenizer may know more tokens than the model has, as long as no text uses them.
 
     Args:
         token_ids: The ids.
-        what: What they were made from, ``file:line`` first, for error messages.
-        tokenizer: What made them.
-        mask_token_id: Stands for text not yet written; None if unknown.
+        what: Source of the text, ``file:line`` first, for error messages.
+        tokenizer: The tokenizer that made them.
+        mask_token_id: Id of MASK; None if unknown.
         vocab_size: Of the model; None if unknown.
 
     Raises:
-        UserError: An id is MASK or none of the model's.
+        UserError: An id is MASK or outside the model's vocabulary.
     """
     largest = max(token_ids, default=0)
     if vocab_size is not None and largest >= vocab_size:
@@ -350,7 +349,7 @@ def check_token_ids(
 
 
 def unusable_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> str | None:
-    """One line about tokens that a tokenizer knows and the model has no embedding for, if any."""
+    """A warning about tokenizer tokens without a row in the model's embedding; None if none."""
     unusable = {i: text for text, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not unusable:
         return None
@@ -376,14 +375,14 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> No
 
 
 def _as_ids(value: Any) -> list[int]:
-    """A key of one id, of several or of none as a list."""
+    """The value of a key with one id, several or none, as a list."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def own_mask_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer calls MASK: the id that it declares, else those with the usual names."""
+    """Candidates for MASK in a tokenizer: the declared id, else ids with the usual names."""
     if isinstance(declared := tokenizer.mask_token_id, int):
         return [declared]
     vocabulary = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""Build the tokenizer of the tiny models: a small byte-level BPE with Qwen's conventions.
+"""Build the tokenizer of the tiny models: a small byte-level BPE like Qwen's.
 
     python -m megatron_dlm.data.tokenizer_builder --output examples/tiny/qwen3
 
@@ -27,7 +27,7 @@ MASK_TOKEN = "<|MASK|>"
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, EOS_TOKEN, MASK_TOKEN)
 
 VOCAB_SIZE = 512
-"""Special tokens included; divides evenly under tensor parallelism."""
+"""Size of the vocabulary with special tokens; divisible by tensor-parallel sizes."""
 TRAINING_EXAMPLES = 4000
 TRAINING_SEED = 0
 
@@ -86,7 +86,7 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
         eos_token=EOS_TOKEN,
         mask_token=MASK_TOKEN,
         chat_template=CHAT_TEMPLATE,
-        # What Qwen3's gives: transformers 4 would add token types, which its `generate` refuses.
+        # As Qwen3's: otherwise transformers 4 adds token types, which its `generate` refuses.
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
@@ -105,7 +105,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def _training_texts() -> Iterator[str]:
     for example in islice(examples("train", TRAINING_SEED), TRAINING_EXAMPLES):
-        # The chat template's words belong to every sequence.
+        # Every sequence contains the words of the chat template.
         yield "user\n" + example["messages"][0]["content"]
         yield "assistant\n" + example["response"]
 

@@ -4,7 +4,7 @@ top_k_00000000.safetensors  prompts [n] int64, the first of which names the file
                             int32, log_probs [T, k] and log_rest [T] float32, where T are the tokens
                             of the n responses, in order; in its metadata, SHA-256 of these tokens
 
-Shards are opened, not read: what training asks for is taken from the files as it goes.
+Shards are memory-mapped: training reads only what it needs, when it needs it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _RESPONSES = "responses"
 
 @dataclass(frozen=True)
 class TopKHeader:
-    """What decides the targets.
+    """Everything that the targets depend on.
 
     Attributes:
         prompt_tokens: SHA-256 of the prompts' token ids.
@@ -52,7 +52,7 @@ class TopKTable:
     """The targets of responses, left on disk.
 
     Args:
-        places: Of each prompt, the handle of its file, which is mapped into memory, and its rows.
+        places: For each prompt, the handle of its memory-mapped file, and its rows.
     """
 
     def __init__(self, places: Mapping[int, tuple[Any, slice]]) -> None:
@@ -71,7 +71,7 @@ class TopKStore(ShardStore):
         folder: As in `ShardStore`.
         header: As in `ShardStore`.
         field: As in `ShardStore`.
-        responses: The response to each prompt, in their order.
+        responses: The response to each prompt, in order.
         vocab_size: Ids from here on do not exist.
     """
 
@@ -92,7 +92,7 @@ class TopKStore(ShardStore):
         self._vocab_size = vocab_size
 
     def write(self, prompts: Sequence[int], targets: TopKTargets) -> None:
-        """Publish one shard: targets at all tokens of its responses, end to end, on the CPU."""
+        """Write one shard: targets at all tokens of its responses, concatenated, on the CPU."""
         assert len(targets) == sum(map(self._responses.length, prompts))
         tensors = {name: getattr(targets, name) for name in _TENSORS}
         tensors[_PROMPTS] = torch.tensor(prompts)
@@ -104,10 +104,10 @@ class TopKStore(ShardStore):
         """See `ShardStore.prompts`.
 
         Raises:
-            UserError: It is not what was written, or has ids outside the vocabulary.
+            UserError: It is damaged, or has ids outside the vocabulary.
         """
         file, prompts = self._open(shard)
-        # Here and not in `read`: all ids are read for this, which one process does for all.
+        # Here and not in `read`: it reads all ids, so only one process should do it.
         smallest, largest = (int(bound) for bound in file.get_tensor("token_ids").aminmax())
         for token_id in (smallest, largest):
             if not 0 <= token_id < self._vocab_size:
@@ -123,7 +123,7 @@ class TopKStore(ShardStore):
         """Open all shards.
 
         Raises:
-            UserError: One is not what was written, or of other responses.
+            UserError: One is damaged, or of other responses.
         """
         places = {}
         for shard in self.shards():

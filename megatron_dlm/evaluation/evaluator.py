@@ -1,7 +1,7 @@
 """From generated trajectories to accuracy and decoding speed.
 
-Knows nothing of how the trajectories were made. Sums are kept apart from rates, so that ranks can
-add up their sums before anyone divides.
+Independent of how the trajectories were generated. Counts are kept apart from rates, so that ranks
+can add up their counts before dividing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from megatron_dlm.types.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """One response with its verdict.
+    """One response with its score.
 
     Attributes:
         sample_index: The trajectory's.
@@ -68,8 +68,8 @@ class EvaluationResult:
 class EvaluationCounts:
     """Sums over trajectories; add the counts of several ranks with ``+`` or via `to_list`.
 
-    Tokens that a forward decoded behind the end of a response (the tail) count for nothing: they
-    are no part of the answer, so they must not make decoding look faster.
+    Tokens decoded after the end of a response (the tail) do not count: they are not part of the
+    answer, so they must not make decoding look faster.
     """
 
     correct: int = 0
@@ -94,7 +94,7 @@ class EvaluationCounts:
         return cls(*(int(count) for count in counts))
 
     def result(self) -> EvaluationResult:
-        """Divide.
+        """Compute the rates.
 
         Raises:
             ValueError: Nothing was counted.
@@ -120,7 +120,7 @@ def score(
     Args:
         trajectories: Their `record` holds the reference.
         tokenizer: Decodes `response_ids`; special tokens are left out.
-        task: Says what is correct.
+        task: Decides what is correct.
 
     Raises:
         UserError: A record has no reference.

@@ -1,4 +1,4 @@
-"""Answer prompts with a loaded model: what generating and evaluating share.
+"""Answer prompts with a loaded model; used by the commands generate and evaluate.
 
 Prompt i of a file is answered by data-parallel rank i mod dp; its draws are keyed by i, so the
 responses are the same under every layout.
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class InferenceInputs:
-    """What is answered, and how long an answer may be.
+    """Prompts to answer, and the longest response.
 
     Attributes:
         prompts: All prompts, of all ranks.
-        special_tokens: Resolved once.
+        special_tokens: Of tokenizer and checkpoint.
         max_response_length: In tokens, for all prompts; a prompt's own limit may be lower.
     """
 
@@ -77,7 +77,7 @@ def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
     """Longest response, in tokens.
 
     Raises:
-        UserError: It does not fit the model's positions behind the longest prompt.
+        UserError: With the longest prompt it does not fit the model's positions.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
     positions = setup.source.architecture.max_position_embeddings
@@ -97,7 +97,7 @@ def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
         raise bad_value(
             "--max-response-length",
             length,
-            f"behind the longest prompt of {longest} tokens exceeds the model's {positions} "
+            f"after the longest prompt of {longest} tokens exceeds the model's {positions} "
             "positions",
             f"choose {room} or less",
         )
@@ -119,9 +119,9 @@ class Generator:
     """Answers prompts; process groups must exist.
 
     Args:
-        model: What `load_frozen_model` made of the setup.
-        setup: How it decodes.
-        inputs: What to answer.
+        model: From `load_frozen_model`.
+        setup: Decoding options.
+        inputs: The prompts.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from megatron_dlm.evaluation.scoring import (
     final_answer,
 )
 
-# Digits behind the point up to which math-verify compares decimals, by its default.
+# Decimal places to which math-verify compares numbers by default.
 _DECIMALS = 6
 _WIDE = Context(Emax=MAX_EMAX, Emin=MIN_EMIN)
 
@@ -18,8 +18,8 @@ _WIDE = Context(Emax=MAX_EMAX, Emin=MIN_EMIN)
 def math_answer(text: str) -> str | None:
     r"""Return the answer of a response.
 
-    It is what follows the last ``####``, unless a box comes after that (``####`` is a heading
-    then); else what math-verify finds.
+    The text after the last ``####``, unless a box follows that (``####`` is a heading then);
+    without ``####``, the answer that math-verify finds.
 
     Returns:
         An expression, LaTeX or plain (``\frac{1}{2}``, ``0.5``); None if there is none.
@@ -37,9 +37,9 @@ def math_answer(text: str) -> str | None:
 def math_answers_match(predicted: str | None, expected: str) -> bool:
     """Whether two answers have the same value.
 
-    Numbers that are written out are compared here, for math-verify knows less of them: to it, 1e3
-    is a product with Euler's number, and 1e-7 is 2e-7. On all else that it can read its word is
-    final. The text counts only where it reads nothing.
+    Written-out numbers are compared here, because math-verify gets some wrong: it reads 1e3 as a
+    product with Euler's number, and takes 1e-7 for equal to 2e-7. All else that it can read is
+    compared by math-verify. Text is compared only where it can read nothing.
     """
     if predicted is None:
         return False
@@ -64,13 +64,13 @@ def is_math(reference: str) -> bool:
 def _close(predicted: Decimal, expected: Decimal) -> bool:
     """Equal up to math-verify's tolerance, with as many significant digits below 1."""
     difference = _WIDE.subtract(predicted, expected).copy_abs()
-    # All of a small number's digits would be behind those that math-verify looks at.
+    # All digits of a small number would be beyond those that math-verify compares.
     decimals = _DECIMALS - min(0, expected.adjusted() + 1 if expected else 0)
     return not difference or difference < Decimal((0, (5,), -decimals - 1))
 
 
 def _expressions(answer: str) -> list[Any]:
-    """The expression that math-verify reads in an answer as a whole, taken for a box; or none."""
+    """The expression that math-verify reads if the whole answer is put into a box; None if none."""
     from math_verify import parse
 
     found = parse(f"\\boxed{{{_in_latex(answer)}}}")
@@ -78,7 +78,7 @@ def _expressions(answer: str) -> list[Any]:
 
 
 def _in_latex(answer: str) -> str:
-    """The answer, with a number written so that math-verify reads it as one."""
+    """The answer, with numbers written in a form that math-verify reads as numbers."""
     number = PlainNumber.read(answer)
     if number is None:
         return bare_answer(answer)
@@ -92,7 +92,7 @@ def _in_latex(answer: str) -> str:
 
 
 def _collection(answer: str, expression: Any) -> str | None:
-    """What an answer says it is, `set` or `tuple` (or interval); a bare list says neither."""
+    """The kind of an answer, `set` or `tuple` (or interval); None for a bare list."""
     from sympy import FiniteSet, Interval, Tuple
 
     if isinstance(expression, Interval | Tuple):

@@ -124,17 +124,17 @@ class InferenceSetup:
 
     @property
     def _is_causal(self) -> bool:
-        """Whether the model is a diffusion model whose tokens see only those before them."""
+        """Whether the model is a diffusion model with causal attention."""
         return self.diffusion_kind is not None and self.diffusion_kind.attention_pattern == "causal"
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer is."""
+        """Folder of the tokenizer."""
         tokenizer = self.options.tokenizer
         return self.source.hf_folder if tokenizer is None else Path(tokenizer)
 
     def settings(self, texts: Sequence[str] = ()) -> dict[str, GenerationConfig]:
-        """The decoding settings that are named, by the names of their results.
+        """Decoding settings by the names of their results.
 
         Args:
             texts: Each as `setting` takes it; none: the one that the options describe.
@@ -274,7 +274,7 @@ def _no_setting(text: str) -> UserError:
 
 
 def setting_name(generation: GenerationConfig) -> str:
-    """What a setting is called in tables and results: `static`, `dynamic_0.9`, ..."""
+    """Name of a setting in tables and results: `static`, `dynamic_0.9`, ..."""
     if generation.is_autoregressive:
         return "autoregressive"
     strategy, value = generation.strategy, generation.strategy_value
@@ -328,7 +328,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             load=options.load,
             tokenizer=options.tokenizer,
             bf16=options.bf16,
-            # Without blocks, lengths are rounded to nothing.
+            # Without blocks, lengths are not rounded.
             block_size=1 if block_size is None else block_size,
         ),
         parallel=arguments.parallel,
@@ -352,7 +352,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
 
 
 def check_output(path: str | None) -> None:
-    """Make sure that results can be written, before the work for them begins.
+    """Check that results can be written, before the work for them begins.
 
     Raises:
         UserError: The path is a folder or cannot be created.

@@ -8,7 +8,7 @@ from megatron_dlm.types.trajectory import Trajectory
 
 
 class GenerationProgress:
-    """Prints how far a generation has come to standard error, at most one line per interval.
+    """Prints the progress of a generation to standard error, at most one line per interval.
 
     Args:
         label: What is generated.

@@ -1,7 +1,7 @@
-"""What makes a response right, as a number: the interface between generation and verification.
+"""Rewards of responses, as numbers: the interface between generation and verification.
 
-A reward is asked on one process of a model replica and its verdict handed to the others, so it may
-take its time and need not be deterministic.
+A reward is computed on one process of a model replica, which hands it to the others, so it may be
+slow and need not be deterministic.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.evaluation.tasks import TASKS, Task
 
 RIGHT = 1.0
-"""Reward from which on a response counts as right."""
+"""Least reward of a right response."""
 
 
 class Reward(Protocol):
@@ -39,7 +39,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class AnswerReward:
-    """1 if an evaluation task calls the answer right, else 0."""
+    """1 if the answer matches by an evaluation task, else 0."""
 
     task: Task
 

@@ -8,7 +8,7 @@ from typing import Self
 _FINAL_ANSWER = re.compile(r"####[ \t]*([^\n]*)")
 _INLINE_MATH = re.compile(r"(?:\$\$?|\\\(|\\\[)([^$]+?)(?:\$\$?|\\\)|\\\])")
 
-# Between thousands, as text and LaTeX have it: 1,200  1{,}200  1\,200  1,\!200
+# Separators of thousands in text and LaTeX: 1,200  1{,}200  1\,200  1,\!200
 _SEPARATOR = r"(?:,\\!|\{,\}|\\,|,)"
 _NUMBER = re.compile(
     rf"""
@@ -26,14 +26,14 @@ def final_answer(text: str) -> str | None:
     """Return what follows the last ``####`` of a response, to the end of its line.
 
     Returns:
-        The answer without surrounding blanks; None if there is no ``####`` or nothing behind it.
+        The answer without surrounding blanks; None if there is no ``####`` or nothing after it.
     """
     answers = _FINAL_ANSWER.findall(text)
     return (answers[-1].strip() or None) if answers else None
 
 
 def bare_answer(answer: str) -> str:
-    """An answer without what is no part of it: blanks, the full stop, the marks of inline LaTeX."""
+    """An answer without surrounding blanks, a final full stop and the marks of inline LaTeX."""
     answer = answer.strip().removesuffix(".").rstrip()
     inline = _INLINE_MATH.fullmatch(answer)
     return inline[1].strip() if inline else answer
@@ -56,7 +56,7 @@ class PlainNumber:
         r"""Read an answer; None if it is anything else, or a list of numbers.
 
         A comma separates thousands only where three digits follow each: 1,200 is a number; 1,2 and
-        12,34 are two. So do LaTeX's forms of it (``1{,}200``, ``1,\!200``, ``1\,200``).
+        12,34 are two. The same holds for LaTeX's forms (``1{,}200``, ``1,\!200``, ``1\,200``).
         """
         found = _NUMBER.fullmatch(bare_answer(answer))
         if found is None:

@@ -1,4 +1,4 @@
-"""What a correct response is, per task."""
+"""Evaluation tasks: what a correct response is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Task:
     Attributes:
         name: Its name on the command line.
         reference_field: The field of a prompt record that holds the reference.
-        extract: From the text of a response to its answer; None if it gives none.
+        extract: Takes the text of a response and returns its answer; None if there is none.
         matches: Whether an extracted answer equals the reference.
-        can_read: Whether a reference is one that answers can be compared with.
-        package: What scoring imports that only an extra brings; None for nothing.
+        can_read: Whether answers can be compared with a reference.
+        package: Package of an extra that scoring imports; None for none.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Task:
     def reference(self, record: Mapping[str, Any], where: str) -> str:
         """Return the reference of a record: its field, or what follows the last ``####`` in that.
 
-        The latter is how GSM8K gives an answer, behind the way to it.
+        GSM8K gives an answer this way, after the solution.
 
         Raises:
             UserError: The field is missing or is neither text nor a number.

@@ -1,8 +1,8 @@
-"""The one place that knows CPU from CUDA.
+"""The only module that distinguishes CPU and CUDA.
 
 `select` must run before anything of Megatron-Core is built: on a CPU it makes Megatron-Core's CUDA
-calls answer for the CPU (`megatron_dlm.platform.cpu`); on CUDA it applies nothing. Everything else
-in this package asks `device()` where tensors live and never names a device itself.
+calls work on the CPU (`megatron_dlm.platform.cpu`); on CUDA it changes nothing. Everything else in
+this package gets its device from `device()` and never names one itself.
 """
 
 import gc
@@ -28,8 +28,8 @@ def select(choice: DeviceChoice = "auto") -> torch.device:
         The device of this process; on CUDA the one of its `LOCAL_RANK`.
 
     Raises:
-        UserError: CUDA was asked for and there is none, or the process already runs on the other
-        kind.
+        UserError: CUDA was chosen and there is none, or the process already runs on the other kind
+            of device.
     """
     global _device
     if choice == "auto":
@@ -74,13 +74,13 @@ def collective_backend() -> str:
 
 
 def synchronize() -> None:
-    """Wait until the device has finished, so that a wall-clock reading means something."""
+    """Wait until the device has finished, so that wall-clock times are right."""
     if is_cuda():
         torch.cuda.synchronize()
 
 
 def release_memory() -> None:
-    """Give memory that nothing refers to any more back to the device."""
+    """Free cached memory that nothing refers to any more."""
     gc.collect()
     if is_cuda():
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """Megatron-Core on a CPU with gloo: stand-ins for the CUDA calls it makes unconditionally.
 
-Never imported on CUDA. Each stand-in is the CPU's answer to the same question: the current device
-is the CPU, streams have nothing to order, "the CUDA generator" is torch's default generator. Tested
-with megatron-core 0.16.1. `torch.cuda.is_available()` keeps telling the truth.
+Never imported on CUDA. Each stand-in does the same on the CPU: the current device is the CPU,
+streams order nothing, "the CUDA generator" is torch's default generator. Tested with megatron-core
+0.16.1. `torch.cuda.is_available()` still returns False.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# torch.compile is what Megatron-Core's `jit_fuser` resolves to; its fused kernels want a C++
-# compiler at run time and save nothing on a CPU.
+# Megatron-Core's `jit_fuser` is torch.compile, whose fused kernels need a C++ compiler at run time
+# and save nothing on a CPU.
 _FUSER_OFF = "TORCHDYNAMO_DISABLE"
 
 _applied = False
@@ -123,7 +123,7 @@ def _patch_torch() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, answer)
     # A device context (`with torch.device("meta")`) recognises factories by identity and looks them
-    # up once: it has to know the originals, which the wrappers call.
+    # up once: it must see the originals, which the wrappers call.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -131,7 +131,7 @@ def _patch_torch() -> None:
     tensor_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The optimizers recognise parameters by these names.
+        # The optimizers recognise parameters by these type names.
         if not args and not kwargs and self.dtype in _TYPE_NAMES:
             return _TYPE_NAMES[self.dtype]
         return tensor_type(self, *args, **kwargs)
@@ -153,7 +153,7 @@ def _same_shapes(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _patch_collectives() -> None:
-    """What NCCL takes from the MoE dispatcher and gloo does not: numpy sizes, uneven shards."""
+    """Make gloo take inputs of the MoE dispatcher as NCCL does: numpy sizes, uneven shards."""
     collectives: Any = dist
     all_to_all_single, all_gather, reduce_scatter = (
         dist.all_to_all_single,

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside the weights: one function a target format.
+"""Target formats of exports: for each a function that writes all files but the weights.
 
 A format is a function that checks the request and writes config.json, tokenizer and other files.
 """
@@ -32,7 +32,7 @@ not: SGLang's loader looks it up in any case."""
 
 
 def default_format(architecture: Architecture) -> str:
-    """The format of a block-diffusion model: what engines serve, else that of its family."""
+    """The default format of a block-diffusion model: `sdar` where it fits, else its family's."""
     return "sdar" if unfit_for_sdar(architecture) is None else f"a2d-{architecture.family}"
 
 

@@ -16,8 +16,8 @@ _UNSCALED = {"rope_type": "default"}
 def network_config(request: ExportRequest) -> dict[str, Any]:
     """The fields of `config.json` that describe the network.
 
-    `rope_theta` is at the top level, where transformers 4 and SGLang read it, which would otherwise
-    fall back to 10000 in silence, and in `rope_parameters`, where transformers 5 and lmdeploy do;
+    `rope_theta` is written at the top level, where transformers 4 and SGLang read it (without it
+    they silently use 10000), and in `rope_parameters`, where transformers 5 and lmdeploy read it;
     likewise `rope_scaling`.
     """
     a: Architecture = request.architecture
@@ -56,8 +56,8 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 def write_generation_config(request: ExportRequest, folder: Path) -> None:
     """Write the source's generation_config.json, or one with the token ids of config.json.
 
-    Every folder has the file: the public RND1 code does not load without, and what ends a response
-    is looked for there first.
+    Every folder has the file: the public RND1 code needs it to load, and readers look there first
+    for what ends a response.
     """
     config = request.architecture.hf_config
     stated = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}

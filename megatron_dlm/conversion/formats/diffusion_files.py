@@ -1,4 +1,4 @@
-"""What all diffusion formats have in common: a tokenizer with MASK, and modelling code."""
+"""Files that all diffusion formats have: a tokenizer with MASK, and modelling code."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from megatron_dlm.models.rotary import attention_factor
 
 
 def check_mask_and_tokenizer(request: ExportRequest, format: str) -> None:
-    """Check that the folder can say what MASK is.
+    """Check that the folder can state the MASK token.
 
     Raises:
         UserError: The id of MASK or the tokenizer is missing or unfit.
@@ -34,7 +34,7 @@ def check_mask_and_tokenizer(request: ExportRequest, format: str) -> None:
 
 
 def check_block_size(request: ExportRequest, format: str) -> None:
-    """Check that the folder of a block-causal model can say how long its blocks are.
+    """Check that the folder of a block-causal model can state the block size.
 
     Raises:
         UserError: There is no block size.
@@ -49,12 +49,12 @@ def check_block_size(request: ExportRequest, format: str) -> None:
 
 
 def write_tokenizer(request: ExportRequest, folder: Path, mask_token: str | None = None) -> None:
-    """Copy the tokenizer and make MASK known to it; checked by `check_mask_and_tokenizer`.
+    """Copy the tokenizer and add MASK to it; checked by `check_mask_and_tokenizer`.
 
     Args:
         request: With the tokenizer's folder and the id of MASK.
-        folder: Where to.
-        mask_token: Text that MASK has to have; see `register_mask_token`.
+        folder: Folder to write.
+        mask_token: Required text of MASK; see `register_mask_token`.
 
     Raises:
         UserError: Its files are missing or have no place for MASK.
@@ -66,13 +66,13 @@ def write_tokenizer(request: ExportRequest, folder: Path, mask_token: str | None
 
 
 def write_remote_code(name: str, folder: Path, renamed: tuple[str, str] | None = None) -> None:
-    """Write the two files of modelling code that `auto_map` names, for `trust_remote_code`.
+    """Write the two files of modelling code that `auto_map` refers to, for `trust_remote_code`.
 
     Args:
         name: Of the modules `configuration_<name>` and `modeling_<name>`.
-        folder: Where to.
-        renamed: The name in these modules, as classes have it, that is replaced, and by what; also
-            where it is in lower case, in the names of the files too.
+        folder: Folder to write.
+        renamed: A name in these modules to replace, as in class names, and its replacement; its
+            lower-case form is replaced too, also in the names of the files.
     """
 
     def rename(text: str) -> str:
@@ -88,10 +88,10 @@ def write_remote_code(name: str, folder: Path, renamed: tuple[str, str] | None =
 
 
 def unfit_for_sdar(architecture: Architecture) -> str | None:
-    """What of a network is ignored by code that serves `sdar`; None: nothing.
+    """What code that serves `sdar` would ignore in a network; None: nothing.
 
-    That code has Qwen3's layers. It scales rotary embeddings as config.json says, but SGLang has
-    another name for YaRN's `attention_factor`, and takes the default.
+    That code has Qwen3's layers. It scales rotary embeddings as config.json says, but SGLang does
+    not read YaRN's `attention_factor` and uses the default.
     """
     if not architecture.qk_norm or architecture.qkv_bias:
         return f"code that serves it has Qwen3's layers, and this is a {architecture.family} model"

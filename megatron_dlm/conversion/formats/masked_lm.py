@@ -1,9 +1,9 @@
 """Target formats that load as masked language models: `a2d-<family>` (dense), `rnd1` (experts).
 
 Tensor names are the family's and Qwen3-MoE's. The folder brings its own modelling code for plain
-transformers (`trust_remote_code`); its logits stay where the network has them, and config.json says
-whether they are shifted. `rnd1` is of full attention; an `a2d-<family>` folder, as dllm makes
-them, of either kind, and ours say which.
+transformers (`trust_remote_code`); its logits are returned as the network has them, and config.json
+says whether they are shifted. An `rnd1` folder has full attention; dllm's `a2d-<family>` folders
+may have either, and ours say which.
 """
 
 from pathlib import Path
@@ -26,22 +26,22 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.families import FAMILIES
 
 NUM_DIFFUSION_STEPS = 256
-"""Denoising steps that an `rnd1` folder asks for, as the published one does."""
+"""Default denoising steps in an `rnd1` folder, as in the published one."""
 
 
 def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
     """Write everything but the weights of an `a2d-<family>` folder.
 
-    The modelling code is written for Qwen3: a family is a name in it, what its layers have beside
-    it stands in config.json.
+    The modelling code is written for Qwen3: for another family its name is replaced, and
+    config.json states how its layers differ.
 
     Args:
         request: What to write.
-        folder: Where to.
-        family: That the format is for.
+        folder: Folder to write.
+        family: Family that the format is for.
 
     Raises:
-        UserError: The model is no dense diffusion model of the family, or block size, MASK or
+        UserError: The model is not a dense diffusion model of the family, or block size, MASK or
             tokenizer are missing.
     """
     format, architecture = f"a2d-{family}", request.architecture
@@ -84,7 +84,7 @@ def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
             "auto_map": {
                 "AutoConfig": f"{configuration}Config",
                 "AutoModel": f"{model}Model",
-                # For pipelines and evaluation that ask for text.
+                # For pipelines and evaluation tools that generate text.
                 "AutoModelForCausalLM": f"{model}LMHeadModel",
                 "AutoModelForMaskedLM": f"{model}LMHeadModel",
             },
@@ -101,8 +101,8 @@ def write_rnd1(request: ExportRequest, folder: Path) -> None:
     """Write everything but the weights of an `rnd1` folder.
 
     Raises:
-        UserError: The model is no mixture of experts of full attention with shifted logits, or MASK
-            or tokenizer are missing.
+        UserError: The model is not a mixture of experts of full attention with shifted logits, or
+            MASK or tokenizer are missing.
     """
     _check(request, "rnd1", ("full",), "is dense", request.architecture.is_moe)
     kind = request.diffusion_kind

@@ -1,4 +1,4 @@
-"""What the writer of a target format is given."""
+"""The input of the writers of target formats."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ class ExportRequest:
     """One export.
 
     Attributes:
-        architecture: The model's.
+        architecture: Architecture of the model.
         dtype: Type of the stored tensors.
-        tokenizer_folder: Where the tokenizer's files are.
-        block_size: Block size that the model was trained with, or, under full attention, that it
-            should be decoded with; None: none.
+        tokenizer_folder: Folder of the tokenizer's files.
+        block_size: Block size that the model was trained with or, under full attention, should be
+            decoded with; None for none.
         mask_token_id: Id of the MASK token; None for autoregressive models.
         dynamic_threshold: Confidence threshold recommended to engines that serve the folder.
     """
@@ -32,5 +32,5 @@ class ExportRequest:
 
     @property
     def diffusion_kind(self) -> DiffusionKind | None:
-        """What the model's config.json says of attention and shift; None: autoregressive."""
+        """Kind of diffusion model; None for an autoregressive model."""
         return read_diffusion_kind(self.architecture.hf_config)

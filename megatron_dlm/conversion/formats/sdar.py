@@ -29,7 +29,7 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
     """Write everything but the weights.
 
     Raises:
-        UserError: The model's attention is full, its logits are shifted or its layers are not
+        UserError: The model's attention is full, its logits are shifted, its layers are not
             Qwen3's, or block size, MASK or tokenizer are missing.
     """
     _check(request)
@@ -43,7 +43,7 @@ def write_sdar(request: ExportRequest, folder: Path) -> None:
             "AutoModelForCausalLM": f"modeling_{module}.{name}ForCausalLM",
         },
         "block_size": request.block_size,
-        # The public modelling code cannot do without.
+        # The public modelling code requires it.
         "fuse_cross_entropy": True,
         "mask_token_id": request.mask_token_id,
         "model_type": module,

@@ -14,19 +14,18 @@ class DiffusionConfig(PretrainedConfig):
         mask_token_id: Id that stands for a token not decoded yet; needed to generate.
         qk_norm: Whether queries and keys are normalised before they are rotated.
         qkv_bias: Whether the projections to queries, keys and values have biases.
-        rope_theta: Base of the rotary embeddings, where `rope_parameters` has none.
-        rope_parameters: transformers 5's place for base and scaling; its `rope_type` is `default`,
-            `llama3` or `yarn`.
-        rope_scaling: The same under its older name, which wins if it holds anything.
+        rope_theta: Base of the rotary embeddings, if `rope_parameters` has none.
+        rope_parameters: Base and scaling, as in transformers 5; `rope_type` is `default`, `llama3`
+            or `yarn`.
+        rope_scaling: The same under its older name; used if it is not empty.
         attention_pattern: `full`: every token sees every token; `block_causal`: it sees its own
             block and those before.
         shifted: Whether logits at position i predict token i + 1 instead of token i.
-        num_diffusion_steps: Denoising steps where a call of `generate` names none; None: one for
-            each token.
+        num_diffusion_steps: Default denoising steps of `generate`; None: one for each token.
     """
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    # transformers 4 copies the code of classes that say so when it saves them.
+    # transformers 4 copies the code of classes with this attribute when it saves them.
     _auto_class = "AutoConfig"
 
     def __init__(
@@ -72,7 +71,7 @@ class DiffusionConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.qk_norm = qk_norm
         self.qkv_bias = qkv_bias
-        # In all places, since readers look in either.
+        # Under all names, since readers use different ones.
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
         self.rope_parameters |= rope_scaling or rope_parameters or {}
         rope_type = self.rope_parameters["rope_type"]
@@ -94,7 +93,7 @@ class DiffusionConfig(PretrainedConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
-        # transformers 5 leaves these to the classes that name them.
+        # transformers 5 does not set these in its own class.
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id

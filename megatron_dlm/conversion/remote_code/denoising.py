@@ -1,10 +1,10 @@
 """Denoising of several prompts at once, block by block or as a whole, for plain transformers.
 
-Each row has positions, blocks and steps of its own and goes on to its next block as soon as one is
-clean; rows that have ended leave the forwards. Under block-causal attention the keys of finished
-blocks stay in a cache: a block's are final once it is clean, so its tokens travel with the next
-block's first forward. Under full attention a key changes with every token that is kept anywhere,
-and each forward sees the whole canvas.
+Each row has its own positions, blocks and steps and starts its next block as soon as one is clean;
+rows that have ended are left out of the forwards. Under block-causal attention the keys of finished
+blocks are cached: they are final once the block is clean, so its tokens are part of the next
+block's first forward. Under full attention every kept token changes all keys, and each forward sees
+the whole canvas.
 
 R: rows; r: rows that have not ended; L: positions of a canvas; B: positions of a block; S: tokens
 of a forward; K: positions that it sees; n: tokens drawn at once; h: hidden size.
@@ -32,10 +32,10 @@ class Denoising:
     Args:
         prompts: R prompts, without padding.
         settings: How to decode.
-        seed: Of the draws.
-        network: Makes hidden states [r, S, h] of token ids [r, S], a mask [r, S, K], true where
-            visible, positions [r, S] and a cache or None.
-        head: Makes logits of hidden states [n, h].
+        seed: Seed of the draws.
+        network: Computes hidden states [r, S, h] from token ids [r, S], a mask [r, S, K], true
+            where visible, positions [r, S] and a cache or None.
+        head: Computes logits from hidden states [n, h].
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Denoising:
         device = prompts[0].device
         self._size = settings.block_size or settings.max_new_tokens
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        # Blocks that reach over the limit are whole under block-causal attention, as in training.
+        # Under block-causal attention a last block past the limit is whole, as in training.
         self._ends = self.prompt_lengths + settings.max_new_tokens
         length = int(self._ends.max()) + self._size
         self.tokens = prompts[0].new_full((len(prompts), length), settings.mask_token_id)
@@ -75,7 +75,7 @@ class Denoising:
         """Decode all rows; returns the lengths of the responses, [R].
 
         Args:
-            columns: Is told of tokens as they become known, and may end rows.
+            columns: Receives tokens as they become known, and may end rows.
         """
         lengths = torch.zeros_like(self.prompt_lengths)
         is_complete = torch.zeros_like(lengths, dtype=torch.bool)
@@ -91,7 +91,7 @@ class Denoising:
         return lengths if columns is None else columns.lengths
 
     def responses(self) -> Tensor:
-        """Tokens from the first behind each prompt, [R, max_new_tokens]."""
+        """Tokens after each prompt, [R, max_new_tokens]."""
         positions = torch.arange(self._settings.max_new_tokens, device=self.tokens.device)
         return self.tokens.gather(1, self.prompt_lengths[:, None] + positions)
 
@@ -117,8 +117,8 @@ class Denoising:
     def _known_responses(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Leading tokens of each response that are known, [r], and whether it ends there.
 
-        Nothing that is known changes, so a response is complete as soon as there is no MASK before
-        its EOS.
+        Known tokens never change, so a response is complete as soon as there is no MASK before its
+        EOS.
         """
         settings = self._settings
         prompt_lengths = self.prompt_lengths[rows]
@@ -165,7 +165,7 @@ class Denoising:
         self._open_blocks(rows[~(masked & ~committed).any(dim=-1)])
 
     def _open_blocks(self, rows: Tensor) -> None:
-        """The next blocks of rows whose block is clean."""
+        """Start the next block of rows whose block is clean."""
         reached_end = self._block_start[rows] + self._size >= self._ends[rows]
         rows = rows[~reached_end]
         self._block_start[rows] += self._size
@@ -173,7 +173,7 @@ class Denoising:
         self._masked_at_start[rows] = self._block_masks(rows).sum(dim=-1)
 
     def _forward(self, starts: Tensor, ends: Tensor) -> Tensor:
-        """Hidden states [r, S, h] of positions starts to ends - 1; garbage behind these."""
+        """Hidden states [r, S, h] of positions starts to ends - 1; undefined after these."""
         positions = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
         within = positions.clamp(max=self.tokens.shape[1] - 1)
         token_ids = self.tokens[self._rows[:, None], within]

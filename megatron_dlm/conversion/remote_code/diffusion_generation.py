@@ -24,7 +24,7 @@ from .row_cache import RowCache
 
 
 class DiffusionGenerationMixin(GenerationMixin):
-    """Gives a model `generate`: block by block or as a whole, what its attention allows."""
+    """Gives a model `generate`: block by block or, under full attention, also as a whole."""
 
     config: Any
     generation_config: Any
@@ -45,31 +45,31 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Denoise the responses to a batch of prompts.
 
-        Arguments are those of transformers' `generate`. A value of the call wins over one of
-        `generation_config`, this over the folder's generation_config.json and this over
-        config.json. What a row's response is depends on no other row, nor on padding: positions
-        and blocks count from the first token that is none, on whichever side it is.
+        Arguments are those of transformers' `generate`. A value is taken from the call, else from
+        `generation_config`, else from the folder's generation_config.json, else from config.json.
+        A row's response depends neither on other rows nor on padding (on either side): positions
+        and blocks count from the first token that is not padding.
 
         Args:
-            inputs: [B, P], prompts; or `input_ids`. None: one that is the BOS.
-            generation_config: Values that the call does not name.
+            inputs: [B, P], prompts; or `input_ids`. None: one prompt that consists of BOS.
+            generation_config: Values for arguments that the call leaves out.
             logits_processor: Must be empty.
-            stopping_criteria: Asked behind every token of the response, in order.
-            streamer: Is given the prompts and then tokens in order, as soon as none before them is
-                MASK.
+            stopping_criteria: Called after every token of the response, in order.
+            streamer: Receives the prompts and then tokens in order, as soon as no token before them
+                is MASK.
             generator: Gives the seed of the draws; default: torch's, which `torch.manual_seed`
-                and transformers' `set_seed` seed. Rows with equal prompts draw anew, all others
-                what they would draw alone.
+                and transformers' `set_seed` seed. Rows with equal prompts draw differently;
+                all others as they would alone.
             **kwargs: Fields of transformers' GenerationConfig: `max_new_tokens` (default 256) or
                 `max_length`, `min_new_tokens`, `do_sample` (default: the most likely tokens),
                 `temperature`, `top_k`, `top_p`, `num_return_sequences`, `eos_token_id` (each of a
-                list ends a response), `pad_token_id` (behind shorter responses), `use_cache`,
+                list ends a response), `pad_token_id` (after shorter responses), `use_cache`,
                 `stop_strings` (with `tokenizer`), `max_time`, `return_dict_in_generate`; and
 
                 - `attention_mask`: [B, P], zero for padding, on either side;
                 - `block_size`: default: the config's. Under full attention None denoises the
                   response as a whole;
-                - `remasking_strategy`: one of `STRATEGIES`, which say what they keep. Default:
+                - `remasking_strategy`: one of `STRATEGIES`. Default:
                   `low_confidence_dynamic`, and `entropy` under full attention;
                 - the option of that strategy: `dynamic_threshold`, `entropy_bound`, or
                   `denoising_steps` (default: `num_diffusion_steps` of the config, else one for each
@@ -77,8 +77,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 - `mask_token_id`: default: the config's.
 
         Returns:
-            [B, P + longest response], prompts as they were given and responses up to and including
-            what ended them; with `return_dict_in_generate` an object whose `sequences` these are.
+            [B, P + longest response], prompts as given and responses up to and including
+            their EOS; with `return_dict_in_generate` an object whose `sequences` these are.
 
         Raises:
             ValueError: An argument that is unknown, cannot work or has no counterpart here.
@@ -143,7 +143,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"`input_ids` must have the shape [sequences, tokens], but it is "
                 f"{tuple(inputs.shape)}"
             )
-        return inputs.long()  # ids of 32 bits are embedded too
+        return inputs.long()  # ids of 32 bits are valid too
 
     def _criteria(
         self, config: GenerationConfig, criteria: Any, tokenizer: Any
@@ -168,7 +168,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         generator: torch.Generator | None,
         fill: int,
     ) -> Tensor:
-        """Responses with padding behind them, [B, longest response]."""
+        """Responses, padded to the longest, [B, longest response]."""
         seed = 0
         if settings.temperature > 0:
             device = "cpu" if generator is None else generator.device

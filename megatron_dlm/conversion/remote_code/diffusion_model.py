@@ -26,7 +26,7 @@ CACHE_FIELD = (
 
 
 class DiffusionPreTrainedModel(PreTrainedModel):
-    """What transformers has to know to load and place the model."""
+    """Attributes that transformers needs to load and place the model."""
 
     config_class: type[DiffusionConfig] = DiffusionConfig
     base_model_prefix = "model"
@@ -60,19 +60,20 @@ class DiffusionModel(DiffusionPreTrainedModel):
         block_size: int | None = None,
         store_kv: bool = True,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of the tokens behind those in the cache.
+        """Hidden states of the tokens that follow those in the cache.
 
         Args:
             input_ids: [B, S].
             attention_mask: [B, K], zero for padding, which may be on either side; None: no padding.
-                Or, in place of an attention pattern, what each token sees, [B, S, K] or [B, 1, S,
-                K]: zero where nothing, or, if real and nowhere positive, added to the scores.
+                Or, in place of an attention pattern, a mask for each token, [B, S, K] or [B, 1, S,
+                K]: zero where not visible; or a float mask without positive values, which is added
+                to the scores.
             position_ids: [B, S]; default: counted from the first token that is no padding.
             past_key_values: Keys and values of earlier tokens, whole blocks; extended in place.
-                Full attention has none: keys of a token depend on all tokens behind it.
+                Not for full attention, where keys depend on later tokens.
             use_cache: Whether to make a cache if none is given.
             attention_pattern: `block_causal` or `full`; default: the config's.
-            block_size: Of block-causal attention; default: the config's.
+            block_size: For block-causal attention; default: the config's.
             store_kv: Whether keys and values of this forward stay in `past_key_values`.
         """
         is_full = (attention_pattern or self.config.attention_pattern) == "full"
@@ -113,7 +114,7 @@ class DiffusionModel(DiffusionPreTrainedModel):
         if block_size is not None:
             blocks = positions // block_size
             mask = mask & (blocks[:, past:, None] >= blocks[:, None, :])
-        # Padding sees itself: attention over nothing is not a number.
+        # Padding sees itself: a softmax over no key would be NaN.
         mask = mask | torch.eye(past + length, dtype=torch.bool, device=mask.device)[past:]
         return mask[:, None], positions[:, past:]
 
@@ -131,7 +132,7 @@ class DiffusionLMHeadModel(DiffusionPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output layer: transformers 4 ties what these two methods return."""
+        """The output layer; transformers 4 ties the results of these two methods."""
         return self.lm_head
 
     def get_input_embeddings(self) -> nn.Module:
@@ -150,12 +151,12 @@ class DiffusionLMHeadModel(DiffusionPreTrainedModel):
         block_size: int | None = None,
         store_kv: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V], not moved to the positions they predict.
+        """Logits [B, S, V], not moved to the positions that they predict.
 
-        They are a prediction where input_ids hold MASK. Tools that take the model for an
-        autoregressive one ask for the logits of a clean sequence, and would make a likelihood of
-        them that means nothing: they are refused. Who wants them all the same, for a prefill or a
-        comparison, says `attention_pattern` or `block_size`, or gives the mask of each token.
+        They are predictions where input_ids hold MASK. Tools for autoregressive models pass a clean
+        sequence and would compute a meaningless likelihood from its logits: such calls are refused.
+        To get them anyway, for a prefill or a comparison, pass `attention_pattern`, `block_size` or
+        a mask for each token.
 
         Args:
             labels: Must be None.
@@ -169,7 +170,8 @@ class DiffusionLMHeadModel(DiffusionPreTrainedModel):
             store_kv: Likewise.
 
         Raises:
-            ValueError: Labels, or neither MASK in input_ids nor a word on what tokens see.
+            ValueError: Labels are given, or input_ids hold no MASK and no argument sets the
+                visibility.
         """
         has_pattern = attention_pattern is not None or block_size is not None
         has_visibility = attention_mask is not None and attention_mask.ndim > 2

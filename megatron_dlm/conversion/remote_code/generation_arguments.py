@@ -1,4 +1,4 @@
-"""What `generate` makes of its arguments, the folder's defaults and the config.
+"""Settings of `generate` from its arguments, the folder's defaults and the config.
 
 B: sequences; P: tokens of a prompt, padding included.
 """
@@ -56,23 +56,24 @@ UNSUPPORTED_FILTERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typica
 
 
 class DecodingSettings(NamedTuple):
-    """How the rows of a call are decoded.
+    """Decoding settings of a call.
 
     Attributes:
-        is_full: Whether every forward sees the whole canvas, and not only what is behind a block.
+        is_full: Whether every forward sees the whole canvas and not only its block and those
+            before.
         is_shifted: Whether logits at position i predict token i + 1.
-        block_size: On the grid from token 0; None: the response is one block.
+        block_size: Blocks count from token 0; None: the response is one block.
         remasking_strategy: One of `STRATEGIES`.
         strategy_value: Value of the strategy's option; None where it has none.
         temperature: 0 takes the most likely token.
         top_k: 0 is off.
         top_p: 1 is off.
         max_new_tokens: Longest response.
-        min_new_tokens: EOS is not drawn before as many tokens.
-        vocab_size: Ids are below it.
+        min_new_tokens: EOS is not drawn before this many tokens.
+        vocab_size: Size of the vocabulary.
         mask_token_id: Stands for a token that is not known yet; never drawn.
         eos_token_ids: Each of them ends a response.
-        use_cache: Whether keys of finished blocks are kept; full attention has none to keep.
+        use_cache: Whether keys of finished blocks are cached; false under full attention.
     """
 
     is_full: bool
@@ -92,14 +93,14 @@ class DecodingSettings(NamedTuple):
 
 
 def check_support(config: GenerationConfig, logits_processor: Any) -> None:
-    """Raise ValueError for what transformers offers and decoding by diffusion does not."""
+    """Raise ValueError for arguments of transformers that diffusion decoding does not support."""
     names = UNSUPPORTED_OPTIONS + (UNSUPPORTED_FILTERS if config.do_sample else ())
     for name in names:
         value = getattr(config, name, None)
         if value is True or value not in (None, False, 0, 1):
             raise ValueError(
                 f"`{name}` (={value}) is not supported: tokens are denoised in blocks, not drawn "
-                f"one behind the other. Leave `{name}` out."
+                f"one after the other. Leave `{name}` out."
             )
     if logits_processor:
         raise ValueError("`logits_processor` is not supported: tokens are denoised in blocks")
@@ -136,10 +137,10 @@ def decoding_settings(
     """Settings of a call, checked.
 
     Args:
-        config: transformers' settings, the call's and the folder's.
-        model_config: The model's.
-        options: `DIFFUSION_OPTIONS` that the call names; then those of `config` and `model_config`
-            count, in this order.
+        config: transformers' generation config with the values of the call and the folder.
+        model_config: The model's config.
+        options: `DIFFUSION_OPTIONS` of the call; those left out are taken from `config`, else from
+            `model_config`.
         max_new_tokens: Longest response.
         prompt_length: P.
 
@@ -165,7 +166,7 @@ def decoding_settings(
     eos = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
     temperature, top_k, top_p = 0.0, 0, 1.0
     if config.do_sample:
-        # None where the folder's and the call's values lack it: off, as the default says.
+        # None if neither the call nor the folder sets it: off, the default.
         temperature = 1.0 if config.temperature is None else float(config.temperature)
         top_k, top_p = config.top_k or 0, 1.0 if config.top_p is None else float(config.top_p)
         require(
@@ -227,7 +228,7 @@ def decoding_settings(
 
 
 def list_of_ids(token_ids: Any) -> list[int]:
-    """The ids of None, an id, several or a tensor."""
+    """A list of ids from None, one id, several ids or a tensor."""
     if token_ids is None:
         return []
     return torch.as_tensor(token_ids).reshape(-1).tolist()
@@ -236,10 +237,9 @@ def list_of_ids(token_ids: Any) -> list[int]:
 def checked_attention_mask(
     input_ids: Tensor, attention_mask: Tensor | None, pad: int | None, eos: list[int]
 ) -> Tensor:
-    """Which of input_ids [B, P] are tokens, bool; without a mask all but padding that says so.
+    """Which of input_ids [B, P] are tokens and not padding, bool.
 
-    As in transformers, an id is padding where no mask is given if it is the padding token and no
-    EOS.
+    Without a mask, as in transformers, an id is padding if it is the padding token and not EOS.
     """
     if attention_mask is None:
         if pad is None or pad in eos:

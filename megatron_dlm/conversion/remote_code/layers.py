@@ -44,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, with biases and norms of queries and keys as the config says."""
+    """Grouped-query attention; the config decides on biases and norms of queries and keys."""
 
     def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Responses as transformers' stopping criteria and streamers see them: token by token, all rows.
+"""Responses for transformers' stopping criteria and streamers: token by token, all rows at once.
 
 R: rows; P: tokens of a prompt, padding included.
 """
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class ResponseColumns:
-    """Tells criteria and a streamer of one column of tokens behind the other.
+    """Passes columns of tokens to criteria and a streamer, one after the other.
 
-    A column is told once all rows that go on know their token in it; rows that have ended show
-    padding. Criteria are asked behind each column and end rows there.
+    A column is passed on once its token is known in all rows that have not ended; ended rows have
+    padding in it. Criteria are called after each column and may end rows there.
 
     Args:
         prompts: [R, P], as they were given.
-        max_new_tokens: Columns behind them.
+        max_new_tokens: Columns of the response.
         fill: Padding token.
         criteria: Stopping criteria, called as one; may be empty.
         streamer: None, or a streamer.
 
     Attributes:
-        lengths: [R], tokens of each response that are told; its length where `has_ended`.
+        lengths: [R], tokens of each response passed on so far; its length where `has_ended`.
         has_ended: [R] bool.
     """
 
@@ -40,7 +40,7 @@ class ResponseColumns:
             streamer.put(prompts.cpu())
 
     def tell(self, responses: Tensor, known: Tensor, is_complete: Tensor) -> None:
-        """Go on to the first column that is not known.
+        """Pass on all columns up to the first that is not known.
 
         Args:
             responses: [R, at least `max_new_tokens`], from the first token of each response.

@@ -11,8 +11,8 @@ from torch import Tensor
 class RowCache:
     """A cache whose column p holds the key of position p, in every row.
 
-    A forward writes the keys of its own tokens, over what an earlier one left there. Columns that a
-    row has not reached hold anything finite; the attention mask hides them.
+    A forward writes the keys of its tokens over those of earlier forwards. Columns that a row has
+    not reached hold finite values of no meaning; the attention mask hides them.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class RowCache:
         self._num_columns = 0
 
     def open(self, positions: Tensor) -> None:
-        """The next forward's tokens are at positions [r, S]."""
+        """Set the positions [r, S] of the next forward's tokens."""
         self._columns = positions
         self._num_columns = int(positions.max()) + 1
 
@@ -41,11 +41,11 @@ class RowCache:
         return keys[:, :, : self._num_columns], values[:, :, : self._num_columns]
 
     def get_seq_length(self) -> int:
-        """Zero: positions and visibility are said by the caller."""
+        """Zero: the caller passes positions and visibility."""
         return 0
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some rows, [r] bool."""
+        """Keep some of the rows, [r] bool."""
         for layer, (keys, values) in self._layers.items():
             kept = rows.to(keys.device)
             self._layers[layer] = keys[kept], values[kept]

@@ -1,7 +1,7 @@
 """Drawing of tokens, for plain transformers.
 
 The noise of a draw is a hash of the row's seed, the position, the denoising step and the vocabulary
-id: what a row draws does not depend on the other rows or on how far they are.
+id: the draws of a row do not depend on other rows or on their progress.
 
 n: tokens drawn at once; V: vocabulary.
 """
@@ -31,7 +31,7 @@ def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1.0:
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        # A token stays if those before it do not hold enough yet.
+        # A token stays if the tokens before it have less than top_p in sum.
         left_out = ordered.cumsum(dim=-1) - ordered >= top_p
         logits = logits.masked_fill(left_out.scatter(-1, order, left_out), -torch.inf)
     return logits

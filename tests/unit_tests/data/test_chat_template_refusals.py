@@ -57,12 +57,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
             {},
             "opens <think> in the prompt",
         ),
-        (ALWAYS_THINKING, {"messages": [USER, WRITTEN]}, {}, "generation cannot come to"),
+        (ALWAYS_THINKING, {"messages": [USER, WRITTEN]}, {}, "generation can never write"),
         (
             THINKING,
             {"messages": [USER, THOUGHT | WRITTEN]},
             {},
-            "is thought twice",
+            "has its thinking twice",
         ),
         # What the template leaves out.
         (PLAIN, {"messages": [USER, CALLS]}, {}, 'leaves out messages[1]["tool_calls"]'),
@@ -81,7 +81,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
             "{% for m in messages if m.role != 'tool' %}{{ m.content }}|{% endfor %}",
             {"messages": [USER, ANSWER, RESULT, ANSWER]},
             {},
-            "leaves out what role 'tool' says",
+            "leaves out the content of role 'tool'",
         ),
         (
             "{% for m in messages %}{{ m.content if loop.first }}|{% endfor %}",
@@ -90,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
             'leaves out messages[1]["content"]',
         ),
         # EOS ends a response.
-        (PLAIN, {"messages": [USER, {**ANSWER, "content": "5<|im_end|>6"}]}, {}, "goes on behind"),
+        (PLAIN, {"messages": [USER, {**ANSWER, "content": "5<|im_end|>6"}]}, {}, "goes on after"),
         # Malformed.
         (
             PLAIN,

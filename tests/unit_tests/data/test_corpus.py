@@ -103,7 +103,7 @@ def test_files_that_cannot_be(folder: Path) -> None:
     prefix = write_corpus(folder / "cut", random_documents(9, seed=1))
     data = Path(f"{prefix}.bin").read_bytes()
     Path(f"{prefix}.bin").write_bytes(data[:-4])
-    with pytest.raises(UserError, match=r"cut.bin has \d+ bytes, its index speaks of \d+"):
+    with pytest.raises(UserError, match=r"cut.bin has \d+ bytes, and its index needs \d+"):
         corpus(prefix)
     index = Path(f"{prefix}.idx").read_bytes()
     for broken in (b"nonsense" * 9, index[:-8]):

@@ -179,7 +179,7 @@ def test_any_listed_end_is_the_end_of_an_example(
         assert example.response_ids.tolist() == [*tokenizer.encode("x"), end]
         assert example.finish_reason == "eos"
     path = write(tmp_path / "y", {"prompt": "a", "response": "x<|endoftext|>y"})
-    with pytest.raises(UserError, match=r"y:1: .*behind the EOS token \(id 508\)"):
+    with pytest.raises(UserError, match=r"y:1: .*after the EOS token \(id 508\)"):
         read_examples(path, tokenizer, special_tokens, 100)
 
 
@@ -191,7 +191,7 @@ def test_any_listed_end_is_the_end_of_an_example(
         ({"prompt": "a", "response": 3}, '"response" is a number'),
         ({"messages": [USER, ASSISTANT], "response": "x"}, "nothing is left to answer"),
         ({"messages": [ASSISTANT]}, "messages[0] is a response without a prompt"),
-        ({"prompt": "a", "response": "x<|im_end|>y"}, "goes on behind the EOS token"),
+        ({"prompt": "a", "response": "x<|im_end|>y"}, "goes on after the EOS token"),
         ({"prompt": "a", "response": "x<|MASK|>"}, "the response contains the MASK"),
         ({"prompt": "a", "response": "1" * 20}, "response length = 21: is over --max-response"),
         ({"prompt": "1" * 31, "response": "x"}, "prompt length = 31: is over --max-prompt"),
