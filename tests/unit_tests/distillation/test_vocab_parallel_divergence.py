@@ -155,7 +155,7 @@ def test_stored_targets_that_do_not_fit_are_named() -> None:
         from_targets(inputs, targets[:4], spec)
     with pytest.raises(ValueError, match=r"shape \(5, 3\) for 5 student rows and top_k 2"):
         from_targets(inputs, targets, dataclasses.replace(spec, top_k=2))
-    with pytest.raises(ValueError, match="left for all other tokens"):
+    with pytest.raises(ValueError, match="log-probability of all other tokens"):
         from_targets(inputs, dataclasses.replace(targets, log_rest=None), spec)
     for k in (0, 9):
         with pytest.raises(ValueError, match=f"k = {k} is no proper part of a vocabulary of 9"):
