@@ -47,13 +47,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     for size in fields(Sizes):
         flag = "--" + size.name.replace("_", "-")
-        kind = _count if size.name == "block_seeds" else _positive
-        parser.add_argument(flag, type=kind, default=size.default, help=f"({size.default})")
+        parser.add_argument(flag, type=_positive, default=size.default, help=f"({size.default})")
     return parser.parse_args()
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -1,8 +1,7 @@
-"""A cell of the study: one recipe under one seed, and the file that its result becomes.
+"""A cell of the study: one recipe under one seed, and the file with its result.
 
-A result states the specification that it is of. A cell is finished when its file states the one
-that it would have now, so an interrupted study goes on where it was and a changed recipe is run
-again.
+A result contains its specification. A cell is finished when its file has the current specification,
+so an interrupted study continues where it was and a changed recipe is run again.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from megatron_dlm.data.shard_store import publish
 
 GOLDEN_LOSSES = "tests/golden/losses.json"
 CURVE_POINTS = 120
-"""Points of a training curve that a result keeps, at most."""
-CURVES = ("loss", "response_tokens_total", "response_length", "tokens_per_forward")
+"""Most points of a training curve in a result."""
+CURVES = ("loss", "tokens_per_forward")
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique in the study, fit for a file name."""
+        """Name, unique in the study, also of its file."""
         return f"{self.recipe.name}-seed{self.seed}"
 
     def specification(self) -> dict[str, Any]:
-        """Everything that decides the result, as a JSON object.
+        """Everything that the result depends on, as a JSON object.
 
-        The method is in it by the golden losses of its objective, which are rewritten when the
-        method, the generated problems or the models change, and only then. Those of rollouts mixed
-        with the teacher's responses concern only recipes that mix them.
+        Golden losses of the objective stand for the method: they are rewritten only when the
+        method, the generated problems or the models change. Those of rollouts mixed with the
+        teacher's responses count only for recipes that mix them.
         """
         documents = self.recipe.documents
         data = (
@@ -68,7 +67,7 @@ class Cell:
                 self.recipe.objective, self.recipe.mixes_teacher_responses
             ),
         }
-        parsed = json.loads(json.dumps(specification))  # as it will be read from the result
+        parsed = json.loads(json.dumps(specification))  # as read from the result
         assert isinstance(parsed, dict)
         return parsed
 
@@ -83,12 +82,12 @@ def all_cells(sizes: Sizes) -> list[Cell]:
 
 
 def result_path(folder: Path, cell: Cell) -> Path:
-    """Where a cell's result is."""
+    """File of a cell's result."""
     return folder / f"{cell.name}.json"
 
 
 def finished_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """A cell's result, or None where it has none of its present specification."""
+    """A cell's result; None if there is none with the current specification."""
     path = result_path(folder, cell)
     if not path.is_file():
         return None
@@ -103,10 +102,10 @@ def write_result(
     """Publish a cell's result.
 
     Args:
-        folder: Of all results.
-        cell: Whose result it is.
-        specification: The cell's, taken before it ran.
-        measured: All that came out.
+        folder: Folder of all results.
+        cell: The cell.
+        specification: Of the cell, taken before it ran.
+        measured: Everything measured.
     """
     identity = {"recipe": cell.recipe.name, "seed": cell.seed, "specification": specification}
     _write(result_path(folder, cell), {**identity, **measured})
@@ -115,12 +114,12 @@ def write_result(
 def restore_results(
     published: Sequence[dict[str, Any]], cells: Sequence[Cell], folder: Path
 ) -> None:
-    """Take over what an earlier study, on another machine perhaps, has published.
+    """Take over published results of an earlier study, perhaps of another machine.
 
     Args:
         published: Results of cells, as in `results.json`.
-        cells: Of this study; those that are finished already stay.
-        folder: Of this study's results.
+        cells: Of this study; finished ones keep their results.
+        folder: Folder of this study's results.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_name = {(result["recipe"], result["seed"]): result for result in published}
@@ -138,11 +137,11 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def training_summary(metrics_file: Path) -> dict[str, Any]:
-    """What a result keeps of `metrics.jsonl`: totals, and curves averaged over stretches of steps.
+    """Totals and curves of `metrics.jsonl`, curves averaged over stretches of steps.
 
-    Every point of a curve is the mean over as many steps as its distance from the point before;
-    `step` is the last of them. A quantity that the objective does not have is left out. The
-    validation loss has steps of its own, those that it was measured at.
+    A point of a curve is the mean over the steps since the point before; `step` is the last of
+    them. A quantity that the objective does not have is left out. The validation loss has its own
+    steps, at which it was measured.
     """
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     stretch = -(-len(lines) // CURVE_POINTS)

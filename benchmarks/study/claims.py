@@ -1,4 +1,4 @@
-"""What the papers claim, next to what was measured."""
+"""The papers' claims, with the measured numbers and a verdict."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CLOSE_SPEED = 0.1
 BEGINNING, MIDDLE, END = (0.0, 0.05), (0.475, 0.525), (0.95, 1.0)
 """Stretches of training."""
 RISING = 0.05
-"""Nats per token that a loss rises at least, if something is forgotten: noise is less."""
+"""Smallest rise of a loss, in nats per token, that counts as forgetting; noise is smaller."""
 SOLVING = 10.0
-"""Percent of the problems that a run solves at least, if it has learnt to: guesses get fewer."""
+"""Smallest percentage of solved problems that counts as learnt; guesses solve fewer."""
 
 Quantity = Callable[[Result], float | None]
 
@@ -37,9 +37,9 @@ class Claim:
 
     Attributes:
         source: Paper and table or figure.
-        statement: What it says, for this study.
-        measured: Both sides and their difference, or why there are none.
-        verdict: None where it was not measured.
+        statement: The claim, in terms of this study.
+        measured: Both sides and their difference; empty if not measured.
+        verdict: None if not measured.
     """
 
     source: str
@@ -124,103 +124,80 @@ def speed_gain(since: tuple[float, float], until: tuple[float, float]) -> Quanti
 
 
 def papers_claims(results: Sequence[Result]) -> list[Claim]:
-    """Every claim that this study can speak to."""
-
-    def of(recipe: str, quantity: Quantity) -> Sample | None:
-        return sample(results, recipe, quantity)
-
-    def greater(source: str, statement: str, a: Sample | None, b: Sample | None) -> Claim:
-        return _claim(source, statement, a, b, verdict_greater)
-
-    def close(source: str, statement: str, a: Sample | None, b: Sample | None) -> Claim:
-        return _claim(source, statement, a, b, lambda a, b: verdict_close(a, b, CLOSE_POINTS))
-
+    """Every claim of the papers that this study measures."""
     static, dynamic = accuracy("block_4", "static"), accuracy("block_4", "dynamic_0.9")
     lost = drop("block_4", "static", "dynamic_0.9")
-    table_4, table_11 = "OPDLM table 4", "OPDLM tables 10, 11"
-    claims = []
-    for recipe, title in (("opdlm_off", "OPDLM_off"), ("opdlm", "OPDLM")):
-        for setting, quantity in (("static", static), ("dynamic 0.9", dynamic)):
-            claims.append(
-                greater(
-                    table_4,
-                    f"{title} is more accurate than off-policy ({setting})",
-                    of(recipe, quantity),
-                    of("off_policy", quantity),
-                )
-            )
-    for recipe, title in (("opdlm", "per block"), ("opdlm_global", "global")):
-        claims.append(
-            close(
-                table_4,
-                f"visited ({title}) and random states are close (static)",
-                of(recipe, static),
-                of("opdlm_off", static),
-            )
-        )
+
+    def greater(
+        source: str, statement: str, a: tuple[str, Quantity], b: tuple[str, Quantity]
+    ) -> Claim:
+        return _claim(source, statement, sample(results, *a), sample(results, *b), verdict_greater)
+
+    def close(recipe: str, reference: str, source: str, statement: str) -> Claim:
+        a, b = sample(results, recipe, static), sample(results, reference, static)
+        return _claim(source, statement, a, b, lambda a, b: verdict_close(a, b, CLOSE_POINTS))
+
     return [
-        *claims,
+        *(
+            greater(
+                "OPDLM table 4",
+                f"{title} is more accurate than off-policy ({setting})",
+                (recipe, quantity),
+                ("off_policy", quantity),
+            )
+            for recipe, title in (("opdlm_off", "OPDLM_off"), ("opdlm", "OPDLM"))
+            for setting, quantity in (("static", static), ("dynamic 0.9", dynamic))
+        ),
+        *(
+            close(
+                recipe,
+                "opdlm_off",
+                "OPDLM table 4",
+                f"visited ({title}) and random states are close (static)",
+            )
+            for recipe, title in (("opdlm", "per block"), ("opdlm_global", "global"))
+        ),
         close(
-            table_11,
+            "opdlm",
+            "sft",
+            "OPDLM tables 10, 11",
             "OPDLM and SFT are close under static decoding",
-            of("opdlm", static),
-            of("sft", static),
         ),
         greater(
-            table_11,
+            "OPDLM tables 10, 11",
             "SFT loses more points than OPDLM from static to dynamic 0.9",
-            of("sft", lost),
-            of("opdlm", lost),
+            ("sft", lost),
+            ("opdlm", lost),
         ),
         greater(
             "OPDLM figures 3a, 5",
             "OPDLM: threshold 0.7 decodes more tokens per forward than 0.9",
-            of("opdlm", speed("block_4", "dynamic_0.7")),
-            of("opdlm", speed("block_4", "dynamic_0.9")),
+            ("opdlm", speed("block_4", "dynamic_0.7")),
+            ("opdlm", speed("block_4", "dynamic_0.9")),
         ),
         greater(
             "OPDLM figures 3a, 5",
             "OPDLM: threshold 0.7 costs accuracy against 0.9",
-            of("opdlm", dynamic),
-            of("opdlm", accuracy("block_4", "dynamic_0.7")),
-        ),
-        greater(
-            "OPDLM figures 3b, 4",
-            "OPDLM: trained with blocks of 16 it decodes more tokens per forward than with 4 "
-            "(dynamic 0.9)",
-            of("opdlm_block_16", speed("block_16", "dynamic_0.9")),
-            of("opdlm_mixture", speed("block_4", "dynamic_0.9")),
-        ),
-        greater(
-            "OPDLM figures 3b, 4",
-            "OPDLM: training with blocks of 16 costs accuracy against 4 (dynamic 0.9)",
-            of("opdlm_mixture", dynamic),
-            of("opdlm_block_16", accuracy("block_16", "dynamic_0.9")),
+            ("opdlm", dynamic),
+            ("opdlm", accuracy("block_4", "dynamic_0.7")),
         ),
         greater(
             "OPDLM figure 6",
             "tokens per forward of rollouts rise more in the first half of training than in the "
             "second",
-            of("opdlm", speed_gain(BEGINNING, MIDDLE)),
-            of("opdlm", speed_gain(MIDDLE, END)),
-        ),
-        greater(
-            "OPDLM figure 6",
-            "late in training, rollouts with blocks of 16 are faster than with 4",
-            of("opdlm_block_16", rollout_speed(0.75, 1)),
-            of("opdlm_mixture", rollout_speed(0.75, 1)),
+            ("opdlm", speed_gain(BEGINNING, MIDDLE)),
+            ("opdlm", speed_gain(MIDDLE, END)),
         ),
         *_forgetting(results),
-        Claim("OPDLM tables 7, 8", "a larger teacher helps a small student only", "", None),
     ]
 
 
 def _forgetting(results: Sequence[Result]) -> list[Claim]:
-    """RND1: problems of a kind that the corpus did not have, after pretraining on it.
+    """RND1: problems of a kind that the corpus lacks, after pretraining on it.
 
-    The loss on them falls while the model learns to denoise at all, so forgetting is not its value
-    at the end but its rise above its minimum. Wrong answers to them are forgetting only in a model
-    that answers what the corpus has.
+    The loss on them falls while the model learns to denoise, so forgetting is measured by its rise
+    above its minimum. Wrong answers to them show forgetting only in a model that solves problems of
+    the corpus's kind.
     """
     one_rate, by_group = "scp_one_lr", "scp_rnd1_groups"
     better = "SCP with RND1's learning rates by group forgets less than with one rate "
@@ -257,7 +234,7 @@ def _forgetting(results: Sequence[Result]) -> list[Claim]:
 def _unless_below(
     claim: Claim, samples: Sequence[Sample | None], least: float, reason: str
 ) -> Claim:
-    """The claim, told apart only if a run of the samples reaches what makes it tell anything."""
+    """The claim; not distinguishable if no run of the samples reaches a least value."""
     if claim.verdict is None or any(
         value >= least for each in samples if each for value in each.values
     ):
@@ -266,7 +243,7 @@ def _unless_below(
 
 
 def plateau_claims(results: Sequence[Result]) -> list[Claim]:
-    """This project's own aim: the long run, trained to its plateau, comes close to its teacher."""
+    """This project's own aim: the long run reaches its plateau, close to its teacher."""
     teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
     return [
         _plateau(sample(results, "best", speed_gain((0.8, 0.9), (0.9, 1.0)))),

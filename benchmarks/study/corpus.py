@@ -18,9 +18,9 @@ from megatron_dlm.models.architecture import read_architecture
 def write_corpus(prefix: Path, problems: Iterable[dict[str, Any]]) -> None:
     """Write the corpus in Megatron's indexed dataset format, and its text beside it.
 
-    A document is as long as the canvas that a response is decoded on: EOS fills it behind the
-    response. Otherwise the number of masked tokens would tell the length of the answer, which full
-    attention sees in training and nobody knows in decoding.
+    A document is as long as the canvas that a response is decoded on: EOS fills it after the
+    response. Otherwise full attention would see the length of the answer in training, which is
+    unknown in decoding.
     """
     teacher = read_architecture(REPOSITORY / TEACHER)
     tokenizer = load_tokenizer(REPOSITORY / TEACHER)

@@ -7,42 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
 
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
 from benchmarks.study.claims import accuracy, speed
-from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, TRAINED_BLOCK_SIZE, Recipe
-from benchmarks.study.statistics import Result, mean_curve, sample
+from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
+from benchmarks.study.statistics import Result, sample
 
 
 def plot_accuracy_against_speed(
-    results: Sequence[Result], recipes: Sequence[Recipe], own_sizes: dict[int, str], path: Path
+    results: Sequence[Result], recipes: Sequence[Recipe], path: Path
 ) -> None:
-    """Accuracy against tokens per forward: every recipe, and OPDLM trained by block size."""
-    own = {result["recipe"] for result in results} & set(own_sizes.values())
-    panels = 2 if own else 1
-    figure, axes_of_row = plt.subplots(
-        1, panels, figsize=(6.5 * panels, 5), layout="constrained", squeeze=False
-    )
-    objectives, sizes = axes_of_row[0, 0], axes_of_row[0, -1]
+    """Accuracy against tokens per forward of every recipe under all settings."""
+    figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
     for recipe in recipes:
-        if recipe.name != "teacher" and recipe.options.get("block_size") is None:
-            _draw_settings(objectives, results, recipe.name, TRAINED_BLOCK_SIZE, recipe.title)
-    for size in BLOCK_SIZES if own else ():
-        _draw_settings(sizes, results, own_sizes[size], size, f"blocks of {size}")
+        if recipe.name != "teacher":
+            _draw_settings(axes, results, recipe)
     teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
-    for axes in axes_of_row[0]:
-        if teacher is not None:
-            axes.axhline(teacher.mean, color="gray", linestyle=":", label="AR teacher")
-        axes.set(xlabel="tokens per forward", ylabel="held-out accuracy, %")
-        axes.legend(fontsize=8)
-    objectives.set_title(f"Blocks of {TRAINED_BLOCK_SIZE}: static, dynamic 0.9, 0.8, 0.7")
-    if own:
-        sizes.set_title("OPDLM, trained and decoded with the same block size")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    if teacher is not None:
+        axes.axhline(teacher.mean, color="gray", linestyle=":", label="AR teacher")
+    axes.set(xlabel="tokens per forward", ylabel="held-out accuracy, %")
+    axes.set_title(f"Blocks of {TRAINED_BLOCK_SIZE}: static, dynamic 0.9, 0.8, 0.7")
+    _save(figure, axes, path)
 
 
 def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], path: Path) -> None:
@@ -53,12 +43,12 @@ def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], pat
         speeds = [curve["tokens_per_forward"] for curve in curves if "tokens_per_forward" in curve]
         if not speeds:
             continue
-        mean = mean_curve(speeds)
-        steps = curves[0]["step"][: len(mean)]
-        (line,) = axes.plot(steps, mean, label=f"{recipe.title} (n={len(speeds)})", linewidth=1.2)
-        points = list(zip(*speeds, strict=False))
+        points = _aligned(speeds)
+        steps = curves[0]["step"][: len(points)]
+        label = f"{recipe.title} (n={len(speeds)})"
+        (line,) = axes.plot(steps, points.mean(axis=1), label=label, linewidth=1.2)
         axes.fill_between(
-            steps, list(map(min, points)), list(map(max, points)), color=line.get_color(), alpha=0.2
+            steps, points.min(axis=1), points.max(axis=1), color=line.get_color(), alpha=0.2
         )
     axes.set(xlabel="optimizer step", ylabel="tokens per forward")
     axes.set_title("Rollouts over training")
@@ -78,7 +68,7 @@ def plot_forgetting(results: Sequence[Result], recipes: Sequence[Recipe], path: 
         }
         color = None
         for kind, (steps, loss, style) in losses.items():
-            mean = mean_curve([curve[loss] for curve in curves])
+            mean = _aligned([curve[loss] for curve in curves]).mean(axis=1)
             (line,) = axes.plot(
                 curves[0][steps][: len(mean)],
                 mean,
@@ -102,6 +92,11 @@ def _training_curves(results: Sequence[Result], recipe: Recipe) -> list[dict[str
     ]
 
 
+def _aligned(curves: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """Curves over the same steps as columns, cut where the shortest ends."""
+    return np.array(list(zip(*curves, strict=False)))
+
+
 def _save(figure: Any, axes: Any, path: Path) -> None:
     """Write a figure of one panel, with a legend if there is something in it."""
     if axes.lines:
@@ -110,14 +105,12 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_settings(
-    axes: Any, results: Sequence[Result], recipe: str, block_size: int, label: str
-) -> None:
-    evaluation = f"block_{block_size}"
+def _draw_settings(axes: Any, results: Sequence[Result], recipe: Recipe) -> None:
+    evaluation = f"block_{TRAINED_BLOCK_SIZE}"
     points = [
         (
-            sample(results, recipe, speed(evaluation, setting)),
-            sample(results, recipe, accuracy(evaluation, setting)),
+            sample(results, recipe.name, speed(evaluation, setting)),
+            sample(results, recipe.name, accuracy(evaluation, setting)),
         )
         for setting in SETTINGS
     ]
@@ -132,5 +125,5 @@ def _draw_settings(
             markersize=4,
             capsize=2,
             linewidth=1,
-            label=label,
+            label=recipe.title,
         )

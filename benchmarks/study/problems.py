@@ -1,7 +1,7 @@
 """The files of problems that the study trains and evaluates on.
 
 Problems of the `unseen` kind multiply, those of the `seen` kind only add and subtract. The teacher
-solves both. The corpus is of the seen kind alone, which shows what pretraining on it forgets.
+solves both. The corpus has only the seen kind, so pretraining on it may forget the other.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,16 +27,16 @@ HELDOUT: dict[str, Callable[[dict[str, Any]], bool]] = {
     "seen": lambda example: not multiplies(example),
     "unseen": multiplies,
 }
-"""Files of held-out problems: name, and which problems belong into it."""
+"""Files of held-out problems: name, and whether a problem belongs into it."""
 
 
 def heldout_path(folder: Path, name: str) -> Path:
-    """Where `write_problems` puts a file of held-out problems."""
+    """Path of a file of held-out problems."""
     return folder / f"{name}.jsonl"
 
 
 def training_data(folder: Path, recipe: Recipe) -> dict[str, Path]:
-    """The options that name what a recipe trains on, and their values.
+    """The data options of a recipe, with their values.
 
     Pretraining also has a held-out corpus, of the unseen kind.
     """
@@ -49,10 +49,10 @@ def training_data(folder: Path, recipe: Recipe) -> dict[str, Path]:
 
 
 def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) -> None:
-    """Write all files of held-out problems, and what the recipes train on.
+    """Write all files of held-out problems, and the training data of the recipes.
 
-    Prompts are the beginning of one sequence whatever their number, so that a longer run begins
-    with the prompts of a shorter one.
+    Prompts are the beginning of one sequence, so that a longer run begins with the prompts of a
+    shorter one.
     """
     from benchmarks.study.corpus import write_corpus
 

@@ -1,8 +1,8 @@
-"""What the study trains and how it evaluates: its sizes, and one row of a table per recipe.
+"""Training and evaluation of the study: its sizes, and one row of a table per recipe.
 
 A recipe is a shipped example with a few options changed, so retuning the example retunes the study.
-All of them see the same prompts equally often and take the same number of updates, except where
-the title says otherwise.
+All recipes see the same prompts equally often and take the same number of updates, unless their
+titles say otherwise.
 """
 
 from __future__ import annotations
@@ -29,21 +29,19 @@ SETTINGS = ("static", *(f"dynamic_{threshold:g}" for threshold in THRESHOLDS))
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and evaluated: all that decides how long the study takes.
+    """How much is trained and evaluated, which decides how long the study takes.
 
     Attributes:
         seeds: Runs of each recipe.
-        block_seeds: Runs of the shipped recipe at each block size of training; 0 leaves them out.
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
         documents: Documents of the corpus that SCP is pretrained on.
         heldout: Held-out problems that each setting is evaluated on.
-        pretraining_heldout: Of each kind, after SCP: full attention decodes without a cache.
+        pretraining_heldout: The same of each kind after SCP; fewer, as it decodes without a cache.
     """
 
     seeds: int = 3
-    block_seeds: int = 0
     best_seeds: int = 3
     rollouts: int = 80
     best_rollouts: int = 160
@@ -75,10 +73,10 @@ class Recipe:
 
     Attributes:
         name: Key, and name of its files.
-        title: How the report calls it.
+        title: Its name in the report.
         example: YAML file that training starts from; None trains nothing.
-        options: What is changed in it.
-        evaluations: What is measured afterwards.
+        options: Changes of its options.
+        evaluations: Evaluations after training.
         seeds: Number of runs.
         rollouts: Length of training, as `Sizes.rollouts`.
         documents: Documents of its corpus, 0 where it trains on prompts.
@@ -95,7 +93,7 @@ class Recipe:
 
     @property
     def objective(self) -> str:
-        """What it trains with; of the teacher, which it does not train, how it decodes: opdlm."""
+        """Its objective; for the teacher, which is not trained, `opdlm`, as it is decoded."""
         return str({"objective": "opdlm", **self._example_options(), **self.options}["objective"])
 
     @property
@@ -120,7 +118,7 @@ class Recipe:
         return visits // int(rollout_recipe["global_batch_size"])
 
     def training_options(self, seed: int) -> dict[str, Any] | None:
-        """Everything that training is configured with, but for paths of this run."""
+        """All options of training but paths."""
         if self.example is None:
             return None
         options = read_yaml(self.example)
@@ -184,18 +182,6 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         path = f"examples/tiny/{example}.yaml"
         return Recipe(name, title, path, blocks, sizes.seeds, sizes.rollouts, options=options)
 
-    def trained_for(block_size: int, name: str, title: str) -> Recipe:
-        trained = block_size == TRAINED_BLOCK_SIZE
-        return Recipe(
-            name,
-            title,
-            ROLLOUT_RECIPE,
-            blocks if trained else (_BLOCKS[block_size],),
-            sizes.block_seeds,
-            sizes.rollouts,
-            options={} if trained else {"block_size": block_size},
-        )
-
     def pretraining(name: str, title: str, **options: Any) -> Recipe:
         return Recipe(
             name,
@@ -230,14 +216,6 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             "opdlm",
             state_selection="global",
             **on_policy,
-        ),
-        trained_for(TRAINED_BLOCK_SIZE, "opdlm_mixture", "OPDLM, teacher's responses first"),
-        *(
-            trained_for(
-                size, f"opdlm_block_{size}", f"OPDLM, teacher's responses first, blocks of {size}"
-            )
-            for size in BLOCK_SIZES
-            if size != TRAINED_BLOCK_SIZE
         ),
         Recipe(
             "best",

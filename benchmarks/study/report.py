@@ -20,19 +20,13 @@ from benchmarks.study.tables import (
     cost_table,
     forgetting_table,
     missing_list,
-    own_block_size_table,
     seeds_table,
     settings_table,
-    teacher_gap_table,
 )
 from megatron_dlm.data.shard_store import publish
 from megatron_dlm.errors import bad_value
 
 RESULTS, REPORT = "results.json", "report.md"
-OWN_SIZES = {
-    size: "opdlm_mixture" if size == TRAINED_BLOCK_SIZE else f"opdlm_block_{size}"
-    for size in BLOCK_SIZES
-}
 
 
 def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> None:
@@ -75,7 +69,7 @@ def write_report(output: Path) -> None:
         raise bad_value("--output", str(output), f"holds no {RESULTS}", "run the study first")
     study = json.loads(path.read_text(encoding="utf-8"))
     known = recipes(Sizes(**study["sizes"]))
-    plot_accuracy_against_speed(study["cells"], known, OWN_SIZES, output / "accuracy_vs_speed.png")
+    plot_accuracy_against_speed(study["cells"], known, output / "accuracy_vs_speed.png")
     plot_rollout_speed(study["cells"], known, output / "rollout_speed.png")
     plot_forgetting(study["cells"], known, output / "forgetting.png")
     (output / REPORT).write_text(render(study, known), encoding="utf-8")
@@ -89,45 +83,42 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
         known: The recipes that it can be about.
     """
     results: list[Result] = study["cells"]
-    trained_for_4 = [recipe for recipe in known if recipe.options.get("block_size") is None]
     incomplete = missing_list(results, study["expected"])
     sections = [
         "# The objectives side by side on the tiny model",
-        "Written by `make study` from [results.json](results.json): all numbers, the means and "
-        "verdicts too, are computed, whatever they show.",
+        "Written by `make study` from [results.json](results.json); all numbers, means and "
+        "verdicts are computed.",
         f"**Incomplete.** Missing cells: {incomplete}." if incomplete else "",
         _setup(study),
-        "## What the papers claim, and what came out",
+        "## The papers' claims",
         "Both sides are means ± sample standard deviation over seeds; accuracy and its losses in "
         "points, speed in tokens per forward. A claim of *more* is supported if the first side "
         "exceeds the second by more than one standard deviation over seeds (pooled), not "
         "supported if it falls short by more, and not distinguishable in between. *Close* means "
         f"within {CLOSE_POINTS:g} points; not distinguishable is what differs by less than one "
-        "standard deviation that is itself larger. Answers tell nothing of forgetting, and are "
-        f"not distinguishable, where no run of either side solves {SOLVING:g} % of the problems "
-        "of the kind that its corpus has. The papers' models are a thousand times larger and "
-        "their problems are others: what is compared is the direction.",
+        "standard deviation that is itself larger. Answers show no forgetting, and are not "
+        f"distinguishable, if no run of either side solves {SOLVING:g} % of the problems of the "
+        "kind that its corpus has. The papers' models are a thousand times larger and their "
+        "problems are others, so only directions are compared. Not measured here: training with "
+        "larger blocks (OPDLM figures 3b, 4 and 6) and larger teachers (tables 7 and 8).",
         claims_table(papers_claims(results)),
         "## Within reach of the teacher",
         claims_table(plateau_claims(results)),
         f"## Trained and decoded with blocks of {TRAINED_BLOCK_SIZE}",
         settings_table(results, known, TRAINED_BLOCK_SIZE),
         "![Accuracy against tokens per forward](accuracy_vs_speed.png)",
-        "Seed by seed, where there are several; a mean hides runs that never left the beginning:",
+        "Seed by seed; a mean hides runs that never improved:",
         seeds_table(results, known),
-        "Points of accuracy over the AR teacher, each recipe at the block size of its training:",
-        teacher_gap_table(results, [recipe for recipe in known if recipe.example is not None]),
-        *_own_block_sizes(results),
         f"## Trained with blocks of {TRAINED_BLOCK_SIZE}, decoded with larger ones",
-        "No paper's claim: how far a model stands a block size that it has never seen.",
+        "Not a claim of a paper: decoding with a block size that the model was not trained with.",
     ]
     for size in BLOCK_SIZES:
         if size != TRAINED_BLOCK_SIZE:
-            sections += [f"Blocks of {size}:", settings_table(results, trained_for_4, size)]
+            sections += [f"Blocks of {size}:", settings_table(results, known, size)]
     forgetting = forgetting_table(results, known)
     if forgetting is not None:
         sections += [
-            "## What continual pretraining forgets",
+            "## Forgetting in continual pretraining",
             _FORGETTING.format(
                 problems=study["sizes"]["pretraining_heldout"],
                 teachers=study["sizes"]["heldout"],
@@ -139,14 +130,13 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
     sections += [
         "## Tokens per forward over training",
         "![Tokens per forward of rollouts](rollout_speed.png)",
-        "Mean over seeds and their range. Forwards count as in the tables: prefill and commits are "
-        "made in forwards that draw tokens, and none is made for them alone. SFT and off-policy "
-        "distillation have no rollouts.",
-        "## What training took",
+        "Mean over seeds and their range. Prefill and commits need no forwards of their own. SFT "
+        "and off-policy distillation have no rollouts.",
+        "## Cost of training",
         cost_table(results, known),
-        "Response tokens are generated ones, or those of the data set, however often they are "
-        "trained on. Seconds are of one process beside other cells and other work, so they are no "
-        "comparison of speed; the teacher's responses are generated within them.",
+        "Response tokens are generated or read ones, counted once however often they are trained "
+        "on. Seconds are of one process beside other cells and other work, so they do not compare "
+        "speeds; they include the generation of the teacher's responses.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -156,27 +146,15 @@ _FORGETTING = (
     "AR model that training starts from solves both. Losses are the objective's, nats per token: "
     "seen on the last twentieth of a corpus that is read once, unseen on held-out documents that "
     "multiply, at the end of training. The order of documents and their masks follow from the "
-    "seed: the unseen loss of one seed is of the same states at all updates and under both "
-    "recipes, that of another seed of others. While it falls it says how much was learnt; what is "
-    "forgotten is its rise above its own minimum. Accuracies are on held-out problems of each "
+    "seed: the unseen loss of a seed is measured on the same states at all updates and under both "
+    "recipes. While it falls it shows learning; its rise above its own minimum shows forgetting. "
+    "Accuracies are on held-out problems of each "
     "kind, decoded by diffusion (full attention and shifted, as trained; static, one token a step, "
     "in blocks of {block_size}, which training does not have), and with the same weights read out "
     "autoregressively under a causal mask. Both recipes train attention "
     "at the same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
     " Both kinds have {problems} problems each, {teachers} for the AR teacher."
 )
-
-
-def _own_block_sizes(results: Sequence[Result]) -> list[str]:
-    """The section on training with other block sizes; nothing where none was trained with."""
-    if not {result["recipe"] for result in results} & set(OWN_SIZES.values()):
-        return []
-    return [
-        "## OPDLM by block size of training",
-        "The paper's figures 3b, 4 and 6 are about models that were trained with the block size "
-        "they decode with, as here:",
-        own_block_size_table(results, OWN_SIZES),
-    ]
 
 
 def _setup(study: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Run cells as processes of their own, several at a time; a failed one costs no other."""
+"""Run cells as separate processes, several at a time; a failed cell does not stop the others."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ from benchmarks.study.recipes import (
     Evaluation,
     max_response_length,
 )
-from megatron_dlm.training.metrics import format_duration
 
 EVALUATION_UPDATES = 60
-"""Updates that take about as long as one evaluation: for the estimate of the time left."""
+"""Updates that take about as long as one evaluation: the longest cells run first."""
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a study works.
+    """Folders of a study.
 
     Attributes:
-        work: For everything; the others lie in it.
+        work: The work folder, which contains the others.
     """
 
     work: Path
@@ -52,16 +51,16 @@ class Folders:
         return self.work / "cells"
 
     def run(self, cell: Cell) -> Path:
-        """The run folder of a cell; its log lies beside it."""
+        """The run folder of a cell; its log is beside it."""
         return self.work / "runs" / cell.name
 
 
 def run_cells(cells: Sequence[Cell], folders: Folders, jobs: int) -> list[Cell]:
-    """Run what is not finished, the longest cells first.
+    """Run the cells that are not finished, the longest first.
 
     Args:
         cells: The whole study, or a part of it.
-        folders: The data must be there already.
+        folders: Of the study; the data must exist.
         jobs: Cells at a time, one process and one core each.
 
     Returns:
@@ -70,7 +69,6 @@ def run_cells(cells: Sequence[Cell], folders: Folders, jobs: int) -> list[Cell]:
     folders.results.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if finished_result(folders.results, cell) is None]
     print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished, {len(todo)} to run")
-    progress = _Progress(todo)
     failed = []
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -78,15 +76,14 @@ def run_cells(cells: Sequence[Cell], folders: Folders, jobs: int) -> list[Cell]:
             pool.submit(_run_cell, cell, folders): cell
             for cell in sorted(todo, key=_cost, reverse=True)
         }
-        for future in as_completed(started):
-            cell, error = started[future], future.exception()
-            if error is None:
-                progress.done(cell, future.result())
-            elif isinstance(error, CellFailed):
+        for number, future in enumerate(as_completed(started), start=1):
+            cell = started[future]
+            try:
+                summary = future.result()
+            except CellFailed as error:
                 failed.append(cell)
-                progress.done(cell, f"FAILED: {error}")
-            else:
-                raise error
+                summary = f"FAILED: {error}"
+            print(f"[{number}/{len(todo)}] {cell.name}: {summary}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
@@ -97,7 +94,7 @@ class CellFailed(Exception):
 
 
 def _run_cell(cell: Cell, folders: Folders) -> str:
-    """Train, evaluate, write the result; returns what it came to, in a line."""
+    """Train, evaluate and write the result; returns its summary in one line."""
     started = time.perf_counter()
     run = folders.run(cell)
     shutil.rmtree(run, ignore_errors=True)
@@ -191,24 +188,3 @@ def _cost(cell: Cell) -> int:
     """About how long a cell takes, in optimizer updates."""
     updates = 0 if cell.recipe.example is None else cell.recipe.updates
     return updates + EVALUATION_UPDATES * len(cell.recipe.evaluations)
-
-
-class _Progress:
-    """Prints what is done and how long the rest will take at the pace so far."""
-
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self._total, self._cost = len(cells), sum(map(_cost, cells))
-        self._finished, self._cost_done = 0, 0
-        self._started = time.perf_counter()
-
-    def done(self, cell: Cell, summary: str) -> None:
-        """One cell has ended."""
-        self._finished += 1
-        self._cost_done += _cost(cell)
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / self._cost_done * (self._cost - self._cost_done)
-        print(
-            f"[{self._finished}/{self._total}] {cell.name}: {summary} "
-            f"| elapsed {format_duration(elapsed)} left {format_duration(left)}",
-            flush=True,
-        )

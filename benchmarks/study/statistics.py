@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 Verdict = Literal["supported", "not supported", "not distinguishable"]
 Result = dict[str, Any]
@@ -25,12 +25,12 @@ class Sample:
     @property
     def mean(self) -> float:
         """Over seeds."""
-        return statistics.fmean(self.values)
+        return float(np.mean(self.values))
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation (n - 1); None for a single seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
 
 def sample(
@@ -59,12 +59,8 @@ def rate(evaluation: str, setting: str, name: str) -> Callable[[Result], float |
 def pooled_std(a: Sample, b: Sample) -> float | None:
     """Standard deviation over seeds that two samples share; None if neither has one."""
     degrees = len(a.values) + len(b.values) - 2
-    if degrees == 0:
-        return None
-    squares = sum(
-        (value - each.mean) ** 2 for each in (a, b) for value in each.values
-    )  # of both, around their own means
-    return math.sqrt(squares / degrees)
+    squares = sum(len(each.values) * np.var(each.values) for each in (a, b))
+    return float(np.sqrt(squares / degrees)) if degrees else None
 
 
 def verdict_greater(a: Sample, b: Sample) -> Verdict:
@@ -88,8 +84,3 @@ def verdict_close(a: Sample, b: Sample, tolerance: float) -> Verdict:
 def verdict_within(a: Sample, reference: Sample, tolerance: float) -> Verdict:
     """Whether the mean of `a` lies at most a tolerance below that of the reference."""
     return "supported" if reference.mean - a.mean <= tolerance else "not supported"
-
-
-def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Curves over the same steps, averaged; cut where the shortest ends."""
-    return [statistics.fmean(points) for points in zip(*curves, strict=False)]

@@ -5,47 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.study.claims import (
-    Claim,
-    Quantity,
-    accuracy,
-    final_loss,
-    format_sample,
-    speed,
-)
-from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, TRAINED_BLOCK_SIZE, Recipe
+from benchmarks.study.claims import Claim, Quantity, accuracy, final_loss, format_sample, speed
+from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
 from benchmarks.study.statistics import Result, sample
 
 NOT_MEASURED = "-"
 
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose other columns are numbers."""
-    rule = ["---", *["---:"] * (len(headings) - 1)]
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+    """A table whose first columns, `text` of them, are text and whose other columns are numbers."""
+    rule = ["---"] * text + ["---:"] * (len(headings) - text)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
 
 
 def settings_table(results: Sequence[Result], recipes: Sequence[Recipe], block_size: int) -> str:
     """Accuracy and tokens per forward of each recipe under every setting, at one block size."""
+    evaluation = f"block_{block_size}"
+    columns: dict[str, tuple[Quantity, int]] = {}
     headings = ["", "n"]
     for setting in SETTINGS:
         headings += [f"{_label(setting)}, %", "tok/fwd"]
-    evaluation = f"block_{block_size}"
+        columns[f"{setting} accuracy"] = accuracy(evaluation, setting), 1
+        columns[f"{setting} speed"] = speed(evaluation, setting), 2
     rows = []
     for recipe in recipes:
         runs = [result for result in results if result["recipe"] == recipe.name]
-        if not any(evaluation in run["evaluations"] for run in runs):
-            continue
-        row = [recipe.title, str(len(runs))]
-        for setting in SETTINGS:
-            row.append(_cell(results, recipe.name, accuracy(evaluation, setting), 1))
-            row.append(_cell(results, recipe.name, speed(evaluation, setting), 2))
-        rows.append(row)
+        if any(evaluation in run["evaluations"] for run in runs):
+            cells = (_cell(results, recipe, *column) for column in columns.values())
+            rows.append([recipe.title, str(len(runs)), *cells])
     return markdown_table(headings, rows)
 
 
 def seeds_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
-    """Accuracy of each seed, in their order, at the block size of training."""
+    """Accuracy of each seed, in order, at the block size of training."""
     evaluation = f"block_{TRAINED_BLOCK_SIZE}"
     rows = []
     for recipe in recipes:
@@ -58,69 +50,27 @@ def seeds_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
     return markdown_table(["", *map(_label, SETTINGS)], rows)
 
 
-def teacher_gap_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
-    """Points of accuracy between the teacher and each recipe, at the block size of its training."""
-    teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
-    rows = []
-    for recipe in recipes:
-        evaluation = f"block_{recipe.options.get('block_size', TRAINED_BLOCK_SIZE)}"
-        row = [recipe.title]
-        for setting in SETTINGS:
-            reached = sample(results, recipe.name, accuracy(evaluation, setting))
-            row.append(
-                NOT_MEASURED
-                if teacher is None or reached is None
-                else f"{reached.mean - teacher.mean:+.1f}"
-            )
-        if any(entry != NOT_MEASURED for entry in row[1:]):
-            rows.append(row)
-    return markdown_table(["", *map(_label, SETTINGS)], rows)
-
-
-def own_block_size_table(results: Sequence[Result], recipe_of: dict[int, str]) -> str:
-    """OPDLM trained and decoded with the same block size, for each size.
-
-    Args:
-        results: Of all cells.
-        recipe_of: Name of the recipe that was trained with a block size.
-    """
-    headings = ["blocks of"]
-    for setting in SETTINGS:
-        headings += [f"{_label(setting)}, %", "tok/fwd"]
-    rows = []
-    for size in BLOCK_SIZES:
-        row = [str(size)]
-        for setting in SETTINGS:
-            row.append(_cell(results, recipe_of[size], accuracy(f"block_{size}", setting), 1))
-            row.append(_cell(results, recipe_of[size], speed(f"block_{size}", setting), 2))
-        rows.append(row)
-    return markdown_table(headings, rows)
-
-
 def forgetting_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str | None:
-    """Loss and accuracy on problems that the corpus had and had not; None without such cells."""
-    losses = {"seen, loss": "loss", "unseen, loss": "validation_loss"}
-    columns = {
-        "seen, diffusion": ("seen", "static"),
-        "unseen, diffusion": ("unseen", "static"),
-        "seen, autoregressive": ("seen_autoregressive", "autoregressive"),
-        "unseen, autoregressive": ("unseen_autoregressive", "autoregressive"),
+    """Loss and accuracy on problems inside and outside of the corpus; None without such cells."""
+    columns: dict[str, tuple[Quantity, int]] = {
+        "seen, loss": (final_loss("loss"), 2),
+        "unseen, loss": (final_loss("validation_loss"), 2),
+        "seen, diffusion": (accuracy("seen", "static"), 1),
+        "unseen, diffusion": (accuracy("unseen", "static"), 1),
+        "seen, autoregressive": (accuracy("seen_autoregressive", "autoregressive"), 1),
+        "unseen, autoregressive": (accuracy("unseen_autoregressive", "autoregressive"), 1),
     }
     rows = [
-        [
-            recipe.title,
-            *(_cell(results, recipe.name, final_loss(name), 2) for name in losses.values()),
-            *(_cell(results, recipe.name, accuracy(*key), 1) for key in columns.values()),
-        ]
+        [recipe.title, *(_cell(results, recipe, *column) for column in columns.values())]
         for recipe in recipes
         if any(entry.name == "unseen_autoregressive" for entry in recipe.evaluations)
     ]
     trained = any(row[1] != NOT_MEASURED for row in rows)
-    return markdown_table(["", *losses, *columns], rows) if trained else None
+    return markdown_table(["", *columns], rows) if trained else None
 
 
 def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
-    """What training took."""
+    """Data, updates, tokens, FLOPs and seconds of training."""
 
     def training(name: str) -> Quantity:
         def read(result: Result) -> float | None:
@@ -134,7 +84,7 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
         return float(specification.get("num_documents") or specification["num_prompts"])
 
     def response_tokens(result: Result) -> float | None:
-        # What is read and not rolled out is counted in every pass.
+        # Tokens of a data set are counted in every pass over it.
         total, specification = training("response_tokens")(result), result["specification"]
         options = specification["training"]
         if total is None or "num_rollouts" in options or "num_documents" in specification:
@@ -149,11 +99,6 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
         "training FLOPs": (training("flops"), ".2e"),
         "seconds": (training("seconds"), ",.0f"),
     }
-    # Cells of earlier versions know nothing of some of these.
-    known = [result.get("training", {}) for result in results]
-    for heading, name in (("tokens trained on", "trained_tokens"), ("training FLOPs", "flops")):
-        if not any(name in training_ for training_ in known):
-            del quantities[heading]
     rows = []
     for recipe in recipes:
         if sample(results, recipe.name, training("updates")) is None:
@@ -168,18 +113,12 @@ def cost_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
 
 def claims_table(claims: Sequence[Claim]) -> str:
     """Each claim with its numbers and verdict."""
+    headings = ("source", "claim", "measured", "verdict")
     rows = [
-        "| " + " | ".join(entries) + " |"
-        for entries in (
-            ("source", "claim", "measured", "verdict"),
-            ("---", "---", "---", "---"),
-            *(
-                (claim.source, claim.statement, claim.measured, claim.verdict or "not measured")
-                for claim in claims
-            ),
-        )
+        (claim.source, claim.statement, claim.measured, claim.verdict or "not measured")
+        for claim in claims
     ]
-    return "\n".join(rows)
+    return markdown_table(headings, rows, text=len(headings))
 
 
 def missing_list(results: Sequence[Result], expected: dict[str, Any]) -> str | None:
@@ -198,6 +137,6 @@ def _label(setting: str) -> str:
     return setting.replace("_", " ")
 
 
-def _cell(results: Sequence[Result], recipe: str, quantity: Quantity, digits: int) -> str:
-    measured = sample(results, recipe, quantity)
+def _cell(results: Sequence[Result], recipe: Recipe, quantity: Quantity, digits: int) -> str:
+    measured = sample(results, recipe.name, quantity)
     return NOT_MEASURED if measured is None else format_sample(measured, digits)

@@ -20,6 +20,7 @@ from benchmarks.study.cells import (
     write_result,
 )
 from benchmarks.study.recipes import Sizes
+from benchmarks.study.report import published_results
 from benchmarks.study.runner import CellFailed, Folders, run_cells
 
 SIZES = Sizes(seeds=2, rollouts=2, best_rollouts=3, heldout=4)
@@ -116,6 +117,12 @@ def test_published_results_count_as_finished(tmp_path: Path) -> None:
     assert finished_result(elsewhere, other) is None
     restore_results([{**published, "seconds": 2.0}], [cell, other], elsewhere)
     assert finished_result(elsewhere, cell) == published
+
+
+def test_the_published_study_is_not_run_again(tmp_path: Path) -> None:
+    study = all_cells(Sizes())
+    restore_results(published_results(REPOSITORY / "benchmarks/results/study"), study, tmp_path)
+    assert all(finished_result(tmp_path, cell) is not None for cell in study)
 
 
 def test_published_results_replace_those_of_other_sizes(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The report says what results.json holds, whichever way it came out."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, Sizes
 from benchmarks.study.report import collect, write_report
 from megatron_dlm.errors import UserError
 
-SIZES = Sizes(seeds=3, block_seeds=1, rollouts=2, best_rollouts=3, heldout=4)
+SIZES = Sizes(seeds=3, rollouts=2, best_rollouts=3, heldout=4)
 ACCURACY = {"sft": 0.80, "off_policy": 0.70, "opdlm_off": 0.88, "opdlm": 0.90, "opdlm_global": 0.6}
 JITTER = (-0.005, 0.0, 0.005)
 READINGS = {
@@ -102,7 +101,6 @@ def test_verdicts_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert find(claims, "close under static").verdict == "not supported"
     assert find(claims, "threshold 0.7 decodes more").verdict == "supported"
     assert find(claims, "rise more in the first half").verdict == "supported"
-    assert find(claims, "larger teacher").verdict is None
     forgotten = find(claims, "forgets less", "diffusion loss")
     assert forgotten.measured == "1.50 ± 0.05 against 0.50 ± 0.05: +1.00, std 0.05"
     assert forgotten.verdict == "supported"
@@ -211,24 +209,12 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     assert "| response tokens | tokens trained on | training FLOPs | seconds |" in report
     assert "| 32 | 100 | 128 | 3.20e+09 | 9 |" in report
     assert "| - | - | 9 |" in report
-    assert "-10.0" in report  # OPDLM, static: 88 against the teacher's 98
     for line in report.splitlines():
         if line.startswith("!["):
             assert (output / line.partition("(")[2].rstrip(")")).stat().st_size > 1000
     raw = json.loads((output / "results.json").read_text())
     assert len(raw["cells"]) == len(all_cells(SIZES))
     assert all("curves" in cell["training"] for cell in raw["cells"] if "training" in cell)
-
-
-def test_other_block_sizes_of_training_are_left_out_on_request(tmp_path: Path) -> None:
-    sizes = replace(SIZES, block_seeds=0)
-    recipes = {cell.recipe.name for cell in all_cells(sizes)}
-    assert not recipes & {"opdlm_mixture", "opdlm_block_16"}
-    write_study(tmp_path, tmp_path / "output", sizes)
-    write_report(tmp_path / "output")
-    report = (tmp_path / "output" / "report.md").read_text()
-    assert "Incomplete" not in report
-    assert "## OPDLM by block size of training" not in report
 
 
 def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:
