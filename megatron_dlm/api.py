@@ -25,7 +25,7 @@ import torch
 from megatron_dlm.commands.conversion import run_conversion
 from megatron_dlm.commands.convert import Arguments as ConversionArguments
 from megatron_dlm.config import Config, ParallelConfig, validate
-from megatron_dlm.config.fields import build
+from megatron_dlm.config.coercion import build
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.data.prompts import read_examples
 from megatron_dlm.data.records import RecordFile

@@ -85,7 +85,7 @@ def _help() -> str:
 
 
 def _no_command(name: str | None) -> Exception:
-    from megatron_dlm.config.fields import unknown_name
+    from megatron_dlm.config.coercion import unknown_name
 
     if name is None:
         return bad_value("command", None, "is missing", f"choose {' or '.join(COMMANDS)}")

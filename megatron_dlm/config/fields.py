@@ -1,27 +1,23 @@
-"""The flat view of a nested options class: its fields, and plain values into and out of it.
+"""The flat view of a nested options class: its fields, and the plain values of an object.
 
-Command line, YAML and checkpoints all use the same flat names and the same `coerce`, so a value
-means the same wherever it was written. Works for any frozen dataclass whose fields are options or
-groups (nested dataclasses) of options; `tools/` have such classes of their own.
+Command line, YAML and checkpoints all use the same flat names. Works for any frozen dataclass whose
+fields are options or groups (nested dataclasses) of options; commands have such classes of their
+own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import json
-import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import docstring_parser
 import yaml
 
 from megatron_dlm.config.marks import FIXED
-from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
@@ -135,195 +131,16 @@ def _option_fields(cls: Any) -> dict[str, OptionField]:
     return table
 
 
-def nearest_name(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name most like `name`, or None when none is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
-
-
-def coerce(option: OptionField, value: Any, where: str) -> Any:
-    """Turn a value from YAML, JSON or the command line into the type of its option.
-
-    Strings are read as the command line writes them, so YAML's `1e-3` (a string in YAML 1.1) is a
-    number too.
-
-    Args:
-        option: The option that the value is for.
-        value: A plain value.
-        where: What the user wrote it under, for the error.
-
-    Raises:
-        UserError: The value is not of the option's type.
-    """
-    if option.optional and (value is None or value in ("none", "null", "None")):
-        return None
-    if value is None:
-        raise bad_value(where, value, "has no value", f"write {_expected(option.type)}")
-    return _coerce(option.type, value, where)
-
-
-def _coerce(annotation: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(annotation)
-    result: Any
-    if annotation is bool:
-        result = value if isinstance(value, bool) else None
-    elif annotation is int:
-        result = _to_int(value)
-    elif annotation is float:
-        result = _to_float(value)
-    elif annotation is str:
-        result = value if isinstance(value, str) and value else None
-    elif origin is Literal:
-        return _to_choice(typing.get_args(annotation), value, where)
-    elif origin is dict:
-        result = _from_json(value, where) if isinstance(value, str) else value
-        result = dict(result) if _is_plain_mapping(result) else None
-        entry = typing.get_args(annotation)[1]
-        if result is not None and entry is not Any:
-            # The text of an entry, unlike that of an option, may be empty.
-            return {
-                key: value
-                if entry is str and value == ""
-                else _coerce(entry, value, f"{where}.{key}")
-                for key, value in result.items()
-            }
-    elif origin is tuple:
-        return _to_tuple(typing.get_args(annotation)[0], value, where)
-    elif dataclasses.is_dataclass(annotation):
-        return _to_record(typing.cast(type, annotation), value, where)
-    else:
-        raise TypeError(f"{where}: options of type {annotation} are not supported")
-    if result is None:
-        expected = _expected(annotation)
-        raise bad_value(where, value, "has the wrong type", f"write {expected}")
-    return result
-
-
-def _expected(annotation: Any) -> str:
-    """What a value of this type looks like, for remedies."""
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple:
-        return "a list"
-    if typing.get_origin(annotation) is dict:
-        examples = {int: '{"math": 4096}', str: '{"math": " Think."}'}
-        example = examples.get(typing.get_args(annotation)[1], '{"enable_thinking": false}')
-        return f"a mapping such as {example}"
-    return {
-        bool: "true or false",
-        int: "a whole number such as 4",
-        float: "a number such as 0.5 or 1e-5",
-        str: "text that is not empty (quote it in YAML when it looks like a number)",
-    }.get(annotation, "a mapping")
-
-
-def _to_int(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        return None
-
-
-def _to_float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _to_choice(choices: tuple[str, ...], value: Any, where: str) -> str:
-    if value in choices:
-        return typing.cast(str, value)
-    near = nearest_name(str(value), choices)
-    hint = f" (did you mean {near}?)" if near else ""
-    raise bad_value(where, value, "is not a choice", f"choose {' or '.join(choices)}{hint}")
-
-
-def _from_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise bad_value(
-            where,
-            text,
-            f"is not JSON ({error.msg} at character {error.pos})",
-            "write JSON, between '...' in a shell",
-        ) from None
-
-
-def _is_plain_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-
-
-def _to_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        is_list = value.lstrip().startswith(("[", "{")) or dataclasses.is_dataclass(item)
-        value = _from_json(value, where) if is_list else value.split(",")
-    if not isinstance(value, (list, tuple)):
-        raise bad_value(where, value, "is not a list", "write a list")
-    return tuple(_coerce(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
-
-
-def _to_record(cls: type, value: Any, where: str) -> Any:
-    """Build a small dataclass (an entry of a list) from a mapping."""
-    if isinstance(value, cls):
-        return value
-    table = option_fields(cls)
-    required = [name for name, o in table.items() if o.default is dataclasses.MISSING]
-    if not _is_plain_mapping(value):
-        raise bad_value(where, value, "is not a mapping", f"write {{{', '.join(table)}}}")
-    for key in value:
-        if key not in table:
-            raise bad_value(where, key, "is not a known key", f"use {', '.join(table)}")
-    for key in required:
-        if key not in value:
-            raise bad_value(where, dict(value), f"lacks {key}", f"add {key}")
-    return cls(**{key: coerce(table[key], v, f"{where}.{key}") for key, v in value.items()})
-
-
-def unknown_name(where: str, name: str, known: typing.Iterable[str], what: str) -> UserError:
-    """The error for a name that no option has, with the nearest one that exists."""
-    near = nearest_name(name, known)
-    remedy = f"did you mean {near}?" if near else "see --help for the names that exist"
-    return bad_value(where, name, f"is not a known {what}", remedy)
-
-
-def build(
-    cls: type[T],
-    values: Mapping[str, Any],
-    source: str = "configuration",
-    lines: Mapping[str, int] | None = None,
-) -> T:
-    """Build an options object from a flat mapping of plain values.
-
-    Args:
-        cls: The options class.
-        values: Flat names (dashes or underscores) to plain values; the others keep their default.
-        source: What the mapping was read from, for errors.
-        lines: Line number of each key in the source, for errors.
-
-    Raises:
-        UserError: An unknown name, or a value of the wrong type.
-    """
-    table = {n: o for n, o in option_fields(cls).items() if n not in INVOCATION_FIELDS}
-    groups: dict[str | None, dict[str, Any]] = {}
-    for key, value in values.items():
-        place = f"{source}:{lines[key]}" if lines and key in lines else source
-        name = str(key).replace("-", "_")
-        if name not in table:
-            raise unknown_name(place, str(key), table, "key")
-        option = table[name]
-        groups.setdefault(option.group, {})[name] = coerce(option, value, f"{place}: {name}")
-    hints = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = dict(groups.pop(None, {}))
-    for group, members in groups.items():
-        arguments[typing.cast(str, group)] = hints[typing.cast(str, group)](**members)
-    return cls(**arguments)
+def construct(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An options object from values by flat name, of the options' types; the others by default."""
+    table, hints = option_fields(cls), typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        group = table[name].group
+        owner = arguments if group is None else arguments.setdefault(group, {})
+        owner[name] = value
+    groups = {o.group for o in table.values() if o.group is not None}
+    return cls(**{n: hints[n](**v) if n in groups else v for n, v in arguments.items()})
 
 
 def flatten(config: Any) -> dict[str, Any]:

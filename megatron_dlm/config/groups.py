@@ -6,7 +6,7 @@ written here and nowhere else. Names are flat on the command line and in YAML: t
 the code (`config.parallel.tensor_model_parallel_size`) and for the headings of `--help`, so a
 field name is unique over all groups.
 
-Field types are limited to what `megatron_dlm.config.fields.coerce` knows how to read.
+Field types are limited to what `megatron_dlm.config.coercion` knows how to read.
 """
 
 from __future__ import annotations

@@ -1,46 +1,36 @@
 """Command line and YAML into an options object.
 
-tyro makes the parser and the help text from the dataclasses; it is asked for raw strings, which
-`fields.coerce` then reads, so that flags and YAML share one meaning and one kind of error.
+argparse finds flags and values; `coercion` reads the values, as it reads those of YAML.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import json
 import os
+import re
 import sys
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 import yaml
 
+from megatron_dlm.config.coercion import coerce, read_values, unknown_name
 from megatron_dlm.config.fields import (
     OptionField,
-    build,
-    coerce,
+    construct,
     dump_yaml,
     option_fields,
     option_helps,
     plain_value,
-    unknown_name,
 )
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.regular_file import read_regular
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """A string of the command line, not yet read as its field's type."""
-
-    text: str
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -74,35 +64,26 @@ def parse_arguments(
         UserError: An unknown flag or key, a value of the wrong type, an unreadable YAML file.
         SystemExit: After printing `--help` (status 0), which only rank 0 prints.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     table = option_fields(cls)
-    path = _config_path(arguments) if "config" in table else None
-    defaults = cls() if path is None else _load_yaml(cls, path)
-    if _wants_help(arguments):
-        _join_help_lines(cls)
-    else:
-        _check_flags(arguments, table)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Underscores in a flag's name are as good as dashes.
+    given = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), text) for text in given]
     try:
-        parsed, unknown = tyro.cli(
-            cls,
-            prog=prog,
-            description=description,
-            args=arguments,
-            default=defaults,
-            return_unknown_args=True,
-            # torchrun starts every rank with the same arguments: one of them answers --help.
-            console_outputs=_wants_help(arguments) and os.environ.get("RANK", "0") == "0",
-            config=(tyro.conf.OmitArgPrefixes,),
-            registry=_raw_string_registry(),
-        )
-    except SystemExit as exit_:
-        if exit_.code in (0, None):
-            raise
-        text = " ".join(arguments)
-        raise bad_value("command line", text, "cannot be read", "see --help") from None
+        parsed, unknown = _parser(cls).parse_known_args(given)
+    except argparse.ArgumentError as error:
+        raise _misused_flag(error, given, table) from None
+    texts = vars(parsed)
+    path = coerce(table["config"], texts["config"], "--config") if "config" in texts else None
+    values = {} if path is None else _load_yaml(cls, path)
+    if texts.pop("help", False):
+        # torchrun starts every rank with the same arguments: one of them answers.
+        if os.environ.get("RANK", "0") == "0":
+            _parser(cls, values, prog=prog, description=description).print_help()
+        raise SystemExit(0)
     if unknown:
-        raise _unknown_argument(unknown[0], table)
-    return _read_given(parsed, table)
+        raise _unknown_argument(unknown[0], given, table)
+    values |= {name: coerce(table[name], text, table[name].flag) for name, text in texts.items()}
+    return construct(cls, values)
 
 
 def format_config(config: Any) -> str:
@@ -121,133 +102,99 @@ def format_length(config: Config) -> str:
     return f"# {records} records; {samples} samples in {rollouts} {what} of {batch}{short}{updates}"
 
 
-def _wants_help(arguments: Sequence[str]) -> bool:
-    return any(argument in ("-h", "--help") for argument in arguments)
-
-
-def _join_help_lines(cls: type) -> None:
-    """Give tyro the fields' docstrings as paragraphs: it keeps their line breaks otherwise."""
-    helps = option_helps(cls)
-    for field in dataclasses.fields(cls):
-        nested = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(nested):
-            _join_help_lines(typing.cast(type, nested))
-        elif field.name in helps:
-            field.metadata = types.MappingProxyType({"help": helps[field.name]})
-
-
-def _raw_string_registry() -> tyro.constructors.ConstructorRegistry:
-    """Rules under which tyro keeps the string of every option that is not a switch."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    def rule(
-        info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-        if info.type is bool or dataclasses.is_dataclass(info.type):
-            return None  # tyro's own: a pair of flags, a group of options
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=_metavar(info.type),
-            instance_from_str=lambda strings: _Given(strings[0]),
-            is_instance=lambda value: True,
-            str_from_instance=lambda value: [_shown(value)],
+def _parser(
+    cls: type, values: Mapping[str, Any] | None = None, **texts: str | None
+) -> argparse.ArgumentParser:
+    """A parser that keeps what is given as text; with `values` it has a help text of them."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [-h] [OPTIONS]",
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+        **texts,  # type: ignore[arg-type]
+    )
+    hints, helps = typing.get_type_hints(cls), {} if values is None else option_helps(cls)
+    places: dict[str | None, Any] = {None: parser.add_argument_group("options")}
+    places[None].add_argument(
+        "-h", "--help", action="store_true", help="Show this text (of --config with its values)."
+    )
+    for name, option in option_fields(cls).items():
+        if option.group not in places:
+            title = f"{str(option.group).replace('_', ' ')} options"
+            heading = (hints[str(option.group)].__doc__ or "").splitlines()[0]
+            places[option.group] = parser.add_argument_group(title, heading)
+        value, about = (values or {}).get(name, option.default), helps.get(name, "")
+        # What follows from other options where it is none is part of the text.
+        notes = [] if value is None and "(default: " in about else [f"default: {_shown(value)}"]
+        notes += [str(option.range)] if option.range else []
+        text = f"{about} ({'; '.join(notes)})" if notes else about
+        kind: dict[str, Any] = {"metavar": _metavar(option)}
+        if option.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        places[option.group].add_argument(
+            option.flag, dest=name, help=text.replace("%", "%%"), **kind
         )
-
-    registry.primitive_rule(rule)
-    return registry
+    return parser
 
 
-def _metavar(annotation: Any) -> str:
+def _metavar(option: OptionField) -> str:
     """What `--help` shows as the value of a flag."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return "|".join(
-            "none" if member is type(None) else _metavar(member)
-            for member in typing.get_args(annotation)
-        )
-    if typing.get_origin(annotation) is typing.Literal:
-        return "{" + ",".join(typing.get_args(annotation)) + "}"
-    if typing.get_origin(annotation) in (dict, tuple):
-        return "JSON"
-    return str(getattr(annotation, "__name__", annotation)).upper()
+    origin = typing.get_origin(option.type)
+    if origin is typing.Literal:
+        text = "{" + ",".join(typing.get_args(option.type)) + "}"
+    else:
+        text = "JSON" if origin in (dict, tuple) else str(option.type.__name__).upper()
+    return f"{text}|none" if option.optional else text
 
 
 def _shown(value: Any) -> str:
     """What `--help` shows as a default."""
-    if value is None:
-        return "none"
     plain = plain_value(value)
-    return json.dumps(plain) if isinstance(plain, (list, dict)) else str(plain)
+    if isinstance(plain, (list, dict)):
+        return json.dumps(plain)
+    return "none" if plain is None else str(plain)
 
 
-def _config_path(arguments: Sequence[str]) -> str | None:
-    """The value of the last `--config`, which has to be known before the other flags."""
-    path = None
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            path = arguments[i + 1]
-        elif argument.startswith("--config="):
-            path = argument.partition("=")[2]
-    return path
+def _misused_flag(
+    error: argparse.ArgumentError, given: Sequence[str], table: Mapping[str, OptionField]
+) -> UserError:
+    """The error for a switch with a value, or any other flag without one."""
+    flag = (error.argument_name or "").split("/")[0]
+    option = next((option for option in table.values() if option.flag == flag), None)
+    if option is None:
+        return bad_value("command line", " ".join(given), str(error), "see --help")
+    if option.type is bool:
+        value = next(text.partition("=")[2] for text in given if _switch(text, table) == option)
+        return _value_of_switch(option, value)
+    remedy = f"write {flag} {_metavar(option)}, or {flag}=... if it begins with a dash"
+    return bad_value(flag, None, "has no value", remedy)
 
 
-def _option_of_flag(flag: str, table: dict[str, OptionField]) -> OptionField | None:
-    """The option of `--flag`, or of `--no-flag` for a switch."""
-    if not flag.startswith("--"):
-        return None
-    name = flag[2:].replace("-", "_")
-    if name in table:
-        return table[name]
-    option = table.get(name.removeprefix("no_"))
+def _switch(text: str, table: Mapping[str, OptionField]) -> OptionField | None:
+    """The option that is true or false which an argument switches."""
+    name = text.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    option = table.get(name) if text.startswith("--") else None
     return option if option is not None and option.type is bool else None
 
 
-def _check_flags(arguments: Sequence[str], table: dict[str, OptionField]) -> None:
-    """Refuse a switch with a value, and any other flag without one.
-
-    Raises:
-        UserError: Naming the flag.
-    """
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        option = _option_of_flag(flag, table)
-        if option is None:
-            continue
-        following = arguments[i + 1] if i + 1 < len(arguments) else None
-        if option.type is bool:
-            if equals or (following is not None and not following.startswith("--")):
-                negative = "--no-" + option.flag[2:]
-                given = value if equals else following
-                remedy = f"write {option.flag} or {negative}"
-                raise bad_value(option.flag, given, "takes no value", remedy)
-        elif not equals and (following is None or following.startswith("--")):
-            remedy = f"write {option.flag} {_metavar(option.type)}"
-            raise bad_value(option.flag, following, "has no value", remedy)
+def _value_of_switch(option: OptionField, value: str) -> UserError:
+    remedy = f"write {option.flag} or --no-{option.flag[2:]}"
+    return bad_value(option.flag, value, "takes no value", remedy)
 
 
-def _unknown_argument(token: str, table: dict[str, OptionField]) -> UserError:
-    """The error for a token that tyro could not use."""
-    if not token.startswith("--"):
-        return bad_value("command line", token, "belongs to no flag", "write --flag value")
-    negatives = ["--no-" + o.flag[2:] for o in table.values() if o.type is bool]
-    flags = [*(option.flag for option in table.values()), *negatives]
-    return unknown_name("command line", token.partition("=")[0], flags, "flag")
-
-
-def _read_given(parsed: T, table: dict[str, OptionField]) -> T:
-    """Replace the strings of the command line by values of their fields' types."""
-
-    def read(owner: Any) -> Any:
-        changes: dict[str, Any] = {}
-        for field in dataclasses.fields(owner):
-            value = getattr(owner, field.name)
-            if isinstance(value, _Given):
-                option = table[field.name]
-                changes[field.name] = coerce(option, value.text, option.flag)
-            elif dataclasses.is_dataclass(value):
-                changes[field.name] = read(value)
-        return dataclasses.replace(owner, **changes)
-
-    return typing.cast(T, read(parsed))
+def _unknown_argument(
+    text: str, given: Sequence[str], table: Mapping[str, OptionField]
+) -> UserError:
+    """The error for an argument that is no flag and no flag's value."""
+    before = given[given.index(text) - 1]
+    if text.startswith("--"):
+        flags = [option.flag for option in table.values()]
+        flags += [f"--no-{option.flag[2:]}" for option in table.values() if option.type is bool]
+        return unknown_name("command line", text.partition("=")[0], flags, "flag")
+    if option := _switch(before, table):
+        return _value_of_switch(option, text)
+    return bad_value("command line", text, "belongs to no flag", "write --flag value")
 
 
 BASE_KEY = "base"
@@ -255,27 +202,25 @@ BASE_KEY = "base"
 One level: a file that has a base is none."""
 
 
-def _load_yaml(cls: type[T], path: str) -> T:
-    """Read an options object from a flat YAML file, over the one that it names as its base.
+def _load_yaml(cls: type, path: str) -> dict[str, Any]:
+    """The values of a flat YAML file, over those of the one that it names as its base.
 
     Raises:
         UserError: A file is missing or broken, or has an unknown, repeated or ill-typed key, or the
             base has a base.
     """
-    values, lines = _read_yaml(path, "--config")
-    if BASE_KEY not in values:
-        return build(cls, values, path, lines)
-    named, place = values.pop(BASE_KEY), f"{path}:{lines[BASE_KEY]}: {BASE_KEY}"
+    keys, lines = _read_yaml(path, "--config")
+    if BASE_KEY not in keys:
+        return read_values(cls, keys, path, lines)
+    named, place = keys.pop(BASE_KEY), f"{path}:{lines[BASE_KEY]}: {BASE_KEY}"
     if not isinstance(named, str) or not named:
         raise bad_value(place, named, "has the wrong type", "write the path of a YAML file")
     base = str(Path(path).parent / named)
-    base_values, base_lines = _read_yaml(base, place)
-    if BASE_KEY in base_values:
+    base_keys, base_lines = _read_yaml(base, place)
+    if BASE_KEY in base_keys:
         raise bad_value(place, named, "has a base of its own", "name that one, and add its keys")
-    build(cls, base_values, base, base_lines)  # what is wrong in it is said of its lines
-    changed = {key.replace("-", "_") for key in values}
-    kept = {k: value for k, value in base_values.items() if k.replace("-", "_") not in changed}
-    return build(cls, {**kept, **values}, path, lines)
+    values = read_values(cls, base_keys, base, base_lines)
+    return values | read_values(cls, keys, path, lines)
 
 
 def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.config.fields import build, dump_yaml, flatten
+from megatron_dlm.config.coercion import build
+from megatron_dlm.config.fields import dump_yaml, flatten
 from megatron_dlm.config.groups import (
     DataConfig,
     DecodingConfig,

@@ -1,6 +1,9 @@
 """Flags and YAML: precedence, types, and errors that name what to write instead."""
 
 import dataclasses
+import json
+import math
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config import Config, ParameterGroup, format_config, parse_config
-from megatron_dlm.config.fields import coerce, option_fields, option_helps
+from megatron_dlm.config.coercion import coerce
+from megatron_dlm.config.fields import option_fields, option_helps
 from megatron_dlm.errors import UserError
 
 
@@ -87,6 +91,8 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["--param-groups", "attention"], ["--param-groups", "is not JSON"]),
         (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
         (["--param-groups", '[{"pattern": "a", "rate": 1}]'], ["rate", "weight_decay"]),
+        (["-lr", "1"], ["-lr", "belongs to no flag"]),
+        (["-hx"], ["-hx", "--help"]),
         (["--config", "no/such.yaml"], ["--config", "no/such.yaml", "No such file"]),
     ],
 )
@@ -176,6 +182,15 @@ def test_help_names_every_flag_with_its_docstring(capsys: pytest.CaptureFixture[
         assert option.flag in text
     assert "model options" in text
     assert "Tokens denoised together" in text
+    assert "(default: 4; 1 or more)" in text
+
+
+def test_help_shows_the_values_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--config", write(tmp_path, "block_size: 32\n"), "--help"])
+    assert "(default: 32; 1 or more)" in capsys.readouterr().out
 
 
 def test_help_is_printed_by_rank_0_only(
@@ -214,6 +229,73 @@ def test_any_value_survives_yaml(lr: float, seed: int, save: str) -> None:
     config = Config.from_dict({"lr": lr, "seed": seed, "save": save})
     assert config.logging.save == save
     assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**6), 10**6)
+    | st.floats()
+    | st.sampled_from(["none", "", "yes", "4", " 4", "4.0", "1e-3", "nan", "linear_qkv", "cosine"])
+    | st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), max_size=8),
+    lambda entry: (
+        st.lists(entry, max_size=3)
+        | st.dictionaries(st.sampled_from(["pattern", "lr", "math"]), entry, max_size=3)
+    ),
+    max_leaves=5,
+)
+READ = {n: o for n, o in option_fields(Config).items() if n not in ("config", "dry_run")}
+
+
+def outcome(argv: list[str] | None = None, values: dict[str, object] | None = None) -> object:
+    """The options read, as text (NaN equals itself there); None: they are refused."""
+    try:
+        config = parse_config(argv) if argv is not None else Config.from_dict(values or {})
+    except UserError:
+        return None
+    return repr(config.to_dict())
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(sorted(READ)), value=PLAIN)
+def test_flags_yaml_and_json_agree(name: str, value: object) -> None:
+    option, read = READ[name], outcome(values={name: value})
+    with tempfile.TemporaryDirectory() as folder:
+        file = write(Path(folder), yaml.safe_dump({name: value}))
+        assert outcome(["--config", file]) == read
+    if isinstance(value, str) and option.type is not bool:
+        assert outcome([f"{option.flag}={value}"]) == read
+    elif read is not None and option.type not in (bool, str) and value is not None:
+        text = json.dumps(value)
+        assert outcome([f"{option.flag}={text}"]) == outcome(values={name: text}) == read
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bf16", 1),
+        ("bf16", "yes"),
+        ("top_k", 4.0),
+        ("top_k", "4.0"),
+        ("top_k", True),
+        ("lr", True),
+        ("lr", math.inf),
+        ("lr", "nan"),
+        ("save", 4),
+        ("save", ""),
+        ("save", b"runs"),
+        ("lora_target_modules", {"linear_qkv"}),
+        ("lora_target_modules", [["linear_qkv"]]),
+        ("max_response_length_by_domain", {"math": 4.0}),
+        ("max_response_length_by_domain", {1: 4}),
+        ("param_groups", [{"pattern": "mlp", "lr": True}]),
+        ("param_groups", "[" * 5000),
+        ("chat_template_kwargs", "9" * 5000),
+    ],
+)
+def test_no_value_is_taken_for_another_type(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=name):
+        Config.from_dict({name: value})
 
 
 def test_from_dict_refuses_unknown_fields() -> None:
