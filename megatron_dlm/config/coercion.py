@@ -161,9 +161,11 @@ def _number_of_text(kind: type[int] | type[float]) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-def _not_empty(text: str) -> str:
+def _usable_text(text: str) -> str:
     if not text:
         raise PydanticCustomError("empty", "is empty")
+    if "\0" in text:  # no path, and nothing else that an option means, can hold it
+        raise PydanticCustomError("nul", "holds a NUL character")
     return text
 
 
@@ -171,7 +173,7 @@ _SCALARS = {
     bool: StrictBool,
     int: Annotated[StrictInt, _number_of_text(int)],
     float: Annotated[float, Strict(), AllowInfNan(False), _number_of_text(float)],
-    str: Annotated[StrictStr, AfterValidator(_not_empty)],
+    str: Annotated[StrictStr, AfterValidator(_usable_text)],
 }
 
 
@@ -225,6 +227,8 @@ def _user_error(error: ErrorDetails, option: OptionField, given: Any, where: str
         return bad_value(
             where, value, f"is not JSON ({error['msg']})", "write JSON, between '...' in a shell"
         )
+    if kind == "nul":
+        return bad_value(where, value, error["msg"], "leave it out")
     if names:
         return bad_value(where, value, "is not a mapping", f"write {{{', '.join(names)}}}")
     if value is None:

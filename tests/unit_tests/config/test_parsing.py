@@ -91,6 +91,7 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["--param-groups", "attention"], ["--param-groups", "is not JSON"]),
         (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
         (["--param-groups", '[{"pattern": "a", "rate": 1}]'], ["rate", "weight_decay"]),
+        (["--save", "a\0b"], ["--save", "holds a NUL character", "leave it out"]),
         (["-lr", "1"], ["-lr", "belongs to no flag"]),
         (["-hx"], ["-hx", "--help"]),
         (["--config", "no/such.yaml"], ["--config", "no/such.yaml", "No such file"]),
