@@ -224,7 +224,9 @@ def test_resolved_yaml_reads_back_to_the_same_configuration(tmp_path: Path) -> N
 @given(
     lr=st.floats(allow_nan=False, allow_infinity=False),
     seed=st.integers(),
-    save=st.text(min_size=1).filter(lambda t: t not in ("none", "null", "None")),
+    save=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+        lambda t: t not in ("none", "null", "None")
+    ),
 )
 def test_any_value_survives_yaml(lr: float, seed: int, save: str) -> None:
     config = Config.from_dict({"lr": lr, "seed": seed, "save": save})
