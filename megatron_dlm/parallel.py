@@ -1,9 +1,10 @@
 """Process groups and seeds, from one plain process to a torchrun job."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +22,8 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import UserError
 from megatron_dlm.launcher import attempt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,8 @@ def initialize(config: Config) -> None:
     `LOCAL_RANK`) and in a plain process, which becomes a group of one.
     """
     device = platform.select(config.parallel.device)
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            backend=platform.collective_backend(),
-            store=_store(timeout),
-            rank=rank(),
-            world_size=world_size(),
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        _join(config, device)
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -105,6 +100,18 @@ def initialize(config: Config) -> None:
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     _set_seeds(config)
+
+
+def _join(config: Config, device: torch.device) -> None:
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    torch.distributed.init_process_group(
+        backend=platform.collective_backend(),
+        store=_store(timeout),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def _store(timeout: timedelta) -> Store:
@@ -118,6 +125,16 @@ def _store(timeout: timedelta) -> Store:
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
     store.set_timeout(timeout)
     return PrefixStore(f"attempt_{attempt()}", store)
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """Join the process group on entry, before there is a layout, and leave it on exit."""
+    _join(config, platform.select(config.parallel.device))
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _set_seeds(config: Config) -> None:
@@ -144,6 +161,24 @@ def errors_on_all_ranks() -> Iterator[None]:
     for message in messages:
         if message is not None:
             raise UserError(message) from own
+
+
+def from_rank_zero(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, on all ranks: what they find may differ, in a shared folder.
+
+    Collective where there are several processes that have joined; `decide` must not be.
+
+    Raises:
+        UserError: That of rank 0, on all ranks.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return decide()
+    decided: list[Any] = [None]
+    with errors_on_all_ranks():
+        if torch.distributed.get_rank() == 0:
+            decided = [decide()]
+    torch.distributed.broadcast_object_list(decided, src=0)
+    return cast(T, decided[0])
 
 
 @contextmanager

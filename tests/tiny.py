@@ -14,10 +14,11 @@ from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.evaluation.rewards import REWARDS
-from megatron_dlm.parallel import initialized
-from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.parallel import from_rank_zero, initialized
+from megatron_dlm.training.inputs import RunInputs, read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import build_run
+from megatron_dlm.training.run_start import decide_start
 from tests.corpora import random_documents, write_corpus
 from tests.families import random_family_model
 
@@ -145,15 +146,23 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
     return Config.from_dict({n: v for n, v in config.to_dict().items() if n not in unused})
 
 
+def started_inputs(config: Config) -> tuple[Config, RunInputs]:
+    """Configuration and inputs of a start of a run, which goes on where there is one."""
+    start = decide_start(config)
+    return start.config, read_inputs(start.config, start.resumed)
+
+
 def run_training(config: Config) -> list[dict[str, Any]]:
     """Run the real main job in this process (or this rank of a world); its metrics lines."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     validate(config, world)
-    inputs = read_inputs(config)
-    with initialized(config):
-        train(build_run(config, inputs))
-        if world > 1:
-            torch.distributed.barrier()
+    start = from_rank_zero(lambda: decide_start(config))
+    if not start.is_finished:
+        inputs = read_inputs(start.config, start.resumed)
+        with initialized(start.config):
+            train(build_run(start.config, inputs))
+            if world > 1:
+                torch.distributed.barrier()
     assert config.logging.save is not None
     lines = (Path(config.logging.save) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

@@ -35,7 +35,6 @@ from megatron_dlm.training.branched_training import (
     read_metrics,
     read_result,
 )
-from megatron_dlm.training.run_folder import latest_iteration
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def read_branches(study: StudyConfig) -> list[Branch]:
         token_budget=study.token_budget or 0,
     )
     for branch in branches:
-        if latest_iteration(branch.folder) is None:
-            validate(branch.config, study.nproc_per_node)
+        validate(branch.config, study.nproc_per_node)
     return branches
 
 
@@ -131,8 +129,6 @@ def run_branch(branch: Branch, nproc_per_node: int) -> None:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(nproc_per_node)]
     command += ["-m", "megatron_dlm", "train", "--config", str(file)]
-    if latest_iteration(branch.folder) is not None:
-        command += ["--load", str(branch.folder), "--no-finetune"]
     print(f"batch size {branch.batch_size}: {' '.join(command)}", flush=True)
     status = subprocess.run(command, check=False).returncode
     if status:

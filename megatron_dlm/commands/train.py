@@ -5,33 +5,76 @@ torchrun --nproc-per-node 8 -m megatron_dlm train --config examples/qwen3_8b/opd
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, format_config, format_length, validate
 from megatron_dlm.entry import rank, world_size
+from megatron_dlm.training.run_history import last_event, record
 from megatron_dlm.training.run_lock import owned_run_folder
+from megatron_dlm.training.run_start import RunStart, decide_start
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, validate, build, train, close."""
+    """Parse, validate, build, train, close; a run that is there goes on."""
     config = parse_command("train", Config, argv)
     validate(config, world_size())
-    with owned_run_folder(None if config.dry_run else config.logging.save):
-        # Imported step by step, so that bad input is reported before PyTorch is loaded.
-        from megatron_dlm.training.inputs import read_inputs
+    if config.dry_run:
+        return _dry_run(config)
+    with owned_run_folder(config.logging.save):
+        # Imported step by step, so that bad input is reported before PyTorch is loaded, where ranks
+        # have no folder to agree on.
+        if world_size() == 1 or config.logging.save is None:
+            return _run(decide_start(config), nullcontext())
+        from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero, joined
 
-        inputs = read_inputs(config)
-        if config.dry_run:
-            if rank() == 0:
-                print(format_config(config))
-                print(format_length(config.of_data(len(inputs.data))))
-                for line in inputs.notices:
-                    print(f"# {line}")
-            return 0
-        from megatron_dlm.parallel import initialized
-        from megatron_dlm.training.loop import train
-        from megatron_dlm.training.run import build_run
+        with joined(config):
+            return _run(from_rank_zero(lambda: decide_start(config)), errors_on_all_ranks())
 
-        with initialized(config):
-            train(build_run(config, inputs))
+
+def _run(start: RunStart, errors_of_reading: AbstractContextManager[None]) -> int:
+    config, resumed = start.config, start.resumed
+    if start.is_finished:
+        _say(start.notice)
+        _record_finished(start)
+        return 0
+    from megatron_dlm.training.inputs import read_inputs
+
+    with errors_of_reading:
+        inputs = read_inputs(config, resumed)
+    _say(start.notice)
+    from megatron_dlm.parallel import initialized
+    from megatron_dlm.training.loop import train
+    from megatron_dlm.training.run import build_run
+
+    with initialized(config):
+        train(build_run(config, inputs))
+    return 0
+
+
+def _say(notice: str) -> None:
+    if notice and rank() == 0:
+        print(notice, flush=True)
+
+
+def _record_finished(start: RunStart) -> None:
+    """Add the end to the history of a run that was killed between its last checkpoint and that."""
+    save, resumed = start.config.logging.save, start.resumed
+    last = None if save is None else last_event(save)
+    if resumed is not None and (last is None or last["event"] != "finished"):
+        progress = resumed.progress
+        record(save, "finished", iteration=progress.iteration, rollout=progress.rollout)
+
+
+def _dry_run(config: Config) -> int:
+    start = decide_start(config)
+    from megatron_dlm.training.inputs import read_inputs
+
+    inputs = read_inputs(start.config, start.resumed)
+    if rank() == 0:
+        print(format_config(start.config))
+        print(format_length(start.config.of_data(len(inputs.data))))
+        for line in (start.notice, *inputs.notices):
+            if line:
+                print(f"# {line}")
     return 0

@@ -22,7 +22,7 @@ from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
 
-INVOCATION_FIELDS = frozenset({"config", "dry_run", "records"})
+INVOCATION_FIELDS = frozenset({"config", "dry_run", "resume", "extend", "records"})
 """Fields about one invocation, or found out by it: never written to YAML or read from it."""
 
 

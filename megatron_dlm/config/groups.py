@@ -55,7 +55,8 @@ class ModelConfig:
 
     load: str | None = None
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint, or a run folder (its
-    latest checkpoint; the run is resumed unless --finetune is given)."""
+    latest checkpoint; that run goes on unless --finetune is given). It stays the same when the run
+    in --save is resumed."""
 
     verify_checkpoint: bool = True
     """Compare every file of a Megatron checkpoint with its manifest before it is loaded; without

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_dlm.config.coercion import build
-from megatron_dlm.config.fields import dump_yaml, flatten
+from megatron_dlm.config.fields import dump_yaml, flatten, option_fields
 from megatron_dlm.config.groups import (
     DataConfig,
     DecodingConfig,
@@ -35,6 +35,8 @@ from megatron_dlm.config.training_groups import (
     TrainingConfig,
 )
 from megatron_dlm.types.diffusion_kind import DiffusionKind
+
+Resume = Literal["auto", "never", "must"]
 
 __all__ = [
     "Config",
@@ -76,6 +78,14 @@ class Config:
 
     dry_run: bool = False
     """Resolve and validate the configuration, print it and stop."""
+
+    resume: Resume = "auto"
+    """What happens where --save holds a checkpoint of a run: the run goes on if nothing fixed has
+    changed (auto); it is an error (never); it is an error if there is none (must)."""
+
+    extend: bool = False
+    """Stretch schedules whose length is not given over the new length of a resumed run, instead of
+    ending them where they would have ended."""
 
     @property
     def traits(self) -> ObjectiveTraits:
@@ -177,6 +187,14 @@ class Config:
             else self.training.global_batch_size
         )
 
+    def changed(self, **options: Any) -> Config:
+        """The same configuration with other values of some options, by their flat names."""
+        table, groups = option_fields(Config), dict[str, dict[str, Any]]()
+        for name, value in options.items():
+            groups.setdefault(str(table[name].group), {})[name] = value
+        members = {g: replace(getattr(self, g), **values) for g, values in groups.items()}
+        return replace(self, **members)
+
     def of_data(self, num_records: int) -> Config:
         """The same configuration, of a run whose data have been read."""
         options = {field.name: getattr(self, field.name) for field in fields(Config)}
@@ -199,6 +217,13 @@ class Config:
     def num_rollouts(self) -> int:
         """Times that samples are obtained; the last may be fewer than `rollout_batch_size`."""
         return -(-self.num_samples // self.rollout_batch_size)
+
+    @property
+    def length_option(self) -> str:
+        """Name of the option that says how long the run is."""
+        if self.training.num_epochs is not None:
+            return "num_epochs"
+        return "num_rollouts" if self.uses_rollouts else "train_iters"
 
     def updates_of(self, num_samples: int) -> int:
         """Optimizer steps on so many samples obtained at once; a last one may be on fewer."""

@@ -105,7 +105,7 @@ class TrainingConfig:
     train_iters: Annotated[int | None, AT_LEAST_ONE] = None
     """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
 
-    num_epochs: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
+    num_epochs: Annotated[int | None, AT_LEAST_ONE] = None
     """Passes over the data, instead of --num-rollouts or --train-iters; the last rollout, or the
     last update, takes what is left (61,816 prompts at 128 a rollout: 483 rollouts, the last of
     120)."""

@@ -7,6 +7,7 @@ because none is consumed in training: every draw is keyed by the seed and the sa
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_dlm.models.lora import (
     remove_adapters,
 )
 from megatron_dlm.models.model_parameters import global_names
-from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero
 from megatron_dlm.training.checkpoint_metadata import checked_metadata
 from megatron_dlm.training.checkpoint_writing import (
     UNREADABLE,
@@ -198,7 +199,7 @@ def verified_checkpoint(path: str | Path, field: str = "--load", verify: bool = 
     skip: list[Path] = []
     share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     while True:
-        checkpoint = find_checkpoint(path, field, skip)
+        checkpoint = from_rank_zero(functools.partial(find_checkpoint, path, field, skip))
         if not verify:
             return checkpoint
         found: list[list[str]] = [[] for _ in range(share[1])]
@@ -383,6 +384,7 @@ def saved_config(path: str | Path, field: str = "--load") -> dict[str, Any]:
     return config
 
 
-def has_training_state(path: str | Path, field: str = "--load") -> bool:
-    """Whether a checkpoint can be resumed, rather than only supply weights."""
-    return "scheduler" in _load_common(find_checkpoint(path, field), field)
+def saved_progress(path: str | Path, field: str = "--load") -> Progress | None:
+    """How far the run had come that wrote a checkpoint; None if it can only supply weights."""
+    common = _load_common(find_checkpoint(path, field), field)
+    return Progress(**common["progress"]) if "scheduler" in common else None

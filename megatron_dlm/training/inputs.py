@@ -15,7 +15,8 @@ from megatron_dlm.data.prompts import (
     read_prompts,
 )
 from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
-from megatron_dlm.errors import bad_value
+from megatron_dlm.entry import warn
+from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.models.architecture import Architecture, read_architecture, read_diffusion_kind
 from megatron_dlm.models.families import FAMILIES
@@ -28,11 +29,13 @@ from megatron_dlm.teacher.inputs import (
     with_ends_of,
 )
 from megatron_dlm.training.model_source import ModelSource, open_model_source
+from megatron_dlm.training.run_folder import is_of_run
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
     from megatron_dlm.data.corpus import CorpusDataset
+    from megatron_dlm.training.resume import Difference, Resumption
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class RunInputs:
     """What a run starts from.
 
     Attributes:
-        source: The student's weights; None for random ones.
+        source: The student's weights, of a run that goes on those of its checkpoint; None for
+            random ones.
         teacher: None for runs without a teacher of its own weights.
         architecture: The student's.
         diffusion_kind: How the student decodes: as its objective trains it, else as its config.json
@@ -50,6 +54,10 @@ class RunInputs:
         special_tokens: EOS, padding and MASK, resolved once.
         data: Prompts that student or teacher answer, else prompt + response examples or a corpus.
         held_out: What the validation loss is measured on; None if none is.
+        resumed: What a run that goes on is loaded from; None for a new one.
+        changes: What is not as it was when that run was started.
+        load_fingerprint: Of the weights in `--load`, from which the run was started; None if it was
+            started from random ones, or they are not there any more.
     """
 
     source: ModelSource | None
@@ -61,11 +69,14 @@ class RunInputs:
     special_tokens: SpecialTokens
     data: "PromptDataset | ExampleDataset | CorpusDataset"
     held_out: "ExampleDataset | CorpusDataset | None" = None
+    resumed: "Resumption | None" = None
+    changes: "tuple[Difference, ...]" = ()
+    load_fingerprint: str | None = None
 
     @property
     def notices(self) -> list[str]:
-        """What a person has to know of the data: lines that were left out."""
-        lines = []
+        """What a person has to know: what a resumed run changes, and prompts left out."""
+        lines = [f"changed: {difference}" for difference in self.changes]
         for data in (self.data, self.held_out):
             dropped = getattr(data, "num_dropped", 0)  # no corpus has prompts
             if data is not None and dropped:
@@ -102,20 +113,23 @@ class RunInputs:
         return hf_config
 
 
-def resumes(config: Config, source: ModelSource | None) -> bool:
-    """Whether `--load` is a run that goes on, rather than weights for a new one."""
-    if source is None or not source.is_megatron or config.model.finetune:
-        return False
-    from megatron_dlm.training.checkpointing import has_training_state  # loads PyTorch
-
-    return has_training_state(source.path)
+def _original_weights(config: Config) -> ModelSource | None:
+    """The weights that a run was started from, which it can go on without; None without them."""
+    load, save = config.model.load, config.logging.save
+    if load is None or (save is not None and is_of_run(load, save)):
+        return None
+    try:
+        return open_model_source(load, "--load", config.model.verify_checkpoint)
+    except UserError as error:
+        warn(f"what the run was started from is not there any more: {error}")
+        return None
 
 
 def _check_mask_embedding(config: Config, source: ModelSource | None) -> None:
-    """Only a conversion gives MASK a row; one that is resumed has given it already."""
+    """Only a conversion gives MASK a row."""
     init = config.model.mask_embedding_init
     converts = source is not None and source.is_autoregressive
-    if init is None or converts or resumes(config, source):
+    if init is None or converts:
         return
     start = "random weights are" if source is None else f"the model in {source.path} is"
     raise bad_value(
@@ -183,23 +197,35 @@ def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") 
             held_out.sample(index, index)
 
 
-def read_inputs(config: Config) -> RunInputs:
+def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInputs:
     """Read and check checkpoints' descriptions, tokenizer and data; loads no weights.
 
+    Args:
+        config: Of the run.
+        resumed: What it goes on from (`run_start.decide_start`); None for a new run.
+
     Raises:
-        UserError: Anything that could not work.
+        UserError: Anything that could not work, or a run that goes on was started with something
+            else.
     """
-    source = weights = teacher = None
-    if config.model.load is not None:
+    source = original = weights = teacher = None
+    if resumed is not None:
+        verify = config.model.verify_checkpoint
+        source = open_model_source(str(resumed.checkpoint), resumed.field, verify)
+        architecture = source.architecture
+        original = _original_weights(config)
+    elif config.model.load is not None:
         source = open_model_source(config.model.load, "--load", config.model.verify_checkpoint)
         architecture = source.architecture
+        original = source
     elif config.model.model_config is not None:
         architecture = read_architecture(config.model.model_config, "--model-config")
     else:
         raise bad_value(
             "--load", None, "nothing to train", "name a model folder, or give --model-config"
         )
-    _check_mask_embedding(config, source)
+    if resumed is None:
+        _check_mask_embedding(config, source)
     self_taught = None
     if config.traits.self_distillation:
         self_taught = check_diffusion_student(config, architecture)
@@ -213,7 +239,8 @@ def read_inputs(config: Config) -> RunInputs:
     if config.model.tokenizer is not None:
         tokenizer_folder = Path(config.model.tokenizer)
     elif source is not None:
-        tokenizer_folder = source.hf_folder
+        # Checkpoints of the run may be pruned while it goes on.
+        tokenizer_folder = (original or source).hf_folder
     else:
         raise bad_value("--tokenizer", None, "no tokenizer to read", "name its folder")
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -271,7 +298,7 @@ def read_inputs(config: Config) -> RunInputs:
             store = response_store(config, teacher, data, special_tokens)
             teacher = replace(teacher, responses=store)
     validate_length(config.of_data(len(data)))
-    return RunInputs(
+    inputs = RunInputs(
         source,
         teacher,
         architecture,
@@ -281,4 +308,12 @@ def read_inputs(config: Config) -> RunInputs:
         special_tokens,
         data,
         held_out,
+        resumed,
+        load_fingerprint=None if original is None else original.fingerprint(),
     )
+    if resumed is None:
+        return inputs
+    from megatron_dlm.training.resume import check_resumable  # loads PyTorch
+
+    changes = check_resumable(config.of_data(len(data)), inputs, resumed)
+    return replace(inputs, changes=tuple(changes))

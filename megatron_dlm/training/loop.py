@@ -8,6 +8,7 @@ one global batch of examples.
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.rate_precision import unseen_in_bf16
 from megatron_dlm.training.run import Run
+from megatron_dlm.training.run_history import Event, record
 from megatron_dlm.training.train_step import train_step
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -158,7 +160,32 @@ def micro_batches(
 
 
 def train(run: Run) -> None:
-    """Train to the end of the schedule; checkpoints and metrics go to the run folder."""
+    """Train to the end of the run; checkpoints, metrics and history go to the run folder."""
+    resumed, inputs = run.inputs.resumed, run.inputs
+    _record(
+        run,
+        "started" if resumed is None else "resumed",
+        load=run.config.model.load,
+        checkpoint=None if resumed is None else str(resumed.checkpoint),
+        changes={change.option: [change.then, change.now] for change in inputs.changes},
+    )
+    try:
+        _train(run)
+    except Exception as error:
+        _record(run, "failed", error=f"{type(error).__name__}: {error}")
+        raise
+    _record(run, "finished")
+
+
+def _record(run: Run, event: Event, **fields: Any) -> None:
+    """Add an event to the run's history."""
+    if is_rank_zero():
+        progress, folder = run.progress, run.config.logging.save
+        at = {"iteration": progress.iteration, "rollout": progress.rollout}
+        record(folder, event, **at, **fields)
+
+
+def _train(run: Run) -> None:
     config, progress = run.config, run.progress
     logger = MetricsLogger(
         config.logging.save,

@@ -158,7 +158,11 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build Megatron's learning-rate schedule, counted in optimizer updates."""
+    """Build Megatron's learning-rate schedule, counted in optimizer updates.
+
+    A checkpoint says only how many updates are done: the rest is the configuration's, which has
+    been compared with what the run was started with.
+    """
     options = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
@@ -173,6 +177,8 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         end_wd=options.weight_decay,
         wd_incr_steps=config.lr_decay_iters,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

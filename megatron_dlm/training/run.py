@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
@@ -25,10 +26,11 @@ from megatron_dlm.training.checkpointing import (
     load_training_state,
     save_checkpoint,
 )
-from megatron_dlm.training.inputs import RunInputs, resumes
+from megatron_dlm.training.inputs import RunInputs
 from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
-from megatron_dlm.training.resume import check_resumable, resumable_config
+from megatron_dlm.training.resume import resumable_config
+from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint, is_run_folder
 from megatron_dlm.training.student import Student, build_student
 from megatron_dlm.training.trajectory_source import TrajectorySource
 from megatron_dlm.training.validation import Validation
@@ -60,7 +62,7 @@ class Run:
                 self.student.model,
                 hf_config=self.inputs.hf_config(self.config),
                 generation_config=self.inputs.architecture.generation_config,
-                tokenizer_folder=self.inputs.tokenizer_folder,
+                tokenizer_folder=self._tokenizer_folder(folder),
                 progress=self.progress,
                 student=self.student,
                 run_config=resumable_config(self.config, self.inputs),
@@ -68,19 +70,23 @@ class Run:
                 keep_every=self.config.logging.keep_checkpoint_every,
             )
 
+    def _tokenizer_folder(self, run_folder: str) -> Path:
+        """Where the tokenizer lies: if it was that of a checkpoint, this may have been pruned."""
+        folder = self.inputs.tokenizer_folder
+        if folder.is_dir() or not is_run_folder(run_folder):
+            return folder
+        return find_checkpoint(run_folder, "--save") / HF_FOLDER
+
 
 def build_run(config: Config, inputs: RunInputs) -> Run:
-    """Build models, load weights, and resume where `--load` is a run.
+    """Build models, load weights, and go on from where the run was, if it was.
 
     Process groups must exist (`parallel`).
 
     Raises:
-        UserError: A checkpoint does not fit, or a resumed run was started with other options.
+        UserError: A checkpoint does not fit.
     """
     config = config.of_data(len(inputs.data))
-    resume = resumes(config, inputs.source)
-    if resume:
-        check_resumable(config, inputs, str(config.model.load))
     parallel = config.parallel
     split = max(parallel.expert_model_parallel_size, parallel.pipeline_model_parallel_size)
     if inputs.source is None and split > 1 and not platform.is_cuda():
@@ -96,7 +102,7 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
 
     @functools.cache
     def student_and_progress() -> tuple[Student, Progress]:
-        return _build_student(config, inputs, groups, resume=resume)
+        return _build_student(config, inputs, groups)
 
     teacher, examples = build_teacher(
         config,
@@ -131,11 +137,12 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
 
 
 def _build_student(
-    config: Config, inputs: RunInputs, groups: ParallelGroups, *, resume: bool
+    config: Config, inputs: RunInputs, groups: ParallelGroups
 ) -> tuple[Student, Progress]:
     """The student with its weights, and how far the run has come."""
     model = build_model(inputs.architecture, config)
-    if inputs.source is not None and not resume:
+    resumed = inputs.resumed
+    if inputs.source is not None and resumed is None:
         inputs.source.load_into(model)
         if inputs.starts_autoregressive and config.traits.diffusion_kind is not None:
             initialize_mask_embedding(
@@ -151,11 +158,10 @@ def _build_student(
         if config.lora.lora_dropout > 0:
             drop_out_adapter_inputs(model, config.lora.lora_dropout, config.data.seed)
     student = build_student(model, config)
-    if not resume:
+    if resumed is None:
         return student, Progress()
-    assert config.model.load is not None
     verify = config.model.verify_checkpoint
-    return student, load_training_state(config.model.load, student, verify=verify)
+    return student, load_training_state(resumed.path, student, resumed.field, verify)
 
 
 def _build_source(

@@ -67,6 +67,14 @@ def is_run_folder(path: str | Path | None) -> bool:
     return path is not None and ((Path(path) / LATEST).is_file() or bool(saved_iterations(path)))
 
 
+def is_of_run(path: str | Path, run_folder: str | Path) -> bool:
+    """Whether a path is that of a run folder, or of one of its checkpoints."""
+    named, folder = Path(path).resolve(), Path(run_folder).resolve()
+    return named == folder or (
+        named.parent == folder and _ITERATION.fullmatch(named.name) is not None
+    )
+
+
 def is_iteration_folder(path: str | Path) -> bool:
     """Whether `path` is a checkpoint, rather than the folder of a run."""
     return (Path(path) / _CHECKPOINT_FILE).is_file() or (
@@ -96,13 +104,17 @@ def find_checkpoint(path: str | Path, field: str = "--load", skip: Collection[Pa
         return folder
     latest = latest_iteration(folder)
     if latest is None:
-        started = (folder / LATEST).is_file()
+        if (folder / LATEST).is_file():
+            raise bad_value(
+                field,
+                str(path),
+                f"its checkpoints are gone, only {LATEST} is left",
+                "name another folder, or remove that file",
+            )
         raise bad_value(
             field,
             str(path),
-            f"its checkpoints are gone, only {LATEST} is left"
-            if started
-            else "holds neither a Hugging Face model nor a Megatron checkpoint",
+            "holds neither a Hugging Face model nor a Megatron checkpoint",
             "name a folder with config.json, a run folder or one of its iter_* folders",
         )
     # Later ones are of a run that was wound back.

@@ -303,10 +303,10 @@ def test_damaged_teacher(files: Path, call: Call, tmp_path: Path) -> None:
     )
 
 
-def test_run_folder_in_use(files: Path, call: Call, tmp_path: Path) -> None:
+def test_run_folder_without_its_checkpoints(files: Path, call: Call, tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1\n")
     call(PRETRAIN, *options(files, save=tmp_path)).check_error(
-        f"--save = '{tmp_path}'", "holds another run", "choose a new folder"
+        f"--save = '{tmp_path}'", "its checkpoints are gone", "remove that file"
     )
 
 

@@ -14,7 +14,6 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
 from megatron_dlm.training.checkpointing import save_checkpoint
-from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import build_run
 from tests.functional_tests.entry_points import (
@@ -26,7 +25,7 @@ from tests.functional_tests.entry_points import (
     Outcome,
     caller,
 )
-from tests.tiny import run_config, run_training, save_random_model, write_data
+from tests.tiny import run_config, run_training, save_random_model, started_inputs, write_data
 
 NAME = "model.layers.1.self_attn.k_proj.weight"
 LENGTH = ("--max-response-length", 8, "--device", "cpu")
@@ -194,7 +193,7 @@ def test_a_run_does_not_go_on_from_weights_that_are_no_numbers(files: Path, tmp_
     run_training(run_config(files, model, train_iters=1, **options))
     resumed = run_config(files, Path(save), train_iters=2, **options)
     with initialized(resumed):
-        run = build_run(resumed, read_inputs(resumed))
+        run = build_run(*started_inputs(resumed))
         next(run.student.model.parameters()).data[0, 0] = float("nan")
         run.save()
     with pytest.raises(UserError, match=r"tensor embedding\.word_embeddings\.weight holds NaN"):

@@ -12,7 +12,14 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run_folder import find_checkpoint
 from tests.functional_tests.entry_points import CONVERT, EVALUATE, Call, caller
-from tests.tiny import TOKENIZER, run_config, run_training, save_random_model, write_data
+from tests.tiny import (
+    TOKENIZER,
+    run_config,
+    run_training,
+    save_random_model,
+    started_inputs,
+    write_data,
+)
 
 END_OF_TEXT, END_OF_TURN = 508, 510
 SAMPLING = {"do_sample": True, "temperature": 0.6}
@@ -65,7 +72,7 @@ def test_runs_and_conversions_keep_every_end(tmp_path: Path, call: Call) -> None
     expected = [END_OF_TURN, 500, END_OF_TEXT]
     assert ends(find_checkpoint(run) / "hf") == (expected, expected)
     resumed = run_config(tmp_path, run, objective="sft", train_iters=2)
-    assert read_inputs(resumed).special_tokens.eos_token_ids == tuple(expected)
+    assert started_inputs(resumed)[1].special_tokens.eos_token_ids == tuple(expected)
 
     for target, extra in (("sdar", ()), ("a2d-qwen3", ()), ("megatron", ())):
         out = tmp_path / target

@@ -14,7 +14,6 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
 from megatron_dlm.rollout.strategies import STRATEGIES
-from megatron_dlm.training.run_folder import is_run_folder
 
 
 @rule(Stage.VALUES, "training", "inference")
@@ -229,7 +228,7 @@ def check_optional_packages(config: Config) -> None:
 
 @rule(Stage.COMBINATIONS)
 def check_save(config: Config) -> None:
-    """Checkpoints have a folder, and it is not another run's."""
+    """Checkpoints have a folder."""
     logging = config.logging
     if logging.save is None:
         for name in ("save_interval", "keep_checkpoints", "wandb_project"):
@@ -239,20 +238,6 @@ def check_save(config: Config) -> None:
     folder = Path(logging.save)
     if folder.exists() and not folder.is_dir():
         raise refuse(config, "save", "is a file", "name a folder")
-    load = config.model.load
-    # A run folder, or one of its checkpoints that the run is wound back to.
-    resumes = load is not None and folder.resolve() in (
-        Path(load).resolve(),
-        Path(load).resolve().parent,
-    )
-    if is_run_folder(logging.save) and (config.model.finetune or not resumes):
-        resume = "--no-finetune" if resumes else f"--load {logging.save}"
-        raise refuse(
-            config,
-            "save",
-            "holds another run",
-            f"choose a new folder, or resume that run with {resume}",
-        )
 
 
 @rule(Stage.LENGTH)

@@ -296,28 +296,9 @@ def test_optional_package(
     assert refusal(values.check_optional_packages, config) is None
 
 
-def make_run(tmp_path: Path) -> str:
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8\n")
-    return str(tmp_path)
-
-
 def test_the_student_starts_as_the_teacher() -> None:
     assert config_with(OPDLM).teacher_load == "weights"
     assert config_with(OPDLM, teacher_load="teacher").teacher_load == "teacher"
-
-
-def test_run_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    for changes, remedy in (({}, f"--load {run}"), ({"load": run, "finetune": True}, "--no-fine")):
-        with pytest.raises(UserError, match=f"holds another run.*{remedy}"):
-            values.check_save(config_with(OPDLM, save=run, **changes))
-    for changes in ({"save": run, "load": run}, {"save": str(tmp_path / "new")}):
-        assert refusal(values.check_save, config_with(OPDLM, **changes)) is None
-
-
-def test_a_run_that_died_before_its_first_checkpoint_can_start_again(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert refusal(values.check_save, config_with(OPDLM, save=str(tmp_path))) is None
 
 
 def test_derived_sizes() -> None:

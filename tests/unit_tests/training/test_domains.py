@@ -10,6 +10,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import initialized
 from megatron_dlm.training import resume as resuming
+from megatron_dlm.training.checkpointing import Progress
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.loop import collect
 from megatron_dlm.training.run import build_run
@@ -89,23 +90,29 @@ def test_stored_responses_belong_to_their_limits(folder: Path) -> None:
     [
         ({}, None),
         # Another record would be another sample from here on.
-        ({"max_prompt_length": 200}, r"--max-prompt-length = 200: leaves 8 .* reading 7"),
-        ({"long_prompts": "truncate"}, r"--long-prompts = .truncate.: .*started with .drop."),
-        ({"prompt_suffix_by_domain": {"default": " 7"}}, r"--prompt-suffix-by-domain = "),
+        (
+            {"max_prompt_length": 200},
+            r"--max-prompt-length .records .*then 7, now 8",
+        ),
+        ({"long_prompts": "truncate"}, r"--long-prompts .then 'drop', now 'truncate'"),
+        (
+            {"prompt_suffix_by_domain": {"default": " 7"}},
+            r"--prompt-suffix-by-domain .then ",
+        ),
     ],
 )
 def test_a_resumed_run_has_the_same_prompts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str | None
+    folder: Path, changes: dict[str, Any], message: str | None
 ) -> None:
     def read(config: Config) -> tuple[Config, Any]:
         inputs = read_inputs(config)
         return config.of_data(len(inputs.data)), inputs
 
     saved = resuming.resumable_config(*read(options(folder)))
-    monkeypatch.setattr(resuming, "saved_config", lambda load: saved)
+    before = resuming.Resumption("run", "--save", Path("run"), saved, Progress())
     resumed = read(options(folder, **changes))
     if message is None:
-        resuming.check_resumable(*resumed, "run")
+        assert resuming.check_resumable(*resumed, before) == []
         return
     with pytest.raises(UserError, match=message):
-        resuming.check_resumable(*resumed, "run")
+        resuming.check_resumable(*resumed, before)

@@ -21,6 +21,7 @@ from tests.tiny import (
     run_config,
     run_training,
     save_random_model,
+    started_inputs,
     write_data,
 )
 
@@ -112,7 +113,7 @@ def test_a_diffusion_model_keeps_its_row(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"--mask-embedding-init = '{init}': .*{save}"):
             read_inputs(stated)
         # The run itself goes on with the options that it was started with.
-        read_inputs(Config.from_dict(stated.to_dict() | {"finetune": False}))
+        started_inputs(Config.from_dict(stated.to_dict() | {"finetune": False}))
 
 
 def test_self_distillation_keeps_the_row(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,40 +12,91 @@ import pytest
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.training import resume as resuming
+from megatron_dlm.training.checkpointing import Progress
 from megatron_dlm.training.inputs import RunInputs, read_inputs
+from megatron_dlm.training.resume import Resumption
 from tests.tiny import declare_diffusion_kind, run_config, save_random_model, write_data
 
 INPUTS = cast(
     RunInputs,
-    SimpleNamespace(data=SimpleNamespace(file=SimpleNamespace(fingerprint=1)), teacher=None),
+    SimpleNamespace(
+        data=SimpleNamespace(file=SimpleNamespace(path="t.jsonl", fingerprint=1)),
+        teacher=None,
+        resumed=None,
+        load_fingerprint="1",
+    ),
 )
-COMMON = {"objective": "next_token", "load": "run", "train_iters": 4}
+COMMON = {"objective": "next_token", "load": "weights", "train_iters": 4}
 
 
-def check(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], **before: Any) -> None:
-    config = Config.from_dict({**COMMON, **options})
-    monkeypatch.setattr(
-        resuming, "saved_config", lambda load: resuming.resumable_config(config, INPUTS) | before
-    )
-    resuming.check_resumable(config, INPUTS, "run")
+def resumption(saved: dict[str, Any], consumed_samples: int = 0) -> Resumption:
+    progress = Progress(consumed_samples=consumed_samples, iteration=consumed_samples // 8)
+    return Resumption("run", "--save", Path("run/iter_0000001"), saved, progress)
 
 
-def test_the_length_of_windows_is_fixed_where_there_are_any(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    check(monkeypatch, {"train_data": "t.jsonl"}, seq_length=64)
-    check(monkeypatch, {"data_path": "corpus", "seq_length": 64}, seq_length=64)
-    with pytest.raises(UserError, match=r"--seq-length = 2048: .*started with 64"):
-        check(monkeypatch, {"data_path": "corpus"}, seq_length=64)
-    with pytest.raises(UserError, match=r"--seed = 1234: .*started with 7"):
-        check(monkeypatch, {"train_data": "t.jsonl"}, seed=7)
+def check(options: dict[str, Any], *, extend: bool = False, **before: Any) -> list[str]:
+    """Names of what a run changes that was saved with the same options, but for `before`."""
+    config = replace(Config.from_dict({**COMMON, **options}), extend=extend)
+    saved = resuming.resumable_config(config, INPUTS) | before
+    changes = resuming.check_resumable(config, INPUTS, resumption(saved))
+    assert all(change.is_allowed for change in changes)
+    return [change.option for change in changes]
 
 
-def test_what_a_run_has_no_use_for_may_have_been_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_length_of_windows_is_fixed_where_there_are_any() -> None:
+    assert check({"train_data": "t.jsonl"}, seq_length=64) == []
+    assert check({"data_path": "corpus", "seq_length": 64}, seq_length=64) == []
+    with pytest.raises(UserError, match=r"--seq-length \(then 64, now 2048\)"):
+        check({"data_path": "corpus"}, seq_length=64)
+    with pytest.raises(UserError, match=r"--seed \(then 7, now 1234\)"):
+        check({"train_data": "t.jsonl"}, seed=7)
+
+
+def test_what_a_run_has_no_use_for_may_have_been_anything() -> None:
     """Named again, it would be refused."""
-    check(monkeypatch, {"train_data": "t.jsonl"}, block_size=32, rollout_batch_size=7)
-    with pytest.raises(UserError, match=r"--block-size = 4: .*started with 32"):
-        check(monkeypatch, {"objective": "sft", "train_data": "t.jsonl"}, block_size=32)
+    assert check({"train_data": "t.jsonl"}, block_size=32, rollout_batch_size=7) == []
+    with pytest.raises(UserError, match=r"--block-size \(then 32, now 4\)"):
+        check({"objective": "sft", "train_data": "t.jsonl"}, block_size=32)
+
+
+def test_all_differences_are_listed_with_what_is_allowed() -> None:
+    changes = {"log_interval": 5, "save": "elsewhere", "tensor_model_parallel_size": 2}
+    given = {"train_data": "t.jsonl"}
+    assert check(given, **changes) == ["tensor_model_parallel_size", "log_interval"]
+    fixed = {"seed": 7, "lr": 1.0, "data_fingerprint": 2, "train_data": "u.jsonl"}
+    with pytest.raises(UserError) as error:
+        check(given, **changes, **fixed)
+    problem, remedy = str(error.value).rsplit("; ", 1)
+    cannot, can = problem.split("these cannot change: ")[1].split(", these can: ")
+    assert cannot == (
+        "--seed (then 7, now 1234), --lr (then 1.0, now 1e-05), "
+        "--train-data (other data: then 'u.jsonl', now 't.jsonl')"
+    )
+    assert can == "--tensor-model-parallel-size (then 2, now 1), --log-interval (then 5, now 1)"
+    assert str(error.value).startswith("--save = 'run': ")
+    assert "--load run --finetune" in remedy
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_may_grow_and_shrink_but_not_below_what_is_done() -> None:
+    config = Config.from_dict({**COMMON, "train_data": "t.jsonl", "lr_decay_iters": 9})
+    saved = resuming.resumable_config(config, INPUTS)
+    for updates in (3, 4, 9):
+        now = config.changed(train_iters=updates)
+        changes = resuming.check_resumable(now, INPUTS, resumption(saved, consumed_samples=24))
+        assert [change.option for change in changes] == ["train_iters"] * (updates != 4)
+    with pytest.raises(UserError, match=r"--train-iters \(3 are done: then 4, now 2\)"):
+        resuming.check_resumable(
+            config.changed(train_iters=2), INPUTS, resumption(saved, consumed_samples=24)
+        )
+
+
+def test_other_weights_to_start_from_are_told_from_moved_ones() -> None:
+    given = {"train_data": "t.jsonl"}
+    assert check(given, load="moved") == ["load"]
+    assert check(given, load_fingerprint="2") == []  # a run folder that went on, say
+    with pytest.raises(UserError, match=r"--load \(other weights: then 'moved', now 'weights'\)"):
+        check(given, load="moved", load_fingerprint="2")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +113,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resume(
-    monkeypatch: pytest.MonkeyPatch,
     folder: Path,
     objective: str,
     before: str | None,
@@ -84,9 +135,8 @@ def resume(
     saved = json.loads(json.dumps(resuming.resumable_config(*read(before))))
     for name in forgotten:
         del saved[name]
-    monkeypatch.setattr(resuming, "saved_config", lambda load: saved)
     resumed = read(now)
-    resuming.check_resumable(*resumed, "run")
+    resuming.check_resumable(*resumed, resumption(saved))
     teacher = resumed[1].teacher
     now_read = None if teacher is None else teacher.fingerprint
     return saved.get(resuming.TEACHER_FINGERPRINT), now_read
@@ -103,13 +153,12 @@ def resume(
     ],
 )
 def test_a_teacher_is_known_by_its_weights(
-    monkeypatch: pytest.MonkeyPatch,
     folder: Path,
     objective: str,
     before: str | None,
     now: str | None,
 ) -> None:
-    first, second = resume(monkeypatch, folder, objective, before, now)
+    first, second = resume(folder, objective, before, now)
     assert first == second
     assert (first is None) == (objective == "d_opsd" and now is None)  # its own teacher
 
@@ -117,30 +166,27 @@ def test_a_teacher_is_known_by_its_weights(
 @pytest.mark.parametrize(
     ("objective", "before", "now", "message"),
     [
-        ("opdlm", "ar", "other_ar", r"'.*/other_ar': is not .*run, .*/ar'.*; name .*--finetune"),
-        ("opdlm", None, "other_ar", r"'.*/other_ar': is not .*run, .*/ar'.*; name .*--finetune"),
-        ("d_opsd", "diffusion", "other_diffusion", r"'.*/other_diffusion': is not .*/diffusion'"),
-        ("d_opsd", "diffusion", None, r"None: .*run, .*/diffusion'.*; name .*--finetune"),
-        ("d_opsd", None, "diffusion", r"'.*/diffusion': .*its own teacher; drop .*--finetune"),
+        ("opdlm", "ar", "other_ar", r"another teacher: then '.*/ar', now '.*/other_ar'"),
+        ("opdlm", None, "other_ar", r"another teacher: then '.*/ar', now '.*/other_ar'"),
+        ("d_opsd", "diffusion", "other_diffusion", r"another teacher: then '.*/diffusion', now '"),
+        ("d_opsd", "diffusion", None, r"whether it teaches itself: then '.*/diffusion', now None"),
+        ("d_opsd", None, "diffusion", r"whether it teaches itself: then None, now '.*/diffusion'"),
     ],
 )
 def test_another_teacher_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
     folder: Path,
     objective: str,
     before: str | None,
     now: str | None,
     message: str,
 ) -> None:
-    with pytest.raises(UserError, match="--teacher-load = " + message):
-        resume(monkeypatch, folder, objective, before, now)
+    with pytest.raises(UserError, match=r"--teacher-load \(" + message):
+        resume(folder, objective, before, now)
 
 
-def test_a_checkpoint_that_knows_no_teacher_is_resumed(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
+def test_a_checkpoint_that_knows_no_teacher_is_resumed(folder: Path) -> None:
     """Of an earlier version."""
-    resume(monkeypatch, folder, "opdlm", "ar", "other_ar", resuming.TEACHER_FINGERPRINT)
+    resume(folder, "opdlm", "ar", "other_ar", resuming.TEACHER_FINGERPRINT)
 
 
 def test_a_teacher_is_what_it_was_at_the_start(folder: Path, tmp_path: Path) -> None:
@@ -154,8 +200,8 @@ def test_a_teacher_is_what_it_was_at_the_start(folder: Path, tmp_path: Path) -> 
     assert before[resuming.TEACHER_FINGERPRINT] is not None
 
 
-def test_the_schedule_of_the_mixture_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More rollouts would stretch it, and raise the teacher's share again."""
+def test_schedules_keep_their_length_unless_they_are_extended() -> None:
+    """More rollouts would stretch them, and raise the teacher's share again."""
     longer = {
         "objective": "opdlm",
         "prompts": "p.jsonl",
@@ -164,12 +210,16 @@ def test_the_schedule_of_the_mixture_is_fixed(monkeypatch: pytest.MonkeyPatch) -
         "lr_decay_iters": 10,
         "teacher_response_fraction": 0.5,
     }
-    check(monkeypatch, longer, teacher_response_fraction_rollouts=5)
+    assert check(longer, teacher_response_fraction_rollouts=5) == []  # constant
     fading = {**longer, "teacher_response_fraction_schedule": "linear"}
-    check(
-        monkeypatch,
-        {**fading, "teacher_response_fraction_rollouts": 5},
-        teacher_response_fraction_rollouts=5,
-    )
-    with pytest.raises(UserError, match=r"--teacher-response-fraction-rollouts = 9: .*with 5"):
-        check(monkeypatch, fading, teacher_response_fraction_rollouts=5)
+    with pytest.raises(UserError, match=r"-fraction-rollouts \(then 5, now 9\)"):
+        check(fading, teacher_response_fraction_rollouts=5)
+    stretched = check(fading, extend=True, teacher_response_fraction_rollouts=5, lr_decay_iters=5)
+    assert stretched == ["teacher_response_fraction_rollouts", "lr_decay_iters"]
+
+    config = Config.from_dict({**COMMON, **fading, "lr_decay_iters": None})
+    saved = {**config.to_dict(), "lr_decay_iters": 20, "teacher_response_fraction_rollouts": 5}
+    kept = resuming.keep_schedules(config, saved)
+    assert kept.lr_decay_iters == 20
+    assert kept.teacher_response_fraction_rollouts == 5
+    assert kept.rollout.dynamic_threshold_rollouts is None  # has no schedule
