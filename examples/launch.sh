@@ -3,10 +3,10 @@
 #
 #   bash examples/launch.sh examples/qwen3_8b/opdlm.yaml [flags of pretrain_opdlm.py]
 #
-# A run folder that holds a checkpoint is resumed. Environment, all optional; what is unset is taken
-# from the configuration file:
-#   MODEL           Hugging Face folder of the model (--load, and the teacher where the
-#                   configuration names the same folder for both)
+# The same command again goes on from the run folder's newest checkpoint. Environment, all optional;
+# what is unset is taken from the configuration file:
+#   MODEL           Hugging Face folder of the model (--load, and the teacher where neither TEACHER
+#                   nor the configuration names another)
 #   TEACHER         Hugging Face folder of the teacher (--teacher-load)
 #   PROMPTS         JSONL of prompts (--prompts)
 #   DATA_PATH       corpus (--data-path)
@@ -26,32 +26,14 @@ config=$1
 shift
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# What the configuration, or else the one that it changes (base:), says of a key.
-value() {
-    local files=("$config") base
-    base=$(sed -n 's/^base: *\([^ #]*\).*/\1/p' "$config")
-    [[ -z $base ]] || files+=("$(dirname "$config")/$base")
-    sed -n "s/^$1: *\([^ #]*\).*/\1/p" "${files[@]}" | sed -n 1p
-}
-
 flags=(--config "$config")
-load=${MODEL:-}
-teacher=${TEACHER:-}
-if [[ -z $teacher && $(value teacher_load) == "$(value load)" ]]; then
-    teacher=$load
-fi
-save=${SAVE:-$(value save)}
-if [[ -f $save/latest_checkpointed_iteration.txt ]]; then
-    load=$save
-    set -- --no-finetune "$@"
-fi
-[[ -z $load ]] || flags+=(--load "$load")
-[[ -z $teacher ]] || flags+=(--teacher-load "$teacher")
+[[ -z ${MODEL:-} ]] || flags+=(--load "$MODEL")
+[[ -z ${TEACHER:-} ]] || flags+=(--teacher-load "$TEACHER")
 [[ -z ${PROMPTS:-} ]] || flags+=(--prompts "$PROMPTS")
 [[ -z ${DATA_PATH:-} ]] || flags+=(--data-path "$DATA_PATH")
 [[ -z ${VALID_DATA_PATH:-} ]] || flags+=(--valid-data-path "$VALID_DATA_PATH")
+[[ -z ${SAVE:-} ]] || flags+=(--save "$SAVE")
 [[ -z ${NUM_ROLLOUTS:-} ]] || flags+=(--num-rollouts "$NUM_ROLLOUTS" --num-epochs none)
-flags+=(--save "$save")
 
 # One CUDA queue keeps tensor-parallel communication in the order in which it was issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

@@ -53,23 +53,40 @@ def test_script_passes_environment_and_flags_on(tmp_path: Path) -> None:
     arguments = launch("qwen3_8b", tmp_path, **environment)
     assert arguments[:2] == ["--nnodes", "2"]
     config = started(arguments)
-    assert config.model.load == config.distillation.teacher_load == "weights"
+    assert config.model.load == config.teacher_load == "weights"
     assert config.data.prompts == "p.jsonl"
     assert config.data.seed == 7
     assert config.logging.save == str(tmp_path)
 
 
-def test_script_resumes_a_run_with_its_teacher(tmp_path: Path) -> None:
+def test_script_starts_and_resumes_with_the_same_arguments(tmp_path: Path) -> None:
+    """Whether there is a run is found out where it is decided."""
+    environment = {"MODEL": "weights", "SAVE": str(tmp_path)}
+    before = launch("qwen3_0.6b", tmp_path, **environment)
+    shutil.rmtree(tmp_path / "bin")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("16\n")
-    config = launched("qwen3_0.6b", tmp_path, MODEL="weights", SAVE=str(tmp_path))
-    assert config.model.load == str(tmp_path)
-    assert config.distillation.teacher_load == "weights"
+    assert launch("qwen3_0.6b", tmp_path, **environment) == before
+    assert "--no-finetune" not in before
+
+
+@pytest.mark.parametrize("save", ["save: runs/mine # of this week", "save: 'runs/mine'", ""])
+def test_script_reads_no_configuration(tmp_path: Path, save: str) -> None:
+    """Comments, quotes and missing keys mean what they mean in YAML."""
+    recipe = EXAMPLES / "qwen3_0.6b" / "opdlm.yaml"
+    lines = recipe.read_text().splitlines()
+    changed = [save if line.startswith("save: ") else line for line in lines]
+    (tmp_path / "mine.yaml").write_text("\n".join(changed))
+    config = launched(
+        "qwen3_0.6b", tmp_path, RECIPE=os.path.relpath(tmp_path / "mine.yaml", recipe.parent)
+    )
+    assert config.logging.save == ("runs/mine" if save else None)
+    assert config.teacher_load == "models/Qwen3-0.6B"
 
 
 def test_script_gives_scp_no_teacher(tmp_path: Path) -> None:
     environment = {"MODEL": "weights", "DATA_PATH": "c", "VALID_DATA_PATH": "v"}
     config = launched("qwen3_30b_a3b", tmp_path, RECIPE="scp.yaml", **environment)
-    assert (config.model.load, config.distillation.teacher_load) == ("weights", None)
+    assert (config.model.load, config.needs_teacher) == ("weights", False)
     assert (config.data.data_path, config.data.valid_data_path) == ("c", "v")
 
 
@@ -94,7 +111,7 @@ def test_script_takes_another_recipe_and_what_its_base_says(tmp_path: Path) -> N
     config = launched("qwen3_4b", tmp_path, **environment)
     assert config.model.block_size == 8
     assert config.logging.save == "runs/qwen3_4b/opdlm_block8"
-    assert config.model.load == config.distillation.teacher_load == "weights"
+    assert config.model.load == config.teacher_load == "weights"
     assert (config.rollout.num_rollouts, config.training.num_epochs) == (3, None)
 
 

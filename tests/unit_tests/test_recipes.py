@@ -49,7 +49,6 @@ TEACHER_32B = {
 }
 AT_8B = {
     "load": "models/Qwen3-8B",
-    "teacher_load": "models/Qwen3-8B",
     "tensor_model_parallel_size": 2,
     "sequence_parallel": True,
 }
