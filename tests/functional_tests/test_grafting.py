@@ -59,7 +59,9 @@ def test_the_second_run_takes_the_weights_and_starts_afresh(folder: Path) -> Non
 
 def test_attention_does_not_change_within_a_run(folder: Path) -> None:
     config = run_config(folder, folder / "causal", save=str(folder / "causal"), **SCP)
-    with pytest.raises(UserError, match=r"--attention-pattern = 'full': .*'causal'.*--finetune"):
+    with pytest.raises(
+        UserError, match=r"--attention-pattern \(then 'causal', now 'full'\).*--fine"
+    ):
         run_training(config)
 
 
