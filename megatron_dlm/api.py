@@ -260,7 +260,7 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
         special_tokens,
         config.data.max_prompt_length,
         config.rollout.max_response_length,
-        config.data.chat_template_kwargs,
+        config.template.chat_template_kwargs,
         "examples",
         positions,
         config.data.train_on,

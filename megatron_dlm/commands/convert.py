@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config import ModelConfig, ParallelConfig
+from megatron_dlm.config import CheckpointOptions, ParallelConfig
 from megatron_dlm.entry import rank
 from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
 from megatron_dlm.training.model_source import StatedAttention
@@ -37,14 +37,8 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class ConversionConfig:
+class ConversionConfig(CheckpointOptions):
     """Conversion: source, target and format."""
-
-    load: str | None = None
-    """Hugging Face folder, Megatron run folder or one of its iteration folders."""
-
-    verify_checkpoint: bool = ModelConfig.verify_checkpoint
-    """Compare every file of a Megatron checkpoint with its manifest before it is loaded."""
 
     save: str | None = None
     """Folder to write; it must not exist, unless --overwrite is given."""
@@ -55,9 +49,6 @@ class ConversionConfig:
     attention), rnd1 (full attention, shifted, mixture of experts), autoregressive (also
     MoE) or peft (a LoRA run's adapters alone). Default: sdar, or a2d-FAMILY for networks that code
     for sdar does not compute."""
-
-    tokenizer: str | None = None
-    """Folder with tokenizer.json (default: the one beside the weights)."""
 
     block_size: int | None = None
     """Block size the model was trained with, or should be decoded with under full attention

@@ -1,23 +1,18 @@
 """Configuration: options classes, command line and YAML, rules across fields."""
 
 from megatron_dlm.config.groups import (
+    CheckpointOptions,
     DataConfig,
     DecodingConfig,
-    DistillationConfig,
-    LoRAConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParallelConfig,
     RolloutConfig,
-    SelfDistillationConfig,
+    TemplateConfig,
 )
 from megatron_dlm.config.parsing import format_config, format_length, parse_arguments, parse_config
 from megatron_dlm.config.schema import Config
 from megatron_dlm.config.training_groups import (
-    LoggingConfig,
-    OptimizerConfig,
     ParameterGroup,
-    TrainingConfig,
 )
 from megatron_dlm.config.validation import (
     validate,
@@ -27,20 +22,15 @@ from megatron_dlm.config.validation import (
 )
 
 __all__ = [
+    "CheckpointOptions",
     "Config",
     "DataConfig",
     "DecodingConfig",
-    "DistillationConfig",
-    "LoRAConfig",
-    "LoggingConfig",
     "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
     "ParallelConfig",
     "ParameterGroup",
     "RolloutConfig",
-    "SelfDistillationConfig",
-    "TrainingConfig",
+    "TemplateConfig",
     "format_config",
     "format_length",
     "parse_arguments",

@@ -51,7 +51,12 @@ class OptionField:
     @property
     def flag(self) -> str:
         """The command-line flag."""
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
 
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:

@@ -50,7 +50,22 @@ RewardName = Literal["exact_match", "math_verify"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class CheckpointOptions:
+    """What is read of a checkpoint, in training as in the tools."""
+
+    load: str | None = None
+    """Weights: a Hugging Face folder, a run folder (its latest checkpoint) or an iter_* folder."""
+
+    verify_checkpoint: bool = True
+    """Compare every file of a Megatron checkpoint with its manifest before it is loaded; without
+    it only small files and sizes, which takes no time at any size."""
+
+    tokenizer: str | None = None
+    """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(CheckpointOptions):
     """Model: weights, architecture and how a layer computes."""
 
     load: str | None = None
@@ -58,15 +73,8 @@ class ModelConfig:
     latest checkpoint; that run goes on unless --finetune is given). It stays the same when the run
     in --save is resumed."""
 
-    verify_checkpoint: bool = True
-    """Compare every file of a Megatron checkpoint with its manifest before it is loaded; without
-    it only small files and sizes, which takes no time at any size."""
-
     finetune: bool = False
     """Take only the weights from --load: optimizer, schedules and data position start afresh."""
-
-    tokenizer: str | None = None
-    """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
 
     block_size: Annotated[int, AT_LEAST_ONE, FIXED] = 4
     """Tokens denoised together; blocks are counted from the first prompt token."""
@@ -201,6 +209,17 @@ class DataConfig:
     """What happens to longer prompts: an error that names the line, or they are left out of the
     data (drop), or only their last --max-prompt-length tokens are kept (truncate)."""
 
+    seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
+    """Seed of everything random: weights, order of the data, sampling, state selection."""
+
+    shuffle: Annotated[bool, FIXED] = True
+    """Visit the data in a new random order every epoch instead of the file's order."""
+
+
+@dataclass(frozen=True)
+class TemplateConfig:
+    """Template: how a record becomes a prompt, and what its domain changes."""
+
     domain_field: str = "domain"
     """Field of a record that names its domain, for the options by domain."""
 
@@ -208,11 +227,9 @@ class DataConfig:
     """Text to append to the last user message (or to `prompt`) of a record, by its domain; JSON as
     a flag. `default` stands for all domains that are not named."""
 
-    seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
-    """Seed of everything random: weights, order of the data, sampling, state selection."""
-
-    shuffle: Annotated[bool, FIXED] = True
-    """Visit the data in a new random order every epoch instead of the file's order."""
+    max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
+    """Longest response in tokens by the domain of a record, where that is below
+    --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
 
     chat_template_kwargs: Annotated[dict[str, Any], FIXED] = field(default_factory=dict)
     """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag. Those
@@ -250,10 +267,6 @@ class RolloutConfig(DecodingConfig):
 
     max_response_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest response in tokens; the end point of the length schedule."""
-
-    max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
-    """Longest response in tokens by the domain of a record, where that is below the limit of the
-    rollout; JSON as a flag. `default` stands for all domains that are not named."""
 
     min_response_length: Annotated[int | None, AT_LEAST_ONE] = None
     """Response limit in tokens at the first rollout (linear and cosine schedules)."""

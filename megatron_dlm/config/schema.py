@@ -11,7 +11,6 @@ from megatron_dlm.config.coercion import build
 from megatron_dlm.config.fields import dump_yaml, flatten, option_fields
 from megatron_dlm.config.groups import (
     DataConfig,
-    DecodingConfig,
     DistillationConfig,
     LoRAConfig,
     MaskEmbeddingInit,
@@ -20,6 +19,7 @@ from megatron_dlm.config.groups import (
     ParallelConfig,
     RolloutConfig,
     SelfDistillationConfig,
+    TemplateConfig,
 )
 from megatron_dlm.config.objective_traits import (
     OBJECTIVE_TRAITS,
@@ -27,8 +27,8 @@ from megatron_dlm.config.objective_traits import (
     ResponseSource,
     StateSelection,
 )
-from megatron_dlm.config.param_group_presets import PARAM_GROUP_PRESETS
 from megatron_dlm.config.training_groups import (
+    PARAM_GROUP_PRESETS,
     LoggingConfig,
     OptimizerConfig,
     ParameterGroup,
@@ -37,23 +37,6 @@ from megatron_dlm.config.training_groups import (
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 Resume = Literal["auto", "never", "must"]
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "DecodingConfig",
-    "DistillationConfig",
-    "LoRAConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "ParameterGroup",
-    "RolloutConfig",
-    "SelfDistillationConfig",
-    "TrainingConfig",
-]
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -175,7 +159,7 @@ class Config:
     @property
     def longest_response(self) -> int:
         """Tokens of the longest response that any record can have."""
-        limits = self.rollout.max_response_length_by_domain.values()
+        limits = self.template.max_response_length_by_domain.values()
         return min(self.rollout.max_response_length, max(limits, default=sys.maxsize))
 
     @property

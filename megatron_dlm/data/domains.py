@@ -38,9 +38,9 @@ class Domains:
     def from_config(cls, config: Config) -> Domains:
         """The settings of a run."""
         return cls(
-            config.data.domain_field,
-            config.data.prompt_suffix_by_domain,
-            config.rollout.max_response_length_by_domain,
+            config.template.domain_field,
+            config.template.prompt_suffix_by_domain,
+            config.template.max_response_length_by_domain,
         )
 
     def response_limit(self, record: Mapping[str, Any], where: str) -> int | None:

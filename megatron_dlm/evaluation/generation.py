@@ -67,7 +67,7 @@ def read_inference_inputs(
         tokenizer,
         special_tokens,
         data.max_prompt_length,
-        data.chat_template_kwargs,
+        setup.config.template.chat_template_kwargs,
         domains=Domains.from_config(setup.config),
     )
     return InferenceInputs(prompts, special_tokens, _response_length(setup, prompts))

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dlm.config import (
+    CheckpointOptions,
     Config,
     DataConfig,
     DecodingConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
+    TemplateConfig,
     validate_inference,
 )
-from megatron_dlm.config.rules.support import divisors, flag
+from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.rules.support import divisors
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.strategies import STRATEGIES
@@ -31,17 +34,8 @@ Decoding = Literal["auto", "diffusion", "autoregressive"]
 
 
 @dataclass(frozen=True)
-class InferenceConfig:
+class InferenceConfig(CheckpointOptions):
     """Inference: the model, its prompts and the length of its responses."""
-
-    load: str | None = None
-    """Weights: a Hugging Face folder, a run folder (its latest checkpoint) or an iter_* folder."""
-
-    verify_checkpoint: bool = ModelConfig.verify_checkpoint
-    """Compare every file of a Megatron checkpoint with its manifest before it is loaded."""
-
-    tokenizer: str | None = None
-    """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
 
     block_size: int | None = None
     """Tokens denoised together (default: block_size of the model's config.json; without one, a
@@ -67,23 +61,9 @@ class InferenceConfig:
     """Longest response in tokens (default: that of training, or fewer where the model has no more
     positions)."""
 
-    domain_field: str = DataConfig.domain_field
-    """Field of a record that names its domain, for the options by domain."""
-
-    prompt_suffix_by_domain: dict[str, str] = field(default_factory=dict)
-    """Text to append to the last user message (or to `prompt`) of a record, by its domain, as in
-    training; JSON as a flag. `default` stands for all domains that are not named."""
-
-    max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
-    """Longest response in tokens by the domain of a record, where that is below
-    --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
-
     seed: int = DataConfig.seed
     """Seed of the draws; a prompt's response depends on it and on the prompt's place in the
     file, not on the parallel layout."""
-
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +79,7 @@ class InferenceArguments:
     """Groups of options that every tool which generates has; a tool adds its own."""
 
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     decoding: GreedyDecodingConfig = field(default_factory=GreedyDecodingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -168,12 +149,12 @@ class InferenceSetup:
             value = getattr(rollout, option.name)
             if option.name in read or value == option.default:
                 continue
-            remedy = f"drop {flag(option.name)}"
+            remedy = f"drop {flag_of(option.name)}"
             if option.name in ("top_k", "top_p"):
                 decoding, remedy = "--temperature 0", f"{remedy}, or choose a temperature above 0"
             elif self.diffusion_kind is None:
                 remedy += ", or add --block-size"
-            raise bad_value(flag(option.name), value, f"{decoding} has no use for it", remedy)
+            raise bad_value(flag_of(option.name), value, f"{decoding} has no use for it", remedy)
 
     def generation(self) -> GenerationConfig:
         """The decoding setting that the options describe."""
@@ -310,11 +291,12 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
         )
     if kind is None and block_size is not None:
         kind = BLOCK_DIFFUSION
-    by_domain = options.prompt_suffix_by_domain or options.max_response_length_by_domain
-    if options.domain_field != DataConfig.domain_field and not by_domain:
+    template = arguments.template
+    by_domain = template.prompt_suffix_by_domain or template.max_response_length_by_domain
+    if template.domain_field != TemplateConfig.domain_field and not by_domain:
         raise bad_value(
             "--domain-field",
-            options.domain_field,
+            template.domain_field,
             "no option by domain is given",
             "drop it, or add --prompt-suffix-by-domain or --max-response-length-by-domain",
         )
@@ -332,19 +314,16 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             block_size=1 if block_size is None else block_size,
         ),
         parallel=arguments.parallel,
+        template=template,
         data=DataConfig(
             seed=options.seed,
             max_prompt_length=given.get(
                 "max_prompt_length", max(1, source.architecture.max_position_embeddings - 1)
             ),
-            domain_field=options.domain_field,
-            prompt_suffix_by_domain=options.prompt_suffix_by_domain,
-            chat_template_kwargs=options.chat_template_kwargs,
         ),
         rollout=RolloutConfig(
             **asdict(decoding),
             max_response_length=given.get("max_response_length", RolloutConfig.max_response_length),
-            max_response_length_by_domain=options.max_response_length_by_domain,
         ),
     )
     validate_inference(config, world_size, source.architecture)

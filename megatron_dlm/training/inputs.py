@@ -168,7 +168,7 @@ def _given_responses(
         special_tokens,
         config.data.max_prompt_length,
         config.rollout.max_response_length,
-        config.data.chat_template_kwargs,
+        config.template.chat_template_kwargs,
         field,
         architecture.max_position_embeddings,
         config.data.train_on,
@@ -287,7 +287,7 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
             tokenizer,
             special_tokens,
             config.data.max_prompt_length,
-            config.data.chat_template_kwargs,
+            config.template.chat_template_kwargs,
             domains=Domains.from_config(config),
             long_prompts=config.data.long_prompts,
         )

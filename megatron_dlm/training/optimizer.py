@@ -20,7 +20,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_dlm.config.schema import Config, ParameterGroup
+from megatron_dlm.config import Config, ParameterGroup
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.model_parameters import global_names
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_dlm.config.fields import flag_of
 from megatron_dlm.config.rules.registry import Stage, rule
-from megatron_dlm.config.rules.support import divisors, flag, refuse
+from megatron_dlm.config.rules.support import divisors, refuse
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
@@ -110,7 +111,7 @@ def splits_of_model(config: Config, model: ModelSizes) -> Iterator[Split]:
 def _check(splits: Iterable[Split]) -> None:
     for split in splits:
         if split.whole % split.parts:
-            options = " x ".join(flag(option) for option in split.options)
+            options = " x ".join(flag_of(option) for option in split.options)
             raise bad_value(options, split.parts, f"does not divide {split.name}", split.remedy)
 
 

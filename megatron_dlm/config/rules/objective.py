@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_dlm.config.fields import flag_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules.registry import Stage, rule
-from megatron_dlm.config.rules.support import flag, refuse, value_of
+from megatron_dlm.config.rules.support import refuse, value_of
 from megatron_dlm.config.schema import Config
 
 
@@ -18,7 +19,7 @@ def check_objective_inputs(config: Config) -> None:
     data = config.data_option
     duration = "num_rollouts" if config.uses_rollouts else "train_iters"
     if value_of(config, data) is None:
-        remedy = f"add {flag(data)}"
+        remedy = f"add {flag_of(data)}"
         others = {"data": "--train-data", "corpus": "--data-path"}
         for source in config.traits.response_sources:
             if source in others and source != config.response_source:
@@ -26,13 +27,13 @@ def check_objective_inputs(config: Config) -> None:
         raise refuse(config, data, f"{_objective(config)} needs it", remedy)
     given, epochs = value_of(config, duration), config.training.num_epochs
     if given is None and epochs is None:
-        remedy = f"add {flag(duration)}, or --num-epochs"
+        remedy = f"add {flag_of(duration)}, or --num-epochs"
         raise refuse(config, duration, f"{_objective(config)} needs it", remedy)
     if given is not None and epochs is not None:
         raise refuse(
             config,
             "num_epochs",
-            f"{flag(duration)} {given} says it otherwise",
+            f"{flag_of(duration)} {given} says it otherwise",
             "leave one of the two out",
         )
     model = config.model
@@ -81,12 +82,12 @@ def check_validation(config: Config) -> None:
         remedy = (
             "leave it out; megatron-dlm evaluate measures held-out prompts"
             if config.validation_option is None
-            else f"give {flag(config.validation_option)}"
+            else f"give {flag_of(config.validation_option)}"
         )
         raise refuse(
             config,
             name,
-            f"{_objective(config)} on {flag(config.data_option)} has no validation loss over it",
+            f"{_objective(config)} on {flag_of(config.data_option)} has no validation loss over it",
             remedy,
         )
 
@@ -217,7 +218,7 @@ def check_offloading(config: Config) -> None:
                 config,
                 name,
                 "with --cache-teacher-targets there is no teacher in memory",
-                f"drop {flag(name)}",
+                f"drop {flag_of(name)}",
             )
     if config.distillation.offload_teacher and config.teaches_itself:
         raise refuse(

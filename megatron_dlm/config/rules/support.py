@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_dlm.config.fields import option_fields
+from megatron_dlm.config.fields import flag_of, option_fields
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
 
 
 def divisors(number: int) -> str:
@@ -33,4 +28,4 @@ def default_of(name: str) -> Any:
 
 def refuse(config: Config, name: str, problem: str, remedy: str) -> UserError:
     """The error for one field of a configuration."""
-    return bad_value(flag(name), value_of(config, name), problem, remedy)
+    return bad_value(flag_of(name), value_of(config, name), problem, remedy)

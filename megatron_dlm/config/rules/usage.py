@@ -5,16 +5,19 @@ An option counts as set where it differs from its default, whether a flag or a Y
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.groups import SelfDistillationConfig
 from megatron_dlm.config.rules.registry import Stage, rule
-from megatron_dlm.config.rules.support import default_of, flag, refuse, value_of
-from megatron_dlm.config.schema import Config, SelfDistillationConfig
+from megatron_dlm.config.rules.support import default_of, refuse, value_of
+from megatron_dlm.config.schema import Config
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION
 
-DIVERGENCE_FIELDS = ("divergence", "jsd_beta", "divergence_top_k", "divergence_tail")
+DIVERGENCE = "divergence jsd_beta divergence_top_k divergence_tail"
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class Use:
 
     Attributes:
         condition: Whether they are read.
-        names: Fields of the options.
+        names: Names of the options, with spaces between them.
         reason: What has no use for them where they are not.
         remedy: What would use them, as an imperative; empty if nothing but another run would.
     """
 
     condition: bool
-    names: tuple[str, ...]
+    names: str
     reason: str
     remedy: str = ""
 
@@ -41,219 +44,136 @@ def uses(config: Config) -> tuple[Use, ...]:
 
 def is_used(config: Config, name: str) -> bool:
     """Whether the run reads an option."""
-    return all(use.condition for use in uses(config) if name in use.names)
+    return all(use.condition for use in uses(config) if name in use.names.split())
 
 
 @rule(Stage.USAGE)
 def check_nothing_is_ignored(config: Config) -> None:
     """What the run has no use for keeps its default."""
     for use in uses(config):
-        for name in use.names if not use.condition else ():
+        for name in use.names.split() if not use.condition else ():
             if value_of(config, name) != default_of(name):
-                remedy = f"drop {flag(name)}" + (f", or {use.remedy}" if use.remedy else "")
+                remedy = f"drop {flag_of(name)}" + (f", or {use.remedy}" if use.remedy else "")
                 raise refuse(config, name, f"{use.reason} has no use for it", remedy)
 
 
-def _uses_of_objective(config: Config) -> list[Use]:
+def _uses_of_objective(config: Config) -> Iterator[Use]:
     """What hangs on the objective and on where its responses come from."""
     traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
     corpus, itself = source == "corpus", traits.self_distillation
     generates = rollouts or config.uses_teacher_responses
     block_diffusion = traits.diffusion_kind == BLOCK_DIFFUSION
-    by_blocks = rollouts or block_diffusion
     # A given response has no visited states, and a corpus window no blocks.
     masks_at_random = block_diffusion and (
         config.state_selection == "random" or config.uses_teacher_responses
     )
-    of_rollouts = (
-        "num_rollouts",
-        "rollout_batch_size",
-        "epochs_per_rollout",
-        "response_length_schedule",
-        "min_response_length",
-        "response_length_warmup_rollouts",
-        "dynamic_threshold_schedule",
-        "remasking_strategy",
-        *STRATEGY_OPTIONS,
-    )
-    of_records = (
-        "max_prompt_length",
-        "long_prompts",
-        "max_response_length",
-        "max_response_length_by_domain",
-        "prompt_suffix_by_domain",
-        "chat_template_kwargs",
-    )
-    of_mixtures = (
-        "teacher_response_fraction",
-        "final_teacher_response_fraction",
-        "teacher_response_fraction_schedule",
-        "teacher_response_fraction_rollouts",
-    )
-    rows: tuple[tuple[bool, tuple[str, ...]], ...] = (
-        (source in ("rollout", "teacher"), ("prompts",)),
-        (source == "data", ("train_data", "train_on")),
-        (corpus, ("data_path", "seq_length")),
-        (not corpus, of_records),
-        (not corpus and not itself, ("supervise_eos",)),
-        (by_blocks, ("block_size",)),
-        (generates, ("temperature", "top_k", "top_p", "max_running_requests")),
-        (rollouts, of_rollouts),
-        (rollouts and not itself, of_mixtures),
-        (not rollouts, ("train_iters",)),
-        (config.validation_path is not None, ("eval_interval", "eval_iters")),
-        (traits.weighs_tokens, ("loss_weighting",)),
-        (masks_at_random, ("empty_mask",)),
-        (traits.chooses_attention, ("attention_pattern", "attention_annealing_iters")),
-        (traits.diffusion_kind is not None, ("mask_embedding_init",)),
-        (config.needs_teacher, ("teacher_load",)),
-        (config.uses_teacher_responses, ("teacher_responses",)),
-        (traits.uses_teacher, ("offload_teacher", "offload_optimizer")),
-        (traits.uses_teacher, ("cache_teacher_targets", *DIVERGENCE_FIELDS)),
-    )
     objective = _as_given(config, "objective")
-    return [
-        *(Use(condition, names, objective) for condition, names in rows),
-        Use(
-            not itself,
-            DIVERGENCE_FIELDS,
-            objective,
-            f"use {flag('teacher_top_k')} or {flag('divergence_term_limit')}",
+    for condition, names in (
+        (source in ("rollout", "teacher"), "prompts"),
+        (source == "data", "train_data train_on"),
+        (corpus, "data_path seq_length"),
+        (
+            not corpus,
+            "max_prompt_length long_prompts max_response_length max_response_length_by_domain "
+            "prompt_suffix_by_domain chat_template_kwargs",
         ),
-        Use(
-            itself,
-            tuple(SelfDistillationConfig.__dataclass_fields__),
-            objective,
-            "choose --objective d_opsd",
+        (not corpus and not itself, "supervise_eos"),
+        (rollouts or block_diffusion, "block_size"),
+        (generates, "temperature top_k top_p max_running_requests"),
+        (
+            rollouts,
+            "num_rollouts rollout_batch_size epochs_per_rollout response_length_schedule "
+            "min_response_length response_length_warmup_rollouts dynamic_threshold_schedule "
+            f"remasking_strategy {' '.join(STRATEGY_OPTIONS)}",
         ),
-        Use(traits.verifies, ("reward", "max_tries"), objective, "choose --objective d_opsd"),
-    ]
+        (
+            rollouts and not itself,
+            "teacher_response_fraction final_teacher_response_fraction "
+            "teacher_response_fraction_schedule teacher_response_fraction_rollouts",
+        ),
+        (not rollouts, "train_iters"),
+        (config.validation_path is not None, "eval_interval eval_iters"),
+        (traits.weighs_tokens, "loss_weighting"),
+        (masks_at_random, "empty_mask"),
+        (traits.chooses_attention, "attention_pattern attention_annealing_iters"),
+        (traits.diffusion_kind is not None, "mask_embedding_init"),
+        (config.needs_teacher, "teacher_load"),
+        (config.uses_teacher_responses, "teacher_responses"),
+        (traits.uses_teacher, "offload_teacher offload_optimizer"),
+        (traits.uses_teacher, f"cache_teacher_targets {DIVERGENCE}"),
+    ):
+        yield Use(condition, names, objective)
+    remedy = f"use {flag_of('teacher_top_k')} or {flag_of('divergence_term_limit')}"
+    yield Use(not itself, DIVERGENCE, objective, remedy)
+    remedy = "choose --objective d_opsd"
+    yield Use(itself, " ".join(SelfDistillationConfig.__dataclass_fields__), objective, remedy)
+    yield Use(traits.verifies, "reward max_tries", objective, remedy)
 
 
-def _uses_of_other_options(config: Config) -> list[Use]:
-    """What hangs on another option."""
-    rollout, distillation = config.rollout, config.distillation
+def _uses_of_other_options(config: Config) -> Iterator[Use]:
+    """What hangs on the value of another option."""
 
-    def choose(name: str, *values: str) -> str:
-        return f"choose {flag(name)} {' or '.join(values)}"
+    def of(option: str, condition: bool, names: str, value: str = "", remedy: str = "") -> Use:
+        """A use that another value of an option would make."""
+        remedy = remedy or f"choose {flag_of(option)} {value}"
+        return Use(condition, names, _as_given(config, option), remedy)
 
-    return [
-        *(
-            Use(
-                STRATEGIES[rollout.remasking_strategy].option == option,
-                (name,),
-                _as_given(config, "remasking_strategy"),
-                choose(
-                    "remasking_strategy",
-                    *(
-                        strategy.name
-                        for strategy in STRATEGIES.values()
-                        if strategy.option == option
-                    ),
-                ),
-            )
-            for name, option in STRATEGY_OPTIONS.items()
-        ),
-        Use(
-            config.objective.attention_pattern != "causal",
-            ("attention_annealing_iters",),
-            "--attention-pattern causal",
-            choose("attention_pattern", "full"),
-        ),
-        Use(
-            rollout.temperature > 0,
-            ("top_k", "top_p"),
-            "--temperature 0",
-            "choose a temperature above 0",
-        ),
-        Use(
-            rollout.response_length_schedule != "constant",
-            ("min_response_length", "response_length_warmup_rollouts"),
-            "--response-length-schedule constant",
-            choose("response_length_schedule", "linear", "cosine"),
-        ),
-        Use(
-            bool(rollout.max_response_length_by_domain or config.data.prompt_suffix_by_domain),
-            ("domain_field",),
-            "a run without options by domain",
-            "add --max-response-length-by-domain",
-        ),
-        Use(
-            rollout.dynamic_threshold_schedule != "constant",
-            (
-                "final_dynamic_threshold",
-                "dynamic_threshold_hold_rollouts",
-                "dynamic_threshold_rollouts",
-            ),
-            "--dynamic-threshold-schedule constant",
-            choose("dynamic_threshold_schedule", "linear", "cosine"),
-        ),
-        Use(
-            rollout.remasking_strategy == "low_confidence_dynamic",
-            ("dynamic_threshold_schedule",),
-            _as_given(config, "remasking_strategy"),
-            choose("remasking_strategy", "low_confidence_dynamic"),
-        ),
-        Use(
-            rollout.teacher_response_fraction_schedule != "constant",
-            ("final_teacher_response_fraction", "teacher_response_fraction_rollouts"),
-            "--teacher-response-fraction-schedule constant",
-            choose("teacher_response_fraction_schedule", "linear", "cosine"),
-        ),
-        Use(
-            config.uses_teacher_responses,
-            ("teacher_response_fraction_schedule",),
-            "--teacher-response-fraction 0",
-            "choose a fraction above 0",
-        ),
-        Use(
-            "jsd" in distillation.divergence,
-            ("jsd_beta",),
-            _as_given(config, "divergence"),
-            choose("divergence", "jsd"),
-        ),
-        Use(
-            distillation.divergence_top_k > 0,
-            ("divergence_tail",),
-            "--divergence-top-k 0",
-            "choose e.g. --divergence-top-k 16",
-        ),
-        Use(
-            config.logging.keep_checkpoints > 0,
-            ("keep_checkpoint_every",),
-            "--keep-checkpoints 0",
-            "choose e.g. --keep-checkpoints 3",
-        ),
-        Use(
-            config.lora.lora_rank is not None,
-            ("lora_alpha", "lora_dropout", "lora_target_modules"),
-            "training without adapters",
-            "add --lora-rank",
-        ),
-        Use(
-            config.model.recompute_granularity == "full",
-            ("recompute_method", "recompute_num_layers"),
-            _as_given(config, "recompute_granularity"),
-            choose("recompute_granularity", "full"),
-        ),
-        Use(
-            config.optimizer.lr_decay_style != "constant",
-            ("min_lr",),
-            "--lr-decay-style constant",
-            choose("lr_decay_style", "cosine", "linear"),
-        ),
-        *(
-            Use(
-                not _groups_cover(config, name),
-                (name,),
-                "--param-groups"
-                if config.optimizer.param_group_preset is None
-                else _as_given(config, "param_group_preset"),
-                f"choose --param-groups of which one names no {name}",
-            )
-            for name in ("lr", "min_lr", "weight_decay")
-        ),
-    ]
+    def of_schedule(option: str, names: str) -> Use:
+        return of(option, value_of(config, option) != "constant", names, "linear or cosine")
+
+    strategy = config.rollout.remasking_strategy
+    for name, option in STRATEGY_OPTIONS.items():
+        having = [other.name for other in STRATEGIES.values() if other.option == option]
+        condition = STRATEGIES[strategy].option == option
+        yield of("remasking_strategy", condition, name, " or ".join(having))
+    dynamic = "low_confidence_dynamic"
+    yield of("remasking_strategy", strategy == dynamic, "dynamic_threshold_schedule", dynamic)
+    yield of_schedule(
+        "response_length_schedule", "min_response_length response_length_warmup_rollouts"
+    )
+    yield of_schedule(
+        "dynamic_threshold_schedule",
+        "final_dynamic_threshold dynamic_threshold_hold_rollouts dynamic_threshold_rollouts",
+    )
+    yield of_schedule(
+        "teacher_response_fraction_schedule",
+        "final_teacher_response_fraction teacher_response_fraction_rollouts",
+    )
+    yield of_schedule("lr_decay_style", "min_lr")
+    yield of(
+        "teacher_response_fraction",
+        config.uses_teacher_responses,
+        "teacher_response_fraction_schedule",
+        remedy="choose a fraction above 0",
+    )
+    is_full = config.objective.attention_pattern != "causal"
+    yield of("attention_pattern", is_full, "attention_annealing_iters", "full")
+    samples = config.rollout.temperature > 0
+    yield of("temperature", samples, "top_k top_p", remedy="choose a temperature above 0")
+    yield of("divergence", "jsd" in config.distillation.divergence, "jsd_beta", "jsd")
+    some = config.distillation.divergence_top_k > 0
+    remedy = "choose e.g. --divergence-top-k 16"
+    yield of("divergence_top_k", some, "divergence_tail", remedy=remedy)
+    deletes = config.logging.keep_checkpoints > 0
+    remedy = "choose e.g. --keep-checkpoints 3"
+    yield of("keep_checkpoints", deletes, "keep_checkpoint_every", remedy=remedy)
+    whole = config.model.recompute_granularity == "full"
+    yield of("recompute_granularity", whole, "recompute_method recompute_num_layers", "full")
+    by_domain = (
+        config.template.max_response_length_by_domain or config.template.prompt_suffix_by_domain
+    )
+    reason, remedy = "a run without options by domain", "add --max-response-length-by-domain"
+    yield Use(bool(by_domain), "domain_field", reason, remedy)
+    adapters, names = (
+        config.lora.lora_rank is not None,
+        "lora_alpha lora_dropout lora_target_modules",
+    )
+    yield Use(adapters, names, "training without adapters", "add --lora-rank")
+    preset = config.optimizer.param_group_preset
+    reason = "--param-groups" if preset is None else _as_given(config, "param_group_preset")
+    for name in ("lr", "min_lr", "weight_decay"):
+        remedy = f"choose --param-groups of which one names no {name}"
+        yield Use(not _groups_cover(config, name), name, reason, remedy)
 
 
 def _groups_cover(config: Config, name: str) -> bool:
@@ -265,4 +185,5 @@ def _groups_cover(config: Config, name: str) -> bool:
 
 def _as_given(config: Config, name: str) -> str:
     """An option and its value as on the command line."""
-    return f"{flag(name)} {value_of(config, name)}"
+    value = value_of(config, name)
+    return f"{flag_of(name)} {value:g}" if isinstance(value, float) else f"{flag_of(name)} {value}"

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
-from megatron_dlm.config.fields import option_fields
+from megatron_dlm.config.fields import flag_of, option_fields
 from megatron_dlm.config.rules.registry import Stage, rule
-from megatron_dlm.config.rules.support import divisors, flag, refuse, value_of
+from megatron_dlm.config.rules.support import divisors, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
@@ -28,9 +28,9 @@ def check_ranges(config: Config) -> None:
 @rule(Stage.COMBINATIONS, "training", "inference")
 def check_limits_by_domain(config: Config) -> None:
     """Every domain has room for a response."""
-    for domain, limit in config.rollout.max_response_length_by_domain.items():
+    for domain, limit in config.template.max_response_length_by_domain.items():
         if limit < 1:
-            name = f"{flag('max_response_length_by_domain')}.{domain}"
+            name = f"{flag_of('max_response_length_by_domain')}.{domain}"
             raise bad_value(name, limit, "is less than 1", "choose 1 or more")
 
 
@@ -103,14 +103,7 @@ def check_dynamic_threshold_schedule(config: Config) -> None:
 @rule(Stage.VALUES)
 def check_divergence(config: Config) -> None:
     """The divergence is one that can be computed."""
-    distillation = config.distillation
-    DivergenceSpec.parse(
-        distillation.divergence,
-        jsd_beta=distillation.jsd_beta,
-        top_k=distillation.divergence_top_k,
-        tail=distillation.divergence_tail,
-        chunk_size=distillation.divergence_chunk_size,
-    )
+    DivergenceSpec.parse(config.distillation.divergence)
 
 
 @rule(Stage.COMBINATIONS)
@@ -139,7 +132,7 @@ def check_parameter_groups(config: Config) -> None:
         )
     patterns: set[str] = set()
     for i, group in enumerate(optimizer.param_groups):
-        where = f"{flag('param_groups')}[{i}]"
+        where = f"{flag_of('param_groups')}[{i}]"
         try:
             re.compile(group.pattern)
         except re.error as error:

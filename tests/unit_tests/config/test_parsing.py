@@ -69,8 +69,8 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
     )
     from_yaml = parse_config(["--config", write(tmp_path, text)])
     assert flags.optimizer.param_groups == from_yaml.optimizer.param_groups == expected
-    assert flags.data.chat_template_kwargs == from_yaml.data.chat_template_kwargs
-    assert flags.data.chat_template_kwargs == {"enable_thinking": False}
+    assert flags.template.chat_template_kwargs == from_yaml.template.chat_template_kwargs
+    assert flags.template.chat_template_kwargs == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_file_changes_its_base_and_flags_win_over_both(tmp_path: Path) -> None
     config = parse_config(["--config", file, "--seed", "5"])
     assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-4, 2e-5)
     assert (config.rollout.top_k, config.data.seed, config.model.load) == (7, 5, None)
-    assert config.data.chat_template_kwargs == {"c": 3}
+    assert config.template.chat_template_kwargs == {"c": 3}
 
 
 @pytest.mark.parametrize(

@@ -197,14 +197,14 @@ def test_an_option_with_a_use_is_accepted(case: Case) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    rules = [set(use.names) for use in uses(Config())]
+    rules = [set(use.names.split()) for use in uses(Config())]
     assert set().union(*rules) == {case.name for case in CASES}
     refusing = {
         index
         for case in CASES
         for run in case.unused
         for index, use in enumerate(uses(config_with(run)))
-        if not use.condition and case.name in use.names
+        if not use.condition and case.name in use.names.split()
     }
     assert refusing == set(range(len(rules)))
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.model import DiffusionGPTModel

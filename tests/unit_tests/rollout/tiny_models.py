@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_dlm.config.schema import Config, ParallelConfig
+from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model import DiffusionGPTModel
