@@ -79,9 +79,9 @@ class InferenceArguments:
     """Groups of options that every tool which generates has; a tool adds its own."""
 
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    template: TemplateConfig = field(default_factory=TemplateConfig)
     decoding: GreedyDecodingConfig = field(default_factory=GreedyDecodingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
 
 
 @dataclass(frozen=True)

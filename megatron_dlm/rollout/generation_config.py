@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_dlm.config import DecodingConfig
+from megatron_dlm.config.fields import option_fields
 from megatron_dlm.errors import bad_value
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS, StrategyOptions
 from megatron_dlm.rollout.strategies import STRATEGIES, Strategy
@@ -142,10 +144,10 @@ class GenerationConfig(StrategyOptions):
             "is unknown",
             f"choose one of {', '.join(STRATEGIES)}",
         )
-        for name, option in STRATEGY_OPTIONS.items():
-            value = getattr(self, name)
-            fits = value is None or value in option.range
-            require(name, fits, option.range.problem, option.range.remedy)
+        for name, option in option_fields(DecodingConfig).items():
+            value, allowed = getattr(self, name), option.range
+            if allowed is not None and value is not None:
+                require(name, value in allowed, allowed.problem, allowed.remedy)
         if self.strategy.option is not None:
             require(
                 self.strategy.option.name,
@@ -153,15 +155,6 @@ class GenerationConfig(StrategyOptions):
                 f"does not divide the block size {block_size}",
                 "choose a divisor of it",
             )
-        require("temperature", self.temperature >= 0.0, "is negative", "choose 0 or more")
-        require("top_k", self.top_k >= 0, "is negative", "choose 0 (off) or more")
-        require("top_p", 0.0 < self.top_p <= 1.0, "is no probability", "choose from (0, 1]")
-        require(
-            "max_running_requests",
-            self.max_running_requests >= 1,
-            "is not positive",
-            "choose 1 or more",
-        )
         if self.shifted and self.attention_pattern == "block_causal":
             raise bad_value(
                 "config.json: shifted",

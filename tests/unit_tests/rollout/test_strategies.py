@@ -119,8 +119,8 @@ def test_a_block_with_every_position_masked_takes_the_given_steps() -> None:
         ("denoising_steps_per_block", 3, "does not divide the block size 8"),
         ("remasking_strategy", "random", "is unknown"),
         ("temperature", -1.0, "is negative"),
-        ("top_p", 0.0, "is no probability"),
-        ("max_running_requests", 0, "is not positive"),
+        ("top_p", 0.0, r"is outside \(0, 1\]"),
+        ("max_running_requests", 0, "is less than 1"),
     ],
 )
 def test_settings_that_cannot_work(field: str, value: object, message: str) -> None:
