@@ -58,7 +58,8 @@ class Rule:
 
 
 RULES: list[Rule] = []
-"""Every rule; those of a stage are checked in this order."""
+"""Every rule; those of a stage are checked in this order: by the names of their files, then as they
+stand there."""
 
 
 def rule(stage: Stage, *subjects: Subject) -> Callable[[C], C]:
