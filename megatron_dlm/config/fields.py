@@ -36,7 +36,7 @@ class OptionField:
         type: Resolved type annotation, without `| None`.
         optional: Whether None is allowed.
         default: Value when nobody gives one.
-        range: Numbers that it may be; None: any.
+        range: Numbers that it, or every entry of a mapping, may be; None: any.
         fixed_on_resume: Whether a resumed run cannot change it.
     """
 

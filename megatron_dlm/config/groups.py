@@ -227,7 +227,9 @@ class TemplateConfig:
     """Text to append to the last user message (or to `prompt`) of a record, by its domain; JSON as
     a flag. `default` stands for all domains that are not named."""
 
-    max_response_length_by_domain: dict[str, int] = field(default_factory=dict)
+    max_response_length_by_domain: Annotated[dict[str, int], AT_LEAST_ONE] = field(
+        default_factory=dict
+    )
     """Longest response in tokens by the domain of a record, where that is below
     --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
 

@@ -27,15 +27,15 @@ class ParameterGroup:
         pattern: attention, mlp, experts, router, embedding, norm, output, default (all that is in
             no other group), or a regular expression searched in the parameter's name in the whole
             model, which no layout changes. A pattern that matches nothing is an error.
-        lr: Peak learning rate (None: `--lr`).
+        lr: Peak learning rate, 0 for parameters that stay (None: `--lr`).
         min_lr: Learning rate at the end of the decay (None: `--min-lr`).
         weight_decay: Weight decay (None: `--weight-decay`).
     """
 
     pattern: str
-    lr: float | None = None
-    min_lr: float | None = None
-    weight_decay: float | None = None
+    lr: Annotated[float | None, AT_LEAST_ZERO] = None
+    min_lr: Annotated[float | None, AT_LEAST_ZERO] = None
+    weight_decay: Annotated[float | None, AT_LEAST_ZERO] = None
 
 
 PARAM_GROUP_PRESETS: dict[ParamGroupPreset, tuple[ParameterGroup, ...]] = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
-from megatron_dlm.config.fields import flag_of, option_fields
+from megatron_dlm.config.fields import OptionField, flag_of, option_fields
 from megatron_dlm.config.rules.registry import Stage, rule
 from megatron_dlm.config.rules.support import divisors, refuse, value_of
 from megatron_dlm.config.schema import Config
@@ -20,18 +22,20 @@ from megatron_dlm.rollout.strategies import STRATEGIES
 def check_ranges(config: Config) -> None:
     """Every number lies in the range that its field states."""
     for name, option in option_fields(Config).items():
-        value = value_of(config, name)
-        if option.range is not None and value is not None and value not in option.range:
-            raise refuse(config, name, option.range.problem, option.range.remedy)
+        _check_range(flag_of(name), option, value_of(config, name))
 
 
-@rule(Stage.COMBINATIONS, "training", "inference")
-def check_limits_by_domain(config: Config) -> None:
-    """Every domain has room for a response."""
-    for domain, limit in config.template.max_response_length_by_domain.items():
-        if limit < 1:
-            name = f"{flag_of('max_response_length_by_domain')}.{domain}"
-            raise bad_value(name, limit, "is less than 1", "choose 1 or more")
+def _check_range(where: str, option: OptionField, value: Any) -> None:
+    """The same of one option: a number, each number of a mapping, or each field of each record."""
+    if isinstance(value, tuple):
+        for i, record in enumerate(value):
+            for name, field in option_fields(type(record)).items() if is_dataclass(record) else ():
+                _check_range(f"{where}[{i}].{name}", field, getattr(record, name))
+    elif isinstance(value, dict) and option.range is not None:
+        for key, number in value.items():
+            _check_range(f"{where}.{key}", option, number)
+    elif option.range is not None and value is not None and value not in option.range:
+        raise bad_value(where, value, option.range.problem, option.range.remedy)
 
 
 @rule(Stage.COMBINATIONS)
@@ -149,17 +153,9 @@ def check_parameter_groups(config: Config) -> None:
         patterns.add(group.pattern)
         lr = optimizer.lr if group.lr is None else group.lr
         min_lr = optimizer.min_lr if group.min_lr is None else group.min_lr
-        if lr < 0:
-            raise bad_value(f"{where}.lr", lr, "is negative", "choose 0 (frozen) or more")
-        if min_lr < 0:
-            raise bad_value(f"{where}.min_lr", min_lr, "is negative", "choose 0 or more")
         if optimizer.lr_decay_style != "constant" and min_lr > lr:
             raise bad_value(
                 f"{where}.min_lr", min_lr, f"is above the group's lr {lr:g}", f"choose 0 to {lr:g}"
-            )
-        if group.weight_decay is not None and group.weight_decay < 0:
-            raise bad_value(
-                f"{where}.weight_decay", group.weight_decay, "is negative", "choose 0 or more"
             )
 
 

@@ -51,7 +51,6 @@ BROKEN = {
     "check_validation": Broken({"valid_data": "held_out.jsonl"}),
     "check_state_selection": Broken({"state_selection": "random"}),
     "check_nothing_is_ignored": Broken({"temperature": 0, "top_k": 5}),
-    "check_limits_by_domain": Broken({"max_response_length_by_domain": {"math": 0}}),
     "check_strategy_option": Broken(
         {"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 3}
     ),

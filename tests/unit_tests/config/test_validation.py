@@ -109,6 +109,7 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
         ),
         (1, {"divergence": "forward_lk"}, ["forward_lk", "forward_kl, reverse_kl, jsd"]),
         (1, {"jsd_beta": 1.0}, ["jsd-beta", "1.0"]),
+        (1, {"max_response_length_by_domain": {"math": 0}}, ["by-domain.math = 0", "1 or more"]),
         (1, {"lr": 1e-7}, ["--min-lr = 1e-06", "0 to 1e-07"]),
         (1, {"lr_warmup_iters": 32}, ["--lr-warmup-iters = 32", "0 to 31"]),
         (1, {"lr_warmup_iters": 9, "lr_decay_iters": 9}, ["--lr-warmup-iters = 9", "0 to 8"]),
