@@ -116,9 +116,7 @@ def _parser(
     )
     hints, helps = typing.get_type_hints(cls), {} if values is None else option_helps(cls)
     places: dict[str | None, Any] = {None: parser.add_argument_group("options")}
-    places[None].add_argument(
-        "-h", "--help", action="store_true", help="Show this text (of --config with its values)."
-    )
+    places[None].add_argument("-h", "--help", action="store_true", help="Show this text.")
     for name, option in option_fields(cls).items():
         if option.group not in places:
             title = f"{str(option.group).replace('_', ' ')} options"
@@ -165,8 +163,8 @@ def _misused_flag(
     if option is None:
         return bad_value("command line", " ".join(given), str(error), "see --help")
     if option.type is bool:
-        value = next(text.partition("=")[2] for text in given if _switch(text, table) == option)
-        return _value_of_switch(option, value)
+        texts = [text for text in given if "=" in text and _switch(text, table) == option]
+        return _value_of_switch(option, texts[0].partition("=")[2])
     remedy = f"write {flag} {_metavar(option)}, or {flag}=... if it begins with a dash"
     return bad_value(flag, None, "has no value", remedy)
 

@@ -87,6 +87,7 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["--lr", "--save", "x"], ["--lr", "has no value"]),
         (["--sequence-parallel", "yes"], ["yes", "--no-sequence-parallel"]),
         (["--sequence-parallel=yes"], ["yes", "--no-sequence-parallel"]),
+        (["--bf16", "--no-bf16=off"], ["off", "takes no value"]),
         (["train"], ["train", "belongs to no flag"]),
         (["--param-groups", "attention"], ["--param-groups", "is not JSON"]),
         (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
