@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_dlm.config import Config, ParameterGroup, format_config, parse_config
 from megatron_dlm.config.coercion import coerce
-from megatron_dlm.config.fields import option_fields, option_helps
+from megatron_dlm.config.fields import INVOCATION_FIELDS, option_fields, option_helps
 from megatron_dlm.errors import UserError
 
 
@@ -248,7 +248,7 @@ PLAIN = st.recursive(
     ),
     max_leaves=5,
 )
-READ = {n: o for n, o in option_fields(Config).items() if n not in ("config", "dry_run")}
+READ = {n: o for n, o in option_fields(Config).items() if n not in INVOCATION_FIELDS}
 
 
 def outcome(argv: list[str] | None = None, values: dict[str, object] | None = None) -> object:
