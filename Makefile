@@ -4,7 +4,7 @@
 # make study       measure all objectives side by side (hours; goes on where it was)
 # make test-fast   unit tests that are not marked slow (minutes)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
-# make fuzz        ten thousand odd inputs: each has to end in a result or one line (an hour)
+# make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
 # make golden      rewrite the golden losses, after a change of method, data or tiny models
