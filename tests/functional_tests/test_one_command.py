@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.config import Config
+from megatron_dlm.config import Config, parse_config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import from_rank_zero
 from megatron_dlm.training import loop, run_start
@@ -23,6 +23,7 @@ from megatron_dlm.training.run_history import events, last_event
 from megatron_dlm.training.run_start import decide_start
 from tests.distributed_tests.spawn import run_distributed
 from tests.functional_tests.entry_points import PRETRAIN, Call, caller, options
+from tests.refusal import refusal
 from tests.tiny import REPOSITORY, run_config, run_training, save_random_model, write_data
 
 
@@ -207,6 +208,34 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(
     named = [str(tmp_path / "run") if word == str(tmp_path / "model") else word for word in command]
     assert call(PRETRAIN, *named, "--train-iters", 4).status == 0
     assert events(tmp_path / "run")[-2]["load"] == str(tmp_path / "model")
+
+
+def test_what_a_start_goes_on_from(
+    tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def start(load: Path, save: Path, *more: str) -> run_start.RunStart:
+        command = [*whole, "--load", str(load), "--save", str(save), "--num-rollouts", "3", *more]
+        return decide_start(parse_config(command))
+
+    def checkpoint(*folders: Path) -> Path:
+        resumed = start(*folders).resumed
+        assert resumed is not None
+        return resumed.checkpoint
+
+    first, second, new = run / "iter_0000001", run / "iter_0000002", tmp_path / "new"
+    assert checkpoint(run, run) == second
+    assert start(run, run).config.model.load == whole[whole.index("--load") + 1]
+    assert checkpoint(run, new) == second
+    assert start(run, new, "--finetune").resumed is None
+    message = refusal(start, run, new, "--resume", "never")
+    assert message is not None
+    assert "add --finetune" in message
+    # Wound back, but by a launcher that repeats its command only once.
+    assert checkpoint(first, run) == first
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert checkpoint(first, run) == second
 
 
 SCHEDULES: dict[str, Any] = dict(
