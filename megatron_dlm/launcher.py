@@ -46,12 +46,13 @@ def die_with_launcher() -> None:
         die_with_parent()
 
 
-def leave_error(message: str, status: int) -> None:
+def leave_error(message: str, status: int | None) -> None:
     """Leave an error where torchrun looks for it, so that its table of failures shows it.
 
     Args:
         message: One line.
-        status: Exit status that this process ends with; `final_error` of the next attempt finds it.
+        status: Exit status that starting again does not change: `final_error` of the next attempt
+            finds it. None where it may.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

@@ -1,7 +1,8 @@
 """Process groups and seeds, from one plain process to a torchrun job."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -22,6 +23,7 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import UserError
 from megatron_dlm.launcher import attempt
+from megatron_dlm.rank_watch import RankWatch
 
 T = TypeVar("T")
 
@@ -83,14 +85,8 @@ def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
 
 
 def initialize(config: Config) -> None:
-    """Select the device, join the process group and split it into model-parallel groups.
-
-    Works under torchrun or Slurm (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`,
-    `LOCAL_RANK`) and in a plain process, which becomes a group of one.
-    """
-    device = platform.select(config.parallel.device)
-    if not torch.distributed.is_initialized():
-        _join(config, device)
+    """Select the device, split the process group of all ranks by the layout, and set seeds."""
+    platform.select(config.parallel.device)
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -102,39 +98,64 @@ def initialize(config: Config) -> None:
     _set_seeds(config)
 
 
-def _join(config: Config, device: torch.device) -> None:
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    torch.distributed.init_process_group(
-        backend=platform.collective_backend(),
-        store=_store(timeout),
-        rank=rank(),
-        world_size=world_size(),
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+@contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """Join the process group on entry, before there is a layout, and leave it on exit.
+
+    Works under torchrun or Slurm (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`,
+    `LOCAL_RANK`), where the ranks watch each other (`RankWatch`), and in a plain process, which
+    becomes a group of one.
+    """
+    device = platform.select(config.parallel.device)
+    store: Store = HashStore()  # one process has nobody to find: it needs no address and no port
+    watch: RankWatch | nullcontext[None] = nullcontext()
+    if world_size() > 1:
+        store, next_store = _stores(config)
+        if config.parallel.watch_ranks:
+            watch = _rank_watch(config, store, next_store)
+    with watch:
+        torch.distributed.init_process_group(
+            backend=platform.collective_backend(),
+            store=store,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(watch, RankWatch):
+                watch.leave(error)  # first: to leave the group may take the others
+            raise
+        finally:
+            torch.distributed.destroy_process_group()
 
 
-def _store(timeout: timedelta) -> Store:
-    """Where the processes of this attempt find each other.
+def _stores(config: Config) -> tuple[Store, Store]:
+    """Where the processes of this attempt find each other, and those of the next one.
 
     torchrun keeps one store through all restarts: without a name of its own, an attempt would find
     the addresses of the dead ranks of the one before.
     """
-    if world_size() == 1:
-        return HashStore()  # one process has nobody to find: it needs no address and no port
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
     store.set_timeout(timeout)
-    return PrefixStore(f"attempt_{attempt()}", store)
+    number = attempt()
+    return PrefixStore(f"attempt_{number}", store), PrefixStore(f"attempt_{number + 1}", store)
 
 
-@contextmanager
-def joined(config: Config) -> Iterator[None]:
-    """Join the process group on entry, before there is a layout, and leave it on exit."""
-    _join(config, platform.select(config.parallel.device))
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank_watch(config: Config, store: Store, next_store: Store) -> RankWatch:
+    parallel = config.parallel
+    return RankWatch(
+        store,
+        next_store,
+        rank=rank(),
+        world_size=world_size(),
+        address=os.environ["MASTER_ADDR"],
+        stall_seconds=60.0 * parallel.stall_minutes,
+        limit_seconds=60.0 * parallel.distributed_timeout_minutes,
+    )
 
 
 def _set_seeds(config: Config) -> None:
@@ -183,7 +204,7 @@ def from_rank_zero(decide: Callable[[], T]) -> T:
 
 @contextmanager
 def initialized(config: Config) -> Iterator[None]:
-    """`initialize` on entry; destroy the groups on exit, so that another layout can follow.
+    """`joined` and `initialize`; the layout ends on exit, so that another one can follow.
 
     A nested block uses the existing groups.
     """
@@ -192,11 +213,9 @@ def initialized(config: Config) -> Iterator[None]:
         _set_seeds(config)
         yield
         return
-    joined_before = torch.distributed.is_initialized()
-    initialize(config)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        if not joined_before:
-            torch.distributed.destroy_process_group()
+    with nullcontext() if torch.distributed.is_initialized() else joined(config):
+        initialize(config)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()

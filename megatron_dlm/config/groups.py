@@ -170,7 +170,15 @@ class ParallelConfig:
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
 
     distributed_timeout_minutes: Annotated[int, AT_LEAST_ONE] = 10
-    """Minutes a collective may wait for the other processes before the run is aborted."""
+    """Minutes that a collective may wait for the other processes, and a process be without progress
+    while it trains, before the run is aborted."""
+
+    watch_ranks: bool = True
+    """Let processes watch each other over a connection to rank 0: one that dies ends the others in
+    seconds, and one that stalls is named."""
+
+    stall_minutes: Annotated[float, ABOVE_ZERO] = 5.0
+    """Minutes without progress after which a process is named, with its phase and stack."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.models.attention import CachedAttention
 
 
@@ -49,6 +50,7 @@ class DiffusionGPTModel(GPTModel):
         Raises:
             RuntimeError: An id is outside the vocabulary; on CUDA raised asynchronously.
         """
+        ACTIVITY.step()
         embedded = None
         if self.pre_process:
             # Otherwise the embedding would silently be a padding row, or zero if no rank has the

@@ -18,6 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config.schema import Config
 from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.training.student import Student
@@ -97,7 +98,8 @@ class PhaseOffload:
         self._residents = residents
 
     def enter(self, phase: Phase) -> None:
-        """Prepare for a phase."""
+        """Begin a phase, with what it needs."""
+        ACTIVITY.enter(phase)
         if not self._residents:
             return
         for tensors, phases in self._residents:

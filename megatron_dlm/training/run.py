@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dlm import platform
+from megatron_dlm.activity import ACTIVITY, SAVE
 from megatron_dlm.config import Config
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
@@ -56,7 +57,9 @@ class Run:
     def save(self) -> None:
         """Publish a checkpoint of the current progress in the run folder."""
         folder = self.config.logging.save
-        if folder is not None:
+        if folder is None:
+            return
+        with ACTIVITY.during(SAVE):
             save_checkpoint(
                 folder,
                 self.student.model,

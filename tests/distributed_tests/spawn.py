@@ -19,8 +19,8 @@ import torch.multiprocessing as mp
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 # Ranks are forks of one clean process that has imported what takes seconds to import.
-_PROCESSES = mp.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.tiny", "transformers.models.auto"])
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.tiny", "transformers.models.auto"])
 
 _join: Callable[[], None]
 """Joins this rank's world; set in the processes of `run_distributed`."""
@@ -48,8 +48,8 @@ def run_distributed(
         store = Path(folder, "store").as_uri()
         ranks = {}
         for rank in range(world_size):
-            receiver, sender = _PROCESSES.Pipe(duplex=False)
-            process = _PROCESSES.Process(
+            receiver, sender = PROCESSES.Pipe(duplex=False)
+            process = PROCESSES.Process(
                 target=_run_rank,
                 args=(sender, fn, rank, world_size, store, timeout_seconds, args),
                 daemon=False,  # writing a distributed checkpoint starts processes of its own

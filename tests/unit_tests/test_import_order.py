@@ -14,9 +14,9 @@ ROOT = Path(megatron_dlm.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("regular_file", "launcher"),
+    ("regular_file", "launcher", "activity"),
     ("json_file", "entry", "extras", "seeding", "ranges"),
-    ("platform",),
+    ("platform", "rank_watch"),
     ("types",),
     ("training.manifest", "training.run_folder", "training.run_history"),
     ("rollout.decoding_options", "rollout.strategies"),

@@ -158,6 +158,7 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     remedy = "choose e.g. --keep-checkpoints 3"
     yield of("keep_checkpoints", deletes, "keep_checkpoint_every", remedy=remedy)
     whole = config.model.recompute_granularity == "full"
+    yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     yield of("recompute_granularity", whole, "recompute_method recompute_num_layers", "full")
     by_domain = (
         config.template.max_response_length_by_domain or config.template.prompt_suffix_by_domain

@@ -120,6 +120,7 @@ CASES = [
     Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("attention_pattern", "full", (*ON_ROLLOUTS, SFT, NEXT_TOKEN_ON_CORPUS), (SCP,)),
+    Case("stall_minutes", 2.0, ({**OPDLM, "watch_ranks": False},), (OPDLM,)),
     Case("attention_annealing_iters", 2, (OPDLM, NEXT_TOKEN_ON_CORPUS, CAUSAL), (SCP,)),
     Case("loss_weighting", "none", (*ON_ROLLOUTS, OFF_POLICY, NEXT_TOKEN), (SFT, SCP)),
     Case(
