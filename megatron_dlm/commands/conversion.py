@@ -23,7 +23,8 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
-from megatron_dlm.training.checkpointing import AdapterUse, save_checkpoint, saved_config
+from megatron_dlm.training.checkpoint_saving import save_checkpoint
+from megatron_dlm.training.checkpointing import AdapterUse, saved_config
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
 

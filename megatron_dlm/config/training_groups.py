@@ -150,6 +150,14 @@ class LoggingConfig:
     """Keep those whose iteration is a multiple of this too, with --keep-checkpoints; 0 keeps no
     others."""
 
+    keep_best_checkpoint: bool = False
+    """Keep the checkpoint with the lowest validation loss too, with --keep-checkpoints; the loss is
+    then measured for every checkpoint."""
+
+    async_save: bool = True
+    """Train on while a checkpoint is written, from a copy in the host's memory; off, training waits
+    and there is no copy."""
+
     log_interval: Annotated[int, AT_LEAST_ONE] = 1
     """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
 

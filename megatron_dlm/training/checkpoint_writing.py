@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.errors import bad_value
-from megatron_dlm.parallel import errors_on_all_ranks
-from megatron_dlm.training.manifest import files_of, record_files, sync_folder, write_manifest
-from megatron_dlm.training.run_folder import LATEST
+from megatron_dlm.training.manifest import sync_folder
+from megatron_dlm.training.run_folder import LATEST, iteration_folder, latest_iteration
 
 UNREADABLE = (
     CheckpointingException,
@@ -78,32 +77,20 @@ def writing(final: Path) -> Iterator[None]:
     try:
         yield
     except (*UNREADABLE, RuntimeError) as error:
-        # What a writing process of Megatron-Core raised arrives as text, and for its file's end
-        # PyTorch has words of its own.
         number = getattr(error, "errno", None)
         if number is None and not isinstance(error, CheckpointException):
             raise
         reason = str(error).strip().splitlines()[-1] if number is None else os.strerror(number)
+        last = latest_iteration(final.parent)
+        again = "start again"
+        if last is not None:
+            again += f" from {iteration_folder(final.parent, last).name}"
         raise bad_value(
             "--save",
             str(final.parent),
             f"{final.name} could not be written ({reason})",
-            "make room there or repair it, and start again from the checkpoint before",
+            f"make room there or repair it, and {again}",
         ) from error
-
-
-def add_manifest(folder: Path, final: Path) -> None:
-    """Hash the files of a finished checkpoint, each rank a share, and write their manifest."""
-    torch.distributed.barrier()
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares: list[Any] = [None] * world
-    own = {}
-    with errors_on_all_ranks(), writing(final):
-        own = record_files(folder, files_of(folder)[rank::world])
-    torch.distributed.all_gather_object(shares, own)
-    with errors_on_all_ranks(), writing(final):
-        if rank == 0:
-            write_manifest(folder, {name: r for share in shares for name, r in share.items()})
 
 
 def publish(temporary: Path, final: Path, iteration: int) -> None:

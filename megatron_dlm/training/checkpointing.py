@@ -31,23 +31,14 @@ from megatron_dlm.models.lora import (
 from megatron_dlm.models.model_parameters import global_names
 from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero
 from megatron_dlm.training.checkpoint_metadata import checked_metadata
-from megatron_dlm.training.checkpoint_writing import (
-    UNREADABLE,
-    add_manifest,
-    bytes_of,
-    check_space,
-    publish,
-    writing,
-)
+from megatron_dlm.training.checkpoint_writing import UNREADABLE
 from megatron_dlm.training.manifest import damages
-from megatron_dlm.training.optimizer_state import load_optimizer_state, loading_optimizer_state
-from megatron_dlm.training.run_folder import (
-    HF_FOLDER,
-    find_checkpoint,
-    is_iteration_folder,
-    iteration_folder,
-    prune,
+from megatron_dlm.training.optimizer_state import (
+    load_optimizer_state,
+    loading_optimizer_state,
+    sharded_optimizer_state,
 )
+from megatron_dlm.training.run_folder import find_checkpoint, is_iteration_folder
 from megatron_dlm.training.student import Student
 
 
@@ -91,91 +82,16 @@ def write_hf_files(
             shutil.copyfile(tokenizer_folder / name, folder / name)
 
 
-def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # Whether experts have an optimizer of their own depends on the layout: names must not.
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def _sharded_state(
+def sharded_state(
     model: torch.nn.Module, student: Student | None, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = _metadata()
+    """What this rank holds of a checkpoint: the model and, with a student, what goes on from it."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {"model": unwrap_model(model).sharded_state_dict(metadata=metadata)}
     if student is not None:
-        state["optimizer"] = student.optimizer.sharded_state_dict(
-            state["model"], is_loading=is_loading, metadata=metadata
-        )
+        state["optimizer"] = sharded_optimizer_state(student.optimizer, state["model"], is_loading)
         state["scheduler"] = student.scheduler.state_dict()
     return state
-
-
-def save_checkpoint(
-    run_folder: str | Path,
-    model: torch.nn.Module,
-    *,
-    hf_config: dict[str, Any],
-    tokenizer_folder: Path | None,
-    generation_config: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    student: Student | None = None,
-    run_config: dict[str, Any] | None = None,
-    keep: int = 0,
-    keep_every: int = 0,
-) -> Path:
-    """Write and publish a checkpoint; all ranks call this.
-
-    Args:
-        run_folder: The run's folder, created if needed.
-        model: The model to save.
-        hf_config: Its config.json.
-        tokenizer_folder: Folder with the tokenizer's files to copy, or None.
-        generation_config: Its generation_config.json; none is written without one.
-        progress: Of the run; iteration 0 without one.
-        student: With it, optimizer and schedule are saved and the run can be resumed.
-        run_config: The run's flat configuration.
-        keep: Remove all but this many newest checkpoints afterwards; 0 keeps all.
-        keep_every: But not those whose iteration is a multiple of this; 0: no others.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        UserError: On every rank: the disk is too full, or the folder cannot be written. What was
-            saved before is untouched.
-    """
-    progress = progress or Progress()
-    final = iteration_folder(run_folder, progress.iteration)
-    temporary = final.with_name(final.name + ".tmp")
-    state = _sharded_state(model, student, is_loading=False)
-    needed = bytes_of(state)
-    state["progress"] = dataclasses.asdict(progress)
-    state["config"] = run_config or {}
-    with errors_on_all_ranks(), writing(final):
-        if is_rank_zero():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            check_space(temporary, needed)
-    try:
-        with writing(final):
-            dist_checkpointing.save(state, str(temporary))
-        with errors_on_all_ranks(), writing(final):
-            if is_rank_zero():
-                hf_folder = temporary / HF_FOLDER
-                write_hf_files(hf_folder, hf_config, generation_config, tokenizer_folder)
-        add_manifest(temporary, final)
-    except UserError:
-        if is_rank_zero():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    with errors_on_all_ranks(), writing(final):
-        if is_rank_zero():
-            publish(temporary, final, progress.iteration)
-            prune(run_folder, progress.iteration, keep, keep_every)
-    return final
 
 
 def _damaged(checkpoint: Path, field: str) -> UserError:
@@ -306,7 +222,7 @@ def load_weights(
     run_config = saved_config(checkpoint, field)
     with errors_on_all_ranks():
         attach_adapters_of_run(model, run_config, field)
-    state = _sharded_state(model, None, is_loading=True)
+    state = sharded_state(model, None, is_loading=True)
     with errors_on_all_ranks():
         _check_shapes(state, checkpoint, field)
     loaded = _load(state, checkpoint, field)
@@ -366,7 +282,7 @@ def load_training_state(
             "add --finetune to start from it",
         )
     with loading_optimizer_state(student.optimizer):
-        state = _sharded_state(student.model, student, is_loading=True)
+        state = sharded_state(student.model, student, is_loading=True)
         with errors_on_all_ranks():
             _check_shapes(state, checkpoint, field)
         loaded = _load(state, checkpoint, field)

@@ -19,6 +19,7 @@ from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
+from megatron_dlm.training.best_checkpoint import HeldOutFigure
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
@@ -27,6 +28,7 @@ from megatron_dlm.training.rate_precision import unseen_in_bf16
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.run_history import Event, record
 from megatron_dlm.training.train_step import train_step
+from megatron_dlm.training.validation import Validation
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -245,10 +247,12 @@ def _train(run: Run) -> None:
             ]
             times.student = laid_out + result.student_seconds
             times.optimizer = result.optimizer_seconds
-            held_out_loss = None
+            if run.saver is not None:
+                run.saver.poll()
+            run.figure, held_out_loss = None, None
             if run.validation is not None and run.validation.is_due(progress.iteration):
                 started = time.perf_counter()
-                held_out_loss = run.validation.loss(run.student.model, multiple)
+                held_out_loss = _measure(run, run.validation, multiple)
                 times.validation = time.perf_counter() - started
             logger.step(
                 StepMetrics(
@@ -276,6 +280,18 @@ def _train(run: Run) -> None:
         interval = config.logging.save_interval
         finished = progress.consumed_samples >= config.num_samples
         if finished or (interval and progress.iteration // interval > saved_at // interval):
+            keeps_best = config.logging.keep_best_checkpoint
+            if keeps_best and run.figure is None and run.validation is not None:
+                _measure(run, run.validation, multiple)
             run.save()
             saved_at = progress.iteration
+    if run.saver is not None:
+        run.saver.finish()
     logger.close()
+
+
+def _measure(run: Run, validation: Validation, multiple: int) -> float:
+    """The validation loss of the student as it is now, which becomes the run's figure."""
+    loss = validation.loss(run.student.model, multiple)
+    run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
+    return loss

@@ -1,4 +1,9 @@
-"""Loads a checkpoint's optimizer state into the optimizer of any parallel layout.
+"""Saves an optimizer's state, and loads it into the optimizer of any parallel layout.
+
+Each rank lists what it holds itself (`flat_shards`). Megatron's own `fully_reshardable` form has
+the same names and shapes but gathers the whole fp32 state on every rank, for saving and for
+loading, and its `fully_sharded_model_space` needs flattened ranges, which megatron-core 0.16
+refuses. A checkpoint that was written in the first form is loaded like any other.
 
 Parameter groups are not taken from a checkpoint: which parameters they hold and at what rates is
 said by the configuration, which a resumed run cannot change (`run.RESUME_FIXED`), and the current
@@ -14,12 +19,63 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_dlm.training.flat_shards import flat_shards
 
 
 def _parts(built: MegatronOptimizer) -> list[Any]:
     return built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+
+
+def sharded_optimizer_state(
+    built: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool
+) -> dict[Any, Any]:
+    """What this rank holds of an optimizer, for a distributed checkpoint.
+
+    Args:
+        built: The optimizer.
+        model_state: The model's sharded state, with its data.
+        is_loading: Whether the tensors are to be filled, within `loading_optimizer_state`; those
+            of a distributed optimizer are filled in place.
+
+    Returns:
+        The state of the only optimizer, or those of a chain by number.
+    """
+    parameters = {
+        value.data: value
+        for value in nested_values(model_state)
+        if isinstance(value, ShardedTensor | ShardedTensorFactory)
+    }
+    if isinstance(built, ChainedOptimizer):
+        built._synchronize_steps()
+    states = [
+        _distributed_state(part, parameters)
+        if isinstance(part, DistributedOptimizer)
+        else part.sharded_state_dict(model_state, is_loading)
+        for part in _parts(built)
+    ]
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def _distributed_state(part: Any, parameters: dict[Any, Any]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for ranges_by_dtype in part.gbuf_ranges:
+        for buckets in ranges_by_dtype.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    values = part._get_main_param_and_optimizer_states(parameter)
+                    values.pop("step", None)  # one number for all, kept with the groups
+                    tensors[str(len(tensors))] = flat_shards(
+                        parameters[parameter],
+                        ranges["param"].start,
+                        {f"optimizer.state.{name}": tensor for name, tensor in values.items()},
+                    )
+    return {**part.state_dict(), "param_state": tensors}
 
 
 def _part_states(state: Any) -> list[dict[str, Any]]:
@@ -102,14 +158,11 @@ def _load_part(part: Any, state: dict[str, Any]) -> None:
     if not isinstance(part, DistributedOptimizer):
         part.load_state_dict(state)
         return
-    tensors = state.pop("param_state")
+    state.pop("param_state")  # already in place
     part.load_state_dict(state)
-    # AdamW now counts the updates in one tensor that all parameters share, and the loading of the
-    # tensors below knows nothing of such a count.
-    steps = {param: values.pop("step").clone() for param, values in part.optimizer.state.items()}
-    part.load_parameter_state_from_fully_reshardable(tensors)
-    for param, step in steps.items():
-        part.optimizer.state[param]["step"] = step
+    for values in part.optimizer.state.values():
+        if "step" in values:  # PyTorch's AdamW now counts in one tensor that all parameters share
+            values["step"] = values["step"].clone()
 
 
 @torch.no_grad()

@@ -21,11 +21,12 @@ from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.teacher.building import build_teacher
+from megatron_dlm.training.best_checkpoint import HeldOutFigure
+from megatron_dlm.training.checkpoint_saving import CheckpointSaver
 from megatron_dlm.training.checkpointing import (
     Progress,
     attach_adapters_of_run,
     load_training_state,
-    save_checkpoint,
 )
 from megatron_dlm.training.inputs import RunInputs
 from megatron_dlm.training.mask_embedding import initialize_mask_embedding
@@ -40,7 +41,12 @@ from megatron_dlm.training.verified_rollout import Verifier
 
 @dataclass
 class Run:
-    """One rank's part of a training run."""
+    """One rank's part of a training run.
+
+    `saver` is None without a run folder. `figure` is what the student as it is now reaches on
+    held-out data, None where that was not measured; a checkpoint is saved with it, and the one with
+    the best can be kept.
+    """
 
     config: Config
     inputs: RunInputs
@@ -53,15 +59,17 @@ class Run:
     offload: PhaseOffload
     groups: ParallelGroups
     validation: Validation | None = None
+    saver: CheckpointSaver | None = None
+    figure: HeldOutFigure | None = None
 
     def save(self) -> None:
-        """Publish a checkpoint of the current progress in the run folder."""
+        """Start a checkpoint of the current progress in the run folder; see `saver.finish`."""
         folder = self.config.logging.save
-        if folder is None:
+        if folder is None or self.saver is None:
             return
         with ACTIVITY.during(SAVE):
-            save_checkpoint(
-                folder,
+            self.saver.finish()  # this may remove the checkpoint that holds the tokenizer
+            self.saver.save(
                 self.student.model,
                 hf_config=self.inputs.hf_config(self.config),
                 generation_config=self.inputs.architecture.generation_config,
@@ -69,8 +77,7 @@ class Run:
                 progress=self.progress,
                 student=self.student,
                 run_config=resumable_config(self.config, self.inputs),
-                keep=self.config.logging.keep_checkpoints,
-                keep_every=self.config.logging.keep_checkpoint_every,
+                figure=self.figure,
             )
 
     def _tokenizer_folder(self, run_folder: str) -> Path:
@@ -136,6 +143,20 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         build_offload(config, student, teacher),
         groups,
         None if inputs.held_out is None else Validation(config, objective, inputs.held_out, groups),
+        _build_saver(config),
+    )
+
+
+def _build_saver(config: Config) -> CheckpointSaver | None:
+    logging = config.logging
+    if logging.save is None:
+        return None
+    return CheckpointSaver(
+        logging.save,
+        keep=logging.keep_checkpoints,
+        keep_every=logging.keep_checkpoint_every,
+        keep_best=logging.keep_best_checkpoint,
+        in_background=logging.async_save,
     )
 
 

@@ -168,7 +168,13 @@ def tidy(run_folder: str | Path) -> None:
             warn(f"{path} cannot be removed ({error.strerror})")
 
 
-def prune(run_folder: str | Path, newest: int, keep: int, keep_every: int = 0) -> None:
+def prune(
+    run_folder: str | Path,
+    newest: int,
+    keep: int,
+    keep_every: int = 0,
+    kept: Collection[int] = (),
+) -> None:
     """Remove old checkpoints of a run; what cannot be removed is named in a warning.
 
     Args:
@@ -177,12 +183,13 @@ def prune(run_folder: str | Path, newest: int, keep: int, keep_every: int = 0) -
         newest: The iteration just saved. Later ones are of a run that was wound back, and stay.
         keep: How many of the newest stay; 0 keeps all.
         keep_every: Iterations that are multiples of it stay too; 0: no others.
+        kept: These stay too.
     """
     if not keep:
         return
     earlier = [iteration for iteration in saved_iterations(run_folder) if iteration <= newest]
     for iteration in earlier[:-keep]:
-        if keep_every and iteration % keep_every == 0:
+        if iteration in kept or (keep_every and iteration % keep_every == 0):
             continue
         folder = iteration_folder(run_folder, iteration)
         try:

@@ -9,14 +9,12 @@ from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from queue import Queue
 from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 # Ranks are forks of one clean process that has imported what takes seconds to import.
 PROCESSES = mp.get_context("forkserver")
@@ -112,9 +110,6 @@ def _run_rank(
     global _join
     gc.freeze()  # what all ranks share in memory stays shared: no collection looks at it
     torch.set_num_threads(1)
-    # For results of checkpoint writers Megatron starts a process, which imports torch; to write
-    # them at once needs none.
-    filesystem_async._results_queue = Queue()
     worlds = count()
 
     def join() -> None:

@@ -13,7 +13,7 @@ from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
-from megatron_dlm.training.checkpointing import save_checkpoint
+from megatron_dlm.training.checkpoint_saving import save_checkpoint
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import build_run
 from tests.functional_tests.entry_points import (

@@ -92,7 +92,7 @@ def _uses_of_objective(config: Config) -> Iterator[Use]:
             "teacher_response_fraction_schedule teacher_response_fraction_rollouts",
         ),
         (not rollouts, "train_iters"),
-        (config.validation_path is not None, "eval_interval eval_iters"),
+        (config.validation_path is not None, "eval_interval eval_iters keep_best_checkpoint"),
         (traits.weighs_tokens, "loss_weighting"),
         (masks_at_random, "empty_mask"),
         (traits.chooses_attention, "attention_pattern attention_annealing_iters"),
@@ -156,7 +156,11 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     yield of("divergence_top_k", some, "divergence_tail", remedy=remedy)
     deletes = config.logging.keep_checkpoints > 0
     remedy = "choose e.g. --keep-checkpoints 3"
-    yield of("keep_checkpoints", deletes, "keep_checkpoint_every", remedy=remedy)
+    yield of(
+        "keep_checkpoints", deletes, "keep_checkpoint_every keep_best_checkpoint", remedy=remedy
+    )
+    saves = config.logging.save is not None
+    yield Use(saves, "async_save", "a run without folder", "add --save")
     whole = config.model.recompute_granularity == "full"
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     yield of("recompute_granularity", whole, "recompute_method recompute_num_layers", "full")

@@ -153,6 +153,13 @@ CASES = [
     Case("reward", "math_verify", OTHER_DISTILLATION, (D_OPSD,)),
     Case("max_tries", 2, OTHER_DISTILLATION, (D_OPSD,)),
     Case("keep_checkpoint_every", 4, (WITH_FOLDER,), ({**WITH_FOLDER, "keep_checkpoints": 3},)),
+    Case(
+        "keep_best_checkpoint",
+        True,
+        ({**WITH_FOLDER, "keep_checkpoints": 3}, {**HELD_OUT, "save": "no_such_folder"}),
+        ({**HELD_OUT, "save": "no_such_folder", "keep_checkpoints": 3},),
+    ),
+    Case("async_save", False, (OPDLM,), (WITH_FOLDER,)),
     Case("lora_dropout", 0.05, (OPDLM,), (ADAPTERS,)),
     Case("lora_alpha", 4, (OPDLM,), (ADAPTERS,)),
     Case("lora_target_modules", ["linear_qkv"], (OPDLM,), (ADAPTERS,)),

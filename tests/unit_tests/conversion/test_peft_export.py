@@ -16,7 +16,7 @@ from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.lora import attach_adapters
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
-from megatron_dlm.training.checkpointing import save_checkpoint
+from megatron_dlm.training.checkpoint_saving import save_checkpoint
 from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer

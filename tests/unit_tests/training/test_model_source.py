@@ -9,7 +9,7 @@ import pytest
 from megatron_dlm.config import Config
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialized
-from megatron_dlm.training.checkpointing import save_checkpoint
+from megatron_dlm.training.checkpoint_saving import save_checkpoint
 from megatron_dlm.training.manifest import MANIFEST
 from megatron_dlm.training.model_source import open_model_source
 from tests.refusal import refusal

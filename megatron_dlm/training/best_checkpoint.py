@@ -1,0 +1,112 @@
+"""Which checkpoint of a run is the best by a figure on held-out data.
+
+Each checkpoint carries its figure, `held_out.json`, so that resuming, winding back and removing
+checkpoints need no bookkeeping. `best_checkpoint.json` in the run folder names the best one for
+whoever looks for it. Any figure has a name and says whether higher is better: the validation loss
+is one.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dlm.entry import warn
+from megatron_dlm.training.run_folder import iteration_folder, saved_iterations
+
+HELD_OUT = "held_out.json"
+BEST = "best_checkpoint.json"
+
+
+@dataclass(frozen=True)
+class HeldOutFigure:
+    """What was measured on held-out data after an update.
+
+    Attributes:
+        metric: Name of what is measured, e.g. `validation_loss`.
+        value: The same on all ranks.
+        higher_is_better: Whether a better model has a higher value.
+    """
+
+    metric: str
+    value: float
+    higher_is_better: bool
+
+    @property
+    def merit(self) -> float:
+        """The value, or its negative where lower is better."""
+        return self.value if self.higher_is_better else -self.value
+
+
+def write_figure(checkpoint: Path, figure: HeldOutFigure) -> None:
+    """Put a checkpoint's figure into its folder."""
+    text = json.dumps(dataclasses.asdict(figure), indent=1)
+    (checkpoint / HELD_OUT).write_text(text + "\n")
+
+
+def read_figure(checkpoint: Path) -> HeldOutFigure | None:
+    """The figure of a checkpoint; None if none was measured, or if it is no finite number."""
+    try:
+        figure = HeldOutFigure(**json.loads((checkpoint / HELD_OUT).read_bytes()))
+        return figure if math.isfinite(figure.value) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        warn(f"{checkpoint / HELD_OUT} is left out: {error}")
+        return None
+
+
+def best_iteration(run_folder: str | Path, newest: int) -> int | None:
+    """The best checkpoint of a run, the earliest of equals; None if none has a figure.
+
+    Figures of another metric than the latest one's count no more: a run that goes on with another
+    measure starts anew.
+
+    Args:
+        run_folder: The run's folder.
+        newest: Checkpoints behind this iteration are of a run that was wound back.
+    """
+    figures = {
+        iteration: figure
+        for iteration in saved_iterations(run_folder)
+        if iteration <= newest
+        and (figure := read_figure(iteration_folder(run_folder, iteration))) is not None
+    }
+    if not figures:
+        return None
+    metric = figures[max(figures)].metric
+    same = {iteration: figure for iteration, figure in figures.items() if figure.metric == metric}
+    return max(same, key=lambda iteration: (same[iteration].merit, -iteration))
+
+
+def record_best(run_folder: str | Path, newest: int) -> int | None:
+    """Name the best checkpoint in the run folder; a file that cannot be written is a warning.
+
+    Args:
+        run_folder: The run's folder.
+        newest: See `best_iteration`.
+
+    Returns:
+        Its iteration.
+    """
+    iteration = best_iteration(run_folder, newest)
+    if iteration is None:
+        return None
+    folder = iteration_folder(run_folder, iteration)
+    figure = read_figure(folder)
+    assert figure is not None
+    file = Path(run_folder) / BEST
+    content = {"checkpoint": folder.name, "iteration": iteration, **dataclasses.asdict(figure)}
+    temporary = file.with_name(BEST + ".tmp")
+    try:
+        with temporary.open("w") as opened:
+            json.dump(content, opened, indent=1)
+            opened.write("\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.rename(file)
+    except OSError as error:
+        warn(f"{file} cannot be written ({error.strerror})")
+    return iteration
