@@ -5,6 +5,7 @@
 # make test-fast   unit tests that are not marked slow (minutes)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
+# make soak        kill, signal, restart and damage small runs many times (an hour and more)
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
 # make golden      rewrite the golden losses, after a change of method, data or tiny models
@@ -25,7 +26,10 @@ STUDY ?=
 # Options of the fuzz, FUZZ='--inputs 500' for one.
 FUZZ ?=
 
-.PHONY: setup quickstart quickstart-moe study test test-fast fuzz lint format golden
+# Options of the soak, SOAK='--kills 5 --hours 1' for some.
+SOAK ?=
+
+.PHONY: setup quickstart quickstart-moe study test test-fast fuzz soak lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -69,6 +73,9 @@ test: lint
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+soak: setup
+	$(BIN)/python -m tests.faults --output benchmarks/results/reliability/faults.json $(SOAK)
 
 format: setup
 	$(BIN)/ruff check --fix .
