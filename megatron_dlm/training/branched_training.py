@@ -20,7 +20,7 @@ from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run_folder import latest_iteration
 
 SMOOTHED_PART = 0.1
-"""Part of a branch, at its end, over which the training loss is averaged."""
+"""Last part of a branch, over which the training loss is averaged."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Branch:
 
     Attributes:
         batch_size: Windows per update.
-        config: Of the run, as it starts.
+        config: Initial configuration of the run.
     """
 
     batch_size: int
@@ -116,7 +116,7 @@ def _branch(
         "global_batch_size": batch_size,
         "num_epochs": None,
         "train_iters": token_budget // (batch_size * base.data.seq_length),
-        # A rate that nothing takes is left alone: setting it would be an error.
+        # A rate that no group uses is left alone: setting it would be an error.
         **{
             name: rate(getattr(optimizer, name)) for name in ("lr", "min_lr") if is_used(base, name)
         },
@@ -143,7 +143,7 @@ def _branch(
 
 @dataclass(frozen=True)
 class BranchResult:
-    """What a finished branch came to.
+    """Result of a finished branch.
 
     Attributes:
         batch_size: Windows per update.
@@ -165,7 +165,7 @@ class BranchResult:
 
     @property
     def loss(self) -> float:
-        """What branches are compared by: the validation loss where there is one."""
+        """The loss that branches are compared by: validation loss if there is one."""
         return self.train_loss if self.validation_loss is None else self.validation_loss
 
 

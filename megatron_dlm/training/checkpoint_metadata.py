@@ -1,4 +1,4 @@
-"""Reads the index of a distributed checkpoint without running what a stranger may have put there.
+"""Read the index of a distributed checkpoint without running code that may be hidden in it.
 
 PyTorch writes the index, `.metadata`, as a pickle, and small objects among the tensors as pickles
 too, and reads both without limits. Here the index may only ask for the classes that an index is
@@ -44,11 +44,11 @@ _CLASSES = {
 
 
 class _UnsafeCheckpointError(Exception):
-    """A checkpoint asks for something that no checkpoint needs, and reading it could run code."""
+    """A checkpoint refers to a class that no checkpoint needs; reading it could run code."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Makes objects of an index's classes only."""
+    """Unpickles objects of an index's classes only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):

@@ -1,4 +1,4 @@
-"""Puts a checkpoint on the disk whole or not at all, and says what is in the way."""
+"""Write a checkpoint completely or not at all, with one-line errors."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ UNREADABLE = (
     EOFError,
     pickle.UnpicklingError,
 )
-"""What reading a damaged checkpoint raises, or writing to a full disk."""
+"""Exceptions of reading a damaged checkpoint, or of writing to a full disk."""
 
 
 def bytes_of(state: dict[str, Any]) -> int:
@@ -73,7 +73,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def writing(final: Path) -> Iterator[None]:
-    """Say in one line that a checkpoint could not be written, and why."""
+    """Raise a one-line error if a checkpoint cannot be written."""
     try:
         yield
     except (*UNREADABLE, RuntimeError) as error:

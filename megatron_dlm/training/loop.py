@@ -34,14 +34,14 @@ from megatron_dlm.types.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Collected:
-    """A rollout batch: this rank's trajectories, and figures over those of all ranks.
+    """A rollout batch: this rank's trajectories, and statistics over those of all ranks.
 
     Attributes:
-        trajectories: Equally many on all ranks, which run in step: one that would be short of one
-            repeats another rank's behind its own.
-        num_own: Those that belong to this rank; what is behind them counts nowhere.
+        trajectories: Of this rank. All ranks have the same number: a rank with one fewer has a
+            copy of another rank's trajectory at the end, which counts nowhere.
+        num_own: Number of trajectories without that copy.
         num_samples: Samples of all ranks.
-        response_tokens: Of all responses.
+        response_tokens: Number of tokens of all responses.
         trained_tokens: Response tokens that each update of an epoch trains on.
         response_length: Mean, in tokens.
         tokens_per_forward: Of the student's rollouts; None if there are none.
@@ -77,12 +77,12 @@ def collect(run: Run) -> Collected:
     repeated = samples[: -(-count // dp_size) - len(own)]
     trajectories = run.source.trajectories([*own, *repeated], run.progress.rollout)
     ours = trajectories[: len(own)]
-    # Responses of the teacher or a data set took the student no forward.
+    # Responses of the teacher or a data set needed no forwards of the student.
     rolled_out = [trajectory for trajectory in ours if trajectory.is_rollout]
     local = config.training.global_batch_size // dp_size
     trained = [0] * -(-count // config.training.global_batch_size)
     for i, trajectory in enumerate(ours):
-        if trajectory.correct is not False:  # wrong answers are not learnt from
+        if trajectory.correct is not False:  # wrong answers are not trained on
             trained[i // local] += len(trajectory.response_ids)
     sums = torch.tensor(
         [
@@ -126,7 +126,7 @@ def flops_per_token(run: Run) -> int:
 
 
 def row_multiple(run: Run) -> int:
-    """What the length of a packed row must be a multiple of."""
+    """Packed rows are padded to a multiple of this."""
     parallel = run.config.parallel
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if attention_backend(run.config) == "flex":

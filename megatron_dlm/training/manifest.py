@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: size and SHA-256 of each of its files, written last.
 
-A folder with a manifest was written to its end; a file that differs from it was damaged later. Of
-the manifest itself only the JSON is checked: what it says of the files would not fit any more.
+A folder with a manifest was written completely; a file that differs from it was damaged later. The
+manifest itself is only checked to be valid JSON: if it is damaged otherwise, files differ from it.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
-    """Read some files of a folder to their ends, and see to it that they are on the disk."""
+    """Hash some files of a folder, and flush them to the disk."""
     records = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -51,7 +51,7 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
 
 
 def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
-    """Write the manifest of a folder, and see to it that names and manifest are on the disk."""
+    """Write the manifest of a folder, and flush it and the file names to the disk."""
     files = {
         name: {"bytes": record.bytes, "sha256": record.sha256}
         for name, record in sorted(records.items())
@@ -66,7 +66,7 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a rename is not there before."""
+    """Flush the names in a folder to the disk; a rename is not durable before."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
 
 
 def damages(folder: Path, share: tuple[int, int] | None = None) -> list[str]:
-    """What of a folder is not as its manifest says, each a file and a problem; empty if nothing is.
+    """Differences of a folder from its manifest, each a file and a problem; empty if none.
 
     Args:
         folder: The checkpoint.

@@ -1,9 +1,8 @@
-"""What the input embedding of MASK starts from when an autoregressive model is converted.
+"""Initial input embedding of MASK when an autoregressive model is converted.
 
-No text held MASK, so its row is whatever the initialisation (or padding) of the table left. Where
-the embedding is trained, that is enough. Under RND1's rates it practically stays as it is, beside
-adapters it does so exactly, and then the row should at least lie among the inputs that the layers
-know.
+No text contained MASK, so its row has the values of the table's initialisation (or padding). That
+is fine if the embedding is trained. Under RND1's rates it hardly changes, and with adapters not at
+all; then the row should at least be similar to inputs that the layers know.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What a run reports: lines for a person on rank 0, `metrics.jsonl` and TensorBoard."""
+"""Reports of a run: printed lines on rank 0, `metrics.jsonl` and TensorBoard."""
 
 import json
 import secrets
@@ -14,7 +14,7 @@ from megatron_dlm.entry import warn
 class PhaseTimes:
     """Seconds of wall clock.
 
-    `rollout` and `teacher` are booked on the first update after them, `validation` on the one
+    `rollout` and `teacher` are added to the first update after them, `validation` to the update
     before it. The columns of `metrics.jsonl` therefore add up to the run's time in each phase.
     """
 
@@ -86,7 +86,7 @@ class MetricsLogger:
     Args:
         run_folder: Where `metrics.jsonl` and `tensorboard/` go; None writes no files.
         enabled: Whether this is rank 0.
-        total_steps: Of the run, for the time left.
+        total_steps: Steps of the run, to estimate the time left.
         first_step: Steps done before this process started; later lines of an earlier attempt move
             from `metrics.jsonl` to `metrics_superseded.jsonl`.
         log_interval: Steps between two printed lines.
@@ -125,7 +125,7 @@ class MetricsLogger:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Steps from here on of an earlier attempt are not shown.
+            # Hide steps from here on that an earlier attempt wrote.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if wandb_project:
             import wandb
@@ -137,11 +137,11 @@ class MetricsLogger:
                 id=_wandb_run_id(folder),
                 resume="allow",
             )
-            # A resumed run repeats steps, which W&B's own counter would not take.
+            # A resumed run repeats steps, which W&B's own counter would refuse.
             self._wandb.define_metric("*", step_metric="step")
 
     def print(self, text: str) -> None:
-        """A line for the person watching."""
+        """Print a line."""
         if self._enabled:
             print(text, flush=True)
 

@@ -109,7 +109,7 @@ def loading_optimizer_state(built: MegatronOptimizer) -> Iterator[None]:
 
 
 def _update_count(state: Any) -> Any:
-    """The number of updates somewhere in a saved optimizer state; all parameters share it."""
+    """The number of updates in a saved optimizer state; all parameters share it."""
     if isinstance(state, dict):
         for key in ("common_step", "step"):
             if key in state:
@@ -123,14 +123,14 @@ def _update_count(state: Any) -> Any:
 
 
 def _fit_to_layout(loaded: dict[Any, Any], saved: Any, current: Any) -> list[dict[str, Any]]:
-    """Give the loaded state the chain of optimizers and the groups that this layout has.
+    """Arrange the loaded state in this layout's chain of optimizers and groups.
 
     Under expert parallelism Megatron chains an optimizer for the experts to that for the rest. The
     tensors have the same names either way, but groups and step counts are listed by optimizer.
 
     Args:
         loaded: The state as loaded into this layout's structure; changed in place.
-        saved: What the checkpoint says of the optimizer, without tensors.
+        saved: The checkpoint's entries for the optimizer, without tensors.
         current: The state of this layout's optimizer.
 
     Returns:
@@ -167,12 +167,12 @@ def _load_part(part: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_optimizer_state(built: MegatronOptimizer, loaded: dict[Any, Any], saved: Any) -> None:
-    """Load what a checkpoint holds of an optimizer, within `loading_optimizer_state`.
+    """Load an optimizer from a checkpoint, within `loading_optimizer_state`.
 
     Args:
         built: This layout's optimizer.
         loaded: Its sharded state dict, loaded; used up.
-        saved: What the checkpoint says of the optimizer, without tensors.
+        saved: The checkpoint's entries for the optimizer, without tensors.
     """
     states = _fit_to_layout(loaded, saved, built.state_dict())
     for part, state in zip(_parts(built), states, strict=True):

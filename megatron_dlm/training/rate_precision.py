@@ -1,9 +1,9 @@
-"""Learning rates whose updates bf16 weights are too coarse to show (RND1's 1e-8 for most groups).
+"""Learning rates whose updates are too small for bf16 weights (RND1's 1e-8 for most groups).
 
-Under `--bf16` the optimizer moves float32 master weights, so nothing is lost in training. But the
-copies that compute, and a bf16 export, hold a weight w in steps of about |w| / 256: where the
-master has moved by less than half of that, they are still what the run started from. Adapters lose
-nothing before they are merged into such weights.
+Under `--bf16` the optimizer updates float32 master weights, so nothing is lost in training. But the
+bf16 copies used in forwards and exports hold a weight w in steps of about |w| / 256: if the master
+has changed by less than half of that, they still have the initial value. Adapters lose nothing
+until they are merged into such weights.
 """
 
 import math
@@ -18,11 +18,11 @@ HALF_STEP = 2.0**-9
 
 
 def unseen_in_bf16(config: Config, architecture: Architecture) -> list[str]:
-    """Warnings, one for each parameter group whose updates bf16 weights will hardly show.
+    """Warnings, one for each parameter group whose updates bf16 weights would round away.
 
     An Adam update is about as large as the learning rate, its sign close to random: n of them move
-    a weight by about lr * sqrt(n), which is compared with a weight of the usual size. Of adapters,
-    that is what B moves by; the weight that they are merged into moves by (alpha / r) B A.
+    a weight by about lr * sqrt(n), which is compared with a weight of the usual size. For adapters
+    this is the change of B; the weight they are merged into changes by (alpha / r) B A.
 
     Args:
         config: The run's configuration.
@@ -50,6 +50,6 @@ def unseen_in_bf16(config: Config, architecture: Architecture) -> list[str]:
 
 
 def config_of_run(saved: dict[str, object]) -> Config:
-    """The configuration in a checkpoint, without what this version does not know."""
+    """The configuration in a checkpoint, without options that this version does not have."""
     known = option_fields(Config)
     return Config.from_dict({name: value for name, value in saved.items() if name in known})

@@ -24,7 +24,7 @@ class Student:
     Attributes:
         model: This rank's part, bare; rollouts run it.
         ddp: The same wrapped in Megatron's `DistributedDataParallel`; training runs it.
-        optimizer: Megatron's optimizer over it.
+        optimizer: Megatron's optimizer of its parameters.
         scheduler: Megatron's learning-rate schedule.
     """
 

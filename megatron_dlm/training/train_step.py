@@ -23,7 +23,7 @@ from megatron_dlm.parallel import ParallelGroups
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update did; equal on all ranks.
+    """Results of one update; equal on all ranks.
 
     Attributes:
         loss: Loss sum over the global batch divided by its loss count.
@@ -41,7 +41,7 @@ class StepResult:
 
 
 def reduce_sums(local: list[Tensor], groups: ParallelGroups) -> Tensor:
-    """Add up what the last stages of all data-parallel replicas measured; known to all ranks."""
+    """Sum measurements of the last stages of all data-parallel replicas; the same on all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
     if groups.is_last_stage:
         sums += torch.stack(local).sum(0)

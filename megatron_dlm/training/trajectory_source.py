@@ -30,7 +30,7 @@ class TrajectorySource:
         engine: Decodes with the student's current weights; None without rollouts.
         examples: The same records with given responses: a data set's, a corpus's windows, or the
             teacher's; None where every response is the student's.
-        verifier: Has a prompt answered again until the answer is right; None takes the first.
+        verifier: Repeats a rollout until the answer is right; None takes the first answer.
     """
 
     config: Config
@@ -47,11 +47,11 @@ class TrajectorySource:
             rollout: Rollout step, from 0.
 
         Raises:
-            UserError: A window of a corpus has a token that cannot be; raised on all ranks.
+            UserError: A window of a corpus has an invalid token; raised on all ranks.
         """
         if self.engine is None:
             assert self.examples is not None
-            # Of all data, a corpus alone is too large to be checked before the run.
+            # Only a corpus is too large to be checked before the run.
             is_corpus = isinstance(self.examples, CorpusDataset)
             with errors_on_all_ranks() if is_corpus else nullcontext():
                 trajectories = [self.examples.sample(record, sample) for sample, record in samples]

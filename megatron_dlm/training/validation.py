@@ -2,8 +2,7 @@
 
 The samples are the first ones of the held-out data, and every random choice is keyed by the seed
 and a sample's index. Losses of different steps, layouts and batch sizes are therefore of the same
-masked tokens, under the attention that the model ends with where training anneals it. Nothing of
-the training is touched.
+masked tokens, under the final attention where training anneals it. Training is not affected.
 """
 
 from dataclasses import dataclass
@@ -23,15 +22,15 @@ from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.train_step import reduce_sums
 
 HELD_OUT = -1
-"""In the place of the epoch in the key of a held-out sample's draws."""
+"""Key of a held-out sample's draws, in place of the epoch."""
 
 ROWS_PER_STAGE = 4
-"""Rows in flight for each pipeline stage: their hidden states exist at the same time."""
+"""Rows in flight for each pipeline stage; their hidden states are in memory together."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out data with the objective that judges them.
+    """Held-out data with the objective that computes the loss.
 
     Attributes:
         config: The run's configuration.
@@ -56,7 +55,7 @@ class Validation:
 
         Args:
             model: This rank's part of the student, bare.
-            row_multiple: What the length of a packed row must be a multiple of.
+            row_multiple: Packed rows are padded to a multiple of this.
 
         Returns:
             The same number on all ranks.

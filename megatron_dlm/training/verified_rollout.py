@@ -13,18 +13,18 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
-# Noise is keyed by the sample: later tries of a sample use indices that no run ever reaches.
+# Noise is keyed by the sample index: later tries use indices that no run ever reaches.
 TRY_STRIDE = 1 << 40
 
 
 @dataclass(frozen=True)
 class Verifier:
-    """Tells right responses from wrong ones, the same on all ranks of a model replica.
+    """Marks responses as right or wrong, with the same result on all ranks of a model replica.
 
     Attributes:
-        reward: What is right.
+        reward: Decides what is right.
         tokenizer: Decodes responses.
-        max_tries: Responses to a prompt at most.
+        max_tries: Most responses to a prompt.
         groups: Process groups of the student.
     """
 
@@ -54,10 +54,10 @@ def generate_until_right(
     """Answer each prompt, again with other noise while the answer is wrong; all ranks call this.
 
     Args:
-        engine: Decodes.
-        prompts: This data-parallel rank's.
+        engine: The rollout engine.
+        prompts: Prompts of this data-parallel rank.
         max_response_length: In tokens.
-        verifier: What is right, and how often to try.
+        verifier: Decides what is right, and how often to try.
 
     Returns:
         The last response to each prompt, in their order; wrong ones are marked as such.
@@ -65,7 +65,7 @@ def generate_until_right(
     latest: list[Trajectory | None] = [None] * len(prompts)
     pending = list(range(len(prompts)))
     for number in range(verifier.max_tries):
-        # Ranks that share experts decode in step: none stops while another goes on.
+        # Ranks that share experts run equally many forwards: none stops before the others.
         if not _any_rank(bool(pending), verifier.groups):
             break
         again = [

@@ -73,26 +73,28 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm_offloaded": dict(SHORT, offload_teacher=True, offload_optimizer=True),
     "mixture": dict(SHORT, teacher_response_fraction=0.5, micro_batch_size=2),
     "short": dict(SHORT, num_rollouts=None, num_epochs=1, prompts="five.jsonl", micro_batch_size=2),
-    "opdlm_off": dict(max_response_length=8, objective="opdlm_off"),
-    "off_policy": dict(GIVEN, train_iters=5, objective="off_policy"),
+    "opdlm_off": dict(max_response_length=8, rollout_batch_size=12, objective="opdlm_off"),
+    "off_policy": dict(GIVEN, train_iters=3, objective="off_policy"),
     "off_policy_stored": dict(
         GIVEN, objective="off_policy", divergence_top_k=6, cache_teacher_targets=True
     ),
-    "sft": dict(objective="sft", param_groups=GROUPS),
+    "sft": dict(objective="sft", train_iters=3, param_groups=GROUPS),
     "sft_of_teacher": dict(GIVEN, objective="sft", train_data=None, prompts="prompts.jsonl"),
     # Two updates under annealed attention, three under full attention.
     "scp": dict(objective="scp", attention_annealing_iters=3, eval_interval=2, eval_iters=2),
-    "next_token": dict(objective="next_token"),
+    "next_token": dict(objective="next_token", train_iters=3),
     "d_opsd": dict(
         objective="d_opsd",
+        rollout_batch_size=12,
         lora_rank=2,
         lora_target_modules=("linear_qkv", "linear_proj"),  # experts split by TP have no adapters
     ),
 }
 
-OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd")
-"""One run an objective, under every layout; test_adapter_layouts.py has more of `d_opsd`. What else
-is in RUNS runs once under each kind of parallelism."""
+UPDATES = dict(opdlm=5, opdlm_off=3, off_policy=3, sft=3, scp=5, next_token=3, d_opsd=3)
+OBJECTIVES = tuple(UPDATES)
+"""One run an objective, under every layout; test_adapter_layouts.py has more of `d_opsd`. The other
+runs, of two updates, run once under each kind of parallelism."""
 
 VARIANTS = tuple(run for run in RUNS if run not in OBJECTIVES)
 FOUR_PROCESS_VARIANTS = ("opdlm_all", "short")
@@ -201,7 +203,7 @@ def _responses(folder: Path, name: str) -> list[str]:
 
 
 def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert len(lines) == len(reference) == (5 if name.split()[-1] in OBJECTIVES else 2)
+    assert len(lines) == len(reference) == UPDATES.get(name.split()[-1], 2)
     for line, expected in zip(lines, reference, strict=True):
         # Equal token counts at every update: the same tokens were drawn in the same steps.
         for key in KEYS:
