@@ -1,4 +1,4 @@
-"""What changes over the rollouts: response length (OPDLM section 4.3, L_s), threshold, mixture."""
+"""Schedules over rollouts: response length (OPDLM section 4.3, L_s), threshold, mixture."""
 
 import math
 
@@ -37,7 +37,7 @@ def teacher_response_fraction(config: Config, rollout: int) -> float:
 
 
 def dynamic_threshold(config: Config, rollout: int) -> float:
-    """Confidence threshold of a rollout step (from 0): the end is reached in the last one."""
+    """Confidence threshold of a rollout step (from 0); the last step has the final value."""
     options = config.rollout
     start, end = options.dynamic_threshold, options.final_dynamic_threshold
     held = options.dynamic_threshold_hold_rollouts

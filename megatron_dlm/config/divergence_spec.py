@@ -1,4 +1,4 @@
-"""Which divergence a run distils with, read and checked without PyTorch."""
+"""The divergence of a distillation, read and checked without PyTorch."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """Which divergence between teacher p and student q, at temperature 1.
+    """A divergence between teacher p and student q, at temperature 1.
 
     Attributes:
         weights: Weight of each divergence in the sum: `forward_kl` = KL(p || q), `reverse_kl` =
@@ -23,10 +23,10 @@ class DivergenceSpec:
         jsd_beta: b above, strictly between 0 and 1.
         top_k: Compare the teacher's k most likely tokens only (ties are broken arbitrarily);
             0 compares the full vocabulary.
-        tail: What becomes of the others under top_k: one `bucket` of remaining mass on both
-            sides, so that the sum stays a divergence, or `ignore`: the terms of the k tokens
-            alone, not renormalised, possibly negative (as in OPDLM's published 4B and 8B runs).
-        chunk_size: Tokens whose logits exist at a time.
+        tail: How top_k treats the other tokens: as one `bucket` of remaining mass on both sides,
+            so that the sum stays a divergence, or `ignore`: only the terms of the k tokens, not
+            renormalised, possibly negative (as in OPDLM's published 4B and 8B runs).
+        chunk_size: Tokens whose logits are in memory at a time.
 
     Ranges are those of the options. Raises `UserError` for a divergence that is unknown or weighs
     nothing.

@@ -23,12 +23,12 @@ from megatron_dlm.ranges import Range
 T = TypeVar("T")
 
 INVOCATION_FIELDS = frozenset({"config", "dry_run", "resume", "extend", "records"})
-"""Fields about one invocation, or found out by it: never written to YAML or read from it."""
+"""Fields of one invocation, never written to YAML or read from it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
-    """One option: where it lives and what it accepts.
+    """One option: its place and the values it accepts.
 
     Attributes:
         name: Field name, unique over all groups.
@@ -77,7 +77,7 @@ def _split_annotated(annotation: Any) -> tuple[Any, ...]:
 
 
 def option_helps(cls: type) -> dict[str, str]:
-    """What each option means, by flat name, on one line: its docstring, or its metadata's help."""
+    """Help text of each option by flat name, on one line: its docstring, or its metadata's help."""
     helps: dict[str, str] = {}
     for field in dataclasses.fields(cls):
         nested = typing.get_type_hints(cls)[field.name]
@@ -105,7 +105,7 @@ def option_fields(cls: type) -> dict[str, OptionField]:
     Raises:
         TypeError: Two groups declare the same name (a defect of the class, not of user input).
     """
-    return _option_fields(cls)  # type checkers do not take a generic class for hashable
+    return _option_fields(cls)  # type checkers do not accept a generic class as hashable
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A value as JSON and YAML know it; entries of a small dataclass that are None are left out."""
+    """A value of JSON and YAML types; entries of a small dataclass that are None are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         entries = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {name: plain_value(entry) for name, entry in entries if entry is not None}
@@ -178,7 +178,7 @@ def dump_yaml(config: Any) -> str:
             groups.setdefault(option.group, {})[name] = values[name]
     parts = []
     for group, members in groups.items():
-        # Non-ASCII text is escaped: PyYAML would write line separators that it reads as spaces.
+        # Non-ASCII text is escaped: PyYAML writes line separators that it then reads as spaces.
         text = yaml.safe_dump(members, sort_keys=False, width=100)
         title = (hints[group].__doc__ or group).splitlines()[0] if group else None
         parts.append(f"# {title}\n{text}" if title else text)

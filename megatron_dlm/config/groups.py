@@ -107,8 +107,8 @@ class ModelConfig(CheckpointOptions):
     model's config.json)."""
 
     mask_embedding_init: MaskEmbeddingInit | None = None
-    """What the input embedding of MASK starts from in a conversion of an autoregressive model,
-    which has never seen that token: the row of the checkpoint (keep) or the mean of all other rows
+    """Initial input embedding of MASK in a conversion of an autoregressive model, which has never
+    seen that token: the row of the checkpoint (keep) or the mean of all other rows
     (mean) (default: mean where it is not trained, with --param-group-preset rnd1 or --lora-rank,
     else keep)."""
 
@@ -193,8 +193,8 @@ class DataConfig:
     that end with the assistant's."""
 
     train_on: Annotated[TrainOn, FIXED] = "last"
-    """Which of the assistant's turns in `messages` are trained on: the last one of a chat, or all,
-    each of them an example of its own with all that is before it as the prompt."""
+    """Turns of the assistant in `messages` that are trained on: the last one of a chat, or all,
+    each as a separate example with everything before it as the prompt."""
 
     data_path: str | None = None
     """Pretraining corpus: prefix of the .bin and .idx file that megatron-dlm preprocess wrote
@@ -214,8 +214,8 @@ class DataConfig:
     """Longest prompt in tokens, chat template included."""
 
     long_prompts: Annotated[LongPrompts, FIXED] = "error"
-    """What happens to longer prompts: an error that names the line, or they are left out of the
-    data (drop), or only their last --max-prompt-length tokens are kept (truncate)."""
+    """How to treat longer prompts: raise an error that names the line (error), leave them out
+    (drop), or keep only their last --max-prompt-length tokens (truncate)."""
 
     seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
@@ -242,8 +242,8 @@ class TemplateConfig:
     --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
 
     chat_template_kwargs: Annotated[dict[str, Any], FIXED] = field(default_factory=dict)
-    """Variables for the chat template, {"enable_thinking": false} for one; JSON as a flag. Those
-    of a record (`chat_template_kwargs`) win."""
+    """Variables for the chat template, for example {"enable_thinking": false}; JSON as a flag.
+    Those of a record (`chat_template_kwargs`) override them."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class RolloutConfig(DecodingConfig):
 
     num_rollouts: Annotated[int | None, AT_LEAST_ONE] = None
     """Rollouts to do, all of --rollout-batch-size prompts, whatever epoch they are in; together
-    with it they set the number of updates (--num-epochs is the other way to say it)."""
+    with it they set the number of updates (alternative: --num-epochs)."""
 
     rollout_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 128
     """Prompts per rollout, over all data-parallel processes."""
@@ -295,19 +295,19 @@ class RolloutConfig(DecodingConfig):
     at first)."""
 
     dynamic_threshold_hold_rollouts: Annotated[int, AT_LEAST_ZERO] = 0
-    """Rollouts with --dynamic-threshold before it begins to change."""
+    """Rollouts with --dynamic-threshold before it starts to change."""
 
     dynamic_threshold_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
-    """Rollouts after those over which it changes; the rest stay at its end (default: all that are
-    left of the run)."""
+    """Rollouts after those over which it changes; later ones have the final value (default: all
+    that are left of the run)."""
 
     max_tries: Annotated[int, AT_LEAST_ONE] = 8
-    """Responses to a prompt, each with other noise, until --reward calls one right (objectives that
-    verify responses)."""
+    """Most responses to a prompt, each with other noise, until --reward rates one right (objectives
+    that verify responses)."""
 
     teacher_response_fraction: Annotated[float, FRACTION] = 0.0
-    """Share of a rollout's prompts whose response is taken from the autoregressive
-    teacher instead of the student; at the first rollout, if a schedule changes it."""
+    """Share of a rollout's prompts whose response is taken from the autoregressive teacher instead
+    of the student; with a schedule, the share at the first rollout."""
 
     final_teacher_response_fraction: Annotated[float, FRACTION] = 0.0
     """That share at the end of a linear or cosine schedule."""
@@ -316,7 +316,8 @@ class RolloutConfig(DecodingConfig):
     """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction."""
 
     teacher_response_fraction_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
-    """Rollouts over which it goes there; the rest stay there (None: --num-rollouts)."""
+    """Rollouts over which the share changes; later ones have the final share (default: all of the
+    run)."""
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,8 @@ class ObjectiveConfig:
     of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
     teacher's responses to --prompts; scp: continual pretraining on the corpus --data-path under
     full attention with shifted predictions (RND1); next_token: autoregressive training on
-    --train-data or --data-path; d_opsd: on-policy self-distillation of a diffusion model from its
-    own view of what it wrote later."""
+    --train-data or --data-path; d_opsd: on-policy self-distillation of a diffusion model, whose
+    teacher sees later tokens of the response."""
 
     state_selection: StateSelection | None = None
     """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
@@ -338,12 +339,12 @@ class ObjectiveConfig:
     the last (all); the other block-diffusion objectives mask at random (random)."""
 
     empty_mask: EmptyMask = "redraw"
-    """What happens to a block of a random state in which no supervised token was masked: it is
-    drawn again with another t (redraw), or one of its tokens is masked (mask_one; with tokens
-    weighted by 1/t the loss would have no mean)."""
+    """How to treat a block of a random state in which no supervised token was masked: draw it again
+    with another t (redraw), or mask one of its tokens (mask_one; with tokens weighted by 1/t the
+    loss would have no mean)."""
 
     attention_pattern: Annotated[TrainedAttention | None, FIXED] = None
-    """What a token sees under scp: all of its document, or what lies before it (causal: the
+    """What a token sees under scp: all of its document (full), or only earlier tokens (causal: the
     diffusion model that RND1's grafting trains first, for a second run with --finetune under full
     attention) (default: full)."""
 
@@ -365,9 +366,9 @@ class ObjectiveConfig:
     over those with states)."""
 
     reward: RewardName = "exact_match"
-    """What makes a response right where an objective verifies it, by the `answer` of its prompt's
-    record (of one with a ####, what follows the last): exact_match compares what follows the last
-    ####, math_verify the last mathematical expression, by its value."""
+    """How an objective verifies a response, against the `answer` of its prompt's record (of an
+    answer with ####, the part after the last one): exact_match compares the text or number after
+    the last ####, math_verify the value of the last mathematical expression."""
 
 
 @dataclass(frozen=True)
@@ -380,8 +381,8 @@ class DistillationConfig:
     the student starts as (default: the student without its adapters)."""
 
     teacher_responses: str | None = None
-    """Folder with the teacher's responses to --prompts, where an objective or
-    --teacher-response-fraction asks for them; those of the run's prompts that it lacks are
+    """Folder with the teacher's responses to --prompts, if an objective or
+    --teacher-response-fraction needs them; missing responses to the run's prompts are
     generated before training, with the rollout's temperature, top-k, top-p and
     --max-response-length (default: teacher_responses in the run folder)."""
 
@@ -390,8 +391,8 @@ class DistillationConfig:
     responses once, keep them beside these, and train without the teacher in memory."""
 
     offload_teacher: bool = False
-    """Keep the teacher's weights in host memory while it has nothing to say: during rollouts, and
-    all but its output layer during updates."""
+    """Keep the teacher's weights in host memory while they are not used: during rollouts and, all
+    but its output layer, during updates."""
 
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
@@ -403,35 +404,36 @@ class DistillationConfig:
     """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
 
     divergence_tail: DivergenceTail = "bucket"
-    """With --divergence-top-k, what happens to the remaining probability: one more class (bucket)
-    or nothing (ignore; the result can then be negative)."""
+    """With --divergence-top-k, how to treat the remaining probability: as one more class (bucket),
+    or leave it out (ignore; the result can then be negative)."""
 
     divergence_chunk_size: Annotated[int, AT_LEAST_ONE] = DEFAULT_CHUNK_SIZE
-    """Supervised tokens whose logits exist at the same time: bounds peak memory, not the value."""
+    """Supervised tokens whose logits are in memory at a time; limits memory, not the result."""
 
 
 @dataclass(frozen=True)
 class SelfDistillationConfig:
-    """Self-distillation (d_opsd): what the teacher sees and what of it is taught."""
+    """Self-distillation (d_opsd): what the teacher sees, and where the student is supervised."""
 
     reveal_fraction: Annotated[float, FRACTION] = 0.25
-    """Share of the positions in later blocks at which the teacher sees what the student went on to
-    write."""
+    """Share of the positions in later blocks at which the teacher sees the student's final
+    tokens."""
 
     positions_per_state: Annotated[int, AT_LEAST_ONE] = 2
-    """Masked positions of the current block that are supervised: those the teacher is surest of."""
+    """Masked positions of the current block that are supervised: where the teacher is most
+    certain."""
 
     position_ranking: PositionRanking = "probability"
-    """What the teacher is surest of: where its likeliest token has the highest probability, or the
-    highest logit before the softmax (logit, as the published code)."""
+    """Measure of the teacher's certainty at a position: the probability of its most likely token,
+    or the logit before the softmax (logit, as in the published code)."""
 
     teacher_top_k: Annotated[int, AT_LEAST_ONE] = 20
     """Teacher's most likely tokens that are compared, both sides renormalised over them."""
 
     divergence_term_limit: Annotated[float, ABOVE_ZERO] = 0.05
-    """Largest share of one vocabulary entry in a divergence; what lies above has no gradient."""
+    """Largest term of one vocabulary entry in a divergence; larger terms have no gradient."""
 
     max_row_tokens: Annotated[int | None, AT_LEAST_ONE] = None
     """Longest row in tokens, of the teacher and of a full-attention student, where every state is a
-    text as long as prompt and response: more states form further rows, with the same loss (default:
-    all states of --micro-batch-size responses form one row)."""
+    text as long as prompt and response; further states go into further rows, with the same loss
+    (default: all states of --micro-batch-size responses form one row)."""

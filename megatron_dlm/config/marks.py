@@ -1,4 +1,4 @@
-"""What a field may state about its option beside the type, in `Annotated`."""
+"""Annotations of option fields, used in `Annotated`."""
 
 from megatron_dlm.ranges import Range
 
@@ -12,7 +12,7 @@ BETWEEN_ZERO_AND_ONE = Range(0, 1, above_lowest=True, below_highest=True)
 
 
 class FixedOnResume:
-    """A resumed run cannot change the option: it would be another run, or the value be ignored."""
+    """A resumed run cannot change the option: it would be a different run, or the value ignored."""
 
 
 FIXED = FixedOnResume()

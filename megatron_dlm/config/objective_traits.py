@@ -1,7 +1,6 @@
-"""What each objective needs, known before PyTorch is loaded.
+"""Properties of each objective, known before PyTorch is loaded.
 
-Rules, data reading and the training loop ask these traits and never for an objective's name. The
-classes in `megatron_dlm.objectives` carry them as `traits`.
+Rules, data reading and the training loop use these traits and never an objective's name.
 """
 
 from dataclasses import dataclass
@@ -16,21 +15,21 @@ ResponseSource = Literal["rollout", "teacher", "data", "corpus"]
 
 @dataclass(frozen=True)
 class ObjectiveTraits:
-    """What an objective needs.
+    """Properties of an objective.
 
     Attributes:
         response_sources: Where the responses of x_0 can come from: the student's `rollout`, the
             autoregressive `teacher` (generated once), `data` (`--train-data`), or windows of a
-            pretraining `corpus` (`--data-path`). Of several, it is the one whose data are given.
+            pretraining `corpus` (`--data-path`). Of several, the one whose data are given is used.
         uses_teacher: Whether a frozen teacher annotates trajectories: with its hidden states, or
             with its most likely tokens where these were stored or the student teaches itself.
         state_selections: Which denoising states it can be trained on, the default first; none for
             a model that stays autoregressive.
-        diffusion_kind: Attention and prediction of the trained model, written into its config.json;
-            None for a model that stays what it was.
+        diffusion_kind: Kind of the trained model, written into its config.json; None for a model
+            that keeps its kind.
         self_distillation: Whether student and teacher are one diffusion model, the teacher frozen
             and shown more of the sequence.
-        verifies: Whether the student answers a prompt again until `--reward` calls it right.
+        verifies: Whether the student answers a prompt again until `--reward` rates it right.
         weighs_tokens: Whether `--loss-weighting` chooses the weight w(t) of a token.
         chooses_attention: Whether `--attention-pattern` chooses the attention of that model.
     """

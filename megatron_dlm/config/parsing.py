@@ -87,12 +87,12 @@ def parse_arguments(
 
 
 def format_config(config: Any) -> str:
-    """Readable text of a configuration: YAML in groups that `--config` reads back."""
+    """A configuration as YAML in groups, which `--config` can read."""
     return dump_yaml(config)
 
 
 def format_length(config: Config) -> str:
-    """How long a run is, of a configuration `of_data`, as a comment in YAML."""
+    """The length of a run as a YAML comment, from a configuration `of_data`."""
     batch, samples, rollouts = config.rollout_batch_size, config.num_samples, config.num_rollouts
     what = "rollouts" if config.uses_rollouts else "updates"
     last = samples - (rollouts - 1) * batch
@@ -196,8 +196,8 @@ def _unknown_argument(
 
 
 BASE_KEY = "base"
-"""Key of a YAML file that names another one, relative to itself, whose keys it changes or adds to.
-One level: a file that has a base is none."""
+"""Key of a YAML file with the relative path of another one, whose keys it changes or adds to; that
+file must not have a base itself."""
 
 
 def _load_yaml(cls: type, path: str) -> dict[str, Any]:

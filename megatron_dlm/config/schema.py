@@ -1,4 +1,4 @@
-"""The configuration of a run: all groups of options, and what follows from several of them."""
+"""The configuration of a run: all groups of options, and values derived from several of them."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ class Config:
 
     @property
     def traits(self) -> ObjectiveTraits:
-        """What the objective needs."""
+        """Properties of the objective."""
         return OBJECTIVE_TRAITS[self.objective.objective]
 
     @property
     def diffusion_kind(self) -> DiffusionKind | None:
-        """Attention and prediction of the trained model; None if it stays what it was."""
+        """Kind of the trained model; None if it keeps its kind."""
         kind, pattern = self.traits.diffusion_kind, self.objective.attention_pattern
         if kind is None or pattern is None:
             return kind
@@ -125,7 +125,7 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher of its own has a part in the run: distributions, responses or both."""
+        """Whether the run needs a separate teacher, for distributions, responses or both."""
         return self.uses_teacher_responses or (self.traits.uses_teacher and not self.teaches_itself)
 
     @property
@@ -153,7 +153,7 @@ class Config:
 
     @property
     def teacher_load(self) -> str | None:
-        """Where the teacher's weights are, default resolved."""
+        """Path of the teacher's weights, default resolved."""
         return self.distillation.teacher_load or self.model.load
 
     @property
@@ -164,7 +164,7 @@ class Config:
 
     @property
     def rollout_batch_size(self) -> int:
-        """Samples obtained at once, all ranks; without rollouts as many as one update takes."""
+        """Samples of a rollout on all ranks; without rollouts, of an update."""
         return (
             self.rollout.rollout_batch_size
             if self.uses_rollouts
@@ -180,18 +180,18 @@ class Config:
         return replace(self, **members)
 
     def of_data(self, num_records: int) -> Config:
-        """The same configuration, of a run whose data have been read."""
+        """The same configuration, with the number of records of the data."""
         options = {field.name: getattr(self, field.name) for field in fields(Config)}
         return _ConfigOfData(**options, records=num_records)
 
     @property
     def num_records(self) -> int | None:
-        """Records that an epoch takes; None before the data have been read."""
+        """Records of an epoch; None before the data have been read."""
         return None
 
     @property
     def num_samples(self) -> int:
-        """Samples of the run; 0 while they are epochs of data that have not been read."""
+        """Samples of the run; 0 if given in epochs and the data have not been read."""
         if self.training.num_epochs is not None:
             return self.training.num_epochs * (self.num_records or 0)
         batches = self.rollout.num_rollouts if self.uses_rollouts else self.training.train_iters
@@ -199,7 +199,7 @@ class Config:
 
     @property
     def num_rollouts(self) -> int:
-        """Times that samples are obtained; the last may be fewer than `rollout_batch_size`."""
+        """Number of rollouts; the last may have fewer samples than `rollout_batch_size`."""
         return -(-self.num_samples // self.rollout_batch_size)
 
     @property
@@ -210,7 +210,7 @@ class Config:
         return "num_rollouts" if self.uses_rollouts else "train_iters"
 
     def updates_of(self, num_samples: int) -> int:
-        """Optimizer steps on so many samples obtained at once; a last one may be on fewer."""
+        """Optimizer steps on the samples of one rollout; the last may have fewer samples."""
         updates = -(-num_samples // self.training.global_batch_size)
         return updates * self.training.epochs_per_rollout
 
@@ -227,7 +227,7 @@ class Config:
 
     @property
     def lr_warmup_iters(self) -> int:
-        """Optimizer steps of the warm-up, whichever way they are given."""
+        """Optimizer steps of the warm-up, from either option."""
         fraction = self.optimizer.lr_warmup_fraction
         if fraction is None:
             return self.optimizer.lr_warmup_iters
@@ -241,7 +241,7 @@ class Config:
 
     @property
     def mask_embedding_init(self) -> MaskEmbeddingInit:
-        """What the input embedding of MASK starts from, default resolved."""
+        """Initial input embedding of MASK, default resolved."""
         if self.model.mask_embedding_init is not None:
             return self.model.mask_embedding_init
         stays_untrained = (

@@ -1,4 +1,4 @@
-"""Options of the optimizer, the length of a run and its logging; what `groups` says holds here."""
+"""Options of the optimizer, the length of a run and its logging; see `groups`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class OptimizerConfig:
     """Update rule (adam is AdamW: decoupled weight decay)."""
 
     offload_optimizer: bool = False
-    """Keep the optimizer's state and main weights in host memory, and no gradients, during rollouts
-    and the teacher's forwards (where there are no rollouts, those of every update)."""
+    """Keep the optimizer's state and main weights in host memory, and free gradients, during
+    rollouts and the teacher's forwards (without rollouts, those of every update)."""
 
     lr: Annotated[float, ABOVE_ZERO, FIXED] = 1e-5
     """Peak learning rate."""
@@ -116,9 +116,8 @@ class TrainingConfig:
     """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
 
     num_epochs: Annotated[int | None, AT_LEAST_ONE] = None
-    """Passes over the data, instead of --num-rollouts or --train-iters; the last rollout, or the
-    last update, takes what is left (61,816 prompts at 128 a rollout: 483 rollouts, the last of
-    120)."""
+    """Passes over the data, instead of --num-rollouts or --train-iters; the last rollout or update
+    takes the remaining samples (61,816 prompts at 128 a rollout: 483 rollouts, the last of 120)."""
 
     epochs_per_rollout: Annotated[int, AT_LEAST_ONE, FIXED] = 1
     """Passes over the trajectories of a rollout before the next one."""

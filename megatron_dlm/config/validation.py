@@ -1,4 +1,4 @@
-"""Checks of a whole configuration, each a run over the rules of some stages.
+"""Checks of a whole configuration, each over the rules of some stages.
 
 Nothing here needs process groups or weights: `validate` runs before torch.distributed starts, so
 that a run that cannot work ends within seconds.
@@ -42,8 +42,8 @@ def validate_architecture(
 
     Args:
         config: The configuration.
-        student: What is trained.
-        teacher: What is only run beside it, if anything is.
+        student: The model that is trained.
+        teacher: The teacher, if there is one.
 
     Raises:
         UserError: The first rule that is broken, with the values that would work.
@@ -64,7 +64,7 @@ def validate_inference(config: Config, world_size: int, model: ModelSizes) -> No
     `GenerationConfig` checks what depends on how the model decodes.
 
     Args:
-        config: The configuration; what belongs to training has its defaults.
+        config: The configuration, with the defaults of training options.
         world_size: Number of processes.
         model: Sizes of the model.
 

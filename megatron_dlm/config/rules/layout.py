@@ -1,7 +1,7 @@
-"""What is spread over processes divides evenly: the processes, the model, the batch.
+"""Divisibility rules of the parallel layout: processes, model and batch.
 
-The layout is the same for a model that is trained, its teacher, one that generates and one that is
-converted: what of it must divide what stands in the two tables of this file and nowhere else.
+They are the same for a model that is trained, its teacher, and a model that generates or is
+converted. All of them are in the two tables of this file.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from megatron_dlm.types.model_sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Split:
-    """Something that is dealt out in equal parts.
+    """Something that is split into equal parts.
 
     Attributes:
         options: Names of the options whose product is the number of parts.
         parts: That number.
-        whole: How many there are to deal out.
-        name: What they are, with their number.
-        remedy: What would work.
+        whole: Number of items to split.
+        name: Description of the items, with their number.
+        remedy: Values that work.
     """
 
     options: tuple[str, ...]

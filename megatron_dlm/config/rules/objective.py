@@ -1,4 +1,4 @@
-"""Rules between an objective and what it is given: data, weights, adapters, teacher, states."""
+"""Rules between an objective and its data, weights, adapters, teacher and states."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def check_self_distillation(config: Config) -> None:
 
 @rule(Stage.COMBINATIONS)
 def check_something_to_learn(config: Config) -> None:
-    """Another try differs from the first, and some state has a later block to learn from."""
+    """A further try differs from the first, and some state has a later block."""
     rollout = config.rollout
     if config.traits.verifies and rollout.max_tries > 1:
         for name, value in (("temperature", 0), ("top_k", 1)):
@@ -171,7 +171,7 @@ def check_empty_mask(config: Config) -> None:
         raise refuse(
             config,
             "empty_mask",
-            "with --loss-weighting inverse_t the loss has no mean: t can be next to 0",
+            "with --loss-weighting inverse_t the loss has no mean: t can be near 0",
             "choose redraw, or --loss-weighting none",
         )
 
@@ -190,7 +190,7 @@ def check_teacher_responses(config: Config) -> None:
 
 @rule(Stage.COMBINATIONS)
 def check_cache_teacher_targets(config: Config) -> None:
-    """Distributions can be stored where the same responses come again, and k tokens of each."""
+    """Distributions are stored only for responses that do not change, and only k tokens of each."""
     if not config.distillation.cache_teacher_targets or not config.traits.uses_teacher:
         return
     if config.uses_rollouts:
@@ -211,7 +211,7 @@ def check_cache_teacher_targets(config: Config) -> None:
 
 @rule(Stage.COMBINATIONS)
 def check_offloading(config: Config) -> None:
-    """What is moved out of the way is there, and makes room for something."""
+    """What is offloaded exists, and offloading it frees memory."""
     for name in ("offload_teacher", "offload_optimizer"):
         if value_of(config, name) and config.distillation.cache_teacher_targets:
             raise refuse(
@@ -231,7 +231,7 @@ def check_offloading(config: Config) -> None:
 
 @rule(Stage.LENGTH)
 def check_attention_annealing(config: Config) -> None:
-    """The attention that the trained model is said to have has been trained."""
+    """Attention annealing ends before the run does."""
     iters = config.objective.attention_annealing_iters
     if 0 < config.train_iters < iters:  # 0: epochs of data that have not been read
         raise refuse(

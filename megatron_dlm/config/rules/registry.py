@@ -1,4 +1,4 @@
-"""Where rules make themselves known, and when each is checked."""
+"""The registry of rules, and the stages in which they are checked."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, Literal, TypeVar
 C = TypeVar("C", bound=Callable[..., None])
 
 Subject = Literal["training", "teacher", "inference"]
-"""What a rule holds for: a model that is trained, one that is run beside it, and one that is only
-loaded (to generate, to be converted)."""
+"""Subject of a rule: a model that is trained, its teacher, or one that is only loaded (to generate
+or to be converted)."""
 
 
 class Stage(enum.Enum):
-    """When rules are checked, in this order, and what they are given."""
+    """Stages of checking, in this order, and the input of their rules."""
 
     VALUES = enum.auto()
     """Each value for itself: the configuration."""
 
     NEEDS = enum.auto()
-    """What the objective cannot do without: the configuration."""
+    """Required options of the objective: the configuration."""
 
     USAGE = enum.auto()
-    """What the run has no use for: the configuration. Later stages look at what is used only."""
+    """Unused options: the configuration. Later stages look only at used ones."""
 
     COMBINATIONS = enum.auto()
     """Values that do not go together: the configuration."""
@@ -49,7 +49,7 @@ class Rule:
     Attributes:
         check: Raises `UserError` if the rule is broken.
         stage: When it is checked.
-        subjects: What it holds for.
+        subjects: Models that it applies to.
     """
 
     check: Callable[..., None]
@@ -63,7 +63,7 @@ stand there."""
 
 
 def rule(stage: Stage, *subjects: Subject) -> Callable[[C], C]:
-    """Make a function a rule, of training alone if nothing else is named."""
+    """Register a function as a rule, by default of training only."""
 
     def register(check: C) -> C:
         RULES.append(Rule(check, stage, subjects or ("training",)))

@@ -1,4 +1,4 @@
-"""What every rule needs: a field's value by name, and the error that names its flag."""
+"""Helpers of rules: a field's value by name, and the error that names its flag."""
 
 from __future__ import annotations
 

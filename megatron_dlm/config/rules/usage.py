@@ -1,6 +1,6 @@
-"""Which options a run reads: one that it has no use for has to keep its default.
+"""Options that a run uses: an unused one must keep its default.
 
-An option counts as set where it differs from its default, whether a flag or a YAML file says so.
+An option counts as set if it differs from its default, by a flag or a YAML file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIVERGENCE = "divergence jsd_beta divergence_top_k divergence_tail"
 
 @dataclass(frozen=True)
 class Use:
-    """A condition under which some options are read.
+    """A condition under which some options are used.
 
     Attributes:
         condition: Whether they are read.
@@ -38,7 +38,7 @@ class Use:
 
 
 def uses(config: Config) -> tuple[Use, ...]:
-    """The conditions of a configuration; an option in several of them is read where all hold."""
+    """The conditions of a configuration; an option in several of them is used if all hold."""
     return (*_uses_of_objective(config), *_uses_of_other_options(config))
 
 
@@ -49,7 +49,7 @@ def is_used(config: Config, name: str) -> bool:
 
 @rule(Stage.USAGE)
 def check_nothing_is_ignored(config: Config) -> None:
-    """What the run has no use for keeps its default."""
+    """Unused options keep their defaults."""
     for use in uses(config):
         for name in use.names.split() if not use.condition else ():
             if value_of(config, name) != default_of(name):

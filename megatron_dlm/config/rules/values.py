@@ -1,4 +1,4 @@
-"""Rules across the values of a configuration, whatever the model and the number of processes."""
+"""Rules across values that depend neither on the model nor on the number of processes."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def _is_installed(package: str) -> bool:
 
 @rule(Stage.COMBINATIONS)
 def check_optional_packages(config: Config) -> None:
-    """What a flag asks for is installed."""
+    """Packages that options need are installed."""
     if config.model.transformer_impl == "transformer_engine" and not _is_installed(
         "transformer_engine"
     ):
@@ -231,9 +231,9 @@ def check_save(config: Config) -> None:
 
 @rule(Stage.LENGTH)
 def check_schedule_length(config: Config) -> None:
-    """The warm-up is given in one way and ends before the decay does."""
+    """The warm-up is given only once and ends before the decay does."""
     if config.lr_decay_iters == 0:
-        return  # epochs of data that have not been read: asked again then
+        return  # epochs of data that have not been read yet: checked again after reading
     warmup, decay = config.lr_warmup_iters, config.lr_decay_iters
     by_fraction = config.optimizer.lr_warmup_fraction is not None
     if by_fraction and config.optimizer.lr_warmup_iters:
