@@ -133,7 +133,7 @@ def _python_path() -> list[str]:
 
 
 def measure_training(folder: Path, backend: str, load: Load) -> dict[str, float]:
-    """Medians over the updates and rollouts behind the first rollout, of a run of `opdlm`."""
+    """Medians over the updates and rollouts after the first rollout, of a run of `opdlm`."""
     run = folder / f"run_{backend}"
     arguments: dict[str, object] = {
         "objective": "opdlm",

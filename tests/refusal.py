@@ -1,4 +1,4 @@
-"""What a check says of its input."""
+"""The text of a check's error."""
 
 from collections.abc import Callable
 from typing import Any

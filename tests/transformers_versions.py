@@ -1,7 +1,7 @@
 """Python environments with other versions of transformers, made once and kept.
 
 They hold transformers and what else has to be of its time; PyTorch and all the rest is that of the
-running environment, which comes behind it on their path.
+running environment, which comes after it on their path.
 """
 
 import os

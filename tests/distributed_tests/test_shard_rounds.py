@@ -1,4 +1,4 @@
-"""Prompts are dealt out evenly, and a replica may be behind for longer than a collective waits."""
+"""Prompts are split evenly, and a replica may be late by more than a collective's timeout."""
 
 import time
 from datetime import timedelta
@@ -14,7 +14,7 @@ TIMEOUT = timedelta(seconds=6)
 
 
 def _deal(rank: int) -> tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]:
-    """What this rank is dealt: with rank 1 slow, and where one shard each could not be equal."""
+    """This rank's shards: with rank 1 slow, and where shards cannot be equal."""
     with initialized(Config.from_dict({"device": "cpu"})):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
         groups, slowly = ParallelGroups.from_parallel_state(), []

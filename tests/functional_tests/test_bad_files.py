@@ -1,4 +1,4 @@
-"""Files that are something else than they seem, and run folders that are not free."""
+"""Files that are pipes, folders or links, and run folders that are in use."""
 
 import itertools
 import json

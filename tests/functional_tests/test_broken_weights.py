@@ -1,4 +1,4 @@
-"""Weights that are no numbers, or not those of the model: every tool names tensor and file."""
+"""Weights that are not finite or do not fit the model: every tool names tensor and file."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Self-distillation as a user runs it: it resumes, hands on what it learnt, and improves."""
+"""Self-distillation as a user runs it: it resumes, passes on its weights, and improves."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The files of a model and its tokenizer name different ends of a response: each is one."""
+"""Files of a model and its tokenizer name different EOS ids: each of them ends a response."""
 
 import json
 import shutil

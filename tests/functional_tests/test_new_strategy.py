@@ -1,4 +1,4 @@
-"""A decoding strategy is one file: flags, rules, settings, engine and exports know a fifth one."""
+"""A decoding strategy is one file: flags, rules, settings, engine and exports use a fifth one."""
 
 import json
 import os

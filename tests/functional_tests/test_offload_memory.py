@@ -1,4 +1,4 @@
-"""Offloading on a GPU: what a phase does not use takes none of its memory."""
+"""Offloading on a GPU: weights that a phase does not use take none of its memory."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: what it writes is what the tokenizer says; what it refuses."""
+"""tools/preprocess_data.py writes the ids of the tokenizer, and refuses bad input."""
 
 import json
 from collections.abc import Sequence

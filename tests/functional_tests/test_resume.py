@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit; other layouts can go on from it."""
+"""A resumed run equals the uninterrupted one, bit for bit; other layouts can resume it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The committed tiny models: what they answer, and a short conversion under expert parallelism."""
+"""The committed tiny models: their answers, and a short conversion under expert parallelism."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ids that the model has no embedding for reach no model: texts that hold them are named."""
+"""Ids without an embedding are refused before they reach a model; the error names the text."""
 
 import json
 from pathlib import Path

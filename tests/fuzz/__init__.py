@@ -1,1 +1,1 @@
-"""Odd inputs in large numbers: whatever is read, there is a result or one line, and an end."""
+"""Odd inputs in large numbers: each ends in a result or in a one-line error."""

@@ -1,4 +1,4 @@
-"""The small runs whose files are made odd."""
+"""The small runs whose files are modified."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: generated pages are current, links lead somewhere."""
+"""The documentation agrees with the code: generated pages are current, links are valid."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What the launcher says, and what it is told."""
+"""Numbers from the launcher, and errors reported to it."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The scripts start what the recipes say, and the tiny recipes fit their processes."""
+"""The scripts start the runs of the recipes, and the tiny recipes fit their processes."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What only an extra brings is asked for by the extra's name, before any work."""
+"""A missing package of an extra is an error with the extra's name, before any work."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an objective cannot do is refused."""
+"""Options that an objective does not support are refused."""
 
 import pytest
 

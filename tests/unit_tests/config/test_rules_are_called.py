@@ -1,4 +1,4 @@
-"""A rule that is written is also checked, and each of them can refuse a configuration."""
+"""Every rule is called, and each can refuse a configuration."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""No option is silently ignored: refused where the run has no use for it, accepted where it has."""
+"""No option is silently ignored: refused in runs that do not use it, accepted in others."""
 
 from typing import Any, NamedTuple
 

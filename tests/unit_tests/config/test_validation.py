@@ -1,4 +1,4 @@
-"""Each rule refuses what cannot work, naming flag and remedy, and lets the rest pass."""
+"""Each rule refuses values that cannot work, naming flag and remedy, and accepts others."""
 
 import math
 from pathlib import Path

@@ -63,7 +63,7 @@ def padded(prompts, side="left"):
 
 
 def batch_responses(model, prompts, eos=(EOS,), side="left", **settings):
-    """Responses to a padded batch, up to their EOS; only padding may be behind it."""
+    """Responses to a padded batch, up to their EOS; only padding may follow it."""
     rows, mask = padded(prompts, side)
     output = model.generate(
         rows, attention_mask=mask, eos_token_id=list(eos), pad_token_id=PAD, **settings

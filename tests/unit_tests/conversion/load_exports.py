@@ -1,4 +1,4 @@
-"""Loads exported folders as a user of transformers does; knows nothing of this repository.
+"""Load exported folders as a user of transformers does, without this repository.
 
 Arguments: input_ids as JSON, a folder for the results, exported folders. Writes logits and what
 was generated as results.safetensors, and everything that was warned of as warnings.json.

@@ -1,4 +1,4 @@
-"""`a2d-qwen3` and `rnd1` folders: what is in them, what they compute, and how they come back."""
+"""`a2d-qwen3` and `rnd1` folders: their files, their logits, and importing them again."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What callers of transformers pass to exported models, and what they get."""
+"""Arguments of transformers' callers to exported models, and the results."""
 
 import logging
 
@@ -45,7 +45,7 @@ def any_model(request):
 
 @pytest.fixture
 def generation_config(model):
-    """The model's, restored behind a test that changes it."""
+    """The model's generation config, restored after a test that changes it."""
     before, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=EOS)
     yield model.generation_config
     model.generation_config = before
@@ -167,7 +167,7 @@ def test_streamers_are_given_the_prompt_and_then_tokens_in_order(any_model, toke
     assert recorder.has_ended
     assert torch.equal(recorder.values[0], PROMPT)
     assert torch.equal(torch.cat(recorder.values[1:]), output[0, 6:])
-    # Rows of a batch are told column by column; behind the end of one there is padding.
+    # Rows of a batch are streamed column by column; after the end of one there is padding.
     rows, mask = padded([random_prompt(3), random_prompt(9)])
     recorder = Recorder()
     settings |= {"eos_token_id": [*output[0, 8:9].tolist(), 12, 17, 33, 41]}

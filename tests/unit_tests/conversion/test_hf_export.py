@@ -1,4 +1,4 @@
-"""What goes out is what came in, in folders that transformers and serving engines read."""
+"""Exported tensors equal the imported ones, in folders that transformers and engines read."""
 
 import json
 import os

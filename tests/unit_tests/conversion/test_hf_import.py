@@ -1,4 +1,4 @@
-"""Imported transformers checkpoints give transformers' logits; what does not fit is refused."""
+"""Imported transformers checkpoints give transformers' logits; unfit ones are refused."""
 
 import json
 

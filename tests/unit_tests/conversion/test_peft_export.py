@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: PEFT itself loads them and computes what the merged export does."""
+"""Adapters in PEFT's format: PEFT loads them and computes the logits of the merged export."""
 
 import json
 from dataclasses import dataclass, replace

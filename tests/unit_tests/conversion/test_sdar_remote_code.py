@@ -1,4 +1,4 @@
-"""The modelling code of exported folders computes what our model and our rollout engine compute."""
+"""The modelling code of exported folders gives the results of our model and rollout engine."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Modelling code of exported folders: one file made of many, that reads as if written so."""
+"""Modelling code of exported folders: several modules joined into one clean file."""
 
 import ast
 import subprocess

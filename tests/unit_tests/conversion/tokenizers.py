@@ -1,4 +1,4 @@
-"""A tiny tokenizer in the shape of Qwen3's: no MASK, and a free id behind its last one."""
+"""A tiny tokenizer in the shape of Qwen3's: no MASK, and a free id after its last one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a chat template does not render is refused, with file and line."""
+"""Content that a chat template does not render is refused, with file and line."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("template", "record", "kwargs", "problem"),
     [
-        # Thinking behind a prompt that closes it, or that opens it already.
+        # Thinking after a prompt that closes it, or that opens it already.
         (THINKING, {"messages": [USER, THOUGHT]}, NO_THINKING, "closes <think> in the prompt"),
         (THINKING, {"messages": [USER, WRITTEN]}, NO_THINKING, "closes <think> in the prompt"),
         (PLAIN, {"messages": [USER, WRITTEN]}, NO_THINKING, "closes <think> in the prompt"),

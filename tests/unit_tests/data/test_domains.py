@@ -1,4 +1,4 @@
-"""What the domain of a record decides."""
+"""Suffixes and limits by the domain of a record."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A large file is told apart by its ends and its size."""
+"""The fingerprint of a large file depends on its ends and its size."""
 
 import hashlib
 from pathlib import Path

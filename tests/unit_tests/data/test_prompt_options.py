@@ -1,4 +1,4 @@
-"""Long prompts, and what a record's domain decides, where prompts and examples are read."""
+"""Long prompts, and suffixes and limits by domain, when prompts and examples are read."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A `tokenizer.model` alone is a tokenizer: SentencePiece's ids, and what the JSON files add."""
+"""A `tokenizer.model` alone is a tokenizer: SentencePiece's ids and the tokens of JSON files."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A tokenizer's files in whatever state: loaded, or refused in one line that names the file."""
+"""Odd files of a tokenizer are loaded, or refused in one line that names the file."""
 
 import json
 import shutil

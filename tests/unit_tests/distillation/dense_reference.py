@@ -1,4 +1,4 @@
-"""What the fused losses must equal: float64, the whole vocabulary at once, plain autograd."""
+"""References of the fused losses: float64, the whole vocabulary at once, plain autograd."""
 
 import math
 from collections.abc import Mapping

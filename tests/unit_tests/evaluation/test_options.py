@@ -1,4 +1,4 @@
-"""A tool refuses decoding options that none of its settings reads, and settings that cannot be."""
+"""A tool refuses decoding options that none of its settings uses, and impossible settings."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Answers are the same when their values are; Python's own numbers say when."""
+"""Answers match if their values are equal, compared with Python's own numbers."""
 
 import math
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""What is dropped of an adapter's inputs: a share, the same however the layer is split."""
+"""Dropout of an adapter's inputs: the right share, the same under every split of the layer."""
 
 import pytest
 import torch

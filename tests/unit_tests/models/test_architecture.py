@@ -1,4 +1,4 @@
-"""What config.json says of attention and prediction, and what it leaves to the model type."""
+"""The kind of diffusion model, from keys of config.json or from the model type."""
 
 from typing import Any
 

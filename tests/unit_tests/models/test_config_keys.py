@@ -1,4 +1,4 @@
-"""Whatever a value of config.json is: what transformers makes of it, or one line that names it."""
+"""Odd values of config.json are read as by transformers, or refused in one line."""
 
 import json
 import time

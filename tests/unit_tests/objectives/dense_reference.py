@@ -61,7 +61,7 @@ class Models:
 
 @st.composite
 def trajectories(draw: st.DrawFn, block_size: int) -> Trajectory:
-    """What a rollout leaves: whole blocks, with a step for every token behind the prompt."""
+    """Trajectories as of rollouts: whole blocks, with a step for every token after the prompt."""
     prompt = draw(st.integers(1, 3 * block_size))
     total = -(-(prompt + draw(st.integers(1, 3 * block_size))) // block_size) * block_size
     tail = draw(st.integers(0, min(block_size, total - prompt) - 1))

@@ -149,7 +149,7 @@ def test_hard_targets_make_distillation_the_block_diffusion_loss(
 def test_block_size_one_is_distillation_at_causal_visibility(
     models: Models, trajectory: Trajectory, selection: str
 ) -> None:
-    """Each token is predicted from MASK in its place behind the clean prefix, by causal attention.
+    """Each token is predicted from MASK in its place after the clean prefix, by causal attention.
 
     `global` draws one step of the whole trajectory: its current and all later tokens are masked.
     """

@@ -104,7 +104,7 @@ def test_the_tail_belongs_to_the_state() -> None:
 
 
 def test_random_states_are_masked_with_probability_t() -> None:
-    # A prompt of 2; blocks of 2, 4, 4 and 4 positions behind it; in the last one token is real.
+    # A prompt of 2; blocks of 2, 4, 4 and 4 positions after it; the last has one real token.
     position = torch.arange(16)
     block = position // 4
     maskable, supervised = position >= 2, (position >= 2) & (position < 13)
@@ -140,7 +140,7 @@ def test_random_states_are_masked_with_probability_t() -> None:
 
 
 def test_one_token_is_masked_where_none_was_drawn() -> None:
-    # Blocks of 4 real positions, of 2 behind a prompt, and of 1 before a tail.
+    # Blocks of 4 real positions, of 2 after a prompt, and of 1 before a tail.
     position = torch.arange(12)
     block = position // 4
     maskable, supervised = position >= 2, (position >= 2) & (position < 9)

@@ -21,8 +21,8 @@ def rollouts(draw: st.DrawFn) -> tuple[Trajectory, int, list[list[int]], list[li
     blocks = draw(st.integers(1, 4))
     first = prompt // block_size
     end = (first + blocks) * block_size
-    behind = draw(st.integers(0, 5))
-    canvas = [draw(st.integers(0, 9)) for _ in range(prompt)] + [MASK] * (end + behind - prompt)
+    later = draw(st.integers(0, 5))
+    canvas = [draw(st.integers(0, 9)) for _ in range(prompt)] + [MASK] * (end + later - prompt)
     steps = [0] * end
     seen, current = [], []
     for block in range(first, first + blocks):
@@ -47,7 +47,7 @@ def rollouts(draw: st.DrawFn) -> tuple[Trajectory, int, list[list[int]], list[li
         unmask_step=torch.tensor(steps[prompt : end - tail]),
         tail_ids=torch.tensor(canvas[end - tail : end], dtype=torch.int64),
         tail_unmask_step=torch.tensor(steps[end - tail :], dtype=torch.int64),
-        canvas_length=end + behind if behind else None,
+        canvas_length=end + later if later else None,
     )
     count = last_before if blocks > 1 else 0
     return trajectory, block_size, seen[:count], current[:count]

@@ -1,4 +1,4 @@
-"""Cells are run once, one by one, and lose nothing to each other."""
+"""Cells are run once, and a failed cell does not affect the others."""
 
 import json
 from pathlib import Path

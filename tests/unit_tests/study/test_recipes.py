@@ -1,4 +1,4 @@
-"""The study's recipes are runnable, and differ in what they compare only."""
+"""The study's recipes are runnable, and differ only in what is compared."""
 
 import json
 from pathlib import Path

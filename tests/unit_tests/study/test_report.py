@@ -1,4 +1,4 @@
-"""The report says what results.json holds, whichever way it came out."""
+"""The report shows the numbers of results.json, whatever they are."""
 
 import json
 from pathlib import Path

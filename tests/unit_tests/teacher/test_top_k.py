@@ -1,4 +1,4 @@
-"""A teacher that was asked once, its most likely tokens on disk, instead of one in memory."""
+"""Training on the stored most likely tokens of a teacher, without it in memory."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Branches differ in the batch size only, aligned in tokens; the critical one is read off."""
+"""Branches differ in the batch size only, aligned in tokens; the critical one is found."""
 
 import shutil
 from pathlib import Path

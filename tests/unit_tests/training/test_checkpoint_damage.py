@@ -1,4 +1,4 @@
-"""Damaged, odd and hostile checkpoints: what is damaged is named, what is intact is used."""
+"""Damaged, odd and hostile checkpoints are named, intact ones are used."""
 
 import io
 import json

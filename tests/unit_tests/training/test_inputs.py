@@ -1,4 +1,4 @@
-"""What a run reads is measured against the model; another kind of model is announced."""
+"""Inputs of a run are checked against the model; a change of the kind of model is announced."""
 
 import json
 from dataclasses import replace
@@ -132,8 +132,8 @@ def test_held_out_windows_are_checked_before_the_run(folder: Path, tmp_path: Pat
         shuffle=True,
         special_tokens=SpecialTokens(510, 508, 511, vocab_size=512),
     )
-    last, behind = (int(windows.sample(index, index).response_ids[0]) for index in (7, 8))
-    for name, document, bad in (("last", last, 511), ("behind", behind, 600)):
+    last, following = (int(windows.sample(index, index).response_ids[0]) for index in (7, 8))
+    for name, document, bad in (("last", last, 511), ("next", following, 600)):
         changed = [list(tokens) for tokens in documents]
         changed[document][5] = bad
         write_corpus(tmp_path / name, changed)
@@ -145,7 +145,7 @@ def test_held_out_windows_are_checked_before_the_run(folder: Path, tmp_path: Pat
 
     with pytest.raises(UserError, match=f"--valid-data-path: document {last} contains the MASK"):
         read("last")
-    read("behind")
+    read("next")
 
 
 def with_tokenizer(

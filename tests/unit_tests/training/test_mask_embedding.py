@@ -1,4 +1,4 @@
-"""The MASK row of a converted autoregressive model, and what a run starts from."""
+"""The initial MASK row of a converted autoregressive model."""
 
 import json
 from pathlib import Path

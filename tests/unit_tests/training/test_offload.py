@@ -1,4 +1,4 @@
-"""Offloading: idle storages are empty, whoever shares them stays whole, results are the same."""
+"""Offloading: idle storages are empty, shared ones stay intact, results are the same."""
 
 import json
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""What of a resumed run is compared with what it was started with."""
+"""Options of a resumed run that are compared with those of its start."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What d_opsd starts from is checked before any weight is read."""
+"""Models for d_opsd are checked before any weight is read."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The validation loss: that of training, always in the same states, and without a trace."""
+"""The validation loss is the training loss on fixed states, and does not affect training."""
 
 from pathlib import Path
 from typing import Any

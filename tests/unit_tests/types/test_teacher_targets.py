@@ -1,4 +1,4 @@
-"""Targets are indexed, joined and moved as one, whatever they hold."""
+"""Targets of all kinds are indexed, joined and moved alike."""
 
 from collections.abc import Callable
 from dataclasses import fields
