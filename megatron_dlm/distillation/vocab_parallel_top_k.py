@@ -20,7 +20,7 @@ def vocab_parallel_top_k(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
-) -> TopKTargets:
+) -> tuple[TopKTargets, Tensor]:
     """The k most likely tokens of softmax(hidden @ head.T), without its [n, vocabulary] logits.
 
     Args:
@@ -32,24 +32,12 @@ def vocab_parallel_top_k(
         chunk_size: Tokens projected at a time.
 
     Returns:
-        Targets of n predictions with `log_rest`, the same on every rank of the group.
+        Targets of n predictions with `log_rest`, and the largest logit of each [n] float32; the
+        same on every rank of the group.
 
     Raises:
         ValueError: k does not leave out at least one token.
     """
-    return top_k_and_largest_logit(hidden, head, k, vocab_size, tp_group, chunk_size)[0]
-
-
-@torch.no_grad()
-def top_k_and_largest_logit(
-    hidden: Tensor,
-    head: Tensor,
-    k: int,
-    vocab_size: int,
-    tp_group: dist.ProcessGroup | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
-) -> tuple[TopKTargets, Tensor]:
-    """As `vocab_parallel_top_k`, with the logit of the most likely token, [n] float32."""
     if not 0 < k < vocab_size:
         raise ValueError(f"k = {k} is no proper part of a vocabulary of {vocab_size}")
     shard = VocabShard.of(head, vocab_size, tp_group)

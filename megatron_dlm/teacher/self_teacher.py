@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
-from megatron_dlm.distillation.vocab_parallel_top_k import top_k_and_largest_logit
+from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.attention_layout import Field, clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden, most_rows, texts_of_rows
 from megatron_dlm.models.lora import adapters_disabled
@@ -157,7 +157,7 @@ class SelfTeacher:
         """The highest-ranked positions [n] of each state, ascending, and their targets."""
         options = self._config.self_distillation
         state, position = states.current.nonzero(as_tuple=True)
-        top_k, largest_logit = top_k_and_largest_logit(
+        top_k, largest_logit = vocab_parallel_top_k(
             hidden,
             head_weight(self.model),
             options.teacher_top_k,

@@ -79,7 +79,7 @@ def _targets(
     hidden = [t.targets for t in trajectories[:count] if isinstance(t.targets, HiddenTargets)]
     if not hidden:
         return None
-    targets = vocab_parallel_top_k(
+    targets, _ = vocab_parallel_top_k(
         TeacherTargets.cat(hidden).hidden,
         teacher.head,
         config.distillation.divergence_top_k,

@@ -86,7 +86,7 @@ def top_k_of_rank(rank: int, name: str, k: int) -> tuple[torch.Tensor | None, ..
     """Ids, log-probabilities and log-probability of the rest, with the head sharded."""
     inputs = case_inputs(name)
     head = inputs.teacher_head.chunk(dist.get_world_size())[rank]
-    targets = vocab_parallel_top_k(
+    targets, _ = vocab_parallel_top_k(
         inputs.teacher_hidden, head, k, inputs.vocab_size, dist.group.WORLD, chunk_size=4
     )
     return targets.token_ids, targets.log_probs, targets.log_rest

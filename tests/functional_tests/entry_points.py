@@ -1,6 +1,7 @@
 """Run the entry points: as functions where many cases share one import, as processes where the
 process itself is what is tested."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,11 @@ def run_process(
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def options(files: Path, **changes: object) -> list[str]:

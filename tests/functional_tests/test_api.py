@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.functional_tests.entry_points import (
     GENERATE,
     PRETRAIN,
     Call,
-    caller,
+    lines,
 )
 from tests.refusal import refusal
 from tests.tiny import run_config, save_random_model, write_data
@@ -33,15 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder, 7)
     save_random_model(folder / "model")
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

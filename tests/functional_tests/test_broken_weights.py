@@ -23,7 +23,6 @@ from tests.functional_tests.entry_points import (
     PRETRAIN,
     Call,
     Outcome,
-    caller,
 )
 from tests.tiny import run_config, run_training, save_random_model, started_inputs, write_data
 
@@ -36,11 +35,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
     write_data(folder, 8)
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
 
 
 def use(call: Call, script: Path, files: Path, load: Path, out: Path) -> Outcome:
@@ -90,6 +84,23 @@ TOOLS = pytest.mark.parametrize(
 )
 
 
+def check_damaged(
+    files: Path,
+    call: Call,
+    folder: Path,
+    script: Path,
+    damage: Callable[[dict[str, Any]], None],
+    problem: str,
+) -> None:
+    """Check that a tool refuses a model with damaged tensors, naming tensor and file."""
+    file = save_random_model(folder / "model") / "model.safetensors"
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    outcome = use(call, script, files, folder / "model", folder / "out")
+    outcome.check_error(f"--load = '{file}'", f"tensor {NAME}", problem)
+
+
 @TOOLS
 @pytest.mark.parametrize(
     ("damage", "problem"),
@@ -108,12 +119,7 @@ def test_every_tool_names_the_tensor_and_its_file(
     damage: Callable[[dict[str, Any]], None],
     problem: str,
 ) -> None:
-    file = save_random_model(tmp_path / "model") / "model.safetensors"
-    tensors = load_file(file)
-    damage(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    outcome = use(call, script, files, tmp_path / "model", tmp_path / "out")
-    outcome.check_error(f"--load = '{file}'", f"tensor {NAME}", problem)
+    check_damaged(files, call, tmp_path, script, damage, problem)
     assert not (tmp_path / "out").exists()
 
 
@@ -136,12 +142,7 @@ def test_other_broken_weights(
     damage: Callable[[dict[str, Any]], None],
     problem: str,
 ) -> None:
-    file = save_random_model(tmp_path / "model") / "model.safetensors"
-    tensors = load_file(file)
-    damage(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    outcome = use(call, CONVERT, files, tmp_path / "model", tmp_path / "out")
-    outcome.check_error(f"--load = '{file}'", f"tensor {NAME}", problem)
+    check_damaged(files, call, tmp_path, CONVERT, damage, problem)
 
 
 def test_quantisation_that_only_config_json_states(files: Path, call: Call, tmp_path: Path) -> None:

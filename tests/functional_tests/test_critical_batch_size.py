@@ -7,17 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.functional_tests.entry_points import CRITICAL_BATCH_SIZE, Call, caller
+from tests.functional_tests.entry_points import CRITICAL_BATCH_SIZE, Call, lines
 from tests.tiny import run_config, save_random_model, write_data
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def critical(study: Path, tolerance: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from megatron_dlm.data.arithmetic import write_examples
 from megatron_dlm.errors import UserError
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run_folder import find_checkpoint
-from tests.functional_tests.entry_points import CONVERT, EVALUATE, Call, caller
+from tests.functional_tests.entry_points import CONVERT, EVALUATE, Call
 from tests.tiny import (
     TOKENIZER,
     run_config,
@@ -23,11 +23,6 @@ from tests.tiny import (
 
 END_OF_TEXT, END_OF_TURN = 508, 510
 SAMPLING = {"do_sample": True, "temperature": 0.6}
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
 
 
 def stating(model: Path, configured: object, generated: object) -> Path:

@@ -8,16 +8,11 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from tests.functional_tests.entry_points import PREPROCESS, PRETRAIN, Call, caller, run_process
+from tests.functional_tests.entry_points import PREPROCESS, PRETRAIN, Call, run_process
 from tests.tiny import TOKENIZER, save_random_model
 
 TEXTS = ["Tom has 2 cards.", "", "3 + 4 = 7\n#### 7", "How many nuts?"] * 40
 EOS = 510
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
 
 
 def write(path: Path, texts: Sequence[str], key: str = "text") -> Path:

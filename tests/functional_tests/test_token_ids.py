@@ -13,7 +13,6 @@ from tests.functional_tests.entry_points import (
     PREPROCESS,
     PRETRAIN,
     Call,
-    caller,
 )
 from tests.tiny import TOKENIZER, run_config, save_random_model, write_data
 
@@ -35,11 +34,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tokenizer.add_tokens([NEW]) == 1
     tokenizer.save_pretrained(save_random_model(folder / "model"))
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
 
 
 def write(path: Path, *records: object) -> Path:

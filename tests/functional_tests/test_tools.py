@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tests.functional_tests.entry_points import (
     EVALUATE,
     GENERATE,
     Call,
-    caller,
+    lines,
     run_process,
 )
 from tests.tiny import TOKENIZER, save_random_model, write_data
@@ -31,15 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def greedy_responses(model_folder: Path, prompts: Path) -> Iterator[str]:

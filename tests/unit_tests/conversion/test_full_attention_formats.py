@@ -23,6 +23,7 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt
+from tests.unit_tests.conversion.diffusion_models import padded
 from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
@@ -184,12 +185,8 @@ def test_greedy_decoding_equals_the_rollout_engine(exported, strategy, steps, bl
     lengths = {len(response) for response in expected}
     assert len(lengths) > 1
 
-    longest = max(len(prompt) for prompt in PROMPTS)
-    rows = torch.zeros(len(PROMPTS), longest, dtype=torch.int64)
-    mask = torch.zeros_like(rows)
-    for row, prompt in enumerate(PROMPTS):
-        rows[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
+    rows, mask = padded(PROMPTS)
+    longest = rows.shape[1]
     output = theirs.generate(
         rows,
         attention_mask=mask,

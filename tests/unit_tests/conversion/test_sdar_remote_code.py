@@ -20,6 +20,7 @@ from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt
+from tests.unit_tests.conversion.diffusion_models import padded
 from tests.unit_tests.conversion.hf_models import hf_logits, random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
@@ -147,12 +148,8 @@ def test_greedy_decoding_equals_the_rollout_engine(models, strategy, block_size,
     assert MAX_NEW_TOKENS in lengths
     assert len(lengths) > 1
 
-    longest = max(len(prompt) for prompt in PROMPTS)
-    rows = torch.zeros(len(PROMPTS), longest, dtype=torch.int64)
-    mask = torch.zeros_like(rows)
-    for row, prompt in enumerate(PROMPTS):
-        rows[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
+    rows, mask = padded(PROMPTS)
+    longest = rows.shape[1]
     settings = {
         "max_new_tokens": MAX_NEW_TOKENS,
         "block_size": block_size,

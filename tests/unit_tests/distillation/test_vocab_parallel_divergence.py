@@ -138,7 +138,7 @@ def test_stored_targets_give_the_loss_of_the_live_teacher(
         dtype=torch.float32,
     )
     spec = DivergenceSpec({name: 1.0}, top_k=5, tail=tail, chunk_size=8)
-    targets = vocab_parallel_top_k(
+    targets, _ = vocab_parallel_top_k(
         inputs.teacher_hidden, inputs.teacher_head, 5, inputs.vocab_size, chunk_size=8
     )
     if logit_scale > 1:
