@@ -29,7 +29,7 @@ from megatron_dlm.config.coercion import build
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.data.prompts import read_examples
 from megatron_dlm.data.records import RecordFile
-from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
 from megatron_dlm.entry import world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.generation import (
@@ -247,13 +247,7 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
     values |= {"device": setup.config.parallel.device, **options}
     config = Config.from_dict(values, "loss()")
     validate(config, 1)
-    special_tokens = resolve_special_tokens(
-        model.tokenizer,
-        architecture.hf_config,
-        str(setup.tokenizer_folder),
-        generation_config=architecture.generation_config,
-        config_file=architecture.file,
-    )
+    special_tokens = special_tokens_of(model.tokenizer, architecture, setup.tokenizer_folder)
     data = read_examples(
         file,
         model.tokenizer,

@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar
 import orjson
 
 from megatron_dlm.data.arithmetic_text import SCENES, Scene, render
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.entry import report_user_errors
+from megatron_dlm.errors import bad_value
 
 Split = Literal["train", "heldout"]
 Symbol = Literal["+", "-", "*"]
@@ -204,6 +205,7 @@ def _weighted(rng: random.Random, entries: Sequence[T], weights: Sequence[float]
     return entries[-1]
 
 
+@report_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a JSONL file of examples; exit status 2 for arguments that cannot work."""
     parser = argparse.ArgumentParser(description="Generate arithmetic word problems as JSONL.")
@@ -212,13 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
     options = parser.parse_args(arguments)
-    try:
-        if options.num < 1:
-            raise bad_value("--num", options.num, "no example to write", "ask for at least 1")
-        write_examples(options.output, options.split, options.seed, options.num)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.num < 1:
+        raise bad_value("--num", options.num, "no example to write", "ask for at least 1")
+    write_examples(options.output, options.split, options.seed, options.num)
     return 0
 
 

@@ -14,7 +14,7 @@ from transformers import (
 from megatron_dlm.data.sentencepiece_model import TOKENIZER_MODEL, with_tokenizer_json
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
-from megatron_dlm.models.architecture import GENERATION_CONFIG
+from megatron_dlm.models.architecture import GENERATION_CONFIG, Architecture
 from megatron_dlm.models.config_keys import TOKEN_KEYS, TOKENIZER_KEYS, checked_keys
 from megatron_dlm.types.special_tokens import SpecialTokens
 
@@ -144,6 +144,23 @@ def differing_token(
             if text in rest or token_id in taken or not special:
                 return text
     return None
+
+
+def special_tokens_of(
+    tokenizer: PreTrainedTokenizerBase, architecture: Architecture, folder: Path
+) -> SpecialTokens:
+    """The special tokens of a model with a tokenizer from a folder; see `resolve_special_tokens`.
+
+    Raises:
+        UserError: As in `resolve_special_tokens`.
+    """
+    return resolve_special_tokens(
+        tokenizer,
+        architecture.hf_config,
+        str(folder),
+        generation_config=architecture.generation_config,
+        config_file=architecture.file,
+    )
 
 
 def resolve_special_tokens(

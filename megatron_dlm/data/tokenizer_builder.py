@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dlm.data.arithmetic import examples
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.entry import report_user_errors
+from megatron_dlm.errors import bad_value
 
 PAD_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|im_start|>"
@@ -110,17 +111,14 @@ def _training_texts() -> Iterator[str]:
         yield "assistant\n" + example["response"]
 
 
+@report_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the tokenizer into a folder; exit status 2 for arguments that cannot work."""
     parser = argparse.ArgumentParser(description="Build the tokenizer of the tiny models.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     options = parser.parse_args(arguments)
-    try:
-        save_tokenizer(build_tokenizer(options.vocab_size), options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    save_tokenizer(build_tokenizer(options.vocab_size), options.output)
     return 0
 
 

@@ -18,7 +18,7 @@ from megatron_dlm import platform
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import PromptDataset, tokenize_prompts
 from megatron_dlm.data.records import RecordFile
-from megatron_dlm.data.tokenizer import resolve_special_tokens
+from megatron_dlm.data.tokenizer import special_tokens_of
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model import DiffusionGPTModel
@@ -55,13 +55,7 @@ def read_inference_inputs(
         UserError: A record is unusable, or there is no room for responses.
     """
     architecture, data = setup.source.architecture, setup.config.data
-    special_tokens = resolve_special_tokens(
-        tokenizer,
-        architecture.hf_config,
-        str(setup.tokenizer_folder),
-        generation_config=architecture.generation_config,
-        config_file=architecture.file,
-    )
+    special_tokens = special_tokens_of(tokenizer, architecture, setup.tokenizer_folder)
     prompts = tokenize_prompts(
         file,
         tokenizer,

@@ -14,7 +14,7 @@ from megatron_dlm.data.prompts import (
     read_examples,
     read_prompts,
 )
-from megatron_dlm.data.tokenizer import load_tokenizer, resolve_special_tokens
+from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.rewards import REWARDS
@@ -244,13 +244,7 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
     else:
         raise bad_value("--tokenizer", None, "no tokenizer to read", "name its folder")
     tokenizer = load_tokenizer(tokenizer_folder)
-    special_tokens = resolve_special_tokens(
-        tokenizer,
-        architecture.hf_config,
-        str(tokenizer_folder),
-        generation_config=architecture.generation_config,
-        config_file=architecture.file,
-    )
+    special_tokens = special_tokens_of(tokenizer, architecture, tokenizer_folder)
     if weights is not None:
         check_tokenizer(tokenizer, tokenizer_folder, weights)
         special_tokens = with_ends_of(
