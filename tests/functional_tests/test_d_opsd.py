@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dlm.commands import main
 from megatron_dlm.data.packing import pack
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.models.forward import forward_hidden
@@ -21,7 +22,6 @@ from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import Run, build_run
 from megatron_dlm.training.verified_rollout import TRY_STRIDE
 from megatron_dlm.types.trajectory import Trajectory
-from tests.functional_tests.entry_points import CONVERT, run_process
 from tests.tiny import (
     REPOSITORY,
     declare_diffusion_kind,
@@ -71,8 +71,8 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
 
 
 def _exported(run: Path, target: Path) -> dict[str, torch.Tensor]:
-    done = run_process(CONVERT, "--load", run, "--save", target, "--target-format", "a2d-qwen3")
-    assert done.status == 0, done.stderr
+    command = ["convert", "--load", str(run), "--save", str(target)]
+    assert main([*command, "--target-format", "a2d-qwen3"]) == 0
     return load_file(target / "model.safetensors")
 
 

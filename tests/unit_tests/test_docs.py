@@ -133,6 +133,7 @@ def test_mask_figure_is_that_of_the_paper() -> None:
     assert num_seen == 16 * sum(seen)
 
 
+@pytest.mark.slow
 def test_python_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     found = re.search(r"<!-- python-example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
