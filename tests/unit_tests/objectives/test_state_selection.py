@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_dlm.config.groups import EmptyMask
 from megatron_dlm.objectives.state_selection import (
     all_,
     global_,
@@ -78,14 +79,13 @@ def test_steps_are_drawn_uniformly() -> None:
     last = torch.tensor([3, 2])
     generator = torch.Generator().manual_seed(0)
     draws = 6000
-    blocks, whole = Counter(), Counter()
-    for _ in range(draws):
-        (masked,) = per_block(steps, block, last, generator)
-        blocks[int(masked[:4].sum())] += 1
-        whole[int(global_(steps, block, last, generator)[0].sum())] += 1
-    for count in blocks.values():
+    blocks = block.repeat(draws) + 2 * torch.arange(draws).repeat_interleave(8)
+    (masked,) = per_block(steps.repeat(draws), blocks, last.repeat(draws), generator)
+    for count in Counter(masked.view(draws, 2, 4)[:, 0].sum(-1).tolist()).values():
         assert abs(count / draws - 1 / 3) < 0.03
     # Global: five states, each with its own number of masks: 7, 6, 5 (block 0), 4, 2 (block 1).
+    draws = 3000
+    whole = Counter(int(global_(steps, block, last, generator)[0].sum()) for _ in range(draws))
     assert set(whole) == {7, 6, 5, 4, 2}
     for count in whole.values():
         assert abs(count / draws - 1 / 5) < 0.03
@@ -103,67 +103,73 @@ def test_the_tail_belongs_to_the_state() -> None:
     assert unmask_steps(trajectory).tolist() == [0, 0, 1, 2]
 
 
+def random_states(
+    draws: int, positions: int, ends: tuple[int, int], empty_mask: EmptyMask = "redraw"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States of many copies of a sequence of blocks of 4, all in one call.
+
+    Args:
+        draws: Copies.
+        positions: Of each.
+        ends: Of the prompt and of the supervised tokens.
+        empty_mask: See `random_state`.
+
+    Returns:
+        The masks, those of supervised tokens among them, and t; each [draws, blocks, 4].
+    """
+    position = torch.arange(positions)
+    prompt, end = ends
+    maskable, supervised = position >= prompt, (position >= prompt) & (position < end)
+    blocks = torch.arange(draws * positions) // 4
+    masked, t = random_state(
+        maskable.repeat(draws),
+        supervised.repeat(draws),
+        blocks,
+        torch.Generator().manual_seed(0),
+        empty_mask,
+    )
+    assert not masked[~maskable.repeat(draws)].any()
+    shape = (draws, positions // 4, 4)
+    return masked.view(shape), (masked & supervised.repeat(draws)).view(shape), t.view(shape)
+
+
 def test_random_states_are_masked_with_probability_t() -> None:
     # A prompt of 2; blocks of 2, 4, 4 and 4 positions after it; the last has one real token.
-    position = torch.arange(16)
-    block = position // 4
-    maskable, supervised = position >= 2, (position >= 2) & (position < 13)
-    generator = torch.Generator().manual_seed(0)
     draws = 4000
-    counts = [Counter() for _ in range(4)]
-    t_sums = [Counter() for _ in range(4)]
-    inverse = torch.zeros(16, dtype=torch.float64)
-    tail = t_tail = 0.0
-    for _ in range(draws):
-        masked, t = random_state(maskable, supervised, block, generator)
-        assert not masked[~maskable].any()
-        assert ((t > 0) & (t < 1)).all()
-        assert all(len(set(t[block == b].tolist())) == 1 for b in range(4))
-        for b in range(4):
-            number = int((masked & supervised)[block == b].sum())
-            counts[b][number] += 1
-            t_sums[b][number] += float(t[4 * b])
-        inverse += masked / t.clamp(min=1e-2)
-        tail, t_tail = tail + float(masked[13:].float().mean()), t_tail + float(t[13])
+    masked, of_supervised, t = random_states(draws, 16, (2, 13))
+    assert ((t > 0) & (t < 1)).all()
+    assert torch.equal(t, t[:, :, :1].expand_as(t))
+    numbers = of_supervised.sum(-1)
     for b, real in enumerate((2, 4, 4, 1)):
         # Of n, k = 1 .. n are masked with equal probability; t is then Beta(k + 1, n - k + 1).
-        assert set(counts[b]) == set(range(1, real + 1))
-        for number, count in counts[b].items():
-            assert abs(count / draws - 1 / real) < 0.03
-            assert abs(t_sums[b][number] / count - (number + 1) / (real + 2)) < 0.03
+        assert set(numbers[:, b].tolist()) == set(range(1, real + 1))
+        for number in range(1, real + 1):
+            chosen = numbers[:, b] == number
+            assert abs(float(chosen.float().mean()) - 1 / real) < 0.03
+            assert abs(float(t[chosen, b, 0].mean()) - (number + 1) / (real + 2)) < 0.03
     # What 1/t is for: every token counts the same, (n + 1) / n, on average.
-    for b, real in enumerate((2, 4, 4, 1)):
-        for i in range(16):
-            if block[i] == b and supervised[i]:
-                assert abs(float(inverse[i]) / draws - (real + 1) / real) < 0.15
-    assert abs(tail - t_tail) / draws < 0.02
+    inverse = (of_supervised / t.clamp(min=1e-2)).mean(0)
+    for b, (first, end, real) in enumerate(((2, 4, 2), (0, 4, 4), (0, 4, 4), (0, 1, 1))):
+        assert (inverse[b, first:end] - (real + 1) / real).abs().max() < 0.15
+    assert abs(float(masked[:, 3, 1:].float().mean() - t[:, 3, 0].mean())) < 0.02
 
 
 def test_one_token_is_masked_where_none_was_drawn() -> None:
     # Blocks of 4 real positions, of 2 after a prompt, and of 1 before a tail.
-    position = torch.arange(12)
-    block = position // 4
-    maskable, supervised = position >= 2, (position >= 2) & (position < 9)
-    generator = torch.Generator().manual_seed(0)
     draws = 6000
-    counts, forced, small = [Counter() for _ in range(3)], torch.zeros(12), 0
-    for _ in range(draws):
-        masked, t = random_state(maskable, supervised, block, generator, "mask_one")
-        assert not masked[~maskable].any()
-        for b in range(3):
-            counts[b][int((masked & supervised)[block == b].sum())] += 1
-        if t[4] < 0.01:  # next to nothing is drawn there
-            small += 1
-            forced += masked
+    masked, of_supervised, t = random_states(draws, 12, (2, 9), "mask_one")
+    numbers = of_supervised.sum(-1)
     for b, real in enumerate((2, 4, 1)):
         # Of n, k = 0 .. n are drawn with equal probability, and 0 becomes 1.
-        assert set(counts[b]) == set(range(1, real + 1))
-        for number, count in counts[b].items():
-            assert abs(count / draws - (1 + (number == 1)) / (real + 1)) < 0.02
+        assert set(numbers[:, b].tolist()) == set(range(1, real + 1))
+        for number in range(1, real + 1):
+            share = float((numbers[:, b] == number).float().mean())
+            assert abs(share - (1 + (number == 1)) / (real + 1)) < 0.02
     # Only where t is small does every block of four have one MASK, and each place has its share.
-    assert small > 20
-    assert float(forced[4:8].sum()) < 1.2 * small
-    assert int((forced[4:8] > 0).sum()) == 4
+    forced = masked[t[:, 1, 0] < 0.01, 1]
+    assert len(forced) > 20
+    assert int(forced.sum()) < 1.2 * len(forced)
+    assert forced.any(dim=0).all()
 
 
 @given(step_tables(), st.integers(0, 1000), st.sampled_from(["redraw", "mask_one"]))
