@@ -2,7 +2,7 @@
 # make quickstart  convert the tiny model end to end and print the table
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
 # make study       measure all objectives side by side (hours; goes on where it was)
-# make test-fast   unit tests that are not marked slow (minutes)
+# make test-fast   unit tests that are not marked slow (3 minutes on 2 cores)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make soak        kill, signal, restart and damage small runs many times (an hour and more)

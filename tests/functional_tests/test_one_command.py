@@ -37,11 +37,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return caller(monkeypatch, capsys)
-
-
-@pytest.fixture
 def whole(files: Path, call: Call, tmp_path: Path) -> list[str]:
     """The command of a run of two updates, which is done."""
     command = options(files, num_rollouts=2, save=tmp_path / "run", save_interval=1)
