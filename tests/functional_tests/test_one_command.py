@@ -22,7 +22,7 @@ from megatron_dlm.training.run_folder import find_checkpoint, saved_iterations
 from megatron_dlm.training.run_history import events, last_event
 from megatron_dlm.training.run_start import decide_start
 from tests.distributed_tests.spawn import run_distributed
-from tests.functional_tests.entry_points import PRETRAIN, Call, caller, options
+from tests.functional_tests.entry_points import PRETRAIN, Call, options
 from tests.refusal import refusal
 from tests.tiny import REPOSITORY, run_config, run_training, save_random_model, write_data
 
