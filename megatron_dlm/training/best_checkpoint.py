@@ -66,7 +66,7 @@ def best_iteration(run_folder: str | Path, newest: int) -> int | None:
 
     Args:
         run_folder: The run's folder.
-        newest: Checkpoints behind this iteration are of a run that was wound back.
+        newest: Checkpoints after this iteration are of a run that was wound back.
     """
     figures = {
         iteration: figure

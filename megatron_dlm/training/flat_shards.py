@@ -26,7 +26,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     Args:
         shape: Of the tensor, n axes.
         start: First element, counted in the flattened tensor.
-        stop: Behind the last one.
+        stop: One past the last one.
 
     Returns:
         At most 2n - 1 boxes; none if there are no elements.
