@@ -40,8 +40,9 @@ from megatron_dlm.parallel import initialized
 from megatron_dlm.training.checkpoint_saving import CheckpointSaver
 from megatron_dlm.training.checkpointing import sharded_state
 from megatron_dlm.training.inputs import read_inputs
-from megatron_dlm.training.loop import collect, micro_batches, row_multiple
+from megatron_dlm.training.loop import micro_batches, row_multiple
 from megatron_dlm.training.manifest import files_of, record_files
+from megatron_dlm.training.rollout_batch import collect
 from megatron_dlm.training.run import Run, build_run
 from megatron_dlm.training.train_step import train_step
 

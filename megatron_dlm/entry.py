@@ -11,12 +11,18 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec
 
-from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.launcher import die_with_launcher, final_error, leave_error
+from megatron_dlm.errors import TrainingDiverged, UserError, bad_value
+from megatron_dlm.launcher import die_with_launcher, final_error, leave_error, leave_status
 
 P = ParamSpec("P")
 
 USER_ERROR_STATUS = 2
+
+DIVERGED_STATUS = 3
+"""Of a run whose loss or gradient is no number any more: the same command ends the same way."""
+
+PREEMPTED_STATUS = 75
+"""Of a run that was asked to stop and has saved: the same command goes on (BSD's EX_TEMPFAIL)."""
 
 REPORT_SECONDS = 20.0
 """Seconds that other ranks wait for rank 0 to report; the launcher usually ends them sooner."""
@@ -109,9 +115,10 @@ def _of_a_file(error: OSError) -> UserError | None:
 
 
 def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
-    """Turn a `UserError` into one line on rank 0's standard error and exit status 2.
+    """Turn a `UserError` into one line on rank 0's standard error and an exit status.
 
-    So is what the system refuses to do with a file that somebody named.
+    The status is `DIVERGED_STATUS` for a run that diverged, else `USER_ERROR_STATUS`. An operation
+    on a file that the system refuses is treated the same way.
     """
 
     @functools.wraps(main)
@@ -121,9 +128,11 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
             die_with_launcher()
             ended = final_error()
             if ended is not None:  # said when it happened; no restart changes it
+                leave_status(ended[1])
                 leave_error(*ended)
                 return ended[1]
             status = main(*args, **kwargs)
+            leave_status(status)
             if status:
                 leave_error(f"ended with status {status}", status)
             return status
@@ -131,13 +140,16 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
             error = caught if isinstance(caught, UserError) else _of_a_file(caught)
             if error is None:
                 raise
-            leave_error(f"error: {error}", USER_ERROR_STATUS)
+            diverged = isinstance(error, TrainingDiverged)
+            status = DIVERGED_STATUS if diverged else USER_ERROR_STATUS
+            leave_status(status)
+            leave_error(f"error: {error}", status)
             if _reports():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             elif "TORCHELASTIC_RUN_ID" in os.environ:
                 # torchrun ends all ranks as soon as one has ended. One that is faster than rank 0
                 # must not take the message with it.
                 time.sleep(REPORT_SECONDS)
-            return USER_ERROR_STATUS
+            return status
 
     return wrapper

@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 Every check of user input raises `UserError`; entry points turn it into one line on one rank and
-exit status 2 (`report_user_errors`). Anything else is a defect and keeps its traceback.
+an exit status (`report_user_errors`). Anything else is a defect and keeps its traceback.
 """
 
 import reprlib
@@ -25,6 +25,10 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(_line(message, 4 * LONGEST))
+
+
+class TrainingDiverged(UserError):
+    """A run that cannot go on as it is, described in one line; it has a status of its own."""
 
 
 def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError:

@@ -19,6 +19,9 @@ _ATTEMPT_FOLDER = re.compile(r"attempt_(\d+)")
 _STATUS = "exit_status"
 _PR_SET_PDEATHSIG = 1
 
+STATUS_FILE = "MEGATRON_DLM_STATUS_FILE"
+"""Environment variable with the file that a script reads the exit status from."""
+
 
 def attempt() -> int:
     """How often torchrun has started the ranks again; 0 without it."""
@@ -44,6 +47,17 @@ def die_with_launcher() -> None:
     """`die_with_parent`, in a process that a launcher gave a rank."""
     if "RANK" in os.environ:
         die_with_parent()
+
+
+def leave_status(status: int) -> None:
+    """Leave the status that this process ends with for the script that started torchrun.
+
+    torchrun itself ends with 1 whatever its processes ended with.
+    """
+    file = os.environ.get(STATUS_FILE)
+    if file:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(f"{status}\n")
 
 
 def leave_error(message: str, status: int | None) -> None:

@@ -56,6 +56,11 @@ class ParallelGroups:
     dp_size: int = 1
     lockstep: ProcessGroup | None = None
 
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this rank speaks for its replica of the model."""
+        return self.model is None or self.model.rank() == 0
+
     @classmethod
     def from_parallel_state(cls) -> "ParallelGroups":
         """The groups that Megatron-Core was initialised with."""
@@ -161,6 +166,22 @@ def _rank_watch(config: Config, store: Store, next_store: Store) -> RankWatch:
 def _set_seeds(config: Config) -> None:
     torch.manual_seed(config.data.seed)
     model_parallel_cuda_manual_seed(config.data.seed)
+
+
+def on_all_ranks(holds: bool) -> bool:
+    """Whether something holds on all ranks; all call this."""
+    flag = torch.tensor([int(holds)], device=platform.device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def on_rank_zero(own: list[T]) -> list[T]:
+    """The lists of all ranks, joined, on rank 0, and nothing on the others; all call this."""
+    gathered: list[list[T]] | None = None
+    if torch.distributed.get_rank() == 0:
+        gathered = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.gather_object(own, gathered, dst=0)
+    return [entry for part in gathered or [] for entry in part]
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.evaluation.rewards import REWARDS
-from megatron_dlm.parallel import from_rank_zero, initialized
+from megatron_dlm.parallel import ParallelGroups, from_rank_zero, initialized
+from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.stop_request import StopRequest
 from megatron_dlm.training.inputs import RunInputs, read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import build_run
@@ -152,7 +154,7 @@ def started_inputs(config: Config) -> tuple[Config, RunInputs]:
     return start.config, read_inputs(start.config, start.resumed)
 
 
-def run_training(config: Config) -> list[dict[str, Any]]:
+def run_training(config: Config, request: StopRequest | None = None) -> list[dict[str, Any]]:
     """Run the real main job in this process (or this rank of a world); its metrics lines."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     validate(config, world)
@@ -160,7 +162,9 @@ def run_training(config: Config) -> list[dict[str, Any]]:
     if not start.is_finished:
         inputs = read_inputs(start.config, start.resumed)
         with initialized(start.config):
-            train(build_run(start.config, inputs))
+            groups = ParallelGroups.from_parallel_state()
+            with StopAgreement(request or StopRequest(), groups) as stop:
+                train(build_run(start.config, inputs, stop))
             if world > 1:
                 torch.distributed.barrier()
     assert config.logging.save is not None

@@ -6,13 +6,18 @@ torchrun --nproc-per-node 8 -m megatron_dlm train --config examples/qwen3_8b/opd
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, format_config, format_length, validate
-from megatron_dlm.entry import rank, world_size
+from megatron_dlm.entry import PREEMPTED_STATUS, rank, world_size
+from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.training.run_history import last_event, record
 from megatron_dlm.training.run_lock import owned_run_folder
 from megatron_dlm.training.run_start import RunStart, decide_start
+
+if TYPE_CHECKING:
+    from megatron_dlm.training.run import Run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,18 +26,23 @@ def main(argv: Sequence[str]) -> int:
     validate(config, world_size())
     if config.dry_run:
         return _dry_run(config)
-    with owned_run_folder(config.logging.save):
+    minutes = config.training.exit_duration_in_mins
+    request = StopRequest(minutes if rank() == 0 else None)
+    with request.catching_signals(), owned_run_folder(config.logging.save):
         # Imported step by step, so that bad input is reported before PyTorch is loaded, where ranks
         # have no folder to agree on.
         if world_size() == 1 or config.logging.save is None:
-            return _run(decide_start(config), nullcontext())
+            return _run(decide_start(config), nullcontext(), request)
         from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero, joined
 
         with joined(config):
-            return _run(from_rank_zero(lambda: decide_start(config)), errors_on_all_ranks())
+            start = from_rank_zero(lambda: decide_start(config))
+            return _run(start, errors_on_all_ranks(), request)
 
 
-def _run(start: RunStart, errors_of_reading: AbstractContextManager[None]) -> int:
+def _run(
+    start: RunStart, errors_of_reading: AbstractContextManager[None], request: StopRequest
+) -> int:
     config, resumed = start.config, start.resumed
     if start.is_finished:
         _say(start.notice)
@@ -43,12 +53,21 @@ def _run(start: RunStart, errors_of_reading: AbstractContextManager[None]) -> in
     with errors_of_reading:
         inputs = read_inputs(config, resumed)
     _say(start.notice)
-    from megatron_dlm.parallel import initialized
+    from megatron_dlm.parallel import ParallelGroups, initialized
+    from megatron_dlm.stop_agreement import StopAgreement
     from megatron_dlm.training.loop import train
-    from megatron_dlm.training.run import build_run
+    from megatron_dlm.training.run import Run, build_run
 
+    run: Run | None = None
     with initialized(config):
-        train(build_run(config, inputs))
+        groups = ParallelGroups.from_parallel_state()
+        with StopAgreement(request, groups) as stop:
+            try:
+                run = build_run(config, inputs, stop)
+                train(run)
+            except StopRequested as stopped:
+                _report_stop(stopped, config, run)
+                return PREEMPTED_STATUS
     return 0
 
 
@@ -78,3 +97,13 @@ def _dry_run(config: Config) -> int:
             if line:
                 print(f"# {line}")
     return 0
+
+
+def _report_stop(stopped: StopRequested, config: Config, run: "Run | None") -> None:
+    """Say that the run is to be started again; before it was built, in its history too."""
+    folder = config.logging.save
+    if run is None:
+        record(folder, "saved_and_stopped", iteration=None, rollout=None, reason=str(stopped))
+    where = "before the first update" if run is None else f"after update {run.progress.iteration}"
+    kept = f"the same command goes on in {folder}" if folder else "nothing is saved: no --save"
+    _say(f"{stopped}: stopped {where}; {kept}")

@@ -215,6 +215,11 @@ class Config:
         return updates * self.training.epochs_per_rollout
 
     @property
+    def updates_to_skip(self) -> int:
+        """Diverged updates in a row that are left out before the run ends."""
+        return int(self.training.on_divergence.removeprefix("stop").removeprefix("skip:") or 0)
+
+    @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps on the trajectories of a full rollout, all epochs; 1 without rollouts."""
         return self.updates_of(self.rollout_batch_size)

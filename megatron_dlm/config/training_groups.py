@@ -130,6 +130,14 @@ class TrainingConfig:
     """Global batches of held-out data that a validation loss is taken over: always the same samples
     with the same masks."""
 
+    exit_duration_in_mins: Annotated[float | None, ABOVE_ZERO] = None
+    """Minutes from its start after which a run saves and ends as if it was sent SIGTERM: with
+    status 75, to be started again."""
+
+    on_divergence: str = "stop"
+    """What becomes of a run whose loss or gradient is no finite number. stop: it ends with status
+    3. skip:N: the update is left out, up to N times in a row."""
+
 
 @dataclass(frozen=True)
 class LoggingConfig:
@@ -139,8 +147,12 @@ class LoggingConfig:
     """Run folder: checkpoints, metrics.jsonl, resolved configuration, TensorBoard."""
 
     save_interval: Annotated[int, AT_LEAST_ZERO] = 0
-    """Optimizer steps between checkpoints, rounded up to the end of the rollout; 0 saves only at
-    the end of the run."""
+    """Optimizer steps between checkpoints, rounded up to the end of the rollout; 0 leaves it to
+    --save-interval-minutes."""
+
+    save_interval_minutes: Annotated[float, AT_LEAST_ZERO] = 30.0
+    """Minutes after the last checkpoint from which on the next one is written, after an update or a
+    rollout; 0 leaves it to --save-interval. The end of the run is always saved."""
 
     keep_checkpoints: Annotated[int, AT_LEAST_ZERO] = 0
     """Latest checkpoints to keep; 0 keeps all."""

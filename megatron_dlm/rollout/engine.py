@@ -11,7 +11,7 @@ The engine works on token ids. It does not tokenise, score or select training st
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.prompt_queue import PromptQueue
 from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -56,6 +57,7 @@ class RolloutEngine:
         vocab_size: Ids from here on are padding of the vocabulary; never drawn.
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
         groups: Process groups; default: those of Megatron-Core's parallel state.
+        stop: Checked before every forward for a request to stop; None: never.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class RolloutEngine:
         vocab_size: int,
         seed: int,
         groups: ParallelGroups | None = None,
+        stop: StopAgreement | None = None,
     ) -> None:
         self.generation = generation
         self.seed = seed
         self._model = unwrap_model(model)
         self._special_tokens = special_tokens
         self._groups = groups or ParallelGroups.from_parallel_state()
+        self._stop = stop
         self._drawer = TokenDrawer(
             self._model,
             generation=generation,
@@ -106,6 +110,7 @@ class RolloutEngine:
         Raises:
             ValueError: `max_response_length` is below 1, or a prompt is empty although each token
                 is predicted from the one before.
+            StopRequested: On all ranks in step. Decoded again, the responses are the same.
         """
         if max_response_length < 1:
             raise ValueError(f"max_response_length = {max_response_length} is below 1")
@@ -115,6 +120,10 @@ class RolloutEngine:
                     raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
         with _evaluation(self._model):
             return self._generate(prompts, max_response_length, on_finished)
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Around `generate`, called by all data-parallel ranks: if one of them leaves, all do."""
+        return nullcontext() if self._stop is None else self._stop.settled()
 
     def _generate(
         self,
@@ -164,6 +173,8 @@ class RolloutEngine:
             works = slots.num_active > 0
             if not self._any_rank_works(works):
                 break
+            if self._stop is not None:
+                self._stop.check()
             if works:
                 finished = self._step(slots, context)
             else:

@@ -13,8 +13,9 @@ from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.teacher.base import Teacher
-from megatron_dlm.teacher.frozen import FrozenTeacher
+from megatron_dlm.teacher.frozen import frozen_teacher
 from megatron_dlm.teacher.given_responses import given_records
 from megatron_dlm.teacher.inputs import TeacherInputs
 from megatron_dlm.teacher.responses import generate_missing
@@ -34,6 +35,7 @@ def build_teacher(
     diffusion_kind: DiffusionKind,
     groups: ParallelGroups,
     student: Callable[[], DiffusionGPTModel],
+    stop: StopAgreement | None = None,
 ) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
     """Complete the teacher's stored responses and targets, and build it if training needs it.
 
@@ -49,6 +51,7 @@ def build_teacher(
         groups: Process groups of teacher and student.
         student: Builds the student on the first call. Called here only for a student that teaches
             itself: any other teacher should have the memory to itself while it answers prompts.
+        stop: Checked before every forward for a request to stop; None: never.
 
     Returns:
         The teacher that annotates trajectories, None if training needs none; and the examples with
@@ -57,6 +60,7 @@ def build_teacher(
 
     Raises:
         UserError: A folder of stored responses or targets cannot be used.
+        StopRequested: On all ranks, while the teacher answers prompts.
     """
     examples = None if isinstance(data, PromptDataset) else data
 
@@ -76,6 +80,7 @@ def build_teacher(
             vocab_size=special_tokens.vocab_size,
             shifted=diffusion_kind.shifted,
             groups=groups,
+            stop=stop,
         ), examples
     if inputs is None:
         return None, examples
@@ -83,7 +88,9 @@ def build_teacher(
         assert isinstance(data, PromptDataset)
         assert inputs.responses is not None
         wanted = given_records(config, sampler)
-        generate_missing(config, inputs.responses, data, wanted, load, special_tokens, groups)
+        generate_missing(
+            config, inputs.responses, data, wanted, load, special_tokens, groups, stop=stop
+        )
         with errors_on_all_ranks():
             responses = inputs.responses.read()
         examples = data.with_responses(responses, special_tokens)
@@ -98,13 +105,14 @@ def build_teacher(
                 load,
                 special_tokens.vocab_size,
                 groups,
+                stop,
             )
             load.cache_clear()
             platform.release_memory()
             return StoredTeacher(table, sampler.record_index, groups), examples
     if not config.traits.uses_teacher:
         return None, examples
-    return FrozenTeacher(load(), config.training.micro_batch_size), examples
+    return frozen_teacher(load(), config, stop), examples
 
 
 def _stored_top_k(
@@ -117,6 +125,7 @@ def _stored_top_k(
     load: Callable[[], DiffusionGPTModel],
     vocab_size: int,
     groups: ParallelGroups,
+    stop: StopAgreement | None,
 ) -> TopKTable:
     assert config.teacher_responses is not None
     k = config.distillation.divergence_top_k
@@ -131,6 +140,6 @@ def _stored_top_k(
     folder = Path(config.teacher_responses) / f"top_{k}"
     with errors_on_all_ranks():
         store = TopKStore(folder, header, "--teacher-responses", responses, vocab_size)
-    compute_missing(config, store, examples, wanted, load, vocab_size, groups)
+    compute_missing(config, store, examples, wanted, load, vocab_size, groups, stop=stop)
     with errors_on_all_ranks():
         return store.read()

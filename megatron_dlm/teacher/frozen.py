@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_dlm.config import Config
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.teacher_targets import HiddenTargets
 from megatron_dlm.types.trajectory import Trajectory
+
+ROWS_PER_STAGE = 8
+"""Rows in flight for each pipeline stage: enough that filling and draining it costs little."""
 
 
 class FrozenTeacher:
@@ -20,11 +25,21 @@ class FrozenTeacher:
     Args:
         model: This rank's part, frozen and in evaluation mode (`build_frozen_model`).
         rows_of: Trajectories per packed row of a forward.
+        rows_at_once: Rows that are in flight, in the stages of a pipeline.
+        stop: Checked before these for a request to stop; None: never.
     """
 
-    def __init__(self, model: DiffusionGPTModel, rows_of: int) -> None:
+    def __init__(
+        self,
+        model: DiffusionGPTModel,
+        rows_of: int,
+        rows_at_once: int = 1,
+        stop: StopAgreement | None = None,
+    ) -> None:
         self.model = model
         self._rows_of = rows_of
+        self._rows_at_once = rows_at_once
+        self._stop = stop
 
     @property
     def head(self) -> torch.Tensor | None:
@@ -39,6 +54,7 @@ class FrozenTeacher:
 
         Raises:
             ValueError: A prompt is empty: nothing predicts the first token.
+            StopRequested: On all ranks in step.
         """
         groups = [
             trajectories[start : start + self._rows_of]
@@ -51,14 +67,33 @@ class FrozenTeacher:
             tokens = [trajectory.token_ids[:-1] for trajectory in group]
             layout = clean_layout([len(ids) for ids in tokens], "causal", block_size=1)
             rows.append(Row(torch.cat(tokens), layout[3].long(), layout))
-        hidden_rows = forward_hidden(self.model, rows)
-        if hidden_rows is None:
-            return
-        for group, hidden in zip(groups, hidden_rows, strict=True):
-            start = 0
-            for trajectory in group:
-                length = len(trajectory.token_ids) - 1
-                first = start + len(trajectory.prompt_ids) - 1
-                own = hidden[first : start + length].clone()
-                trajectory.targets = HiddenTargets(own)
-                start += length
+        for start in range(0, len(rows), self._rows_at_once):
+            if self._stop is not None:
+                self._stop.check()
+            chunk = slice(start, start + self._rows_at_once)
+            hidden_rows = forward_hidden(self.model, rows[chunk])
+            if hidden_rows is not None:
+                _set_targets(groups[chunk], hidden_rows)
+
+
+def frozen_teacher(
+    model: DiffusionGPTModel, config: Config, stop: StopAgreement | None
+) -> FrozenTeacher:
+    """The teacher of a run: rows as long as those of training, enough to fill the pipeline."""
+    stages = config.parallel.pipeline_model_parallel_size
+    rows_at_once = 1 if stages == 1 else ROWS_PER_STAGE * stages
+    return FrozenTeacher(model, config.training.micro_batch_size, rows_at_once, stop)
+
+
+def _set_targets(
+    groups: Sequence[Sequence[Trajectory]], hidden_rows: Sequence[torch.Tensor]
+) -> None:
+    """Cut the hidden states [S, h] of rows into those that predict the responses."""
+    for group, hidden in zip(groups, hidden_rows, strict=True):
+        start = 0
+        for trajectory in group:
+            length = len(trajectory.token_ids) - 1
+            first = start + len(trajectory.prompt_ids) - 1
+            own = hidden[first : start + length].clone()
+            trajectory.targets = HiddenTargets(own)
+            start += length

@@ -12,7 +12,13 @@ from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
+from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.teacher.shard_rounds import (
+    PROMPTS_PER_SHARD,
+    ended_by_all,
+    missing_prompts,
+    rounds,
+)
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt
 
@@ -26,6 +32,7 @@ def generate_missing(
     special_tokens: SpecialTokens,
     groups: ParallelGroups,
     prompts_per_shard: int = PROMPTS_PER_SHARD,
+    stop: StopAgreement | None = None,
 ) -> None:
     """Complete a store of responses; all ranks call this.
 
@@ -38,8 +45,10 @@ def generate_missing(
         special_tokens: Of the tokenizer.
         groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
+        stop: Checked before every forward for a request to stop; stored shards are kept.
 
     Raises:
+        StopRequested: On all ranks.
         UserError: What the store holds is damaged.
     """
     missing = missing_prompts(store, wanted)
@@ -58,11 +67,13 @@ def generate_missing(
         vocab_size=special_tokens.vocab_size,
         seed=config.data.seed,
         groups=groups,
+        stop=stop,
     )
     writes = groups.model is None or groups.model.rank() == 0
-    for shard, _ in rounds(missing, "teacher responses", groups, prompts_per_shard):
-        trajectories = engine.generate(
-            [prompts[index] for index in shard], rollout.max_response_length
-        )
-        if writes and shard:
-            store.write(shard, [t.response_ids.tolist() for t in trajectories])
+    with ended_by_all():
+        for shard, _ in rounds(missing, "teacher responses", groups, prompts_per_shard):
+            trajectories = engine.generate(
+                [prompts[index] for index in shard], rollout.max_response_length
+            )
+            if writes and shard:
+                store.write(shard, [t.response_ids.tolist() for t in trajectories])

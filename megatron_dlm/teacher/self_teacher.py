@@ -30,6 +30,7 @@ from megatron_dlm.rollout.visited_states import (
     states_before_last_block,
 )
 from megatron_dlm.seeding import keyed_generator
+from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.teacher_targets import StateTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -44,6 +45,7 @@ class SelfTeacher:
         vocab_size: Ids from here on are padding.
         shifted: Whether the model's logits at position i predict token i + 1.
         groups: Process groups of the model.
+        stop: Checked before each micro-batch for a request to stop; None: never.
     """
 
     head: None = None
@@ -58,6 +60,7 @@ class SelfTeacher:
         vocab_size: int,
         shifted: bool,
         groups: ParallelGroups,
+        stop: StopAgreement | None = None,
     ) -> None:
         self.model = model
         self._config = config
@@ -65,9 +68,14 @@ class SelfTeacher:
         self._vocab_size = vocab_size
         self._shifted = shifted
         self._groups = groups
+        self._stop = stop
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
-        """Set `targets` of each right response with more than one block; all ranks call this."""
+        """Set `targets` of each right response with more than one block; all ranks call this.
+
+        Raises:
+            StopRequested: On all ranks.
+        """
         training = self.model.training
         self.model.eval()
         own_view: AbstractContextManager[None] = nullcontext()
@@ -78,6 +86,8 @@ class SelfTeacher:
         size = self._config.training.micro_batch_size
         with own_view, torch.no_grad():
             for start in range(0, len(trajectories), size):
+                if self._stop is not None:
+                    self._stop.check_all()  # replicas agree on their numbers of rows
                 self._annotate_row(trajectories[start : start + size])
         self.model.train(training)
 

@@ -1,12 +1,14 @@
 """Distribute the prompts that a store lacks over the data-parallel ranks, round by round."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 
 from megatron_dlm.data.shard_store import ShardStore
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.stop_request import StopRequested
 
 PROMPTS_PER_SHARD = 512
 """Most prompts in one shard. An interruption loses at most one shard on each rank."""
@@ -34,6 +36,27 @@ def missing_prompts(store: ShardStore, wanted: Iterable[int]) -> list[int]:
     return missing[0]
 
 
+@contextmanager
+def ended_by_all() -> Iterator[None]:
+    """Around all rounds: ranks wait for each other at the end; collective.
+
+    Replicas decode independently, and may end further apart than a collective waits.
+
+    Raises:
+        StopRequested: On all ranks, if one raised it in the block.
+    """
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    code = torch.tensor([0])
+    try:
+        yield
+    except StopRequested as stop:
+        code += stop.code
+    torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX, group)
+    torch.distributed.destroy_process_group(group)
+    if code:
+        raise StopRequested(int(code))
+
+
 def rounds(
     missing: list[int],
     what: str,
@@ -43,7 +66,7 @@ def rounds(
     """This rank's shard in each round, and the size of the round's largest one.
 
     All shards have the same size, to within one prompt. Every rank takes part in every round, with
-    an empty shard if need be: experts are shared between ranks.
+    an empty shard if need be: experts are shared between ranks. Used within `ended_by_all`.
 
     Args:
         missing: As `missing_prompts` returned it, not empty.
@@ -54,13 +77,9 @@ def rounds(
     dp_rank, dp_size = groups.dp_rank, groups.dp_size
     num_shards = dp_size * -(-len(missing) // (dp_size * prompts_per_shard))
     bounds = [len(missing) * shard // num_shards for shard in range(num_shards + 1)]
-    # Replicas decode independently, and may end further apart than a collective waits.
-    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     for start in range(0, num_shards, dp_size):
         own = missing[bounds[start + dp_rank] : bounds[start + dp_rank + 1]]
         sizes = [bounds[i + 1] - bounds[i] for i in range(start, start + dp_size)]
         yield own, max(sizes)
         if torch.distributed.get_rank() == 0:
             print(f"{what}: {bounds[start + dp_size]}/{len(missing)} prompts", flush=True)
-    torch.distributed.barrier(group)
-    torch.distributed.destroy_process_group(group)

@@ -13,8 +13,14 @@ from megatron_dlm.data.top_k_store import TopKStore
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import ParallelGroups
-from megatron_dlm.teacher.frozen import FrozenTeacher
-from megatron_dlm.teacher.shard_rounds import PROMPTS_PER_SHARD, missing_prompts, rounds
+from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.teacher.frozen import FrozenTeacher, frozen_teacher
+from megatron_dlm.teacher.shard_rounds import (
+    PROMPTS_PER_SHARD,
+    ended_by_all,
+    missing_prompts,
+    rounds,
+)
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -28,6 +34,7 @@ def compute_missing(
     vocab_size: int,
     groups: ParallelGroups,
     prompts_per_shard: int = PROMPTS_PER_SHARD,
+    stop: StopAgreement | None = None,
 ) -> None:
     """Complete a store of targets; all ranks call this.
 
@@ -40,28 +47,31 @@ def compute_missing(
         vocab_size: Ids from here on are padding.
         groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
+        stop: Checked before every forward for a request to stop; stored shards are kept.
 
     Raises:
+        StopRequested: On all ranks.
         UserError: What the store holds is damaged.
     """
     missing = missing_prompts(store, wanted)
     if not missing:
         return
-    teacher = FrozenTeacher(model(), config.training.micro_batch_size)
+    teacher = frozen_teacher(model(), config, stop)
     at_once = config.training.global_batch_size // groups.dp_size
     writes = groups.tp is None or groups.tp.rank() == 0
-    for shard, most in rounds(missing, "teacher top-k", groups, prompts_per_shard):
-        # Ranks that share experts run equal numbers of rows: a smaller shard is filled up.
-        indices = [*shard, *[missing[0]] * (most - len(shard))]
-        parts = []
-        for start in range(0, most, at_once):
-            trajectories = [examples[index] for index in indices[start : start + at_once]]
-            own = max(0, len(shard) - start)
-            targets = _targets(config, teacher, trajectories, own, vocab_size, groups)
-            if targets is not None:
-                parts.append(targets)
-        if parts and writes and shard:
-            store.write(shard, TeacherTargets.cat(parts))
+    with ended_by_all():
+        for shard, most in rounds(missing, "teacher top-k", groups, prompts_per_shard):
+            # Ranks that share experts run equal numbers of rows: a smaller shard is filled up.
+            indices = [*shard, *[missing[0]] * (most - len(shard))]
+            parts = []
+            for start in range(0, most, at_once):
+                trajectories = [examples[index] for index in indices[start : start + at_once]]
+                own = max(0, len(shard) - start)
+                targets = _targets(config, teacher, trajectories, own, vocab_size, groups)
+                if targets is not None:
+                    parts.append(targets)
+            if parts and writes and shard:
+                store.write(shard, TeacherTargets.cat(parts))
 
 
 def _targets(

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import shutil
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from megatron_dlm.training.checkpointing import (
 )
 from megatron_dlm.training.manifest import files_of, record_files, write_manifest
 from megatron_dlm.training.run_folder import HF_FOLDER, iteration_folder, prune
+from megatron_dlm.training.stored_batch import write_batch
 from megatron_dlm.training.student import Student
 from megatron_dlm.training.tensor_file import (
     BackgroundCall,
@@ -121,6 +124,7 @@ class CheckpointSaver:
         student: Student | None = None,
         run_config: dict[str, Any] | None = None,
         figure: HeldOutFigure | None = None,
+        batch: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         """Start a checkpoint, after the one before it has been published.
 
@@ -133,12 +137,14 @@ class CheckpointSaver:
             student: With it, optimizer and schedule are saved and the run can be resumed.
             run_config: The run's flat configuration.
             figure: What the model reaches on held-out data, if it was measured.
+            batch: Stored trajectories of the rollout batch in work, on rank 0; None between two.
 
         Raises:
             UserError: On every rank: the disk is too full, the folder cannot be written, or the
                 host has no memory for copies.
         """
         self.finish()
+        started, says = time.perf_counter(), progress is not None
         progress = progress or Progress()
         final = iteration_folder(self._run_folder, progress.iteration)
         temporary = _temporary(final)
@@ -169,6 +175,8 @@ class CheckpointSaver:
                     write_hf_files(hf_folder, hf_config, generation_config, tokenizer_folder)
                     if figure is not None:
                         write_figure(temporary, figure)
+                    if batch is not None:
+                        write_batch(temporary, batch)
             with errors_on_all_ranks():
                 content = planned.content
                 if self._host is not None:
@@ -185,6 +193,9 @@ class CheckpointSaver:
             if planned.metadata is not None and _all_notes_are_there(temporary, has_failed):
                 _complete(temporary, planned.metadata)
                 self._publish(temporary, final, iteration)
+                if says:
+                    seconds = time.perf_counter() - started
+                    print(f"saved {final} (update {iteration}, {seconds:.1f} s)", flush=True)
 
         self._pending = _Pending(final, BackgroundCall(write_and_publish), has_failed)
         if self._host is None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from megatron_dlm.training.optimizer_state import (
     sharded_optimizer_state,
 )
 from megatron_dlm.training.run_folder import find_checkpoint, is_iteration_folder
+from megatron_dlm.training.stored_batch import read_batch
 from megatron_dlm.training.student import Student
 
 
@@ -52,6 +54,9 @@ class Progress:
         consumed_samples: Prompts or examples taken from the data, the data cursor.
         response_tokens_total: Response tokens obtained so far, each rollout counted once.
         trained_tokens_total: Response tokens trained on so far, counted at every update.
+        updates_of_batch: Updates that the rollout batch in work has served.
+        skipped_updates: Updates that were left out because they diverged, of `iteration`.
+        skipped_in_a_row: Of these, the last ones.
     """
 
     iteration: int = 0
@@ -59,6 +64,9 @@ class Progress:
     consumed_samples: int = 0
     response_tokens_total: int = 0
     trained_tokens_total: int = 0
+    updates_of_batch: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
 
 
 def is_rank_zero() -> bool:
@@ -260,14 +268,17 @@ def attach_adapters_of_run(
 
 def load_training_state(
     path: str | Path, student: Student, field: str = "--load", verify: bool = True
-) -> Progress:
-    """Load weights, optimizer and schedule of a run, at any parallel layout, and its progress.
+) -> tuple[Progress, Sequence[dict[str, Any]]]:
+    """Load weights, optimizer and schedule of a run, at any parallel layout.
 
     Args:
         path: Run folder or one of its iteration folders.
         student: What is filled.
         field: What the user named the path with, for error messages.
         verify: See `verified_checkpoint`.
+
+    Returns:
+        How far the run has come, and the stored trajectories of the rollout batch in work.
 
     Raises:
         UserError: There is no checkpoint, it does not fit, or it holds weights only.
@@ -290,7 +301,7 @@ def load_training_state(
         _check_values(student.model, checkpoint, field)
         load_optimizer_state(student.optimizer, loaded["optimizer"], common["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
-    return Progress(**loaded["progress"])
+    return Progress(**loaded["progress"]), read_batch(checkpoint)
 
 
 def saved_config(path: str | Path, field: str = "--load") -> dict[str, Any]:

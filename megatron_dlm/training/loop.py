@@ -6,113 +6,31 @@ one global batch of examples.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row
 from megatron_dlm.data.tokenizer import unusable_tokens
+from megatron_dlm.errors import TrainingDiverged
 from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
+from megatron_dlm.stop_request import StopRequested
+from megatron_dlm.training import divergence
 from megatron_dlm.training.best_checkpoint import HeldOutFigure
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.rate_precision import unseen_in_bf16
+from megatron_dlm.training.rollout_batch import Collected, collect
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.run_history import Event, record
+from megatron_dlm.training.save_schedule import SaveSchedule
 from megatron_dlm.training.train_step import train_step
 from megatron_dlm.training.validation import Validation
-from megatron_dlm.types.trajectory import Trajectory
-
-
-@dataclass(frozen=True)
-class Collected:
-    """A rollout batch: this rank's trajectories, and statistics over those of all ranks.
-
-    Attributes:
-        trajectories: Of this rank. All ranks have the same number: a rank with one fewer has a
-            copy of another rank's trajectory at the end, which counts nowhere.
-        num_own: Number of trajectories without that copy.
-        num_samples: Samples of all ranks.
-        response_tokens: Number of tokens of all responses.
-        trained_tokens: Response tokens that each update of an epoch trains on.
-        response_length: Mean, in tokens.
-        tokens_per_forward: Of the student's rollouts; None if there are none.
-        eos_rate: Share of responses that ended in EOS.
-        accuracy: See `StepMetrics`.
-        solved_rate: See `StepMetrics`.
-    """
-
-    trajectories: list[Trajectory]
-    num_own: int
-    num_samples: int
-    response_tokens: int
-    trained_tokens: list[int]
-    response_length: float
-    tokens_per_forward: float | None
-    eos_rate: float
-    accuracy: float | None
-    solved_rate: float | None
-
-
-def collect(run: Run) -> Collected:
-    """Obtain the next rollout batch.
-
-    Sample g of the run belongs to data-parallel rank g mod dp, so that each update's global batch
-    is the same set of trajectories under every layout.
-    """
-    config = run.config
-    dp_rank, dp_size = run.groups.dp_rank, run.groups.dp_size
-    consumed = run.progress.consumed_samples
-    count = min(config.rollout_batch_size, config.num_samples - consumed)
-    samples = run.sampler.samples(consumed, count)
-    own = samples[dp_rank::dp_size]
-    repeated = samples[: -(-count // dp_size) - len(own)]
-    trajectories = run.source.trajectories([*own, *repeated], run.progress.rollout)
-    ours = trajectories[: len(own)]
-    # Responses of the teacher or a data set needed no forwards of the student.
-    rolled_out = [trajectory for trajectory in ours if trajectory.is_rollout]
-    local = config.training.global_batch_size // dp_size
-    trained = [0] * -(-count // config.training.global_batch_size)
-    for i, trajectory in enumerate(ours):
-        if trajectory.correct is not False:  # wrong answers are not trained on
-            trained[i // local] += len(trajectory.response_ids)
-    sums = torch.tensor(
-        [
-            sum(len(trajectory.response_ids) for trajectory in ours),
-            sum(len(trajectory.response_ids) for trajectory in rolled_out),
-            sum(trajectory.total_forwards for trajectory in rolled_out),
-            sum(trajectory.finish_reason == "eos" for trajectory in ours),
-            sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in ours),
-            sum(bool(trajectory.correct) for trajectory in ours),
-            *trained,
-        ],
-        dtype=torch.float64,
-        device=platform.device(),
-    )
-    if run.groups.dp is not None:
-        torch.distributed.all_reduce(sums, group=run.groups.dp)
-    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
-    verifies = run.source.verifier is not None
-    return Collected(
-        trajectories=trajectories,
-        num_own=len(own),
-        num_samples=count,
-        response_tokens=int(tokens),
-        trained_tokens=[int(number) for number in trained],
-        response_length=tokens / count,
-        tokens_per_forward=rolled_out_tokens / forwards if forwards else None,
-        eos_rate=ended / count,
-        accuracy=right_at_once / count if verifies else None,
-        solved_rate=right / count if verifies else None,
-    )
 
 
 def flops_per_token(run: Run) -> int:
@@ -139,10 +57,8 @@ def micro_batches(
 ) -> list[TrainingBatch]:
     """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
     training = run.config.training
-    local = training.global_batch_size // run.groups.dp_size
-    epoch, position = divmod(update, len(collected.trained_tokens))
-    chosen = collected.trajectories[position * local : (position + 1) * local]
-    num_own = collected.num_own - position * local
+    epoch = update // len(collected.trained_tokens)
+    chosen, num_own = collected.of_update(update)
     documents = [
         run.objective.update_document(trajectory, epoch, run.progress.iteration)
         for trajectory in chosen
@@ -162,7 +78,12 @@ def micro_batches(
 
 
 def train(run: Run) -> None:
-    """Train to the end of the run; checkpoints, metrics and history go to the run folder."""
+    """Train to the end of the run; checkpoints, metrics and history go to the run folder.
+
+    Raises:
+        StopRequested: On all ranks, after what there is has been saved.
+        TrainingDiverged: On all ranks, see `divergence`.
+    """
     resumed, inputs = run.inputs.resumed, run.inputs
     _record(
         run,
@@ -173,6 +94,11 @@ def train(run: Run) -> None:
     )
     try:
         _train(run)
+    except StopRequested as stop:
+        _record(run, "saved_and_stopped", reason=str(stop))
+        raise
+    except TrainingDiverged:
+        raise  # recorded with what is known of it
     except Exception as error:
         _record(run, "failed", error=f"{type(error).__name__}: {error}")
         raise
@@ -188,12 +114,12 @@ def _record(run: Run, event: Event, **fields: Any) -> None:
 
 
 def _train(run: Run) -> None:
-    config, progress = run.config, run.progress
+    config = run.config
     logger = MetricsLogger(
         config.logging.save,
         enabled=is_rank_zero(),
         total_steps=config.train_iters,
-        first_step=progress.iteration,
+        first_step=run.progress.iteration,
         log_interval=config.logging.log_interval,
         tensorboard=config.logging.tensorboard,
         wandb_project=config.logging.wandb_project,
@@ -201,97 +127,191 @@ def _train(run: Run) -> None:
     )
     if config.logging.save is not None and is_rank_zero():
         (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
-    inputs = run.inputs
-    warnings = run.inputs.notices + changed_diffusion_kind(config, inputs)
+    for line in _warnings(run):
+        logger.print(line)
+    try:
+        _Training(run, logger).run_batches()
+    except StopRequested:
+        run.finish_saving()
+        raise
+    finally:
+        logger.close()
+    run.finish_saving()
+
+
+def _warnings(run: Run) -> list[str]:
+    config, inputs = run.config, run.inputs
+    warnings = inputs.notices + changed_diffusion_kind(config, inputs)
     unusable = unusable_tokens(
         inputs.tokenizer, inputs.architecture.vocab_size, str(inputs.tokenizer_folder)
     )
     warnings += [] if unusable is None else [unusable]
     if config.model.bf16:
         warnings += unseen_in_bf16(config, inputs.architecture)
-    for line in warnings:
-        logger.print(line)
-    saved_at = progress.iteration
-    multiple = row_multiple(run)
-    while progress.consumed_samples < config.num_samples:
-        started = time.perf_counter()
+    return warnings
+
+
+class _Training:
+    """One process's way through the rollout batches."""
+
+    def __init__(self, run: Run, logger: MetricsLogger) -> None:
+        self._run = run
+        self._logger = logger
+        logging = run.config.logging
+        self._saves = SaveSchedule(
+            logging.save_interval, logging.save_interval_minutes, run.progress.iteration
+        )
+        self._row_multiple = row_multiple(run)
+
+    def run_batches(self) -> None:
+        """All that are left.
+
+        Raises:
+            StopRequested: On all ranks, after what there is has been saved.
+        """
+        run = self._run
+        while run.progress.consumed_samples < run.config.num_samples:
+            times = PhaseTimes()
+            collected = self._collect(times)
+            self._annotate(collected, times)
+            run.offload.enter("update")
+            updates = run.config.updates_of(collected.num_samples)
+            for update in range(run.progress.updates_of_batch, updates):
+                self._update(collected, update, times)
+                times = PhaseTimes()
+                if update + 1 == updates:
+                    run.progress.rollout += 1
+                    run.progress.consumed_samples += collected.num_samples
+                    run.progress.updates_of_batch = 0
+                self._save_or_stop(None if update + 1 == updates else collected)
+
+    def _collect(self, times: PhaseTimes) -> Collected:
+        run, started = self._run, time.perf_counter()
         run.offload.enter("rollout")
-        collected = collect(run)
+        is_new = not run.stored_batch
+        try:
+            collected = collect(run)
+        except StopRequested:
+            self._save(None)  # what was rolled out is rolled out again, the same
+            raise
         platform.synchronize()
-        times = PhaseTimes(rollout=time.perf_counter() - started)
-        if run.teacher is not None:
-            started = time.perf_counter()
-            run.offload.enter("teacher")
-            run.teacher.annotate(collected.trajectories)
-            platform.synchronize()
-            times.teacher = time.perf_counter() - started
-        progress.response_tokens_total += collected.response_tokens
-        run.offload.enter("update")
-        for update in range(config.updates_of(collected.num_samples)):
-            started = time.perf_counter()
-            batches = micro_batches(run, collected, update, multiple)
-            laid_out = time.perf_counter() - started
-            lr = learning_rates(run.student.optimizer)
-            result = train_step(
-                run.student.ddp,
-                run.student.optimizer,
-                run.student.scheduler,
-                run.objective,
-                batches,
-                run.teacher.head if run.teacher is not None else None,
-                run.groups,
-            )
-            progress.iteration += 1
+        times.rollout = time.perf_counter() - started
+        if is_new and run.config.uses_rollouts:
+            run.is_saved = False
+        self._save_or_stop(collected)
+        return collected
+
+    def _annotate(self, collected: Collected, times: PhaseTimes) -> None:
+        run, started = self._run, time.perf_counter()
+        if run.teacher is None:
+            return
+        run.offload.enter("teacher")
+        try:
+            with run.stop.settled():
+                run.teacher.annotate(collected.trajectories)
+        except StopRequested:
+            self._save(collected)
+            raise
+        platform.synchronize()
+        times.teacher = time.perf_counter() - started
+
+    def _update(self, collected: Collected, update: int, times: PhaseTimes) -> None:
+        """One update, its validation and its metrics."""
+        run, progress = self._run, self._run.progress
+        started = time.perf_counter()
+        batches = micro_batches(run, collected, update, self._row_multiple)
+        laid_out = time.perf_counter() - started
+        lr = learning_rates(run.student.optimizer)
+        result = train_step(
+            run.student.ddp,
+            run.student.optimizer,
+            run.student.scheduler,
+            run.objective,
+            batches,
+            run.teacher.head if run.teacher is not None else None,
+            run.groups,
+        )
+        run.is_saved = False
+        progress.iteration += 1
+        progress.updates_of_batch += 1
+        if result.is_made:
+            progress.skipped_in_a_row = 0
             progress.trained_tokens_total += collected.trained_tokens[
                 update % len(collected.trained_tokens)
             ]
-            times.student = laid_out + result.student_seconds
-            times.optimizer = result.optimizer_seconds
-            if run.saver is not None:
-                run.saver.poll()
-            run.figure, held_out_loss = None, None
-            if run.validation is not None and run.validation.is_due(progress.iteration):
-                started = time.perf_counter()
-                held_out_loss = _measure(run, run.validation, multiple)
-                times.validation = time.perf_counter() - started
-            logger.step(
-                StepMetrics(
-                    step=progress.iteration,
-                    rollout=progress.rollout + 1,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    lr=lr,
-                    supervised_tokens=result.supervised_tokens,
-                    response_tokens_total=progress.response_tokens_total,
-                    trained_tokens_total=progress.trained_tokens_total,
-                    flops_total=progress.trained_tokens_total * flops_per_token(run),
-                    response_length=collected.response_length,
-                    tokens_per_forward=collected.tokens_per_forward,
-                    eos_rate=collected.eos_rate,
-                    accuracy=collected.accuracy,
-                    solved_rate=collected.solved_rate,
-                    time=times,
-                    validation_loss=held_out_loss,
-                )
+        else:
+            chosen, num_own = collected.of_update(update)
+            self._logger.print(divergence.handle(run, chosen[: max(0, num_own)], result))
+        times.student = laid_out + result.student_seconds
+        times.optimizer = result.optimizer_seconds
+        if run.saver is not None:
+            run.saver.poll()
+        run.figure, held_out_loss = None, None
+        if run.validation is not None and run.validation.is_due(progress.iteration):
+            started = time.perf_counter()
+            held_out_loss = self._measure(run.validation)
+            times.validation = time.perf_counter() - started
+        self._logger.step(
+            StepMetrics(
+                step=progress.iteration,
+                rollout=progress.rollout + 1,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=lr,
+                supervised_tokens=result.supervised_tokens,
+                response_tokens_total=progress.response_tokens_total,
+                trained_tokens_total=progress.trained_tokens_total,
+                flops_total=progress.trained_tokens_total * flops_per_token(run),
+                response_length=collected.response_length,
+                tokens_per_forward=collected.tokens_per_forward,
+                eos_rate=collected.eos_rate,
+                accuracy=collected.accuracy,
+                solved_rate=collected.solved_rate,
+                time=times,
+                validation_loss=held_out_loss,
+                skipped_updates=progress.skipped_updates,
             )
-            times = PhaseTimes()
-        progress.rollout += 1
-        progress.consumed_samples += collected.num_samples
-        interval = config.logging.save_interval
-        finished = progress.consumed_samples >= config.num_samples
-        if finished or (interval and progress.iteration // interval > saved_at // interval):
-            keeps_best = config.logging.keep_best_checkpoint
+        )
+
+    def _save_or_stop(self, batch: Collected | None) -> None:
+        """Save where it is due, and leave where a rank was asked to; all ranks call this.
+
+        Args:
+            batch: What has updates to serve; None at the end of a rollout's last one.
+
+        Raises:
+            StopRequested: On all ranks, after what there is has been saved.
+        """
+        run, progress = self._run, self._run.progress
+        is_due = self._saves.is_due(progress.iteration, ends_rollout=batch is None)
+        decision = run.stop.decide(is_due)
+        is_finished = progress.consumed_samples >= run.config.num_samples
+        if is_finished or decision.save or decision.stop:
+            self._save(batch)
+        if decision.stop and not is_finished:
+            raise StopRequested(decision.stop)
+
+    def _save(self, batch: Collected | None) -> None:
+        """Save what has changed since the last checkpoint.
+
+        Before the first update nothing is saved: there is no optimizer state yet, and a run that
+        starts anew is the same.
+        """
+        run = self._run
+        if not run.is_saved and run.progress.iteration:
+            run.offload.enter("update")  # the optimizer is where it is saved from
+            divergence.check_weights(run)
+            keeps_best = run.config.logging.keep_best_checkpoint
             if keeps_best and run.figure is None and run.validation is not None:
-                _measure(run, run.validation, multiple)
-            run.save()
-            saved_at = progress.iteration
-    if run.saver is not None:
-        run.saver.finish()
-    logger.close()
+                self._measure(run.validation)
+            if batch is None or not run.config.uses_rollouts:
+                run.save()
+            else:
+                run.save(batch.trajectories[: batch.num_own])
+        self._saves.saved(run.progress.iteration)
 
-
-def _measure(run: Run, validation: Validation, multiple: int) -> float:
-    """The validation loss of the student as it is now, which becomes the run's figure."""
-    loss = validation.loss(run.student.model, multiple)
-    run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
-    return loss
+    def _measure(self, validation: Validation) -> float:
+        """The validation loss of the student as it is now, which becomes the run's figure."""
+        loss = validation.loss(self._run.student.model, self._row_multiple)
+        self._run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
+        return loss

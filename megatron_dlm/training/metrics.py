@@ -1,6 +1,7 @@
 """Reports of a run: printed lines on rank 0, `metrics.jsonl` and TensorBoard."""
 
 import json
+import math
 import secrets
 import time
 from dataclasses import asdict, dataclass
@@ -53,6 +54,8 @@ class StepMetrics:
         solved_rate: Share of them with a right response within `--max-tries`; None likewise.
         time: Seconds by phase.
         validation_loss: Of the held-out data after this update; None where it was not measured.
+        skipped_updates: Updates so far that were left out because they diverged
+            (`--on-divergence`); where loss or gradient norm is no finite number, files have null.
     """
 
     step: int
@@ -71,6 +74,7 @@ class StepMetrics:
     solved_rate: float | None
     time: PhaseTimes
     validation_loss: float | None = None
+    skipped_updates: int = 0
 
 
 def format_duration(seconds: float) -> str:
@@ -150,6 +154,8 @@ class MetricsLogger:
         if not self._enabled:
             return
         record = asdict(metrics)
+        for name in ("loss", "grad_norm"):
+            record[name] = record[name] if math.isfinite(record[name]) else None
         if self._file is not None:
             self._file.write(record)
         if self._board is not None or self._wandb is not None:

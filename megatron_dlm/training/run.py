@@ -1,8 +1,10 @@
 """A training run, put together: student, teacher, objective, trajectories, progress."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_dlm import platform
 from megatron_dlm.activity import ACTIVITY, SAVE
@@ -16,9 +18,11 @@ from megatron_dlm.models.lora import drop_out_adapter_inputs, train_adapters_onl
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import ParallelGroups, on_rank_zero
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.stop_request import StopRequest
 from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.teacher.building import build_teacher
 from megatron_dlm.training.best_checkpoint import HeldOutFigure
@@ -33,10 +37,12 @@ from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.resume import resumable_config
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint, is_run_folder
+from megatron_dlm.training.stored_batch import stored
 from megatron_dlm.training.student import Student, build_student
 from megatron_dlm.training.trajectory_source import TrajectorySource
 from megatron_dlm.training.validation import Validation
 from megatron_dlm.training.verified_rollout import Verifier
+from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass
@@ -58,13 +64,22 @@ class Run:
     progress: Progress
     offload: PhaseOffload
     groups: ParallelGroups
+    stop: StopAgreement
     validation: Validation | None = None
+    stored_batch: Sequence[dict[str, Any]] = ()
     saver: CheckpointSaver | None = None
     figure: HeldOutFigure | None = None
+    is_saved: bool = True
 
-    def save(self) -> None:
-        """Start a checkpoint of the current progress in the run folder; see `saver.finish`."""
+    def save(self, batch: Sequence[Trajectory] | None = None) -> None:
+        """Start a checkpoint of the current progress in the run folder; see `saver.finish`.
+
+        Args:
+            batch: This rank's own trajectories of the rollout batch in work; None between two, and
+                where the data give them again.
+        """
         folder = self.config.logging.save
+        self.is_saved = True
         if folder is None or self.saver is None:
             return
         with ACTIVITY.during(SAVE):
@@ -78,7 +93,17 @@ class Run:
                 student=self.student,
                 run_config=resumable_config(self.config, self.inputs),
                 figure=self.figure,
+                batch=None if batch is None else self._gathered(batch),
             )
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is published; all ranks call this."""
+        if self.saver is not None:
+            self.saver.finish()
+
+    def _gathered(self, batch: Sequence[Trajectory]) -> list[dict[str, Any]]:
+        """The stored trajectories of all ranks, on rank 0."""
+        return on_rank_zero([stored(t) for t in batch] if self.groups.is_first_of_replica else [])
 
     def _tokenizer_folder(self, run_folder: str) -> Path:
         """Where the tokenizer lies: if it was that of a checkpoint, this may have been pruned."""
@@ -88,13 +113,19 @@ class Run:
         return find_checkpoint(run_folder, "--save") / HF_FOLDER
 
 
-def build_run(config: Config, inputs: RunInputs) -> Run:
+def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = None) -> Run:
     """Build models, load weights, and go on from where the run was, if it was.
 
     Process groups must exist (`parallel`).
 
+    Args:
+        config: Of the run.
+        inputs: What it reads.
+        stop: Agrees with the other ranks on an early end; None: nobody asks for one.
+
     Raises:
         UserError: A checkpoint does not fit.
+        StopRequested: On all ranks, while the teacher answers prompts; what it has stored stays.
     """
     config = config.of_data(len(inputs.data))
     parallel = config.parallel
@@ -109,9 +140,10 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
     sampler = ShuffledSampler(len(inputs.data), config.data.seed, config.data.shuffle)
 
     groups = ParallelGroups.from_parallel_state()
+    stop = stop or StopAgreement(StopRequest(), groups)
 
     @functools.cache
-    def student_and_progress() -> tuple[Student, Progress]:
+    def student_and_progress() -> _Started:
         return _build_student(config, inputs, groups)
 
     teacher, examples = build_teacher(
@@ -123,8 +155,9 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         inputs.diffusion_kind,
         groups,
         student=lambda: student_and_progress()[0].model,
+        stop=stop,
     )
-    student, progress = student_and_progress()
+    student, progress, stored_batch = student_and_progress()
     objective = OBJECTIVES[config.objective.objective](
         config,
         inputs.special_tokens.mask_token_id,
@@ -137,12 +170,14 @@ def build_run(config: Config, inputs: RunInputs) -> Run:
         student,
         teacher,
         objective,
-        _build_source(config, inputs, student, examples, groups),
+        _build_source(config, inputs, student, examples, groups, stop),
         sampler,
         progress,
         build_offload(config, student, teacher),
         groups,
+        stop,
         None if inputs.held_out is None else Validation(config, objective, inputs.held_out, groups),
+        stored_batch,
         _build_saver(config),
     )
 
@@ -160,10 +195,11 @@ def _build_saver(config: Config) -> CheckpointSaver | None:
     )
 
 
-def _build_student(
-    config: Config, inputs: RunInputs, groups: ParallelGroups
-) -> tuple[Student, Progress]:
-    """The student with its weights, and how far the run has come."""
+_Started = tuple[Student, Progress, Sequence[dict[str, Any]]]
+"""A student with its weights, how far the run has come, and the rollout batch in work."""
+
+
+def _build_student(config: Config, inputs: RunInputs, groups: ParallelGroups) -> _Started:
     model = build_model(inputs.architecture, config)
     resumed = inputs.resumed
     if inputs.source is not None and resumed is None:
@@ -183,9 +219,9 @@ def _build_student(
             drop_out_adapter_inputs(model, config.lora.lora_dropout, config.data.seed)
     student = build_student(model, config)
     if resumed is None:
-        return student, Progress()
+        return student, Progress(), ()
     verify = config.model.verify_checkpoint
-    return student, load_training_state(resumed.path, student, resumed.field, verify)
+    return student, *load_training_state(resumed.path, student, resumed.field, verify)
 
 
 def _build_source(
@@ -194,6 +230,7 @@ def _build_source(
     student: Student,
     examples: ExampleDataset | CorpusDataset | None,
     groups: ParallelGroups,
+    stop: StopAgreement,
 ) -> TrajectorySource:
     """What turns samples into trajectories: the student, given responses, or both."""
     if not config.uses_rollouts:
@@ -208,6 +245,7 @@ def _build_source(
         vocab_size=inputs.architecture.vocab_size,
         seed=config.data.seed,
         groups=groups,
+        stop=stop,
     )
     verifier = None
     if config.traits.verifies:

@@ -18,7 +18,7 @@ from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.models.model import full_hidden_states, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import ParallelGroups, on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class StepResult:
         supervised_tokens: In the global batch.
         student_seconds: Forward, backward and gradient reduction.
         optimizer_seconds: The optimizer's step.
+        is_made: Whether weights, optimizer and schedule were changed; they are not where loss or
+            gradient norm is not finite.
+        micro_batch_losses: The same of each of this rank's micro-batches alone; empty before the
+            last pipeline stage. Not equal on all ranks.
     """
 
     loss: float
@@ -38,6 +42,8 @@ class StepResult:
     supervised_tokens: int
     student_seconds: float
     optimizer_seconds: float
+    is_made: bool
+    micro_batch_losses: list[float]
 
 
 def reduce_sums(local: list[Tensor], groups: ParallelGroups) -> Tensor:
@@ -63,6 +69,8 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches and update the weights once.
 
+    Where the loss or the gradient is not finite on any rank, nothing is updated on all of them.
+
     Args:
         model: The student, wrapped in Megatron's DDP.
         optimizer: Its optimizer.
@@ -71,10 +79,6 @@ def train_step(
         batches: This rank's micro-batches; every data-parallel rank passes the same number.
         teacher_head: The teacher's output layer shard on the last stage, or None.
         groups: Process groups of the student.
-
-    Raises:
-        FloatingPointError: The loss is not finite, and the weights were not changed; or the
-            gradient is not, and the run has to go on from its last checkpoint.
     """
     started = time.perf_counter()
     config = get_model_config(model)
@@ -124,19 +128,22 @@ def train_step(
     )
     sums = reduce_sums(measured, groups)
     loss = float(sums[0] / sums[1].clamp(min=1.0))
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"loss {loss}: training diverged")
     platform.synchronize()
     updating = time.perf_counter()
-    ok, grad_norm, _ = optimizer.step()
-    if not ok or not math.isfinite(grad_norm):
-        raise FloatingPointError(f"gradient norm {grad_norm}: training diverged")
-    scheduler.step(increment=1)
+    # Known before the step, which would spoil the weights. The step computes it again.
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    is_made = on_all_ranks(math.isfinite(loss) and math.isfinite(grad_norm))
+    if is_made:
+        optimizer.step()
+        scheduler.step(increment=1)
     platform.synchronize()
     return StepResult(
         loss=loss,
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         supervised_tokens=int(sums[2]),
         student_seconds=updating - started,
         optimizer_seconds=time.perf_counter() - updating,
+        is_made=is_made,
+        micro_batch_losses=[float(m[0] / m[1].clamp(min=1.0)) for m in measured],
     )

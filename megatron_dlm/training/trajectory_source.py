@@ -48,6 +48,7 @@ class TrajectorySource:
 
         Raises:
             UserError: A window of a corpus has an invalid token; raised on all ranks.
+            StopRequested: On all ranks. The same call gives the same trajectories later.
         """
         if self.engine is None:
             assert self.examples is not None
@@ -70,7 +71,8 @@ class TrajectorySource:
         changed: dict[str, Any] = {"dynamic_threshold": dynamic_threshold(self.config, rollout)}
         self.engine.generation = replace(self.engine.generation, **changed)
         if self.verifier is None:
-            trajectories = self.engine.generate(prompts, length)
+            with self.engine.settled():
+                trajectories = self.engine.generate(prompts, length)
         else:
             trajectories = generate_until_right(self.engine, prompts, length, self.verifier)
         rolled_out = iter(trajectories)

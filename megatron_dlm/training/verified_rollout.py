@@ -61,6 +61,9 @@ def generate_until_right(
 
     Returns:
         The last response to each prompt, in their order; wrong ones are marked as such.
+
+    Raises:
+        StopRequested: On all ranks.
     """
     latest: list[Trajectory | None] = [None] * len(prompts)
     pending = list(range(len(prompts)))
@@ -72,7 +75,8 @@ def generate_until_right(
             replace(prompts[i], sample_index=prompts[i].sample_index + number * TRY_STRIDE)
             for i in pending
         ]
-        trajectories = engine.generate(again, max_response_length)
+        with engine.settled():
+            trajectories = engine.generate(again, max_response_length)
         verifier.verify(trajectories)
         for i, trajectory in zip(pending, trajectories, strict=True):
             trajectory.sample_index = prompts[i].sample_index

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_dlm.config import Config
 from megatron_dlm.parallel import ParallelGroups, initialized
-from megatron_dlm.teacher.shard_rounds import rounds
+from megatron_dlm.teacher.shard_rounds import ended_by_all, rounds
 from tests.distributed_tests.spawn import run_distributed
 
 TIMEOUT = timedelta(seconds=6)
@@ -18,10 +18,11 @@ def _deal(rank: int) -> tuple[list[tuple[list[int], int]], list[tuple[list[int],
     with initialized(Config.from_dict({"device": "cpu"})):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
         groups, slowly = ParallelGroups.from_parallel_state(), []
-        for dealt in rounds([0, 1, 2, 3, 4], "test", groups, prompts_per_shard=1):
-            slowly.append(dealt)
-            if rank == 1 and len(slowly) == 1:
-                time.sleep(TIMEOUT.seconds + 2)
+        with ended_by_all():
+            for dealt in rounds([0, 1, 2, 3, 4], "test", groups, prompts_per_shard=1):
+                slowly.append(dealt)
+                if rank == 1 and len(slowly) == 1:
+                    time.sleep(TIMEOUT.seconds + 2)
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60), dist.group.WORLD)
         return slowly, list(rounds([3, 4, 8, 9, 11], "test", groups, prompts_per_shard=4))
 

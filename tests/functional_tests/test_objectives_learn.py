@@ -20,7 +20,8 @@ from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.parallel import initialized
 from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.training.inputs import read_inputs
-from megatron_dlm.training.loop import collect, train
+from megatron_dlm.training.loop import train
+from megatron_dlm.training.rollout_batch import collect
 from megatron_dlm.training.run import Run, build_run
 from megatron_dlm.types.trajectory import Trajectory
 from tests.corpora import write_corpus

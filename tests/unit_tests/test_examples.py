@@ -101,7 +101,7 @@ def test_script_leaves_paths_to_the_configuration(tmp_path: Path) -> None:
 def test_scripts_of_a_size_start_its_own_recipe(name: str, tmp_path: Path) -> None:
     assert launched(name, tmp_path).logging.save == f"runs/{name}/opdlm"
     slurm = (EXAMPLES / name / "train.slurm").read_text()
-    assert f"srun bash examples/{name}/train.sh" in slurm
+    assert f"train_and_requeue examples/{name}/train.sh" in slurm
     assert f"--job-name=opdlm-{name}\n" in slurm
 
 

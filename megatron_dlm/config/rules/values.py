@@ -11,7 +11,7 @@ from typing import Any
 from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.fields import OptionField, flag_of, option_fields
 from megatron_dlm.config.rules.registry import Stage, rule
-from megatron_dlm.config.rules.support import divisors, refuse, value_of
+from megatron_dlm.config.rules.support import default_of, divisors, refuse, value_of
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
@@ -220,13 +220,27 @@ def check_save(config: Config) -> None:
     """Checkpoints have a folder."""
     logging = config.logging
     if logging.save is None:
-        for name in ("save_interval", "keep_checkpoints", "wandb_project"):
-            if value_of(config, name):
+        of_a_folder = (
+            "save_interval",
+            "save_interval_minutes",
+            "keep_checkpoints",
+            "wandb_project",
+        )
+        for name in of_a_folder:
+            if value_of(config, name) != default_of(name):
                 raise refuse(config, name, "there is no run folder", "add --save")
         return
     folder = Path(logging.save)
     if folder.exists() and not folder.is_dir():
         raise refuse(config, "save", "is a file", "name a folder")
+
+
+@rule(Stage.COMBINATIONS)
+def check_on_divergence(config: Config) -> None:
+    """The run is told to end, or how many updates it may leave out."""
+    value = config.training.on_divergence
+    if value != "stop" and re.fullmatch(r"skip:[1-9]\d{0,8}", value) is None:
+        raise refuse(config, "on_divergence", "is neither stop nor skip:N", "choose e.g. skip:3")
 
 
 @rule(Stage.LENGTH)

@@ -67,6 +67,7 @@ BROKEN = {
     "check_teacher_responses": Broken({"save": None}, OFF_POLICY),
     "check_cache_teacher_targets": Broken({"cache_teacher_targets": True}, OFF_POLICY),
     "check_offloading": Broken({**STORED, "offload_teacher": True}, OFF_POLICY),
+    "check_on_divergence": Broken({"on_divergence": "skip"}),
     "check_save": Broken({"save_interval": 5}),
     "check_processes": Broken({"tensor_model_parallel_size": 2}, world_size=3),
     "check_rollout_batch": Broken({"rollout_batch_size": 20}),

@@ -112,7 +112,7 @@ def test_interrupted_computation_goes_on_where_it_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = off_policy(folder, tmp_path, global_batch_size=2)
-    monkeypatch.setattr(top_k.compute_missing, "__defaults__", (3,))  # prompts a shard
+    monkeypatch.setattr(top_k.compute_missing, "__defaults__", (3, None))  # prompts a shard
     write, written = TopKStore.write, []
 
     def failing(self: TopKStore, shard: range, targets: Any) -> None:

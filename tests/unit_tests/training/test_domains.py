@@ -12,7 +12,7 @@ from megatron_dlm.parallel import initialized
 from megatron_dlm.training import resume as resuming
 from megatron_dlm.training.checkpointing import Progress
 from megatron_dlm.training.inputs import read_inputs
-from megatron_dlm.training.loop import collect
+from megatron_dlm.training.rollout_batch import collect
 from megatron_dlm.training.run import build_run
 from tests.tiny import run_config, save_random_model, write_data
 

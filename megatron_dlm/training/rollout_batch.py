@@ -1,0 +1,125 @@
+"""A rollout batch: the trajectories of the next samples, and figures over those of all ranks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dlm import platform
+from megatron_dlm.training.run import Run
+from megatron_dlm.training.stored_batch import restored
+from megatron_dlm.types.trajectory import Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A rollout batch: this rank's trajectories, and statistics over those of all ranks.
+
+    Attributes:
+        trajectories: Of this rank. All ranks have the same number: a rank with one fewer has a
+            copy of another rank's trajectory at the end, which counts nowhere.
+        num_own: Number of trajectories without that copy.
+        per_update: Number of trajectories of an update.
+        num_samples: Samples of all ranks.
+        response_tokens: Number of tokens of all responses.
+        trained_tokens: Response tokens that each update of an epoch trains on.
+        response_length: Mean, in tokens.
+        tokens_per_forward: Of the student's rollouts; None if there are none.
+        eos_rate: Share of responses that ended in EOS.
+        accuracy: See `StepMetrics`.
+        solved_rate: See `StepMetrics`.
+    """
+
+    trajectories: list[Trajectory]
+    num_own: int
+    per_update: int
+    num_samples: int
+    response_tokens: int
+    trained_tokens: list[int]
+    response_length: float
+    tokens_per_forward: float | None
+    eos_rate: float
+    accuracy: float | None
+    solved_rate: float | None
+
+    def of_update(self, update: int) -> tuple[list[Trajectory], int]:
+        """The trajectories of an update, and how many of them, at most, are this rank's own.
+
+        Args:
+            update: Of the rollout batch, from 0, through all epochs.
+        """
+        start = update % len(self.trained_tokens) * self.per_update
+        return self.trajectories[start : start + self.per_update], self.num_own - start
+
+
+def collect(run: Run) -> Collected:
+    """Obtain the next rollout batch, or that of the checkpoint if it has more updates to serve.
+
+    Sample g of the run belongs to data-parallel rank g mod dp, so that each update's global batch
+    is the same set of trajectories under every layout.
+
+    Raises:
+        StopRequested: On all ranks; nothing is changed.
+    """
+    config, consumed = run.config, run.progress.consumed_samples
+    dp_rank, dp_size = run.groups.dp_rank, run.groups.dp_size
+    left = min(config.rollout_batch_size, config.num_samples - consumed)
+    kept = {entry["sample_index"]: entry for entry in run.stored_batch}
+    count = len(kept) or left
+    samples = run.sampler.samples(consumed, count)
+    own = samples[dp_rank::dp_size]
+    repeated = samples[: -(-count // dp_size) - len(own)]
+    if kept:
+        run.stored_batch = ()
+        trajectories = []
+        for sample, record in [*own, *repeated]:
+            prompt = run.inputs.data.sample(record, sample)
+            assert isinstance(prompt, Prompt)
+            trajectories.append(restored(kept[sample], prompt))
+        return _described(run, trajectories, len(own), count)
+    trajectories = run.source.trajectories([*own, *repeated], run.progress.rollout)
+    collected = _described(run, trajectories, len(own), count)
+    run.progress.response_tokens_total += collected.response_tokens
+    return collected
+
+
+def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: int) -> Collected:
+    """Add the figures over all ranks."""
+    config, dp_size = run.config, run.groups.dp_size
+    ours = trajectories[:num_own]
+    # Responses of the teacher or a data set needed no forwards of the student.
+    rolled_out = [trajectory for trajectory in ours if trajectory.is_rollout]
+    local = config.training.global_batch_size // dp_size
+    trained = [0] * -(-count // config.training.global_batch_size)
+    for i, trajectory in enumerate(ours):
+        if trajectory.correct is not False:  # wrong answers are not trained on
+            trained[i // local] += len(trajectory.response_ids)
+    sums = torch.tensor(
+        [
+            sum(len(trajectory.response_ids) for trajectory in ours),
+            sum(len(trajectory.response_ids) for trajectory in rolled_out),
+            sum(trajectory.total_forwards for trajectory in rolled_out),
+            sum(trajectory.finish_reason == "eos" for trajectory in ours),
+            sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in ours),
+            sum(bool(trajectory.correct) for trajectory in ours),
+            *trained,
+        ],
+        dtype=torch.float64,
+        device=platform.device(),
+    )
+    if run.groups.dp is not None:
+        torch.distributed.all_reduce(sums, group=run.groups.dp)
+    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
+    verifies = run.source.verifier is not None
+    return Collected(
+        trajectories=trajectories,
+        num_own=num_own,
+        per_update=local,
+        num_samples=count,
+        response_tokens=int(tokens),
+        trained_tokens=[int(number) for number in trained],
+        response_length=tokens / count,
+        tokens_per_forward=rolled_out_tokens / forwards if forwards else None,
+        eos_rate=ended / count,
+        accuracy=right_at_once / count if verifies else None,
+        solved_rate=right / count if verifies else None,
+    )
