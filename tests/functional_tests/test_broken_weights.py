@@ -197,5 +197,6 @@ def test_a_run_does_not_go_on_from_weights_that_are_no_numbers(files: Path, tmp_
         run = build_run(*started_inputs(resumed))
         next(run.student.model.parameters()).data[0, 0] = float("nan")
         run.save()
+        run.finish_saving()
     with pytest.raises(UserError, match=r"tensor embedding\.word_embeddings\.weight holds NaN"):
         run_training(resumed)
