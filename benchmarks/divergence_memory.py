@@ -28,6 +28,7 @@ from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
 )
+from megatron_dlm.output_file import write_file
 
 VOCAB_SIZE = 151_936  # Qwen3
 TOKENS = 2_048
@@ -170,7 +171,7 @@ def main() -> None:
 
     result = compare(arguments.chunk_size, arguments.device, arguments.repetitions)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_file(arguments.output, json.dumps(result, indent=2) + "\n")
     print(f"{'':8}{'peak MiB':>12}{'seconds':>12}{'CPU seconds':>14}")
     for method, median in result["medians"].items():
         peak, seconds, cpu_seconds = (median[k] for k in ("peak_mib", "seconds", "cpu_seconds"))

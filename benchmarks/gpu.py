@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, machine, versions
 from benchmarks.real_shapes import SHAPES, Load, measure
+from megatron_dlm.output_file import write_file
 
 PARTS = ("tests", "divergence", "shapes")
 RESULT = REPOSITORY / "benchmarks/results/gpu.json"
@@ -74,7 +75,7 @@ def publish_part(path: Path, device: str, part: str, measured: object) -> None:
         "results": measured,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_file(path, json.dumps(result, indent=1) + "\n")
     print(json.dumps({part: measured}), flush=True)
 
 

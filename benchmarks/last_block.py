@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 from benchmarks.environment import REPOSITORY, commit, machine, versions
+from megatron_dlm.output_file import write_file
 
 ARMS = ("cut", "whole")
 RECIPE = "examples/tiny/sft.yaml"
@@ -145,8 +146,8 @@ def measure(run: Any, case: Case, heldout: Path) -> dict[str, float]:
             run.student.model,
             generation=generation,
             special_tokens=inputs.special_tokens,
-            vocab_size=inputs.architecture.vocab_size,
             seed=case.seed,
+            groups=run.groups,
         )
         responses = engine.generate(prompts, config.rollout.max_response_length)
         result = evaluate(responses, inputs.tokenizer, get_task("exact_match"))
@@ -290,7 +291,7 @@ def main() -> int:
             "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(),
         }
-        (work / f"{case.name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        write_file(work / f"{case.name}.json", json.dumps(result) + "\n")
         return 0
     from megatron_dlm.data.arithmetic import write_examples
 
@@ -307,8 +308,8 @@ def main() -> int:
         results = list(pool.map(lambda case: run_case(case, work), cases))
     options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1) + "\n"
-    (options.output / "results.json").write_text(text, encoding="utf-8")
-    (options.output / "report.md").write_text(report(results), encoding="utf-8")
+    write_file(options.output / "results.json", text)
+    write_file(options.output / "report.md", report(results))
     print(report(results))
     return 0
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from megatron_dlm.models.attention_layout import CLEAN, Field, block_ids, visible
+from megatron_dlm.output_file import replaced_file
 
 FOLDER = Path(__file__).parent / "figures"
 
@@ -148,7 +149,8 @@ def save(draw: Callable[[Axes], None], size: tuple[float, float], name: str) -> 
     """Draw one figure into docs/figures."""
     figure, axes = plt.subplots(figsize=size, facecolor=GROUND)
     draw(axes)
-    figure.savefig(FOLDER / name, bbox_inches="tight", pad_inches=0.15, metadata={"Date": None})
+    with replaced_file(FOLDER / name) as file:
+        figure.savefig(file, bbox_inches="tight", pad_inches=0.15, metadata={"Date": None})
     plt.close(figure)
 
 

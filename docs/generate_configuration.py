@@ -16,6 +16,7 @@ from megatron_dlm.config.fields import (
     option_helps,
     plain_value,
 )
+from megatron_dlm.output_file import write_file
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -105,4 +106,4 @@ def configuration_page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(configuration_page(), encoding="utf-8")
+    write_file(PAGE, configuration_page())

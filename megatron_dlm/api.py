@@ -193,7 +193,8 @@ def generate(
     [(_, generation)] = setup.settings(() if setting is None else (setting,)).items()
     inputs = read_inference_inputs(setup, model.tokenizer, _prompt_file(model, prompts, chat))
     with torch.random.fork_rng():
-        trajectories = Generator(module, setup, inputs).generate(generation)
+        generator = Generator(module, setup, inputs, ParallelGroups.from_parallel_state())
+        trajectories = generator.generate(generation)
     return [
         Response(
             text=model.tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True),

@@ -6,13 +6,13 @@ Imports nothing slow, so that a mistyped flag is reported before PyTorch is load
 import errno
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import ParamSpec
 
 from megatron_dlm.errors import TrainingDiverged, UserError, bad_value
 from megatron_dlm.launcher import die_with_launcher, final_error, leave_error, leave_status
+from megatron_dlm.terminal import end_standard_output, escape_unknown_characters, say
 
 P = ParamSpec("P")
 
@@ -94,7 +94,7 @@ _warned: set[str] = set()
 def warn(text: str) -> None:
     """Print a warning once, on rank 0."""
     if rank() == 0 and text not in _warned:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}", error=True)
         _warned.add(text)
 
 
@@ -123,6 +123,7 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        escape_unknown_characters()
         try:
             check_launch()
             die_with_launcher()
@@ -145,11 +146,13 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
             leave_status(status)
             leave_error(f"error: {error}", status)
             if _reports():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say(f"error: {error}", error=True)
             elif "TORCHELASTIC_RUN_ID" in os.environ:
                 # torchrun ends all ranks as soon as one has ended. One that is faster than rank 0
                 # must not take the message with it.
                 time.sleep(REPORT_SECONDS)
             return status
+        finally:
+            end_standard_output()
 
     return wrapper

@@ -23,7 +23,7 @@ from benchmarks.study.recipes import (
     max_response_length,
     recipes,
 )
-from megatron_dlm.data.shard_store import publish
+from megatron_dlm.output_file import write_file
 
 GOLDEN_LOSSES = "tests/golden/losses.json"
 CURVE_POINTS = 120
@@ -133,7 +133,7 @@ def restore_results(
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=1) + "\n"
-    publish(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, text)
 
 
 def training_summary(metrics_file: Path) -> dict[str, Any]:

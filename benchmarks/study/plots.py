@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from benchmarks.study.claims import accuracy, speed
 from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
 from benchmarks.study.statistics import Result, sample
+from megatron_dlm.output_file import replaced_file
 
 
 def plot_accuracy_against_speed(
@@ -101,7 +102,8 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     """Write a figure of one panel, with a legend if there is something in it."""
     if axes.lines:
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
 
 

@@ -13,6 +13,7 @@ import orjson
 
 from benchmarks.study.recipes import Recipe
 from megatron_dlm.data.arithmetic import examples
+from megatron_dlm.output_file import replaced_file
 
 PROMPTS_SEED, HELDOUT_SEED = 2, 3
 
@@ -80,6 +81,6 @@ def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) ->
 
 def write_jsonl(path: Path, problems: Iterable[dict[str, Any]]) -> None:
     """Write one object a line."""
-    with path.open("wb") as file:
+    with replaced_file(path) as temporary, temporary.open("wb") as file:
         for problem in problems:
             file.write(orjson.dumps(problem) + b"\n")

@@ -23,8 +23,8 @@ from benchmarks.study.tables import (
     seeds_table,
     settings_table,
 )
-from megatron_dlm.data.shard_store import publish
 from megatron_dlm.errors import bad_value
+from megatron_dlm.output_file import write_file
 
 RESULTS, REPORT = "results.json", "report.md"
 
@@ -47,7 +47,7 @@ def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> 
         "cells": [result for result in finished if result is not None],
     }
     text = json.dumps(study, indent=1) + "\n"
-    publish(output / RESULTS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(output / RESULTS, text)
 
 
 def published_results(output: Path) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def write_report(output: Path) -> None:
     plot_accuracy_against_speed(study["cells"], known, output / "accuracy_vs_speed.png")
     plot_rollout_speed(study["cells"], known, output / "rollout_speed.png")
     plot_forgetting(study["cells"], known, output / "forgetting.png")
-    (output / REPORT).write_text(render(study, known), encoding="utf-8")
+    write_file(output / REPORT, render(study, known))
 
 
 def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:

@@ -25,6 +25,7 @@ from benchmarks.study.recipes import (
     Evaluation,
     max_response_length,
 )
+from megatron_dlm.output_file import write_file
 
 EVALUATION_UPDATES = 60
 """Updates that take about as long as one evaluation: the longest cells run first."""
@@ -111,9 +112,8 @@ def _run_cell(cell: Cell, folders: Folders) -> str:
     if options is not None:
         paths = {**training_data(folders.data, cell.recipe), "save": run}
         configuration = run / "recipe.yaml"
-        configuration.write_text(
-            yaml.safe_dump({**options, **{name: str(path) for name, path in paths.items()}})
-        )
+        text = yaml.safe_dump({**options, **{name: str(path) for name, path in paths.items()}})
+        write_file(configuration, text)
         _call(log, "pretrain_opdlm.py", "--config", configuration)
         measured["training"] = {
             **training_summary(run / "metrics.jsonl"),

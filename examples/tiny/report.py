@@ -16,6 +16,8 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from megatron_dlm.output_file import replaced_file, write_file
+
 SETTINGS = ("static", "dynamic_0.9", "dynamic_0.7")
 
 
@@ -108,7 +110,8 @@ def plot(run: Path, summary: dict[str, Any]) -> None:
     trade.axhline(100 * summary["teacher_accuracy"], color="gray", label="AR teacher")
     trade.set(title="Held-out accuracy", xlabel="tokens per forward", ylabel="%", ylim=(-4, 106))
     trade.legend(loc="center left")
-    figure.savefig(run / "report.png", dpi=110)
+    with replaced_file(run / "report.png") as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def main() -> None:
@@ -118,7 +121,7 @@ def main() -> None:
     parser.add_argument("--wall-seconds", type=int, required=True, help="of the whole quickstart")
     options = parser.parse_args()
     summary = summarize(options.run, options.wall_seconds)
-    (options.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_file(options.run / "summary.json", json.dumps(summary, indent=2) + "\n")
     print_table(summary)
     plot(options.run, summary)
 

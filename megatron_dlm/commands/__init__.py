@@ -12,6 +12,7 @@ from typing import TypeVar
 from megatron_dlm import __version__
 from megatron_dlm.entry import rank, report_user_errors
 from megatron_dlm.errors import bad_value
+from megatron_dlm.terminal import say
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else None
     if name in ("-h", "--help", "--version"):
         if rank() == 0:
-            print(f"{PROGRAM} {__version__}" if name == "--version" else _help())
+            say(f"{PROGRAM} {__version__}" if name == "--version" else _help())
         return 0
     if name not in COMMANDS:
         raise _no_command(name)

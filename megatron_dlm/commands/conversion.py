@@ -1,6 +1,5 @@
 """The command `convert` as a function; its options are in `commands.convert`."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.output_file import check_output_folder
 from megatron_dlm.parallel import initialized
+from megatron_dlm.terminal import say
 from megatron_dlm.training.checkpoint_saving import save_checkpoint
 from megatron_dlm.training.checkpointing import AdapterUse, saved_config
 from megatron_dlm.training.model_source import ModelSource, open_model_source
@@ -58,7 +59,7 @@ def check_target(arguments: ConversionConfig) -> Path:
     """The folder to write.
 
     Raises:
-        UserError: It was not named, or exists.
+        UserError: It was not named, exists, cannot be written, or holds what is read.
     """
     if arguments.save is None:
         raise bad_value("--save", None, "nothing to write to", "name a new folder")
@@ -70,6 +71,12 @@ def check_target(arguments: ConversionConfig) -> Path:
         if arguments.target_format != "megatron":
             remedy += " or add --overwrite"
         raise bad_value("--save", arguments.save, "already exists", remedy)
+    inputs = [
+        ("--load", arguments.load),
+        ("--tokenizer", arguments.tokenizer),
+        ("--base-model", arguments.base_model),
+    ]
+    check_output_folder(target, "--save", inputs)
     return target
 
 
@@ -218,9 +225,9 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
         if has_tokenizer(tokenizer_folder):
             tokenizer = load_tokenizer(tokenizer_folder)
             if line := unusable_tokens(tokenizer, architecture.vocab_size, str(tokenizer_folder)):
-                print(line, file=sys.stderr)
+                say(line, error=True)
         if source.is_megatron and dtype == torch.bfloat16 and adapters == "merge":
             run_config = config_of_run(saved_config(source.path))
             for line in unseen_in_bf16(run_config, architecture):
-                print(line, file=sys.stderr)
+                say(line, error=True)
     return target, target_format, str(dtype).removeprefix("torch.")

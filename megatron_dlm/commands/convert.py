@@ -20,6 +20,7 @@ from megatron_dlm.commands import parse_command
 from megatron_dlm.config import CheckpointOptions, ParallelConfig
 from megatron_dlm.entry import rank
 from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
+from megatron_dlm.terminal import say
 from megatron_dlm.training.model_source import StatedAttention
 
 TargetFormat = Literal[
@@ -93,5 +94,5 @@ def main(argv: Sequence[str]) -> int:
 
     target, target_format, dtype = run_conversion(arguments.conversion, arguments.parallel)
     if rank() == 0:
-        print(f"wrote {target} ({target_format}, {dtype})")
+        say(f"wrote {target} ({target_format}, {dtype})")
     return 0

@@ -27,6 +27,8 @@ from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, parse_config, validate
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
+from megatron_dlm.output_file import replaced_file, write_file, writing
+from megatron_dlm.terminal import say, say_table
 from megatron_dlm.training.branched_training import (
     Branch,
     BranchResult,
@@ -122,14 +124,15 @@ def run_branch(branch: Branch, nproc_per_node: int) -> None:
         )
     if branch.is_finished:
         return
-    branch.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    with writing(branch.folder, "--save"):
+        branch.folder.mkdir(parents=True, exist_ok=True)
+    write_file(file, text, "--save")
     command = [sys.executable]
     if nproc_per_node > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(nproc_per_node)]
     command += ["-m", "megatron_dlm", "train", "--config", str(file)]
-    print(f"batch size {branch.batch_size}: {' '.join(command)}", flush=True)
+    say(f"batch size {branch.batch_size}: {' '.join(command)}")
     status = subprocess.run(command, check=False).returncode
     if status:
         raise bad_value(
@@ -142,7 +145,6 @@ def run_branch(branch: Branch, nproc_per_node: int) -> None:
 
 def print_table(results: Sequence[BranchResult], critical: BranchResult) -> None:
     """Print the results for a person."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Branches of equal token budgets", title_justify="left")
@@ -158,7 +160,7 @@ def print_table(results: Sequence[BranchResult], critical: BranchResult) -> None
             f"{result.train_loss:.4f}",
             "-" if held_out is None else f"{held_out:.4f}",
         )
-    Console().print(table)
+    say_table(table)
 
 
 def write_plot(
@@ -185,7 +187,8 @@ def write_plot(
     final.set_xscale("log", base=2)
     final.set(title=f"Final {name}", xlabel="batch tokens", ylabel="nats per token")
     final.legend()
-    figure.savefig(path, dpi=110)
+    with replaced_file(path, "--save") as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -199,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
     critical = critical_batch_size(results, study.tolerance)
     folder = Path(str(study.save))
     lines = [json.dumps(asdict(result)) + "\n" for result in results]
-    (folder / "results.jsonl").write_text("".join(lines))
+    write_file(folder / "results.jsonl", "".join(lines), "--save")
     is_bound = critical == results[-1]
     summary = {
         "critical_batch_size": critical.batch_size,
@@ -207,10 +210,10 @@ def main(argv: Sequence[str]) -> int:
         "is_lower_bound": is_bound,
         "tolerance": study.tolerance,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n", "--save")
     write_plot(branches, results, study.tolerance, folder / "critical_batch_size.png")
     print_table(results, critical)
-    print(
+    say(
         f"critical batch size: {'at least ' if is_bound else ''}{critical.batch_size} windows, "
         f"{critical.batch_tokens:,} tokens (* within {study.tolerance:.1%} of the best loss)"
     )

@@ -7,6 +7,9 @@ torchrun --nproc-per-node 2 -m megatron_dlm evaluate --load hf/ --data heldout.j
 Prints a table. The results file is one JSON object: `load`, `data`, `task`, `num_examples`,
 `seconds`, and `settings`, which maps each setting's name (`static`, `dynamic_0.9`, `entropy_64`,
 `autoregressive`) to its rates (`accuracy`, `correct`, `total`, `tokens_per_forward`, ...).
+
+With --output, the verdict on each response is kept in OUTPUT.partial as it comes. After an
+interruption the same command goes on, with the same rates; the layout may be another.
 """
 
 from __future__ import annotations
@@ -15,13 +18,17 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
+from megatron_dlm.output_file import write_file
+from megatron_dlm.terminal import say_table
+
+if TYPE_CHECKING:
+    from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class EvaluationConfig:
     output: str | None = None
     """JSON file for the results, replaced if it exists."""
 
+    restart: bool = False
+    """Forget what an interrupted command left in OUTPUT.partial, instead of going on with it."""
+
 
 @dataclass(frozen=True)
 class Arguments(InferenceArguments):
@@ -57,7 +67,6 @@ class Arguments(InferenceArguments):
 
 def print_table(load: str, num_examples: int, results: dict[str, dict[str, Any]]) -> None:
     """Print the results for a person."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{load}: {num_examples} examples", title_justify="left")
@@ -74,7 +83,7 @@ def print_table(load: str, num_examples: int, results: dict[str, dict[str, Any]]
             f"{result['eos_rate']:.1%}",
             f"{result['seconds']:.1f}",
         )
-    Console().print(table)
+    say_table(table)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,20 +98,20 @@ def main(argv: Sequence[str]) -> int:
         )
     setup = resolve_inference(arguments, world_size())
     settings = setup.settings(options.settings)
-    check_output(options.output)
+    check_output(options.output, options.restart, setup, ("--data", options.data))
     # Imported only now, because it takes seconds.
     from megatron_dlm.data.records import RecordFile
     from megatron_dlm.data.tokenizer import load_tokenizer
+    from megatron_dlm.evaluation.answering import answer_prompts, results_header
     from megatron_dlm.evaluation.evaluator import EvaluationCounts, count, score
     from megatron_dlm.evaluation.generation import (
         Generator,
         load_frozen_model,
         read_inference_inputs,
-        sum_over_ranks,
     )
-    from megatron_dlm.evaluation.progress import GenerationProgress
+    from megatron_dlm.evaluation.partial_results import open_partial_results
     from megatron_dlm.evaluation.tasks import get_task
-    from megatron_dlm.parallel import initialized
+    from megatron_dlm.parallel import ParallelGroups, initialized
 
     task = get_task(options.task)
     file = RecordFile.read(options.data, "--data")
@@ -112,29 +121,35 @@ def main(argv: Sequence[str]) -> int:
     inputs = read_inference_inputs(setup, tokenizer, file)
     task.check(inputs.prompts)
 
+    header = results_header("evaluate", setup, inputs, tokenizer, settings) | {"task": task.name}
+
+    def counts_of(trajectory: Trajectory) -> list[int]:
+        return count([trajectory], score([trajectory], tokenizer, task)).to_list()
+
     started = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
     with initialized(setup.config):
-        generator = Generator(load_frozen_model(setup), setup, inputs)
+        groups = ParallelGroups.from_parallel_state()
+        partial = open_partial_results(options.output, header, groups, restart=options.restart)
+        generator = Generator(load_frozen_model(setup), setup, inputs, groups)
         for name, generation in settings.items():
-            began = time.perf_counter()
-            progress = GenerationProgress(name, len(generator.share), enabled=rank() == 0)
-            trajectories = generator.generate(generation, progress)
-            counts = count(trajectories, score(trajectories, tokenizer, task))
-            total = EvaluationCounts.from_list(sum_over_ranks(counts.to_list()))
-            seconds = round(time.perf_counter() - began, 3)
-            results[name] = total.result().to_json() | {"seconds": seconds}
+            answers = answer_prompts(generator, name, generation, partial, counts_of)
+            if answers is not None:
+                total = sum(map(EvaluationCounts.from_list, answers.results), EvaluationCounts())
+                results[name] = total.result().to_json() | {"seconds": round(answers.seconds, 3)}
     if rank() == 0:
         assert setup.options.load is not None
-        print_table(setup.options.load, len(inputs.prompts), results)
+        seconds = time.perf_counter() - started + sum(partial.seconds.values())
         summary = {
             "load": setup.options.load,
             "data": options.data,
             "task": options.task,
             "num_examples": len(inputs.prompts),
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(seconds, 3),
             "settings": results,
         }
         if options.output is not None:
-            Path(options.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            write_file(options.output, json.dumps(summary, indent=2) + "\n", "--output")
+            partial.remove()
+        print_table(setup.options.load, len(inputs.prompts), results)
     return 0

@@ -7,21 +7,24 @@ torchrun --nproc-per-node 8 -m megatron_dlm generate --load runs/mine --prompts 
 Output is JSONL in the order of the prompts: the fields of a prompt's record with `response`,
 `finish_reason` ("eos" or "length") and `tokens_per_forward` added (or replaced). A single --prompt
 without --output prints the text of the response.
+
+Responses are kept in OUTPUT.partial as they come, and OUTPUT appears when all are there. After an
+interruption the same command goes on, with the same result; the layout may be another.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.entry import rank, world_size
+from megatron_dlm.entry import world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
+from megatron_dlm.output_file import write_file
+from megatron_dlm.terminal import shows, write_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +48,9 @@ class PromptConfig:
 
     output: str | None = None
     """JSONL file for the responses, replaced if it exists (default: standard output)."""
+
+    restart: bool = False
+    """Forget what an interrupted command left in OUTPUT.partial, instead of going on with it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,16 @@ def response_record(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) 
     }
 
 
+def json_line(record: dict[str, Any], *, ascii_only: bool = False) -> str:
+    """A record as a line of JSON, in characters that UTF-8 has."""
+    line = json.dumps(record, ensure_ascii=ascii_only) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json_line(record, ascii_only=True)
+    return line
+
+
 def main(argv: Sequence[str]) -> int:
     """Parse, check, load, generate, write."""
     arguments = parse_command("generate", Arguments, argv)
@@ -90,34 +106,40 @@ def main(argv: Sequence[str]) -> int:
         )
         raise bad_value("--prompt", options.prompt, problem, "give one of the two")
     setup = resolve_inference(arguments, world_size())
-    [(setting, generation)] = setup.settings().items()
-    check_output(options.output)
+    settings = setup.settings()
+    check_output(options.output, options.restart, setup, ("--prompts", options.prompts))
     # Imported only now, because it takes seconds.
     from megatron_dlm.data.tokenizer import load_tokenizer
+    from megatron_dlm.evaluation.answering import answer_prompts, results_header
     from megatron_dlm.evaluation.generation import (
         Generator,
-        gather_in_order,
         load_frozen_model,
         read_inference_inputs,
     )
-    from megatron_dlm.evaluation.progress import GenerationProgress
-    from megatron_dlm.parallel import initialized
+    from megatron_dlm.evaluation.partial_results import open_partial_results
+    from megatron_dlm.parallel import ParallelGroups, initialized
 
     tokenizer = load_tokenizer(setup.tokenizer_folder)
     inputs = read_inference_inputs(setup, tokenizer, read_records(options, tokenizer))
+    [(setting, generation)] = settings.items()
+    header = results_header("generate", setup, inputs, tokenizer, settings)
     with initialized(setup.config):
-        generator = Generator(load_frozen_model(setup), setup, inputs)
-        progress = GenerationProgress(setting, len(generator.share), enabled=rank() == 0)
-        trajectories = generator.generate(generation, progress)
-        records = gather_in_order([response_record(t, tokenizer) for t in trajectories])
-    if rank() == 0:
-        assert records is not None
-        if options.prompts is None and options.output is None:
-            print(records[0]["response"])
-            return 0
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        if options.output is None:
-            sys.stdout.write(text)
-        else:
-            Path(options.output).write_text(text, encoding="utf-8")
+        groups = ParallelGroups.from_parallel_state()
+        partial = open_partial_results(options.output, header, groups, restart=options.restart)
+        generator = Generator(load_frozen_model(setup), setup, inputs, groups)
+        answers = answer_prompts(
+            generator, setting, generation, partial, lambda t: response_record(t, tokenizer)
+        )
+    if answers is None:
+        return 0
+    if options.output is not None:
+        write_file(options.output, "".join(map(json_line, answers.results)), "--output")
+        partial.remove()
+    elif options.prompts is None:
+        write_results(answers.results[0]["response"] + "\n")
+    else:
+        text = "".join(map(json_line, answers.results))
+        if not shows(text):
+            text = "".join(json_line(record, ascii_only=True) for record in answers.results)
+        write_results(text)
     return 0

@@ -11,9 +11,9 @@ their names when they are complete.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.errors import bad_value
+from megatron_dlm.output_file import check_output_file, sync_file, sync_folder, writing
+from megatron_dlm.terminal import say
 
 if TYPE_CHECKING:
     from megatron_dlm.data.document_encoder import DocumentEncoder
@@ -44,7 +46,8 @@ class InputConfig:
     """Fields that hold text, separated by commas; each becomes a dataset of its own."""
 
     tokenizer: str | None = None
-    """Folder with tokenizer.json (a model folder: its config.json then says which id is EOS)."""
+    """Folder with tokenizer.json or a SentencePiece tokenizer.model (a model folder: its
+    config.json then says which id is EOS)."""
 
     append_eod: bool = True
     """End every document with EOS."""
@@ -105,7 +108,7 @@ def check_arguments(arguments: Arguments) -> dict[str, Path]:
     source, output = arguments.input, arguments.output
     for name, value, remedy in (
         ("--input", source.input, "name a JSONL file of documents"),
-        ("--tokenizer", source.tokenizer, "name a folder with tokenizer.json"),
+        ("--tokenizer", source.tokenizer, "name a folder with tokenizer.json or tokenizer.model"),
         ("--output-prefix", output.output_prefix, "name the files to write, without .bin"),
     ):
         if value is None:
@@ -126,6 +129,7 @@ def check_arguments(arguments: Arguments) -> dict[str, Path]:
                     f"{target}{suffix} already exists",
                     "name others, or remove them",
                 )
+        check_output_file(f"{target}.bin", "--output-prefix")
     return prefixes
 
 
@@ -146,10 +150,9 @@ class Progress:
         if now - self._reported >= SECONDS_BETWEEN_REPORTS:
             self._reported = now
             rate = self.bytes / 1e6 / (now - self._started)
-            print(
+            say(
                 f"{self.documents:,} documents | {self.tokens:,} tokens | {rate:.1f} MB/s",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
 
 
@@ -190,8 +193,6 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
         options.input, options.json_keys, options.tokenizer, options.append_eod
     )
     dtype = np.uint16 if encoder.largest_id < 2**16 else np.int32
-    for prefix in prefixes.values():
-        prefix.parent.mkdir(parents=True, exist_ok=True)
     temporary = {key: f"{prefix}.tmp" for key, prefix in prefixes.items()}
     builders = {
         key: IndexedDatasetBuilder(f"{name}.bin", dtype=dtype) for key, name in temporary.items()
@@ -201,17 +202,24 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
         for num_bytes, documents in encoded_documents(arguments, encoder):
             for key, token_ids in documents.items():
                 if token_ids:
-                    builders[key].add_document(token_ids, [len(token_ids)])
+                    with writing(prefixes[key], "--output-prefix"):
+                        builders[key].add_document(token_ids, [len(token_ids)])
             progress.add(num_bytes, sum(map(len, documents.values())))
         if not progress.tokens:
             raise bad_value("--input", options.input, "holds no text", "name another file")
         for key, name in temporary.items():
-            builders[key].finalize(f"{name}.idx")
+            with writing(prefixes[key], "--output-prefix"):
+                builders[key].finalize(f"{name}.idx")
+                for suffix in (".bin", ".idx"):
+                    sync_file(Path(name + suffix))
         for key, name in temporary.items():
             for suffix in (".bin", ".idx"):
                 Path(name + suffix).rename(f"{prefixes[key]}{suffix}")
+            sync_folder(prefixes[key].parent)
     finally:
-        for name in temporary.values():
+        for key, name in temporary.items():
+            with contextlib.suppress(OSError):  # of a full disk, once more
+                builders[key].data_file.close()
             for suffix in (".bin", ".idx"):
                 Path(name + suffix).unlink(missing_ok=True)
     return progress
@@ -222,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_command("preprocess", Arguments, argv)
     prefixes = check_arguments(arguments)
     progress = write_datasets(arguments, prefixes)
-    print(
+    say(
         f"wrote {', '.join(f'{prefix}.bin' for prefix in prefixes.values())}: "
         f"{progress.documents:,} documents ({progress.empty:,} empty ones left out), "
         f"{progress.tokens:,} tokens"

@@ -12,6 +12,7 @@ from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, format_config, format_length, validate
 from megatron_dlm.entry import PREEMPTED_STATUS, rank, world_size
 from megatron_dlm.stop_request import StopRequest, StopRequested
+from megatron_dlm.terminal import say
 from megatron_dlm.training.run_history import last_event, record
 from megatron_dlm.training.run_lock import owned_run_folder
 from megatron_dlm.training.run_start import RunStart, decide_start
@@ -73,7 +74,7 @@ def _run(
 
 def _say(notice: str) -> None:
     if notice and rank() == 0:
-        print(notice, flush=True)
+        say(notice)
 
 
 def _record_finished(start: RunStart) -> None:
@@ -91,11 +92,11 @@ def _dry_run(config: Config) -> int:
 
     inputs = read_inputs(start.config, start.resumed)
     if rank() == 0:
-        print(format_config(start.config))
-        print(format_length(start.config.of_data(len(inputs.data))))
+        say(format_config(start.config))
+        say(format_length(start.config.of_data(len(inputs.data))))
         for line in (start.notice, *inputs.notices):
             if line:
-                print(f"# {line}")
+                say(f"# {line}")
     return 0
 
 

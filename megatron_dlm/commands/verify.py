@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.terminal import say
 from megatron_dlm.training.manifest import damages, read_manifest
 from megatron_dlm.training.run_folder import is_iteration_folder, iteration_folder, saved_iterations
 
@@ -45,9 +46,9 @@ def main(argv: Sequence[str]) -> int:
     for checkpoint in _checkpoints(Path(load)):
         found = damages(checkpoint, (0, 1)) or _unsafe(checkpoint)
         problems += len(found)
-        print(f"{checkpoint}  {_summary(checkpoint, found)}", flush=True)
+        say(f"{checkpoint}  {_summary(checkpoint, found)}")
         for problem in found:
-            print(f"  {problem}", flush=True)
+            say(f"  {problem}")
     return DAMAGED_STATUS if problems else 0
 
 

@@ -61,7 +61,8 @@ class CheckpointOptions:
     it only small files and sizes, which takes no time at any size."""
 
     tokenizer: str | None = None
-    """Folder with tokenizer.json and the chat template (default: the one beside the weights)."""
+    """Folder with tokenizer.json or a SentencePiece tokenizer.model, and the chat template
+    (default: the one beside the weights)."""
 
 
 @dataclass(frozen=True)

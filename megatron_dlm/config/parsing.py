@@ -29,6 +29,7 @@ from megatron_dlm.config.fields import (
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.regular_file import read_regular
+from megatron_dlm.terminal import say
 
 T = TypeVar("T")
 
@@ -78,7 +79,8 @@ def parse_arguments(
     if texts.pop("help", False):
         # torchrun starts every rank with the same arguments: one of them answers.
         if os.environ.get("RANK", "0") == "0":
-            _parser(cls, values, prog=prog, description=description).print_help()
+            parser = _parser(cls, values, prog=prog, description=description)
+            say(parser.format_help().removesuffix("\n"))
         raise SystemExit(0)
     if unknown:
         raise _unknown_argument(unknown[0], given, table)

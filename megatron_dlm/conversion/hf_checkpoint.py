@@ -1,10 +1,13 @@
 """Read slices of Hugging Face checkpoints in safetensors, and write checkpoints as a stream."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,11 +111,22 @@ class HFCheckpoint(HFTensors):
 
 
 def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write one file of tensors, as transformers does, with the permissions of the umask."""
+    """Write one file of tensors, as transformers does, with the permissions of the umask.
+
+    Raises:
+        OSError: The system refuses.
+    """
     # safetensors makes files readable by their owner only.
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # It has the system's error as text only, as Rust writes it.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
     file.chmod(mode)
 
 

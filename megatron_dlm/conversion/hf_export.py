@@ -19,6 +19,7 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.families.parameters import HEAD, hf_tensor_shapes
 from megatron_dlm.models.model_parameters import TIED_EMBEDDING, local_parameters
+from megatron_dlm.output_file import check_space
 from megatron_dlm.parallel import errors_on_all_ranks
 from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
 
@@ -62,7 +63,8 @@ def export_hf(
 
     Raises:
         UserError: On every rank: unknown format, a model that the format cannot express, a missing
-            or unfit tokenizer, a folder that exists, or weights that are not all finite.
+            or unfit tokenizer, a folder that exists, too little space, or weights that are not all
+            finite.
     """
     target = Path(folder)
     gatherer = ShardGatherer(
@@ -75,6 +77,7 @@ def export_hf(
     if format in FORMATS_WITH_HEAD:
         architecture = replace(architecture, tie_word_embeddings=False)
     dtype = dtype or next(model.parameters()).dtype
+    shapes = hf_tensor_shapes(parameter_mappings(architecture))
 
     def prepare(folder: Path) -> None:
         if format not in TARGET_FORMATS:
@@ -90,6 +93,8 @@ def export_hf(
             dynamic_threshold=dynamic_threshold,
         )
         TARGET_FORMATS[format](request, folder)
+        needed = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        check_space(target.parent, "--save", "the model", needed)
 
     with errors_on_all_ranks():
         for local in local_parameters(model, architecture):
@@ -101,7 +106,6 @@ def export_hf(
     with published_folder(target, overwrite, prepare) as temporary:
         writer = None
         if is_writer():
-            shapes = hf_tensor_shapes(parameter_mappings(architecture))
             writer = HFCheckpointWriter(temporary, shapes, dtype, max_shard_size)
         for name, tensor in _gathered_tensors(architecture, gatherer, head):
             if writer is not None:

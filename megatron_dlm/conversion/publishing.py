@@ -1,9 +1,11 @@
 """Write a folder from one process, complete or not at all; errors are raised on all ranks."""
 
 import os
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_dlm.conversion.gathering import WRITER
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.output_file import sync_file, sync_folder, unwritable, writing
 
 
 def is_writer() -> bool:
@@ -34,11 +37,13 @@ def published_folder(
         The temporary name.
 
     Raises:
-        UserError: On every rank: the folder exists or cannot be written, or `prepare` raised it.
+        UserError: On every rank: the folder exists or cannot be written, or `prepare` raised it. On
+            the writer: the disk is full.
     """
-    temporary = target.with_name(f".{target.name}.incomplete-{os.getpid()}")
+    temporary = _hidden(target, "incomplete")
 
     def begin() -> None:
+        _tidy(target)
         if target.exists() and not overwrite:
             raise bad_value("--save", str(target), "already exists", "choose a new folder")
         temporary.mkdir(parents=True)
@@ -46,9 +51,11 @@ def published_folder(
 
     try:
         _on_writer(begin, target)
-        yield temporary
-        if is_writer():
-            _publish(temporary, target)
+        # What other ranks meet are failures of their messages, which keep their traceback.
+        with writing(target, "--save") if is_writer() else nullcontext():
+            yield temporary
+            if is_writer():
+                _publish(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -64,8 +71,7 @@ def _on_writer(action: Callable[[], None], folder: Path) -> None:
         except UserError as error:
             outcome = [str(error)]
         except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-            outcome = [str(bad_value("--save", str(folder), problem, "choose another folder"))]
+            outcome = [str(unwritable(folder, "--save", error))]
     dist.broadcast_object_list(outcome, src=WRITER)
     if outcome[0] is not None:
         raise UserError(outcome[0])
@@ -73,10 +79,47 @@ def _on_writer(action: Callable[[], None], folder: Path) -> None:
 
 def _publish(temporary: Path, target: Path) -> None:
     """Rename the finished folder; a folder that it replaces is deleted only afterwards."""
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = temporary.with_name(f".{target.name}.replaced-{os.getpid()}")
-    target.rename(old)
+    for path in sorted(temporary.rglob("*")):
+        sync_folder(path) if path.is_dir() else sync_file(path)
+    sync_folder(temporary)
+    old = _hidden(target, "replaced")
+    if target.exists():
+        target.rename(old)
     temporary.rename(target)
-    shutil.rmtree(old)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(target: Path, state: str) -> Path:
+    """A name beside the folder, of this process on this host."""
+    return target.with_name(f".{target.name}.{state}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _tidy(target: Path) -> None:
+    """Remove what processes of this host left when they were killed.
+
+    A folder that one of them was about to replace is put back.
+    """
+    host = re.escape(socket.gethostname())
+    left = re.compile(rf"\.{re.escape(target.name)}\.(incomplete|replaced)-{host}-(\d+)")
+    if not target.parent.is_dir():
+        return
+    for path in sorted(target.parent.iterdir()):
+        match = left.fullmatch(path.name)
+        if match is None or _runs(int(match[2])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

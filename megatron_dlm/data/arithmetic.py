@@ -22,6 +22,7 @@ import orjson
 from megatron_dlm.data.arithmetic_text import SCENES, Scene, render
 from megatron_dlm.entry import report_user_errors
 from megatron_dlm.errors import bad_value
+from megatron_dlm.output_file import replaced_file
 
 Split = Literal["train", "heldout"]
 Symbol = Literal["+", "-", "*"]
@@ -147,7 +148,7 @@ def write_documents(path: Path, split: Split, seed: int, num: int) -> None:
 
 def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with replaced_file(path, "--output") as temporary, temporary.open("wb") as file:
         for record in records:
             file.write(orjson.dumps(record) + b"\n")
 

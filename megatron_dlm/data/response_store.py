@@ -13,8 +13,9 @@ from pathlib import Path
 import orjson
 
 from megatron_dlm.data.prompts import TokenTable
-from megatron_dlm.data.shard_store import ShardStore, publish
+from megatron_dlm.data.shard_store import ShardStore
 from megatron_dlm.errors import bad_value
+from megatron_dlm.output_file import write_file
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 
@@ -84,7 +85,7 @@ class ResponseStore(ShardStore):
             json.dumps({"index": index, "response_ids": list(response_ids)}) + "\n"
             for index, response_ids in zip(prompts, responses, strict=True)
         )
-        publish(self.file(prompts), lambda temporary: temporary.write_text(text))
+        write_file(self.file(prompts), text, self._field)
 
     def prompts(self, shard: Path) -> list[int]:
         """See `ShardStore.prompts`."""

@@ -10,11 +10,12 @@ later run computes what is missing, under any parallel layout.
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.output_file import write_file, writing
 
 
 class Header(Protocol):
@@ -74,12 +75,17 @@ class ShardStore(ABC):
                 )
 
     def create(self) -> None:
-        """Write the header, if there is none yet; one process calls this."""
+        """Write the header, if there is none yet; one process calls this.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
         if self._header_file.is_file():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder, self._field):
+            self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(self.header), indent=2) + "\n"
-        publish(self._header_file, lambda temporary: temporary.write_text(text))
+        write_file(self._header_file, text, self._field)
 
     def shards(self) -> list[Path]:
         """The files of all shards, in the order of their first prompts."""
@@ -111,10 +117,3 @@ class ShardStore(ABC):
         return bad_value(
             self._field, str(shard), "is damaged", "delete it to have it computed again"
         )
-
-
-def publish(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it, so that it is complete or absent."""
-    temporary = file.with_name(file.name + ".tmp")
-    write(temporary)
-    temporary.replace(file)

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from megatron_dlm.data.prompts import TokenTable
-from megatron_dlm.data.shard_store import ShardStore, publish
+from megatron_dlm.data.shard_store import ShardStore
 from megatron_dlm.errors import bad_value
+from megatron_dlm.output_file import write_file
 from megatron_dlm.types.teacher_targets import TopKTargets
 
 _TENSORS = {"token_ids": "I32", "log_probs": "F32", "log_rest": "F32"}
@@ -98,7 +99,7 @@ class TopKStore(ShardStore):
         tensors[_PROMPTS] = torch.tensor(prompts)
         metadata = {_RESPONSES: self._responses.fingerprint(prompts)}
         content = save(tensors, metadata)
-        publish(self.file(prompts), lambda temporary: temporary.write_bytes(content))
+        write_file(self.file(prompts), content, self._field)
 
     def prompts(self, shard: Path) -> list[int]:
         """See `ShardStore.prompts`.

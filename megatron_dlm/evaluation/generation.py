@@ -1,20 +1,16 @@
 """Answer prompts with a loaded model; used by the commands generate and evaluate.
 
-Prompt i of a file is answered by data-parallel rank i mod dp; its draws are keyed by i, so the
-responses are the same under every layout.
+The draws for prompt i of a file are keyed by i, so the responses are the same under every layout,
+and whether or not other prompts were answered before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import torch
-from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm import platform
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import PromptDataset, tokenize_prompts
 from megatron_dlm.data.records import RecordFile
@@ -23,12 +19,11 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_frozen_model
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Trajectory
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,72 +111,60 @@ class Generator:
         model: From `load_frozen_model`.
         setup: Decoding options.
         inputs: The prompts.
+        groups: Process groups of the model.
     """
 
     def __init__(
-        self, model: DiffusionGPTModel, setup: InferenceSetup, inputs: InferenceInputs
+        self,
+        model: DiffusionGPTModel,
+        setup: InferenceSetup,
+        inputs: InferenceInputs,
+        groups: ParallelGroups,
     ) -> None:
         self._setup = setup
         self._inputs = inputs
         self._model = model
-        rank = parallel_state.get_data_parallel_rank()
-        self._share = range(len(inputs.prompts))[
-            rank :: parallel_state.get_data_parallel_world_size()
-        ]
+        self._groups = groups
 
     @property
-    def share(self) -> Sequence[int]:
-        """Indices of the prompts that this rank answers."""
-        return self._share
+    def num_prompts(self) -> int:
+        """Of all ranks."""
+        return len(self._inputs.prompts)
+
+    @property
+    def groups(self) -> ParallelGroups:
+        """Process groups of the model."""
+        return self._groups
 
     def generate(
         self,
         generation: GenerationConfig,
+        indices: Sequence[int] | None = None,
         on_finished: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """Answer this rank's share of the prompts; all ranks call this.
 
         Args:
             generation: Decoding setting.
+            indices: Of the prompts to answer, the same on all ranks; None for all prompts. Of n
+                data-parallel ranks, rank r takes every n-th from the r-th on.
             on_finished: Called with each response when it is complete.
 
         Returns:
-            Trajectories in the order of `share`, the same on all model-parallel ranks.
+            Trajectories in the order of the share, the same on all model-parallel ranks.
         """
+        if indices is None:
+            indices = range(self.num_prompts)
         engine = RolloutEngine(
             self._model,
             generation=generation,
             special_tokens=self._inputs.special_tokens,
-            vocab_size=self._setup.source.architecture.vocab_size,
             seed=self._setup.config.data.seed,
+            groups=self._groups,
         )
+        share = indices[self._groups.dp_rank :: self._groups.dp_size]
         return engine.generate(
-            [self._inputs.prompts[index] for index in self._share],
+            [self._inputs.prompts[index] for index in share],
             self._inputs.max_response_length,
             on_finished,
         )
-
-
-def gather_in_order(items: Sequence[T]) -> list[T] | None:
-    """Collect one item for each prompt of each data-parallel rank's share, in the file's order.
-
-    Returns:
-        All items on the first data-parallel rank (rank 0 of the job is one), None on the others.
-    """
-    group = parallel_state.get_data_parallel_group()
-    first = torch.distributed.get_global_rank(group, 0)
-    parts: list[Any] | None = None
-    if torch.distributed.get_rank() == first:
-        parts = [None] * group.size()
-    torch.distributed.gather_object(list(items), parts, dst=first, group=group)
-    if parts is None:
-        return None
-    total = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
-
-
-def sum_over_ranks(counts: Sequence[int]) -> list[int]:
-    """Add up counts of the data-parallel ranks; the same on all ranks."""
-    total = torch.tensor(counts, dtype=torch.int64, device=platform.device())
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return [int(count) for count in total.tolist()]

@@ -25,6 +25,7 @@ from megatron_dlm.config import (
 from megatron_dlm.config.fields import flag_of
 from megatron_dlm.config.rules.support import divisors
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.output_file import check_output_file
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
@@ -330,21 +331,28 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
     return InferenceSetup(config, source, options, block_size, kind)
 
 
-def check_output(path: str | None) -> None:
+def check_output(
+    output: str | None, restart: bool, setup: InferenceSetup, data: tuple[str, str | None]
+) -> None:
     """Check that results can be written, before the work for them begins.
 
+    Args:
+        output: The file; None where there is none.
+        restart: Whether what an interrupted command left is to be forgotten.
+        setup: What is loaded.
+        data: The flag of the file that is answered, and the file.
+
     Raises:
-        UserError: The path is a folder or cannot be created.
+        UserError: The path is a folder, cannot be written, or is one of the inputs; or there is
+            nothing to forget.
     """
-    if path is None:
+    if output is None:
+        if restart:
+            problem = "without --output, nothing is left by an interrupted command"
+            raise bad_value("--restart", restart, problem, "drop it, or add --output")
         return
-    if Path(path).is_dir():
-        raise bad_value("--output", path, "is a folder", "name a file")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("a"):
-            pass
-    except OSError as error:
-        raise bad_value(
-            "--output", path, f"cannot be written ({error.strerror})", "name another file"
-        ) from None
+    from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES  # loads PyTorch
+
+    model = [("--load", file) for file in setup.source.files()]
+    tokenizer = [("--tokenizer", setup.tokenizer_folder / name) for name in TOKENIZER_FILES]
+    check_output_file(output, "--output", [data, *model, *tokenizer])

@@ -15,6 +15,7 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import ForwardPlan
+from megatron_dlm.types.special_tokens import SpecialTokens
 
 # Most logits in memory at once while drawing: their noise takes several 64-bit copies.
 MAX_LOGITS = 1 << 24
@@ -26,8 +27,7 @@ class TokenDrawer:
     Args:
         model: This rank's part of the model.
         generation: Temperature, top-k and top-p.
-        mask_token_id: Never drawn.
-        vocab_size: Ids from here on are padding of the vocabulary; never drawn.
+        special_tokens: MASK is never drawn, nor are ids that the vocabulary does not have.
         groups: Process groups.
     """
 
@@ -36,14 +36,12 @@ class TokenDrawer:
         model: DiffusionGPTModel,
         *,
         generation: GenerationConfig,
-        mask_token_id: int,
-        vocab_size: int,
+        special_tokens: SpecialTokens,
         groups: ParallelGroups,
     ) -> None:
         self._model = model
         self._generation = generation
-        self._mask_token_id = mask_token_id
-        self._vocab_size = vocab_size
+        self._special_tokens = special_tokens
         self._groups = groups
 
     def draw(self, hidden: Tensor | None, plan: ForwardPlan, seed: int) -> SampledTokens:
@@ -80,8 +78,8 @@ class TokenDrawer:
             sampled = sample_tokens(
                 F.linear(part, weight),
                 vocab_start=tp_rank * weight.shape[0],
-                vocab_size=self._vocab_size,
-                mask_token_id=self._mask_token_id,
+                vocab_size=self._special_tokens.vocab_size,
+                mask_token_id=self._special_tokens.mask_token_id,
                 temperature=self._generation.temperature,
                 top_k=self._generation.top_k,
                 top_p=self._generation.top_p,

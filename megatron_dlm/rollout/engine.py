@@ -53,10 +53,10 @@ class RolloutEngine:
         model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
         generation: Decoding settings.
         special_tokens: EOS ends a response, MASK stands for tokens not committed yet (it is never
-            drawn), padding fills forwards of ranks without work.
-        vocab_size: Ids from here on are padding of the vocabulary; never drawn.
+            drawn, nor are ids from the vocabulary's size on, its padding), padding fills forwards
+            of ranks without work.
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
-        groups: Process groups; default: those of Megatron-Core's parallel state.
+        groups: Process groups.
         stop: Checked before every forward for a request to stop; None: never.
     """
 
@@ -66,23 +66,21 @@ class RolloutEngine:
         *,
         generation: GenerationConfig,
         special_tokens: SpecialTokens,
-        vocab_size: int,
         seed: int,
-        groups: ParallelGroups | None = None,
+        groups: ParallelGroups,
         stop: StopAgreement | None = None,
     ) -> None:
         self.generation = generation
         self.seed = seed
         self._model = unwrap_model(model)
         self._special_tokens = special_tokens
-        self._groups = groups or ParallelGroups.from_parallel_state()
+        self._groups = groups
         self._stop = stop
         self._drawer = TokenDrawer(
             self._model,
             generation=generation,
-            mask_token_id=special_tokens.mask_token_id,
-            vocab_size=vocab_size,
-            groups=self._groups,
+            special_tokens=special_tokens,
+            groups=groups,
         )
 
     def generate(

@@ -64,7 +64,6 @@ def generate_missing(
             max_running_requests=rollout.max_running_requests,
         ),
         special_tokens=special_tokens,
-        vocab_size=special_tokens.vocab_size,
         seed=config.data.seed,
         groups=groups,
         stop=stop,

@@ -9,6 +9,7 @@ import torch
 from megatron_dlm.data.shard_store import ShardStore
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_request import StopRequested
+from megatron_dlm.terminal import say
 
 PROMPTS_PER_SHARD = 512
 """Most prompts in one shard. An interruption loses at most one shard on each rank."""
@@ -82,4 +83,4 @@ def rounds(
         sizes = [bounds[i + 1] - bounds[i] for i in range(start, start + dp_size)]
         yield own, max(sizes)
         if torch.distributed.get_rank() == 0:
-            print(f"{what}: {bounds[start + dp_size]}/{len(missing)} prompts", flush=True)
+            say(f"{what}: {bounds[start + dp_size]}/{len(missing)} prompts")

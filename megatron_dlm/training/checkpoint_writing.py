@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm import platform
 from megatron_dlm.errors import bad_value
-from megatron_dlm.training.manifest import sync_folder
+from megatron_dlm.output_file import write_file
 from megatron_dlm.training.run_folder import LATEST, iteration_folder, latest_iteration
 
 UNREADABLE = (
@@ -100,9 +100,4 @@ def publish(temporary: Path, final: Path, iteration: int) -> None:
         final.rename(replaced)
     temporary.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    latest = final.parent / (LATEST + ".tmp")
-    latest.write_text(f"{iteration}\n")
-    with latest.open("rb") as file:
-        os.fsync(file.fileno())
-    latest.rename(final.parent / LATEST)
-    sync_folder(final.parent)
+    write_file(final.parent / LATEST, f"{iteration}\n", "--save")

@@ -17,6 +17,7 @@ from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.models.forward import most_rows
 from megatron_dlm.models.model_provider import attention_backend
+from megatron_dlm.output_file import write_file
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.training import divergence
 from megatron_dlm.training.best_checkpoint import HeldOutFigure
@@ -126,7 +127,7 @@ def _train(run: Run) -> None:
         run_config=config.to_dict(),
     )
     if config.logging.save is not None and is_rank_zero():
-        (Path(config.logging.save) / "config.yaml").write_text(config.to_yaml())
+        write_file(Path(config.logging.save) / "config.yaml", config.to_yaml(), "--save")
     for line in _warnings(run):
         logger.print(line)
     try:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.output_file import sync_folder
+
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"
 """Suffix of the large files, those of tensors."""
@@ -63,15 +65,6 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
         os.fsync(file.fileno())
     for directory in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync_folder(directory)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk; a rename is not durable before."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord] | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_dlm.entry import warn
+from megatron_dlm.output_file import write_file, writing
+from megatron_dlm.terminal import say
 
 
 @dataclass
@@ -147,7 +149,7 @@ class MetricsLogger:
     def print(self, text: str) -> None:
         """Print a line."""
         if self._enabled:
-            print(text, flush=True)
+            say(text)
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one optimizer update."""
@@ -227,12 +229,17 @@ class _MetricsFile:
         self._file: TextIO | None = None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line."""
-        if self._file is None:
-            self._set_aside()
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a line.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        with writing(self._path, "--save"):
+            if self._file is None:
+                self._set_aside()
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
@@ -255,16 +262,14 @@ class _MetricsFile:
             return
         with self._path.with_name("metrics_superseded.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(superseded)
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_file(self._path, "".join(kept), "--save")
 
 
 def _wandb_run_id(folder: Path) -> str:
     """The id under which Weights & Biases knows the run of a folder: the same after a resume."""
     file = folder / "wandb_run_id.txt"
     if not file.is_file():
-        file.write_text(secrets.token_hex(4) + "\n")
+        write_file(file, secrets.token_hex(4) + "\n", "--save")
     return file.read_text().strip()
 
 

@@ -12,6 +12,7 @@ from megatron_dlm.conversion.weight_sizes import check_hf_sizes, check_megatron_
 from megatron_dlm.data.fingerprint import add_ends
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
+    GENERATION_CONFIG,
     SGLANG_CONFIG_FILE,
     Architecture,
     read_architecture,
@@ -113,6 +114,13 @@ class ModelSource:
             digest.update(file.name.encode())
             add_ends(digest, file)
         return digest.hexdigest()
+
+    def files(self) -> list[Path]:
+        """The files that the model is read from; a tokenizer's are not among them."""
+        if self.is_megatron:
+            return [path for path in self.hf_folder.parent.rglob("*") if path.is_file()]
+        names = ("*.safetensors", "*.safetensors.index.json", "config.json", GENERATION_CONFIG)
+        return [path for name in names for path in self.hf_folder.glob(name)]
 
     def load_into(self, model: "torch.nn.Module", adapters: "AdapterUse" = "merge") -> None:
         """Fill this rank's part of a model; all ranks call this.

@@ -242,7 +242,6 @@ def _build_source(
             config, inputs.diffusion_kind, config.model.block_size
         ),
         special_tokens=inputs.special_tokens,
-        vocab_size=inputs.architecture.vocab_size,
         seed=config.data.seed,
         groups=groups,
         stop=stop,

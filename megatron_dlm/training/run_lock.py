@@ -35,11 +35,14 @@ def owned_run_folder(folder: str | Path | None) -> Iterator[None]:
     What a killed owner left in it is tidied; one that is made here and stays empty is removed.
 
     Raises:
-        UserError: Another process owns it, or it cannot be written.
+        UserError: Another process owns it, it is a model's, or it cannot be written.
     """
     if folder is None or rank() != 0:
         yield
         return
+    if (Path(folder) / "config.json").is_file():
+        problem = "is a Hugging Face model (it has config.json), no folder of a run"
+        raise bad_value("--save", str(folder), problem, "choose another folder")
     file = Path(folder) / LOCK
     me = _this_process()
     was_there = file.parent.exists()

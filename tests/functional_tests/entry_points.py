@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -62,7 +62,11 @@ def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def run_process(
-    script: Path, *arguments: object, processes: int | None = None, **environment: str
+    script: Path,
+    *arguments: object,
+    processes: int | None = None,
+    stdout: int | IO[Any] = subprocess.PIPE,
+    **environment: str,
 ) -> Outcome:
     """Run a script as a process, or under torchrun with several."""
     command = [sys.executable]
@@ -77,12 +81,13 @@ def run_process(
             "PYTHONPATH": str(REPOSITORY),
             **environment,
         },
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=240,
         check=False,
     )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return Outcome(done.returncode, done.stdout or "", done.stderr)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

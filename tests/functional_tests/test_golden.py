@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dlm.output_file import write_file
 from tests.tiny import (
     REPOSITORY,
     declare_diffusion_kind,
@@ -115,4 +116,4 @@ if __name__ == "__main__":
     for run in RUNS:
         with tempfile.TemporaryDirectory() as temporary:
             results[run] = measure(Path(temporary), run)
-    GOLDEN.write_text(json.dumps(results, indent=1) + "\n")
+    write_file(GOLDEN, json.dumps(results, indent=1) + "\n")

@@ -14,7 +14,7 @@ ROOT = Path(megatron_dlm.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("regular_file", "launcher", "activity"),
+    ("regular_file", "launcher", "activity", "output_file", "terminal"),
     ("json_file", "entry", "extras", "seeding", "ranges"),
     ("platform", "rank_watch", "stop_request"),
     ("types",),

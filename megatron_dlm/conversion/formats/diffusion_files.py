@@ -29,7 +29,7 @@ def check_mask_and_tokenizer(request: ExportRequest, format: str) -> None:
             "--tokenizer",
             None,
             f"{format} needs the tokenizer",
-            "name a folder with tokenizer.json and tokenizer_config.json",
+            "name a folder with tokenizer.json and tokenizer_config.json, or with tokenizer.model",
         )
 
 

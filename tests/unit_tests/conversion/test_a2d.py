@@ -24,7 +24,7 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceConfig, resolve_inference
 from megatron_dlm.models.architecture import read_architecture, read_diffusion_kind
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.parallel import initialized
+from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
@@ -96,8 +96,8 @@ def engine_responses(model: torch.nn.Module, pattern: str) -> list[list[int]]:
             max_running_requests=3,
         ),
         special_tokens=SpecialTokens(1, 0, MASK_TOKEN_ID, vocab_size=VOCAB_SIZE),
-        vocab_size=VOCAB_SIZE,
         seed=0,
+        groups=ParallelGroups(),
     )
     prompts = [Prompt(index, tokens) for index, tokens in enumerate(PROMPTS)]
     return [t.response_ids.tolist() for t in engine.generate(prompts, MAX_NEW_TOKENS)]

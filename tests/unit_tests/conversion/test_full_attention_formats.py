@@ -18,6 +18,7 @@ from megatron_dlm.conversion.remote_code.modeling_rnd import RND1LM
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import read_architecture, read_diffusion_kind
 from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.diffusion_kind import DiffusionKind
@@ -143,8 +144,8 @@ def engine_responses(model, eos_token_id, **settings):
             **settings,
         ),
         special_tokens=SpecialTokens(eos_token_id, 0, MASK_TOKEN_ID, vocab_size=VOCAB_SIZE),
-        vocab_size=VOCAB_SIZE,
         seed=0,
+        groups=ParallelGroups(),
     )
     prompts = [Prompt(index, tokens) for index, tokens in enumerate(PROMPTS)]
     return [t.response_ids.tolist() for t in engine.generate(prompts, MAX_NEW_TOKENS)]

@@ -29,12 +29,13 @@ def save_run(
     folder: Path,
     *,
     moe: bool = False,
+    family: str = "qwen3",
     diffusion: bool = True,
     changes_mask: bool = False,
     target_modules: tuple[str, ...] = ALL_LAYERS,
 ) -> Path:
     """A run folder with random adapters on random weights, and its source beside it."""
-    source = save_hf_model(random_hf_model(moe=moe, tied=not moe), folder / "source")
+    source = save_hf_model(random_hf_model(moe=moe, family=family, tied=not moe), folder / "source")
     save_tokenizer(source)
     options: dict[str, Any] = dict(lora_rank=3, lora_alpha=6.0, seed=5, load=str(source))
     options |= dict(lora_target_modules=target_modules, lora_dropout=0.1)
@@ -75,6 +76,11 @@ CASES = {
     "moe": Case("sdar", dict(moe=True)),
     "autoregressive": Case("autoregressive", dict(diffusion=False)),
     "autoregressive moe": Case("autoregressive", dict(moe=True, diffusion=False)),
+    "qwen2": Case("a2d-qwen2", dict(family="qwen2", changes_mask=True)),
+    "llama": Case("a2d-llama", dict(family="llama")),
+    "mistral": Case("a2d-mistral", dict(family="mistral")),
+    "autoregressive qwen2": Case("autoregressive", dict(family="qwen2", diffusion=False)),
+    "autoregressive llama": Case("autoregressive", dict(family="llama", diffusion=False)),
     "attention alone": Case("sdar", dict(moe=True, target_modules=ALL_LAYERS[:2])),
 }
 

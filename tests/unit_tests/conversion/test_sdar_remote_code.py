@@ -16,6 +16,7 @@ from megatron_dlm.conversion.remote_code.modeling_sdar_moe import SDARMoeForCaus
 from megatron_dlm.conversion.remote_code.token_draws import draw_tokens
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -112,8 +113,8 @@ def engine_responses(model, eos_token_id, **settings):
             temperature=0.0, top_k=0, top_p=1.0, max_running_requests=3, **settings
         ),
         special_tokens=SpecialTokens(eos_token_id, 0, MASK_TOKEN_ID, vocab_size=VOCAB_SIZE),
-        vocab_size=VOCAB_SIZE,
         seed=0,
+        groups=ParallelGroups(),
     )
     prompts = [Prompt(index, tokens) for index, tokens in enumerate(PROMPTS)]
     return [t.response_ids.tolist() for t in engine.generate(prompts, MAX_NEW_TOKENS)]

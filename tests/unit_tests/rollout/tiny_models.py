@@ -109,7 +109,6 @@ def make_engine(
         model,
         generation=dataclasses.replace(generation, **changes),
         special_tokens=special_tokens,
-        vocab_size=VOCAB_SIZE,
         seed=SEED,
-        groups=groups,
+        groups=groups or ParallelGroups.from_parallel_state(),
     )

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from megatron_dlm.training.checkpoint_metadata import checked_metadata
 from megatron_dlm.training.checkpointing import verified_checkpoint
 from megatron_dlm.training.manifest import MANIFEST, files_of, read_manifest
 from megatron_dlm.training.run_folder import LATEST, find_checkpoint, prune, tidy
+from tests.limits import largest_file
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 OPTIONS: dict[str, Any] = dict(num_rollouts=3, rollout_batch_size=4, save_interval=1)
@@ -301,12 +301,8 @@ def test_a_write_that_the_system_refuses_loses_no_checkpoint(
     original: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(original / "run", tmp_path / "run"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files of tensors are larger
-    try:
-        with pytest.raises(UserError, match="iter_0000003 could not be written"):
-            run_training(_resumed(original, run, load=str(run / "iter_0000002")))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    # Files of tensors are larger.
+    with largest_file(100_000), pytest.raises(UserError, match="iter_0000003 could not be written"):
+        run_training(_resumed(original, run, load=str(run / "iter_0000002")))
     with one_process():
         assert verified_checkpoint(run) == run / "iter_0000003"

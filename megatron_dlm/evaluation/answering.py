@@ -1,0 +1,126 @@
+"""Answer the prompts of a file one setting after the other, and keep each result as it comes."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dlm.entry import rank
+from megatron_dlm.evaluation.generation import Generator, InferenceInputs
+from megatron_dlm.evaluation.options import InferenceSetup
+from megatron_dlm.evaluation.partial_results import PartialResults
+from megatron_dlm.evaluation.progress import GenerationProgress
+from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.types.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Results of all prompts under one setting.
+
+    Attributes:
+        results: In the order of the prompts.
+        seconds: That they took, over all starts of the command.
+    """
+
+    results: list[Any]
+    seconds: float
+
+
+def results_header(
+    command: str,
+    setup: InferenceSetup,
+    inputs: InferenceInputs,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, GenerationConfig],
+) -> dict[str, Any]:
+    """What decides the results of a command, for `open_partial_results`.
+
+    Neither where model and data lie nor the parallel layout are among it.
+    """
+    prompts = inputs.prompts
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    header = {
+        "command": command,
+        "model": setup.source.fingerprint(),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "data": prompts.file.fingerprint,
+        "num_prompts": len(prompts),
+        "prompt_tokens": prompts.fingerprint(),
+        "prompt_limits": prompts.limits_fingerprint(),
+        "max_response_length": inputs.max_response_length,
+        "eos_token_ids": sorted(inputs.special_tokens.eos_token_ids),
+        "mask_token_id": inputs.special_tokens.mask_token_id,
+        "bf16": setup.config.model.bf16,
+        "seed": setup.config.data.seed,
+        "settings": list(settings),
+    }
+    for setting, generation in settings.items():
+        for name, value in asdict(generation).items():
+            if name != "max_running_requests":  # how many at once decides no token
+                header[f"{setting}: {name}"] = value
+    return header
+
+
+def answer_prompts(
+    generator: Generator,
+    setting: str,
+    generation: GenerationConfig,
+    partial: PartialResults,
+    result_of: Callable[[Trajectory], Any],
+) -> Answers | None:
+    """Answer the prompts that have no result yet; all ranks call this.
+
+    Args:
+        generator: Answers.
+        setting: Name of the decoding setting.
+        generation: The setting.
+        partial: What is there already, and where results are kept.
+        result_of: From a response to its result, which JSON can hold.
+
+    Returns:
+        Old and new results on rank 0, None on the others.
+
+    Raises:
+        UserError: A result cannot be kept.
+    """
+    groups = generator.groups
+    began, before = time.perf_counter(), partial.seconds.get(setting, 0.0)
+    done = partial.done.get(setting, set())
+    missing = [index for index in range(generator.num_prompts) if index not in done]
+    share = len(missing[groups.dp_rank :: groups.dp_size])
+    progress = GenerationProgress(setting, share, enabled=rank() == 0, done=len(done))
+    results: dict[int, Any] = {}
+    keeps = groups.model is None or groups.model.rank() == 0
+
+    def finished(trajectory: Trajectory) -> None:
+        if keeps:
+            index = trajectory.sample_index
+            results[index] = result_of(trajectory)
+            elapsed = before + time.perf_counter() - began
+            partial.add(setting, index, results[index], round(elapsed, 3))
+        progress(trajectory)
+
+    generator.generate(generation, missing, finished)
+    everything = _gather(results, groups)
+    if rank() != 0:
+        return None
+    everything |= partial.results.get(setting, {})
+    seconds = before + time.perf_counter() - began
+    return Answers([everything[index] for index in range(generator.num_prompts)], seconds)
+
+
+def _gather(results: dict[int, Any], groups: ParallelGroups) -> dict[int, Any]:
+    """The results of all replicas on the first of them, of which rank 0 is a part."""
+    if groups.dp is None:
+        return results
+    parts: list[Any] | None = [None] * groups.dp_size if groups.dp_rank == 0 else None
+    first = torch.distributed.get_global_rank(groups.dp, 0)
+    torch.distributed.gather_object(results, parts, dst=first, group=groups.dp)
+    return {index: result for part in parts or () for index, result in part.items()}

@@ -1,0 +1,103 @@
+"""Lines for the person watching: that one cannot be shown is no reason to lose results.
+
+A terminal that knows no such character is shown an escape; one that was closed, a pipe whose reader
+has left (`| head`) and a full disk that standard output goes to are shown nothing more.
+"""
+
+import os
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from megatron_dlm.errors import bad_value
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def escape_unknown_characters() -> None:
+    """Have standard output write escapes for what its encoding lacks, as standard error does."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+_refused: OSError | None = None
+"""Why standard output leads nowhere by now."""
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Show a line, or nothing where that cannot be.
+
+    Args:
+        text: Without the newline at its end.
+        error: On standard error instead of standard output.
+    """
+    try:
+        _write(sys.stderr if error else sys.stdout, text + "\n")
+    except OSError as refusal:
+        _discard(sys.stderr if error else sys.stdout, refusal)
+
+
+def say_table(table: "Table") -> None:
+    """Show a table as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    with console.capture() as capture:
+        console.print(table)
+    say(capture.get().removesuffix("\n"))
+
+
+def write_results(text: str) -> None:
+    """Write what a command was run for to standard output.
+
+    A reader that has left wants no more of it.
+
+    Raises:
+        UserError: It cannot be written, to a full disk for one.
+    """
+    try:
+        if _refused is not None:
+            raise _refused
+        _write(sys.stdout, text)
+    except BrokenPipeError as refusal:
+        _discard(sys.stdout, refusal)
+    except OSError as refusal:
+        _discard(sys.stdout, refusal)
+        problem = f"cannot be written ({refusal.strerror})"
+        remedy = "make room there, or send it elsewhere"
+        raise bad_value("standard output", None, problem, remedy) from refusal
+
+
+def end_standard_output() -> None:
+    """Write what standard output still holds, or drop it where that cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError as refusal:
+        _discard(sys.stdout, refusal)
+
+
+def shows(text: str) -> bool:
+    """Whether standard output has all characters of a text."""
+    if sys.stdout.encoding is None:  # text in memory
+        return True
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()  # what cannot be written is known here, and not when the process ends
+
+
+def _discard(stream: TextIO, refusal: OSError) -> None:
+    """Let a stream lead nowhere, also what it still holds: Python flushes it when it ends."""
+    global _refused
+    if stream is sys.stdout:
+        _refused = refusal
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
