@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class RecordingEngine:
     def generate(self, prompts: Sequence[Prompt], max_response_length: int) -> list[Trajectory]:
         self.calls.append([prompt.sample_index for prompt in prompts])
         return self.engine.generate(prompts, max_response_length)
+
+    def settled(self) -> AbstractContextManager[None]:
+        return self.engine.settled()
 
 
 @pytest.fixture(scope="module")
