@@ -70,13 +70,13 @@ def exports(tmp_path_factory, single_process):
         load_hf_weights(model, architecture, source)
         weights = load_file(source / "model.safetensors")
         head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        for format, kind in formats:
-            pattern = kind.get("attention_pattern", "causal")
+        for format, stated in formats:
+            pattern = stated.get("attention_pattern", "causal")
             # Names with dots: transformers makes modules of them.
             out = folder / f"{format}.{pattern}.{kind}"
             export_hf(
                 model,
-                replace(architecture, hf_config=architecture.hf_config | kind),
+                replace(architecture, hf_config=architecture.hf_config | stated),
                 out,
                 format=format,
                 tokenizer_folder=tokenizer,

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -48,7 +49,7 @@ def test_start_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert environment[package] == importlib.metadata.version(package)
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert (environment["SLURM_JOB_ID"], environment["world_size"]) == ("4242", 1)
-    assert "pytest" in started["command"]
+    assert shlex.split(started["command"]) == sys.orig_argv
     assert "a secret" not in (tmp_path / HISTORY).read_text()
     assert "command" not in finished
 
