@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.environment import commit, machine, versions
 from tests.faults import hits
 from tests.faults.hits import Promise
 from tests.faults.jobs import Job, job_config, prepare
@@ -73,7 +74,8 @@ def main() -> int:
     print(report.table())
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(asdict(report), indent=2) + "\n")
+        measured_on = {"machine": machine(), "commit": commit(), "versions": versions()}
+        options.output.write_text(json.dumps(measured_on | asdict(report), indent=2) + "\n")
     return int(any(promise.broken for promise in report.promises))
 
 
