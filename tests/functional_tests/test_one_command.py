@@ -1,6 +1,5 @@
 """One command starts a run and goes on with it; what has changed since is said, or refused."""
 
-import json
 import math
 import os
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_dlm.config import Config, parse_config
 from megatron_dlm.errors import UserError
@@ -22,6 +20,7 @@ from megatron_dlm.training.run_folder import find_checkpoint, saved_iterations
 from megatron_dlm.training.run_history import events, last_event
 from megatron_dlm.training.run_start import decide_start
 from tests.distributed_tests.spawn import run_distributed
+from tests.faults.runs import check_same, metrics
 from tests.functional_tests.entry_points import PRETRAIN, Call, options
 from tests.refusal import refusal
 from tests.tiny import REPOSITORY, run_config, run_training, save_random_model, write_data
@@ -64,11 +63,6 @@ def die_after(monkeypatch: pytest.MonkeyPatch, call: Call, updates: int, *comman
             call(PRETRAIN, *command)
 
 
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
-
-
 def test_a_run_that_died_goes_on_by_the_same_command(
     files: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: list[str]
 ) -> None:
@@ -87,7 +81,7 @@ def test_a_run_that_died_goes_on_by_the_same_command(
     outcome = call(PRETRAIN, *command, "--resume", "must")
     assert (outcome.status, outcome.stderr) == (0, "")
     assert f"going on from {run / 'iter_0000001'}: 1 updates are done" in outcome.stdout
-    assert lines_of(run) == lines_of(tmp_path / "run")
+    assert metrics(run) == metrics(tmp_path / "run")
     assert names(run) == ["started", "failed", "started", "failed", "resumed", "finished"]
     started, failed, *_, resumed, finished = events(run)
     assert {started["load"], resumed["load"]} == {str(files / "dense")}
@@ -244,20 +238,6 @@ SCHEDULES: dict[str, Any] = dict(
 )
 
 
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = find_checkpoint(run)
-    reader = torch.distributed.checkpoint.FileSystemReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if isinstance(entry, torch.distributed.checkpoint.metadata.TensorStorageMetadata)
-    }
-    torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
-    assert any("exp_avg_sq" in name for name in state)
-    return state
-
-
 def test_a_longer_run_keeps_the_shape_of_its_schedules(files: Path, tmp_path: Path) -> None:
     """It is the run of that length with schedules of the old one, bit for bit."""
 
@@ -271,10 +251,7 @@ def test_a_longer_run_keeps_the_shape_of_its_schedules(files: Path, tmp_path: Pa
     expected = run_training(config("explicit", 6, **explicit))
     run_training(config("longer", 4))
     run_training(config("longer", 6))
-    assert lines_of(tmp_path / "longer") == lines_of(tmp_path / "explicit")
-    actual, wanted = tensors(tmp_path / "longer"), tensors(tmp_path / "explicit")
-    assert actual.keys() == wanted.keys()
-    assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
+    check_same(tmp_path / "longer", tmp_path / "explicit")
     rates = [line["lr"]["default"] for line in expected]
     assert rates[-1] == rates[-2] == 1e-4 < rates[-3]
 
@@ -355,7 +332,7 @@ def test_the_script_goes_on_with_a_run_on_more_processes(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on from") == 1
     assert names(run) == ["started", "finished", "resumed", "finished"]
-    assert [line["step"] for line in lines_of(run)] == [1, 2]
+    assert [line["step"] for line in metrics(run)] == [1, 2]
     started, _, resumed, _ = events(run)
     assert started["load"] == resumed["load"] == str(files / "dense")
     assert [event["environment"]["world_size"] for event in (started, resumed)] == [1, 2]

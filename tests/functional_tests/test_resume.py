@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from megatron.core import dist_checkpointing
 
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
-from megatron_dlm.parallel import initialized
 from megatron_dlm.training import loop
 from megatron_dlm.training.checkpointing import find_checkpoint
 from tests.distributed_tests.spawn import run_distributed
+from tests.faults.runs import check_same
 from tests.tiny import (
     declare_diffusion_kind,
     reward_every_third,
@@ -61,27 +59,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random_model(folder / "moe", moe=True)
     declare_diffusion_kind(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
     return folder
-
-
-def _tensors(run: str) -> dict[str, torch.Tensor]:
-    with initialized(Config.from_dict({"device": "cpu"})):
-        nested = dist_checkpointing.load_plain_tensors(str(find_checkpoint(run)))
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                walk(f"{prefix}.{key}", part)
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
-    walk("", nested)
-    assert any("exp_avg_sq" in name for name in flat)
-    return flat
-
-
-def _without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Config) -> None:
@@ -167,12 +144,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     broken = str(tmp_path / "broken")
     interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
     _interrupt_after(monkeypatch, 5, interrupted)
-    lines = run_training(interrupted)  # the same command
-    assert _without_time(lines) == _without_time(expected)
-    actual_tensors, expected_tensors = _tensors(broken), _tensors(str(tmp_path / "whole"))
-    assert actual_tensors.keys() == expected_tensors.keys()
-    for name, tensor in expected_tensors.items():
-        assert torch.equal(actual_tensors[name], tensor), name
+    run_training(interrupted)  # the same command
+    check_same(Path(broken), tmp_path / "whole")
 
 
 def _start(rank: int, folder: Path, run: str, model: str, options: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dlm.data.prompts import read_prompts
-from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.chat_templates import ITERATING, PARTS, PLAIN, QUOTING, THINKING
@@ -33,12 +32,6 @@ from tests.unit_tests.data.chats import (
     texts,
     written_call,
 )
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One for the tests of this file, which set its template."""
-    return build_tokenizer()
 
 
 @pytest.mark.parametrize(

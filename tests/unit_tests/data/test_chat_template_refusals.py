@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.chat_templates import ALWAYS_THINKING, PLAIN, THINKING
@@ -24,12 +23,6 @@ from tests.unit_tests.data.chats import (
     WRITTEN,
     read,
 )
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One for the tests of this file, which set its template."""
-    return build_tokenizer()
 
 
 @pytest.mark.parametrize(

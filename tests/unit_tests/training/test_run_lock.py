@@ -99,9 +99,11 @@ def test_where_processes_are_numbered_alike_a_dead_owner_is_not_watched(
 ) -> None:
     owner.kill()
     owner.wait()
-    monkeypatch.setattr(run_lock, "_is_touched", lambda file: pytest.fail("watches in vain"))
+    watched: list[Path] = []
+    monkeypatch.setattr(run_lock, "_is_touched", watched.append)
     with owned_run_folder(tmp_path):
-        pass
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert watched == []
 
 
 def test_an_owner_in_another_container_is_watched(tmp_path: Path) -> None:
