@@ -66,9 +66,7 @@ def _number(name: str, default: int) -> int:
         return default
     is_number = text.isascii() and text.isdecimal() and len(text) < 10
     if not is_number or int(text) < (name == "WORLD_SIZE"):
-        raise bad_value(
-            name, text, "is no number of the launcher's", "start with torchrun, or unset it"
-        )
+        raise bad_value(name, text, "is no valid number", "start with torchrun, or unset it")
     return int(text)
 
 

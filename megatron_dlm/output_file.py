@@ -129,7 +129,13 @@ def check_output_folder(
         _probe(Path(os.path.realpath(path)).parent)
 
 
-def check_space(folder: Path, field: str, what: str, needed: int) -> None:
+def check_space(
+    folder: Path,
+    field: str,
+    what: str,
+    needed: int,
+    remedy: str = "make room there, or name another place",
+) -> None:
     """Check that the disk of a folder has room for so many bytes.
 
     Args:
@@ -137,6 +143,7 @@ def check_space(folder: Path, field: str, what: str, needed: int) -> None:
         field: What the user named the place with.
         what: What is to be written, with its article.
         needed: Bytes.
+        remedy: What to do if it has not.
 
     Raises:
         UserError: It has not.
@@ -147,7 +154,7 @@ def check_space(folder: Path, field: str, what: str, needed: int) -> None:
             field,
             str(folder),
             f"no space for {what}: it takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free",
-            "make room there, or name another place",
+            remedy,
         )
 
 

@@ -28,6 +28,7 @@ from megatron_dlm.activity import ACTIVITY, SAVE, START
 from megatron_dlm.entry import USER_ERROR_STATUS
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.launcher import leave_error
+from megatron_dlm.terminal import end_standard_output, say
 
 BEAT_SECONDS = 2.0
 """Between two reports of a rank."""
@@ -368,7 +369,7 @@ class RankWatch:
         if is_over:
             self._end("\n".join([text, *stacks]), DEATH_STATUS)
         if self._speaks:
-            print("\n".join([f"warning: {text}", *stacks]), file=sys.stderr, flush=True)
+            say("\n".join([f"warning: {text}", *stacks]), error=True)
 
     @property
     def _speaks(self) -> bool:
@@ -382,10 +383,10 @@ class RankWatch:
         for link in self._links.values():
             link.send({"end": text, "status": status})
         if self._speaks and not is_told:
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            say(f"error: {text}", error=True)
         # A death is no reason not to start again.
         leave_error(f"error: {text}", None if status == DEATH_STATUS else status)
-        sys.stdout.flush()
+        end_standard_output()
         os._exit(status)
 
 

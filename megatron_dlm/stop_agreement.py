@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from typing import Any
 
@@ -49,9 +50,12 @@ class StopAgreement:
     Args:
         request: The wish of this process.
         groups: Process groups of the run.
+        timeout: How long a rank may wait for the others; None: what torch waits by default.
     """
 
-    def __init__(self, request: StopRequest, groups: ParallelGroups) -> None:
+    def __init__(
+        self, request: StopRequest, groups: ParallelGroups, timeout: timedelta | None = None
+    ) -> None:
         self._request = request
         self._seen = 0
         self._in_step: dist.ProcessGroup | None = None
@@ -62,8 +66,10 @@ class StopAgreement:
         if dist.get_world_size() == 1:
             return
         is_gloo = dist.get_backend() == "gloo"
-        self._everyone = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
-        self._in_step = _ranks_in_step(groups)
+        self._everyone = (
+            dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
+        )
+        self._in_step = _ranks_in_step(groups, timeout)
         self._store = dist.distributed_c10d._get_default_store()
         self._key = f"megatron_dlm/stop/{next(_runs)}"
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -168,7 +174,7 @@ class StopAgreement:
             self._result()
 
 
-def _ranks_in_step(groups: ParallelGroups) -> dist.ProcessGroup | None:
+def _ranks_in_step(groups: ParallelGroups, timeout: timedelta | None) -> dist.ProcessGroup | None:
     """The ranks that make as many forwards as this one; None where it would be alone.
 
     Those of its replica, those that share experts with one of these, and so on; all ranks call
@@ -186,5 +192,7 @@ def _ranks_in_step(groups: ParallelGroups) -> dist.ProcessGroup | None:
         parts = [part for part in parts if not part & joined] + [joined]
     if all(len(part) == 1 for part in parts):
         return None
-    mine, _ = dist.new_subgroups_by_enumeration([sorted(part) for part in parts], backend="gloo")
+    mine, _ = dist.new_subgroups_by_enumeration(
+        [sorted(part) for part in parts], timeout=timeout, backend="gloo"
+    )
     return mine if mine is not None and mine.size() > 1 else None

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from megatron_dlm.entry import rank
@@ -86,7 +86,8 @@ class StopRequest:
             name = signal.Signals(number).name
             text = f"{name}: the run saves and stops after this update or forward{again}\n"
             if rank() == 0:
-                os.write(2, text.encode())
+                with suppress(OSError):  # nobody reads standard error any more
+                    os.write(2, text.encode())
         if number != signal.SIGINT:
             return
         if self._interrupted_at and now - self._interrupted_at > REPEAT_SECONDS:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,9 +64,10 @@ def write_results(text: str) -> None:
         _discard(sys.stdout, refusal)
     except OSError as refusal:
         _discard(sys.stdout, refusal)
-        problem = f"cannot be written ({refusal.strerror})"
-        remedy = "make room there, or send it elsewhere"
-        raise bad_value("standard output", None, problem, remedy) from refusal
+        raise UserError(
+            f"standard output cannot be written ({refusal.strerror}); make room there, or send it"
+            " elsewhere"
+        ) from refusal
 
 
 def end_standard_output() -> None:

@@ -14,7 +14,7 @@ from megatron_dlm.data.tokenizer import (
     eos_token_ids,
     has_tokenizer,
     load_tokenizer,
-    resolve_special_tokens,
+    special_tokens_of,
     unusable_tokens,
 )
 from megatron_dlm.entry import rank, world_size
@@ -59,7 +59,7 @@ def check_target(arguments: ConversionConfig) -> Path:
     """The folder to write.
 
     Raises:
-        UserError: It was not named, exists, cannot be written, or holds what is read.
+        UserError: It was not named, exists, cannot be written, or holds what is read or no model.
     """
     if arguments.save is None:
         raise bad_value("--save", None, "nothing to write to", "name a new folder")
@@ -77,6 +77,10 @@ def check_target(arguments: ConversionConfig) -> Path:
         ("--base-model", arguments.base_model),
     ]
     check_output_folder(target, "--save", inputs)
+    is_model = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if target.is_dir() and any(target.iterdir()) and not is_model:
+        problem = "holds no Hugging Face model, which --overwrite replaces"
+        raise bad_value("--save", arguments.save, problem, "name another folder, or empty it")
     return target
 
 
@@ -135,13 +139,7 @@ def find_special_tokens(
     tokenizer = load_tokenizer(tokenizer_folder)
     generation_config = architecture.generation_config
     if needs_mask:
-        special = resolve_special_tokens(
-            tokenizer,
-            architecture.hf_config,
-            str(tokenizer_folder),
-            generation_config=generation_config,
-            config_file=architecture.file,
-        )
+        special = special_tokens_of(tokenizer, architecture, tokenizer_folder)
         return architecture.ending_at(special.eos_token_ids), special.mask_token_id
     ends = eos_token_ids(
         tokenizer,

@@ -16,18 +16,25 @@ table. The critical batch size is the largest whose final loss is within --toler
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, parse_config, validate
+from megatron_dlm.entry import PREEMPTED_STATUS
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
+from megatron_dlm.launcher import STATUS_FILE, die_with_parent
 from megatron_dlm.output_file import replaced_file, write_file, writing
+from megatron_dlm.stop_request import STOP_SIGNALS
 from megatron_dlm.terminal import say, say_table
 from megatron_dlm.training.branched_training import (
     Branch,
@@ -37,6 +44,10 @@ from megatron_dlm.training.branched_training import (
     read_metrics,
     read_result,
 )
+
+
+class StudyStopped(Exception):
+    """A branch was asked to stop, and has saved."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,7 @@ def run_branch(branch: Branch, nproc_per_node: int) -> None:
 
     Raises:
         UserError: Its folder holds a branch with other settings, or the run failed.
+        StudyStopped: It was asked to stop, and has saved.
     """
     file, text = branch.folder / "branch.yaml", branch.config.to_yaml()
     if file.is_file() and file.read_text() != text:
@@ -131,9 +143,14 @@ def run_branch(branch: Branch, nproc_per_node: int) -> None:
     if nproc_per_node > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(nproc_per_node)]
+        # As examples/launch.sh: what asks to stop reaches the ranks, which get time to save.
+        names = ",".join(number.name for number in STOP_SIGNALS)
+        command += ["--signals-to-handle", names, "--shutdown-timeout", "270"]
     command += ["-m", "megatron_dlm", "train", "--config", str(file)]
     say(f"batch size {branch.batch_size}: {' '.join(command)}")
-    status = subprocess.run(command, check=False).returncode
+    status = _run(command)
+    if status == PREEMPTED_STATUS:
+        raise StudyStopped
     if status:
         raise bad_value(
             "--batch-sizes",
@@ -141,6 +158,29 @@ def run_branch(branch: Branch, nproc_per_node: int) -> None:
             f"its run ended with status {status}",
             "see its output above; the same command goes on where it stopped",
         )
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a branch, hand on to it the signals that ask to stop, and return its exit status."""
+    with tempfile.NamedTemporaryFile("r") as status_file:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {STATUS_FILE: status_file.name},
+            preexec_fn=die_with_parent,
+        )
+
+        def hand_on(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        # torchrun ends with 1 whatever its processes ended with: they leave that in the file.
+        left = status_file.read()
+    return int(left) if status and left else status
 
 
 def print_table(results: Sequence[BranchResult], critical: BranchResult) -> None:
@@ -196,8 +236,12 @@ def main(argv: Sequence[str]) -> int:
     study = parse_command("critical-batch-size", Arguments, argv).study
     check_installed("matplotlib", "command", "critical-batch-size")
     branches = read_branches(study)
-    for branch in branches:
-        run_branch(branch, study.nproc_per_node)
+    try:
+        for branch in branches:
+            run_branch(branch, study.nproc_per_node)
+    except StudyStopped:
+        say("stopped: the same command goes on with the branch that was trained")
+        return PREEMPTED_STATUS
     results = [read_result(branch) for branch in branches]
     critical = critical_batch_size(results, study.tolerance)
     folder = Path(str(study.save))

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m megatron_dlm train --config examples/qwen3_8b/opd
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_dlm.commands import parse_command
@@ -62,7 +63,8 @@ def _run(
     run: Run | None = None
     with initialized(config):
         groups = ParallelGroups.from_parallel_state()
-        with StopAgreement(request, groups) as stop:
+        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+        with StopAgreement(request, groups, timeout) as stop:
             try:
                 run = build_run(config, inputs, stop)
                 train(run)

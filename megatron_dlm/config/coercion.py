@@ -229,6 +229,8 @@ def _user_error(error: ErrorDetails, option: OptionField, given: Any, where: str
         )
     if kind == "nul":
         return bad_value(where, value, error["msg"], "leave it out")
+    if kind == "empty":
+        return bad_value(where, value, error["msg"], "write some text, or leave the option out")
     if names:
         return bad_value(where, value, "is not a mapping", f"write {{{', '.join(names)}}}")
     if value is None:

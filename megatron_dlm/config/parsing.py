@@ -68,7 +68,9 @@ def parse_arguments(
     table = option_fields(cls)
     given = list(sys.argv[1:] if argv is None else argv)
     # Underscores in a flag's name are as good as dashes.
-    given = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), text) for text in given]
+    given = [
+        re.sub(r"^--[\w-]+(?==|$)", lambda flag: flag[0].replace("_", "-"), text) for text in given
+    ]
     try:
         parsed, unknown = _parser(cls).parse_known_args(given)
     except argparse.ArgumentError as error:
@@ -187,7 +189,7 @@ def _unknown_argument(
     text: str, given: Sequence[str], table: Mapping[str, OptionField]
 ) -> UserError:
     """The error for an argument that is no flag and no flag's value."""
-    before = given[given.index(text) - 1]
+    before = given[max(given.index(text) - 1, 0)]
     if text.startswith("--"):
         flags = [option.flag for option in table.values()]
         flags += [f"--no-{option.flag[2:]}" for option in table.values() if option.type is bool]

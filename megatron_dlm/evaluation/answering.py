@@ -48,7 +48,7 @@ def results_header(
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     header = {
         "command": command,
-        "model": setup.source.fingerprint(),
+        "model": setup.source.content_fingerprint(),
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "data": prompts.file.fingerprint,
         "num_prompts": len(prompts),
@@ -97,7 +97,7 @@ def answer_prompts(
     share = len(missing[groups.dp_rank :: groups.dp_size])
     progress = GenerationProgress(setting, share, enabled=rank() == 0, done=len(done))
     results: dict[int, Any] = {}
-    keeps = groups.model is None or groups.model.rank() == 0
+    keeps = groups.is_first_of_replica
 
     def finished(trajectory: Trajectory) -> None:
         if keeps:

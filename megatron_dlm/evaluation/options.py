@@ -139,7 +139,10 @@ class InferenceSetup:
             read |= generation.options_read
         elif self.options.decoding != "auto":
             raise bad_value(
-                "--decoding", self.options.decoding, "--settings says it", "leave one of them out"
+                "--decoding",
+                self.options.decoding,
+                "--settings decides it too",
+                "leave one of them out",
             )
         self._check_nothing_is_ignored(read, f"decoding by {', '.join(settings)}")
         return settings

@@ -65,7 +65,7 @@ class PartialResults:
         try:
             if self._file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._file = (self.folder / self.file_name).open("w", encoding="ascii")
+                self._file = (self.folder / self.file_name).open("a", encoding="ascii")
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         except OSError as error:
@@ -109,8 +109,9 @@ def open_partial_results(
     found, start = PartialResults(folder), 0
     with errors_on_all_ranks():
         if rank() == 0:
-            if restart:
-                shutil.rmtree(folder, ignore_errors=True)
+            if restart and (folder / HEADER).is_file():
+                with writing(folder, "--output"):
+                    shutil.rmtree(folder)
             _begin(folder, header, output)
             start = _read(found)
     known: list[Any] = [(start, found.done)]
@@ -150,7 +151,7 @@ def _begin(folder: Path, header: Mapping[str, Any], output: str) -> None:
 def _read(found: PartialResults) -> int:
     """Take in the results of earlier starts; returns the number of starts there were."""
     assert found.folder is not None
-    files = sorted(found.folder.glob("*.jsonl"))
+    files = sorted(found.folder.glob("[0-9]*_[0-9]*.jsonl"))
     for file in files:
         for line in file.read_bytes().splitlines():
             try:

@@ -68,7 +68,7 @@ def generate_missing(
         groups=groups,
         stop=stop,
     )
-    writes = groups.model is None or groups.model.rank() == 0
+    writes = groups.is_first_of_replica
     with ended_by_all():
         for shard, _ in rounds(missing, "teacher responses", groups, prompts_per_shard):
             trajectories = engine.generate(

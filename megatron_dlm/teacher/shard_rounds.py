@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 
 from megatron_dlm.data.shard_store import ShardStore
-from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.parallel import ParallelGroups, from_rank_zero
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.terminal import say
 
@@ -28,13 +28,12 @@ def missing_prompts(store: ShardStore, wanted: Iterable[int]) -> list[int]:
     Raises:
         UserError: A stored shard is damaged; raised on all ranks.
     """
-    missing: list[list[int]] = [[]]
-    with errors_on_all_ranks():
-        if torch.distributed.get_rank() == 0:
-            store.create()
-            missing = [store.missing(wanted)]
-    torch.distributed.broadcast_object_list(missing, src=0)
-    return missing[0]
+
+    def look() -> list[int]:
+        store.create()
+        return store.missing(wanted)
+
+    return from_rank_zero(look)
 
 
 @contextmanager

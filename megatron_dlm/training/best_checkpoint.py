@@ -9,11 +9,12 @@ is one.
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dlm.entry import warn
+from megatron_dlm.errors import UserError
+from megatron_dlm.output_file import write_file
 from megatron_dlm.training.run_folder import iteration_folder, saved_iterations
 
 HELD_OUT = "held_out.json"
@@ -99,14 +100,8 @@ def record_best(run_folder: str | Path, newest: int) -> int | None:
     assert figure is not None
     file = Path(run_folder) / BEST
     content = {"checkpoint": folder.name, "iteration": iteration, **dataclasses.asdict(figure)}
-    temporary = file.with_name(BEST + ".tmp")
     try:
-        with temporary.open("w") as opened:
-            json.dump(content, opened, indent=1)
-            opened.write("\n")
-            opened.flush()
-            os.fsync(opened.fileno())
-        temporary.rename(file)
-    except OSError as error:
-        warn(f"{file} cannot be written ({error.strerror})")
+        write_file(file, json.dumps(content, indent=1) + "\n")
+    except UserError as error:
+        warn(str(error))
     return iteration

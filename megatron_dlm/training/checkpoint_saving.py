@@ -27,9 +27,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_dlm import platform
 from megatron_dlm.activity import ACTIVITY, SAVE
 from megatron_dlm.errors import UserError
+from megatron_dlm.output_file import check_space
 from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.terminal import say
 from megatron_dlm.training.best_checkpoint import HeldOutFigure, record_best, write_figure
-from megatron_dlm.training.checkpoint_writing import bytes_of, check_space, publish, writing
+from megatron_dlm.training.checkpoint_writing import bytes_of, publish, writing_checkpoint
 from megatron_dlm.training.checkpointing import (
     Progress,
     is_rank_zero,
@@ -47,8 +49,8 @@ from megatron_dlm.training.tensor_file import (
     has_note,
     leave_note,
     take_note,
-    write_file,
     write_index,
+    write_tensor_file,
 )
 
 _PATIENCE = 0.1
@@ -68,6 +70,9 @@ class _Pending:
     final: Path
     writer: BackgroundCall[None]
     has_failed: threading.Event
+
+
+_SPACE_REMEDY = "make room there, or choose a smaller --keep-checkpoints"
 
 
 def _temporary(final: Path) -> Path:
@@ -152,14 +157,15 @@ class CheckpointSaver:
         needed = bytes_of(state)
         state["progress"] = dataclasses.asdict(progress)
         state["config"] = run_config or {}
-        with errors_on_all_ranks(), writing(final):
+        with errors_on_all_ranks(), writing_checkpoint(final):
             if is_rank_zero():
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                check_space(temporary, needed)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                check_space(final.parent, "--save", "a checkpoint", needed, _SPACE_REMEDY)
+                temporary.mkdir()
         planned = PlannedSave()
         try:
-            with writing(final):
+            with writing_checkpoint(final):
                 dist_checkpointing.save(
                     state,
                     str(temporary),
@@ -169,7 +175,7 @@ class CheckpointSaver:
                     ),
                     validate_access_integrity=self._is_first,
                 )
-            with errors_on_all_ranks(), writing(final):
+            with errors_on_all_ranks(), writing_checkpoint(final):
                 if is_rank_zero():
                     hf_folder = temporary / HF_FOLDER
                     write_hf_files(hf_folder, hf_config, generation_config, tokenizer_folder)
@@ -186,7 +192,7 @@ class CheckpointSaver:
             raise
         self._is_first = False
         has_failed = threading.Event()
-        write = functools.partial(write_file, temporary, content)
+        write = functools.partial(write_tensor_file, temporary, content)
 
         def write_and_publish(iteration: int = progress.iteration) -> None:
             leave_note(temporary, write())
@@ -195,7 +201,7 @@ class CheckpointSaver:
                 self._publish(temporary, final, iteration)
                 if says:
                     seconds = time.perf_counter() - started
-                    print(f"saved {final} (update {iteration}, {seconds:.1f} s)", flush=True)
+                    say(f"saved {final} (update {iteration}, {seconds:.1f} s)")
 
         self._pending = _Pending(final, BackgroundCall(write_and_publish), has_failed)
         if self._host is None:
@@ -234,6 +240,14 @@ class CheckpointSaver:
                 self._pending.writer.join(_PATIENCE)
         return self._end()
 
+    def leave(self, seconds: float) -> None:
+        """Give the checkpoint that is being written time to be published, without other ranks.
+
+        For a rank that ends with an error, which the others may not have.
+        """
+        if self._pending is not None:
+            self._pending.writer.join(seconds)
+
     def _is_writing(self, pending: _Pending) -> bool:
         """Whether a rank is still writing and none has failed; the same on all ranks."""
         writer = pending.writer
@@ -249,7 +263,7 @@ class CheckpointSaver:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         try:
-            with errors_on_all_ranks(), writing(pending.final):
+            with errors_on_all_ranks(), writing_checkpoint(pending.final):
                 pending.writer.result()
         except UserError:
             _remove(_temporary(pending.final))

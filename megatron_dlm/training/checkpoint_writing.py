@@ -54,25 +54,8 @@ def _is_written_copy(replica_id: int | tuple[int, ...]) -> bool:
     return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Check that the disk of a checkpoint's temporary folder has room for so many bytes.
-
-    Raises:
-        UserError: It has not; the folder is removed.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise bad_value(
-            "--save",
-            str(folder.parent),
-            f"no space for a checkpoint: it takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free",
-            "make room there, or choose a smaller --keep-checkpoints",
-        )
-
-
 @contextmanager
-def writing(final: Path) -> Iterator[None]:
+def writing_checkpoint(final: Path) -> Iterator[None]:
     """Raise a one-line error if a checkpoint cannot be written."""
     try:
         yield
@@ -93,6 +76,11 @@ def writing(final: Path) -> Iterator[None]:
         ) from error
 
 
+def write_latest(run_folder: str | Path, iteration: int) -> None:
+    """Make a checkpoint the run's newest."""
+    write_file(Path(run_folder) / LATEST, f"{iteration}\n", "--save")
+
+
 def publish(temporary: Path, final: Path, iteration: int) -> None:
     """Give a complete checkpoint its name, and make it the run's newest."""
     replaced = final.with_name(final.name + ".old")
@@ -100,4 +88,4 @@ def publish(temporary: Path, final: Path, iteration: int) -> None:
         final.rename(replaced)
     temporary.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    write_file(final.parent / LATEST, f"{iteration}\n", "--save")
+    write_latest(final.parent, iteration)

@@ -14,7 +14,9 @@ import torch
 
 from megatron_dlm.conversion.hf_checkpoint import is_finite
 from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.errors import TrainingDiverged
+from megatron_dlm.entry import warn
+from megatron_dlm.errors import TrainingDiverged, UserError
+from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import on_all_ranks, on_rank_zero
 from megatron_dlm.training import run_history
 from megatron_dlm.training.run import Run
@@ -98,7 +100,11 @@ def _write_samples(run: Run, samples: Sequence[Trajectory], result: StepResult) 
     file = Path(folder) / f"diverged_update_{run.progress.iteration:07d}.jsonl"
     if torch.distributed.get_rank() == 0:
         lines.sort(key=lambda line: int(line["sample"]))
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            write_file(file, "".join(json.dumps(line) + "\n" for line in lines))
+        except UserError as error:  # of the two, the divergence is what ends the run
+            warn(str(error))
+            return None
     return file
 
 

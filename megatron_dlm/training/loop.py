@@ -21,6 +21,7 @@ from megatron_dlm.output_file import write_file
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.training import divergence
 from megatron_dlm.training.best_checkpoint import HeldOutFigure
+from megatron_dlm.training.checkpoint_writing import write_latest
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
@@ -28,10 +29,14 @@ from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.rate_precision import unseen_in_bf16
 from megatron_dlm.training.rollout_batch import Collected, collect
 from megatron_dlm.training.run import Run
+from megatron_dlm.training.run_folder import iteration_folder
 from megatron_dlm.training.run_history import Event, record
 from megatron_dlm.training.save_schedule import SaveSchedule
 from megatron_dlm.training.train_step import train_step
 from megatron_dlm.training.validation import Validation
+
+SAVING_SECONDS = 120.0
+"""What a checkpoint that is being written gets before an error ends the process."""
 
 
 def flops_per_token(run: Run) -> int:
@@ -90,7 +95,10 @@ def train(run: Run) -> None:
         run,
         "started" if resumed is None else "resumed",
         load=run.config.model.load,
-        checkpoint=None if resumed is None else str(resumed.checkpoint),
+        # Not always the one that was found: of a damaged one, the one before is taken.
+        checkpoint=None
+        if resumed is None
+        else str(iteration_folder(resumed.checkpoint.parent, run.progress.iteration)),
         changes={change.option: [change.then, change.now] for change in inputs.changes},
     )
     try:
@@ -128,16 +136,23 @@ def _train(run: Run) -> None:
     )
     if config.logging.save is not None and is_rank_zero():
         write_file(Path(config.logging.save) / "config.yaml", config.to_yaml(), "--save")
+        if iteration_folder(config.logging.save, run.progress.iteration).is_dir():
+            # Of a run that was wound back: what starts it again does not find the later ones.
+            write_latest(config.logging.save, run.progress.iteration)
     for line in _warnings(run):
         logger.print(line)
     try:
         _Training(run, logger).run_batches()
+        run.finish_saving()
     except StopRequested:
         run.finish_saving()
         raise
+    except Exception:
+        if run.saver is not None:
+            run.saver.leave(SAVING_SECONDS)
+        raise
     finally:
         logger.close()
-    run.finish_saving()
 
 
 def _warnings(run: Run) -> list[str]:
@@ -233,6 +248,8 @@ class _Training:
             run.groups,
         )
         run.is_saved = False
+        if update == 0:
+            progress.response_tokens_total += collected.response_tokens
         progress.iteration += 1
         progress.updates_of_batch += 1
         if result.is_made:

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_dlm.conversion.hf_tensors import HFTensors
 from megatron_dlm.conversion.weight_sizes import check_hf_sizes, check_megatron_sizes
-from megatron_dlm.data.fingerprint import add_ends
+from megatron_dlm.data.fingerprint import add_ends, add_samples
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import (
     GENERATION_CONFIG,
@@ -20,6 +20,7 @@ from megatron_dlm.models.architecture import (
     states_attention,
 )
 from megatron_dlm.regular_file import read_regular
+from megatron_dlm.training.manifest import MANIFEST
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
@@ -113,6 +114,21 @@ class ModelSource:
         for file in sorted(weights):
             digest.update(file.name.encode())
             add_ends(digest, file)
+        return digest.hexdigest()
+
+    def content_fingerprint(self) -> str:
+        """SHA-256 that tells two checkpoints of one run apart, whichever of their layers differ.
+
+        Of config.json and the manifest; without one, of samples all through the files of weights.
+        """
+        digest = hashlib.sha256((self.hf_folder / "config.json").read_bytes())
+        manifest = self.hf_folder.parent / MANIFEST
+        if self.is_megatron and manifest.is_file():
+            digest.update(manifest.read_bytes())
+            return digest.hexdigest()
+        for file in self.files():
+            digest.update(file.name.encode())
+            add_samples(digest, file)
         return digest.hexdigest()
 
     def files(self) -> list[Path]:

@@ -5,9 +5,9 @@ the same names and shapes but gathers the whole fp32 state on every rank, for sa
 loading, and its `fully_sharded_model_space` needs flattened ranges, which megatron-core 0.16
 refuses. A checkpoint that was written in the first form is loaded like any other.
 
-Parameter groups are not taken from a checkpoint: which parameters they hold and at what rates is
-said by the configuration, which a resumed run cannot change (`run.RESUME_FIXED`), and the current
-rates by the schedule. Only tensors and the number of updates are.
+Parameter groups are not taken from a checkpoint: which parameters they hold and at what rates is in
+the configuration, which a resumed run cannot change (options marked `FIXED`), and the current rates
+come from the schedule. Only tensors and the number of updates are loaded.
 
 The only place that reaches into Megatron's optimizers by private names. It calls what they have in
 an order in which it works; nothing of Megatron's is replaced.

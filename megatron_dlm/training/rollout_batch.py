@@ -77,9 +77,7 @@ def collect(run: Run) -> Collected:
             trajectories.append(restored(kept[sample], prompt))
         return _described(run, trajectories, len(own), count)
     trajectories = run.source.trajectories([*own, *repeated], run.progress.rollout)
-    collected = _described(run, trajectories, len(own), count)
-    run.progress.response_tokens_total += collected.response_tokens
-    return collected
+    return _described(run, trajectories, len(own), count)
 
 
 def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: int) -> Collected:

@@ -74,7 +74,7 @@ class WrittenFile:
 
 
 class PlannedSave(SaveShardedStrategy):
-    """Plans a save for `dist_checkpointing.save` and leaves the writing to `write_file`.
+    """Plans a save for `dist_checkpointing.save` and leaves the writing to `write_tensor_file`.
 
     The format is PyTorch's distributed checkpoint, as Megatron-Core's own strategy writes it.
 
@@ -198,7 +198,7 @@ class _HashedFile(io.RawIOBase):
 
 
 @torch.no_grad()
-def write_file(folder: Path, content: Content) -> WrittenFile:
+def write_tensor_file(folder: Path, content: Content) -> WrittenFile:
     """Write what this rank adds to a checkpoint, one tensor at a time.
 
     Raises:

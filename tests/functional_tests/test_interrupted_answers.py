@@ -141,4 +141,6 @@ def test_what_is_in_the_way_is_no_interrupted_command(
     (tmp_path / "output.jsonl.partial" / "mine.txt").write_text("mine")
     outcome = call(GENERATE, *arguments(folder, GENERATE, output))
     outcome.check_error("--output = ", "output.jsonl.partial is in the way")
+    outcome = call(GENERATE, *arguments(folder, GENERATE, output), "--restart")
+    outcome.check_error("--output = ", "output.jsonl.partial is in the way")
     assert (tmp_path / "output.jsonl.partial" / "mine.txt").read_text() == "mine"

@@ -227,6 +227,19 @@ def test_what_a_start_goes_on_from(
     assert checkpoint(first, run) == second
 
 
+def test_a_run_that_was_wound_back_is_started_again_from_there(
+    call: Call, tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    expected = metrics(run)
+    back = (*whole, "--load", run / "iter_0000001")
+    die_after(monkeypatch, call, 0, *back)  # before it has saved anything
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    outcome = call(PRETRAIN, *back)
+    assert f"going on from {run / 'iter_0000001'}: 1 updates are done" in outcome.stdout
+    assert metrics(run) == expected
+
+
 SCHEDULES: dict[str, Any] = dict(
     rollout_batch_size=4,
     lr_warmup_fraction=0.5,

@@ -79,17 +79,20 @@ def test_conversion_does_not_replace_what_it_reads(
     model = Path(shutil.copytree(files / "dense", tmp_path / "models" / "dense"))
     (tmp_path / "link").symlink_to(model)
     (tmp_path / "file").write_text("old")
+    (tmp_path / "run" / "iter_0000001").mkdir(parents=True)
     convert = ("--load", model, "--target-format", "autoregressive", "--overwrite")
     for target, words in (
         (model, "holds the input --load = "),
         (model.parent, "holds the input --load = "),
         (tmp_path / "link", "holds the input --load = "),
         (tmp_path / "file", "is no folder"),
+        (tmp_path / "run", "holds no Hugging Face model, which --overwrite replaces"),
         (tmp_path / "file" / "hf", "(Not a directory)"),
         (Path("/proc/hf"), "cannot be written"),
     ):
         call(CONVERT, *convert, "--save", target).check_error(f"--save = '{target}': ", words)
     assert (model / "config.json").is_file()
+    assert (tmp_path / "run" / "iter_0000001").is_dir()
     assert (tmp_path / "file").read_text() == "old"
 
 

@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm": ROLLOUTS,
     "mixture": {**ROLLOUTS, "teacher_response_fraction": 0.5},
     "d_opsd": {**ROLLOUTS, "objective": "d_opsd", "lora_rank": 3, "max_tries": 2},
+    "off_policy": {"objective": "off_policy", "train_iters": 4, "save_interval": 50},
     "sft": {
         "objective": "sft",
         "train_iters": 4,
@@ -100,6 +101,7 @@ def _whole(folder: Path, whole: dict[str, Path], kind: str) -> Path:
         ("mixture", Moment("update", 7, signal.SIGTERM), 7, True),
         ("d_opsd", Moment("teacher", 3, signal.SIGTERM), None, False),
         ("d_opsd", Moment("update", 2, signal.SIGTERM), 2, True),
+        ("off_policy", Moment("teacher", 9, signal.SIGTERM), 2, False),
         ("sft", Moment("validation", 1, signal.SIGTERM), 1, False),
         ("sft", Moment("save", 1, signal.SIGTERM), 2, False),
     ],

@@ -33,7 +33,7 @@ def check_objective_inputs(config: Config) -> None:
         raise refuse(
             config,
             "num_epochs",
-            f"{flag_of(duration)} {given} says it otherwise",
+            f"{flag_of(duration)} {given} is given too",
             "leave one of the two out",
         )
     model = config.model

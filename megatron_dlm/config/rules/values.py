@@ -254,7 +254,7 @@ def check_schedule_length(config: Config) -> None:
         raise refuse(
             config,
             "lr_warmup_fraction",
-            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} says it otherwise",
+            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} is given too",
             "leave one of the two out",
         )
     if warmup >= decay:

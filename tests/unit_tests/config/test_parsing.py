@@ -89,6 +89,8 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["--sequence-parallel=yes"], ["yes", "--no-sequence-parallel"]),
         (["--bf16", "--no-bf16=off"], ["off", "takes no value"]),
         (["train"], ["train", "belongs to no flag"]),
+        (["train", "--no-bf16"], ["train", "belongs to no flag"]),
+        (["--save", ""], ["--save", "is empty"]),
         (["--param-groups", "attention"], ["--param-groups", "is not JSON"]),
         (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
         (["--param-groups", '[{"pattern": "a", "rate": 1}]'], ["rate", "weight_decay"]),
@@ -313,3 +315,9 @@ def test_none_is_read_only_where_it_is_allowed() -> None:
     assert coerce(table["recompute_granularity"], "none", "--recompute-granularity") == "none"
     with pytest.raises(UserError, match="--block-size"):
         coerce(table["block_size"], "none", "--block-size")
+
+
+def test_only_the_name_of_a_flag_may_have_underscores() -> None:
+    config = parse_config(["--max_prompt_length", "7", "--save", "--a\nmy_run x", "--load=a_b"])
+    assert config.data.max_prompt_length == 7
+    assert (config.logging.save, config.model.load) == ("--a\nmy_run x", "a_b")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.data.fingerprint import add_ends
+from megatron_dlm.data.fingerprint import add_ends, add_samples
 
 MIB = 1 << 20
 
@@ -32,3 +32,18 @@ def test_both_ends_count(tmp_path: Path, position: int) -> None:
     content[position] = 1
     assert fingerprint(tmp_path / "a", content) != before
     assert fingerprint(tmp_path / "a", bytes(3 * MIB + 1)) != before
+
+
+@pytest.mark.parametrize("position", [0, 2 * MIB + 5, 3 * MIB])
+def test_samples_are_of_the_middle_too(tmp_path: Path, position: int) -> None:
+    def sampled(content: bytes) -> str:
+        (tmp_path / "a").write_bytes(content)
+        digest = hashlib.sha256()
+        add_samples(digest, tmp_path / "a")
+        return digest.hexdigest()
+
+    content = bytearray(3 * MIB + 1)
+    before = sampled(content)
+    content[position] = 1
+    assert sampled(content) != before
+    assert sampled(bytes(3 * MIB)) != before

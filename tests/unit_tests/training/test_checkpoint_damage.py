@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm import entry
+from megatron_dlm import entry, output_file
 from megatron_dlm.commands import main
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import initialized
-from megatron_dlm.training import checkpoint_writing
 from megatron_dlm.training.checkpoint_metadata import checked_metadata
 from megatron_dlm.training.checkpointing import verified_checkpoint
 from megatron_dlm.training.manifest import MANIFEST, files_of, read_manifest
@@ -287,7 +286,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     run = Path(shutil.copytree(original / "run", tmp_path / "run"))
     usage = shutil.disk_usage(run)._replace(free=1000)
-    monkeypatch.setattr(checkpoint_writing.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(output_file.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"no space for a checkpoint: it takes 0\.\d+ GB"):
         run_training(_resumed(original, run, load=str(run / "iter_0000002")))
     assert sorted(path.name for path in run.glob("iter_*")) == [
