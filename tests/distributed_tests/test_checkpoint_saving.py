@@ -27,7 +27,7 @@ from megatron_dlm.training.resume import resumable_config
 from megatron_dlm.training.run import Run, build_run
 from megatron_dlm.training.run_folder import saved_iterations
 from megatron_dlm.training.run_start import decide_start
-from megatron_dlm.training.tensor_file import write_file
+from megatron_dlm.training.tensor_file import write_tensor_file
 from tests.distributed_tests.layouts import DISTRIBUTED_OPTIMIZER, EP, ETP, PP, SP, TP
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.tiny import run_config, save_random_model, write_data
@@ -246,9 +246,9 @@ def _in_background(rank: int, folder: Path, save: str) -> str:
 
         def slowly(*args: Any) -> Any:
             may_write.wait()
-            return write_file(*args)
+            return write_tensor_file(*args)
 
-        with mock.patch.object(checkpoint_saving, "write_file", slowly):
+        with mock.patch.object(checkpoint_saving, "write_tensor_file", slowly):
             saver = _save(run, 2)
         assert saver.poll() is None
         # What a run leaves that dies now; its next start removes the temporary folder.
@@ -266,9 +266,9 @@ def _in_background(rank: int, folder: Path, save: str) -> str:
         def refused(*args: Any) -> Any:
             if rank == 1:
                 raise OSError(errno.ENOSPC, "")
-            return write_file(*args)
+            return write_tensor_file(*args)
 
-        with mock.patch.object(checkpoint_saving, "write_file", refused):
+        with mock.patch.object(checkpoint_saving, "write_tensor_file", refused):
             _save(run, 4)
         with pytest.raises(UserError) as failed:
             _poll_until_published(saver)
