@@ -68,7 +68,7 @@ def test_a_full_disk_ends_what_it_was_to_take(tmp_path: Path) -> None:
         # Also behind lines that could not be shown, results that cannot be written are an error.
         status, error = run(tmp_path, full, "write_results('{}\\n')")
     assert (status, (tmp_path / "file").exists()) == (2, False)
-    problem = "error: standard output = None: cannot be written (No space left on device); "
+    problem = "error: standard output cannot be written (No space left on device); "
     assert error == problem + "make room there, or send it elsewhere\n"
 
 
