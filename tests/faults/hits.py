@@ -217,41 +217,57 @@ def _measure(process: int, usage: _Usage) -> None:
     usage.handles.append(handles)
 
 
+def _soaked(
+    promise: Promise,
+    config: Config,
+    log: Path,
+    rng: random.Random,
+    end: float,
+    usages: dict[int, _Usage],
+) -> None:
+    """Start a run, and again until it has finished; hit it at random moments before `end`."""
+    next_hit = time.monotonic() + rng.uniform(20.0, 180.0)
+    for _ in range(MOST_STARTS):
+        job = Job(config, log, restarts=50)
+        while job.process.poll() is None:
+            for process in job.ranks().values():
+                _measure(process, usages.setdefault(process, _Usage()))
+            if end > time.monotonic() > next_hit:
+                number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+                promise.times += job.hit(rng.choice(TARGETS), number)
+                next_hit = time.monotonic() + rng.uniform(20.0, 180.0)
+            time.sleep(1.0)
+        if job.wait(600) == 0:
+            return
+    raise AssertionError(f"{config.save}: not finished after {MOST_STARTS} starts")
+
+
 def soak(folder: Path, hours: float, rng: random.Random) -> Promise:
-    """Hit one long run for so many hours, then let it finish; watch memory and handles of ranks."""
+    """Hit one long run after the other for so many hours; watch memory and handles of ranks."""
     promise, started = Promise("soak"), time.monotonic()
     probe = job_config(folder, folder / "probe", updates=200, save_interval=50)
     assert Job(probe, folder / "probe.log", restarts=0).wait(3600) == 0
     per_update = (time.monotonic() - started) / 200
-    # The reference runs beside it, so that each gets half of the machine.
-    updates = max(400, int(3600 * hours / 2 / per_update))
-    whole, run = folder / "soak_whole", folder / "soak"
+    updates = max(400, int(3600 * hours / 4 / per_update))
+    whole, log = folder / "soak_whole", folder / "soak.log"
     reference = Job(job_config(folder, whole, updates, 50), folder / "soak_whole.log", restarts=0)
-    config = job_config(folder, run, updates, 50)
     begun, usages = time.monotonic(), dict[int, _Usage]()
-    end = begun + 3600 * hours
-    for _ in range(MOST_STARTS):
-        job = Job(config, folder / "soak.log", restarts=50)
-        next_hit = time.monotonic() + rng.uniform(20.0, 300.0)
-        while job.process.poll() is None:
-            for process in job.ranks().values():
-                _measure(process, usages.setdefault(process, _Usage()))
-            if time.monotonic() > next_hit and time.monotonic() < end:
-                number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-                promise.times += job.hit(rng.choice(TARGETS), number)
-                next_hit = time.monotonic() + rng.uniform(20.0, 300.0)
-            time.sleep(1.0)
-        print(f"soak: {promise.times} hits, {len(metrics(run))} of {updates} updates", flush=True)
-        if job.wait(600) == 0:
-            break
-    promise.figures["updates"] = updates
-    promise.figures["minutes_of_the_run"] = round((time.monotonic() - begun) / 60, 1)
-    promise.runs = 1
+    end, finished = begun + 3600 * hours, []
+    while time.monotonic() < end:
+        run = folder / f"soak_{len(finished)}"
+        _soaked(promise, job_config(folder, run, updates, 50), log, rng, end, usages)
+        finished.append(run)
+        minutes = (time.monotonic() - begun) / 60
+        print(f"{run.name}: {promise.times} hits, {minutes:.0f} minutes", flush=True)
+    promise.figures["updates"] = updates * len(finished)
+    promise.figures["minutes"] = round((time.monotonic() - begun) / 60, 1)
     assert reference.wait(3600 * hours + 3600) == 0, reference.output[-2000:]
-    try:
-        check_same(run, whole)
-    except AssertionError as error:
-        promise.broken.append(str(error))
+    for run in finished:
+        promise.runs += 1
+        try:
+            check_same(run, whole)
+        except AssertionError as error:
+            promise.broken.append(f"{run.name}: {error}")
     # After a third of its life a rank has all that it will ever need.
     for process, usage in usages.items():
         third = len(usage.bytes) // 3
