@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     for name, (times, _) in PARTS.items():
         parser.add_argument(f"--{name}", type=int, default=times, help="how often")
-    parser.add_argument("--hours", type=float, default=0.0, help="of long runs that are hit all along")
+    parser.add_argument("--hours", type=float, default=0.0, help="of long runs that are hit")
     parser.add_argument("--seed", type=int, default=0, help="of targets and moments")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     options = parser.parse_args()
