@@ -19,14 +19,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from megatron_dlm.models.attention_layout import (
     Field,
     LayoutCache,
     document_batch,
-    visible,
 )
+from megatron_dlm.models.block_mask import block_mask
 
 # FlexAttention works in tiles of this many tokens and is fastest when the row is a multiple of it.
 FLEX_TILE = 128
@@ -82,27 +82,7 @@ def sdpa_attention(
     return context[:, None]
 
 
-def _block_mask(layout: Tensor) -> BlockMask:
-    # FlexAttention traces the rule for one query and one key, which index plain vectors.
-    fields = layout.unbind(0)
-
-    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible([field[query] for field in fields], [field[key] for field in fields])
-
-    length = layout.shape[1]
-    return create_block_mask(
-        mask_mod,
-        None,
-        None,
-        length,
-        length,
-        device=layout.device,
-        BLOCK_SIZE=FLEX_TILE,
-        _compile=layout.is_cuda,  # uncompiled, it would write the mask out in full
-    )
-
-
-_block_masks = LayoutCache(_block_mask)
+_block_masks = LayoutCache(functools.partial(block_mask, tile=FLEX_TILE))
 
 
 @functools.cache
@@ -116,8 +96,11 @@ def flex_attention_over_row(
 ) -> Tensor:
     """FlexAttention with a block-sparse mask; arguments and result as `sdpa_attention`.
 
-    Compiled on CUDA. On a CPU it runs uncompiled and has no backward: for tests only.
+    Compiled on CUDA. On a CPU it runs uncompiled and has no backward: for tests only. A row of one
+    tile, for which there is nothing to skip and not always a kernel, takes the reference backend.
     """
+    if len(query) <= FLEX_TILE:
+        return sdpa_attention(query, key, value, layout, softmax_scale)
 
     def heads_first(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [1, heads, S, d]
         return x.permute(1, 2, 0, 3)

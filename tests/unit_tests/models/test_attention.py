@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.models import attention_layout
-from megatron_dlm.models.attention import flex_attention_over_row, sdpa_attention
+from megatron_dlm.models import attention, attention_layout
+from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_row, sdpa_attention
 from megatron_dlm.models.attention_layout import (
     DRAW_UNIT,
     LayoutCache,
@@ -16,6 +16,7 @@ from megatron_dlm.models.attention_layout import (
     pad_layout,
     pair_draws,
 )
+from megatron_dlm.models.block_mask import block_mask, tile_visibility
 
 CLEAN = 0
 
@@ -128,17 +129,97 @@ def test_draws_of_pairs_are_uniform_and_independent() -> None:
         assert abs(float(product)) < 5 * 2**0.5 / length  # each pair occurs twice in the first
 
 
+def in_tiles(mask: torch.Tensor, tile: int) -> torch.Tensor:
+    """A mask [S, S] as [T, T, tile * tile], nothing visible beyond the end of the row."""
+    missing = -len(mask) % tile
+    padded = torch.nn.functional.pad(mask, (0, missing, 0, missing))
+    tiles = len(padded) // tile
+    return padded.view(tiles, tile, tiles, tile).transpose(1, 2).flatten(2)
+
+
+@given(layouts(), st.integers(1, 17))
+def test_tables_of_tiles_are_those_of_the_dense_mask(layout: torch.Tensor, tile: int) -> None:
+    tables, expected = tile_visibility(layout, tile), in_tiles(dense_mask(layout), tile)
+    if len(layout) == 4:
+        assert torch.equal(tables.some, expected.any(2))
+        assert torch.equal(tables.all, expected.all(2))
+    assert not (expected.any(2) & ~tables.some).any()
+    assert not (tables.all & ~expected.all(2)).any()
+
+
+@given(layouts(), st.integers(1, 17))
+def test_a_block_mask_shows_what_the_dense_mask_shows(layout: torch.Tensor, tile: int) -> None:
+    """Whole tiles unseen, the others as the rule says, both ways round (backward needs columns)."""
+    mask, expected = block_mask(layout, tile), dense_mask(layout)
+    length, tiles = layout.shape[1], -(-layout.shape[1] // tile)
+    rows, whole, columns = (torch.zeros(tiles, tiles, dtype=torch.bool) for _ in range(3))
+    for i in range(tiles):
+        rows[i, mask.kv_indices[0, 0, i, : mask.kv_num_blocks[0, 0, i]].long()] = True
+        whole[i, mask.full_kv_indices[0, 0, i, : mask.full_kv_num_blocks[0, 0, i]].long()] = True
+        columns[mask.q_indices[0, 0, i, : mask.q_num_blocks[0, 0, i]].long(), i] = True
+    assert torch.equal(rows, columns)
+    assert not (rows & whole).any()
+    token = torch.arange(length)
+    rule = mask.mask_mod(torch.tensor(0), torch.tensor(0), token[:, None], token[None, :])
+    of_tile = token // tile
+    partial, full = rows[of_tile][:, of_tile], whole[of_tile][:, of_tile]
+    assert torch.equal(full | (partial & rule), expected)
+
+
+def test_a_row_of_a_tile_takes_the_reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = pad_layout(clean_layout([60, 50], "causal", 1), 3 * FLEX_TILE)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, layout.shape[1], 1, 2, 8, generator=generator).unbind(0)
+    long = flex_attention_over_row(*inputs, layout, 1.0)
+    monkeypatch.setattr(attention, "flex_attention", None)
+    short = flex_attention_over_row(
+        *(x[:FLEX_TILE] for x in inputs), layout[:, :FLEX_TILE].contiguous(), 1.0
+    )
+    assert torch.allclose(long[:FLEX_TILE], short, atol=1e-6)
+    assert not long[FLEX_TILE:].any()
+
+
+@st.composite
+def rows_of_three_tiles(draw: st.DrawFn) -> torch.Tensor:
+    """A row as training has it: documents with noisy streams, padded to three tiles."""
+    parts: list[torch.Tensor] = []
+    while sum(part.shape[1] for part in parts) < 2 * FLEX_TILE:
+        length, size = draw(st.integers(10, 40)), draw(st.sampled_from([1, 4, 7]))
+        clean = clean_layout([length], "block_causal", size)
+        noisy = clean[:, draw(st.integers(0, length - 1)) // size * size :].clone()
+        noisy[2] = 1
+        part = torch.cat((clean, noisy), dim=1)
+        part[0] = len(parts)
+        parts.append(part)
+    return pad_layout(torch.cat(parts, dim=1), 3 * FLEX_TILE)
+
+
+@settings(max_examples=5)
+@given(rows_of_three_tiles())
+def test_flex_over_three_tiles_equals_a_dense_softmax(layout: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (
+        torch.randn(layout.shape[1], 1, heads, 8, generator=generator) for heads in (4, 2, 2)
+    )
+    mask = attention_layout.visible(layout[:, :, None], layout[:, None, :])
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key.repeat_interleave(2, 2)).double() * 0.3
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
+    expected = torch.einsum("bnst,tbnd->sbnd", weights, value.repeat_interleave(2, 2).double())
+    for backend in (sdpa_attention, flex_attention_over_row):
+        actual = backend(query, key, value, layout, 0.3)
+        assert torch.allclose(actual.double(), expected, atol=1e-5), backend.__name__
+
+
 @given(layouts(), st.sampled_from([(2, 2), (4, 2), (4, 1)]))
-def test_backends_equal_a_dense_softmax(layout: torch.Tensor, heads: tuple[int, int]) -> None:
+def test_sdpa_equals_a_dense_softmax(layout: torch.Tensor, heads: tuple[int, int]) -> None:
     torch.manual_seed(layout.shape[1])
     num_heads, num_groups = heads
     length, head_size = layout.shape[1], 8
     query = torch.randn(length, 1, num_heads, head_size)
     key, value = torch.randn(2, length, 1, num_groups, head_size).unbind(0)
     expected = dense_attention(query.double(), key.double(), value.double(), layout, 0.3)
-    for backend in (sdpa_attention, flex_attention_over_row):
-        actual = backend(query, key, value, layout, 0.3)
-        assert torch.allclose(actual.double(), expected, atol=1e-5), backend.__name__
+    actual = sdpa_attention(query, key, value, layout, 0.3)
+    assert torch.allclose(actual.double(), expected, atol=1e-5)
 
 
 @given(layouts())
