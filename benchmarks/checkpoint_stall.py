@@ -40,7 +40,7 @@ from megatron_dlm.parallel import initialized
 from megatron_dlm.training.checkpoint_saving import CheckpointSaver
 from megatron_dlm.training.checkpointing import sharded_state
 from megatron_dlm.training.inputs import read_inputs
-from megatron_dlm.training.loop import micro_batches, row_multiple
+from megatron_dlm.training.loop import micro_batches
 from megatron_dlm.training.manifest import files_of, record_files
 from megatron_dlm.training.rollout_batch import collect
 from megatron_dlm.training.run import Run, build_run
@@ -95,7 +95,6 @@ class Measured:
     def __init__(self, run: Run) -> None:
         """Do the first updates, which allocate what all others use."""
         self._run = run
-        self._multiple = row_multiple(run)
         self._collected = collect(run)
         self.update()
         self.seconds_of_update = statistics.median(self.update() for _ in range(3))
@@ -103,7 +102,7 @@ class Measured:
     def update(self) -> float:
         """Seconds of one optimizer update."""
         run = self._run
-        batches = micro_batches(run, self._collected, 0, self._multiple)
+        batches = micro_batches(run, self._collected, 0)
 
         def step() -> None:
             student = run.student

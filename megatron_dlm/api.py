@@ -265,7 +265,7 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
     )
     samples = replace(config.training, eval_iters=len(data), global_batch_size=1)
     config = replace(config, training=samples)
-    return Validation(config, judge, data, ParallelGroups()).loss(module, row_multiple=1)
+    return Validation(config, judge, data, ParallelGroups()).loss(module)
 
 
 def convert(

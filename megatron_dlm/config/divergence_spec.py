@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_dlm.errors import bad_value
 
-DEFAULT_CHUNK_SIZE = 256
 DEFAULT_JSD_BETA = 0.5
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -26,7 +25,7 @@ class DivergenceSpec:
         tail: How top_k treats the other tokens: as one `bucket` of remaining mass on both sides,
             so that the sum stays a divergence, or `ignore`: only the terms of the k tokens, not
             renormalised, possibly negative (as in OPDLM's published 4B and 8B runs).
-        chunk_size: Tokens whose logits are in memory at a time.
+        chunk_size: Tokens whose logits are in memory at a time; None for as many as memory allows.
 
     Ranges are those of the options. Raises `UserError` for a divergence that is unknown or weighs
     nothing.
@@ -36,7 +35,7 @@ class DivergenceSpec:
     jsd_beta: float = DEFAULT_JSD_BETA
     top_k: int = 0
     tail: str = "bucket"
-    chunk_size: int = DEFAULT_CHUNK_SIZE
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         names = ", ".join(DIVERGENCES)

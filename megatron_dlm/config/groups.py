@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE, DEFAULT_JSD_BETA
+from megatron_dlm.config.divergence_spec import DEFAULT_JSD_BETA
 from megatron_dlm.config.marks import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
@@ -408,8 +408,9 @@ class DistillationConfig:
     """With --divergence-top-k, how to treat the remaining probability: as one more class (bucket),
     or leave it out (ignore; the result can then be negative)."""
 
-    divergence_chunk_size: Annotated[int, AT_LEAST_ONE] = DEFAULT_CHUNK_SIZE
-    """Supervised tokens whose logits are in memory at a time; limits memory, not the result."""
+    divergence_chunk_size: Annotated[int | None, AT_LEAST_ONE] = None
+    """Supervised tokens whose logits are in memory at a time; limits memory, not the result
+    (default: as many as less than 1 GiB holds, on CUDA a quarter of what is free)."""
 
 
 @dataclass(frozen=True)
@@ -433,8 +434,3 @@ class SelfDistillationConfig:
 
     divergence_term_limit: Annotated[float, ABOVE_ZERO] = 0.05
     """Largest term of one vocabulary entry in a divergence; larger terms have no gradient."""
-
-    max_row_tokens: Annotated[int | None, AT_LEAST_ONE] = None
-    """Longest row in tokens, of the teacher and of a full-attention student, where every state is a
-    text as long as prompt and response; further states go into further rows, with the same loss
-    (default: all states of --micro-batch-size responses form one row)."""

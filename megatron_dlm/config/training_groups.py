@@ -109,6 +109,11 @@ class TrainingConfig:
     micro_batch_size: Annotated[int, AT_LEAST_ONE] = 1
     """Trajectories (or corpus windows) packed into one row, the unit of a forward pass."""
 
+    max_tokens_per_micro_batch: Annotated[int | None, AT_LEAST_ONE] = None
+    """Pack the trajectories of an update into rows of at most this many tokens, as few rows as
+    possible, instead of --micro-batch-size; the teacher's rows too. Only what is longer by itself
+    gets a longer row. Data-parallel processes share the update by cost."""
+
     global_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 8
     """Trajectories (or corpus windows) per optimizer update, over all data-parallel processes."""
 

@@ -1,4 +1,4 @@
-"""Packs the documents of a micro-batch into one row, without padding between them."""
+"""Packs documents into the rows of micro-batches, without padding between them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
-from megatron_dlm.models.forward import Row, pad_row, texts_of_rows
+from megatron_dlm.models.attention_layout import Field
+from megatron_dlm.models.forward import Row, pad_row
+from megatron_dlm.models.row_packing import RowPacking, texts_of_rows
 from megatron_dlm.types.document import Document
 from megatron_dlm.types.teacher_targets import TeacherTargets
 
@@ -47,106 +48,127 @@ def pack(
         pad_multiple: The row is padded to a multiple of this (sequence parallelism, kernel tiles).
         row_mean: Average over each document first, then over documents, instead of over tokens.
     """
-    lengths = [len(document.token_ids) for document in documents]
-    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-    layout = torch.stack(
-        (
-            _document_ids(documents).int(),
-            torch.cat([document.block for document in documents]).int(),
-            torch.cat([document.stream for document in documents]).int(),
-            torch.cat([document.position for document in documents]).int(),
-        )
-    )
-    annealing = [document.annealing for document in documents if document.annealing is not None]
-    keys = [document.keys for document in documents if document.keys is not None]
-    if annealing:  # in all documents of an update, or in none
-        layout = torch.cat((layout, torch.cat(annealing, dim=1)))
-    elif keys:  # likewise
-        layout = torch.cat((layout, torch.cat(keys)[None]))
-    row = Row(
-        token_ids=torch.cat([document.token_ids for document in documents]),
-        position_ids=layout[Field.POSITION].long(),
-        attention=layout,
-    )
-    supervised = torch.cat(
-        [document.supervised + start for document, start in zip(documents, starts, strict=True)]
-    )
-    weights = torch.cat([document.weights for document in documents])
-    loss_counts = [
-        len(document.supervised) if document.loss_count is None else document.loss_count
-        for document in documents
-    ]
-    if row_mean:
-        counts = torch.tensor(loss_counts).clamp(min=1)
-        weights = weights / torch.repeat_interleave(
-            counts, torch.tensor([len(document.supervised) for document in documents])
-        )
-    targets = [document.targets for document in documents if document.targets is not None]
-    return TrainingBatch(
-        row=pad_row(row, pad_multiple),
-        supervised=supervised,
-        labels=torch.cat([document.labels for document in documents]),
-        weights=weights,
-        # All documents of a row have been annotated, or none.
-        targets=TeacherTargets.cat(targets) if len(targets) == len(documents) else None,
-        loss_count=sum(d.loss_count != 0 for d in documents) if row_mean else sum(loss_counts),
-    )
+    return _joined([_single(document, row_mean) for document in documents], pad_multiple)
 
 
-def cut_row(batch: TrainingBatch, max_tokens: int, pad_multiple: int = 1) -> list[TrainingBatch]:
-    """Cut a row between texts that do not see each other, to need less memory at a time.
+def pack_rows(
+    documents: Sequence[Document],
+    packing: RowPacking,
+    *,
+    pad_multiple: int = 1,
+    row_mean: bool = False,
+) -> list[TrainingBatch]:
+    """Lay documents into rows. Loss sums and loss counts of the rows add up to those of `pack`.
 
-    Loss sums of the parts add up to that of the row; its loss count stays with the first part.
+    Under a budget of tokens, a document of several texts that do not see each other is cut between
+    them where it is too long for a row.
 
     Args:
-        batch: What `pack` returned.
-        max_tokens: Limit of a part before padding; a longer text gets a part of its own.
-        pad_multiple: Each part is padded to a multiple of this.
+        documents: At least one.
+        packing: How many to a row.
+        pad_multiple: As in `pack`, of each row.
+        row_mean: As in `pack`.
     """
-    assert isinstance(batch.row.attention, Tensor)
-    text = batch.row.attention[Field.DOCUMENT]
-    lengths = text[text != PADDING_DOCUMENT].bincount()  # numbered in the order in which they lie
-    ends = [0, *lengths.cumsum(0).tolist()]
-    return [
-        _part(batch, ends[texts.start], ends[texts.stop], pad_multiple)
-        for texts in texts_of_rows(lengths.tolist(), max_tokens)
-    ]
+    batches = [_single(document, row_mean) for document in documents]
+    if packing.max_tokens is not None:
+        batches = [part for batch in batches for part in _cut(batch, packing.max_tokens)]
+    rows = packing.rows([len(batch.row.token_ids) for batch in batches])
+    return [_joined([batches[i] for i in row], pad_multiple) for row in rows]
 
 
 def empty_row(batch: TrainingBatch, pad_multiple: int = 1) -> TrainingBatch:
     """A row of padding only, like another one: adds exactly zero to loss and gradient."""
-    return replace(_part(batch, 0, 0, pad_multiple), loss_count=0)
+    empty = replace(_part(batch, 0, 0), loss_count=0)
+    return replace(empty, row=pad_row(empty.row, pad_multiple))
 
 
-def _part(batch: TrainingBatch, start: int, end: int, pad_multiple: int) -> TrainingBatch:
+def _single(document: Document, row_mean: bool) -> TrainingBatch:
+    """A document as a row of its own, without padding."""
+    texts = document.document_ids
+    if texts is None:
+        texts = torch.zeros(len(document.token_ids), dtype=torch.int64)
+    layout = torch.stack(
+        (texts.int(), document.block.int(), document.stream.int(), document.position.int())
+    )
+    if document.annealing is not None:  # in all documents of an update, or in none
+        layout = torch.cat((layout, document.annealing))
+    elif document.keys is not None:  # likewise
+        layout = torch.cat((layout, document.keys[None]))
+    supervised = len(document.supervised)
+    count = supervised if document.loss_count is None else document.loss_count
+    return TrainingBatch(
+        row=Row(document.token_ids, layout[Field.POSITION].long(), layout),
+        supervised=document.supervised,
+        labels=document.labels,
+        weights=document.weights / max(count, 1) if row_mean else document.weights,
+        targets=document.targets,
+        loss_count=int(document.loss_count != 0) if row_mean else count,
+    )
+
+
+def _joined(batches: Sequence[TrainingBatch], pad_multiple: int) -> TrainingBatch:
+    """Rows without padding laid end to end, and padded."""
+    layouts, supervised, length, texts = [], [], 0, 0
+    for batch in batches:
+        layout = batch.row.attention
+        assert isinstance(layout, Tensor)
+        layout = layout.clone()
+        if layout.shape[1]:
+            # Parts of a row keep their numbers, and in a row texts count from 0.
+            layout[Field.DOCUMENT] += texts - layout[Field.DOCUMENT, 0]
+            texts = int(layout[Field.DOCUMENT, -1]) + 1
+        layouts.append(layout)
+        supervised.append(batch.supervised + length)
+        length += layout.shape[1]
+    row = Row(
+        token_ids=torch.cat([batch.row.token_ids for batch in batches]),
+        position_ids=torch.cat([batch.row.position_ids for batch in batches]),
+        attention=torch.cat(layouts, dim=1),
+    )
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    return TrainingBatch(
+        row=pad_row(row, pad_multiple),
+        supervised=torch.cat(supervised),
+        labels=torch.cat([batch.labels for batch in batches]),
+        weights=torch.cat([batch.weights for batch in batches]),
+        # All documents of a row have been annotated, or none.
+        targets=TeacherTargets.cat(targets) if len(targets) == len(batches) else None,
+        loss_count=sum(batch.loss_count for batch in batches),
+    )
+
+
+def _cut(batch: TrainingBatch, max_tokens: int) -> list[TrainingBatch]:
+    """Cut a row without padding into parts of at most `max_tokens`, or of one text that is longer.
+
+    Loss sums of the parts add up to that of the row; its loss count stays with the first part.
+    """
+    if len(batch.row.token_ids) <= max_tokens:
+        return [batch]
+    assert isinstance(batch.row.attention, Tensor)
+    lengths = batch.row.attention[Field.DOCUMENT].bincount()
+    ends = [0, *lengths.cumsum(0).tolist()]
+    return [
+        _part(batch, ends[texts.start], ends[texts.stop])
+        for texts in texts_of_rows(lengths.tolist(), max_tokens)
+    ]
+
+
+def _part(batch: TrainingBatch, start: int, end: int) -> TrainingBatch:
     row, targets = batch.row, batch.targets
     assert isinstance(row.attention, Tensor)
     inside = (batch.supervised >= start) & (batch.supervised < end)
-    tokens = Row(
-        token_ids=row.token_ids[start:end],
-        position_ids=row.position_ids[start:end],
-        attention=row.attention[:, start:end].contiguous(),
-    )
     return TrainingBatch(
-        row=pad_row(tokens, pad_multiple),
+        row=Row(
+            token_ids=row.token_ids[start:end],
+            position_ids=row.position_ids[start:end],
+            attention=row.attention[:, start:end].contiguous(),
+        ),
         supervised=batch.supervised[inside] - start,
         labels=batch.labels[inside],
         weights=batch.weights[inside],
         targets=None if targets is None else targets[inside],
         loss_count=batch.loss_count if start == 0 else 0,
     )
-
-
-def _document_ids(documents: Sequence[Document]) -> Tensor:
-    """Document of each token of a row, numbered 0, 1, ... across all its samples."""
-    numbered, first = [], 0
-    for document in documents:
-        own = document.document_ids
-        if own is None:
-            own = torch.zeros(len(document.token_ids), dtype=torch.int64)
-        numbered.append(own + first)
-        first += int(own[-1]) + 1 if len(own) else 1
-    return torch.cat(numbered)
 
 
 def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:

@@ -11,7 +11,6 @@ Shapes: n predictions, c of a chunk, k tokens compared, h hidden size, v local v
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE
 from megatron_dlm.distillation.vocab_parallel_head import VocabShard, head_loss
 from megatron_dlm.types.teacher_targets import TopKTargets
 
@@ -24,7 +23,7 @@ def clipped_reverse_kl(
     term_limit: float,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted sum of the clipped divergences and its gradient.
 
@@ -37,7 +36,7 @@ def clipped_reverse_kl(
         term_limit: Largest term of one token.
         vocab_size: Rows with an id from here on are padding.
         tp_group: Tensor-parallel group, None for one rank.
-        chunk_size: Predictions projected at a time.
+        chunk_size: Predictions projected at a time; None for `tokens_of_chunk`.
 
     Returns:
         (loss_sum scalar with gradient, per_token [n] detached, unweighted, fp32).

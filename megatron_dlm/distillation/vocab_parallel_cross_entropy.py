@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE
 from megatron_dlm.distillation.vocab_parallel_head import (
     VocabShard,
     head_loss,
@@ -24,7 +23,7 @@ def vocab_parallel_cross_entropy(
     token_weights: Tensor,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute sum_i token_weights_i * -log softmax(hidden_i @ head.T)[labels_i], and its gradient.
 
@@ -37,7 +36,7 @@ def vocab_parallel_cross_entropy(
         token_weights: [n].
         vocab_size: Rows with an id from here on are padding: no probability, zero gradient.
         tp_group: Tensor-parallel group, None for one rank.
-        chunk_size: Tokens projected at a time.
+        chunk_size: Tokens projected at a time; None for `tokens_of_chunk`.
 
     Returns:
         (loss_sum scalar with gradient, per_token [n] detached, unweighted, fp32).

@@ -18,8 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dlm import platform
+
 TILE_ELEMENTS = 1 << 22
 """Elements that elementwise passes over a chunk take at a time, which bounds their temporaries."""
+
+PRODUCT_ELEMENTS = 1 << 24
+"""Elements of the head's gradient whose product is in memory at a time where it is in bf16."""
+
+CHUNK_BYTES = 640 << 20
+"""Most memory of a chunk's logits and their derivative; with it, all temporaries of the loss stay
+below 1 GiB."""
 
 ChunkLoss = Callable[[slice, bool, Tensor], Tensor]
 """loss(rows, needs_grad, logits [c, v]) -> per-token loss [c].
@@ -102,6 +111,33 @@ def tiled_logsumexp(logits: Tensor) -> Tensor:
     return torch.cat([tile.logsumexp(-1) for tile in logits.split(tile_rows(logits))])
 
 
+def tokens_of_chunk(head: Tensor, tp_group: dist.ProcessGroup | None) -> int:
+    """Tokens to project at a time, the same on every rank of the group.
+
+    As many as `CHUNK_BYTES` hold, since every chunk reads and writes the gradient of the whole
+    head; on CUDA no more than a quarter of the memory that is free now.
+
+    Args:
+        head: [padded_vocabulary / tp, h]; every rank of the group has as many rows.
+        tp_group: Tensor-parallel group, None for one rank.
+    """
+    # Logits of student and teacher, and the derivative in the head's dtype where that is shorter.
+    width = torch.promote_types(head.dtype, torch.float32).itemsize
+    bytes_of_token = head.shape[0] * (2 * width + 2 * (head.itemsize < width) * head.itemsize)
+    free = platform.free_memory()
+    if free is None:
+        return _whole_tiles(CHUNK_BYTES // bytes_of_token)
+    tokens = torch.tensor(min(CHUNK_BYTES, free // 4) // bytes_of_token, device=head.device)
+    if tp_group is not None:
+        dist.all_reduce(tokens, op=dist.ReduceOp.MIN, group=tp_group)
+    return _whole_tiles(int(tokens))
+
+
+def _whole_tiles(tokens: int) -> int:
+    """Down to a multiple of 64, which kernels like, but at least 16."""
+    return max(16, tokens // 64 * 64)
+
+
 def tile_rows(logits: Tensor) -> int:
     """Rows of [c, v] that make one tile of an elementwise pass."""
     return max(1, TILE_ELEMENTS // max(1, logits.shape[1]))
@@ -121,7 +157,7 @@ def head_loss(
     token_weights: Tensor,
     shard: VocabShard,
     loss: ChunkLoss,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Sum a per-token loss of the logits hidden @ head.T, weighted, chunk by chunk.
 
@@ -134,7 +170,7 @@ def head_loss(
         token_weights: [n], constants of the sum.
         shard: Where `head` lies in the vocabulary.
         loss: Loss of one chunk.
-        chunk_size: Tokens projected at a time.
+        chunk_size: Tokens projected at a time; None for `tokens_of_chunk`.
 
     Returns:
         The weighted sum (scalar, differentiable once) and the unweighted losses [n] (detached).
@@ -142,6 +178,8 @@ def head_loss(
     n = hidden.shape[0]
     if token_weights.shape != (n,):
         raise ValueError(f"token_weights has shape {tuple(token_weights.shape)}, expected ({n},)")
+    if chunk_size is None:
+        chunk_size = tokens_of_chunk(head, shard.tp_group)
     # Inside autograd.Function, needs_input_grad is true under no_grad as well.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     loss_sum, per_token = _HeadLoss.apply(
@@ -221,11 +259,19 @@ def _chunk(
     if grad_hidden is not None:
         torch.mm(grad_logits, head, out=grad_hidden)
     if grad_head is not None:
-        if grad_head.dtype == grad_logits.dtype:
-            grad_head.addmm_(grad_logits.t(), hidden)
-        else:
-            grad_head.add_(grad_logits.t() @ hidden)
+        _add_product_(grad_head, grad_logits, hidden)
     return per_token
+
+
+def _add_product_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Add grad_logits [c, v].T @ hidden [c, h] to total [v, h], without a temporary of its size."""
+    if total.dtype == grad_logits.dtype:
+        total.addmm_(grad_logits.t(), hidden)
+        return
+    # bf16 products cannot be added to fp32 in place: a few rows at a time, which stay in the cache.
+    rows = max(1, PRODUCT_ELEMENTS // hidden.shape[1])
+    for part, columns in zip(total.split(rows), grad_logits.split(rows, dim=1), strict=True):
+        part.add_(columns.t() @ hidden)
 
 
 def _rank_and_size(tp_group: dist.ProcessGroup | None) -> tuple[int, int]:

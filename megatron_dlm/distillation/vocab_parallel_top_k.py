@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.config.divergence_spec import DEFAULT_CHUNK_SIZE
-from megatron_dlm.distillation.vocab_parallel_head import VocabShard, project, tiled_logsumexp
+from megatron_dlm.distillation.vocab_parallel_head import (
+    VocabShard,
+    project,
+    tiled_logsumexp,
+    tokens_of_chunk,
+)
 from megatron_dlm.types.teacher_targets import TopKTargets
 
 
@@ -19,7 +23,7 @@ def vocab_parallel_top_k(
     k: int,
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[TopKTargets, Tensor]:
     """The k most likely tokens of softmax(hidden @ head.T), without its [n, vocabulary] logits.
 
@@ -29,7 +33,7 @@ def vocab_parallel_top_k(
         k: Tokens wanted of each distribution; ties are broken arbitrarily.
         vocab_size: Rows with an id from here on are padding: no probability.
         tp_group: Tensor-parallel group, None for one rank.
-        chunk_size: Tokens projected at a time.
+        chunk_size: Tokens projected at a time; None for `tokens_of_chunk`.
 
     Returns:
         Targets of n predictions with `log_rest`, and the largest logit of each [n] float32; the
@@ -44,6 +48,7 @@ def vocab_parallel_top_k(
     token_ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
     log_probs = torch.empty(len(hidden), k + 1, dtype=torch.float32, device=hidden.device)
     largest = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    chunk_size = chunk_size or tokens_of_chunk(head, shard.tp_group)
     for start in range(0, len(hidden), chunk_size):
         rows = slice(start, start + chunk_size)
         logits = project(hidden[rows], head[: shard.size])

@@ -60,9 +60,9 @@ def block_ids(positions: Tensor, pattern: Pattern, block_size: int) -> Tensor:
 
 def clean_layout(lengths: list[int], pattern: Pattern, block_size: int) -> Tensor:
     """Layout [4, sum(lengths)] of clean documents laid end to end, each from position 0."""
-    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in [0, *lengths]])
     documents = torch.repeat_interleave(
-        torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths)
+        torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64)
     )
     return torch.stack(
         (

@@ -1,5 +1,6 @@
 """Forward passes without gradients through all pipeline stages: rollouts, teacher, evaluation."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
-from megatron_dlm.models.attention_layout import pad_layout
+from megatron_dlm.models.attention_layout import Field, Pattern, clean_layout, pad_layout
+from megatron_dlm.models.model import DiffusionGPTModel
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,16 @@ def pad_row(row: Row, multiple: int) -> Row:
     )
 
 
-def texts_of_rows(lengths: Sequence[int], max_tokens: int | None) -> list[slice]:
-    """Group texts into rows, in order, as many to a row as fit.
+def clean_row(texts: Sequence[Tensor], pattern: Pattern) -> Row:
+    """A row of texts end to end, each seeing what the pattern shows of itself.
 
     Args:
-        lengths: Tokens of each text.
-        max_tokens: Limit of a row; a longer text gets a row of its own. None is no limit.
-
-    Returns:
-        Indices of the texts of each row; one empty row if there is no text.
+        texts: Token ids [L] of each; none for the empty row of a rank that only takes part.
+        pattern: `causal` or `full`, which know no blocks.
     """
-    rows, first, tokens = [], 0, 0
-    for text, length in enumerate(lengths):
-        if max_tokens is not None and tokens and tokens + length > max_tokens:
-            rows.append(slice(first, text))
-            first, tokens = text, 0
-        tokens += length
-    return [*rows, slice(first, len(lengths))]
+    layout = clean_layout([len(text) for text in texts], pattern, block_size=1)
+    none = torch.empty(0, dtype=torch.int64)
+    return Row(torch.cat([none, *texts]), layout[Field.POSITION].long(), layout)
 
 
 def most_rows(rows: int) -> int:
@@ -80,9 +75,15 @@ def most_rows(rows: int) -> int:
 
 
 def sequence_parallel_multiple(model: torch.nn.Module) -> int:
-    """`forward_hidden` pads rows to a multiple of this."""
+    """`forward_hidden` pads rows of a rollout to a multiple of this."""
     config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
+
+
+def row_multiple(model: torch.nn.Module) -> int:
+    """Rows with a layout are padded to a multiple of this: whole tiles of the attention kernel."""
+    bare: DiffusionGPTModel = unwrap_model(model)
+    return math.lcm(sequence_parallel_multiple(model), bare.attention_tile)
 
 
 @torch.no_grad()
@@ -94,16 +95,18 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
 
     Args:
         model: This rank's part of a `DiffusionGPTModel` in evaluation mode.
-        rows: The rows; each is padded to what sequence parallelism needs.
+        rows: The rows; each is padded to what sequence parallelism and the attention kernel need.
 
     Returns:
         On the last pipeline stage, per row, [S, h] on every tensor-parallel rank, without the
         padding; on other stages None.
     """
     config = get_model_config(model)
-    multiple = sequence_parallel_multiple(model)
+    decoding, whole = sequence_parallel_multiple(model), row_multiple(model)
     device = platform.device()
-    padded = [pad_row(row, multiple) for row in rows]
+    padded = [
+        pad_row(row, whole if isinstance(row.attention, Tensor) else decoding) for row in rows
+    ]
 
     def forward_step(data_iterator: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, Any]:
         row = next(data_iterator)

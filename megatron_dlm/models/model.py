@@ -26,9 +26,11 @@ class DiffusionGPTModel(GPTModel):
 
     Attributes:
         num_tokens: Tokens of the vocabulary, without the rows that the embedding is padded with.
+        attention_tile: Tokens that the attention kernel works on at a time; 1 where it has none.
     """
 
     num_tokens: int
+    attention_tile: int
 
     def forward(
         self,

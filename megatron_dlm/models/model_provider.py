@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.models.architecture import Architecture
-from megatron_dlm.models.attention import DiffusionAttention
+from megatron_dlm.models.attention import FLEX_TILE, DiffusionAttention
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.rms_norm import RMSNorm
@@ -200,6 +200,7 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         rotary_base=architecture.rotary_base,
     )
     model.num_tokens = architecture.vocab_size
+    model.attention_tile = FLEX_TILE if attention_backend(config) == "flex" else 1
     if architecture.rope_scaling is not None:
         model.rotary_pos_emb.inv_freq = scaled_frequencies(
             architecture.rope_scaling, architecture.rotary_base, architecture.kv_channels

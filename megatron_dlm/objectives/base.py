@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.schema import Config
-from megatron_dlm.data.packing import TrainingBatch, pack
+from megatron_dlm.data.packing import TrainingBatch, pack_rows
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.token_keys import with_token_keys
 from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
@@ -73,11 +74,6 @@ class Objective(ABC):
                 depend on the parallel layout.
         """
 
-    @property
-    def max_row_tokens(self) -> int | None:
-        """Tokens of the longest row before padding; None leaves a micro-batch in one row."""
-        return None
-
     def update_document(self, trajectory: Trajectory, epoch: int, iteration: int) -> Document:
         """The document of one trajectory in an optimizer update.
 
@@ -90,15 +86,16 @@ class Objective(ABC):
         document = self.document(trajectory, generator)
         return with_token_keys(document, self.config, trajectory.sample_index, iteration)
 
-    def row(self, documents: Sequence[Document], pad_multiple: int) -> TrainingBatch:
-        """The packed row of one micro-batch.
+    def rows(self, documents: Sequence[Document], pad_multiple: int) -> list[TrainingBatch]:
+        """The packed rows of micro-batches.
 
         Args:
             documents: At least one.
-            pad_multiple: The row is padded to a multiple of this.
+            pad_multiple: Each row is padded to a multiple of this.
         """
         row_mean = self.config.objective.loss_normalization == "row_mean"
-        return pack(documents, pad_multiple=pad_multiple, row_mean=row_mean)
+        packing = RowPacking.of(self.config)
+        return pack_rows(documents, packing, pad_multiple=pad_multiple, row_mean=row_mean)
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:

@@ -30,11 +30,6 @@ from megatron_dlm.types.trajectory import Trajectory
 class DOPSD(Objective):
     """Clipped reverse KL from the self-teacher at visited states of right responses."""
 
-    @property
-    def max_row_tokens(self) -> int | None:
-        """The option `--max-row-tokens`: a micro-batch holds all states of its trajectories."""
-        return self.config.self_distillation.max_row_tokens
-
     def document(self, trajectory: Trajectory, generator: torch.Generator) -> Document:
         """Lay out the states that have targets, as the rollout saw them; see `Objective.document`.
 

@@ -98,6 +98,14 @@ def host_memory(size: int) -> torch.Tensor:
     return memory
 
 
+def free_memory() -> int | None:
+    """Bytes of the device that a tensor could have now; None on a CPU, which shares its memory."""
+    if not is_cuda():
+        return None
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + cached
+
+
 def release_memory() -> None:
     """Free cached memory that nothing refers to any more."""
     gc.collect()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_dlm.config import Config
-from megatron_dlm.models.attention_layout import clean_layout
-from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.teacher_targets import HiddenTargets
 from megatron_dlm.types.trajectory import Trajectory
@@ -24,7 +24,7 @@ class FrozenTeacher:
 
     Args:
         model: This rank's part, frozen and in evaluation mode (`build_frozen_model`).
-        rows_of: Trajectories per packed row of a forward.
+        packing: How trajectories are laid into the rows of its forwards.
         rows_at_once: Rows that are in flight, in the stages of a pipeline.
         stop: Checked before these for a request to stop; None: never.
     """
@@ -32,12 +32,12 @@ class FrozenTeacher:
     def __init__(
         self,
         model: DiffusionGPTModel,
-        rows_of: int,
+        packing: RowPacking,
         rows_at_once: int = 1,
         stop: StopAgreement | None = None,
     ) -> None:
         self.model = model
-        self._rows_of = rows_of
+        self._packing = packing
         self._rows_at_once = rows_at_once
         self._stop = stop
 
@@ -56,33 +56,30 @@ class FrozenTeacher:
             ValueError: A prompt is empty: nothing predicts the first token.
             StopRequested: On all ranks in step.
         """
-        groups = [
-            trajectories[start : start + self._rows_of]
-            for start in range(0, len(trajectories), self._rows_of)
-        ]
-        rows = []
-        for group in groups:
-            if any(len(trajectory.prompt_ids) == 0 for trajectory in group):
-                raise ValueError("a trajectory without a prompt has no first-token target")
-            tokens = [trajectory.token_ids[:-1] for trajectory in group]
-            layout = clean_layout([len(ids) for ids in tokens], "causal", block_size=1)
-            rows.append(Row(torch.cat(tokens), layout[3].long(), layout))
+        if any(len(trajectory.prompt_ids) == 0 for trajectory in trajectories):
+            raise ValueError("a trajectory without a prompt has no first-token target")
+        texts = [trajectory.token_ids[:-1] for trajectory in trajectories]
+        rows = self._packing.rows([len(text) for text in texts])
+        rows += [[]] * (self._packing.agreed(len(rows)) - len(rows))
         for start in range(0, len(rows), self._rows_at_once):
             if self._stop is not None:
                 self._stop.check()
             chunk = slice(start, start + self._rows_at_once)
-            hidden_rows = forward_hidden(self.model, rows[chunk])
+            hidden_rows = forward_hidden(
+                self.model, [clean_row([texts[i] for i in row], "causal") for row in rows[chunk]]
+            )
             if hidden_rows is not None:
-                _set_targets(groups[chunk], hidden_rows)
+                groups = [[trajectories[i] for i in row] for row in rows[chunk]]
+                _set_targets(groups, hidden_rows)
 
 
 def frozen_teacher(
     model: DiffusionGPTModel, config: Config, stop: StopAgreement | None
 ) -> FrozenTeacher:
-    """The teacher of a run: rows as long as those of training, enough to fill the pipeline."""
+    """The teacher of a run: rows packed as those of training, enough to fill the pipeline."""
     stages = config.parallel.pipeline_model_parallel_size
     rows_at_once = 1 if stages == 1 else ROWS_PER_STAGE * stages
-    return FrozenTeacher(model, config.training.micro_batch_size, rows_at_once, stop)
+    return FrozenTeacher(model, RowPacking.of(config), rows_at_once, stop)
 
 
 def _set_targets(

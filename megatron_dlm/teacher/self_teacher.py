@@ -8,6 +8,7 @@ tokens at the masked positions where it is most certain become the targets.
 C: canvas (`rollout.visited_states`); m: states; n: targets; k: tokens of a target.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +20,10 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
-from megatron_dlm.models.attention_layout import Field, clean_layout
-from megatron_dlm.models.forward import Row, forward_hidden, most_rows, texts_of_rows
+from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.lora import adapters_disabled
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.visited_states import (
     VisitedStates,
@@ -33,6 +34,9 @@ from megatron_dlm.seeding import keyed_generator
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.teacher_targets import StateTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
+
+TRAJECTORIES_AT_ONCE = 8
+"""Whose states are packed into rows together: enough to fill rows, few enough to hold."""
 
 
 class SelfTeacher:
@@ -69,6 +73,7 @@ class SelfTeacher:
         self._shifted = shifted
         self._groups = groups
         self._stop = stop
+        self._packing = RowPacking.of(config)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Set `targets` of each right response with more than one block; all ranks call this.
@@ -81,17 +86,20 @@ class SelfTeacher:
         own_view: AbstractContextManager[None] = nullcontext()
         if self._config.teaches_itself:
             own_view = adapters_disabled(self.model)
-        # A forward has the micro-batch size of training: it needs no more memory, and ranks that
-        # share experts run equally many.
+        # A forward has the rows of training: it needs no more memory, and ranks that share experts
+        # run equally many.
         size = self._config.training.micro_batch_size
+        if self._packing.max_tokens is not None:
+            size = TRAJECTORIES_AT_ONCE
+        steps = self._packing.agreed(-(-len(trajectories) // size))
         with own_view, torch.no_grad():
-            for start in range(0, len(trajectories), size):
+            for start in range(0, steps * size, size):
                 if self._stop is not None:
                     self._stop.check_all()  # replicas agree on their numbers of rows
-                self._annotate_row(trajectories[start : start + size])
+                self._annotate_some(trajectories[start : start + size])
         self.model.train(training)
 
-    def _annotate_row(self, trajectories: Sequence[Trajectory]) -> None:
+    def _annotate_some(self, trajectories: Sequence[Trajectory]) -> None:
         """Forwards over all states of some trajectories."""
         block_size = self._config.model.block_size
         visited = [
@@ -126,19 +134,20 @@ class SelfTeacher:
 
     def _hidden(self, texts: Sequence[Tensor], wanted: Tensor) -> Tensor | None:
         """Hidden states of the wanted tokens [sum of C] of texts [C], on the last stage."""
-        limit = self._config.self_distillation.max_row_tokens
-        rows = texts_of_rows([len(text) for text in texts], limit)
-        if limit is not None:
-            rows += [slice(0, 0)] * (most_rows(len(rows)) - len(rows))
-        found, start = [], 0
-        for chosen in rows:
-            row = _row(texts[chosen])
-            end = start + len(row.token_ids)
-            hidden = forward_hidden(self.model, [row])
-            if hidden is not None:
-                found.append(hidden[0][wanted[start:end].to(hidden[0].device)])
-            start = end
-        return torch.cat(found) if found else None
+        rows = [list(range(len(texts)))]  # without a budget, all states together
+        if self._packing.max_tokens is not None:
+            rows = self._packing.rows([len(text) for text in texts])
+            rows += [[]] * (self._packing.agreed(len(rows)) - len(rows))
+        ends = [0, *itertools.accumulate(len(text) for text in texts)]
+        found: dict[int, Tensor] = {}
+        for row in rows:
+            hidden = forward_hidden(self.model, [clean_row([texts[i] for i in row], "full")])
+            if hidden is None:
+                continue
+            found[-1] = hidden[0][:0]  # so that there is something to join without texts
+            for i, part in zip(row, hidden[0].split([len(texts[i]) for i in row]), strict=True):
+                found[i] = part[wanted[ends[i] : ends[i + 1]].to(part.device)]
+        return torch.cat([found[i] for i in sorted(found)]) if found else None
 
     def _targets(self, states: VisitedStates, hidden: Tensor | None) -> StateTargets:
         """The targets of one trajectory, from the hidden states that predict its masked tokens."""
@@ -213,12 +222,3 @@ def teacher_view(
         order = torch.randperm(len(candidates), generator=generator)
         masked[state, candidates[order[: math.ceil(fraction * len(candidates))]]] = False
     return canvas.expand_as(masked).masked_fill(masked, mask_token_id)
-
-
-def _row(texts: Sequence[Tensor]) -> Row:
-    """One row of texts [C], each seeing all of itself."""
-    if not texts:  # with no texts too: ranks that share experts all run this forward
-        none = torch.empty(0, dtype=torch.int64)
-        return Row(none, none, torch.empty(4, 0, dtype=torch.int32))
-    layout = clean_layout([len(text) for text in texts], "full", block_size=1)
-    return Row(torch.cat(list(texts)), layout[Field.POSITION].long(), layout)

@@ -112,8 +112,8 @@ def _described(run: Run, samples: Sequence[Trajectory], result: StepResult) -> l
     """This rank's samples, as a person looks at them."""
     data, size = run.inputs.data, run.config.training.micro_batch_size
     losses = result.micro_batch_losses
-    # A long row may have been cut into several: which samples a loss is of is then not known.
-    is_known = len(losses) == -(-len(samples) // size)
+    # Rows of a budget of tokens are not in the order of samples.
+    is_known = run.config.training.max_tokens_per_micro_batch is None
     lines = []
     for i, trajectory in enumerate(samples):
         record = run.sampler.record_index(trajectory.sample_index)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm import platform
-from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row
+from megatron_dlm.data.packing import TrainingBatch, empty_row
 from megatron_dlm.data.tokenizer import unusable_tokens
 from megatron_dlm.errors import TrainingDiverged
 from megatron_dlm.models.architecture import active_parameters
-from megatron_dlm.models.attention import FLEX_TILE
-from megatron_dlm.models.forward import most_rows
-from megatron_dlm.models.model_provider import attention_backend
+from megatron_dlm.models.forward import row_multiple
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.output_file import write_file
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.training import divergence
@@ -49,38 +48,22 @@ def flops_per_token(run: Run) -> int:
     return 6 * student + 2 * teacher
 
 
-def row_multiple(run: Run) -> int:
-    """Packed rows are padded to a multiple of this."""
-    parallel = run.config.parallel
-    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    if attention_backend(run.config) == "flex":
-        multiple = -(-FLEX_TILE // multiple) * multiple
-    return multiple
-
-
-def micro_batches(
-    run: Run, collected: Collected, update: int, multiple: int
-) -> list[TrainingBatch]:
+def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingBatch]:
     """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
-    training = run.config.training
     epoch = update // len(collected.trained_tokens)
     chosen, num_own = collected.of_update(update)
+    # Without one of its own, the rank lays out another's, to run empty rows like it.
     documents = [
         run.objective.update_document(trajectory, epoch, run.progress.iteration)
-        for trajectory in chosen
+        for trajectory in chosen[: max(1, num_own)]
     ]
-
-    def row(start: int) -> TrainingBatch:
-        stop = min(start + training.micro_batch_size, len(documents))
-        row = run.objective.row(documents[start : max(min(stop, num_own), start + 1)], multiple)
-        return row if start < num_own else empty_row(row, multiple)
-
-    rows = [row(start) for start in range(0, len(documents), training.micro_batch_size)]
-    max_tokens = run.objective.max_row_tokens
-    if max_tokens is None:
-        return rows
-    rows = [part for row in rows for part in cut_row(row, max_tokens, multiple)]
-    return rows + [empty_row(rows[0], multiple)] * (most_rows(len(rows)) - len(rows))
+    multiple = row_multiple(run.student.model)
+    packing = RowPacking.of(run.config)
+    rows = run.objective.rows(documents, multiple)
+    empty = empty_row(rows[0], multiple)
+    rows = rows if num_own > 0 else []
+    planned = len(packing.rows([0] * len(chosen))) if packing.max_tokens is None else len(rows)
+    return rows + [empty] * (packing.agreed(planned) - len(rows))
 
 
 def train(run: Run) -> None:
@@ -177,7 +160,6 @@ class _Training:
         self._saves = SaveSchedule(
             logging.save_interval, logging.save_interval_minutes, run.progress.iteration
         )
-        self._row_multiple = row_multiple(run)
 
     def run_batches(self) -> None:
         """All that are left.
@@ -235,7 +217,7 @@ class _Training:
         """One update, its validation and its metrics."""
         run, progress = self._run, self._run.progress
         started = time.perf_counter()
-        batches = micro_batches(run, collected, update, self._row_multiple)
+        batches = micro_batches(run, collected, update)
         laid_out = time.perf_counter() - started
         lr = learning_rates(run.student.optimizer)
         result = train_step(
@@ -330,6 +312,6 @@ class _Training:
 
     def _measure(self, validation: Validation) -> float:
         """The validation loss of the student as it is now, which becomes the run's figure."""
-        loss = validation.loss(self._run.student.model, self._row_multiple)
+        loss = validation.loss(self._run.student.model)
         self._run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
         return loss

@@ -5,6 +5,8 @@ and a sample's index. Losses of different steps, layouts and batch sizes are the
 masked tokens, under the final attention where training anneals it. Training is not affected.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +14,11 @@ import torch
 from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.packing import TrainingBatch, batch_to
+from megatron_dlm.data.packing import TrainingBatch, batch_to, empty_row
 from megatron_dlm.data.prompts import ExampleDataset
-from megatron_dlm.models.forward import forward_hidden
+from megatron_dlm.models.forward import forward_hidden, row_multiple
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.seeding import keyed_generator
@@ -50,33 +53,22 @@ class Validation:
         return iteration == self.config.train_iters or bool(interval and iteration % interval == 0)
 
     @torch.no_grad()
-    def loss(self, model: DiffusionGPTModel, row_multiple: int) -> float:
+    def loss(self, model: DiffusionGPTModel) -> float:
         """Loss sum over the held-out samples divided by its count; all ranks call this.
 
         Args:
             model: This rank's part of the student, bare.
-            row_multiple: Packed rows are padded to a multiple of this.
 
         Returns:
             The same number on all ranks.
         """
         was_training = model.training
         model.eval()
-        parallel, training = self.config.parallel, self.config.training
-        chunk = 1
-        if parallel.pipeline_model_parallel_size > 1:
-            chunk = ROWS_PER_STAGE * parallel.pipeline_model_parallel_size
-        samples = training.eval_iters * training.global_batch_size
-        own = range(self.groups.dp_rank, samples, self.groups.dp_size)
-        rows = [
-            own[start : start + training.micro_batch_size]
-            for start in range(0, len(own), training.micro_batch_size)
-        ]
+        stages = self.config.parallel.pipeline_model_parallel_size
+        at_once = 1 if stages == 1 else ROWS_PER_STAGE * stages
         sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
-        for start in range(0, len(rows), chunk):
-            batches = [
-                self._batch(samples, row_multiple) for samples in rows[start : start + chunk]
-            ]
+        rows = self._rows(row_multiple(model))
+        while batches := list(itertools.islice(rows, at_once)):
             hidden = forward_hidden(model, [batch.row for batch in batches])
             if hidden is None:
                 continue
@@ -86,15 +78,24 @@ class Validation:
         sums = reduce_sums([sums], self.groups)
         return float(sums[0] / sums[1].clamp(min=1.0))
 
-    def _batch(self, samples: range, row_multiple: int) -> TrainingBatch:
-        documents = [
-            self.objective.document(
-                self.data.sample(index, index),
-                keyed_generator(self.config.data.seed, index, HELD_OUT),
-            )
-            for index in samples
-        ]
-        return self.objective.row(documents, row_multiple)
+    def _rows(self, multiple: int) -> Iterator[TrainingBatch]:
+        """This rank's rows, one global batch after the other; as many on every rank."""
+        packing = RowPacking.of(self.config)
+        samples = self.config.training.global_batch_size
+        for first in range(0, self.config.training.eval_iters * samples, samples):
+            documents = [
+                self.objective.document(
+                    self.data.sample(index, index),
+                    keyed_generator(self.config.data.seed, index, HELD_OUT),
+                )
+                for index in range(first, first + samples)[
+                    self.groups.dp_rank :: self.groups.dp_size
+                ]
+            ]
+            rows = self.objective.rows(documents, multiple)
+            yield from rows
+            empty = empty_row(rows[0], multiple)
+            yield from [empty] * (packing.agreed(len(rows)) - len(rows))
 
     def _sums(
         self, model: DiffusionGPTModel, batch: TrainingBatch, hidden: torch.Tensor

@@ -44,8 +44,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(ADAPTERS, objective="d_opsd"),
     ),
     # Rows of ranks are cut into unequal numbers of parts.
-    "d_opsd full copy": ("full", dict(objective="d_opsd", micro_batch_size=2, max_row_tokens=300)),
-    "moe d_opsd": ("moe", dict(objective="d_opsd", lora_rank=3, max_row_tokens=300)),
+    "d_opsd full copy": ("full", dict(objective="d_opsd", max_tokens_per_micro_batch=300)),
+    "moe d_opsd": ("moe", dict(objective="d_opsd", lora_rank=3, max_tokens_per_micro_batch=300)),
 }
 """Model and options by name; without adapters d_opsd has a frozen copy of the model."""
 

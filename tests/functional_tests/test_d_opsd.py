@@ -107,9 +107,10 @@ def test_shorter_rows_train_alike(
         return train_step(*args)
 
     monkeypatch.setattr(loop, "train_step", watched)
-    options: dict[str, Any] = dict(lora_rank=3, micro_batch_size=2, num_rollouts=1)
-    whole = _run(folder, folder / "full", tmp_path / "whole", **options)
-    cut = _run(folder, folder / "full", tmp_path / "cut", max_row_tokens=300, **options)
+    options: dict[str, Any] = dict(lora_rank=3, num_rollouts=1)
+    whole = _run(folder, folder / "full", tmp_path / "whole", micro_batch_size=2, **options)
+    budget = dict(micro_batch_size=1, max_tokens_per_micro_batch=300)
+    cut = _run(folder, folder / "full", tmp_path / "cut", **budget, **options)
     together, apart = lengths[: len(whole)], lengths[len(whole) :]
     assert max(map(max, together)) > 300 >= max(map(max, apart))
     assert list(map(sum, together)) == list(map(sum, apart))

@@ -174,6 +174,9 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
         "lora_alpha lora_dropout lora_target_modules",
     )
     yield Use(adapters, names, "training without adapters", "add --lora-rank")
+    budget = "max_tokens_per_micro_batch"
+    fixed = config.training.max_tokens_per_micro_batch is None
+    yield Use(fixed, "micro_batch_size", _as_given(config, budget), f"drop {flag_of(budget)}")
     preset = config.optimizer.param_group_preset
     reason = "--param-groups" if preset is None else _as_given(config, "param_group_preset")
     for name in ("lr", "min_lr", "weight_decay"):

@@ -145,7 +145,7 @@ CASES = [
     Case("divergence_top_k", 16, (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),
     Case("divergence_tail", "ignore", (*UNTAUGHT, D_OPSD, OPDLM), (TOP_16,)),
     Case("reveal_fraction", 0.5, OTHER_DISTILLATION, (D_OPSD,)),
-    Case("max_row_tokens", 64, OTHER_DISTILLATION, (D_OPSD,)),
+    Case("micro_batch_size", 2, ({**OPDLM, "max_tokens_per_micro_batch": 64},), (OPDLM,)),
     Case("positions_per_state", 3, OTHER_DISTILLATION, (D_OPSD,)),
     Case("position_ranking", "logit", OTHER_DISTILLATION, (D_OPSD,)),
     Case("teacher_top_k", 9, OTHER_DISTILLATION, (D_OPSD,)),

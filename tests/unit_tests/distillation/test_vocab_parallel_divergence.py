@@ -257,6 +257,46 @@ def test_tiles_of_a_chunk_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_bfloat16_gradients_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_inputs(
+        n=9,
+        vocab_size=20,
+        padded_vocab_size=24,
+        teacher_padded_vocab_size=20,
+        dtype=torch.bfloat16,
+    )
+    spec = DivergenceSpec({"forward_kl": 1.0}, chunk_size=4)
+    whole = fused(inputs, spec)
+    monkeypatch.setattr(vocab_parallel_head, "PRODUCT_ELEMENTS", 30)
+    for actual, expected in zip(fused(inputs, spec), whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "free", "tokens"),
+    [
+        (151_936, torch.float32, None, 512),
+        (151_936, torch.bfloat16, None, 320),
+        (18_992, torch.bfloat16, None, 2_944),
+        (151_936, torch.bfloat16, 60 << 30, 320),
+        (151_936, torch.bfloat16, 1 << 30, 128),
+        (151_936, torch.bfloat16, 1 << 20, 16),
+    ],
+)
+def test_a_chunk_is_what_memory_holds(
+    rows: int,
+    dtype: torch.dtype,
+    free: int | None,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vocab_parallel_head.platform, "free_memory", lambda: free)
+    head = torch.empty(rows, 1, dtype=dtype)
+    chosen = vocab_parallel_head.tokens_of_chunk(head, None)
+    assert chosen == tokens
+    assert tokens == 16 or chosen * rows * 8 <= min(640 << 20, (free or 1 << 40) / 4)
+
+
 def test_no_tokens_give_zero_and_stay_connected() -> None:
     inputs = random_inputs(n=0, vocab_size=9, padded_vocab_size=12, teacher_padded_vocab_size=9)
     loss_sum, per_token, grad_hidden, grad_head = fused(inputs, DivergenceSpec.parse("jsd"))

@@ -15,6 +15,7 @@ from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.forward import forward_hidden
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.models.model_provider import build_frozen_model, build_model
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.training.model_source import open_model_source
@@ -41,7 +42,7 @@ class Models:
         self.student.eval()
         teacher_model = build_frozen_model(read_architecture(teacher), config)
         open_model_source(teacher, "--teacher-load").load_into(teacher_model)
-        self.teacher = FrozenTeacher(teacher_model, rows_of=2)
+        self.teacher = FrozenTeacher(teacher_model, RowPacking(2))
 
     def loss(self, objective: Objective, batch: TrainingBatch) -> float:
         """The loss sum of a batch as training computes it."""

@@ -1,6 +1,5 @@
 """The d-OPSD loss against transformers in float64: one forward a state, dense masks."""
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dlm.config import Config
-from megatron_dlm.data.packing import TrainingBatch, cut_row, empty_row, pack
+from megatron_dlm.data.packing import empty_row, pack
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.visited_states import states_before_last_block
 from megatron_dlm.teacher.self_teacher import SelfTeacher, teacher_view
 from megatron_dlm.types.diffusion_kind import RND1, DiffusionKind
+from megatron_dlm.types.document import Document
 from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.objectives.dense_reference import (
     MASK,
@@ -73,9 +73,11 @@ def cases(draw: st.DrawFn) -> Case:
         teacher_top_k=draw(st.sampled_from([1, 5, 20])),
         divergence_term_limit=draw(st.sampled_from([0.05, 10.0])),
         divergence_chunk_size=draw(st.sampled_from([3, 64])),
-        micro_batch_size=draw(st.integers(1, 2)),
-        max_row_tokens=draw(st.sampled_from([None, 1, 20, 100])),
     )
+    if draw(st.booleans()):
+        options["micro_batch_size"] = draw(st.integers(1, 2))
+    else:
+        options["max_tokens_per_micro_batch"] = draw(st.sampled_from([1, 20, 100]))
     batch = [draw(trajectories(block_size)) for _ in range(draw(st.integers(1, 3)))]
     for trajectory in batch:
         trajectory.correct = draw(st.booleans())
@@ -163,26 +165,24 @@ def test_loss_equals_dense_forwards(models: Models, case: Case) -> None:
     assert packed.loss_count == num_states
     assert len(packed.supervised) == predictions
     assert models.loss(objective, packed) == pytest.approx(total, rel=1e-4, abs=1e-5)
-    limit = case.config.self_distillation.max_row_tokens
-    if limit is not None:
-        check_rows(models, objective, packed, limit, total)
+    check_rows(models, objective, documents, total, num_states)
 
 
 def check_rows(
-    models: Models, objective: Objective, packed: TrainingBatch, limit: int, total: float
+    models: Models, objective: Objective, documents: list[Document], total: float, num_states: int
 ) -> None:
-    """Parts of a row are short, and add up to it."""
-    parts = cut_row(packed, limit, pad_multiple=4)
-    assert sum(part.loss_count for part in parts) == packed.loss_count
-    losses = [models.loss(objective, part) for part in parts]
-    assert sum(losses) == pytest.approx(total, rel=1e-4, abs=1e-5)
-    texts = [part.row.attention[0][part.row.attention[0] >= 0] for part in parts]  # type: ignore[index]
-    assert torch.equal(torch.cat(texts), packed.row.attention[0][: sum(map(len, texts))])  # type: ignore[index]
-    for text, following in itertools.pairwise(texts):
-        assert len(text) <= limit or len(text.unique()) == 1
-        # As many as fit: the next part begins with a text for which there was no room.
-        assert len(text) + int((following == following[0]).sum()) > limit
-    empty = empty_row(packed, pad_multiple=4)
+    """Rows of micro-batches add up to all documents; under a budget they are short."""
+    rows = objective.rows(documents, pad_multiple=4)
+    assert sum(row.loss_count for row in rows) == num_states
+    assert sum(models.loss(objective, row) for row in rows) == pytest.approx(
+        total, rel=1e-4, abs=1e-5
+    )
+    limit = objective.config.training.max_tokens_per_micro_batch
+    for row in rows:
+        text = row.row.attention[0][row.row.attention[0] >= 0]  # type: ignore[index]
+        assert torch.equal(text.unique(), torch.arange(len(text.unique())))
+        assert limit is None or len(text) <= limit or len(text.unique()) == 1
+    empty = empty_row(rows[0], pad_multiple=4)
     assert (empty.loss_count, models.loss(objective, empty)) == (0, 0.0)
 
 
