@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.schema import Config
-from megatron_dlm.data.packing import TrainingBatch, pack_rows
+from megatron_dlm.data.packing import TrainingBatch, pack_rows, visible_pairs
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.token_keys import with_token_keys
 from megatron_dlm.seeding import keyed_generator
@@ -85,6 +85,16 @@ class Objective(ABC):
         generator = keyed_generator(self.config.data.seed, trajectory.sample_index, epoch)
         document = self.document(trajectory, generator)
         return with_token_keys(document, self.config, trajectory.sample_index, iteration)
+
+    def expected_size(self, trajectory: Trajectory) -> tuple[int, int]:
+        """Tokens of an update's document, and pairs of a query and a key that it sees.
+
+        Known before the teacher is asked; later epochs and updates draw other states. From it, the
+        cost of training on a trajectory is predicted.
+        """
+        generator = keyed_generator(self.config.data.seed, trajectory.sample_index, 0)
+        document = self.document(trajectory, generator)
+        return len(document.token_ids), visible_pairs(document)
 
     def rows(self, documents: Sequence[Document], pad_multiple: int) -> list[TrainingBatch]:
         """The packed rows of micro-batches.

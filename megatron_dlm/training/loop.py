@@ -51,18 +51,20 @@ def flops_per_token(run: Run) -> int:
 def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingBatch]:
     """The packed rows of this rank for one update of a rollout batch (updates count from 0)."""
     epoch = update // len(collected.trained_tokens)
-    chosen, num_own = collected.of_update(update)
+    share = collected.of_update(update)
     # Without one of its own, the rank lays out another's, to run empty rows like it.
     documents = [
         run.objective.update_document(trajectory, epoch, run.progress.iteration)
-        for trajectory in chosen[: max(1, num_own)]
+        for trajectory in share.own or share.trajectories[:1]
     ]
     multiple = row_multiple(run.student.model)
     packing = RowPacking.of(run.config)
     rows = run.objective.rows(documents, multiple)
     empty = empty_row(rows[0], multiple)
-    rows = rows if num_own > 0 else []
-    planned = len(packing.rows([0] * len(chosen))) if packing.max_tokens is None else len(rows)
+    rows = rows if share.own else []
+    planned = len(rows)
+    if packing.max_tokens is None:
+        planned = len(packing.rows([0] * len(share.trajectories)))
     return rows + [empty] * (packing.agreed(planned) - len(rows))
 
 
@@ -240,8 +242,8 @@ class _Training:
                 update % len(collected.trained_tokens)
             ]
         else:
-            chosen, num_own = collected.of_update(update)
-            self._logger.print(divergence.handle(run, chosen[: max(0, num_own)], result))
+            samples = collected.of_update(update).own
+            self._logger.print(divergence.handle(run, samples, result))
         times.student = laid_out + result.student_seconds
         times.optimizer = result.optimizer_seconds
         if run.saver is not None:
@@ -307,7 +309,7 @@ class _Training:
             if batch is None or not run.config.uses_rollouts:
                 run.save()
             else:
-                run.save(batch.trajectories[: batch.num_own])
+                run.save(batch.own)
         self._saves.saved(run.progress.iteration)
 
     def _measure(self, validation: Validation) -> float:

@@ -6,6 +6,7 @@ import torch
 
 from megatron_dlm import platform
 from megatron_dlm.training.run import Run
+from megatron_dlm.training.shares import Share, balanced
 from megatron_dlm.training.stored_batch import restored
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -15,10 +16,7 @@ class Collected:
     """A rollout batch: this rank's trajectories, and statistics over those of all ranks.
 
     Attributes:
-        trajectories: Of this rank. All ranks have the same number: a rank with one fewer has a
-            copy of another rank's trajectory at the end, which counts nowhere.
-        num_own: Number of trajectories without that copy.
-        per_update: Number of trajectories of an update.
+        shares: Of this rank, one for each update of an epoch.
         num_samples: Samples of all ranks.
         response_tokens: Number of tokens of all responses.
         trained_tokens: Response tokens that each update of an epoch trains on.
@@ -29,9 +27,7 @@ class Collected:
         solved_rate: See `StepMetrics`.
     """
 
-    trajectories: list[Trajectory]
-    num_own: int
-    per_update: int
+    shares: list[Share]
     num_samples: int
     response_tokens: int
     trained_tokens: list[int]
@@ -41,21 +37,27 @@ class Collected:
     accuracy: float | None
     solved_rate: float | None
 
-    def of_update(self, update: int) -> tuple[list[Trajectory], int]:
-        """The trajectories of an update, and how many of them, at most, are this rank's own.
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """All of this rank, copies included."""
+        return [trajectory for share in self.shares for trajectory in share.trajectories]
 
-        Args:
-            update: Of the rollout batch, from 0, through all epochs.
-        """
-        start = update % len(self.trained_tokens) * self.per_update
-        return self.trajectories[start : start + self.per_update], self.num_own - start
+    @property
+    def own(self) -> list[Trajectory]:
+        """All of this rank without copies."""
+        return [trajectory for share in self.shares for trajectory in share.own]
+
+    def of_update(self, update: int) -> Share:
+        """This rank's share of an update of the rollout batch, from 0, through all epochs."""
+        return self.shares[update % len(self.shares)]
 
 
 def collect(run: Run) -> Collected:
     """Obtain the next rollout batch, or that of the checkpoint if it has more updates to serve.
 
-    Sample g of the run belongs to data-parallel rank g mod dp, so that each update's global batch
-    is the same set of trajectories under every layout.
+    Data-parallel rank g mod dp obtains sample g of the run, so that each update's global batch is
+    the same set of trajectories under every layout. Under a token budget the ranks then share each
+    update by cost (`shares`).
 
     Raises:
         StopRequested: On all ranks; nothing is changed.
@@ -88,6 +90,10 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
     rolled_out = [trajectory for trajectory in ours if trajectory.is_rollout]
     local = config.training.global_batch_size // dp_size
     trained = [0] * -(-count // config.training.global_batch_size)
+    shares = [
+        Share(trajectories[start : start + local], min(max(0, num_own - start), local))
+        for start in range(0, len(trajectories), local)
+    ]
     for i, trajectory in enumerate(ours):
         if trajectory.correct is not False:  # wrong answers are not trained on
             trained[i // local] += len(trajectory.response_ids)
@@ -108,10 +114,10 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
         torch.distributed.all_reduce(sums, group=run.groups.dp)
     tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
     verifies = run.source.verifier is not None
+    if config.training.max_tokens_per_micro_batch is not None:
+        shares = balanced(run, shares)
     return Collected(
-        trajectories=trajectories,
-        num_own=num_own,
-        per_update=local,
+        shares=shares,
         num_samples=count,
         response_tokens=int(tokens),
         trained_tokens=[int(number) for number in trained],

@@ -55,6 +55,10 @@ OTHER_TEACHER_LAYOUTS: dict[str, Layout] = {
     "EP2": Layout(2, "dense", {EP: 2}),
     "TP2": Layout(2, "dense", {TP: 2}),
 }
+SHARING_LAYOUTS: dict[str, Layout] = {
+    "DP4": Layout(4, "dense", {}),
+    "moe EP2 DP2": Layout(4, "moe", {EP: 2}),
+}
 GROUPS = [
     {"pattern": "embedding", "lr": 1e-2},
     {"pattern": r"layers\.1\.", "lr": 0.0, "min_lr": 0.0},
@@ -62,6 +66,7 @@ GROUPS = [
 """By name and by number: tied embeddings are on two stages, layers and experts on any rank."""
 
 SHORT: dict[str, Any] = dict(rollout_batch_size=8, max_response_length=8)
+FIVE: dict[str, Any] = dict(SHORT, num_rollouts=None, num_epochs=1, prompts="five.jsonl")
 GIVEN: dict[str, Any] = dict(train_iters=2, num_rollouts=None, max_response_length=8)
 RUNS: dict[str, dict[str, Any]] = {
     "opdlm": {},
@@ -72,7 +77,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm_other_teacher": SHORT,
     "opdlm_offloaded": dict(SHORT, offload_teacher=True, offload_optimizer=True),
     "mixture": dict(SHORT, teacher_response_fraction=0.5, micro_batch_size=2),
-    "short": dict(SHORT, num_rollouts=None, num_epochs=1, prompts="five.jsonl", micro_batch_size=2),
+    "short": dict(FIVE, micro_batch_size=2),
+    "budget": dict(FIVE, max_tokens_per_micro_batch=150),
     "opdlm_off": dict(max_response_length=8, rollout_batch_size=12, objective="opdlm_off"),
     "off_policy": dict(GIVEN, train_iters=3, objective="off_policy"),
     "off_policy_stored": dict(
@@ -160,7 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts, _ = write_data(folder, PROMPTS)
     # A rollout of 5: the second update is on one sample, which only one replica has.
     lines = prompts.read_text().splitlines(keepends=True)
-    (folder / RUNS["short"]["prompts"]).write_text("".join(lines[:5]))
+    (folder / FIVE["prompts"]).write_text("".join(lines[:5]))
     for model, moe in (("dense", False), ("moe", True)):
         save_random_model(folder / model, moe=moe)
         diffusion = save_random_model(folder / f"{model}_diffusion", moe=moe)
@@ -244,6 +250,12 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
     more = VARIANTS if layout.processes == 2 else FOUR_PROCESS_VARIANTS
     runs = (*OBJECTIVES, *(more if layout.variants else ()))
     _check_layout(folder, single, name, layout, runs)
+
+
+@pytest.mark.parametrize("name", SHARING_LAYOUTS)
+def test_updates_are_shared_by_cost(folder: Path, single: dict[str, Any], name: str) -> None:
+    """Of the second update, three of four replicas have nothing."""
+    _check_layout(folder, single, name, SHARING_LAYOUTS[name], ("budget",))
 
 
 @pytest.mark.parametrize("name", FAMILY_LAYOUTS)
