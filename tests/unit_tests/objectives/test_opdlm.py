@@ -70,12 +70,19 @@ def test_loss_equals_one_dense_forward_per_block(models: Models, case) -> None:
 
 @given(st.data())
 def test_left_out_blocks_change_no_value(models: Models, data: st.DataObject) -> None:
-    """The whole clean stream and all noisy blocks give the hidden states of the short document."""
+    """The whole clean stream and all noisy blocks give the hidden states of the short document.
+
+    That has the noisy blocks with a supervised token, and the clean blocks before the last of them.
+    """
     block_size = data.draw(st.integers(1, 4))
     trajectory = data.draw(trajectories(block_size))
     config = Config.from_dict({"device": "cpu", "block_size": block_size})
     objective = OBJECTIVES["opdlm"](config, MASK, VOCABULARY)
     short = objective.document(trajectory, torch.Generator().manual_seed(1))
+    supervised_blocks = short.block[short.supervised].unique()
+    assert torch.equal(short.block[short.stream == 1].unique(), supervised_blocks)
+    clean_blocks = short.block[short.stream == 0].unique()
+    assert torch.equal(clean_blocks, torch.arange(int(supervised_blocks.max())))
     full = full_sequence(trajectory)
     position = torch.arange(len(full))
     noisy_ids = full.clone()
