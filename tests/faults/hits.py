@@ -226,16 +226,16 @@ def _soaked(
     usages: dict[int, _Usage],
 ) -> None:
     """Start a run, and again until it has finished; hit it at random moments before `end`."""
-    next_hit = time.monotonic() + rng.uniform(20.0, 180.0)
+    next_hit = time.monotonic() + rng.uniform(20.0, 120.0)
     for _ in range(MOST_STARTS):
-        job = Job(config, log, restarts=50)
+        job = Job(config, log, restarts=3)
         while job.process.poll() is None:
             for process in job.ranks().values():
                 _measure(process, usages.setdefault(process, _Usage()))
             if end > time.monotonic() > next_hit:
                 number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
                 promise.times += job.hit(rng.choice(TARGETS), number)
-                next_hit = time.monotonic() + rng.uniform(20.0, 180.0)
+                next_hit = time.monotonic() + rng.uniform(20.0, 120.0)
             time.sleep(1.0)
         if job.wait(600) == 0:
             return
