@@ -1,7 +1,10 @@
 """Autoregressive language models into block-diffusion models, on Megatron-Core."""
 
 import importlib
+import sys
 import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +19,23 @@ __all__ = ["Model", "Response", "__version__", "convert", "generate", "load", "l
 warnings.filterwarnings("ignore", module=r"megatron\.")
 # Its distributed checkpoints use interfaces that PyTorch is about to replace.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+
+
+class _MegatronFinder:
+    """Lets the package that knows the device import Megatron-Core, whoever asks for it first."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None, target: object = None
+    ) -> ModuleSpec | None:
+        if name != "megatron.core":
+            return None
+        from megatron_dlm.platform.megatron_import import lean_spec
+
+        return lean_spec(path)
+
+
+sys.meta_path.insert(0, _MegatronFinder())
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._device
 
 # Megatron-Core's `jit_fuser` is torch.compile, whose fused kernels need a C++ compiler at run time
 # and save nothing on a CPU.
