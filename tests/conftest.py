@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -10,9 +11,43 @@ import torch
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.parallel import initialized
 
+TESTS = Path(__file__).parent
+
 # A loaded machine is no defect: examples are limited in number, never in time.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("default")
+
+
+LONGEST_FIRST = (
+    "distributed_tests/test_training_layouts.py",
+    "functional_tests/test_resume.py",
+    "functional_tests/test_preemption.py",
+    "distributed_tests/test_adapter_layouts.py",
+    "functional_tests/test_d_opsd.py",
+    "distributed_tests/test_rollout_engine.py",
+    "functional_tests/test_quickstart.py",
+    "functional_tests/test_objectives_learn.py",
+    "functional_tests/test_tiny_models.py",
+    "unit_tests/training/test_train_step.py",
+    "functional_tests/test_bad_input.py",
+    "functional_tests/test_restarts.py",
+    "unit_tests/rollout/test_full_attention.py",
+    "unit_tests/rollout/test_engine.py",
+    "functional_tests/test_tools.py",
+    "functional_tests/test_one_command.py",
+    "functional_tests/test_golden.py",
+    "unit_tests/conversion/test_full_attention_formats.py",
+    "functional_tests/test_output_places.py",
+    "distributed_tests/test_checkpoint_saving.py",
+)
+"""Files that take longest, in that order: none of them is left for one worker at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    place = {TESTS / file: number for number, file in enumerate(LONGEST_FIRST)}
+    assert all(file.is_file() for file in place)
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
