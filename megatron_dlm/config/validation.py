@@ -1,78 +1,84 @@
-"""Checks of a whole configuration, each over the rules of some stages.
+"""Checks of a whole configuration: the rules of each, in order.
 
 Nothing here needs process groups or weights: `validate` runs before torch.distributed starts, so
-that a run that cannot work ends within seconds.
+that a run that cannot work ends within seconds. Each check raises `UserError` for the first rule
+that is broken, with the values that would work.
 """
 
-from megatron_dlm.config.rules.registry import Stage, check_rules
+from itertools import chain
+
+from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.rules import model, objective, usage, values
+from megatron_dlm.config.rules.support import Refusals, value_of
 from megatron_dlm.config.schema import Config
-from megatron_dlm.errors import UserError
+from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
 
 
+def _refuse(config: Config, *rules: Refusals) -> None:
+    """Raise the first refusal of some rules."""
+    for refusal in chain(*rules):
+        if isinstance(refusal, UserError):
+            raise refusal
+        name, _, reason = refusal.partition(": ")
+        problem, _, remedy = reason.partition("; ")
+        raise bad_value(flag_of(name), value_of(config, name), problem, remedy)
+
+
 def validate(config: Config, world_size: int) -> None:
-    """Check every rule that needs no model.
-
-    Args:
-        config: The configuration.
-        world_size: Number of processes of the run.
-
-    Raises:
-        UserError: The first rule that is broken, with the values that would work.
-    """
-    for stage in (Stage.VALUES, Stage.NEEDS, Stage.USAGE, Stage.COMBINATIONS):
-        check_rules("training", stage, config)
-    check_rules("training", Stage.LAYOUT, config, world_size)
-    check_rules("training", Stage.LENGTH, config)
+    """Check every rule that needs no model, for a run of so many processes."""
+    _refuse(
+        config,
+        values.ranges(config),
+        values.divergence(config),
+        objective.needs(config),
+        usage.unused(config),
+        # From here on, rules look only at options that are used.
+        objective.combinations(config),
+        values.combinations(config),
+        model.processes(config, world_size),
+        model.batches(config, world_size),
+    )
+    validate_length(config)
 
 
 def validate_length(config: Config) -> None:
-    """Check the rules that need the number of records, of a configuration `of_data`.
-
-    Raises:
-        UserError: The first rule that is broken, with the values that would work.
-    """
-    check_rules("training", Stage.LENGTH, config)
+    """Check the rules that need the number of records, of a configuration `of_data`."""
+    _refuse(config, objective.length(config), values.length(config))
 
 
 def validate_architecture(
     config: Config, student: ModelSizes, teacher: ModelSizes | None = None
 ) -> None:
-    """Check every rule that depends on the models' sizes; weights are not needed.
+    """Check every rule that depends on the sizes of the model that is trained, and its teacher's.
 
-    Args:
-        config: The configuration.
-        student: The model that is trained.
-        teacher: The teacher, if there is one.
-
-    Raises:
-        UserError: The first rule that is broken, with the values that would work.
+    Weights are not needed.
     """
     models = (student,) if teacher is None else (student, teacher)
-    check_rules("training", Stage.MODELS, config, *models)
-    check_rules("training", Stage.ARCHITECTURE, config, student)
-    if teacher is not None:
-        try:
-            check_rules("teacher", Stage.ARCHITECTURE, config, teacher)
-        except UserError as error:
-            raise UserError(f"--teacher-load {config.teacher_load}: {error}") from None
+    _refuse(
+        config,
+        model.experts_exist(config, *models),
+        model.parts(config, student),
+        model.architecture(config, student),
+    )
+    try:
+        for other in models[1:]:
+            _refuse(config, model.parts(config, other), model.positions(config, other))
+    except UserError as error:
+        raise UserError(f"--teacher-load {config.teacher_load}: {error}") from None
 
 
-def validate_inference(config: Config, world_size: int, model: ModelSizes) -> None:
+def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> None:
     """Check the rules for a model that is only loaded: to generate, or to be converted.
 
-    `GenerationConfig` checks what depends on how the model decodes.
-
-    Args:
-        config: The configuration, with the defaults of training options.
-        world_size: Number of processes.
-        model: Sizes of the model.
-
-    Raises:
-        UserError: The first rule that is broken, with the values that would work.
+    The configuration has the defaults of training options; `GenerationConfig` checks what depends
+    on how the model decodes.
     """
-    for stage in (Stage.VALUES, Stage.COMBINATIONS):
-        check_rules("inference", stage, config)
-    check_rules("inference", Stage.LAYOUT, config, world_size)
-    for stage in (Stage.MODELS, Stage.ARCHITECTURE):
-        check_rules("inference", stage, config, model)
+    _refuse(
+        config,
+        values.ranges(config),
+        values.sequence_parallel(config),
+        model.processes(config, world_size),
+        model.experts_exist(config, sizes),
+        model.parts(config, sizes),
+    )

@@ -1,130 +1,141 @@
-"""Rules between a configuration and the sizes of the model it is for, beside its layout."""
+"""Rules between a configuration, its processes and the sizes of the model it is for."""
 
 from __future__ import annotations
 
 import math
 
-from megatron_dlm.config.rules.registry import Stage, rule
-from megatron_dlm.config.rules.support import refuse
+from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.rules.support import Refusals, divisors
 from megatron_dlm.config.schema import Config
+from megatron_dlm.errors import bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
 
 
-@rule(Stage.ARCHITECTURE)
-def check_moe_sequence_parallel(config: Config, model: ModelSizes) -> None:
-    """Megatron-Core trains mixtures of experts under TP only with sequence parallelism."""
-    parallel = config.parallel
-    is_moe = model.num_moe_experts is not None
-    if is_moe and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        raise refuse(
-            config,
-            "sequence_parallel",
-            "a mixture of experts under tensor parallelism needs it",
-            "add --sequence-parallel or choose --tensor-model-parallel-size 1",
-        )
+def _divide(whole: int | None, items: str, remedy: str = "", **sizes: int) -> Refusals:
+    """Some items, of which there may be none, are shared evenly by the product of some sizes."""
+    parts = math.prod(sizes.values())
+    if whole is not None and whole % parts:
+        names = " x ".join(flag_of(name) for name in sizes)
+        problem = f"does not divide {items.format(whole)}"
+        yield bad_value(names, parts, problem, remedy or f"choose {divisors(whole)}")
 
 
-@rule(Stage.ARCHITECTURE)
-def check_recompute_layers(config: Config, model: ModelSizes) -> None:
-    """A recomputed chunk is not larger than a pipeline stage."""
-    recompute = config.model
-    stage = model.num_layers // config.parallel.pipeline_model_parallel_size
-    if recompute.recompute_granularity == "full" and recompute.recompute_num_layers > stage:
-        raise refuse(
-            config,
-            "recompute_num_layers",
-            f"is more than the {stage} layers of a pipeline stage",
-            f"choose 1 to {stage}",
-        )
+def processes(config: Config, world_size: int) -> Refusals:
+    """Every replica has the same number of processes, and so has every copy of the experts."""
+    parallel, etp = config.parallel, config.expert_tensor_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dense = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    experts = {"expert_tensor_parallel_size": etp, "pipeline_model_parallel_size": pp}
+    all_processes = "the {} processes of the run"
+    remedy = f"choose sizes whose product is {divisors(world_size)}"
+    or_more = f"{remedy}, or start a multiple of {tp * pp} processes"
+    yield from _divide(world_size, all_processes, or_more, **dense)
+    yield from _divide(world_size, all_processes, remedy, **experts)
+    rest = f"{world_size} processes / (expert tensor x pipeline size {etp * pp})"
+    ep = parallel.expert_model_parallel_size
+    yield from _divide(world_size // (etp * pp), rest, expert_model_parallel_size=ep)
 
 
-@rule(Stage.ARCHITECTURE, "training", "teacher")
-def check_sequence_length(config: Config, model: ModelSizes) -> None:
+def batches(config: Config, world_size: int) -> Refusals:
+    """Processes get equally many prompts and whole rows, and rollouts feed whole updates."""
+    training, replicas = config.training, config.data_parallel_size(world_size)
+    batch, unit = training.global_batch_size, training.micro_batch_size * replicas
+    for number, name in (
+        (batch, f"--global-batch-size {batch}"),
+        (replicas, f"the data-parallel size {replicas}"),
+    ):
+        if config.uses_rollouts and config.rollout.rollout_batch_size % number:
+            yield f"rollout_batch_size: is no multiple of {name}; choose a multiple of {number}"
+    if batch % unit:
+        product = f"--micro-batch-size {training.micro_batch_size} x data-parallel size {replicas}"
+        yield f"global_batch_size: is no multiple of {product}; choose a multiple of {unit}"
+
+
+def experts_exist(config: Config, *models: ModelSizes) -> Refusals:
+    """Experts are spread over processes only where some model of the run has them."""
+    if all(model.num_moe_experts is None for model in models):
+        if config.parallel.expert_model_parallel_size > 1:
+            yield "expert_model_parallel_size: the model has no experts; choose 1"
+        if config.parallel.expert_tensor_parallel_size is not None:
+            yield "expert_tensor_parallel_size: the model has no experts; leave it out"
+
+
+def parts(config: Config, model: ModelSizes) -> Refusals:
+    """Layers, heads and experts are shared evenly by the processes of a replica."""
+    parallel, etp = config.parallel, config.expert_tensor_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep, experts = parallel.expert_model_parallel_size, model.num_moe_experts
+    shared = {
+        "attention heads": model.num_attention_heads,
+        "query groups": model.num_query_groups,
+        **({"feed-forward units": model.ffn_hidden_size} if experts is None else {}),
+    }
+    remedy = f"choose {divisors(math.gcd(*shared.values()))}"
+    for items, number in shared.items():
+        items = f"the model's {{}} {items}"
+        yield from _divide(number, items, remedy, tensor_model_parallel_size=tp)
+    layers, units = "the model's {} layers", "the {} units of an expert"
+    yield from _divide(model.num_layers, layers, pipeline_model_parallel_size=pp)
+    yield from _divide(experts, "the model's {} experts", expert_model_parallel_size=ep)
+    yield from _divide(model.moe_ffn_hidden_size, units, expert_tensor_parallel_size=etp)
+
+
+def positions(config: Config, model: ModelSizes) -> Refusals:
     """A corpus window, or the longest prompt and response in whole blocks, has positions."""
-    if config.response_source == "data":
-        return  # examples are measured as they are read
     block_size, limit = config.model.block_size, model.max_position_embeddings
+    prompt, response = config.data.max_prompt_length, config.longest_response
+    whole = limit // block_size * block_size
     if config.response_source == "corpus":
         if config.data.seq_length > limit:
-            raise refuse(
-                config,
-                "seq_length",
-                f"exceeds the model's {limit} positions",
-                f"choose {limit} or less",
-            )
-        return
-    prompt, response = config.data.max_prompt_length, config.longest_response
-    if math.ceil((prompt + response) / block_size) * block_size <= limit:
-        return
-    room = limit // block_size * block_size - prompt
-    if room >= 1:
-        raise refuse(
-            config,
-            "max_response_length",
-            f"with --max-prompt-length {prompt}, in blocks of {block_size}, exceeds the model's "
-            f"{limit} positions",
-            f"choose {room} or less, or shorter prompts",
-        )
-    raise refuse(
-        config,
-        "max_prompt_length",
-        f"leaves no room for a response in the model's {limit} positions",
-        f"choose less than {limit // block_size * block_size}",
-    )
-
-
-@rule(Stage.ARCHITECTURE)
-def check_divergence_top_k(config: Config, model: ModelSizes) -> None:
-    """The teacher's k most likely tokens exist."""
-    if config.distillation.divergence_top_k > model.vocab_size:
-        raise refuse(
-            config,
-            "divergence_top_k",
-            f"is more than the vocabulary of {model.vocab_size}",
-            "choose 0 for the full vocabulary, or fewer tokens",
-        )
-    stores_all = config.distillation.divergence_top_k == model.vocab_size
-    if stores_all and config.distillation.cache_teacher_targets:
-        raise refuse(
-            config,
-            "divergence_top_k",
-            "is the whole vocabulary, which --cache-teacher-targets cannot store",
-            "choose e.g. 16",
+            yield f"seq_length: exceeds the model's {limit} positions; choose {limit} or less"
+    # Examples are measured as they are read.
+    elif config.response_source != "data" and prompt + response > whole:
+        if prompt >= whole:
+            problem = f"leaves no room for a response in the model's {limit} positions"
+            yield f"max_prompt_length: {problem}; choose less than {whole}"
+        yield (
+            f"max_response_length: with --max-prompt-length {prompt}, in blocks of {block_size}, "
+            f"exceeds the model's {limit} positions; choose {whole - prompt} or less, or shorter "
+            "prompts"
         )
 
 
-@rule(Stage.ARCHITECTURE)
-def check_teacher_top_k(config: Config, model: ModelSizes) -> None:
-    """A teacher that shows its k most likely tokens leaves some out."""
-    top_k, vocab_size = config.self_distillation.teacher_top_k, model.vocab_size
+def architecture(config: Config, model: ModelSizes) -> Refusals:
+    """What is trained fits the model: its layers, its vocabulary and its experts."""
+    parallel, recompute, lora = config.parallel, config.model, config.lora
+    distillation, vocab_size = config.distillation, model.vocab_size
+    # Megatron-Core trains mixtures of experts under TP only with sequence parallelism.
+    splits = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    if model.num_moe_experts is not None and splits:
+        yield (
+            "sequence_parallel: a mixture of experts under tensor parallelism needs it; "
+            "add --sequence-parallel or choose --tensor-model-parallel-size 1"
+        )
+    stage = model.num_layers // parallel.pipeline_model_parallel_size
+    if recompute.recompute_granularity == "full" and recompute.recompute_num_layers > stage:
+        problem = f"is more than the {stage} layers of a pipeline stage"
+        yield f"recompute_num_layers: {problem}; choose 1 to {stage}"
+    yield from positions(config, model)
+    if distillation.divergence_top_k > vocab_size:
+        problem = f"is more than the vocabulary of {vocab_size}"
+        yield f"divergence_top_k: {problem}; choose 0 for the full vocabulary, or fewer tokens"
+    if distillation.divergence_top_k == vocab_size and distillation.cache_teacher_targets:
+        problem = "is the whole vocabulary, which --cache-teacher-targets cannot store"
+        yield f"divergence_top_k: {problem}; choose e.g. 16"
+    top_k = config.self_distillation.teacher_top_k
     if config.traits.self_distillation and top_k >= vocab_size:
-        raise refuse(
-            config,
-            "teacher_top_k",
-            f"leaves nothing out of a vocabulary of {vocab_size}",
-            f"choose 1 to {vocab_size - 1}",
-        )
-
-
-@rule(Stage.ARCHITECTURE)
-def check_expert_adapters(config: Config, model: ModelSizes) -> None:
-    """An expert with adapters lies on one process, and drops none of their inputs."""
-    if config.lora.lora_rank is None or model.num_moe_experts is None:
-        return
-    targets = config.lora.lora_target_modules
-    if not any(name in targets for name in ("linear_fc1", "linear_fc2")):
-        return
-    if config.lora.lora_dropout > 0:
-        raise refuse(
-            config,
-            "lora_dropout",
-            "tokens that are dealt out to experts lose what decides what is dropped",
-            "choose 0, or --lora-target-modules linear_qkv,linear_proj",
-        )
-    if config.expert_tensor_parallel_size > 1:
-        raise refuse(
-            config,
-            "lora_target_modules",
-            f"experts split over {config.expert_tensor_parallel_size} processes have no adapters",
-            "choose --expert-tensor-parallel-size 1, or linear_qkv,linear_proj",
-        )
+        problem = f"leaves nothing out of a vocabulary of {vocab_size}"
+        yield f"teacher_top_k: {problem}; choose 1 to {vocab_size - 1}"
+    # An expert with adapters lies on one process, and drops none of their inputs.
+    has_experts = lora.lora_rank is not None and model.num_moe_experts is not None
+    if has_experts and {"linear_fc1", "linear_fc2"} & set(lora.lora_target_modules):
+        etp = config.expert_tensor_parallel_size
+        if lora.lora_dropout > 0:
+            yield (
+                "lora_dropout: tokens that are dealt out to experts lose what decides what is "
+                "dropped; choose 0, or --lora-target-modules linear_qkv,linear_proj"
+            )
+        if etp > 1:
+            problem = f"experts split over {etp} processes have no adapters"
+            remedy = "choose --expert-tensor-parallel-size 1, or linear_qkv,linear_proj"
+            yield f"lora_target_modules: {problem}; {remedy}"

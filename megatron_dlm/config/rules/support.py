@@ -1,12 +1,16 @@
-"""Helpers of rules: a field's value by name, and the error that names its flag."""
+"""Helpers of rules: the value and the default of an option by its name, and divisors."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
-from megatron_dlm.config.fields import flag_of, option_fields
+from megatron_dlm.config.fields import option_fields
 from megatron_dlm.config.schema import Config
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.errors import UserError
+
+Refusals: TypeAlias = Iterator[str | UserError]
+"""What rules refuse: "option: problem; remedy" about the option's value, or a whole error."""
 
 
 def divisors(number: int) -> str:
@@ -24,8 +28,3 @@ def value_of(config: Config, name: str) -> Any:
 def default_of(name: str) -> Any:
     """The default of a field by its flat name."""
     return option_fields(Config)[name].default
-
-
-def refuse(config: Config, name: str, problem: str, remedy: str) -> UserError:
-    """The error for one field of a configuration."""
-    return bad_value(flag_of(name), value_of(config, name), problem, remedy)

@@ -1,27 +1,29 @@
 """Every rule is called, and each can refuse a configuration."""
 
-import importlib
+import ast
 import inspect
-import pkgutil
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import pytest
 
 from megatron_dlm.config import (
-    rules,
     validate,
     validate_architecture,
     validate_inference,
     validate_length,
+    validation,
 )
-from megatron_dlm.config.rules import RULES, Rule, Stage, Subject
-from megatron_dlm.config.rules import values as values_module
+from megatron_dlm.config.rules import model, objective, usage, values
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.model_sizes import ModelSizes
 from tests.unit_tests.config.configurations import (
     D_OPSD,
     GROWING,
+    NEXT_TOKEN,
+    NEXT_TOKEN_ON_CORPUS,
     OFF_POLICY,
     OPDLM,
     SCP,
@@ -43,52 +45,85 @@ class Broken:
     is_moe: bool = False
 
 
-BROKEN = {
-    "check_ranges": Broken({"top_p": 0}),
-    "check_divergence": Broken({"divergence": "forward_lk"}),
-    "check_objective_inputs": Broken({"load": None}),
-    "check_response_source": Broken({"prompts": "prompts.jsonl"}, SFT),
-    "check_validation": Broken({"valid_data": "held_out.jsonl"}),
-    "check_state_selection": Broken({"state_selection": "random"}),
-    "check_nothing_is_ignored": Broken({"temperature": 0, "top_k": 5}),
-    "check_strategy_option": Broken(
-        {"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 3}
-    ),
-    "check_response_length_schedule": Broken(GROWING),
-    "check_learning_rates": Broken({"lr": 1e-7}),
-    "check_parameter_groups": Broken({"param_groups": [{"pattern": "("}]}),
-    "check_sequence_parallel": Broken({"sequence_parallel": True}),
-    "check_attention_backend": Broken({"attention_backend": "flex", "device": "cpu"}),
-    "check_optional_packages": Broken({"moe_token_dispatcher_type": "flex"}),
-    "check_lora": Broken({"lora_rank": 8, "lora_target_modules": []}),
-    "check_self_distillation": Broken({"lora_rank": None}, D_OPSD),
-    "check_something_to_learn": Broken({"temperature": 0}, D_OPSD),
-    "check_empty_mask": Broken({"empty_mask": "mask_one"}, SFT),
-    "check_teacher_responses": Broken({"save": None}, OFF_POLICY),
-    "check_cache_teacher_targets": Broken({"cache_teacher_targets": True}, OFF_POLICY),
-    "check_offloading": Broken({**STORED, "offload_teacher": True}, OFF_POLICY),
-    "check_on_divergence": Broken({"on_divergence": "skip"}),
-    "check_save": Broken({"save_interval": 5}),
-    "check_processes": Broken({"tensor_model_parallel_size": 2}, world_size=3),
-    "check_rollout_batch": Broken({"rollout_batch_size": 20}),
-    "check_global_batch": Broken({"micro_batch_size": 3}, world_size=2),
-    "check_attention_annealing": Broken({"attention_annealing_iters": 101}, SCP),
-    "check_dynamic_threshold_schedule": Broken({"dynamic_threshold_schedule": "linear"}),
-    "check_schedule_length": Broken({"lr_warmup_iters": 32}),
-    "check_experts_exist": Broken({"expert_model_parallel_size": 2}, world_size=2),
-    "check_parts_of_model": Broken({"pipeline_model_parallel_size": 4}, world_size=4),
-    "check_moe_sequence_parallel": Broken(
-        {"tensor_model_parallel_size": 2}, world_size=2, is_moe=True
-    ),
-    "check_recompute_layers": Broken(
-        {"recompute_granularity": "full", "recompute_num_layers": 7}, SHORT
-    ),
-    "check_sequence_length": Broken({}, OPDLM),
-    "check_divergence_top_k": Broken({"divergence_top_k": 101}),
-    "check_teacher_top_k": Broken({**SHORT, "teacher_top_k": 100}, D_OPSD),
-    "check_expert_adapters": Broken({"lora_rank": 4, "lora_dropout": 0.1}, is_moe=True),
-}
-"""What each rule refuses, by its name: a new rule has a row here."""
+RND1 = {"param_group_preset": "rnd1", "param_groups": [{"pattern": "mlp"}]}
+LOWERED = {"dynamic_threshold_schedule": "linear", "final_dynamic_threshold": 0.7}
+FIVE = {"rollout_batch_size": 40, "global_batch_size": 10}
+ADAPTED = {"lora_rank": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+BROKEN = [
+    Broken({"top_p": 0}),
+    # Data, weights and duration.
+    Broken({"prompts": None}),
+    Broken({"num_rollouts": None}),
+    Broken({"num_epochs": 1}),
+    Broken({"load": None, "model_config": "config.json"}),
+    Broken({"load": None}, SFT),
+    Broken({"prompts": "prompts.jsonl"}, SFT),
+    Broken({"data_path": "corpus"}, NEXT_TOKEN),
+    Broken({"valid_data": "held_out.jsonl"}),
+    Broken({"state_selection": "random"}),
+    Broken({"temperature": 0, "top_k": 5}),
+    # What an objective combines.
+    Broken({"lora_rank": 8, "lora_target_modules": []}),
+    Broken({"lora_rank": 8, "transformer_impl": "transformer_engine"}),
+    Broken({"lora_rank": None}, D_OPSD),
+    Broken({"temperature": 0}, D_OPSD),
+    Broken({"block_size": 256}, {**SHORT, **D_OPSD}),
+    Broken({"empty_mask": "mask_one"}, SFT),
+    Broken({"save": None}, OFF_POLICY),
+    Broken(STORED),
+    Broken({"cache_teacher_targets": True}, OFF_POLICY),
+    Broken({**STORED, "offload_teacher": True}, OFF_POLICY),
+    Broken({"offload_teacher": True}, D_OPSD),
+    # Values that do not go together.
+    Broken({"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 3}),
+    Broken(GROWING),
+    Broken({**GROWING, "min_response_length": 129}),
+    Broken({"response_length_schedule": "linear", "min_response_length": 4}),
+    Broken({"lr": 1e-7}),
+    Broken(RND1),
+    Broken({"param_groups": [{"pattern": "("}]}),
+    Broken({"param_groups": [{"pattern": "mlp"}, {"pattern": "mlp"}]}),
+    Broken({"param_groups": [{"pattern": "mlp", "lr": 1e-8}]}),
+    Broken({"sequence_parallel": True}),
+    Broken({"attention_backend": "flex", "device": "cpu"}),
+    Broken({"transformer_impl": "transformer_engine"}),
+    Broken({"moe_token_dispatcher_type": "flex"}),
+    Broken({"save": __file__}),
+    Broken({"on_divergence": "skip"}),
+    # Processes, batches and length.
+    Broken({"tensor_model_parallel_size": 2}, world_size=3),
+    Broken({"expert_tensor_parallel_size": 2}, world_size=3),
+    Broken({"expert_model_parallel_size": 3}, world_size=4),
+    Broken({"rollout_batch_size": 20}),
+    Broken({"micro_batch_size": 3}, world_size=2),
+    Broken({"attention_annealing_iters": 101}, SCP),
+    Broken({"dynamic_threshold_schedule": "linear"}),
+    Broken({**LOWERED, "dynamic_threshold_hold_rollouts": 2}),
+    Broken({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.5}),
+    Broken({"lr_warmup_fraction": 1.0}),
+    Broken({"lr_warmup_iters": 32}),
+    # Models.
+    Broken({"expert_model_parallel_size": 2}, world_size=2),
+    Broken({"expert_tensor_parallel_size": 1}),
+    Broken({"pipeline_model_parallel_size": 4}, world_size=4),
+    Broken({**FIVE, "tensor_model_parallel_size": 5}, world_size=5),
+    Broken({"expert_model_parallel_size": 4}, world_size=4, is_moe=True),
+    Broken({**FIVE, "expert_tensor_parallel_size": 5}, world_size=5, is_moe=True),
+    Broken({"tensor_model_parallel_size": 2}, world_size=2, is_moe=True),
+    Broken({"recompute_granularity": "full", "recompute_num_layers": 7}),
+    Broken({"seq_length": 257}, NEXT_TOKEN_ON_CORPUS),
+    Broken({}, OPDLM),
+    Broken({"max_response_length": 129}),
+    Broken({"divergence_top_k": 101}),
+    Broken({**SHORT, "num_rollouts": None, **STORED, "divergence_top_k": 100}, OFF_POLICY),
+    Broken({**SHORT, "teacher_top_k": 100}, D_OPSD),
+    Broken({"lora_rank": 4, "lora_dropout": 0.1}, is_moe=True),
+    Broken(ADAPTED, world_size=2, is_moe=True),
+]
+"""What each rule refuses: a new rule has a row here."""
+
+CHECK = validation._refuse.__code__
 
 FITS_ANYTHING = ModelSizes(
     num_layers=720720,
@@ -100,61 +135,113 @@ FITS_ANYTHING = ModelSizes(
 )
 
 
-def check(subject: Subject, broken: Broken) -> None:
-    """Do all checks that a run does of a subject."""
+def check(subject: str, broken: Broken) -> None:
+    """Do all checks of a model that is trained, of its teacher, or of one that is only loaded."""
     config = config_with(broken.base, **broken.changes)
-    model = architecture(is_moe=broken.is_moe)
+    sizes = architecture(is_moe=broken.is_moe)
     if subject == "inference":
-        validate_inference(config, broken.world_size, model)
+        validate_inference(config, broken.world_size, sizes)
         return
     validate(config, broken.world_size)
     if subject == "teacher":
-        validate_architecture(config, FITS_ANYTHING, model)
+        validate_architecture(config, FITS_ANYTHING, sizes)
     else:
-        validate_architecture(config, model)
+        validate_architecture(config, sizes)
 
 
-def refused_by(error: BaseException) -> set[str]:
-    """Names of the rules that an error, or the one that it says more of, was raised in."""
-    codes = {rule.check.__code__: rule.check.__name__ for rule in RULES}
+Place = tuple[str, int]
+"""File and line of a rule's `yield`."""
+MODULES = (model, objective, usage, values)
+
+
+def is_helper(code: str) -> bool:
+    """Whether a function states what many rules have in common."""
+    return code.startswith("_")
+
+
+def places_of(source: Callable[..., object] | ModuleType) -> set[Place]:
+    """Where a function of rules, or any of a file, refuses."""
+    lines, start = inspect.getsourcelines(source)
+    tree = ast.parse("".join(lines))
+    found = set()
+    for function in ast.walk(tree):
+        if (
+            not isinstance(function, ast.FunctionDef)
+            or ast.unparse(function.returns or function.args) != "Refusals"
+            or is_helper(function.name)
+        ):
+            continue
+        for node in ast.walk(function):
+            rule = isinstance(node, ast.Yield) or (
+                isinstance(node, ast.YieldFrom)
+                and isinstance(node.value, ast.Call)
+                and is_helper(ast.unparse(node.value.func))
+            )
+            if rule:
+                found.add((str(inspect.getsourcefile(source)), node.lineno + max(start - 1, 0)))
+    return found
+
+
+def refused_at(error: UserError) -> Place:
+    """Where the rule stands that refused: where its function waits for the next value."""
     errors = [error, *([error.__context__] if error.__context__ else [])]
-    frames = [frame.f_code for e in errors for frame, _ in traceback.walk_tb(e.__traceback__)]
-    return {codes[code] for code in frames if code in codes}
+    frames = [frame for e in errors for frame, _ in traceback.walk_tb(e.__traceback__)]
+    (rules,) = [frame.f_locals["rules"] for frame in frames if frame.f_code is CHECK]
+    waiting = [r for r in rules if inspect.getgeneratorstate(r) == inspect.GEN_SUSPENDED]
+    (generator,) = waiting
+    place = None
+    while generator is not None and not is_helper(generator.__name__):
+        frame = generator.gi_frame
+        place, generator = (frame.f_code.co_filename, frame.f_lineno), generator.gi_yieldfrom
+    assert place is not None
+    return place
+
+
+def refusing(subject: str, broken: Broken) -> Place:
+    with pytest.raises(UserError) as caught:
+        check(subject, broken)
+    return refused_at(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def nothing_optional_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "_is_missing", lambda package: True)
+
+
+def test_each_rule_refuses_what_breaks_it() -> None:
+    refused = {refusing("training", broken): broken for broken in BROKEN}
+    assert refused.keys() == set().union(*(places_of(module) for module in MODULES))
 
 
 @pytest.mark.parametrize(
-    ("rule", "subject"),
-    [(rule, subject) for rule in RULES for subject in rule.subjects],
-    ids=lambda value: value.check.__name__ if isinstance(value, Rule) else value,
+    ("subject", "functions"),
+    [
+        ("teacher", (model.parts, model.positions)),
+        (
+            "inference",
+            (
+                values.ranges,
+                values.sequence_parallel,
+                model.processes,
+                model.experts_exist,
+                model.parts,
+            ),
+        ),
+    ],
 )
-def test_each_rule_refuses_what_breaks_it(
-    rule: Rule, subject: Subject, monkeypatch: pytest.MonkeyPatch
+def test_rules_of_other_models_refuse_the_same(
+    subject: str, functions: tuple[Callable[..., object], ...]
 ) -> None:
-    monkeypatch.setattr(values_module, "_is_installed", lambda package: False)
-    with pytest.raises(UserError) as caught:
-        check(subject, BROKEN[rule.check.__name__])
-    assert refused_by(caught.value) == {rule.check.__name__}, caught.value
+    for function in functions:
+        broken = [b for b in BROKEN if refusing("training", b) in places_of(function)]
+        assert {refusing(subject, b) for b in broken} == places_of(function)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.stage is Stage.LENGTH])
-def test_rules_about_the_length_are_checked_again(rule: Rule) -> None:
-    broken = BROKEN[rule.check.__name__]
-    with pytest.raises(UserError) as caught:
-        validate_length(config_with(broken.base, **broken.changes))
-    assert refused_by(caught.value) == {rule.check.__name__}
-
-
-def test_a_function_that_checks_is_a_rule() -> None:
-    names = [module.name for module in pkgutil.iter_modules(rules.__path__)]
-    modules = [importlib.import_module(f"{rules.__name__}.{name}") for name in names]
-    written = {
-        function
-        for module in modules
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if name.startswith("check_")
-        and function.__module__ == module.__name__
-        and not module.__name__.endswith("registry")
-    }
-    assert written == {rule.check for rule in RULES}
-    assert BROKEN.keys() == {function.__name__ for function in written}
-    assert len(RULES) == len(written)
+def test_rules_about_the_length_are_checked_again() -> None:
+    for function in (objective.length, values.length):
+        for broken in BROKEN:
+            place = refusing("training", broken)
+            if place in places_of(function):
+                with pytest.raises(UserError) as caught:
+                    validate_length(config_with(broken.base, **broken.changes))
+                assert refused_at(caught.value) == place

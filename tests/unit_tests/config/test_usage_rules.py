@@ -160,6 +160,10 @@ CASES = [
         ({**HELD_OUT, "save": "no_such_folder", "keep_checkpoints": 3},),
     ),
     Case("async_save", False, (OPDLM,), (WITH_FOLDER,)),
+    Case("save_interval", 5, (OPDLM,), (WITH_FOLDER,)),
+    Case("save_interval_minutes", 5.0, (OPDLM,), (WITH_FOLDER,)),
+    Case("keep_checkpoints", 3, (OPDLM,), (WITH_FOLDER,)),
+    Case("wandb_project", "study", (OPDLM,), ()),  # used: where wandb is installed
     Case("lora_dropout", 0.05, (OPDLM,), (ADAPTERS,)),
     Case("lora_alpha", 4, (OPDLM,), (ADAPTERS,)),
     Case("lora_target_modules", ["linear_qkv"], (OPDLM,), (ADAPTERS,)),

@@ -14,7 +14,6 @@ from megatron_dlm.config import (
     validate_length,
 )
 from megatron_dlm.config.fields import option_fields
-from megatron_dlm.config.rules import values
 from megatron_dlm.errors import UserError
 from megatron_dlm.ranges import Range
 from tests.refusal import refusal
@@ -256,7 +255,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_number_out_of_range(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} = {value}"):
-        values.check_ranges(config_with(OPDLM, **{name: value}))
+        validate(config_with(OPDLM, **{name: value}), 1)
 
 
 def test_every_number_has_a_range() -> None:
@@ -283,7 +282,8 @@ def test_a_range_holds_its_numbers(allowed: Range, inside: tuple[float, ...], te
     ("changes", "package"),
     [
         ({"transformer_impl": "transformer_engine"}, "transformer_engine"),
-        ({"wandb_project": "study"}, "wandb"),
+        ({"moe_token_dispatcher_type": "flex"}, "deep_ep"),
+        ({"wandb_project": "study", "save": "no_such_folder"}, "wandb"),
     ],
 )
 def test_optional_package(
@@ -292,9 +292,9 @@ def test_optional_package(
     config = config_with(OPDLM, **changes)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"package {package} is not installed"):
-        values.check_optional_packages(config)
+        validate(config, 1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert refusal(values.check_optional_packages, config) is None
+    assert refusal(validate, config, 1) is None
 
 
 def test_the_student_starts_as_the_teacher() -> None:
