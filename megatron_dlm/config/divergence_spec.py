@@ -45,9 +45,8 @@ class DivergenceSpec:
             if name not in DIVERGENCES:
                 raise bad_value("divergence", name, "is not a divergence", f"choose from {names}")
             if not (math.isfinite(weight) and weight > 0):
-                raise bad_value(
-                    "divergence", f"{name}:{weight}", "weighs nothing", "give a positive weight"
-                )
+                given, remedy = f"{name}:{weight}", "give a positive weight"
+                raise bad_value("divergence", given, "weighs nothing", remedy)
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> "DivergenceSpec":
@@ -64,7 +63,6 @@ class DivergenceSpec:
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                raise bad_value(
-                    "divergence", text, f"{weight!r} is not a number", "write name:weight"
-                ) from None
+                problem = f"{weight!r} is not a number"
+                raise bad_value("divergence", text, problem, "write name:weight") from None
         return cls(weights, **settings)

@@ -5,24 +5,22 @@ fields are options or groups (nested dataclasses) of options; commands have such
 own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union
 
 import docstring_parser
 import yaml
 
-from megatron_dlm.config.marks import FIXED
+from megatron_dlm.config.marks import FIXED, NOT_AN_OPTION
 from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
 
-INVOCATION_FIELDS = frozenset({"config", "dry_run", "resume", "extend", "records"})
+INVOCATION_FIELDS = frozenset({"config", "dry_run", "resume", "extend"})
 """Fields of one invocation, never written to YAML or read from it."""
 
 
@@ -59,7 +57,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _split_optional(annotation: Any) -> tuple[Any, bool]:
+def split_optional(annotation: Any) -> tuple[Any, bool]:
     """Separate `X | None` into (X, True); any other annotation is (annotation, False)."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = [a for a in typing.get_args(annotation) if a is not type(None)]
@@ -69,20 +67,13 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _split_annotated(annotation: Any) -> tuple[Any, ...]:
-    """`Annotated[X, a, b]` as (X, a, b); any other annotation alone."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
 def option_helps(cls: type) -> dict[str, str]:
     """Help text of each option by flat name, on one line: its docstring, or its metadata's help."""
     helps: dict[str, str] = {}
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        nested = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(nested):
-            helps |= option_helps(typing.cast(type, nested))
+        if dataclasses.is_dataclass(hints[field.name]):
+            helps |= option_helps(hints[field.name])
         elif "help" in field.metadata:
             helps[field.name] = field.metadata["help"]
     for base in reversed(cls.__mro__):
@@ -93,69 +84,51 @@ def option_helps(cls: type) -> dict[str, str]:
     return helps
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def option_fields(cls: type) -> dict[str, OptionField]:
+def _option_fields(cls: Any) -> dict[str, OptionField]:
     """All options of a class by flat name, groups opened, in the order of declaration.
 
     Raises:
         TypeError: Two groups declare the same name (a defect of the class, not of user input).
     """
-    return _option_fields(cls)  # type checkers do not accept a generic class as hashable
-
-
-@functools.cache
-def _option_fields(cls: Any) -> dict[str, OptionField]:
     table: dict[str, OptionField] = {}
-
-    def add(owner: type, group: str | None) -> None:
-        hints = typing.get_type_hints(owner, include_extras=True)
-        for field in dataclasses.fields(owner):
-            annotation, *marks = _split_annotated(hints[field.name])
-            annotation, optional = _split_optional(annotation)
-            if dataclasses.is_dataclass(annotation):
-                add(typing.cast(type, annotation), field.name)
-                continue
-            if field.name in table:
-                raise TypeError(f"{cls.__name__} declares {field.name} twice")
-            table[field.name] = OptionField(
-                field.name,
-                group,
-                annotation,
-                optional,
-                _default(field),
-                next((mark for mark in marks if isinstance(mark, Range)), None),
-                FIXED in marks,
-            )
-
-    add(cls, None)
+    hints, marked = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        name, (kind, optional) = field.name, split_optional(hints[field.name])
+        marks = getattr(marked[name], "__metadata__", ())
+        bounds = next((mark for mark in marks if isinstance(mark, Range)), None)
+        lazy = field.default_factory is not dataclasses.MISSING
+        if dataclasses.is_dataclass(kind):
+            members = option_fields(kind).items()
+            options = {n: dataclasses.replace(option, group=name) for n, option in members}
+        else:
+            default = field.default_factory() if lazy else field.default  # type: ignore[operator]
+            option = OptionField(name, None, kind, optional, default, bounds, FIXED in marks)
+            options = {name: option} if NOT_AN_OPTION not in marks else {}
+        if repeated := table.keys() & options:
+            raise TypeError(f"{cls.__name__} declares {', '.join(repeated)} twice")
+        table |= options
     return table
 
 
-def construct(cls: type[T], values: Mapping[str, Any]) -> T:
-    """An options object from values by flat name, of the options' types; the others by default."""
-    table, hints = option_fields(cls), typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
+option_fields: Callable[[Any], dict[str, OptionField]] = functools.cache(_option_fields)
+
+
+def with_values(options: T, values: Mapping[str, Any]) -> T:
+    """The same options with other values of some, by flat name, of their options' types."""
+    table, groups = option_fields(type(options)), dict[str | None, dict[str, Any]]()
     for name, value in values.items():
-        group = table[name].group
-        owner = arguments if group is None else arguments.setdefault(group, {})
-        owner[name] = value
-    groups = {o.group for o in table.values() if o.group is not None}
-    return cls(**{n: hints[n](**v) if n in groups else v for n, v in arguments.items()})
+        groups.setdefault(table[name].group, {})[name] = value
+    changed = groups.pop(None, {})
+    for group, members in groups.items():
+        changed[str(group)] = dataclasses.replace(getattr(options, str(group)), **members)
+    return dataclasses.replace(options, **changed)  # type: ignore[type-var]
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """Flat mapping of plain values (lists and dictionaries instead of tuples and dataclasses)."""
-    values = {}
-    for name, option in option_fields(type(config)).items():
-        if name not in INVOCATION_FIELDS:
-            owner = getattr(config, option.group) if option.group else config
-            values[name] = plain_value(getattr(owner, name))
-    return values
+    options = (o for o in option_fields(type(config)).values() if o.name not in INVOCATION_FIELDS)
+    owners = {o.name: getattr(config, o.group) if o.group else config for o in options}
+    return {name: plain_value(getattr(owner, name)) for name, owner in owners.items()}
 
 
 def plain_value(value: Any) -> Any:
@@ -168,8 +141,8 @@ def plain_value(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def dump_yaml(config: Any) -> str:
-    """YAML text with one comment line a group; reading it back gives an equal object."""
+def format_config(config: Any) -> str:
+    """A configuration as YAML in groups, which `--config` reads back to an equal one."""
     values = flatten(config)
     hints = typing.get_type_hints(type(config))
     groups: dict[str | None, dict[str, Any]] = {}

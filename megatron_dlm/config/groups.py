@@ -9,10 +9,8 @@ field name is unique over all groups.
 Field types are limited to what `megatron_dlm.config.coercion` knows how to read.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from megatron_dlm.config.divergence_spec import DEFAULT_JSD_BETA
 from megatron_dlm.config.marks import (
@@ -28,23 +26,11 @@ from megatron_dlm.config.marks import (
 from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
 from megatron_dlm.rollout.decoding_options import StrategyOptions
 
-AttentionBackend = Literal["auto", "sdpa", "flex"]
-TransformerImpl = Literal["local", "transformer_engine"]
-RecomputeGranularity = Literal["none", "selective", "full"]
-RecomputeMethod = Literal["uniform", "block"]
-TokenDispatcher = Literal["alltoall", "flex"]
-Device = Literal["auto", "cpu", "cuda"]
-ResponseLengthSchedule = Literal["constant", "linear", "cosine"]
-FractionSchedule = Literal["constant", "linear", "cosine"]
+Schedule = Literal["constant", "linear", "cosine"]
 TrainOn = Literal["last", "all"]
 MaskEmbeddingInit = Literal["keep", "mean"]
-TrainedAttention = Literal["full", "causal"]
-LossWeighting = Literal["inverse_t", "none"]
-LossNormalization = Literal["token", "row_mean"]
-DivergenceTail = Literal["bucket", "ignore"]
-LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
-PositionRanking = Literal["probability", "logit"]
 LongPrompts = Literal["error", "drop", "truncate"]
+LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 EmptyMask = Literal["redraw", "mask_one"]
 RewardName = Literal["exact_match", "math_verify"]
 
@@ -55,11 +41,9 @@ class CheckpointOptions:
 
     load: str | None = None
     """Weights: a Hugging Face folder, a run folder (its latest checkpoint) or an iter_* folder."""
-
     verify_checkpoint: bool = True
     """Compare every file of a Megatron checkpoint with its manifest before it is loaded; without
     it only small files and sizes, which takes no time at any size."""
-
     tokenizer: str | None = None
     """Folder with tokenizer.json or a SentencePiece tokenizer.model, and the chat template
     (default: the one beside the weights)."""
@@ -73,40 +57,29 @@ class ModelConfig(CheckpointOptions):
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint, or a run folder (its
     latest checkpoint; that run goes on unless --finetune is given). It stays the same when the run
     in --save is resumed."""
-
     finetune: bool = False
     """Take only the weights from --load: optimizer, schedules and data position start afresh."""
-
     block_size: Annotated[int, AT_LEAST_ONE, FIXED] = 4
     """Tokens denoised together; blocks are counted from the first prompt token."""
-
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
     """Attention kernel: flex (FlexAttention, CUDA), sdpa (reference, any device), or auto (flex on
     CUDA, sdpa on CPU)."""
-
-    transformer_impl: TransformerImpl = "local"
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layers from Megatron-Core alone (local) or from Transformer Engine (must be installed)."""
-
     bf16: Annotated[bool, FIXED] = False
     """Compute in bfloat16 with float32 master weights; without it everything is float32."""
-
-    recompute_granularity: RecomputeGranularity = "none"
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (core attention) or full (whole layers)."""
-
-    recompute_method: RecomputeMethod = "uniform"
+    recompute_method: Literal["uniform", "block"] = "uniform"
     """With full recomputation: uniform (chunks of --recompute-num-layers layers) or block (only
     the first --recompute-num-layers layers of a pipeline stage)."""
-
     recompute_num_layers: Annotated[int, AT_LEAST_ONE] = 1
     """Layers in a recomputed chunk (uniform) or recomputed layers a stage (block)."""
-
     model_config: str | None = None
     """Hugging Face config.json to build a model with random weights from, when --load is absent."""
-
     init_method_std: Annotated[float | None, ABOVE_ZERO] = None
     """Standard deviation of randomly initialised weights (default: initializer_range of the
     model's config.json)."""
-
     mask_embedding_init: MaskEmbeddingInit | None = None
     """Initial input embedding of MASK in a conversion of an autoregressive model, which has never
     seen that token: the row of the checkpoint (keep) or the mean of all other rows
@@ -121,19 +94,11 @@ class LoRAConfig:
     lora_rank: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Train adapters of this rank on frozen weights instead of the weights themselves; exports,
     evaluations and runs that start from the result get them merged."""
-
     lora_alpha: Annotated[float | None, ABOVE_ZERO, FIXED] = None
     """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
-
     lora_dropout: Annotated[float, BELOW_ONE, FIXED] = 0.0
     """Probability with which an input of an adapter is dropped in training."""
-
-    lora_target_modules: Annotated[tuple[LoRATarget, ...], FIXED] = (
-        "linear_qkv",
-        "linear_proj",
-        "linear_fc1",
-        "linear_fc2",
-    )
+    lora_target_modules: Annotated[tuple[LoRATarget, ...], FIXED] = get_args(LoRATarget)
     """Layers with an adapter, by Megatron's names: attention's fused projection and its output,
     the feed-forward layers (those of every expert too)."""
 
@@ -144,40 +109,29 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share every layer (TP)."""
-
     pipeline_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Pipeline stages that share the layers (PP)."""
-
     expert_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share the experts of a mixture-of-experts layer (EP)."""
-
     expert_tensor_parallel_size: Annotated[int | None, AT_LEAST_ONE] = None
     """Processes that share one expert (default: --tensor-model-parallel-size)."""
-
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence."""
-
     use_distributed_optimizer: Annotated[bool, FIXED] = False
     """Shard optimizer state over the data-parallel processes."""
-
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel processes while the backward pass still runs."""
-
-    moe_token_dispatcher_type: TokenDispatcher = "alltoall"
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
     """How tokens reach their experts: alltoall, or flex (DeepEP, must be installed). Megatron's
     allgather needs equally long rows on all ranks, which packed trajectories are not."""
-
-    device: Device = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
-
     distributed_timeout_minutes: Annotated[int, AT_LEAST_ONE] = 10
     """Minutes that a collective may wait for the other processes, and a process be without progress
     while it trains, before the run is aborted."""
-
     watch_ranks: bool = True
     """Let processes watch each other over a connection to rank 0: one that dies ends the others in
     seconds, and one that stalls is named."""
-
     stall_minutes: Annotated[float, ABOVE_ZERO] = 5.0
     """Minutes without progress after which a process is named, with its phase and stack."""
 
@@ -188,39 +142,29 @@ class DataConfig:
 
     prompts: str | None = None
     """JSONL of prompts for rollouts, one object a line with `messages` (chat) or `prompt`."""
-
     train_data: str | None = None
     """JSONL of prompts with answers for data-set objectives: `prompt` and `response`, or `messages`
     that end with the assistant's."""
-
     train_on: Annotated[TrainOn, FIXED] = "last"
     """Turns of the assistant in `messages` that are trained on: the last one of a chat, or all,
     each as a separate example with everything before it as the prompt."""
-
     data_path: str | None = None
     """Pretraining corpus: prefix of the .bin and .idx file that megatron-dlm preprocess wrote
     (Megatron's indexed dataset)."""
-
     seq_length: Annotated[int, AT_LEAST_ONE, FIXED] = 2048
     """Tokens of a corpus window, the sample that --global-batch-size counts. Documents are packed
     into windows end to end; those of a window do not see each other."""
-
     valid_data_path: str | None = None
     """Held-out corpus for the validation loss of a run on --data-path, in the same format."""
-
     valid_data: str | None = None
     """Held-out examples for the validation loss of a run on --train-data, in the same format."""
-
     max_prompt_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest prompt in tokens, chat template included."""
-
     long_prompts: Annotated[LongPrompts, FIXED] = "error"
     """How to treat longer prompts: raise an error that names the line (error), leave them out
     (drop), or keep only their last --max-prompt-length tokens (truncate)."""
-
     seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
-
     shuffle: Annotated[bool, FIXED] = True
     """Visit the data in a new random order every epoch instead of the file's order."""
 
@@ -231,17 +175,14 @@ class TemplateConfig:
 
     domain_field: str = "domain"
     """Field of a record that names its domain, for the options by domain."""
-
     prompt_suffix_by_domain: Annotated[dict[str, str], FIXED] = field(default_factory=dict)
     """Text to append to the last user message (or to `prompt`) of a record, by its domain; JSON as
     a flag. `default` stands for all domains that are not named."""
-
     max_response_length_by_domain: Annotated[dict[str, int], AT_LEAST_ONE] = field(
         default_factory=dict
     )
     """Longest response in tokens by the domain of a record, where that is below
     --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
-
     chat_template_kwargs: Annotated[dict[str, Any], FIXED] = field(default_factory=dict)
     """Variables for the chat template, for example {"enable_thinking": false}; JSON as a flag.
     Those of a record (`chat_template_kwargs`) override them."""
@@ -253,13 +194,10 @@ class DecodingConfig(StrategyOptions):
 
     temperature: Annotated[float, AT_LEAST_ZERO] = 1.0
     """Softmax temperature of the draws; 0 takes the most likely token."""
-
     top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Draw among the k most likely tokens only; 0 is off."""
-
     top_p: Annotated[float, PROBABILITY] = 1.0
     """Draw among the most likely tokens that together hold this probability; 1 is off."""
-
     max_running_requests: Annotated[int, AT_LEAST_ONE] = 64
     """Sequences a data-parallel process decodes at once (slots of its KV cache; under full
     attention, the canvases of one forward)."""
@@ -272,50 +210,36 @@ class RolloutConfig(DecodingConfig):
     num_rollouts: Annotated[int | None, AT_LEAST_ONE] = None
     """Rollouts to do, all of --rollout-batch-size prompts, whatever epoch they are in; together
     with it they set the number of updates (alternative: --num-epochs)."""
-
     rollout_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 128
     """Prompts per rollout, over all data-parallel processes."""
-
     max_response_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest response in tokens; the end point of the length schedule."""
-
     min_response_length: Annotated[int | None, AT_LEAST_ONE] = None
     """Response limit in tokens at the first rollout (linear and cosine schedules)."""
-
-    response_length_schedule: ResponseLengthSchedule = "constant"
+    response_length_schedule: Schedule = "constant"
     """How the response limit grows from --min-response-length to --max-response-length."""
-
     response_length_warmup_rollouts: Annotated[int, AT_LEAST_ZERO] = 0
     """Rollouts until the response limit has reached --max-response-length."""
-
     final_dynamic_threshold: Annotated[float | None, PROBABILITY] = None
     """Confidence threshold at the end of a linear or cosine schedule."""
-
-    dynamic_threshold_schedule: ResponseLengthSchedule = "constant"
+    dynamic_threshold_schedule: Schedule = "constant"
     """How the threshold goes from --dynamic-threshold to --final-dynamic-threshold (cosine: slowly
     at first)."""
-
     dynamic_threshold_hold_rollouts: Annotated[int, AT_LEAST_ZERO] = 0
     """Rollouts with --dynamic-threshold before it starts to change."""
-
     dynamic_threshold_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Rollouts after those over which it changes; later ones have the final value (default: all
     that are left of the run)."""
-
     max_tries: Annotated[int, AT_LEAST_ONE] = 8
     """Most responses to a prompt, each with other noise, until --reward rates one right (objectives
     that verify responses)."""
-
     teacher_response_fraction: Annotated[float, FRACTION] = 0.0
     """Share of a rollout's prompts whose response is taken from the autoregressive teacher instead
     of the student; with a schedule, the share at the first rollout."""
-
     final_teacher_response_fraction: Annotated[float, FRACTION] = 0.0
     """That share at the end of a linear or cosine schedule."""
-
-    teacher_response_fraction_schedule: FractionSchedule = "constant"
+    teacher_response_fraction_schedule: Schedule = "constant"
     """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction."""
-
     teacher_response_fraction_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
     """Rollouts over which the share changes; later ones have the final share (default: all of the
     run)."""
@@ -333,39 +257,31 @@ class ObjectiveConfig:
     full attention with shifted predictions (RND1); next_token: autoregressive training on
     --train-data or --data-path; d_opsd: on-policy self-distillation of a diffusion model, whose
     teacher sees later tokens of the response."""
-
     state_selection: StateSelection | None = None
     """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
     one of the whole trajectory (global), or every step (all); d_opsd: every step of every block but
     the last (all); the other block-diffusion objectives mask at random (random)."""
-
     empty_mask: EmptyMask = "redraw"
     """How to treat a block of a random state in which no supervised token was masked: draw it again
     with another t (redraw), or mask one of its tokens (mask_one; with tokens weighted by 1/t the
     loss would have no mean)."""
-
-    attention_pattern: Annotated[TrainedAttention | None, FIXED] = None
+    attention_pattern: Annotated[Literal["full", "causal"] | None, FIXED] = None
     """What a token sees under scp: all of its document (full), or only earlier tokens (causal: the
     diffusion model that RND1's grafting trains first, for a second run with --finetune under full
     attention) (default: full)."""
-
     attention_annealing_iters: Annotated[int, AT_LEAST_ZERO, FIXED] = 0
     """Optimizer steps over which scp goes from causal to full attention: a later token is visible
     with a probability that rises from 0 to 1, drawn for each pair of tokens (DiffuLLaMA's
     attention-mask annealing). 0: full from the first step."""
-
-    loss_weighting: LossWeighting = "inverse_t"
+    loss_weighting: Literal["inverse_t", "none"] = "inverse_t"
     """Weight of a token under sft and scp: 1/t, where its block (scp: its document) was masked with
     probability t (inverse_t), or 1 (none). Distillation always weighs 1."""
-
     supervise_eos: bool = True
     """Supervise the end-of-sequence token of a response as well."""
-
-    loss_normalization: LossNormalization = "token"
+    loss_normalization: Literal["token", "row_mean"] = "token"
     """Divide by the supervised tokens of the global batch (token; scp: by all that could have been
     masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean; d_opsd:
     over those with states)."""
-
     reward: RewardName = "exact_match"
     """How an objective verifies a response, against the `answer` of its prompt's record (of an
     answer with ####, the part after the last one): exact_match compares the text or number after
@@ -380,34 +296,26 @@ class DistillationConfig:
     """Frozen teacher, a Hugging Face folder or Megatron checkpoint: an autoregressive one (default:
     --load, the weights that the student starts from); for d_opsd a copy of the diffusion model that
     the student starts as (default: the student without its adapters)."""
-
     teacher_responses: str | None = None
     """Folder with the teacher's responses to --prompts, if an objective or
     --teacher-response-fraction needs them; missing responses to the run's prompts are
     generated before training, with the rollout's temperature, top-k, top-p and
     --max-response-length (default: teacher_responses in the run folder)."""
-
     cache_teacher_targets: bool = False
     """Compute the teacher's --divergence-top-k most likely tokens at every token of its stored
     responses once, keep them beside these, and train without the teacher in memory."""
-
     offload_teacher: bool = False
     """Keep the teacher's weights in host memory while they are not used: during rollouts and, all
     but its output layer, during updates."""
-
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
-
     jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = DEFAULT_JSD_BETA
     """Weight of the teacher in the mixture of jsd."""
-
     divergence_top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
-
-    divergence_tail: DivergenceTail = "bucket"
+    divergence_tail: Literal["bucket", "ignore"] = "bucket"
     """With --divergence-top-k, how to treat the remaining probability: as one more class (bucket),
     or leave it out (ignore; the result can then be negative)."""
-
     divergence_chunk_size: Annotated[int | None, AT_LEAST_ONE] = None
     """Supervised tokens whose logits are in memory at a time; limits memory, not the result
     (default: as many as less than 1 GiB holds, on CUDA a quarter of what is free)."""
@@ -420,17 +328,13 @@ class SelfDistillationConfig:
     reveal_fraction: Annotated[float, FRACTION] = 0.25
     """Share of the positions in later blocks at which the teacher sees the student's final
     tokens."""
-
     positions_per_state: Annotated[int, AT_LEAST_ONE] = 2
     """Masked positions of the current block that are supervised: where the teacher is most
     certain."""
-
-    position_ranking: PositionRanking = "probability"
+    position_ranking: Literal["probability", "logit"] = "probability"
     """Measure of the teacher's certainty at a position: the probability of its most likely token,
     or the logit before the softmax (logit, as in the published code)."""
-
     teacher_top_k: Annotated[int, AT_LEAST_ONE] = 20
     """Teacher's most likely tokens that are compared, both sides renormalised over them."""
-
     divergence_term_limit: Annotated[float, ABOVE_ZERO] = 0.05
     """Largest term of one vocabulary entry in a divergence; larger terms have no gradient."""

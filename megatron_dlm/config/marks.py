@@ -1,4 +1,8 @@
-"""Annotations of option fields, used in `Annotated`."""
+"""Annotations of option fields, used in `Annotated`, and types of option fields."""
+
+from typing import Annotated
+
+from pydantic import Strict, StringConstraints
 
 from megatron_dlm.ranges import Range
 
@@ -9,10 +13,9 @@ PROBABILITY = Range(0, 1, above_lowest=True)
 FRACTION = Range(0, 1)
 BELOW_ONE = Range(0, 1, below_highest=True)
 BETWEEN_ZERO_AND_ONE = Range(0, 1, above_lowest=True, below_highest=True)
-
-
-class FixedOnResume:
-    """A resumed run cannot change the option: it would be a different run, or the value ignored."""
-
-
-FIXED = FixedOnResume()
+FIXED = "fixed on resume"
+"""A resumed run cannot change the option: it would be a different run, or the value ignored."""
+NOT_AN_OPTION = "not an option"
+"""The field is not read from the command line or YAML."""
+Text = Annotated[str, Strict(), StringConstraints(min_length=1, pattern=r"^[^\x00]*$")]
+"""Text of an option: no path, and nothing else that an option means, is empty or holds a NUL."""

@@ -3,8 +3,6 @@
 argparse finds flags and values; `coercion` reads the values, as it reads those of YAML.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -13,6 +11,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import yaml
@@ -20,11 +19,10 @@ import yaml
 from megatron_dlm.config.coercion import coerce, read_values, unknown_name
 from megatron_dlm.config.fields import (
     OptionField,
-    construct,
-    dump_yaml,
     option_fields,
     option_helps,
     plain_value,
+    with_values,
 )
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
@@ -37,12 +35,7 @@ T = TypeVar("T")
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the configuration of a training run; nothing is validated across fields yet.
 
-    Args:
-        argv: Arguments without the program's name; None takes those of the process.
-
-    Raises:
-        UserError: An unknown flag or key, a value of the wrong type, an unreadable YAML file.
-        SystemExit: After printing `--help` (status 0).
+    See `parse_arguments`.
     """
     return parse_arguments(Config, argv)
 
@@ -65,12 +58,10 @@ def parse_arguments(
         UserError: An unknown flag or key, a value of the wrong type, an unreadable YAML file.
         SystemExit: After printing `--help` (status 0), which only rank 0 prints.
     """
-    table = option_fields(cls)
-    given = list(sys.argv[1:] if argv is None else argv)
+    table, name = option_fields(cls), re.compile(r"^--[\w-]+(?==|$)")
+    arguments = sys.argv[1:] if argv is None else argv
     # Underscores in a flag's name are as good as dashes.
-    given = [
-        re.sub(r"^--[\w-]+(?==|$)", lambda flag: flag[0].replace("_", "-"), text) for text in given
-    ]
+    given = [name.sub(lambda flag: flag[0].replace("_", "-"), text) for text in arguments]
     try:
         parsed, unknown = _parser(cls).parse_known_args(given)
     except argparse.ArgumentError as error:
@@ -87,12 +78,7 @@ def parse_arguments(
     if unknown:
         raise _unknown_argument(unknown[0], given, table)
     values |= {name: coerce(table[name], text, table[name].flag) for name, text in texts.items()}
-    return construct(cls, values)
-
-
-def format_config(config: Any) -> str:
-    """A configuration as YAML in groups, which `--config` can read."""
-    return dump_yaml(config)
+    return with_values(cls(), values)
 
 
 def format_length(config: Config) -> str:
@@ -119,21 +105,21 @@ def _parser(
         **texts,  # type: ignore[arg-type]
     )
     hints, helps = typing.get_type_hints(cls), {} if values is None else option_helps(cls)
-    places: dict[str | None, Any] = {None: parser.add_argument_group("options")}
-    places[None].add_argument("-h", "--help", action="store_true", help="Show this text.")
+    group = parser.add_argument_group("options")
+    group.add_argument("-h", "--help", action="store_true", help="Show this text.")
+    places: dict[str | None, Any] = {None: group}
     for name, option in option_fields(cls).items():
-        if option.group not in places:
-            title = f"{str(option.group).replace('_', ' ')} options"
-            heading = (hints[str(option.group)].__doc__ or "").splitlines()[0]
+        if option.group is not None and option.group not in places:
+            heading = (hints[option.group].__doc__ or "").splitlines()[0]
+            title = f"{option.group.replace('_', ' ')} options"
             places[option.group] = parser.add_argument_group(title, heading)
-        value, about = (values or {}).get(name, option.default), helps.get(name, "")
+        value, text = (values or {}).get(name, option.default), helps.get(name, "")
         # What follows from other options where it is none is part of the text.
-        notes = [] if value is None and "(default: " in about else [f"default: {_shown(value)}"]
+        notes = [] if value is None and "(default: " in text else [f"default: {_shown(value)}"]
         notes += [str(option.range)] if option.range else []
-        text = f"{about} ({'; '.join(notes)})" if notes else about
-        kind: dict[str, Any] = {"metavar": _metavar(option)}
-        if option.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
+        text = text + (f" ({'; '.join(notes)})" if notes else "")
+        switch = {"action": argparse.BooleanOptionalAction}
+        kind: Any = switch if option.type is bool else {"metavar": _metavar(option)}
         places[option.group].add_argument(
             option.flag, dest=name, help=text.replace("%", "%%"), **kind
         )
@@ -152,10 +138,8 @@ def _metavar(option: OptionField) -> str:
 
 def _shown(value: Any) -> str:
     """What `--help` shows as a default."""
-    plain = plain_value(value)
-    if isinstance(plain, (list, dict)):
-        return json.dumps(plain)
-    return "none" if plain is None else str(plain)
+    plain = "none" if value is None else plain_value(value)
+    return json.dumps(plain) if isinstance(plain, (list, dict)) else str(plain)
 
 
 def _misused_flag(
@@ -189,12 +173,11 @@ def _unknown_argument(
     text: str, given: Sequence[str], table: Mapping[str, OptionField]
 ) -> UserError:
     """The error for an argument that is no flag and no flag's value."""
-    before = given[max(given.index(text) - 1, 0)]
     if text.startswith("--"):
         flags = [option.flag for option in table.values()]
         flags += [f"--no-{option.flag[2:]}" for option in table.values() if option.type is bool]
         return unknown_name("command line", text.partition("=")[0], flags, "flag")
-    if option := _switch(before, table):
+    if option := _switch(given[max(given.index(text) - 1, 0)], table):
         return _value_of_switch(option, text)
     return bad_value("command line", text, "belongs to no flag", "write --flag value")
 
@@ -231,34 +214,31 @@ def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:
     Raises:
         UserError: The file is missing or broken, or has a repeated key.
     """
+    place, reason, remedy = path, "", "write one `key: value` a line"
     try:
         text = read_regular(path).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise bad_value(
-            field, path, f"cannot be read ({reason})", "give the path of a YAML file"
-        ) from None
-    try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+        if not isinstance(node, yaml.MappingNode | NoneType):
+            reason = "is not a mapping of keys to values"
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason, remedy = f"cannot be read ({cause})", "give the path of a YAML file"
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        problem = getattr(error, "problem", None) or "broken syntax"
-        raise bad_value(field, place, f"is not YAML ({problem})", "correct that line") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
-        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"has {error}"
-        raise bad_value(field, path, reason, "write one `key: value` a line") from None
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
-        raise bad_value(
-            field, path, "is not a mapping of keys to values", "write one `key: value` a line"
-        )
+        cause = getattr(error, "problem", None) or "broken syntax"
+        reason, remedy = f"is not YAML ({cause})", "correct that line"
+    except RecursionError:
+        reason = "is nested too deeply"
+    except ValueError as error:  # numbers of thousands of digits
+        reason = f"has {error}"
+    if reason:
+        raise bad_value(field, place, reason, remedy)
     lines: dict[str, int] = {}
-    for key, _ in node.value:
+    for key, _ in node.value if node else ():
         name, line = str(key.value), key.start_mark.line + 1
         if name.replace("-", "_") in {known.replace("-", "_") for known in lines}:
             raise bad_value(f"{path}:{line}", name, "is given twice", "keep one of the two")
         lines[name] = line
-    return {str(key): value for key, value in values.items()}, lines
+    return {str(key): value for key, value in (values or {}).items()}, lines

@@ -1,26 +1,15 @@
 """The configuration of a run: all groups of options, and values derived from several of them."""
 
-from __future__ import annotations
-
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
+from megatron_dlm.config import groups
 from megatron_dlm.config.coercion import build
-from megatron_dlm.config.fields import dump_yaml, flatten, option_fields
-from megatron_dlm.config.groups import (
-    DataConfig,
-    DistillationConfig,
-    LoRAConfig,
-    MaskEmbeddingInit,
-    ModelConfig,
-    ObjectiveConfig,
-    ParallelConfig,
-    RolloutConfig,
-    SelfDistillationConfig,
-    TemplateConfig,
-)
+from megatron_dlm.config.fields import flatten, format_config, with_values
+from megatron_dlm.config.groups import MaskEmbeddingInit, SelfDistillationConfig
+from megatron_dlm.config.marks import NOT_AN_OPTION
 from megatron_dlm.config.objective_traits import (
     OBJECTIVE_TRAITS,
     ObjectiveTraits,
@@ -43,14 +32,14 @@ Resume = Literal["auto", "never", "must"]
 class Config:
     """Configuration of a training run; flags win over the YAML file, which wins over defaults."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    template: TemplateConfig = field(default_factory=TemplateConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    model: groups.ModelConfig = field(default_factory=groups.ModelConfig)
+    lora: groups.LoRAConfig = field(default_factory=groups.LoRAConfig)
+    parallel: groups.ParallelConfig = field(default_factory=groups.ParallelConfig)
+    data: groups.DataConfig = field(default_factory=groups.DataConfig)
+    template: groups.TemplateConfig = field(default_factory=groups.TemplateConfig)
+    rollout: groups.RolloutConfig = field(default_factory=groups.RolloutConfig)
+    objective: groups.ObjectiveConfig = field(default_factory=groups.ObjectiveConfig)
+    distillation: groups.DistillationConfig = field(default_factory=groups.DistillationConfig)
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -59,17 +48,16 @@ class Config:
     config: str | None = None
     """YAML file with the same keys as the flags (flat); flags win over it. A key `base` names
     another file, relative to it, whose keys it changes or adds to (one level)."""
-
     dry_run: bool = False
     """Resolve and validate the configuration, print it and stop."""
-
     resume: Resume = "auto"
     """What happens where --save holds a checkpoint of a run: the run goes on if nothing fixed has
     changed (auto); it is an error (never); it is an error if there is none (must)."""
-
     extend: bool = False
     """Stretch schedules whose length is not given over the new length of a resumed run, instead of
     ending them where they would have ended."""
+    num_records: Annotated[int | None, NOT_AN_OPTION] = None
+    """Records of an epoch; None before the data have been read."""
 
     @property
     def traits(self) -> ObjectiveTraits:
@@ -117,11 +105,10 @@ class Config:
     def uses_teacher_responses(self) -> bool:
         """Whether all or some responses are the autoregressive teacher's."""
         rollout = self.rollout
-        mixes = rollout.teacher_response_fraction > 0 or (
-            rollout.teacher_response_fraction_schedule != "constant"
-            and rollout.final_teacher_response_fraction > 0
-        )
-        return self.response_source == "teacher" or (self.uses_rollouts and mixes)
+        changes = rollout.teacher_response_fraction_schedule != "constant"
+        end = rollout.final_teacher_response_fraction if changes else 0
+        mixes = self.uses_rollouts and max(rollout.teacher_response_fraction, end) > 0
+        return mixes or self.response_source == "teacher"
 
     @property
     def needs_teacher(self) -> bool:
@@ -141,15 +128,14 @@ class Config:
     @property
     def teacher_responses(self) -> str | None:
         """Folder of the teacher's responses, default resolved."""
-        if self.distillation.teacher_responses is None and self.logging.save is not None:
-            return str(Path(self.logging.save) / "teacher_responses")
-        return self.distillation.teacher_responses
+        folder = self.logging.save and str(Path(self.logging.save) / "teacher_responses")
+        return self.distillation.teacher_responses or folder
 
     @property
     def expert_tensor_parallel_size(self) -> int:
         """Processes that share one expert, default resolved."""
-        explicit = self.parallel.expert_tensor_parallel_size
-        return self.parallel.tensor_model_parallel_size if explicit is None else explicit
+        parallel = self.parallel
+        return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
     @property
     def teacher_load(self) -> str | None:
@@ -165,29 +151,16 @@ class Config:
     @property
     def rollout_batch_size(self) -> int:
         """Samples of a rollout on all ranks; without rollouts, of an update."""
-        return (
-            self.rollout.rollout_batch_size
-            if self.uses_rollouts
-            else self.training.global_batch_size
-        )
+        batch = self.training.global_batch_size
+        return self.rollout.rollout_batch_size if self.uses_rollouts else batch
 
-    def changed(self, **options: Any) -> Config:
+    def changed(self, **options: Any) -> Self:
         """The same configuration with other values of some options, by their flat names."""
-        table, groups = option_fields(Config), dict[str, dict[str, Any]]()
-        for name, value in options.items():
-            groups.setdefault(str(table[name].group), {})[name] = value
-        members = {g: replace(getattr(self, g), **values) for g, values in groups.items()}
-        return replace(self, **members)
+        return with_values(self, options)
 
-    def of_data(self, num_records: int) -> Config:
+    def of_data(self, num_records: int) -> Self:
         """The same configuration, with the number of records of the data."""
-        options = {field.name: getattr(self, field.name) for field in fields(Config)}
-        return _ConfigOfData(**options, records=num_records)
-
-    @property
-    def num_records(self) -> int | None:
-        """Records of an epoch; None before the data have been read."""
-        return None
+        return replace(self, num_records=num_records)
 
     @property
     def num_samples(self) -> int:
@@ -233,10 +206,8 @@ class Config:
     @property
     def lr_warmup_iters(self) -> int:
         """Optimizer steps of the warm-up, from either option."""
-        fraction = self.optimizer.lr_warmup_fraction
-        if fraction is None:
-            return self.optimizer.lr_warmup_iters
-        return round(fraction * self.lr_decay_iters)
+        iters, fraction = self.optimizer.lr_warmup_iters, self.optimizer.lr_warmup_fraction
+        return iters if fraction is None else round(fraction * self.lr_decay_iters)
 
     @property
     def param_groups(self) -> tuple[ParameterGroup, ...]:
@@ -247,56 +218,45 @@ class Config:
     @property
     def mask_embedding_init(self) -> MaskEmbeddingInit:
         """Initial input embedding of MASK, default resolved."""
-        if self.model.mask_embedding_init is not None:
-            return self.model.mask_embedding_init
-        stays_untrained = (
-            self.optimizer.param_group_preset == "rnd1" or self.lora.lora_rank is not None
-        )
-        return "mean" if stays_untrained else "keep"
+        adapted, preset = self.lora.lora_rank is not None, self.optimizer.param_group_preset
+        stays_untrained = adapted or preset == "rnd1"
+        return self.model.mask_embedding_init or ("mean" if stays_untrained else "keep")
 
     @property
     def lr_decay_iters(self) -> int:
         """Optimizer step at which the decay ends, default resolved."""
-        explicit = self.optimizer.lr_decay_iters
-        return self.train_iters if explicit is None else explicit
+        return self.optimizer.lr_decay_iters or self.train_iters
 
     @property
     def teacher_response_fraction_rollouts(self) -> int:
         """Rollouts over which the share of the teacher's responses changes, default resolved."""
-        rollout = self.rollout
-        return rollout.teacher_response_fraction_rollouts or self.num_rollouts
+        return self.rollout.teacher_response_fraction_rollouts or self.num_rollouts
 
     @property
     def dynamic_threshold_rollouts(self) -> int:
         """Rollouts over which the confidence threshold changes, default resolved."""
-        rollout = self.rollout
-        left = self.num_rollouts - rollout.dynamic_threshold_hold_rollouts
-        return rollout.dynamic_threshold_rollouts or left
+        left = self.num_rollouts - self.rollout.dynamic_threshold_hold_rollouts
+        return self.rollout.dynamic_threshold_rollouts or left
 
     def data_parallel_size(self, world_size: int) -> int:
         """Processes that each hold a full copy of the dense model, for `world_size` processes."""
-        parallel = self.parallel
-        model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        return world_size // model_parallel
+        tensor = self.parallel.tensor_model_parallel_size
+        return world_size // (tensor * self.parallel.pipeline_model_parallel_size)
 
     def num_microbatches(self, world_size: int) -> int:
         """Rows that a data-parallel process runs for one optimizer update."""
-        training = self.training
-        return training.global_batch_size // (
-            training.micro_batch_size * self.data_parallel_size(world_size)
-        )
+        rows = self.training.global_batch_size // self.training.micro_batch_size
+        return rows // self.data_parallel_size(world_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat dictionary of plain values, one entry a field; the inverse of `from_dict`."""
         return flatten(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> Config:
-        """Build a configuration from a flat dictionary; fields that are not named keep defaults.
+    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> Self:
+        """A configuration of plain values by name (dashes or underscores), else of defaults.
 
-        Args:
-            values: Field names (dashes or underscores) to plain values.
-            source: What the dictionary was read from, for error messages.
+        Errors name the `source` that the dictionary was read from.
 
         Raises:
             UserError: An unknown field or a value of the wrong type.
@@ -305,15 +265,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """YAML text that `--config` reads back to an equal configuration."""
-        return dump_yaml(self)
-
-
-@dataclass(frozen=True)
-class _ConfigOfData(Config):
-    """See `Config.of_data`."""
-
-    records: int | None = None
-
-    @property
-    def num_records(self) -> int | None:
-        return self.records
+        return format_config(self)

@@ -30,7 +30,6 @@ def validate(config: Config, world_size: int) -> None:
     _refuse(
         config,
         values.ranges(config),
-        values.divergence(config),
         objective.needs(config),
         usage.unused(config),
         # From here on, rules look only at options that are used.

@@ -1,7 +1,5 @@
 """Rules between a configuration, its processes and the sizes of the model it is for."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_dlm.config.fields import flag_of

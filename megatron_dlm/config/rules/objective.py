@@ -1,7 +1,6 @@
 """Rules between an objective and its data, weights, adapters, teacher and states."""
 
-from __future__ import annotations
-
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.fields import flag_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules.support import Refusals, value_of
@@ -9,7 +8,8 @@ from megatron_dlm.config.schema import Config
 
 
 def needs(config: Config) -> Refusals:
-    """The objective has the data, weights, duration and states that it needs, each once."""
+    """The objective has the data, weights, duration, states and divergence that it needs."""
+    DivergenceSpec.parse(config.distillation.divergence)
     objective = f"--objective {config.objective.objective}"
     data, sources, needed = config.data, config.traits.response_sources, config.data_option
     if value_of(config, needed) is None:

@@ -1,7 +1,5 @@
 """Helpers of rules: the value and the default of an option by its name, and divisors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 

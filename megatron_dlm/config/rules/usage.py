@@ -3,8 +3,6 @@
 An option counts as set if it differs from its default, by a flag or a YAML file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,13 +31,9 @@ class Use(NamedTuple):
     """A condition under which some options are used."""
 
     condition: bool
-    """Whether they are read."""
-    names: str
-    """Names of the options, with spaces between them."""
-    reason: str
-    """What has no use for them where they are not."""
-    remedy: str = ""
-    """What would use them, as an imperative; empty if nothing but another run would."""
+    names: str  # of the options, with spaces between them
+    reason: str  # what has no use for them where the condition does not hold
+    remedy: str = ""  # what would use them, as an imperative; empty: only another run
 
 
 def uses(config: Config) -> tuple[Use, ...]:

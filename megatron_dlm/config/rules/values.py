@@ -1,14 +1,11 @@
 """Rules across values that depend neither on the model nor on the number of processes."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.fields import OptionField, flag_of, option_fields
 from megatron_dlm.config.rules.support import Refusals, divisors, value_of
 from megatron_dlm.config.schema import Config
@@ -34,12 +31,6 @@ def _range(where: str, option: OptionField, value: Any) -> Refusals:
             yield from _range(f"{where}.{key}", option, number)
     elif option.range is not None and value is not None and value not in option.range:
         yield bad_value(where, value, option.range.problem, option.range.remedy)
-
-
-def divergence(config: Config) -> Refusals:
-    """The divergence is one that can be computed."""
-    DivergenceSpec.parse(config.distillation.divergence)
-    yield from ()
 
 
 def combinations(config: Config) -> Refusals:
