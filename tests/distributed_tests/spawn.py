@@ -4,7 +4,8 @@ import gc
 import io
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -18,7 +19,7 @@ import torch.multiprocessing as mp
 
 # Ranks are forks of one clean process that has imported what takes seconds to import.
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.tiny", "transformers.models.auto"])
+PROCESSES.set_forkserver_preload(["tests.tiny", "megatron_dlm.api"])
 
 _join: Callable[[], None]
 """Joins this rank's world; set in the processes of `run_distributed`."""
@@ -43,18 +44,12 @@ def run_distributed(
             traceback; the other ranks, which would wait for it, are terminated.
     """
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder, "store").as_uri()
-        ranks = {}
-        for rank in range(world_size):
-            receiver, sender = PROCESSES.Pipe(duplex=False)
-            process = PROCESSES.Process(
-                target=_run_rank,
-                args=(sender, fn, rank, world_size, store, timeout_seconds, args),
-                daemon=False,  # writing a distributed checkpoint starts processes of its own
+        ranks = {
+            receiver: (rank, process)
+            for rank, (receiver, process) in enumerate(
+                start_ranks(fn, world_size, Path(folder), *args, timeout_seconds=timeout_seconds)
             )
-            process.start()
-            sender.close()
-            ranks[receiver] = (rank, process)
+        }
         results: dict[int, Any] = {}
         pending = list(ranks)
         deadline = monotonic() + timeout_seconds
@@ -86,6 +81,32 @@ def run_distributed(
     return [results[rank] for rank in range(world_size)]
 
 
+def start_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    folder: Path,
+    *args: Any,
+    timeout_seconds: float = 120,
+) -> list[tuple[Connection, Any]]:
+    """Start the processes of `run_distributed`; they meet in an empty folder.
+
+    Returns:
+        Of each rank: where it reports its end, and its process.
+    """
+    ranks = []
+    for rank in range(world_size):
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(
+            target=_run_rank,
+            args=(sender, fn, rank, world_size, (folder / "store").as_uri(), timeout_seconds, args),
+            daemon=False,  # writing a distributed checkpoint starts processes of its own
+        )
+        process.start()
+        sender.close()
+        ranks.append((receiver, process))
+    return ranks
+
+
 def rejoin_world() -> None:
     """Leave the world and form it anew; all ranks of `run_distributed` call this.
 
@@ -95,6 +116,14 @@ def rejoin_world() -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    _join()
+
+
+@contextmanager
+def outside_world() -> Iterator[None]:
+    """Leave the world, for what forms one of its own, and form it anew; all ranks call this."""
+    dist.destroy_process_group()
+    yield
     _join()
 
 

@@ -1,8 +1,5 @@
 """Under every layout, imported logits are transformers' and exported tensors the source's."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialize
 from tests.distributed_tests.spawn import run_distributed
 from tests.families import OTHER_FAMILIES
+from tests.functional_tests.entry_points import CONVERT, run_process, run_ranks
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
@@ -164,26 +162,15 @@ def test_tool_reshards_under_torchrun(tmp_path):
     from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 
     source = save_hf_model(random_hf_model(tied=True), tmp_path / "source")
-    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-    def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *torchrun, str(tool), "--tokenizer", str(tmp_path), *arguments]
-        environment = os.environ | {"PYTHONPATH": str(tool.parents[1])}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    megatron, exported = str(tmp_path / "megatron"), str(tmp_path / "exported")
-    done = convert(
-        *("--load", str(source), "--save", megatron, "--target-format", "megatron"),
-        *("--tensor-model-parallel-size", "2"),
-    )
-    assert done.returncode == 0, done.stderr
+    tokenizer = ("--tokenizer", tmp_path)
+    megatron, exported = tmp_path / "megatron", tmp_path / "exported"
+    load = ("--load", source, "--save", megatron, "--target-format", "megatron")
+    done = run_process(CONVERT, *tokenizer, *load, "--tensor-model-parallel-size", 2, processes=2)
+    assert done.status == 0, done.stderr
     save_tokenizer(tmp_path)
-    done = convert(
-        *("--load", megatron, "--save", exported, "--target-format", "autoregressive"),
-        *("--pipeline-model-parallel-size", "2"),
-    )
-    assert done.returncode == 0, done.stderr
+    export = ("--load", megatron, "--save", exported, "--target-format", "autoregressive")
+    done = run_ranks(2, "convert", *tokenizer, *export, "--pipeline-model-parallel-size", 2)
+    assert done.status == 0, done.stderr
     original = load_file(source / "model.safetensors")
     again = load_file(Path(exported, "model.safetensors"))
     assert again.keys() == original.keys()

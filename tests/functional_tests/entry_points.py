@@ -1,5 +1,5 @@
-"""Run the entry points: as functions where many cases share one import, as processes where the
-process itself is what is tested."""
+"""Run the entry points: as functions or on forked ranks, which have imported everything, and as
+processes where the process or its launcher is what is tested."""
 
 import json
 import os
@@ -7,12 +7,17 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import pytest
 
+from megatron_dlm.commands import main
+from tests.distributed_tests.spawn import outside_world, run_distributed
+from tests.faults.jobs import free_port
 from tests.tiny import REPOSITORY
 
 PRETRAIN = REPOSITORY / "pretrain_opdlm.py"
@@ -88,6 +93,30 @@ def run_process(
         check=False,
     )
     return Outcome(done.returncode, done.stdout or "", done.stderr)
+
+
+def command_on_rank(rank: int, processes: int, port: int, arguments: list[str]) -> Outcome:
+    """A command on a rank of `run_distributed`, in the environment that torchrun gives."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
+        with outside_world(), redirect_stdout(stdout), redirect_stderr(stderr):
+            status = main(arguments)
+        printed = [file.seek(0) or file.read() for file in (stdout, stderr)]
+    return Outcome(status, *printed)
+
+
+def run_ranks(processes: int, *arguments: object) -> Outcome:
+    """Run a command on forked ranks: the largest status, and what all of them printed."""
+    words = list(map(str, arguments))
+    of_ranks = run_distributed(
+        command_on_rank, processes, processes, free_port(), words, timeout_seconds=500
+    )
+    return Outcome(
+        max(outcome.status for outcome in of_ranks),
+        "".join(outcome.stdout for outcome in of_ranks),
+        "".join(outcome.stderr for outcome in of_ranks),
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

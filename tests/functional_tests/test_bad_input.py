@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dlm.training.manifest import MANIFEST
 from tests.functional_tests.entry_points import (
-    CONVERT,
     EVALUATE,
     GENERATE,
     PRETRAIN,
@@ -21,6 +20,7 @@ from tests.functional_tests.entry_points import (
     Outcome,
     options,
     run_process,
+    run_ranks,
 )
 from tests.tiny import save_random_model
 
@@ -232,7 +232,7 @@ def megatron(files: Path) -> Path:
     """The dense model as a Megatron checkpoint."""
     folder = files / "megatron"
     arguments = ("--load", files / "dense", "--save", folder, "--target-format", "megatron")
-    assert run_process(CONVERT, *arguments, "--device", "cpu").status == 0
+    assert run_ranks(1, "convert", *arguments, "--device", "cpu").status == 0
     return folder
 
 

@@ -1,11 +1,6 @@
 """`generate` and `evaluate` keep each response as it comes and go on after kill -9."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.functional_tests.entry_points import EVALUATE, GENERATE, Call, run_process
+from tests.distributed_tests.spawn import start_ranks
+from tests.faults.jobs import free_port
+from tests.functional_tests.entry_points import (
+    EVALUATE,
+    GENERATE,
+    Call,
+    command_on_rank,
+    run_ranks,
+)
 from tests.limits import largest_file
-from tests.tiny import REPOSITORY, save_random_model, write_data
+from tests.tiny import save_random_model, write_data
 
 NUM_PROMPTS = 60
 """Enough to be killed in their midst; one after the other they take seconds."""
@@ -42,58 +45,67 @@ def kept(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
-def kill_amid(script: Path, options: Sequence[object], output: Path, processes: int) -> int:
-    """Start a command, kill it with all its processes; returns how many results it left."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
-    process = subprocess.Popen(
-        [*command, *map(str, options), "--max-running-requests", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def kill_amid(
+    folder: Path, command: str, options: Sequence[object], output: Path, processes: int
+) -> int:
+    """Start a command's ranks, kill them; returns how many results they left.
+
+    Args:
+        folder: An empty one.
+        command: `generate` or `evaluate`.
+        options: Its arguments.
+        output: Where it would write.
+        processes: Number of ranks.
+    """
+    arguments = [command, *map(str, options), "--max-running-requests", "1"]
+    ranks = start_ranks(command_on_rank, processes, folder, processes, free_port(), arguments)
     while len(kept(output)) < 8:
-        assert process.poll() is None
+        assert all(process.is_alive() for _, process in ranks)
         time.sleep(0.01)
-    for pid in [*descendants(process.pid), process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    for _, process in ranks:
+        process.kill()
+    for receiver, process in ranks:
+        process.join()
+        receiver.close()
     assert not output.exists()
     return len({entry["index"] for entry in kept(output)})
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started: torchrun's have sessions."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [other for child in map(int, children) for other in (*descendants(child), child)]
+@pytest.fixture
+def meeting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder beside that of the outputs."""
+    return tmp_path_factory.mktemp("meeting")
 
 
-def test_generate_on_two_processes_goes_on_in_one(folder: Path, call: Call, tmp_path: Path) -> None:
+def test_generate_on_two_processes_goes_on_in_one(
+    folder: Path, meeting: Path, call: Call, tmp_path: Path
+) -> None:
     whole, output = tmp_path / "whole.jsonl", tmp_path / "output.jsonl"
     assert call(GENERATE, *arguments(folder, GENERATE, whole)).status == 0
-    left = kill_amid(GENERATE, arguments(folder, GENERATE, output), output, processes=2)
+    options = arguments(folder, GENERATE, output)
+    left = kill_amid(meeting, "generate", options, output, processes=2)
     assert 8 <= left < NUM_PROMPTS
     # What a kill may leave at the end of a file.
     file = min(Path(f"{output}.partial").glob("*.jsonl"))
     with file.open("a") as opened:
         opened.write('{"setting": "dynamic_0.9", "ind')
-    outcome = call(GENERATE, *arguments(folder, GENERATE, output))
+    outcome = call(GENERATE, *options)
     assert outcome.status == 0, outcome.stderr
     assert f"| {left} responses are there already" in outcome.stderr
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output.jsonl", "whole.jsonl"]
 
 
-def test_evaluate_in_one_process_goes_on_in_two(folder: Path, call: Call, tmp_path: Path) -> None:
+def test_evaluate_in_one_process_goes_on_in_two(
+    folder: Path, meeting: Path, call: Call, tmp_path: Path
+) -> None:
     whole, output = tmp_path / "whole.json", tmp_path / "output.json"
     settings = ("--settings", "dynamic:0.2,static:2")
     assert call(EVALUATE, *arguments(folder, EVALUATE, whole), *settings).status == 0
     options = [*arguments(folder, EVALUATE, output), *settings]
-    left = kill_amid(EVALUATE, options, output, processes=1)
+    left = kill_amid(meeting, "evaluate", options, output, processes=1)
     before = max(entry["seconds"] for entry in kept(output))
-    outcome = run_process(EVALUATE, *options, processes=2)
+    outcome = run_ranks(2, "evaluate", *options)
     assert outcome.status == 0, outcome.stderr
     assert f"dynamic_0.2 | {left} responses are there already" in outcome.stderr
     found, expected = (json.loads(file.read_text()) for file in (output, whole))

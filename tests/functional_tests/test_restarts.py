@@ -4,12 +4,14 @@ from pathlib import Path
 
 from tests.faults.jobs import Job, checkpoints, free_port, job_config, prepare, wait_gone
 from tests.faults.runs import check_same
+from tests.functional_tests.entry_points import run_ranks
 
 
 def test_a_job_that_is_killed_twice_ends_as_one_that_is_not(tmp_path: Path) -> None:
     prepare(tmp_path)
-    whole = Job(job_config(tmp_path, tmp_path / "whole"), tmp_path / "whole.log", restarts=0)
-    assert whole.wait() == 0, whole.output
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(job_config(tmp_path, tmp_path / "whole").to_yaml())
+    assert run_ranks(2, "train", "--config", whole).status == 0
 
     run, log, port = tmp_path / "run", tmp_path / "run.log", free_port()
     config = job_config(tmp_path, run)

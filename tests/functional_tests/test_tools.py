@@ -1,19 +1,14 @@
 """The tools that generate: against transformers, against each other, and under parallel layouts."""
 
-import io
 import json
-import os
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from megatron_dlm.commands import main
 from megatron_dlm.data.arithmetic import write_examples
-from tests.distributed_tests.spawn import run_distributed
 from tests.functional_tests.entry_points import (
     CONVERT,
     EVALUATE,
@@ -21,6 +16,7 @@ from tests.functional_tests.entry_points import (
     Call,
     lines,
     run_process,
+    run_ranks,
 )
 from tests.tiny import TOKENIZER, save_random_model, write_data
 
@@ -252,22 +248,6 @@ def test_exported_full_attention_generates_the_same_in_transformers(
     assert texts == [expected, expected]
 
 
-def _rank_of_two(rank: int, arguments: list[str]) -> tuple[int, str]:
-    """Status and standard output of a command on a rank, in the environment that torchrun gives."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    with redirect_stdout(io.StringIO()) as output:
-        status = main(arguments)
-    return status, output.getvalue()
-
-
-def on_two_ranks(*arguments: object) -> str:
-    """Run a command on two forked ranks; standard output of rank 0."""
-    results = run_distributed(_rank_of_two, 2, list(map(str, arguments)))
-    assert [status for status, _ in results] == [0, 0]
-    assert results[1][1] == ""
-    return str(results[0][1])
-
-
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
@@ -287,11 +267,11 @@ def test_layouts_generate_the_same(
     single = call(GENERATE, *arguments)
     assert len(single.stdout.splitlines()) == 7
     if layout:
-        assert on_two_ranks("generate", *arguments, *layout) == single.stdout
+        parallel = run_ranks(2, "generate", *arguments, *layout)
     else:
         parallel = run_process(GENERATE, *arguments, processes=2)
-        assert parallel.status == 0, parallel.stderr
-        assert parallel.stdout == single.stdout
+    assert parallel.status == 0, parallel.stderr
+    assert parallel.stdout == single.stdout
 
 
 def test_evaluation_on_two_processes(folder: Path, call: Call, tmp_path: Path) -> None:
@@ -301,7 +281,7 @@ def test_evaluation_on_two_processes(folder: Path, call: Call, tmp_path: Path) -
     )
     single, parallel = tmp_path / "single.json", tmp_path / "parallel.json"
     assert call(EVALUATE, *arguments, "--output", single).status == 0
-    on_two_ranks("evaluate", *arguments, "--output", parallel)
+    assert run_ranks(2, "evaluate", *arguments, "--output", parallel).status == 0
     expected, found = (json.loads(file.read_text()) for file in (single, parallel))
     for summary in (expected, found):
         del summary["seconds"]
