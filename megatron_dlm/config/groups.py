@@ -27,6 +27,7 @@ from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
 from megatron_dlm.rollout.decoding_options import StrategyOptions
 
 Schedule = Literal["constant", "linear", "cosine"]
+RecomputeModule = Literal["core_attn", "mlp", "moe", "layernorm"]
 TrainOn = Literal["last", "all"]
 MaskEmbeddingInit = Literal["keep", "mean"]
 LongPrompts = Literal["error", "drop", "truncate"]
@@ -69,7 +70,10 @@ class ModelConfig(CheckpointOptions):
     bf16: Annotated[bool, FIXED] = False
     """Compute in bfloat16 with float32 master weights; without it everything is float32."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: none, selective (core attention) or full (whole layers)."""
+    """Activation recomputation: none, selective (--recompute-modules) or full (whole layers)."""
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
+    """Parts of a layer that selective recomputation recomputes, by Megatron's names: core_attn, mlp
+    (of dense layers), moe (of layers with experts), layernorm (with Transformer Engine)."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """With full recomputation: uniform (chunks of --recompute-num-layers layers) or block (only
     the first --recompute-num-layers layers of a pipeline stage)."""
@@ -121,6 +125,9 @@ class ParallelConfig:
     """Shard optimizer state over the data-parallel processes."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel processes while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather the weights of an update from the data-parallel processes during the next update's
+    forward pass; needs --use-distributed-optimizer and --overlap-grad-reduce."""
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
     """How tokens reach their experts: alltoall, or flex (DeepEP, must be installed). Megatron's
     allgather needs equally long rows on all ranks, which packed trajectories are not."""

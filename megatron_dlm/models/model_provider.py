@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -63,6 +64,8 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
     recompute: dict[str, Any] = {}
     if model.recompute_granularity != "none":
         recompute["recompute_granularity"] = model.recompute_granularity
+    if model.recompute_granularity == "selective":
+        recompute["recompute_modules"] = list(model.recompute_modules)
     if model.recompute_granularity == "full":
         recompute["recompute_method"] = model.recompute_method
         recompute["recompute_num_layers"] = model.recompute_num_layers
@@ -97,7 +100,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=platform.is_cuda(),
-        apply_rope_fusion=False,
+        apply_rope_fusion=platform.is_cuda() and fused_apply_rotary_pos_emb is not None,
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

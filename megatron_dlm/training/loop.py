@@ -187,6 +187,8 @@ class _Training:
 
     def _collect(self, times: PhaseTimes) -> Collected:
         run, started = self._run, time.perf_counter()
+        if run.config.uses_rollouts:
+            run.student.gather_weights()
         run.offload.enter("rollout")
         is_new = not run.stored_batch
         try:
@@ -302,6 +304,7 @@ class _Training:
         run = self._run
         if not run.is_saved and run.progress.iteration:
             run.offload.enter("update")  # the optimizer is where it is saved from
+            run.student.gather_weights()
             divergence.check_weights(run)
             keeps_best = run.config.logging.keep_best_checkpoint
             if keeps_best and run.figure is None and run.validation is not None:
@@ -314,6 +317,7 @@ class _Training:
 
     def _measure(self, validation: Validation) -> float:
         """The validation loss of the student as it is now, which becomes the run's figure."""
+        self._run.student.gather_weights()
         loss = validation.loss(self._run.student.model)
         self._run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
         return loss

@@ -149,6 +149,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
         bf16=config.model.bf16,
         params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     return get_megatron_optimizer(
         optimizer_config,

@@ -33,6 +33,15 @@ class Student:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    def gather_weights(self) -> None:
+        """Make the weights whole on all ranks, before anything but the next update reads them.
+
+        With `--overlap-param-gather` an update leaves each rank with its own shard of the new
+        weights; the next forward in training gathers the rest. All ranks call this.
+        """
+        if self.ddp.use_forward_hook:
+            self.ddp.start_param_sync(force_sync=True)
+
 
 def build_student(model: DiffusionGPTModel, config: Config) -> Student:
     """Wrap a model, whose weights are loaded, for training.
@@ -46,6 +55,7 @@ def build_student(model: DiffusionGPTModel, config: Config) -> Student:
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_param_gather=config.parallel.overlap_param_gather,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         ),
         module=model,

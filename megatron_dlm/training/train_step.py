@@ -85,7 +85,7 @@ def train_step(
     device = platform.device()
 
     def forward_step(
-        data_iterator: Iterator[TrainingBatch], model: torch.nn.Module
+        data_iterator: Iterator[TrainingBatch], model: DistributedDataParallel
     ) -> tuple[Tensor, Any]:
         batch = batch_to(next(data_iterator), device)
         output = model(
@@ -96,10 +96,14 @@ def train_step(
 
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             hidden = full_hidden_states(output, config.sequence_parallel)
+            head = head_weight(model)
+            if model.use_forward_hook and head in model.param_to_bucket_group:
+                # No module has the head as its weight here, so none of Megatron's hooks waits.
+                model.param_to_bucket_group[head].finish_param_sync()
             loss_sum, _ = objective.loss(
                 LossInputs(
                     hidden=hidden[batch.supervised],
-                    head=head_weight(model),
+                    head=head,
                     labels=batch.labels,
                     weights=batch.weights,
                     tp_group=groups.tp,

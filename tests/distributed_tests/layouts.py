@@ -10,6 +10,7 @@ TP, PP, EP, ETP = (
 )
 SP = dict(sequence_parallel=True)
 DISTRIBUTED_OPTIMIZER = dict(use_distributed_optimizer=True)
+OVERLAP = dict(DISTRIBUTED_OPTIMIZER, overlap_grad_reduce=True, overlap_param_gather=True)
 RECOMPUTATION = dict(recompute_granularity="full")
 
 

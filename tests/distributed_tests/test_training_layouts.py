@@ -13,6 +13,7 @@ from tests.distributed_tests.layouts import (
     DISTRIBUTED_OPTIMIZER,
     EP,
     ETP,
+    OVERLAP,
     PP,
     RECOMPUTATION,
     SP,
@@ -66,6 +67,7 @@ GROUPS = [
 """By name and by number: tied embeddings are on two stages, layers and experts on any rank."""
 
 SHORT: dict[str, Any] = dict(rollout_batch_size=8, max_response_length=8)
+TWO_ROLLOUTS: dict[str, Any] = dict(SHORT, rollout_batch_size=4, num_rollouts=2)
 FIVE: dict[str, Any] = dict(SHORT, num_rollouts=None, num_epochs=1, prompts="five.jsonl")
 GIVEN: dict[str, Any] = dict(train_iters=2, num_rollouts=None, max_response_length=8)
 RUNS: dict[str, dict[str, Any]] = {
@@ -75,7 +77,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm_bigger_teacher": SHORT,
     "opdlm_smaller_teacher": SHORT,
     "opdlm_other_teacher": SHORT,
-    "opdlm_offloaded": dict(SHORT, offload_teacher=True, offload_optimizer=True),
+    "opdlm_offloaded": dict(TWO_ROLLOUTS, offload_teacher=True, offload_optimizer=True),
     "mixture": dict(SHORT, teacher_response_fraction=0.5, micro_batch_size=2),
     "short": dict(FIVE, micro_batch_size=2),
     "budget": dict(FIVE, max_tokens_per_micro_batch=150),
@@ -250,6 +252,12 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
     more = VARIANTS if layout.processes == 2 else FOUR_PROCESS_VARIANTS
     runs = (*OBJECTIVES, *(more if layout.variants else ()))
     _check_layout(folder, single, name, layout, runs)
+
+
+def test_overlap_trains_like_one_process(folder: Path, single: dict[str, Any]) -> None:
+    """Runs that read the weights between updates too: for rollouts, and for validation losses."""
+    layout = Layout(2, "dense", OVERLAP)
+    _check_layout(folder, single, "DP2 overlap", layout, ("opdlm", "opdlm_offloaded", "scp"))
 
 
 @pytest.mark.parametrize("name", SHARING_LAYOUTS)

@@ -113,6 +113,10 @@ def architecture(config: Config, model: ModelSizes) -> Refusals:
     if recompute.recompute_granularity == "full" and recompute.recompute_num_layers > stage:
         problem = f"is more than the {stage} layers of a pipeline stage"
         yield f"recompute_num_layers: {problem}; choose 1 to {stage}"
+    missing, other = ("moe", "mlp") if model.num_moe_experts is None else ("mlp", "moe")
+    if missing in recompute.recompute_modules:
+        problem = f"names {missing}, which no layer of the model has"
+        yield f"recompute_modules: {problem}; choose {other} instead"
     yield from positions(config, model)
     if distillation.divergence_top_k > vocab_size:
         problem = f"is more than the vocabulary of {vocab_size}"

@@ -137,6 +137,8 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     whole, name = config.model.recompute_granularity == "full", "recompute_granularity"
     names = "recompute_method recompute_num_layers"
     yield of(name, whole, names, "--recompute-granularity full")
+    parts = config.model.recompute_granularity == "selective"
+    yield of(name, parts, "recompute_modules", "--recompute-granularity selective")
     by_domain = template.max_response_length_by_domain or template.prompt_suffix_by_domain
     reason, remedy = "a run without options by domain", "add --max-response-length-by-domain"
     yield Use(bool(by_domain), "domain_field", reason, remedy)

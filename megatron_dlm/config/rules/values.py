@@ -79,11 +79,18 @@ def combinations(config: Config) -> Refusals:
             problem, remedy = f"is above the group's lr {lr:g}", f"choose 0 to {lr:g}"
             yield bad_value(f"{where}.min_lr", min_lr, problem, remedy)
     yield from sequence_parallel(config)
+    # Only sharded updates are gathered, in the buckets in which gradients are reduced.
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if config.parallel.overlap_param_gather and not value_of(config, name):
+            yield f"overlap_param_gather: needs {flag_of(name)}; add {flag_of(name)}"
     if model.attention_backend == "flex" and not _has_cuda(config.parallel.device):
         yield "attention_backend: cannot train on CPU; choose sdpa or auto, or use CUDA"
     if model.transformer_impl == "transformer_engine" and _is_missing("transformer_engine"):
         problem = "the package transformer_engine is not installed"
         yield f"transformer_impl: {problem}; install it (CUDA only) or choose local"
+    if "layernorm" in model.recompute_modules and _is_missing("transformer_engine"):
+        problem = "layernorm needs the package transformer_engine, which is not installed"
+        yield f"recompute_modules: {problem}; install it (CUDA only) or leave layernorm out"
     if config.parallel.moe_token_dispatcher_type == "flex" and _is_missing("deep_ep"):
         problem = "the package deep_ep is not installed"
         yield f"moe_token_dispatcher_type: {problem}; install DeepEP (CUDA only) or choose alltoall"

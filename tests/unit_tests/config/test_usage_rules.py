@@ -159,6 +159,9 @@ CASES = [
         ({**WITH_FOLDER, "keep_checkpoints": 3}, {**HELD_OUT, "save": "no_such_folder"}),
         ({**HELD_OUT, "save": "no_such_folder", "keep_checkpoints": 3},),
     ),
+    Case(
+        "recompute_modules", ["mlp"], (OPDLM,), ({**OPDLM, "recompute_granularity": "selective"},)
+    ),
     Case("async_save", False, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval", 5, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval_minutes", 5.0, (OPDLM,), (WITH_FOLDER,)),
