@@ -22,16 +22,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from megatron_dlm.models.attention_layout import (
+    DocumentBatch,
     Field,
     LayoutCache,
-    document_batch,
+    document_batches,
 )
 from megatron_dlm.models.block_mask import block_mask
 
 # FlexAttention works in tiles of this many tokens and is fastest when the row is a multiple of it.
 FLEX_TILE = 128
 
-_document_batches = LayoutCache(document_batch)
+_document_batches = LayoutCache(document_batches)
 
 
 @runtime_checkable
@@ -60,25 +61,28 @@ def sdpa_attention(
     Returns:
         Context [S, 1, n, d]; zero for padding tokens.
     """
-    batch = _document_batches(layout)
-    if batch.num_documents == 0:  # a row of padding only: the rank just takes part in collectives
+    row = _document_batches(layout)
+    if not row.batches:  # a row of padding only: the rank just takes part in collectives
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
 
-    def by_document(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [D, heads, L, d]
-        x = x[:, 0].index_select(0, batch.gather)
-        return x.view(batch.num_documents, batch.max_length, *x.shape[1:]).transpose(1, 2)
+    def attend(batch: DocumentBatch) -> Tensor:  # -> [D * L, n, d]
+        def by_document(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [D, heads, L, d]
+            x = x[:, 0].index_select(0, batch.gather)
+            return x.view(batch.num_documents, batch.max_length, *x.shape[1:]).transpose(1, 2)
 
-    context = F.scaled_dot_product_attention(
-        by_document(query),
-        by_document(key),
-        by_document(value),
-        attn_mask=batch.mask,
-        scale=softmax_scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    context = context.transpose(1, 2).flatten(0, 1).index_select(0, batch.scatter)
-    if batch.is_padding is not None:
-        context = context.masked_fill(batch.is_padding, 0.0)
+        context = F.scaled_dot_product_attention(
+            by_document(query),
+            by_document(key),
+            by_document(value),
+            attn_mask=batch.mask,
+            scale=softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.transpose(1, 2).flatten(0, 1)
+
+    context = torch.cat([attend(batch) for batch in row.batches]).index_select(0, row.scatter)
+    if row.is_padding is not None:
+        context = context.masked_fill(row.is_padding, 0.0)
     return context[:, None]
 
 

@@ -45,6 +45,9 @@ class Field:
     ANNEALING_THRESHOLD = 5
 
 
+SHORT = 128
+"""Tokens up to which a document is not worth a dense batch of its own size."""
+
 DRAW_UNIT = 2**24
 """Upper bound of a pair's draw (exclusive); as a threshold it makes every pair visible."""
 
@@ -133,12 +136,10 @@ def visible(query: Tensor | Sequence[Tensor], key: Tensor | Sequence[Tensor]) ->
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """A packed row seen as a padded batch of its documents, for dense attention kernels.
+    """Documents of a row, of similar lengths, seen as a padded batch.
 
     Attributes:
         gather: [D * L] int64, row index of each token of the padded batch (0 where padded).
-        scatter: [S] int64, index into D * L of each row token (0 for padding tokens).
-        is_padding: [S, 1, 1] bool for the row's padding tokens, or None if it has none.
         mask: [D, 1, L, L] bool, true where visible. Padded queries see themselves, so that no
             softmax is empty.
         num_documents: D.
@@ -146,44 +147,82 @@ class DocumentBatch:
     """
 
     gather: Tensor
-    scatter: Tensor
-    is_padding: Tensor | None
     mask: Tensor
     num_documents: int
     max_length: int
 
 
-def document_batch(layout: Tensor) -> DocumentBatch:
+@dataclass(frozen=True)
+class DocumentBatches:
+    """A packed row seen as padded batches of its documents, for dense attention kernels.
+
+    Attributes:
+        batches: Documents of a batch are longer than half the longest, or short; none in a row of
+            padding.
+        scatter: [S] int64, index into the batches laid end to end of each row token (0 for padding
+            tokens).
+        is_padding: [S, 1, 1] bool for the row's padding tokens, or None if it has none.
+    """
+
+    batches: Sequence[DocumentBatch]
+    scatter: Tensor
+    is_padding: Tensor | None
+
+
+def document_batches(layout: Tensor) -> DocumentBatches:
     """Regroup a row by document; documents must be contiguous and numbered 0, 1, ... in the row.
 
-    Attention costs D * L^2 instead of S^2; no pair of different documents is computed.
+    Attention costs less than four times the sum of squared lengths, instead of S^2; no pair of
+    different documents is computed.
     """
     device = layout.device
     document = layout[Field.DOCUMENT].long()
     real = document != PADDING_DOCUMENT
     lengths = torch.bincount(document[real])
-    num_documents, max_length = len(lengths), int(lengths.max()) if len(lengths) else 0
     starts = lengths.cumsum(0) - lengths
+    groups = _of_similar_length(lengths.tolist())
+    places, shapes, end = [0] * len(lengths), [], 0
+    for group, longest in groups:
+        for number in group:
+            places[number] = end
+            end += longest
+        shapes.append((len(group), longest))
+    place = torch.tensor(places, dtype=torch.long, device=device)
     offset = torch.arange(len(document), device=device)
     scatter = torch.zeros_like(document)
-    scatter[real] = document[real] * max_length + offset[real] - starts[document[real]]
-    gather = torch.zeros(num_documents * max_length, dtype=torch.long, device=device)
+    scatter[real] = place[document[real]] + offset[real] - starts[document[real]]
+    gather = torch.zeros(end, dtype=torch.long, device=device)
     gather[scatter[real]] = offset[real]
-    filled = torch.zeros(num_documents * max_length, dtype=torch.bool, device=device)
+    filled = torch.zeros(end, dtype=torch.bool, device=device)
     filled[scatter[real]] = True
     fields = layout[:, gather].clone()
     fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
-    fields = fields.view(len(layout), num_documents, max_length)
-    mask = visible(fields[:, :, :, None], fields[:, :, None, :])
-    mask |= torch.eye(max_length, dtype=torch.bool, device=device)
-    return DocumentBatch(
-        gather=gather,
+    batches, start = [], 0
+    for number, longest in shapes:
+        part = slice(start, start + number * longest)
+        own = fields[:, part].view(len(layout), number, longest)
+        mask = visible(own[:, :, :, None], own[:, :, None, :])
+        mask |= torch.eye(longest, dtype=torch.bool, device=device)
+        batches.append(DocumentBatch(gather[part], mask[:, None], number, longest))
+        start = part.stop
+    return DocumentBatches(
+        batches=batches,
         scatter=scatter,
         is_padding=None if bool(real.all()) else ~real[:, None, None],
-        mask=mask[:, None],
-        num_documents=num_documents,
-        max_length=max_length,
     )
+
+
+def _of_similar_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Documents grouped so that none is at most half as long as the longest; with that length.
+
+    Short ones stay together: another kernel would cost more than padding them.
+    """
+    groups: list[tuple[list[int], int]] = []
+    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or 2 * max(lengths[document], SHORT) <= groups[-1][1]:
+            groups.append(([], lengths[document]))
+        groups[-1][0].append(document)
+    return [(sorted(group), longest) for group, longest in groups if longest]
 
 
 T = TypeVar("T")

@@ -1,6 +1,7 @@
 """The visibility rule against its definition, and both backends against a dense softmax."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megatron_dlm.models.attention_layout import (
     DRAW_UNIT,
     LayoutCache,
     clean_layout,
+    document_batches,
     pad_layout,
     pair_draws,
 )
@@ -210,16 +212,24 @@ def test_flex_over_three_tiles_equals_a_dense_softmax(layout: torch.Tensor) -> N
         assert torch.allclose(actual.double(), expected, atol=1e-5), backend.__name__
 
 
-@given(layouts(), st.sampled_from([(2, 2), (4, 2), (4, 1)]))
-def test_sdpa_equals_a_dense_softmax(layout: torch.Tensor, heads: tuple[int, int]) -> None:
+@given(layouts(), st.sampled_from([(2, 2), (4, 2), (4, 1)]), st.sampled_from([1, 128]))
+def test_sdpa_equals_a_dense_softmax(
+    layout: torch.Tensor, heads: tuple[int, int], short: int
+) -> None:
     torch.manual_seed(layout.shape[1])
     num_heads, num_groups = heads
     length, head_size = layout.shape[1], 8
     query = torch.randn(length, 1, num_heads, head_size)
     key, value = torch.randn(2, length, 1, num_groups, head_size).unbind(0)
     expected = dense_attention(query.double(), key.double(), value.double(), layout, 0.3)
-    actual = sdpa_attention(query, key, value, layout, 0.3)
+    with mock.patch.object(attention_layout, "SHORT", short):
+        actual = sdpa_attention(query, key, value, layout, 0.3)
+        batches = document_batches(layout).batches
     assert torch.allclose(actual.double(), expected, atol=1e-5)
+    lengths = layout[0][layout[0] >= 0].bincount()
+    assert sum(batch.num_documents for batch in batches) == len(lengths)
+    padded = sum(batch.num_documents * batch.max_length**2 for batch in batches)
+    assert short > 1 or padded < 4 * int(lengths.square().sum())
 
 
 @given(layouts())
