@@ -226,36 +226,46 @@ def _soaked(
     usages: dict[int, _Usage],
 ) -> None:
     """Start a run, and again until it has finished; hit it at random moments before `end`."""
-    next_hit = time.monotonic() + rng.uniform(20.0, 120.0)
+    lines = Path(config.logging.save or "") / "metrics.jsonl"
+
+    def updates() -> int:
+        return lines.read_bytes().count(b"\n") if lines.exists() else 0
+
     for _ in range(MOST_STARTS):
         job = Job(config, log, restarts=3)
+        # Some hits are during the start, the others some updates after the last one.
+        is_early = rng.random() < 0.2
+        moment = time.monotonic() + rng.uniform(0.0, 20.0)
+        after = updates() + (0 if is_early else rng.randint(1, 200))
         while job.process.poll() is None:
             for process in job.ranks().values():
                 _measure(process, usages.setdefault(process, _Usage()))
-            if end > time.monotonic() > next_hit:
+            done = updates()
+            if end > time.monotonic() > moment and done >= after:
                 number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
                 promise.times += job.hit(rng.choice(TARGETS), number)
-                next_hit = time.monotonic() + rng.uniform(20.0, 120.0)
+                moment, after = time.monotonic() + 5.0, done + rng.randint(1, 200)
             time.sleep(1.0)
         if job.wait(600) == 0:
             return
-    raise AssertionError(f"{config.save}: not finished after {MOST_STARTS} starts")
+    raise AssertionError(f"{lines.parent}: not finished after {MOST_STARTS} starts")
 
 
 def soak(folder: Path, hours: float, rng: random.Random) -> Promise:
     """Hit one long run after the other for so many hours; watch memory and handles of ranks."""
     promise, started = Promise("soak"), time.monotonic()
-    probe = job_config(folder, folder / "probe", updates=200, save_interval=50)
+    probe = job_config(folder, folder / "probe", updates=100, save_interval=20)
     assert Job(probe, folder / "probe.log", restarts=0).wait(3600) == 0
-    per_update = (time.monotonic() - started) / 200
-    updates = max(400, int(3600 * hours / 4 / per_update))
+    per_update = (time.monotonic() - started) / 100
+    updates = max(400, int(3600 * hours / 6 / per_update))
     whole, log = folder / "soak_whole", folder / "soak.log"
-    reference = Job(job_config(folder, whole, updates, 50), folder / "soak_whole.log", restarts=0)
+    reference = Job(job_config(folder, whole, updates, 20), folder / "soak_whole.log", restarts=0)
     begun, usages = time.monotonic(), dict[int, _Usage]()
-    end, finished = begun + 3600 * hours, []
+    end = begun + 3600 * hours
+    finished: list[Path] = []
     while time.monotonic() < end:
         run = folder / f"soak_{len(finished)}"
-        _soaked(promise, job_config(folder, run, updates, 50), log, rng, end, usages)
+        _soaked(promise, job_config(folder, run, updates, 20), log, rng, end, usages)
         finished.append(run)
         minutes = (time.monotonic() - begun) / 60
         print(f"{run.name}: {promise.times} hits, {minutes:.0f} minutes", flush=True)
