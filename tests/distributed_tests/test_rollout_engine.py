@@ -82,7 +82,7 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
                 trajectory.tail_ids.tolist(),
                 trajectory.finish_reason,
             )
-            for trajectory in engine.generate(prompts, 13)
+            for trajectory in engine.generate(prompts, 9)
         ]
     return results
 

@@ -84,6 +84,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     options: dict[str, Any] = dict(lora_rank=3, use_distributed_optimizer=True)
     if not adapters:
         options = dict(teacher_load=str(model))
+    options["max_response_length"] = 8
     expected = _run(folder, model, tmp_path / "whole", **options)
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
