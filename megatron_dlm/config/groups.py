@@ -129,8 +129,8 @@ class ParallelConfig:
     """Gather the weights of an update from the data-parallel processes during the next update's
     forward pass; needs --use-distributed-optimizer and --overlap-grad-reduce."""
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
-    """How tokens reach their experts: alltoall, or flex (DeepEP, must be installed). Megatron's
-    allgather needs equally long rows on all ranks, which packed trajectories are not."""
+    """How tokens reach experts on other processes: alltoall (short rows without gradients, such as
+    a step of decoding, are gathered instead), or flex (DeepEP, must be installed)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
     distributed_timeout_minutes: Annotated[int, AT_LEAST_ONE] = 10

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import Field, Pattern, clean_layout, pad_layout
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.token_dispatch import can_gather, rows_of_equal_length
+from megatron_dlm.parallel import ParallelGroups
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,31 @@ def row_multiple(model: torch.nn.Module) -> int:
     return math.lcm(sequence_parallel_multiple(model), bare.attention_tile)
 
 
+def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+    """Rows as long as parallelism needs them, and whether they are as long on all ranks.
+
+    Experts that are shared by ranks get short rows without any word to the host if these are
+    equally long. Ranks agree on the lengths once for all layers.
+    """
+    config = get_model_config(model)
+    decoding, whole = sequence_parallel_multiple(model), row_multiple(model)
+    padded = [
+        pad_row(row, whole if isinstance(row.attention, Tensor) else decoding) for row in rows
+    ]
+    if config.num_moe_experts is None:
+        return padded, False
+    lockstep = ParallelGroups.from_parallel_state().lockstep
+    if lockstep is None:
+        return padded, False
+    longest = torch.tensor([len(row.token_ids) for row in padded], device=platform.device())
+    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=lockstep)
+    lengths = longest.tolist()
+    ranks = parallel_state.get_expert_tensor_and_model_parallel_world_size()
+    if not can_gather(max(lengths) // decoding, ranks, config.moe_router_topk):
+        return padded, False
+    return [pad_row(row, length) for row, length in zip(padded, lengths, strict=True)], True
+
+
 @torch.no_grad()
 def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] | None:
     """Final hidden states of packed rows, by Megatron's forward-only schedule.
@@ -102,11 +130,8 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         padding; on other stages None.
     """
     config = get_model_config(model)
-    decoding, whole = sequence_parallel_multiple(model), row_multiple(model)
     device = platform.device()
-    padded = [
-        pad_row(row, whole if isinstance(row.attention, Tensor) else decoding) for row in rows
-    ]
+    padded, equally_long = _padded(model, rows)
 
     def forward_step(data_iterator: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, Any]:
         row = next(data_iterator)
@@ -120,20 +145,22 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         )
         return hidden, lambda output, non_loss_data=True: output
 
-    if config.pipeline_model_parallel_size == 1 and len(padded) == 1:
-        # The schedule of one stage and one row, without its bookkeeping: decoding calls this often.
-        outputs = [forward_step(iter(padded), model)[0]]
-    else:
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(padded),
-            model=[model],
-            num_microbatches=len(padded),
-            seq_length=len(padded[0].token_ids),
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+    with rows_of_equal_length() if equally_long else nullcontext():
+        if config.pipeline_model_parallel_size == 1 and len(padded) == 1:
+            # The schedule of one stage and one row, without its bookkeeping: decoding calls this
+            # often.
+            outputs = [forward_step(iter(padded), model)[0]]
+        else:
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(padded),
+                model=[model],
+                num_microbatches=len(padded),
+                seq_length=len(padded[0].token_ids),
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
     if not parallel_state.is_pipeline_last_stage():
         return None
     if config.sequence_parallel:

@@ -11,9 +11,10 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_dlm.models.attention_layout import Field
+from megatron_dlm.models.experts import ExpertLinear
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LowRankAdapter
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.models.model_parameters import ADAPTER_PARAMETER, global_name
+from megatron_dlm.models.model_parameters import ADAPTER_PARAMETER, global_name, parts_by_expert
 from megatron_dlm.seeding import keyed_generator
 
 
@@ -23,6 +24,17 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
     for name, module in part.named_modules():
         if isinstance(module, LowRankAdapter):
             yield global_name(part, name), module
+
+
+def _adapters(
+    model: torch.nn.Module,
+) -> Iterator[tuple[LowRankAdapter, list[str]]]:
+    """Layers that can have an adapter, with the names of what it adapts: one, or one an expert."""
+    part = cast(DiffusionGPTModel, unwrap_model(model))
+    for name, module in part.named_modules():
+        if isinstance(module, LowRankAdapter):
+            weights = parts_by_expert(part, name, module.weight)
+            yield module, [whole_name for whole_name, _ in weights]
 
 
 def can_have_adapters(model: torch.nn.Module) -> bool:
@@ -35,7 +47,7 @@ def attach_adapters(
 ) -> None:
     """Attach an adapter to every layer of the named kinds; the model's output stays as it is.
 
-    A is uniform in +-1 / sqrt(inputs), keyed by seed and layer so that it does not depend on the
+    A is uniform in +-1 / sqrt(inputs), keyed by seed, layer and expert, so that it depends on no
     parallel layout; B is zero.
 
     Args:
@@ -45,10 +57,13 @@ def attach_adapters(
         target_modules: Last names of the layers, such as linear_qkv.
         seed: Seed of A.
     """
-    for name, layer in _layers(model):
-        if name.rpartition(".")[2] in target_modules:
+    for layer, names in _adapters(model):
+        if names[0].rpartition(".")[2] in target_modules:
             size = layer.in_features_total
-            uniform = torch.rand(rank, size, generator=keyed_generator(seed, name))
+            draws = [
+                torch.rand(rank, size, generator=keyed_generator(seed, name)) for name in names
+            ]
+            uniform = torch.stack(draws) if isinstance(layer, ExpertLinear) else draws[0]
             layer.attach_adapter((2.0 * uniform - 1.0) / size**0.5, alpha)
 
 
@@ -152,11 +167,15 @@ class LocalAdapterPart:
 
 def local_adapters(model: torch.nn.Module) -> Iterator[LocalAdapterPart]:
     """The parts of all adapters that this rank holds."""
-    for name, layer in _layers(model):
+    for layer, names in _adapters(model):
         if layer.lora_a is None or layer.lora_b is None:
             continue
-        # An expert with an adapter lies on one process.
-        split = (0, 1) if layer.is_expert else (layer.tp_group.rank(), layer.tp_group.size())
+        if isinstance(layer, ExpertLinear):  # an expert with an adapter lies on one process
+            for name, lora_a, lora_b in zip(names, layer.lora_a, layer.lora_b, strict=True):
+                yield LocalAdapterPart(f"{name}.lora_a", lora_a, 0, 1)
+                yield LocalAdapterPart(f"{name}.lora_b", lora_b, 0, 1)
+            continue
+        split, name = (layer.tp_group.rank(), layer.tp_group.size()), names[0]
         is_column = isinstance(layer, LoRAColumnParallelLinear)
         yield LocalAdapterPart(f"{name}.lora_a", layer.lora_a, *((0, 1) if is_column else split))
         yield LocalAdapterPart(f"{name}.lora_b", layer.lora_b, *(split if is_column else (0, 1)))

@@ -38,7 +38,8 @@ class LowRankAdapter(ABC):
     """Common part of both kinds of layer: the adapter's parameters and operations on them.
 
     Attributes:
-        lora_a: This rank's part of A [r, in], or None without adapter.
+        lora_a: This rank's part of A [r, in], or None without adapter. Layers of experts have all
+            matrices with one axis more, the first, for the experts of this rank.
         lora_b: This rank's part of B [out, r], or None without adapter.
         lora_scale: alpha / r.
         adapter_enabled: Whether the forward pass adds the adapter's output.
@@ -58,8 +59,6 @@ class LowRankAdapter(ABC):
     dropout_salt: int
     token_keys: Tensor | None
     training: bool
-    is_expert: bool
-    expert_parallel: bool
 
     @property
     def in_features_total(self) -> int:
@@ -93,27 +92,27 @@ class LowRankAdapter(ABC):
         """Add an adapter that changes nothing yet: B is zero.
 
         Args:
-            lora_a: The whole A [r, in], the same on every rank.
+            lora_a: The whole A [r, in], the same on every rank that has the layer.
             alpha: Numerator of the scale.
         """
-        rank, weight = lora_a.shape[0], self.weight
+        rank, weight = lora_a.shape[-2], self.weight
         self.lora_a = Parameter(self.local_columns(lora_a).to(weight).contiguous())
-        self.lora_b = Parameter(weight.new_zeros(weight.shape[0], rank))
+        self.lora_b = Parameter(weight.new_zeros(*weight.shape[:-1], rank))
         self.lora_scale = alpha / rank
         self.adapter_enabled = True
-        for parameter in (self.lora_a, self.lora_b):
-            parameter.allreduce = not (self.is_expert and self.expert_parallel)  # type: ignore[attr-defined]
-        if self.is_expert:
-            # An expert is whole on one process (`check_expert_adapters`) and on no other. For
-            # Megatron both parts count as shards: no gradient of another rank is added.
-            for parameter in (self.lora_a, self.lora_b):
-                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-        else:
-            self._mark_shards(self.lora_a, self.lora_b)
+        self._mark_shards(self.lora_a, self.lora_b)
 
     @abstractmethod
     def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
         """Mark for Megatron which of the two is split and which needs its gradient summed."""
+
+    def _without_adapter(self) -> None:
+        self.lora_a = self.lora_b = None
+        self.lora_scale = 0.0
+        self.adapter_enabled = False
+        self.lora_dropout = 0.0
+        self.dropout_salt = 0
+        self.token_keys = None
 
     @torch.no_grad()
     def merge_adapter(self) -> None:
@@ -128,16 +127,6 @@ class LowRankAdapter(ABC):
         """Take the adapter away; the weight stays as it is."""
         self.lora_a = self.lora_b = None
         self.adapter_enabled = False
-
-
-def _without_adapter(layer: torch.nn.Module) -> None:
-    layer.register_parameter("lora_a", None)
-    layer.register_parameter("lora_b", None)
-    layer.lora_scale = 0.0  # type: ignore[assignment]
-    layer.adapter_enabled = False  # type: ignore[assignment]
-    layer.lora_dropout = 0.0  # type: ignore[assignment]
-    layer.dropout_salt = 0  # type: ignore[assignment]
-    layer.token_keys = None  # type: ignore[assignment]
 
 
 def _sharded_state(
@@ -165,7 +154,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
     def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, stride=stride, **kwargs)
         self._is_gate_and_up = stride == 2  # as Megatron marks the two halves of SwiGLU
-        _without_adapter(self)
+        self._without_adapter()
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """See `LowRankAdapter`."""
@@ -214,7 +203,7 @@ class LoRARowParallelLinear(RowParallelLinear, LowRankAdapter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _without_adapter(self)
+        self._without_adapter()
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """See `LowRankAdapter`."""

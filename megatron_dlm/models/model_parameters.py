@@ -16,7 +16,9 @@ from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.parameter_layout import Replicated
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
-_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+_OF_EXPERTS = re.compile(r"(?<=\.mlp\.experts\.)(linear_fc[12](?:\.weight|\.lora_[ab])?)(\d*)$")
+"""Layers of a rank's experts and their parameters: stacked, or Transformer Engine's with a number
+for each expert of the rank."""
 ADAPTER_PARAMETER = re.compile(r"\.lora_[ab]$")
 """Names of adapters' parameters end in this."""
 TIED_EMBEDDING = "embedding.word_embeddings.weight"
@@ -55,7 +57,7 @@ class LocalParameter:
     """A parameter of this rank.
 
     Attributes:
-        parameter: Its values, this rank's shard.
+        parameter: Its values, this rank's shard; of a rank's experts, a view of one expert's.
         mapping: Its tensors in the Hugging Face checkpoint.
         shard: Number of the shard.
         num_shards: Shards of the whole parameter; 1 if it is replicated.
@@ -95,18 +97,20 @@ def local_parameters(
     for name, parameter in part.named_parameters():
         if except_adapters and ADAPTER_PARAMETER.search(name):
             continue
-        mapping = by_name[global_name(part, name)]
-        rank, size = ranks.expert if _EXPERT.search(name) else ranks.dense
-        if isinstance(mapping.layout, Replicated):
-            rank, size = 0, 1
-        yield LocalParameter(parameter, mapping, shard=rank, num_shards=size)
+        for whole_name, values in parts_by_expert(part, name, parameter):
+            mapping = by_name[whole_name]
+            rank, size = ranks.expert if mapping.is_of_expert else ranks.dense
+            if isinstance(mapping.layout, Replicated):
+                rank, size = 0, 1
+            yield LocalParameter(values, mapping, shard=rank, num_shards=size)
 
 
 def global_names(model: torch.nn.Module) -> dict[Tensor, str]:
     """The parameters of this rank's part of a model, with their names in the whole model.
 
-    The names do not depend on the parallel layout: layers and experts have their index in the whole
-    model, and the last pipeline stage's copy of tied embeddings has the name of the first one's.
+    The names do not depend on the parallel layout: layers have their index in the whole model, the
+    experts of a layer have one name together, and the last pipeline stage's copy of tied embeddings
+    has the name of the first one's.
 
     Args:
         model: A `DiffusionGPTModel`, possibly wrapped for training.
@@ -121,10 +125,36 @@ def global_names(model: torch.nn.Module) -> dict[Tensor, str]:
 
 
 def global_name(model: DiffusionGPTModel, name: str) -> str:
-    """Turn this rank's layer and expert numbers into those of the whole model."""
+    """Turn this rank's layer number into that of the whole model; leave experts' numbers out."""
     found = _LAYER.search(name)
     if found is None:
         return name
     layer = model.decoder.layers[int(found[0])]
     name = _LAYER.sub(str(layer.layer_number - 1), name)
-    return _EXPERT.sub(lambda m: str(layer.mlp.local_expert_indices[int(m[0])]), name)
+    return _OF_EXPERTS.sub(r"\1", name)
+
+
+def parts_by_expert(
+    model: DiffusionGPTModel, name: str, values: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Split what a rank's experts hold together; anything else is one part.
+
+    Args:
+        model: This rank's part of the model.
+        name: A layer's or parameter's name in it.
+        values: With the experts along the first axis, where it is stacked.
+
+    Returns:
+        Views of the values, by names with the numbers that layers and experts have in the whole
+        model.
+    """
+    whole_name, found = global_name(model, name), _OF_EXPERTS.search(name)
+    if found is None:
+        yield whole_name, values
+        return
+    layer = _LAYER.search(name)
+    assert layer is not None
+    experts = model.decoder.layers[int(layer[0])].mlp.local_expert_indices
+    parts = [(experts[int(found[2])], values)] if found[2] else zip(experts, values, strict=True)
+    for expert, part in parts:
+        yield _OF_EXPERTS.sub(rf"local_experts.{expert}.\1", whole_name), part

@@ -24,9 +24,9 @@ from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import FLEX_TILE, DiffusionAttention
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.moe_layer import GroupedMoELayer
 from megatron_dlm.models.rms_norm import RMSNorm
 from megatron_dlm.models.rotary import attention_factor, scaled_frequencies
-from megatron_dlm.models.router import TorchTopKRouter
 
 # The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
 # when the tensor-parallel size changes.
@@ -59,7 +59,10 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             # a dense model (a teacher beside a student with experts) has no expert parallelism
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-            moe_enable_deepep=parallel.moe_token_dispatcher_type == "flex",
+            moe_flex_dispatcher_backend="deepep",
+            # Transformer Engine's kernels; `GroupedMoELayer` has its own.
+            moe_grouped_gemm=model.transformer_impl == "transformer_engine",
+            moe_permute_fusion=model.transformer_impl == "transformer_engine",
         )
     recompute: dict[str, Any] = {}
     if model.recompute_granularity != "none":
@@ -129,7 +132,7 @@ def _layer_spec(
     if transformer_impl == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
-            moe_grouped_gemm=False,
+            moe_grouped_gemm=True,
             qk_layernorm=config.qk_layernorm,
         )
         from megatron.core.extensions.transformer_engine import TENorm
@@ -148,11 +151,11 @@ def _layer_spec(
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-        if config.num_moe_experts is not None:
-            layer.submodules.mlp.submodules.router = TorchTopKRouter
         _make_adaptable(layer.submodules.self_attention.submodules)
-        mlp = layer.submodules.mlp.submodules
-        _make_adaptable(mlp.experts.submodules if config.num_moe_experts is not None else mlp)
+        if config.num_moe_experts is None:
+            _make_adaptable(layer.submodules.mlp.submodules)
+        else:
+            layer.submodules.mlp = GroupedMoELayer
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=DiffusionAttention, params={"backend": attention_backend}
     )

@@ -85,13 +85,15 @@ def _merged_by_hand(model: DiffusionGPTModel, source: Path, target: Path) -> tor
         elif rest == "self_attention.linear_proj":
             tensors[f"{prefix}self_attn.o_proj.weight"] += product
         else:
-            mlp = rest.rpartition(".")[0].replace("experts.local_experts", "experts")
-            if rest.endswith("linear_fc1"):
-                gate, up = product.chunk(2)
-                tensors[f"{prefix}{mlp}.gate_proj.weight"] += gate
-                tensors[f"{prefix}{mlp}.up_proj.weight"] += up
-            else:
-                tensors[f"{prefix}{mlp}.down_proj.weight"] += product
+            of_experts = ".experts." in rest
+            for expert, part in enumerate(product if of_experts else product[None]):
+                mlp = f"{prefix}mlp.experts.{expert}" if of_experts else f"{prefix}mlp"
+                if rest.endswith("linear_fc1"):
+                    gate, up = part.chunk(2)
+                    tensors[f"{mlp}.gate_proj.weight"] += gate
+                    tensors[f"{mlp}.up_proj.weight"] += up
+                else:
+                    tensors[f"{mlp}.down_proj.weight"] += part
     target.mkdir()
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
