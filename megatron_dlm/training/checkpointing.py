@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.hf_checkpoint import is_finite
@@ -145,9 +147,15 @@ def _check_shapes(state: dict[str, Any], checkpoint: Path, field: str) -> None:
         saved = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     except UNREADABLE as error:
         raise _damaged(checkpoint, field) from error
-    for name, tensor in state["model"].items():
-        if not isinstance(tensor, dist_checkpointing.ShardedTensor):
-            continue
+    tensors = (
+        (name, tensor)
+        for name, value in state["model"].items()
+        for tensor in nested_values(
+            value.build() if isinstance(value, ShardedTensorFactory) else [value]
+        )
+        if isinstance(tensor, dist_checkpointing.ShardedTensor)
+    )
+    for name, tensor in tensors:
         key = tensor.key
         if key not in saved:
             raise bad_value(
