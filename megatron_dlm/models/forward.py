@@ -100,15 +100,17 @@ def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], boo
     padded = [
         pad_row(row, whole if isinstance(row.attention, Tensor) else decoding) for row in rows
     ]
-    if config.num_moe_experts is None:
-        return padded, False
-    lockstep = ParallelGroups.from_parallel_state().lockstep
-    if lockstep is None:
-        return padded, False
-    longest = torch.tensor([len(row.token_ids) for row in padded], device=platform.device())
-    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=lockstep)
-    lengths = longest.tolist()
     ranks = parallel_state.get_expert_tensor_and_model_parallel_world_size()
+    if config.num_moe_experts is None or ranks == 1:
+        return padded, False
+    lengths = [len(row.token_ids) for row in padded]
+    lockstep = ParallelGroups.from_parallel_state().lockstep
+    if lockstep is not None:
+        longest = torch.tensor(lengths, device=platform.device())
+        torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=lockstep)
+        lengths = longest.tolist()
+    elif parallel_state.get_tensor_model_parallel_world_size() % ranks:
+        return padded, False  # a rank shares parts of experts with others than those of its rows
     if not can_gather(max(lengths) // decoding, ranks, config.moe_router_topk):
         return padded, False
     return [pad_row(row, length) for row, length in zip(padded, lengths, strict=True)], True

@@ -104,10 +104,10 @@ def test_two_runs_have_the_same_gradients_bit_for_bit(alone: None) -> None:
 
 
 @contextmanager
-def _one_of(world_size: int, **parallel: int) -> Iterator[None]:
+def _one_of(world_size: int, rank: int = 0, **parallel: int) -> Iterator[None]:
     """One rank of a world whose collectives do nothing."""
     platform.select("cpu")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     parallel_state.initialize_model_parallel(**parallel, create_gloo_process_groups=False)
     try:
         yield
@@ -194,6 +194,39 @@ def test_megatrons_sequential_experts_and_ours_read_each_others_checkpoints(
         for name in ("linear_fc1", "linear_fc2"):
             stacked = torch.stack([getattr(expert, name).weight for expert in experts])
             assert torch.equal(getattr(layers["grouped"].experts, name).weight, stacked)
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
+def test_every_layout_stores_the_same_tensors(ep: int, etp: int) -> None:
+    """[experts, gate and up, h] and [experts, h, inner], each element by one rank."""
+    whole = {"linear_fc1": torch.randn(4, 2 * INNER, H), "linear_fc2": torch.randn(4, H, INNER)}
+    stored = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
+    parallel = dict(expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+    for rank in range(ep * etp):
+        with _one_of(ep * etp, rank, **parallel):
+            layer = GroupedMoELayer(_config(4, 2, parallel))
+            part = parallel_state.get_expert_tensor_parallel_rank()
+            for name, tensor in whole.items():
+                weight = getattr(layer.experts, name).weight
+                own = tensor[layer.local_expert_indices]
+                if name == "linear_fc1":
+                    halves = [half.chunk(etp, dim=1)[part] for half in own.chunk(2, dim=1)]
+                    weight.data.copy_(torch.cat(halves, dim=1))
+                else:
+                    weight.data.copy_(own.chunk(etp, dim=2)[part])
+            for key, factory in layer.experts.sharded_state_dict("", ()).items():
+                name = key.removesuffix(".weight")
+                for shard in factory.build():
+                    assert shard.key == f"experts.{name}.weight"
+                    assert shard.global_shape == tuple(whole[name].shape)
+                    start, size = shard.global_offset, (1, *shard.local_shape)
+                    box = tuple(slice(a, a + b) for a, b in zip(start, size, strict=True))
+                    assert stored[name][box].isnan().all()
+                    stored[name][box] = shard.data
+                built = [shard.data for shard in factory.build()]
+                assert torch.equal(factory.merge_fn(built), factory.data)
+    for name, tensor in whole.items():
+        assert torch.equal(stored[name], tensor)
 
 
 def test_initial_weights_are_those_that_one_expert_after_the_other_draws(alone: None) -> None:
