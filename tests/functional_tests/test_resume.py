@@ -22,7 +22,7 @@ from tests.tiny import (
 )
 
 COMMON = dict(lr_warmup_iters=2, log_interval=1)
-ROLLOUTS = dict(COMMON, num_rollouts=3, rollout_batch_size=8)
+ROLLOUTS = dict(COMMON, num_rollouts=3, rollout_batch_size=8, max_response_length=8)
 GIVEN = dict(COMMON, train_iters=6)
 EPOCH = {**ROLLOUTS, "num_rollouts": None, "num_epochs": 1, "prompts": "21.jsonl"}
 """Rollouts of 8, 8 and 5 prompts, updates of 4, 4, 4, 4, 4 and 1."""
