@@ -31,7 +31,12 @@ from tests.tiny import (
 )
 
 ROLLOUTS = dict(
-    num_rollouts=2, rollout_batch_size=8, epochs_per_rollout=2, lr_warmup_iters=2, log_interval=1
+    num_rollouts=2,
+    rollout_batch_size=8,
+    max_response_length=8,
+    epochs_per_rollout=2,
+    lr_warmup_iters=2,
+    log_interval=1,
 )
 """Two rollouts, each of which serves four updates."""
 
