@@ -172,7 +172,7 @@ def on_all_ranks(holds: bool) -> bool:
     """Whether something holds on all ranks; all call this."""
     flag = torch.tensor([int(holds)], device=platform.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag.item())
+    return bool(platform.to_host(flag).item())
 
 
 def on_rank_zero(own: list[T]) -> list[T]:

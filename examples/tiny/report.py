@@ -5,6 +5,7 @@ python examples/tiny/report.py runs/quickstart --wall-seconds 480
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,15 @@ def summarize(run: Path, wall_seconds: int) -> dict[str, Any]:
         "flops_total": metrics[-1]["flops_total"],
         "optimizer_steps": metrics[-1]["step"],
         "wall_seconds": wall_seconds,
+        "throughput": typical_throughput(metrics),
     }
+
+
+def typical_throughput(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the updates (of a rollout: over rollouts) of the figures that were measured."""
+    lines = [line["throughput"] for line in metrics]
+    measured = {name: [line[name] for line in lines if line[name] is not None] for name in lines[0]}
+    return {name: statistics.median(values) for name, values in measured.items() if values}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -72,6 +81,17 @@ def print_table(summary: dict[str, Any]) -> None:
         f"{summary['response_tokens_total']:,} response tokens, "
         f"{summary['flops_total']:.2g} training FLOPs (OPDLM, eq. 7), "
         f"{summary['optimizer_steps']:,} optimizer steps, {summary['wall_seconds']} s in all"
+    )
+    speed = summary["throughput"]
+    console.print(
+        f"rollout {speed['rollout_tokens_per_second']:,.0f} tok/s, "
+        f"student {1000 * speed['student_tflops']:.2f} GFLOP/s"
+        + (
+            f" ({speed['mfu']:.1%} MFU), rollout floor {speed['rollout_floor_share']:.1%} of it"
+            if "mfu" in speed
+            else ""
+        )
+        + f", peak memory {speed['peak_memory_gb']:.2f} GB, padding {speed['padding_share']:.0%}"
     )
 
 

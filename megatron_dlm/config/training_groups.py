@@ -146,6 +146,9 @@ class LoggingConfig:
     async_save: bool = True
     """Train on while a checkpoint is written, from a copy in the host's memory; off, training waits
     and there is no copy."""
+    measure_machine: bool = True
+    """Measure the rate of matrix products and the memory bandwidth of a device when a run starts (a
+    fraction of a second): what `mfu` and `rollout_floor_share` are shares of."""
     log_interval: Annotated[int, AT_LEAST_ONE] = 1
     """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
     tensorboard: bool = True

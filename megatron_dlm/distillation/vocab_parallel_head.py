@@ -127,10 +127,12 @@ def tokens_of_chunk(head: Tensor, tp_group: dist.ProcessGroup | None) -> int:
     free = platform.free_memory()
     if free is None:
         return _whole_tiles(CHUNK_BYTES // bytes_of_token)
-    tokens = torch.tensor(min(CHUNK_BYTES, free // 4) // bytes_of_token, device=head.device)
+    tokens = min(CHUNK_BYTES, free // 4) // bytes_of_token
     if tp_group is not None:
-        dist.all_reduce(tokens, op=dist.ReduceOp.MIN, group=tp_group)
-    return _whole_tiles(int(tokens))
+        least = torch.tensor(tokens, device=head.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=tp_group)
+        tokens = int(platform.to_host(least))
+    return _whole_tiles(tokens)
 
 
 def _whole_tiles(tokens: int) -> int:

@@ -28,6 +28,8 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_dlm import platform
+
 Pattern = Literal["block_causal", "causal", "full"]
 CLEAN = 0
 PADDING_DOCUMENT = -1
@@ -176,6 +178,8 @@ def document_batches(layout: Tensor) -> DocumentBatches:
     different documents is computed.
     """
     device = layout.device
+    # On the host, which needs two of the numbers: one wait for the device, not one for each step.
+    layout = platform.to_host(layout)
     document = layout[Field.DOCUMENT].long()
     real = document != PADDING_DOCUMENT
     lengths = torch.bincount(document[real])
@@ -187,16 +191,18 @@ def document_batches(layout: Tensor) -> DocumentBatches:
             places[number] = end
             end += longest
         shapes.append((len(group), longest))
-    place = torch.tensor(places, dtype=torch.long, device=device)
-    offset = torch.arange(len(document), device=device)
+    place = torch.tensor(places, dtype=torch.long)
+    offset = torch.arange(len(document))
     scatter = torch.zeros_like(document)
     scatter[real] = place[document[real]] + offset[real] - starts[document[real]]
-    gather = torch.zeros(end, dtype=torch.long, device=device)
+    gather = torch.zeros(end, dtype=torch.long)
     gather[scatter[real]] = offset[real]
-    filled = torch.zeros(end, dtype=torch.bool, device=device)
+    filled = torch.zeros(end, dtype=torch.bool)
     filled[scatter[real]] = True
     fields = layout[:, gather].clone()
     fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
+    fields = fields.to(device)
+    gather, scatter = platform.to_device(gather, scatter)
     batches, start = [], 0
     for number, longest in shapes:
         part = slice(start, start + number * longest)
@@ -208,7 +214,7 @@ def document_batches(layout: Tensor) -> DocumentBatches:
     return DocumentBatches(
         batches=batches,
         scatter=scatter,
-        is_padding=None if bool(real.all()) else ~real[:, None, None],
+        is_padding=None if bool(real.all()) else ~real[:, None, None].to(device),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from megatron_dlm import platform
 from megatron_dlm.models.attention_layout import CLEAN, PADDING_DOCUMENT, Field, visible
 
 
@@ -93,7 +94,7 @@ def block_mask(layout: Tensor, tile: int) -> BlockMask:
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible([field[query] for field in fields], [field[key] for field in fields])
 
-    table = tile_visibility(layout.cpu(), tile)
+    table = tile_visibility(platform.to_host(layout), tile)
     length = layout.shape[1]
     mask: BlockMask = BlockMask.from_kv_blocks(
         *_ordered(table.some & ~table.all),

@@ -74,7 +74,7 @@ def most_rows(rows: int) -> int:
     most = torch.tensor([rows], device=platform.device())
     group = parallel_state.get_data_parallel_group()
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
-    return int(most.item())
+    return int(platform.to_host(most).item())
 
 
 def sequence_parallel_multiple(model: torch.nn.Module) -> int:
@@ -108,7 +108,7 @@ def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], boo
     if lockstep is not None:
         longest = torch.tensor(lengths, device=platform.device())
         torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=lockstep)
-        lengths = longest.tolist()
+        lengths = platform.to_host(longest).tolist()
     elif parallel_state.get_tensor_model_parallel_world_size() % ranks:
         return padded, False  # a rank shares parts of experts with others than those of its rows
     if not can_gather(max(lengths) // decoding, ranks, config.moe_router_topk):
@@ -140,9 +140,10 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         attention = row.attention
         if isinstance(attention, Tensor):
             attention = attention.to(device)
+        token_ids, position_ids = platform.to_device(row.token_ids, row.position_ids)
         hidden = model(
-            input_ids=row.token_ids[None].to(device),
-            position_ids=row.position_ids[None].to(device),
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
             attention_mask=attention,
         )
         return hidden, lambda output, non_loss_data=True: output

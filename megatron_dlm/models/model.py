@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.models.attention import CachedAttention
+from megatron_dlm.models.self_attention import rotation
 
 
 class DiffusionGPTModel(GPTModel):
@@ -63,15 +64,15 @@ class DiffusionGPTModel(GPTModel):
         return self.decoder(
             hidden_states=embedded,
             attention_mask=attention_mask,
-            rotary_pos_emb=self._rotary_angles(position_ids[0]),
+            rotary_pos_emb=self._rotation(position_ids[0]),
         )
 
-    def _rotary_angles(self, positions: Tensor) -> Tensor:
-        """Angles of positions [S] in Megatron's layout, [S, 1, 1, d] float32."""
+    def _rotation(self, positions: Tensor) -> Tensor:
+        """The `rotation` of positions [S]."""
         rotary = self.rotary_pos_emb
         rotary.inv_freq = rotary.inv_freq.to(positions.device)
         angles = torch.outer(positions.to(rotary.inv_freq.dtype), rotary.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return rotation(angles, self.config.params_dtype)
 
 
 def head_weight(model: torch.nn.Module) -> Tensor:

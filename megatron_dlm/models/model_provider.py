@@ -27,6 +27,7 @@ from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.moe_layer import GroupedMoELayer
 from megatron_dlm.models.rms_norm import RMSNorm
 from megatron_dlm.models.rotary import attention_factor, scaled_frequencies
+from megatron_dlm.models.self_attention import RotatedSelfAttention
 
 # The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
 # when the tensor-parallel size changes.
@@ -156,6 +157,7 @@ def _layer_spec(
             _make_adaptable(layer.submodules.mlp.submodules)
         else:
             layer.submodules.mlp = GroupedMoELayer
+    layer.submodules.self_attention.module = RotatedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=DiffusionAttention, params={"backend": attention_backend}
     )
@@ -190,28 +192,29 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         config: Parallelism, precision, kernels. Model-parallel groups must exist.
     """
     megatron_config = transformer_config(architecture, config)
-    model = DiffusionGPTModel(
-        config=megatron_config,
-        transformer_layer_spec=_layer_spec(
-            megatron_config, config.model.transformer_impl, attention_backend(config)
-        ),
-        vocab_size=padded_vocab_size(
-            architecture.vocab_size, config.parallel.tensor_model_parallel_size
-        ),
-        max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,
-    )
+    with platform.device():
+        model = DiffusionGPTModel(
+            config=megatron_config,
+            transformer_layer_spec=_layer_spec(
+                megatron_config, config.model.transformer_impl, attention_backend(config)
+            ),
+            vocab_size=padded_vocab_size(
+                architecture.vocab_size, config.parallel.tensor_model_parallel_size
+            ),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+        )
     model.num_tokens = architecture.vocab_size
     model.attention_tile = FLEX_TILE if attention_backend(config) == "flex" else 1
     if architecture.rope_scaling is not None:
         model.rotary_pos_emb.inv_freq = scaled_frequencies(
             architecture.rope_scaling, architecture.rotary_base, architecture.kv_channels
         )
-    return model.to(platform.device())
+    return model
 
 
 def build_frozen_model(architecture: Architecture, config: Config) -> DiffusionGPTModel:

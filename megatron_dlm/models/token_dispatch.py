@@ -32,6 +32,8 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
+from megatron_dlm import platform
+
 MAX_GATHERED_COPIES = 2**16
 """Copies of tokens up to which gathering them on every rank is worth an exchange saved."""
 
@@ -129,7 +131,7 @@ class _Collect(torch.autograd.Function):
 
 def read_sizes(sizes: Tensor) -> list[list[int]]:
     """Sizes of messages [R, R] on the host: the only time that it waits for the device."""
-    values: list[list[int]] = sizes.tolist()
+    values: list[list[int]] = platform.to_host(sizes).tolist()
     return values
 
 

@@ -80,6 +80,35 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def to_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same tensors in the device's memory, copied at once and without waiting for the device.
+
+    Args:
+        tensors: On the CPU, of element types of 8 bytes.
+    """
+    if not is_cuda():
+        return list(tensors)
+    # Page-locked, or the copy would wait until all work that was launched before is done.
+    packed = torch.empty(sum(t.numel() for t in tensors), dtype=torch.int64, pin_memory=True)
+    sizes = [tensor.numel() for tensor in tensors]
+    for part, tensor in zip(packed.split(sizes), tensors, strict=True):
+        part.copy_(tensor.contiguous().view(torch.int64).flatten())
+    parts = packed.to(device(), non_blocking=True).split(sizes)
+    return [
+        part.view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, for which the host waits until the device has caught up.
+
+    Code of this package reads what the device computed in no other way, so that each of these waits
+    can be found and counted: `.item()` on a tensor of the device would hide one.
+    """
+    return tensor.cpu()
+
+
 def host_memory(size: int) -> torch.Tensor:
     """Memory of the host that the device copies to without a detour: page-locked on CUDA.
 

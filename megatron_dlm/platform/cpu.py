@@ -5,76 +5,22 @@ streams order nothing, "the CUDA generator" is torch's default generator. Tested
 0.16.1. `torch.cuda.is_available()` still returns False.
 """
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils._device
+import torch.utils._device  # PyTorch imports it with the first device context only
+
+from megatron_dlm.platform.in_order import Event, Stream, on_stream
 
 # Megatron-Core's `jit_fuser` is torch.compile, whose fused kernels need a C++ compiler at run time
 # and save nothing on a CPU.
 _FUSER_OFF = "TORCHDYNAMO_DISABLE"
 
 _applied = False
-
-
-class _Stream:
-    """A stream of a device that runs everything in order anyway."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.cuda_stream = 0
-
-    def wait_stream(self, stream: Any) -> None:
-        """Everything before has already run."""
-
-    def wait_event(self, event: Any) -> None:
-        """Everything before has already run."""
-
-    def record_event(self, event: Any = None) -> "_Event":
-        """An event that has already happened."""
-        return event or _Event()
-
-    def synchronize(self) -> None:
-        """Everything has already run."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stream)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-class _Event:
-    """An event that has always happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        """Nothing is pending."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing is pending."""
-
-    def query(self) -> bool:
-        """Nothing is pending."""
-        return True
-
-    def synchronize(self) -> None:
-        """Nothing is pending."""
-
-    def elapsed_time(self, other: "_Event") -> float:
-        """Milliseconds between two events; CPU work is not timed this way."""
-        return 0.0
-
-
-@contextlib.contextmanager
-def _on_stream(stream: Any) -> Iterator[None]:
-    yield
 
 
 def _is_cuda(device: Any) -> bool:
@@ -104,7 +50,7 @@ _TYPE_NAMES = {
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
-    stream = _Stream()
+    stream = Stream()
     answers: dict[str, Any] = {
         "current_device": lambda: cpu,
         "set_device": lambda device: None,
@@ -112,9 +58,9 @@ def _patch_torch() -> None:
         "empty_cache": lambda: None,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "stream": _on_stream,
-        "Stream": _Stream,
-        "Event": _Event,
+        "stream": on_stream,
+        "Stream": Stream,
+        "Event": Event,
         # torch.manual_seed would call back into torch.cuda.manual_seed and recurse.
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),

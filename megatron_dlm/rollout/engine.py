@@ -25,6 +25,7 @@ from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.prompt_queue import PromptQueue
 from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -58,6 +59,9 @@ class RolloutEngine:
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
         groups: Process groups.
         stop: Checked before every forward for a request to stop; None: never.
+
+    Attributes:
+        work: Sizes of the forwards so far.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class RolloutEngine:
         self._special_tokens = special_tokens
         self._groups = groups
         self._stop = stop
+        self.work = RolloutWork()
         self._drawer = TokenDrawer(
             self._model,
             generation=generation,
@@ -186,7 +191,7 @@ class RolloutEngine:
             return works
         flag = torch.tensor([int(works)], device=platform.device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups.lockstep)
-        return bool(flag.item())
+        return bool(platform.to_host(flag).item())
 
     def _idle_forward(self, context: RolloutContext) -> None:
         """Take part in the others' collectives with a token that belongs to no sequence."""
@@ -205,6 +210,8 @@ class RolloutEngine:
     def _step(self, slots: SlotTable, context: RolloutContext) -> list[int]:
         """One forward and one draw for all slots in use; returns the finished ones."""
         plan = slots.plan()
+        full = self.generation.attention_pattern == "full"
+        self.work.add(plan, None if full else self.generation.block_size)
         attention = context.attention(plan.starts, plan.ends)
         hidden = forward_hidden(self._model, [Row(plan.token_ids, plan.position_ids, attention)])
         drawn = self._drawer.draw(None if hidden is None else hidden[0], plan, self.seed)

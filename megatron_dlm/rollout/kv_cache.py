@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dlm import platform
+
 
 class KVCache:
     """Keys and values of the layers of this pipeline stage.
@@ -49,7 +51,7 @@ class KVCache:
     ) -> None:
         self.max_length = max_length
         self.heads_per_group = num_attention_heads_per_partition // num_query_groups_per_partition
-        self.device = device
+        self.dtype = dtype
         self._first_layer_number = first_layer_number
         # Zeros, not uninitialised memory: a masked key has weight 0, and 0 * NaN would be NaN.
         self._storage = torch.zeros(
@@ -82,7 +84,8 @@ class _Group:
             copy.
         gather: [rows * Q] int64, token of each query of the padded batch; None if that is the
             tokens in their order.
-        mask: [rows, 1, n / g * Q, K] bool, true where visible.
+        bias: [rows, 1, n / g * Q, K], 0 where visible, -inf elsewhere. Every layer would make one
+            of a boolean mask.
     """
 
     rows: Tensor | None
@@ -90,7 +93,7 @@ class _Group:
     num_queries: int
     num_keys: int
     gather: Tensor | None
-    mask: Tensor
+    bias: Tensor
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """[S, n, d] and a layer's cache -> context [rows * Q, n, d]."""
@@ -111,10 +114,38 @@ class _Group:
             return cached.transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            query, of_rows(keys), of_rows(values), attn_mask=self.mask, scale=softmax_scale
+            query, of_rows(keys), of_rows(values), attn_mask=self.bias, scale=softmax_scale
         )
         context = context.view(self.num_rows, num_groups, -1, self.num_queries, head_size)
         return context.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
+
+
+@dataclass(frozen=True)
+class _PlannedGroup:
+    """What a `_Group` is made of, on the host.
+
+    Attributes:
+        all_slots: Whether it holds the slots 0, 1, ...
+        in_order: Whether its padded batch of queries is the tokens in their order.
+        num_keys: K.
+        rows: [rows] int64.
+        gather: [rows, Q] int64.
+        limit: [rows, Q] int64, end of the keys that each query sees.
+    """
+
+    all_slots: bool
+    in_order: bool
+    num_keys: int
+    rows: Tensor
+    gather: Tensor
+    limit: Tensor
+
+
+def _attention_bias(limit: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """[rows, 1, queries, K] from the ends of the visible keys [rows, queries]."""
+    hidden = torch.arange(num_keys, device=limit.device) >= limit[:, :, None]
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=limit.device)
+    return bias.masked_fill_(hidden, -torch.inf)[:, None]
 
 
 class CacheView:
@@ -143,15 +174,14 @@ class CacheView:
             raise ValueError(
                 f"position {int(ends.max()) - 1} is beyond {cache.max_length} positions"
             )
-        device = cache.device
-
         slots = torch.repeat_interleave(torch.arange(len(starts)), lengths)
         within = torch.arange(self.num_tokens) - offsets[slots]
-        self._write = (slots * cache.max_length + starts[slots] + within).to(device)
+        write = slots * cache.max_length + starts[slots] + within
         # Denoising slots have one or two blocks of queries and share a kernel call. Prompts go by
         # powers of two of their length, so that a short one is never padded to a long one.
         bucket = (lengths.clamp(min=1) / (2 * block_size)).log2().ceil().clamp_(min=0)
         scatter = torch.empty_like(slots)
+        planned: list[_PlannedGroup] = []
         done = 0
         for value in bucket[lengths > 0].unique().tolist():
             chosen = (bucket == value) & (lengths > 0)
@@ -159,25 +189,18 @@ class CacheView:
             all_slots = value == 0 or bool(chosen.all())
             rows = torch.arange(len(starts)) if all_slots else chosen.nonzero()[:, 0]
             num_queries = int(lengths[chosen].max())
-            num_keys = int(ends[chosen].max())
-            identity = bool((lengths == num_queries).all())
             query = torch.arange(num_queries)
-            # Padded queries repeat some token; their results are never read.
-            gather = (offsets[rows, None] + query).clamp_(max=self.num_tokens - 1)
-            # Each of their positions sees some key, so no softmax is empty.
-            position = (starts[rows, None] + query).to(device)
-            limit = (position // block_size + 1) * block_size
-            limit = torch.minimum(limit, ends[rows, None].to(device)).clamp_(min=1)
-            limit = limit.repeat(1, cache.heads_per_group)
-            mask = torch.arange(num_keys, device=device) < limit[:, :, None]
-            self._groups.append(
-                _Group(
-                    rows=None if all_slots else rows.to(device),
-                    num_rows=len(rows),
-                    num_queries=num_queries,
-                    num_keys=num_keys,
-                    gather=None if identity else gather.flatten().to(device),
-                    mask=mask[:, None],
+            limit = ((starts[rows, None] + query) // block_size + 1) * block_size
+            planned.append(
+                _PlannedGroup(
+                    all_slots=all_slots,
+                    in_order=bool((lengths == num_queries).all()),
+                    num_keys=int(ends[chosen].max()),
+                    rows=rows,
+                    # Padded queries repeat some token; their results are never read.
+                    gather=(offsets[rows, None] + query).clamp_(max=self.num_tokens - 1),
+                    # Each of their positions sees some key, so no softmax is empty.
+                    limit=torch.minimum(limit, ends[rows, None]).clamp_(min=1),
                 )
             )
             row_of_slot = torch.zeros_like(starts)
@@ -185,8 +208,26 @@ class CacheView:
             tokens = chosen[slots]
             scatter[tokens] = (done + row_of_slot[slots] * num_queries + within)[tokens]
             done += len(rows) * num_queries
+        on_host = [write, scatter]
+        for group in planned:
+            on_host += [group.rows, group.gather, group.limit]
+        self._write, device_scatter, *parts = platform.to_device(*on_host)
+        for index, group in enumerate(planned):
+            rows, gather, limit = parts[3 * index : 3 * index + 3]
+            self._groups.append(
+                _Group(
+                    rows=None if group.all_slots else rows,
+                    num_rows=len(rows),
+                    num_queries=limit.shape[1],
+                    num_keys=group.num_keys,
+                    gather=None if group.in_order else gather.flatten(),
+                    bias=_attention_bias(
+                        limit.repeat(1, cache.heads_per_group), group.num_keys, cache.dtype
+                    ),
+                )
+            )
         in_order = len(self._groups) == 1 and self._groups[0].gather is None
-        self._scatter = None if in_order else scatter.to(device)
+        self._scatter = None if in_order else device_scatter
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float

@@ -31,6 +31,7 @@ from megatron_dlm.training.run import Run
 from megatron_dlm.training.run_folder import iteration_folder
 from megatron_dlm.training.run_history import Event, record
 from megatron_dlm.training.save_schedule import SaveSchedule
+from megatron_dlm.training.throughput import ThroughputMeter
 from megatron_dlm.training.train_step import train_step
 from megatron_dlm.training.validation import Validation
 
@@ -158,6 +159,7 @@ class _Training:
     def __init__(self, run: Run, logger: MetricsLogger) -> None:
         self._run = run
         self._logger = logger
+        self._throughput = ThroughputMeter(run)
         logging = run.config.logging
         self._saves = SaveSchedule(
             logging.save_interval, logging.save_interval_minutes, run.progress.iteration
@@ -198,6 +200,7 @@ class _Training:
             raise
         platform.synchronize()
         times.rollout = time.perf_counter() - started
+        self._throughput.rolled_out(collected.own)
         if is_new and run.config.uses_rollouts:
             run.is_saved = False
         self._save_or_stop(collected)
@@ -216,6 +219,7 @@ class _Training:
             raise
         platform.synchronize()
         times.teacher = time.perf_counter() - started
+        self._throughput.annotated(collected.own)
 
     def _update(self, collected: Collected, update: int, times: PhaseTimes) -> None:
         """One update, its validation and its metrics."""
@@ -272,6 +276,7 @@ class _Training:
                 accuracy=collected.accuracy,
                 solved_rate=collected.solved_rate,
                 time=times,
+                throughput=self._throughput.update(batches, times),
                 validation_loss=held_out_loss,
                 skipped_updates=progress.skipped_updates,
             )

@@ -29,6 +29,37 @@ class PhaseTimes:
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """Speed of an update and of the phases before it, all ranks; None where there was no phase.
+
+    FLOPs are those of the model's products that are needed (`accounting.flops`).
+
+    Attributes:
+        student_tflops: 10^12 FLOPs per second and GPU (or process) of forward and backward.
+        teacher_tflops: The same of the frozen teacher's forward passes.
+        rollout_tflops: The same of the rollout.
+        mfu: Model FLOPs utilisation: `student_tflops` as a share of the rate of large matrix
+            products measured on this device; None with `--no-measure-machine`.
+        rollout_tokens_per_second: Response tokens.
+        rollout_tokens_per_second_per_gpu: The same of each GPU (or process).
+        rollout_floor_share: Time that the rollout's forwards take at least, by measured matrix rate
+            and memory bandwidth, as a share of the time it took; None likewise.
+        peak_memory_gb: 10^9 bytes of this rank's tensors at their most; on a CPU of its process.
+        padding_share: Tokens of the rows that belong to no document.
+    """
+
+    student_tflops: float
+    teacher_tflops: float | None
+    rollout_tflops: float | None
+    mfu: float | None
+    rollout_tokens_per_second: float | None
+    rollout_tokens_per_second_per_gpu: float | None
+    rollout_floor_share: float | None
+    peak_memory_gb: float
+    padding_share: float
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """One optimizer update, one line of `metrics.jsonl`.
 
@@ -55,6 +86,7 @@ class StepMetrics:
             responses are not verified.
         solved_rate: Share of them with a right response within `--max-tries`; None likewise.
         time: Seconds by phase.
+        throughput: Speed; None where nothing was measured.
         validation_loss: Of the held-out data after this update; None where it was not measured.
         skipped_updates: Updates so far that were left out because they diverged
             (`--on-divergence`); where loss or gradient norm is no finite number, files have null.
@@ -75,6 +107,7 @@ class StepMetrics:
     accuracy: float | None
     solved_rate: float | None
     time: PhaseTimes
+    throughput: Throughput | None = None
     validation_loss: float | None = None
     skipped_updates: int = 0
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_dlm.config import Config, ParameterGroup
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.model_parameters import global_names
+from megatron_dlm.training.multi_tensor import install_multi_tensor
 
 GROUPS = {
     "attention": r"\.self_attention\.linear_(qkv|proj)\.(weight|bias|lora_[ab])$",
@@ -151,6 +152,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
+    install_multi_tensor()
     return get_megatron_optimizer(
         optimizer_config,
         [model],

@@ -112,7 +112,9 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
     )
     if run.groups.dp is not None:
         torch.distributed.all_reduce(sums, group=run.groups.dp)
-    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = sums.tolist()
+    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = platform.to_host(
+        sums
+    ).tolist()
     verifies = run.source.verifier is not None
     if config.training.max_tokens_per_micro_batch is not None:
         shares = balanced(run, shares)

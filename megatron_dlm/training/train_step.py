@@ -131,7 +131,11 @@ def train_step(
         micro_batch_size=1,
     )
     sums = reduce_sums(measured, groups)
-    loss = float(sums[0] / sums[1].clamp(min=1.0))
+    # One wait for the device, not one a number.
+    (loss_sum, loss_count, tokens), *parts = platform.to_host(
+        torch.stack([sums, *measured])
+    ).tolist()
+    loss = loss_sum / max(loss_count, 1.0)
     platform.synchronize()
     updating = time.perf_counter()
     # Known before the step, which would spoil the weights. The step computes it again.
@@ -145,9 +149,9 @@ def train_step(
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
-        supervised_tokens=int(sums[2]),
+        supervised_tokens=int(tokens),
         student_seconds=updating - started,
         optimizer_seconds=time.perf_counter() - updating,
         is_made=is_made,
-        micro_batch_losses=[float(m[0] / m[1].clamp(min=1.0)) for m in measured],
+        micro_batch_losses=[part[0] / max(part[1], 1.0) for part in parts],
     )

@@ -95,4 +95,4 @@ def _any_rank(works: bool, groups: ParallelGroups) -> bool:
         return works
     flag = torch.tensor([int(works)], device=platform.device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=groups.dp)
-    return bool(flag.item())
+    return bool(platform.to_host(flag).item())

@@ -80,7 +80,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     return [
-        {key: value for key, value in json.loads(line).items() if key != "time"} for line in lines
+        {key: value for key, value in json.loads(line).items() if key not in ("time", "throughput")}
+        for line in lines
     ]
 
 

@@ -40,10 +40,12 @@ def test_short_quickstart(tmp_path: Path) -> None:
     assert metrics[-1]["step"] == summary["optimizer_steps"]
     assert metrics[-1]["response_tokens_total"] == summary["response_tokens_total"]
     keys = {"step", "rollout", "loss", "grad_norm", "lr", "supervised_tokens"}
-    keys |= {"response_tokens_total", "tokens_per_forward", "eos_rate", "time"}
+    keys |= {"response_tokens_total", "tokens_per_forward", "eos_rate", "time", "throughput"}
     assert all(keys <= line.keys() for line in metrics)
     phases = {"rollout", "teacher", "student", "optimizer", "validation"}
     assert set(metrics[0]["time"]) == phases
+    assert 0 < summary["throughput"]["mfu"] < 1
+    assert 0 < summary["throughput"]["rollout_floor_share"] < 1
     assert (run / "report.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir())
     assert "block_size: 4" in (run / "config.yaml").read_text()

@@ -23,7 +23,7 @@ ORDER = (
     ("config",),
     ("parallel",),
     ("models", "stop_agreement"),
-    ("data", "rollout", "distillation"),
+    ("accounting", "data", "rollout", "distillation"),
     ("conversion",),
     ("teacher", "objectives"),
     (

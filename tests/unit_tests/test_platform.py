@@ -1,5 +1,8 @@
 """Page-locked memory of the host: exactly what was asked for, given back with the tensor."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -37,3 +40,30 @@ def test_memory_is_locked_in_its_own_size(monkeypatch: pytest.MonkeyPatch, answe
     assert len(platform.host_memory(0)) == 0
     del memory
     assert not runtime.locked
+
+
+def test_a_device_is_selected_in_a_fresh_process() -> None:
+    """Before anything else is imported; what is refused leaves the choice open."""
+    code = """if True:
+        from megatron_dlm import platform
+        from megatron_dlm.errors import UserError
+        try:
+            platform.select("cuda")
+        except UserError as error:
+            print(error)
+        print(platform.select(), platform.device(), platform.is_cuda())
+        import torch
+        print(torch.zeros(2, device="cuda").device, torch.cuda.current_device())
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines() == [
+        "--device = 'cuda': this PyTorch sees no CUDA device; use --device cpu or auto",
+        "cpu cpu False",
+        "cpu cpu",
+    ]

@@ -1,14 +1,14 @@
 """metrics.jsonl survives starts and resumes."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_dlm import entry
-from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
+from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics, Throughput
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,24 @@ def test_tensorboard_agrees_with_the_file_after_a_resume(tmp_path: Path) -> None
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("loss")]
     assert shown == _lines(tmp_path / "metrics.jsonl") == [(1, 3.0), (2, 3.0)]
+
+
+def test_throughput_is_in_every_report(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    speed = Throughput(2.0, None, 3.0, 0.25, 40.0, 20.0, 0.5, 1.5, 0.125)
+    logger = _logger(tmp_path)
+    logger.step(replace(_step(1), throughput=speed))
+    logger.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())["throughput"]
+    assert record == asdict(speed)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, value in record.items():
+        tag = f"throughput/{name}"
+        assert (tag in events.Tags()["scalars"]) == (value is not None)
+        if value is not None:
+            assert [event.value for event in events.Scalars(tag)] == [value]
 
 
 @pytest.mark.parametrize("line", ['{"step": 2, "lo', "[1]", "{}", '{"step": null}', "\x00\x00"])

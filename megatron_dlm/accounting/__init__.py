@@ -1,0 +1,1 @@
+"""What a step costs: operations, bytes, FLOPs, and how near it comes to what the machine can do."""

@@ -1,0 +1,102 @@
+"""FLOPs that a model needs, by formula: no more than its products, counted once.
+
+A product of [m, k] and [k, n] is 2 m k n. What is not useful is not counted: padding, attention to
+pairs that are not visible, experts that the router did not choose, activations computed again, and
+elementwise work (a hundredth).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.attention_layout import (
+    CLEAN,
+    PADDING_DOCUMENT,
+    Field,
+    visible,
+)
+
+BACKWARD = 2
+"""Products of a backward pass for one of the forward: gradients of its input and of its weight."""
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of a forward pass of the whole model.
+
+    Attributes:
+        per_token: Of the layers' projections; of experts, those that a token is routed to.
+        per_pair: Of scores and context of a visible pair of query and key.
+        per_logits: Of the output layer at one token.
+    """
+
+    per_token: int
+    per_pair: int
+    per_logits: int
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> "ForwardFlops":
+        """Those of an architecture."""
+        a = architecture
+        heads, groups, size = a.num_attention_heads, a.num_query_groups, a.kv_channels
+        attention = a.hidden_size * size * (2 * heads + 2 * groups)
+        if a.is_moe:
+            assert a.num_moe_experts is not None
+            assert a.moe_router_topk is not None
+            assert a.moe_ffn_hidden_size is not None
+            router = a.hidden_size * a.num_moe_experts
+            mlp = router + a.moe_router_topk * 3 * a.hidden_size * a.moe_ffn_hidden_size
+        else:
+            mlp = 3 * a.hidden_size * a.ffn_hidden_size
+        return cls(
+            per_token=2 * a.num_layers * (attention + mlp),
+            per_pair=2 * a.num_layers * 2 * heads * size,
+            per_logits=2 * a.hidden_size * a.vocab_size,
+        )
+
+    def forward(self, tokens: int, pairs: int, logits: int) -> int:
+        """FLOPs of forward passes over so many tokens, visible pairs and tokens with logits."""
+        return tokens * self.per_token + pairs * self.per_pair + logits * self.per_logits
+
+
+def visible_pairs(layout: Tensor) -> int:
+    """Pairs of a query and a key that it sees, by the sizes of blocks.
+
+    Args:
+        layout: [4, S], [5, S] or, with annealed attention, [6, S] (`attention_layout`).
+    """
+    real = layout[Field.DOCUMENT] != PADDING_DOCUMENT
+    fields = layout[:, real].long()
+    if fields.shape[1] == 0:
+        return 0
+    if len(fields) > Field.ANNEALING_THRESHOLD:
+        return _pairs_one_by_one(fields)
+    # Blocks in the order of document, block and stream: clean tokens precede noisy ones.
+    order = (Field.DOCUMENT, Field.BLOCK, Field.STREAM)
+    blocks, sizes = torch.unique(fields[list(order)], dim=1, return_counts=True)
+    document, _, stream = blocks
+    clean = torch.where(stream == CLEAN, sizes, 0)
+    before = clean.cumsum(0) - clean  # clean tokens of earlier blocks, in all documents
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[1:] = document[1:] != document[:-1]
+    of_document = before[starts][starts.cumsum(0) - 1]  # those of earlier documents
+    # A noisy block follows the clean one with its number, which it does not see.
+    number = torch.unique(blocks[:2], dim=1, return_inverse=True)[1]
+    own = torch.zeros(int(number.max()) + 1, dtype=torch.int64).index_add_(0, number, clean)
+    seen = before - of_document - torch.where(stream == CLEAN, 0, own[number]) + sizes
+    return int((sizes * seen).sum())
+
+
+def _pairs_one_by_one(fields: Tensor, at_once: int = 256) -> int:
+    """Annealed attention draws each pair."""
+    return sum(
+        int(visible(queries[:, :, None], fields[:, None, :]).sum())
+        for queries in fields.split(at_once, dim=1)
+    )
+
+
+def causal_pairs(length: int) -> int:
+    """Visible pairs of one document under causal attention."""
+    return length * (length + 1) // 2

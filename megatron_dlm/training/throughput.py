@@ -1,0 +1,164 @@
+"""How fast a run is, and how near to what its devices can do."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dlm import platform
+from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, causal_pairs, visible_pairs
+from megatron_dlm.accounting.machine import measured
+from megatron_dlm.data.packing import TrainingBatch
+from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
+from megatron_dlm.rollout.work import RolloutWork
+from megatron_dlm.teacher.frozen import FrozenTeacher
+from megatron_dlm.training.metrics import PhaseTimes, Throughput
+from megatron_dlm.training.run import Run
+from megatron_dlm.types.teacher_targets import HiddenTargets
+from megatron_dlm.types.trajectory import Trajectory
+
+
+@dataclass
+class _Local:
+    """What this replica did in an update and the phases before it; sums over replicas are global.
+
+    Attributes:
+        student: FLOPs of the student's forward and backward passes, loss included.
+        teacher: FLOPs of the teacher's forward passes.
+        rollout: FLOPs of the rollout's forwards.
+        rollout_floor: Seconds that these take at least on its devices.
+        response_tokens: That it decoded.
+        tokens: Of the rows of the update.
+        padding: Tokens among them that belong to no document.
+    """
+
+    student: float = 0.0
+    teacher: float = 0.0
+    rollout: float = 0.0
+    rollout_floor: float = 0.0
+    response_tokens: float = 0.0
+    tokens: float = 0.0
+    padding: float = 0.0
+
+
+class ThroughputMeter:
+    """Counts what an update and the phases before it had to do, and divides by their time.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._flops = ForwardFlops.of(run.inputs.architecture)
+        own = run.inputs.teacher
+        teacher = run.inputs.architecture if own is None else own.source.architecture
+        self._teacher_flops = ForwardFlops.of(teacher)
+        config = run.config
+        self._gpus = torch.distributed.get_world_size()
+        self._of_replica = self._gpus // run.groups.dp_size
+        # Of frozen weights no gradient is computed, only of what they were multiplied with.
+        self._passes = 1 + (BACKWARD if config.lora.lora_rank is None else 1)
+        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+        self._machine = measured(dtype) if config.logging.measure_machine else None
+        self._weight_bytes = sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in run.student.model.parameters()
+        )
+        a = run.inputs.architecture
+        self._key_bytes = 2 * a.num_layers * a.num_query_groups * a.kv_channels * dtype.itemsize
+        self._local = _Local()
+
+    def rolled_out(self, trajectories: Sequence[Trajectory]) -> None:
+        """Add a rollout of this rank's own trajectories."""
+        engine = self._run.source.engine
+        if engine is None:
+            return
+        work, flops = engine.work.take(), self._flops
+        local = self._local
+        local.rollout += flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits))
+        local.response_tokens += sum(len(t.response_ids) for t in trajectories if t.is_rollout)
+        local.rollout_floor += self._floor(work)
+
+    def _floor(self, work: RolloutWork) -> float:
+        """Seconds that forwards take at least: products, or reading weights and keys."""
+        if self._machine is None:
+            return 0.0
+        forwards = zip(work.tokens, work.pairs, work.logits, work.keys, strict=True)
+        return sum(
+            self._machine.floor(
+                self._flops.forward(tokens, pairs, logits) / self._of_replica,
+                self._weight_bytes + keys * self._key_bytes / self._of_replica,
+            )
+            for tokens, pairs, logits, keys in forwards
+        )
+
+    def annotated(self, trajectories: Sequence[Trajectory]) -> None:
+        """Add the frozen teacher's forward passes over trajectories."""
+        if isinstance(self._run.teacher, FrozenTeacher):
+            lengths = [len(t.token_ids) - 1 for t in trajectories]
+            pairs = sum(causal_pairs(length) for length in lengths)
+            self._local.teacher += self._teacher_flops.forward(sum(lengths), pairs, 0)
+
+    def update(self, batches: Sequence[TrainingBatch], times: PhaseTimes) -> Throughput:
+        """The figures of an update and what came before it; all ranks call this.
+
+        Args:
+            batches: This rank's micro-batches.
+            times: Seconds of the phases.
+        """
+        for batch in batches:
+            self._add(batch)
+        done, self._local = self._reduced(), _Local()
+        seconds = times.rollout if done.rollout else 0.0
+        gpus, machine = self._gpus, self._machine
+        tflops = _rate(done.student, times.student * gpus * 1e12)
+        assert tflops is not None
+        return Throughput(
+            student_tflops=tflops,
+            teacher_tflops=_rate(done.teacher, times.teacher * gpus * 1e12),
+            rollout_tflops=_rate(done.rollout, seconds * gpus * 1e12),
+            mfu=None if machine is None else tflops * 1e12 / machine.flops,
+            rollout_tokens_per_second=_rate(done.response_tokens, seconds),
+            rollout_tokens_per_second_per_gpu=_rate(done.response_tokens, seconds * gpus),
+            rollout_floor_share=None
+            if machine is None
+            else _rate(done.rollout_floor / self._run.groups.dp_size, seconds),
+            peak_memory_gb=peak_memory() / 1e9,
+            padding_share=done.padding / done.tokens if done.tokens else 0.0,
+        )
+
+    def _add(self, batch: TrainingBatch) -> None:
+        layout = batch.row.attention
+        assert isinstance(layout, torch.Tensor)
+        local, supervised = self._local, len(batch.supervised)
+        padding = int((layout[Field.DOCUMENT] == PADDING_DOCUMENT).sum())
+        tokens = layout.shape[1] - padding
+        local.tokens += layout.shape[1]
+        local.padding += padding
+        forward = self._flops.forward(tokens, visible_pairs(layout), supervised)
+        local.student += self._passes * forward
+        if isinstance(batch.targets, HiddenTargets):
+            local.student += self._teacher_flops.forward(0, 0, supervised)
+
+    def _reduced(self) -> _Local:
+        values = torch.tensor(list(vars(self._local).values()), dtype=torch.float64)
+        if self._run.groups.dp is not None:
+            values = values.to(platform.device())
+            torch.distributed.all_reduce(values, group=self._run.groups.dp)
+            values = platform.to_host(values)
+        return _Local(*values.tolist())
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None
+
+
+def peak_memory() -> int:
+    """Bytes: of the device's tensors at their most, or of this process on a CPU."""
+    if platform.is_cuda():
+        return torch.cuda.max_memory_allocated()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
