@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_dlm.models.attention_layout import CLEAN, Field
+from megatron_dlm.models.attention_layout import Field
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.row_packing import RowPacking, texts_of_rows
 from megatron_dlm.types.document import Document
@@ -82,8 +82,8 @@ def empty_row(batch: TrainingBatch, pad_multiple: int = 1) -> TrainingBatch:
     return replace(empty, row=pad_row(empty.row, pad_multiple))
 
 
-def _single(document: Document, row_mean: bool) -> TrainingBatch:
-    """A document as a row of its own, without padding."""
+def document_layout(document: Document) -> Tensor:
+    """The layout of a document as a row of its own, without padding (`attention_layout`)."""
     texts = document.document_ids
     if texts is None:
         texts = torch.zeros(len(document.token_ids), dtype=torch.int64)
@@ -94,6 +94,12 @@ def _single(document: Document, row_mean: bool) -> TrainingBatch:
         layout = torch.cat((layout, document.annealing))
     elif document.keys is not None:  # likewise
         layout = torch.cat((layout, document.keys[None]))
+    return layout
+
+
+def _single(document: Document, row_mean: bool) -> TrainingBatch:
+    """A document as a row of its own, without padding."""
+    layout = document_layout(document)
     supervised = len(document.supervised)
     count = supervised if document.loss_count is None else document.loss_count
     return TrainingBatch(
@@ -191,21 +197,3 @@ def batch_to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
         weights=move(batch.weights),
         targets=None if batch.targets is None else batch.targets.to(device),
     )
-
-
-def visible_pairs(document: Document) -> int:
-    """Pairs of a query and a key that it sees, from the sizes of blocks alone."""
-    if not len(document.token_ids):
-        return 0
-    text = document.document_ids
-    text = torch.zeros_like(document.block) if text is None else text
-    blocks = int(document.block.max()) + 1
-    place = text.long() * blocks + document.block.long()
-    clean = document.stream == CLEAN
-    sizes = place[clean].bincount(minlength=(int(text[-1]) + 1) * blocks).view(-1, blocks)
-    before = (sizes.cumsum(1) - sizes).flatten()
-    of_clean = (before + sizes.flatten())[place[clean]].sum()
-    of_noisy = before[place[~clean]].sum()
-    streams = torch.stack((document.stream[~clean].long(), place[~clean]))
-    own = streams.unique(dim=1, return_counts=True)[1].square().sum()
-    return int(of_clean + of_noisy + own)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dlm.accounting.flops import visible_pairs
 from megatron_dlm.config.schema import Config
-from megatron_dlm.data.packing import TrainingBatch, pack_rows, visible_pairs
+from megatron_dlm.data.packing import TrainingBatch, document_layout, pack_rows
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.token_keys import with_token_keys
 from megatron_dlm.seeding import keyed_generator
@@ -86,15 +87,17 @@ class Objective(ABC):
         document = self.document(trajectory, generator)
         return with_token_keys(document, self.config, trajectory.sample_index, iteration)
 
-    def expected_size(self, trajectory: Trajectory) -> tuple[int, int]:
-        """Tokens of an update's document, and pairs of a query and a key that it sees.
+    def expected_size(self, trajectory: Trajectory) -> tuple[int, int, int]:
+        """Size of an update's document: tokens, pairs of a query and a key that it sees, logits.
 
         Known before the teacher is asked; later epochs and updates draw other states. From it, the
         cost of training on a trajectory is predicted.
         """
         generator = keyed_generator(self.config.data.seed, trajectory.sample_index, 0)
         document = self.document(trajectory, generator)
-        return len(document.token_ids), visible_pairs(document)
+        # Annealed attention, which draws each pair, is taken for what it becomes.
+        pairs = visible_pairs(document_layout(document)[:4])
+        return len(document.token_ids), pairs, len(document.supervised)
 
     def rows(self, documents: Sequence[Document], pad_multiple: int) -> list[TrainingBatch]:
         """The packed rows of micro-batches.

@@ -44,16 +44,16 @@ class DOPSD(Objective):
             return self._full_document(trajectory, states, targets, self.diffusion_kind.shifted)
         return self._block_causal_document(trajectory, states, targets)
 
-    def expected_size(self, trajectory: Trajectory) -> tuple[int, int]:
+    def expected_size(self, trajectory: Trajectory) -> tuple[int, int, int]:
         """See `Objective.expected_size`; every state is taken for a text as long as the canvas.
 
         The teacher, which sees it so, costs as much as a full-attention student's forward.
         """
         if not trajectory.correct:
-            return 0, 0
+            return 0, 0, 0
         states = len(states_before_last_block(trajectory, self.config.model.block_size))
         length = len(final_canvas(trajectory, self.mask_token_id))
-        return states * length, states * length**2
+        return states * length, states * length**2, len(trajectory.response_ids)
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         """Clipped reverse KL; see `Objective.loss`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dlm.training.cost import ForwardCost, share_by_cost
+from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, causal_pairs
 from megatron_dlm.training.run import Run
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -33,6 +33,25 @@ class Share:
         return self.trajectories[: self.num_own]
 
 
+def share_by_cost(costs: Sequence[float], ranks: int) -> list[int]:
+    """Give each item to a rank so that all have about as much to do; the rank of each item.
+
+    The dearest first, each to the rank with the least so far (Graham 1969: the dearest rank has at
+    most 4/3 - 1 / (3 ranks) of the least possible).
+
+    Args:
+        costs: Cost of each item.
+        ranks: Number of ranks.
+    """
+    loads = [(0.0, 0, rank) for rank in range(ranks)]  # cost, items
+    owner = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, items, rank = min(loads)
+        owner[item] = rank
+        loads[rank] = (load + costs[item], items + 1, rank)
+    return owner
+
+
 def balanced(run: Run, shares: Sequence[Share]) -> list[Share]:
     """The same updates, each shared by cost; all ranks call this.
 
@@ -46,7 +65,7 @@ def balanced(run: Run, shares: Sequence[Share]) -> list[Share]:
     if groups.dp is None:
         return list(shares)
     costs = [[(t.sample_index, _cost(run, t)) for t in share.own] for share in shares]
-    of_ranks: list[list[list[tuple[int, float]]]] = [[] for _ in range(groups.dp_size)]
+    of_ranks: list[list[list[tuple[int, int]]]] = [[] for _ in range(groups.dp_size)]
     torch.distributed.all_gather_object(of_ranks, costs, group=groups.dp)
     wanted: list[list[int]] = []  # of this rank, in each update
     num_own = []
@@ -81,16 +100,16 @@ def balanced(run: Run, shares: Sequence[Share]) -> list[Share]:
     ]
 
 
-def _cost(run: Run, trajectory: Trajectory) -> float:
+def _cost(run: Run, trajectory: Trajectory) -> int:
     """FLOPs of one update on a trajectory, teacher's forward included."""
     architecture = run.inputs.architecture
-    tokens, pairs = run.objective.expected_size(trajectory)
-    cost = 3 * ForwardCost.of(architecture)(tokens, pairs)  # backward is twice the forward
+    tokens, pairs, logits = run.objective.expected_size(trajectory)
+    flops = ForwardFlops.of(architecture).forward(tokens, pairs, logits) * (1 + BACKWARD)
     if run.teacher is None or run.teacher.model is None:
-        return cost
+        return flops
     if run.inputs.teacher is not None:
         architecture = run.inputs.teacher.source.architecture
     if not run.config.traits.self_distillation:  # causal, over x_0
         tokens = len(trajectory.token_ids)
-        pairs = tokens * (tokens + 1) // 2
-    return cost + ForwardCost.of(architecture)(tokens, pairs)
+        pairs = causal_pairs(tokens)
+    return flops + ForwardFlops.of(architecture).forward(tokens, pairs, logits)

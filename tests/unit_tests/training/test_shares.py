@@ -1,34 +1,13 @@
-"""Predicted cost against counting pairs, and shares against a brute force."""
+"""Shares of an update against a brute force."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dlm.data.packing import visible_pairs
-from megatron_dlm.models.attention_layout import visible
-from megatron_dlm.training.cost import share_by_cost
-from megatron_dlm.types.document import Document
-from tests.unit_tests.models.test_attention import layouts
-
-
-@given(layouts().filter(lambda layout: len(layout) == 4 and bool((layout[0] >= 0).all())))
-def test_pairs_are_those_of_the_rule(layout: torch.Tensor) -> None:
-    nothing: Any = torch.empty(0)
-    document = Document(
-        token_ids=layout[3].long(),
-        block=layout[1],
-        stream=layout[2],
-        position=layout[3],
-        supervised=nothing,
-        labels=nothing,
-        weights=nothing,
-        document_ids=layout[0].long(),
-    )
-    assert visible_pairs(document) == int(visible(layout[:, :, None], layout[:, None, :]).sum())
+from megatron_dlm.training.shares import share_by_cost
 
 
 @given(st.lists(st.integers(0, 50), max_size=7), st.integers(1, 3))
