@@ -45,7 +45,7 @@ class RunningProcess:
                 },
             )
 
-    def wait_until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 400) -> None:
         """Wait for something that the command brings about, while it runs.
 
         Raises:
