@@ -168,8 +168,9 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
 @cache
 def _golden_digest(objective: str, mixes_teacher_responses: bool) -> str:
     golden = json.loads((REPOSITORY / GOLDEN_LOSSES).read_text())
+    # Sums in another order change the digits after these, and no method.
     own = {
-        name: losses
+        name: [{key: f"{value:.3g}" for key, value in update.items()} for update in losses]
         for name, losses in golden.items()
         if name.split()[0] == objective
         and (mixes_teacher_responses or "teacher responses" not in name)

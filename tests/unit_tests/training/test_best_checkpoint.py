@@ -75,7 +75,7 @@ def test_a_run_keeps_its_best_checkpoint_through_a_resume(
     losses = iter([3.0, 1.0, 2.0, 4.0, 0.5, 5.0])
     measured = []
 
-    def loss(self: Validation, model: Any, row_multiple: int) -> float:
+    def loss(self: Validation, model: Any) -> float:
         measured.append(next(losses))
         return measured[-1]
 
