@@ -29,6 +29,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 MOST_STARTS = 200
 
+SETTLED = 60
+"""Updates after which a rank has all that it will ever need."""
+
 
 @dataclass
 class Promise:
@@ -201,8 +204,15 @@ def damages(folder: Path, times: int, rng: random.Random) -> Promise:
 
 @dataclass
 class _Usage:
-    """Memory and handles of a rank, at some moments of its life."""
+    """Memory and handles of a rank, from the moment on that it has made `SETTLED` updates.
 
+    Attributes:
+        since: Updates of the run when the rank was first seen.
+        bytes: Resident, at each look.
+        handles: Open files and sockets, at each look.
+    """
+
+    since: int
     bytes: list[int] = field(default_factory=list)
     handles: list[int] = field(default_factory=list)
 
@@ -238,9 +248,11 @@ def _soaked(
         moment = time.monotonic() + rng.uniform(0.0, 20.0)
         after = updates() + (0 if is_early else rng.randint(1, 200))
         while job.process.poll() is None:
-            for process in job.ranks().values():
-                _measure(process, usages.setdefault(process, _Usage()))
             done = updates()
+            for process in job.ranks().values():
+                usage = usages.setdefault(process, _Usage(done))
+                if done >= usage.since + SETTLED:
+                    _measure(process, usage)
             if end > time.monotonic() > moment and done >= after:
                 number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
                 promise.times += job.hit(rng.choice(TARGETS), number)
@@ -278,13 +290,11 @@ def soak(folder: Path, hours: float, rng: random.Random) -> Promise:
             check_same(run, whole)
         except AssertionError as error:
             promise.broken.append(f"{run.name}: {error}")
-    # After a third of its life a rank has all that it will ever need.
     for process, usage in usages.items():
-        third = len(usage.bytes) // 3
-        if third < 20:
+        if len(usage.bytes) < 20:
             continue
-        grown = max(usage.bytes[third:]) / usage.bytes[third]
-        more = max(usage.handles[third:]) - usage.handles[third]
+        grown = max(usage.bytes) / usage.bytes[0]
+        more = max(usage.handles) - usage.handles[0]
         promise.figures[str(process)] = {
             "seconds": len(usage.bytes),
             "memory_growth": round(grown, 3),
