@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from pydantic import Strict, StringConstraints
+from pydantic import AfterValidator, InstanceOf
+from pydantic_core import PydanticCustomError
 
 from megatron_dlm.ranges import Range
 
@@ -17,5 +18,16 @@ FIXED = "fixed on resume"
 """A resumed run cannot change the option: it would be a different run, or the value ignored."""
 NOT_AN_OPTION = "not an option"
 """The field is not read from the command line or YAML."""
-Text = Annotated[str, Strict(), StringConstraints(min_length=1, pattern=r"^[^\x00]*$")]
+
+
+def _checked(text: str) -> str:
+    if not text:
+        raise PydanticCustomError("string_too_short", "empty")
+    if "\0" in text:
+        raise PydanticCustomError("string_pattern_mismatch", "NUL")
+    return text
+
+
+# Not `str`, for pydantic refuses names of files that are no UTF-8 or were read in an ASCII locale.
+Text = Annotated[InstanceOf[str], AfterValidator(_checked)]
 """Text of an option: no path, and nothing else that an option means, is empty or holds a NUL."""
