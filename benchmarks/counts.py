@@ -7,7 +7,6 @@ alike, so the difference of the two is a layer.
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import commit, versions
-from megatron_dlm.accounting.fake_cuda import fake_cuda
+from megatron_dlm.accounting.fake_cuda import balanced_routing, fake_cuda
 from megatron_dlm.accounting.operations import Counts, OperationCounter
 
 DEPTHS = (1, 2)
@@ -31,9 +30,10 @@ class Layout:
     options: dict[str, Any]
 
 
-# No model with experts: Megatron-Core's token dispatchers select tokens by masks, and only the
-# device knows how many these are.
-LAYOUTS = {"qwen3_0.6b": Layout(1, {})}
+LAYOUTS = {
+    "qwen3_0.6b": Layout(1, {}),
+    "qwen3_30b_a3b": Layout(8, {"expert_model_parallel_size": 8}),
+}
 
 
 def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[str, Counts]:
@@ -44,7 +44,7 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
     from megatron_dlm.config import Config
     from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
     from megatron_dlm.models.architecture import architecture_from_hf
-    from megatron_dlm.models.forward import row_multiple
+    from megatron_dlm.models.forward import clean_row, forward_hidden, row_multiple
     from megatron_dlm.models.model_provider import build_frozen_model, build_model
     from megatron_dlm.models.row_packing import RowPacking
     from megatron_dlm.objectives import OBJECTIVES
@@ -75,13 +75,15 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
     vocab_size = architecture.vocab_size
     tokens = SpecialTokens(510, 508, 511, vocab_size=vocab_size)
     phases: dict[str, Counts] = {}
-    with initialized(config):
+    with initialized(config), balanced_routing():
         groups = ParallelGroups.from_parallel_state()
         student = build_student(build_model(architecture, config), config)
         teacher = FrozenTeacher(build_frozen_model(architecture, config), RowPacking(1))
         objective = OBJECTIVES["opdlm"](config, tokens.mask_token_id, vocab_size)
         generation = GenerationConfig.from_config(config, BLOCK_DIFFUSION, BLOCK_SIZE)
 
+        # What is found out once in a process is no part of a step.
+        forward_hidden(student.model, [clean_row([torch.arange(1, 9)], "causal")])
         steps = _EachStep()
         engine = RolloutEngine(
             student.model,
@@ -170,7 +172,7 @@ class Phase:
 
 
 def count(shape: str) -> dict[str, Phase]:
-    """Counts of each phase of a shape; needs a process of its own."""
+    """Counts of each phase of a shape, in a process that computes nothing else (`fake_cuda`)."""
     from benchmarks.real_shapes import REAL_SHAPES
 
     num_layers = REAL_SHAPES[shape]["num_hidden_layers"]
@@ -193,14 +195,12 @@ def _phase(shallow: Counts, deep: Counts, num_layers: int) -> Phase:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count the named shapes, each in a process of its own."""
+    """Count the named shapes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        counts = {shape: pool.apply(count, (shape,)) for shape in options.shapes}
+    counts = {shape: count(shape) for shape in options.shapes}
     result = {
         "commit": commit(),
         "versions": versions(),

@@ -13,6 +13,7 @@ What it changes in PyTorch stays changed: use a process of its own, and enter it
 Megatron-Core is imported.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -270,6 +271,7 @@ def _synchronize(device: Any = None) -> None:
         counter.count_wait("synchronize")
 
 
+@functools.cache
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
     stream = Stream()
@@ -304,6 +306,14 @@ def _patch_torch() -> None:
     torch_: Any = torch
     torch_.compile = _compile
     torch_._C._cuda_getDevice = lambda: DEVICE.index
+    autograd: Any = torch.autograd
+    run_backward = autograd._engine_run_backward
+
+    def run_backward_on_device(*args: Any, **kwargs: Any) -> Any:
+        with _Calls():  # PyTorch leaves modes before it runs a backward pass
+            return run_backward(*args, **kwargs)
+
+    autograd._engine_run_backward = run_backward_on_device
     collectives: Any = dist
     new_group = dist.new_group
 
@@ -311,6 +321,31 @@ def _patch_torch() -> None:
         return new_group(*args, **{**kwargs, "backend": "fake"})
 
     collectives.new_group = new_fake_group
+
+
+@contextmanager
+def balanced_routing() -> Iterator[None]:
+    """Routers within send every rank equally many tokens; only a device's values could say more."""
+    from megatron_dlm.models import token_dispatch
+
+    dispatcher: Any = token_dispatch.SortingTokenDispatcher
+    exchange, read_sizes = dispatcher.token_dispatch, token_dispatch.read_sizes
+
+    def exchange_balanced(self: Any, hidden_states: Tensor, probs: Tensor) -> Any:
+        def sizes_read(sizes: Tensor) -> list[list[int]]:
+            read_sizes(sizes)  # the host waits for it as ever
+            ranks = len(sizes)
+            each, more = divmod(len(hidden_states), ranks)
+            return [[each + (rank < more) for rank in range(ranks)]] * ranks
+
+        token_dispatch.read_sizes = sizes_read
+        return exchange(self, hidden_states, probs)
+
+    dispatcher.token_dispatch = exchange_balanced
+    try:
+        yield
+    finally:
+        dispatcher.token_dispatch, token_dispatch.read_sizes = exchange, read_sizes
 
 
 @contextmanager

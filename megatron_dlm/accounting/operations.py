@@ -55,7 +55,7 @@ _WAITS = {
     "unique_consecutive": "unique",
     "bincount": "bincount",
     "equal": "equal",
-    "repeat_interleave": "repeat_interleave",
+    "repeat_interleave": "repeat_interleave",  # unless the host says how long the result is
 }
 """Operations whose result has a shape, or a value, that the host has to wait for."""
 
@@ -139,7 +139,8 @@ class OperationCounter(TorchDispatchMode):
             if _on_device(source) != _on_device(target):
                 self._count_copy(source, target, kwargs, args)
                 return
-        if name in _WAITS or (name.startswith("index") and _selects_by_mask(args)):
+        is_wait = name in _WAITS and kwargs.get("output_size") is None
+        if is_wait or (name.startswith("index") and _selects_by_mask(args)):
             self.counts.synchronisations += 1
             self.counts.by_name[f"wait {_WAITS.get(name, 'mask')}"] += 1
             if name == "_local_scalar_dense":

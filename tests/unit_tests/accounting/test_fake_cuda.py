@@ -26,38 +26,56 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return counts
 
 
-@pytest.mark.parametrize(("shape", "most"), [("qwen3_0.6b", 25)])
+@pytest.mark.parametrize(("shape", "most"), [("qwen3_0.6b", 25), ("qwen3_30b_a3b", 44)])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_layer_of_a_rollout_is_few_kernels(
     counts: dict[str, Any], shape: str, most: int, step: str
 ) -> None:
-    """The budget is 45 kernels a dense layer, 60 with experts."""
+    """The budget is 45 kernels a dense layer, 60 with experts, here split over 8 ranks."""
     layer = counts[shape][step]["layer"]
-    assert 0 < layer["kernels"] <= most
-    assert layer["copies_to_device"] == layer["copies_to_host"] == layer["synchronisations"] == 0
+    exchanges = shape == "qwen3_30b_a3b" and step == "prefill step"  # too many tokens to gather
+    assert 0 < layer["kernels"] <= most + 12 * exchanges
+    assert layer["copies_to_device"] == layer["synchronisations"] == 0
+    assert layer["copies_to_host"] == exchanges
 
 
-@pytest.mark.parametrize("shape", ["qwen3_0.6b"])
+@pytest.mark.parametrize(("shape", "ranks"), [("qwen3_0.6b", 1), ("qwen3_30b_a3b", 8)])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_waits_once_for_its_tokens(counts: dict[str, Any], shape: str, step: str) -> None:
+def test_a_step_waits_once_for_its_tokens(
+    counts: dict[str, Any], shape: str, ranks: int, step: str
+) -> None:
     rest = counts[shape][step]["rest"]
-    assert rest["copies_to_host"] == 1  # the drawn tokens
+    agreements = 2 * (ranks > 1)  # whether anyone goes on, and how long the longest row is
+    assert rest["copies_to_host"] == 1 + agreements  # the drawn tokens
     assert rest["synchronisations"] == 0
-    assert rest["blocking_copies_to_device"] == 2  # of the draws, which the budget leaves out
-    assert rest["copies_after_products"] == 2  # likewise
+    assert rest["blocking_copies_to_device"] == 2 + agreements  # of the draws
+    assert rest["copies_after_products"] <= 3  # likewise
 
 
-@pytest.mark.parametrize("shape", ["qwen3_0.6b"])
+@pytest.mark.parametrize("shape", ["qwen3_0.6b", "qwen3_30b_a3b"])
 def test_an_update_waits_for_its_numbers_only(counts: dict[str, Any], shape: str) -> None:
-    # One copy of each kind is the layout, for FlexAttention's block mask.
-    for phase, copies, waits in (("teacher", 1, 0), ("update", 2, 2), ("optimizer", 1, 3)):
+    # One copy of each kind is the layout, for FlexAttention's block mask; that of a layer of
+    # experts says how many tokens ranks exchange, and that of a teacher how long its rows are.
+    experts = shape == "qwen3_30b_a3b"
+    layers = 48 * experts
+    for phase, copies, waits in (
+        ("teacher", 1 + experts, 0),
+        ("update", 2 + layers, 2),
+        ("optimizer", 1, 3),
+    ):
         assert counts[shape][phase]["model"]["copies_to_host"] == copies, phase
         assert counts[shape][phase]["model"]["synchronisations"] == waits, phase
 
 
-@pytest.mark.parametrize("shape", ["qwen3_0.6b"])
-def test_weights_are_read_once_in_a_step(counts: dict[str, Any], shape: str) -> None:
-    """A layer's 15.7 million parameters are most of what a step of few tokens reads."""
+@pytest.mark.parametrize(
+    ("shape", "weights"),
+    [
+        # Attention and a feed-forward network, or the 16 experts of a rank and the router.
+        ("qwen3_0.6b", 1024 * (16 + 2 * 8 + 16) * 128 + 3 * 1024 * 3072),
+        ("qwen3_30b_a3b", 2048 * ((32 + 2 * 4 + 32) * 128 + 2 * 128) + 16 * 3 * 2048 * 768),
+    ],
+)
+def test_weights_are_read_once_in_a_step(counts: dict[str, Any], shape: str, weights: int) -> None:
+    """They are most of what a step of few tokens reads; with experts, 8 ranks send theirs."""
     layer = counts[shape]["rollout step"]["layer"]
-    weights = 2 * (1024 * (16 + 2 * 8 + 16) * 128 + 3 * 1024 * 3072)
-    assert weights < layer["bytes"] < 2 * weights
+    assert 2 * weights < layer["bytes"] < (2 if shape == "qwen3_0.6b" else 2.6) * 2 * weights
