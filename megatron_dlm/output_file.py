@@ -5,8 +5,10 @@ killed process leaves what was there. What cannot be written is found out before
 """
 
 import errno
+import glob
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -173,9 +175,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def process_runs(pid: int) -> bool:
+    """Whether there is such a process on this host, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _beside(target: Path) -> Path:
-    """A hidden name of this process beside a file, not too long; libraries go by the suffix."""
-    return target.with_name(f".{target.stem[:100]}.{os.getpid()}.tmp{target.suffix}")
+    """A hidden name of this process beside a file, not too long; libraries go by the suffix.
+
+    What killed processes of this host left under such a name is removed.
+    """
+    prefix = f".{target.stem[:100]}.{socket.gethostname()}."
+    for left in target.parent.glob(f"{glob.escape(prefix)}*.tmp{glob.escape(target.suffix)}"):
+        owner = left.name.removeprefix(prefix).partition(".")[0]
+        if owner.isdecimal() and not process_runs(int(owner)):
+            left.unlink(missing_ok=True)
+    return target.with_name(f"{prefix}{os.getpid()}.tmp{target.suffix}")
 
 
 def _probe(folder: Path) -> None:

@@ -106,7 +106,7 @@ def _report_stop(stopped: StopRequested, config: Config, run: "Run | None") -> N
     """Say that the run is to be started again; before it was built, in its history too."""
     folder = config.logging.save
     if run is None:
-        record(folder, "saved_and_stopped", iteration=None, rollout=None, reason=str(stopped))
+        record(folder, "stopped", iteration=None, rollout=None, reason=str(stopped))
     where = "before the first update" if run is None else f"after update {run.progress.iteration}"
     kept = f"the same command goes on in {folder}" if folder else "nothing is saved: no --save"
     _say(f"{stopped}: stopped {where}; {kept}")

@@ -13,7 +13,13 @@ import torch.distributed as dist
 
 from megatron_dlm.conversion.gathering import WRITER
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.output_file import sync_file, sync_folder, unwritable, writing
+from megatron_dlm.output_file import (
+    process_runs,
+    sync_file,
+    sync_folder,
+    unwritable,
+    writing,
+)
 
 
 def is_writer() -> bool:
@@ -106,20 +112,9 @@ def _tidy(target: Path) -> None:
         return
     for path in sorted(target.parent.iterdir()):
         match = left.fullmatch(path.name)
-        if match is None or _runs(int(match[2])):
+        if match is None or process_runs(int(match[2])):
             continue
         if match[1] == "replaced" and not target.exists():
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    """Whether there is such a process on this host."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

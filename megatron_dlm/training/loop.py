@@ -90,7 +90,7 @@ def train(run: Run) -> None:
     try:
         _train(run)
     except StopRequested as stop:
-        _record(run, "saved_and_stopped", reason=str(stop))
+        _record(run, "stopped", reason=str(stop))
         raise
     except TrainingDiverged:
         raise  # recorded with what is known of it

@@ -23,7 +23,7 @@ from megatron_dlm.entry import rank, warn, world_size
 
 HISTORY = "history.jsonl"
 
-Event = Literal["started", "resumed", "saved_and_stopped", "finished", "diverged", "failed"]
+Event = Literal["started", "resumed", "stopped", "finished", "diverged", "failed"]
 
 _PACKAGES = ("torch", "megatron-core", "transformers")
 

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from megatron_dlm import platform
 from megatron_dlm.errors import bad_value
+from megatron_dlm.output_file import write_file
 from megatron_dlm.training.checkpoint_metadata import METADATA_FILE
 from megatron_dlm.training.manifest import TENSOR_FILES, FileRecord
 
@@ -226,9 +227,7 @@ def write_tensor_file(folder: Path, content: Content) -> WrittenFile:
 def leave_note(folder: Path, file: WrittenFile) -> None:
     """Tell rank 0 that this rank's file is there, and what it holds."""
     note = _note(folder, torch.distributed.get_rank())
-    temporary = note.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(file)))
-    temporary.rename(note)
+    write_file(note, json.dumps(dataclasses.asdict(file)))
 
 
 def has_note(folder: Path, rank: int) -> bool:

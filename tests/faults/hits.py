@@ -142,7 +142,7 @@ def signals(folder: Path, times: int, rng: random.Random) -> Promise:
                 promise.times += is_hit
                 if is_hit and trains:
                     job.wait(600)
-                    assert events(run)[-1] in ("saved_and_stopped", "finished"), job.output
+                    assert events(run)[-1] in ("stopped", "finished"), job.output
             if job.wait(600) == 0:
                 return
         raise AssertionError(f"not finished after {MOST_STARTS} starts")

@@ -99,7 +99,7 @@ def test_a_stopped_study_has_saved_its_branch(tmp_path: Path) -> None:
     study.send(signal.SIGINT)
     assert study.wait() == PREEMPTED_STATUS, study.output
     assert "the same command goes on" in study.output
-    assert events(branch)[-1] == "saved_and_stopped"
+    assert events(branch)[-1] == "stopped"
     assert latest_iteration(branch) == len(metrics(branch))
 
 

@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     capsys.readouterr()
     assert _start(_config(folder, run, kind), dataclasses.replace(moment)) == PREEMPTED_STATUS
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert events(run)[-1] == "saved_and_stopped"
+    assert events(run)[-1] == "stopped"
     assert latest_iteration(run) == saved
     out = capsys.readouterr().out
     assert f"{moment.number.name}: stopped after update {saved or 0}; " in out
@@ -233,7 +233,7 @@ def test_torchrun_and_the_launcher_pass_a_signal_on_and_say_how_the_run_ended(
     started.wait_until(lambda: len(metrics(run)) >= 6)
     started.send(signal.SIGUSR1)
     assert started.wait() == PREEMPTED_STATUS, started.output
-    assert events(run)[-1] == "saved_and_stopped"
+    assert events(run)[-1] == "stopped"
     updates = len(metrics(run))
     assert latest_iteration(run) == updates < 60 * 4
     assert f"stopped after update {updates}; " in started.output

@@ -107,6 +107,8 @@ def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> 
         content = file.read_text()
         assert content == content[0] * 100_000 + "end"
         file.unlink()
+    write_file(file, "of a process that lives")
+    assert names(tmp_path) == ["results.json"]  # nothing is left of the killed ones
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,11 @@ def test_commit_of_a_checkout(tmp_path: Path) -> None:
 def test_line_of_a_killed_writer_costs_only_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record(tmp_path, "saved_and_stopped", iteration=1, rollout=1)
+    record(tmp_path, "stopped", iteration=1, rollout=1)
     with (tmp_path / HISTORY).open("a") as file:
         file.write('{"event": "resu')
     record(tmp_path, "finished", iteration=2, rollout=2)
-    assert [found["event"] for found in events(tmp_path)] == ["saved_and_stopped", "finished"]
+    assert [found["event"] for found in events(tmp_path)] == ["stopped", "finished"]
     assert f"{HISTORY}:2 cannot be read" in capsys.readouterr().err
 
 
