@@ -1,12 +1,11 @@
 """Draw tokens from the hidden states of a forward; the result is on every pipeline stage.
 
-S: tokens of a forward; n: draws of a forward; h: hidden size; Vp: padded vocabulary; tp:
-tensor-parallel size.
+S: tokens of a forward; n: draws of a forward; h: hidden size.
 """
 
-import torch
+from dataclasses import dataclass
+
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dlm import platform
@@ -15,10 +14,21 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import ForwardPlan
+from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.special_tokens import SpecialTokens
 
-# Most logits in memory at once while drawing: their noise takes several 64-bit copies.
-MAX_LOGITS = 1 << 24
+
+@dataclass(frozen=True)
+class PlannedDraws:
+    """What draws need besides hidden states, on the device.
+
+    Attributes:
+        rows: [n] int64, index of the hidden state that each draw is made from.
+        uniforms: [n] float64, the number of each draw.
+    """
+
+    rows: Tensor
+    uniforms: Tensor
 
 
 class TokenDrawer:
@@ -44,58 +54,46 @@ class TokenDrawer:
         self._special_tokens = special_tokens
         self._groups = groups
 
-    def draw(self, hidden: Tensor | None, plan: ForwardPlan, seed: int) -> SampledTokens:
+    def plan(self, plan: ForwardPlan, seed: int) -> PlannedDraws:
+        """Copy to the device what the draws of a forward need, before it is launched.
+
+        A copy after it would wait for all its kernels.
+
+        Args:
+            plan: The plan of that forward.
+            seed: Seed of the draws.
+        """
+        uniforms = counter_uniforms(seed, plan.sample_index, plan.position, plan.denoising_step)
+        return PlannedDraws(*platform.to_device(plan.draw_rows, uniforms))
+
+    def draw(self, hidden: Tensor | None, draws: PlannedDraws) -> SampledTokens:
         """Sample on the last stage from hidden states [S, h]; the result on every stage's CPU.
 
         Args:
             hidden: None on stages before the last.
-            plan: The plan of that forward.
-            seed: Seed of the draws.
+            draws: What `plan` returned before the forward.
         """
         if hidden is not None:
-            packed = self._sample(hidden, plan, seed)
+            packed = self._sample(hidden, draws)
         else:
-            packed = torch.empty(
-                3, len(plan.draw_rows), dtype=torch.float64, device=platform.device()
-            )
+            packed = draws.uniforms.new_empty(3, len(draws.rows))
         if self._groups.pp is not None:
             dist.broadcast(packed, src=self._groups.pp_last_rank, group=self._groups.pp)
-        token_ids, confidence, entropy = packed.cpu()
-        return SampledTokens(token_ids.long(), confidence.float(), entropy.float())
+        return SampledTokens.unpack(packed.cpu())
 
-    def _sample(self, hidden: Tensor, plan: ForwardPlan, seed: int) -> Tensor:
+    def _sample(self, hidden: Tensor, draws: PlannedDraws) -> Tensor:
         """Token ids, confidences and entropies of the draws, [3, n] float64 (exact for ids)."""
-        device = hidden.device
-        weight = head_weight(self._model)  # [Vp/tp, h]
-        hidden = hidden.index_select(0, plan.draw_rows.to(device))  # [n, h]
-        counters = torch.stack((plan.sample_index, plan.position, plan.denoising_step)).to(device)
+        weight = head_weight(self._model)
         tp_rank = self._groups.tp.rank() if self._groups.tp is not None else 0
-        chunk = max(1, MAX_LOGITS // weight.shape[0])
-        packed = []
-        for part, (sample_index, position, step) in zip(
-            hidden.split(chunk), counters.split(chunk, dim=1), strict=True
-        ):
-            sampled = sample_tokens(
-                F.linear(part, weight),
-                vocab_start=tp_rank * weight.shape[0],
-                vocab_size=self._special_tokens.vocab_size,
-                mask_token_id=self._special_tokens.mask_token_id,
-                temperature=self._generation.temperature,
-                top_k=self._generation.top_k,
-                top_p=self._generation.top_p,
-                seed=seed,
-                sample_index=sample_index,
-                position=position,
-                denoising_step=step,
-                tp_group=self._groups.tp,
-            )
-            packed.append(
-                torch.stack(
-                    (
-                        sampled.token_ids.double(),
-                        sampled.confidence.double(),
-                        sampled.entropy.double(),
-                    )
-                )
-            )
-        return torch.cat(packed, dim=1)
+        return sample_tokens(
+            hidden.index_select(0, draws.rows),
+            weight,
+            draws.uniforms,
+            vocab_start=tp_rank * weight.shape[0],
+            vocab_size=self._special_tokens.vocab_size,
+            mask_token_id=self._special_tokens.mask_token_id,
+            temperature=self._generation.temperature,
+            top_k=self._generation.top_k,
+            top_p=self._generation.top_p,
+            tp_group=self._groups.tp,
+        )

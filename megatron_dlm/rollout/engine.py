@@ -213,6 +213,7 @@ class RolloutEngine:
         full = self.generation.attention_pattern == "full"
         self.work.add(plan, None if full else self.generation.block_size)
         attention = context.attention(plan.starts, plan.ends)
+        draws = self._drawer.plan(plan, self.seed)
         hidden = forward_hidden(self._model, [Row(plan.token_ids, plan.position_ids, attention)])
-        drawn = self._drawer.draw(None if hidden is None else hidden[0], plan, self.seed)
+        drawn = self._drawer.draw(None if hidden is None else hidden[0], draws)
         return slots.update(plan, drawn)

@@ -1,24 +1,40 @@
-"""Drawing tokens from vocabulary-parallel logits with counter-based randomness.
+"""Drawing tokens from hidden states, with the vocabulary split over tensor-parallel ranks.
 
-A draw is Gumbel-max: argmax over the vocabulary of logit / temperature + Gumbel noise. The noise
-(`gumbel_noise`) depends neither on the batch nor on the parallel layout, and every tensor-parallel
-rank computes its own shard's only. Ranks exchange a few numbers per drawn token, never the
-vocabulary.
+The head's product and the pass over its logits go chunk by chunk, and the way from hidden states to
+the packed result has no decision on the host. What is drawn, and from how many numbers:
+`block_draws`.
 
-n: tokens drawn at once; Vp: vocabulary padded for tensor parallelism; tp: its ranks; k: top-k.
+n: tokens drawn at once; h: hidden size; Vp: vocabulary padded for tensor parallelism; tp: its
+ranks.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dlm.rollout.gumbel_noise import gumbel_noise
+from megatron_dlm.rollout.block_draws import (
+    TORCH_PASSES,
+    VOCABULARY_BLOCK,
+    DrawPasses,
+    block_statistics,
+    choose_tokens,
+    chosen_columns,
+    chunk_columns,
+    draw_from_logits,
+    forbid_tokens,
+    padded_columns,
+)
 
-# Logit of a token that must not be drawn. Finite, so that 0 * FORBIDDEN is 0 in the entropy.
-_FORBIDDEN = -1e30
+# Most logits in memory at once.
+MAX_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -36,11 +52,11 @@ class SampledTokens:
     confidence: Tensor
     entropy: Tensor
 
-
-def _reduce(values: Tensor, op: dist.ReduceOp.RedOpType, tp_group: ProcessGroup | None) -> Tensor:
-    if tp_group is not None and tp_group.size() > 1:
-        dist.all_reduce(values, op=op, group=tp_group)
-    return values
+    @classmethod
+    def unpack(cls, packed: Tensor) -> SampledTokens:
+        """From the three rows of what `sample_tokens` returns."""
+        token_ids, confidence, entropy = packed
+        return cls(token_ids.long(), confidence.float(), entropy.float())
 
 
 def _gather(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
@@ -53,39 +69,74 @@ def _gather(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     return gathered.view(tp_group.size(), *values.shape)
 
 
-def _apply_top_k(scaled: Tensor, top_k: int, tp_group: ProcessGroup | None) -> Tensor:
-    """Forbid values below the k-th largest; ties with it stay."""
-    largest = scaled.topk(min(top_k, scaled.shape[1]), dim=-1).values
-    candidates = _gather(largest, tp_group).transpose(0, 1).flatten(1)
-    threshold = candidates.topk(min(top_k, candidates.shape[1]), dim=-1).values[:, -1:]
-    return scaled.masked_fill(scaled < threshold, _FORBIDDEN)
+def _passes(device: torch.device) -> DrawPasses:
+    """Triton's kernels on CUDA, where Triton is installed."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return TORCH_PASSES
+    from megatron_dlm.rollout.draw_kernels import TRITON_PASSES
+
+    return TRITON_PASSES
 
 
-def _apply_top_p(scaled: Tensor, top_p: float, tp_group: ProcessGroup | None) -> Tensor:
-    """Forbid all but the smallest set of most likely tokens with mass >= p; ties stay together.
+@dataclass(frozen=True)
+class _Head:
+    """The product of hidden states [n, h] with a shard [v, h] of the output layer, by chunks."""
 
-    The set is {distance from the top <= t} for the smallest t that holds enough mass. Non-negative
-    float32 values order like their bit patterns, so a bisection over these ends at exactly that t.
-    """
-    top = _reduce(scaled.amax(dim=-1), dist.ReduceOp.MAX, tp_group)
-    distance = top[:, None] - scaled
-    weight = (-distance).exp()
-    needed = top_p * _reduce(weight.sum(-1, dtype=torch.float64), dist.ReduceOp.SUM, tp_group)
-    # Adding zero turns -0.0, whose bits are those of a negative integer, into 0.0.
-    bits = distance.add_(0.0).view(torch.int32)
-    low = torch.zeros_like(top, dtype=torch.int32)
-    high = torch.full_like(low, torch.tensor(-_FORBIDDEN).view(torch.int32).item())
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        inside = weight.masked_fill(bits > middle[:, None], 0.0).sum(-1, dtype=torch.float64)
-        enough = _reduce(inside, dist.ReduceOp.SUM, tp_group) >= needed
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, torch.minimum(middle + 1, high))
-    return scaled.masked_fill(bits > high[:, None], _FORBIDDEN)
+    hidden: Tensor
+    weight: Tensor
+    vocab_start: int
+    vocab_end: int
+    mask_token_id: int
+
+    @property
+    def columns(self) -> int:
+        return padded_columns(self.weight.shape[0])
+
+    def _write(self, logits: Tensor, start: int) -> None:
+        """Logits of the columns from `start` on, into a tensor of that many columns."""
+        weight = self.weight[start : start + logits.shape[1]]
+        torch.mm(self.hidden, weight.T, out=logits[:, : len(weight)])
+        forbid_tokens(
+            logits,
+            first_id=self.vocab_start + start,
+            vocab_size=self.vocab_end,
+            mask_token_id=self.mask_token_id,
+        )
+
+    def write(self, logits: Tensor) -> None:
+        """All logits at once, into [n, v]."""
+        self._write(logits, 0)
+
+    def chunks(self, logits: Tensor) -> Iterator[Tensor]:
+        """Chunks of logits, in the columns of a tensor of their own or all in the same ones."""
+        step = chunk_columns(logits.device)
+        for start in range(0, self.columns, step):
+            stop = min(start + step, self.columns)
+            at = start if logits.shape[1] == self.columns else 0
+            chunk = logits[:, at : at + stop - start]
+            self._write(chunk, start)
+            yield chunk
+
+    def block(self, blocks: Tensor) -> Tensor:
+        """Logits [n, block] of one block of each row, computed again."""
+        logits = self.hidden.new_empty(len(blocks), VOCABULARY_BLOCK)
+        for row, block in enumerate(blocks.tolist()):
+            start = block * VOCABULARY_BLOCK
+            weight = self.weight[start : start + VOCABULARY_BLOCK]
+            torch.mv(weight, self.hidden[row], out=logits[row, : len(weight)])
+            forbid_tokens(
+                logits[row : row + 1],
+                first_id=self.vocab_start + start,
+                vocab_size=self.vocab_end,
+                mask_token_id=self.mask_token_id,
+            )
+        return logits
 
 
 def sample_tokens(
-    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    uniforms: Tensor,
     *,
     vocab_start: int,
     vocab_size: int,
@@ -93,82 +144,85 @@ def sample_tokens(
     temperature: float,
     top_k: int,
     top_p: float,
-    seed: int,
-    sample_index: Tensor,
-    position: Tensor,
-    denoising_step: Tensor,
     tp_group: ProcessGroup | None = None,
-) -> SampledTokens:
-    """Draw one token for each row of vocabulary-parallel logits.
+) -> Tensor:
+    """Draw one token for each row of hidden states.
 
     The distribution is softmax(logits / temperature) restricted to the `top_k` most likely tokens
     and then to the smallest set of them with mass >= `top_p` (of what top-k left). MASK and padding
-    ids have probability zero. Arithmetic is float32; equal scores go to the lowest id.
+    ids have probability zero. Each draw inverts the cumulative distribution over ascending ids;
+    equal logits of temperature 0 go to the lowest id.
+
+    Logits are kept in the type of the weights, at most `MAX_LOGITS` at a time; those in float32 on
+    the CPU only where top-k or top-p pass over them again.
 
     Args:
-        logits: [n, Vp/tp], this rank's shard, any floating type; n may be 0. Not modified.
-        vocab_start: Vocabulary id of the shard's first column.
+        hidden: [n, h]; n may be 0.
+        weight: [Vp/tp, h], this rank's shard of the output layer, of the same type.
+        uniforms: [n] float64 in [0, 1), see `counter_uniforms`.
+        vocab_start: Vocabulary id of the shard's first row.
         vocab_size: Ids from here on are padding.
         mask_token_id: Never drawn.
         temperature: 0 takes the most likely token.
         top_k: 0 is off.
         top_p: 1 is off.
-        seed: Seed of the run's draws.
-        sample_index: [n] int64, global index of the sample.
-        position: [n] int64, position of the token in its sequence.
-        denoising_step: [n] int64.
         tp_group: Ranks that hold the other shards, ordered by `vocab_start`; None if there are
             none.
 
     Returns:
-        The same on every rank of `tp_group`.
+        [3, n] float64: `token_ids`, `confidence` and `entropy` of `SampledTokens`; the same on
+        every rank of `tp_group`.
     """
-    ids = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
-    if logits.shape[0] == 0:
-        none = logits.new_empty(0, dtype=torch.float32)
-        return SampledTokens(torch.empty_like(ids[:0]), none, none)
-    logits = logits.float().masked_fill((ids >= vocab_size) | (ids == mask_token_id), _FORBIDDEN)
+    weight = weight.detach()
+    top_k = top_k if 0 < top_k < vocab_size else 0
+    is_filtered = temperature > 0.0 and (top_k > 0 or top_p < 1.0)
+    is_kept = is_filtered or hidden.dtype != torch.float32 or hidden.device.type != "cpu"
+    columns = padded_columns(weight.shape[0])
+    columns = columns if is_kept else min(columns, chunk_columns(hidden.device))
 
-    if temperature == 0.0:
-        scores = logits
-    else:
-        scores = logits / temperature
-        if 0 < top_k < vocab_size:
-            scores = _apply_top_k(scores, top_k, tp_group)
-        if top_p < 1.0:
-            scores = _apply_top_p(scores, top_p, tp_group)
-        scores = scores + gumbel_noise(seed, sample_index, position, denoising_step, ids)
+    passes = _passes(hidden.device)
 
-    # `max` returns the first of equal maxima, here and over the ranks below: the lowest id.
-    best_score, best = scores.max(dim=-1)
-    top = logits.amax(dim=-1)
-    shifted = logits - top[:, None]
-    weight = shifted.exp()
-    local = torch.stack(
-        (
-            best_score.double(),
-            best.double() + vocab_start,
-            logits.gather(1, best[:, None])[:, 0].double(),
-            top.double(),
-            weight.sum(dim=-1).double(),
-            (weight * shifted).sum(dim=-1).double(),
+    def gather(values: Tensor) -> Tensor:
+        return _gather(values, tp_group)
+
+    packed = [hidden.new_empty(3, 0, dtype=torch.float64)]
+    rows = max(1, MAX_LOGITS // columns)
+    for part, numbers in zip(hidden.split(rows), uniforms.split(rows), strict=True):
+        if len(part) == 0:
+            continue
+        head = _Head(
+            part,
+            weight,
+            vocab_start=vocab_start,
+            vocab_end=min(vocab_size, vocab_start + weight.shape[0]),
+            mask_token_id=mask_token_id,
         )
-    )
-    best_score, best_id, best_logit, top, mass, moment = _gather(local, tp_group).unbind(
-        1
-    )  # [tp, n]
-
-    owner = best_score.max(dim=0).indices[None]
-    token_ids = best_id.gather(0, owner)[0].long()
-    token_logit = best_logit.gather(0, owner)[0]
-    # Combine the shards' sums of exp(x - top) and exp(x - top) * (x - top) at the common maximum.
-    shift = top - top.amax(dim=0)
-    scale = shift.exp()
-    total = (scale * mass).sum(dim=0)
-    expectation = (scale * (moment + shift * mass)).sum(dim=0) / total
-    log_total = total.log()
-    return SampledTokens(
-        token_ids=token_ids,
-        confidence=(token_logit - top.amax(dim=0) - log_total).exp().float(),
-        entropy=(log_total - expectation).clamp_(min=0.0).float(),
-    )
+        logits = part.new_empty(len(part), columns)
+        if not is_kept:
+            drawn = choose_tokens(
+                block_statistics(head.chunks(logits), temperature),
+                partial(chosen_columns, head.block, threshold=None, temperature=temperature),
+                numbers,
+                temperature=temperature,
+                first_id=vocab_start,
+                gather=gather,
+            )
+        else:
+            statistics = None
+            if passes is TORCH_PASSES:
+                statistics = block_statistics(head.chunks(logits), temperature)
+            else:
+                head.write(logits)
+            drawn = draw_from_logits(
+                logits,
+                numbers,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                first_id=vocab_start,
+                gather=gather,
+                statistics=statistics,
+                passes=passes,
+            )
+        packed.append(drawn)
+    return torch.cat(packed, dim=1)

@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.rollout.sampling import sample_tokens
+from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
+from megatron_dlm.rollout.uniforms import counter_uniforms
 from tests.distributed_tests.spawn import run_distributed
 
-VOCAB_SIZE, PADDED, MASK_TOKEN_ID, N = 90, 96, 70, 200
+# Shards of one and more blocks, and, on four ranks, of one and a quarter.
+VOCAB_SIZE, PADDED, MASK_TOKEN_ID, N = 630, 640, 470, 200
 SETTINGS = [
     {"temperature": 0.0, "top_k": 0, "top_p": 1.0},
     {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
@@ -18,23 +20,22 @@ SETTINGS = [
 def sample_shard(rank: int, world_size: int) -> list[tuple[torch.Tensor, ...]]:
     logits = 3 * torch.randn(N, PADDED, generator=torch.Generator().manual_seed(3))
     logits[:20] = logits[:20].round()  # ties within and across shards
-    shard = logits.chunk(world_size, dim=1)[rank]
+    shard = torch.eye(PADDED).chunk(world_size)[rank]  # of the head: the hidden states are logits
     group = dist.group.WORLD if world_size > 1 else None
     rows = torch.arange(N)
     results = []
     for settings in SETTINGS:
-        sampled = sample_tokens(
+        packed = sample_tokens(
+            logits,
             shard,
-            vocab_start=rank * shard.shape[1],
+            counter_uniforms(1, rows, rows % 7, rows % 3),
+            vocab_start=rank * len(shard),
             vocab_size=VOCAB_SIZE,
             mask_token_id=MASK_TOKEN_ID,
-            seed=1,
-            sample_index=rows,
-            position=rows % 7,
-            denoising_step=rows % 3,
             tp_group=group,
             **settings,
         )
+        sampled = SampledTokens.unpack(packed)
         results.append((sampled.token_ids, sampled.confidence, sampled.entropy))
     return results
 

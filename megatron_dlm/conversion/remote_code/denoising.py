@@ -22,8 +22,8 @@ from .response_columns import ResponseColumns
 from .row_cache import RowCache
 from .token_draws import draw_tokens, row_seeds
 
-# Most logits in memory at once while drawing: their noise takes several 64-bit copies.
-MAX_LOGITS = 1 << 24
+# Most logits in memory at once.
+MAX_LOGITS = 1 << 26
 
 
 class Denoising:
@@ -194,12 +194,13 @@ class Denoising:
         settings, parts = self._settings, []
         chunk = max(1, MAX_LOGITS // settings.vocab_size)
         for part in torch.arange(len(rows), device=rows.device).split(chunk):
-            logits = self._head(hidden[part]).float().to(rows.device)
-            logits[:, settings.mask_token_id] = -torch.inf
+            logits = self._head(hidden[part]).to(rows.device)
+            forbidden = torch.finfo(logits.dtype).min
+            logits[:, settings.mask_token_id] = forbidden
             if settings.min_new_tokens:
                 length = positions[part] - self.prompt_lengths[rows[part]]
                 for token in settings.eos_token_ids:
-                    logits[length < settings.min_new_tokens, token] = -torch.inf
+                    logits[length < settings.min_new_tokens, token] = forbidden
             parts.append(
                 draw_tokens(
                     logits,

@@ -1,7 +1,7 @@
 """Drawing of tokens, for plain transformers.
 
-The noise of a draw is a hash of the row's seed, the position, the denoising step and the vocabulary
-id: the draws of a row do not depend on other rows or on their progress.
+The number of a draw is a hash of the row's seed, the position and the denoising step: the draws of
+a row do not depend on other rows or on their progress.
 
 n: tokens drawn at once; V: vocabulary.
 """
@@ -9,9 +9,11 @@ n: tokens drawn at once; V: vocabulary.
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dlm.rollout.gumbel_noise import gumbel_noise
+from megatron_dlm.rollout.block_draws import draw_from_logits, padded_columns
+from megatron_dlm.rollout.uniforms import counter_uniforms
 
 
 def row_seeds(prompts: list[list[int]], seed: int) -> list[int]:
@@ -22,19 +24,6 @@ def row_seeds(prompts: list[list[int]], seed: int) -> list[int]:
         digest = hashlib.blake2b(key, digest_size=8).digest()
         seeds.append(int.from_bytes(digest, "little", signed=True))
     return seeds
-
-
-def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [n, V] with -inf at what top-k and then top-p leave out."""
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        # A token stays if the tokens before it have less than top_p in sum.
-        left_out = ordered.cumsum(dim=-1) - ordered >= top_p
-        logits = logits.masked_fill(left_out.scatter(-1, order, left_out), -torch.inf)
-    return logits
 
 
 def draw_tokens(
@@ -50,7 +39,7 @@ def draw_tokens(
     """Draw one token for each row of logits; temperature 0 takes the most likely one.
 
     Args:
-        logits: [n, V] float32.
+        logits: [n, V] of any floating type; what must not be drawn has the lowest value of it.
         temperature: Of the softmax.
         top_k: 0 is off.
         top_p: 1 is off.
@@ -62,12 +51,15 @@ def draw_tokens(
         Tokens [n], their probabilities before temperature and filters [n] float32, and the entropy
         of that distribution in nats [n] float32.
     """
-    if temperature == 0.0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        noise = gumbel_noise(0, seeds, positions, steps, ids)
-        tokens = (filtered_logits(logits / temperature, top_k, top_p) + noise).argmax(dim=-1)
-    probabilities = logits.softmax(dim=-1)
-    confidence = probabilities.gather(-1, tokens[:, None])[:, 0]
-    return tokens, confidence, torch.special.entr(probabilities).sum(dim=-1)
+    vocab_size = logits.shape[1]
+    missing = padded_columns(vocab_size) - vocab_size
+    if missing:
+        logits = F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
+    tokens, confidence, entropy = draw_from_logits(
+        logits,
+        counter_uniforms(0, seeds, positions, steps),
+        temperature=temperature,
+        top_k=top_k if top_k < vocab_size else 0,
+        top_p=top_p,
+    )
+    return tokens.long(), confidence.float(), entropy.float()

@@ -48,8 +48,8 @@ def test_a_step_waits_once_for_its_tokens(
     agreements = 2 * (ranks > 1)  # whether anyone goes on, and how long the longest row is
     assert rest["copies_to_host"] == 1 + agreements  # the drawn tokens
     assert rest["synchronisations"] == 0
-    assert rest["blocking_copies_to_device"] == 2 + agreements  # of the draws
-    assert rest["copies_after_products"] <= 3  # likewise
+    assert rest["blocking_copies_to_device"] == agreements
+    assert rest["copies_after_products"] <= agreements // 2
 
 
 @pytest.mark.parametrize("shape", ["qwen3_0.6b", "qwen3_30b_a3b"])

@@ -36,9 +36,8 @@ def test_files_import_nothing_that_is_not_shipped_and_change_no_definition(forma
     assert not of_configuration.keys() & of_model.keys()
     originals = {}
     strategies = (PACKAGE / "rollout" / "strategies").glob("*.py")
-    others = [
-        PACKAGE / f"{name}.py" for name in ("ranges", "models/rotary", "rollout/gumbel_noise")
-    ]
+    draws = (f"rollout/{name}" for name in ("uniforms", "block_draws", "top_p_search"))
+    others = [PACKAGE / f"{name}.py" for name in ("ranges", "models/rotary", *draws)]
     for file in (*REMOTE_CODE.glob("*.py"), *strategies, *others):
         originals |= definitions(file.read_text())
     for name, source in {**of_configuration, **of_model}.items():

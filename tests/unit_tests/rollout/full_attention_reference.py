@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.gumbel_noise import gumbel_noise
+from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import EOS, MASK, SEED, VOCAB_SIZE
 
@@ -89,12 +89,12 @@ def decode(
             for position in masked:
                 row = logits[position - 1 if generation.shifted else position]
                 probability = row.softmax(0)
-                score = row
+                tokens[position] = int(row.argmax())
                 if generation.temperature:
                     counters = [torch.tensor([x]) for x in (prompt.sample_index, position, step)]
-                    noise = gumbel_noise(SEED, *counters, torch.arange(VOCAB_SIZE))[0]
-                    score = row / generation.temperature + noise
-                tokens[position] = int(score.argmax())
+                    reached = (row / generation.temperature).softmax(0).cumsum(0)
+                    uniform = counter_uniforms(SEED, *counters)
+                    tokens[position] = int((reached > uniform).int().argmax())
                 confidence[position] = float(probability[tokens[position]])
                 entropy[position] = float(-torch.special.xlogy(probability, probability).sum())
             for position in commit(

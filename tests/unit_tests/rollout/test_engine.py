@@ -11,11 +11,12 @@ from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import initialized
-from megatron_dlm.rollout import drawing
 from megatron_dlm.rollout import engine as engine_module
+from megatron_dlm.rollout import sampling
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.unit_tests.rollout.tiny_models import (
@@ -85,19 +86,19 @@ def draw_without_cache(
     layout = clean_layout([len(tokens)], "block_causal", generation.block_size)
     hidden = forward_hidden(model.eval(), [Row(tokens, torch.arange(len(tokens)), layout)])
     assert hidden is not None
-    return sample_tokens(
-        hidden[0][source] @ head_weight(model).detach().T,
+    counters = (torch.full_like(target, sample_index), target, torch.full_like(target, step))
+    packed = sample_tokens(
+        hidden[0][source],
+        head_weight(model),
+        counter_uniforms(11, *counters),
         vocab_start=0,
         vocab_size=VOCAB_SIZE,
         mask_token_id=MASK,
         temperature=generation.temperature,
         top_k=generation.top_k,
         top_p=generation.top_p,
-        seed=11,
-        sample_index=torch.full_like(target, sample_index),
-        position=target,
-        denoising_step=torch.full_like(target, step),
     )
+    return SampledTokens.unpack(packed)
 
 
 def decode_without_cache(
@@ -232,7 +233,7 @@ def test_results_do_not_depend_on_the_batch(
     backwards = make_engine(model).generate(prompts[::-1], 14)
     assert [fields(t) for t in backwards[::-1]] == expected
     monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 9)
-    monkeypatch.setattr(drawing, "MAX_LOGITS", 300)
+    monkeypatch.setattr(sampling, "MAX_LOGITS", 300)
     assert [fields(t) for t in make_engine(model).generate(prompts, 14)] == expected
 
 

@@ -1,15 +1,15 @@
-"""Gumbel noise as a hash of counters: the same in every batch, parallel layout and engine.
+"""The uniform number of a draw as a hash of counters: the same in every batch, layout and engine.
 
-The noise of a draw is a hash of (seed, sample index, position, denoising step, vocabulary id).
-Modelling code of exported folders contains this module.
+A draw has one number, a hash of (seed, sample index, position, denoising step). Modelling code of
+exported folders contains this module.
 
-n: tokens drawn at once; v: vocabulary ids.
+n: tokens drawn at once.
 """
 
 import torch
 from torch import Tensor
 
-_NOISE_BITS = 40
+_UNIFORM_BITS = 53  # of a float64
 
 
 def _signed(word: int) -> int:
@@ -34,31 +34,21 @@ def _mix(word: Tensor) -> Tensor:
     return word.bitwise_xor_(_shift_right(word, 31))
 
 
-def gumbel_noise(
-    seed: int,
-    sample_index: Tensor,
-    position: Tensor,
-    denoising_step: Tensor,
-    vocabulary_ids: Tensor,
+def counter_uniforms(
+    seed: int, sample_index: Tensor, position: Tensor, denoising_step: Tensor
 ) -> Tensor:
-    """Standard Gumbel noise as a pure function of its counters.
+    """Uniform numbers in [0, 1) as a pure function of their counters.
 
     Args:
         seed: Seed of the run's draws.
         sample_index: [n] int64, global index of the sample.
         position: [n] int64, position of the token in its sequence.
         denoising_step: [n] int64.
-        vocabulary_ids: [v] int64, ids to compute the noise of.
 
     Returns:
-        [n, v] float32.
+        [n] float64, multiples of 2^-53.
     """
     key = torch.full_like(sample_index, _signed(seed % (1 << 64)))
     for counter in (sample_index, position, denoising_step):
         key = _mix(key.bitwise_xor_(counter).add_(_GOLDEN))
-    bits = _mix(key[:, None] + (vocabulary_ids + 1) * _GOLDEN)
-    uniform = _shift_right(bits, 64 - _NOISE_BITS).float().add_(0.5).mul_(2.0**-_NOISE_BITS)
-    # The exponential variate keeps full precision where it is small, which is where draws are
-    # decided; the clamp keeps the largest one finite after rounding to float32.
-    exponential = uniform.clamp_(max=1.0 - 2.0**-24).neg_().log1p_().neg_()
-    return exponential.log_().neg_()
+    return _shift_right(key, 64 - _UNIFORM_BITS).double().mul_(2.0**-_UNIFORM_BITS)
