@@ -1,0 +1,194 @@
+"""Drawing tokens at a real vocabulary on one CPU core, against the head's product.
+
+    python -m benchmarks.drawing --output benchmarks/results/drawing.json
+
+Head and draw of 64 tokens of 151,936 ids over the head just before: medians of ratios of processor
+seconds. Then the rollout of a Qwen3 of 0.1 B parameters with random weights, 16 sequences in blocks
+of 4, a step a token, against a plain loop of the same decoding around transformers' model, with a
+cache and the same sampling, temperature 1.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.environment import commit, machine, versions
+
+ROWS, COLUMNS, HIDDEN = 64, 151_936, 1024
+DRAWS: dict[str, tuple[float, int, float]] = {
+    "greedy": (0.0, 0, 1.0),
+    "temperature 1": (1.0, 0, 1.0),
+    "temperature 0.7": (0.7, 0, 1.0),
+    "top-k 50": (1.0, 50, 1.0),
+    "top-p 0.95": (1.0, 0, 0.95),
+}
+SEQUENCES, BLOCK_SIZE, PROMPT_LENGTH = 16, 4, 8
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def measure_draws(repetitions: int) -> dict[str, Any]:
+    from megatron_dlm.rollout.sampling import sample_tokens
+    from megatron_dlm.rollout.uniforms import counter_uniforms
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(ROWS, HIDDEN), 0.03 * torch.randn(COLUMNS, HIDDEN)
+    counter = torch.arange(ROWS)
+    uniforms = counter_uniforms(1, counter, counter, counter)
+
+    def draw(temperature: float, top_k: int, top_p: float) -> None:
+        sample_tokens(
+            hidden,
+            weight,
+            uniforms,
+            vocab_start=0,
+            vocab_size=COLUMNS - 266,
+            mask_token_id=COLUMNS - 267,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    heads: list[float] = []
+    ratios: dict[str, list[float]] = {name: [] for name in DRAWS}
+    for _ in range(repetitions + 1):
+        for name, options in DRAWS.items():
+            heads.append(seconds(lambda: F.linear(hidden, weight)))
+            ratios[name].append(seconds(partial(draw, *options)) / heads[-1])
+    return {
+        "head_seconds": statistics.median(heads),
+        "head_and_draw_over_head": {
+            name: statistics.median(values[1:]) for name, values in ratios.items()
+        },
+    }
+
+
+def measure_rollout(response_length: int, repetitions: int) -> dict[str, Any]:
+    from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+    from megatron_dlm import platform
+    from megatron_dlm.config import Config, ParallelConfig
+    from megatron_dlm.conversion.hf_import import load_hf_weights
+    from megatron_dlm.models.architecture import read_architecture
+    from megatron_dlm.models.model_provider import build_model
+    from megatron_dlm.parallel import ParallelGroups, initialized
+    from megatron_dlm.rollout.engine import RolloutEngine
+    from megatron_dlm.rollout.generation_config import GenerationConfig
+    from megatron_dlm.types.special_tokens import SpecialTokens
+    from megatron_dlm.types.trajectory import Prompt
+
+    platform.select("cpu")
+    torch.manual_seed(0)
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=COLUMNS,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    strategy: dict[str, Any] = dict(
+        remasking_strategy="low_confidence_static", denoising_steps_per_block=BLOCK_SIZE
+    )
+    prompts = torch.randint(0, 1000, (SEQUENCES, PROMPT_LENGTH))
+    special = SpecialTokens(COLUMNS - 1, COLUMNS - 2, COLUMNS - 3, vocab_size=COLUMNS)
+
+    @torch.no_grad()
+    def their_loop() -> None:
+        """Block diffusion as plain as it gets: whole logits, softmax, multinomial."""
+        cache = DynamicCache()
+        theirs(prompts, past_key_values=cache, logits_to_keep=1)
+        for start in range(PROMPT_LENGTH, PROMPT_LENGTH + response_length, BLOCK_SIZE):
+            block = torch.full((SEQUENCES, BLOCK_SIZE), special.mask_token_id)
+            visible = torch.zeros(SEQUENCES, 1, BLOCK_SIZE, start + BLOCK_SIZE)
+            for _ in range(BLOCK_SIZE):
+                logits = theirs(block, past_key_values=cache, attention_mask=visible).logits
+                cache.crop(-BLOCK_SIZE)
+                logits[..., special.mask_token_id] = -torch.inf
+                probabilities = logits.softmax(-1)
+                drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view(block.shape)
+                confidence = probabilities.gather(-1, drawn[..., None])[..., 0]
+                confidence[block != special.mask_token_id] = -1.0
+                best = confidence.argmax(-1, keepdim=True)
+                block.scatter_(1, best, drawn.gather(1, best))
+            theirs(block, past_key_values=cache, attention_mask=visible, logits_to_keep=1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        config = Config(parallel=ParallelConfig(device="cpu"))
+        with initialized(config):
+            architecture = read_architecture(Path(folder))
+            ours = build_model(architecture, config)
+            load_hf_weights(ours, architecture, Path(folder))
+            engine = RolloutEngine(
+                ours,
+                generation=GenerationConfig(
+                    block_size=BLOCK_SIZE,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_running_requests=SEQUENCES,
+                    **strategy,
+                ),
+                special_tokens=special,
+                seed=1,
+                groups=ParallelGroups.from_parallel_state(),
+            )
+            ours_prompts = [Prompt(i, prompt, {}) for i, prompt in enumerate(prompts)]
+            times = [
+                (seconds(lambda: engine.generate(ours_prompts, response_length)),
+                 seconds(their_loop))
+                for _ in range(repetitions)
+            ]  # fmt: skip
+    ours_seconds, their_seconds = (statistics.median(t) for t in zip(*times, strict=True))
+    return {
+        "parameters": sum(p.numel() for p in theirs.parameters()),
+        "sequences": SEQUENCES,
+        "response_length": response_length,
+        "tokens_per_processor_second": SEQUENCES * response_length / ours_seconds,
+        "over_transformers": their_seconds / ours_seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--response-length", type=int, default=32)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "rows": ROWS,
+        "vocabulary": COLUMNS,
+        "hidden_size": HIDDEN,
+        "repetitions": arguments.repetitions,
+        "draws": measure_draws(arguments.repetitions),
+        "rollout": measure_rollout(arguments.response_length, max(1, arguments.repetitions // 2)),
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
