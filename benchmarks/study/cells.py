@@ -96,6 +96,17 @@ def finished_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
     return result if result["specification"] == cell.specification() else None
 
 
+def outdated_results(results: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> list[str]:
+    """Results of another specification than that of their cell today: "recipe seed n" of each."""
+    specifications = {(cell.recipe.name, cell.seed): cell.specification() for cell in cells}
+    names = [(result["recipe"], result["seed"], result["specification"]) for result in results]
+    return [
+        f"{recipe} seed {seed}"
+        for recipe, seed, specification in names
+        if specifications.get((recipe, seed)) != specification
+    ]
+
+
 def write_result(
     folder: Path, cell: Cell, specification: dict[str, Any], measured: dict[str, Any]
 ) -> None:

@@ -1,4 +1,7 @@
-"""results.json from the cells, and report.md with its plots from results.json alone."""
+"""results.json from the cells, and report.md with its plots from results.json.
+
+The report also says which cells the study would run again today.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import versions
-from benchmarks.study.cells import Cell, finished_result
+from benchmarks.study.cells import Cell, all_cells, finished_result, outdated_results
 from benchmarks.study.claims import CLOSE_POINTS, SOLVING, papers_claims, plateau_claims
 from benchmarks.study.plots import plot_accuracy_against_speed, plot_forgetting, plot_rollout_speed
 from benchmarks.study.recipes import BLOCK_SIZES, TRAINED_BLOCK_SIZE, Recipe, Sizes, recipes
@@ -59,7 +62,7 @@ def published_results(output: Path) -> list[dict[str, Any]]:
 
 
 def write_report(output: Path) -> None:
-    """Write report.md and its plots from results.json.
+    """Write report.md and its plots from results.json, and say which cells are of earlier versions.
 
     Raises:
         UserError: There is no results.json.
@@ -68,19 +71,21 @@ def write_report(output: Path) -> None:
     if not path.is_file():
         raise bad_value("--output", str(output), f"holds no {RESULTS}", "run the study first")
     study = json.loads(path.read_text(encoding="utf-8"))
-    known = recipes(Sizes(**study["sizes"]))
+    sizes = Sizes(**study["sizes"])
+    known, outdated = recipes(sizes), outdated_results(study["cells"], all_cells(sizes))
     plot_accuracy_against_speed(study["cells"], known, output / "accuracy_vs_speed.png")
     plot_rollout_speed(study["cells"], known, output / "rollout_speed.png")
     plot_forgetting(study["cells"], known, output / "forgetting.png")
-    write_file(output / REPORT, render(study, known))
+    write_file(output / REPORT, render(study, known, outdated))
 
 
-def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
+def render(study: dict[str, Any], known: Sequence[Recipe], outdated: Sequence[str]) -> str:
     """The report.
 
     Args:
         study: results.json.
         known: The recipes that it can be about.
+        outdated: Cells that ran before recipe or method changed.
     """
     results: list[Result] = study["cells"]
     incomplete = missing_list(results, study["expected"])
@@ -89,6 +94,10 @@ def render(study: dict[str, Any], known: Sequence[Recipe]) -> str:
         "Written by `make study` from [results.json](results.json); all numbers, means and "
         "verdicts are computed.",
         f"**Incomplete.** Missing cells: {incomplete}." if incomplete else "",
+        "**Of an earlier version.** Recipe or golden losses have changed since these cells ran, at "
+        f"the commits named below; `make study` runs them again: {', '.join(outdated)}."
+        if outdated
+        else "",
         _setup(study),
         "## The papers' claims",
         "Both sides are means ± sample standard deviation over seeds; accuracy and its losses in "

@@ -201,6 +201,7 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     write_report(output)
     report = (output / "report.md").read_text()
     assert "Incomplete" not in report
+    assert "earlier version" not in report
     assert "| OPDLM, states per block | 87.5 / 88.0 / 88.5 | 85.5" in report
     assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
     assert "- Abacus, 7 cores, no GPU used; " in report
@@ -225,6 +226,19 @@ def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:
     report = (output / "report.md").read_text()
     assert "Missing cells: sft seed 2." in report
     assert "| SFT on the teacher's responses | 2 |" in report
+
+
+def test_report_names_the_cells_of_an_earlier_version(tmp_path: Path) -> None:
+    cells, output = tmp_path / "cells", tmp_path / "output"
+    cells.mkdir()
+    write_study(cells, output)
+    study = json.loads((output / "results.json").read_text())
+    for cell in study["cells"]:
+        if (cell["recipe"], cell["seed"]) in (("sft", 2), ("opdlm", 3)):
+            cell["specification"]["golden_losses"] = "another method"
+    (output / "results.json").write_text(json.dumps(study))
+    write_report(output)
+    assert "again: sft seed 2, opdlm seed 3." in (output / "report.md").read_text()
 
 
 def test_no_report_without_results(tmp_path: Path) -> None:
