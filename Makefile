@@ -6,6 +6,7 @@
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make soak        kill, signal, restart and damage small runs many times (an hour and more)
+# make docs        build the documentation site in docs/_build, warnings are errors
 # make lint        only ruff and mypy
 # make format      let ruff rewrite what it can
 # make golden      rewrite the golden losses, after a change of method, data or tiny models
@@ -32,7 +33,7 @@ FUZZ ?=
 # Options of the soak, SOAK='--kills 5 --hours 1' for some.
 SOAK ?=
 
-.PHONY: setup quickstart quickstart-moe study test test-fast fuzz soak lint format golden
+.PHONY: setup quickstart quickstart-moe study test test-fast fuzz soak docs lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -79,6 +80,9 @@ fuzz: setup
 
 soak: setup
 	$(BIN)/python -m tests.faults --output benchmarks/results/reliability/faults.json $(SOAK)
+
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html -c docs . docs/_build
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+import megatron_dlm
 from megatron_dlm.commands import COMMANDS
 from megatron_dlm.config import Config
 from megatron_dlm.config.fields import option_fields
@@ -131,6 +132,26 @@ def test_mask_figure_is_that_of_the_paper() -> None:
                 seen.append(order[key] < order[query])
     num_seen = sum(color in ("fill: #3b78c4", "fill: #d9822b") for color in drawn)
     assert num_seen == 16 * sum(seen)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path: Path) -> None:
+    built = subprocess.run(
+        f"{sys.executable} -m sphinx -q -W -c docs -d {tmp_path}/read . {tmp_path}/site".split(),
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert built.returncode == 0, built.stderr
+    for page in PAGES:
+        assert (tmp_path / "site" / page.relative_to(REPOSITORY)).with_suffix(".html").exists()
+    documented = (tmp_path / "site" / "docs" / "api.html").read_text(encoding="utf-8")
+    for name in megatron_dlm.__all__:
+        assert name == "__version__" or f'id="megatron_dlm.api.{name}"' in documented
+    found = (tmp_path / "site" / "searchindex.js").read_text(encoding="utf-8")
+    assert "tensorboard" in found
 
 
 @pytest.mark.slow
