@@ -3,9 +3,9 @@
     python -m benchmarks.drawing --output benchmarks/results/drawing.json
 
 Head and draw of 64 tokens of 151,936 ids over the head just before: medians of ratios of processor
-seconds. Then the rollout of a Qwen3 of 0.1 B parameters with random weights, 16 sequences in blocks
-of 4, a step a token, against a plain loop of the same decoding around transformers' model, with a
-cache and the same sampling, temperature 1.
+seconds. Then the rollouts of two Qwen3 with random weights, of 0.1 B parameters and of the tiny
+model's shape, 16 sequences in blocks of 4, a step a token, against a plain loop of the same
+decoding around transformers' model, with a cache and the same sampling, temperature 1.
 """
 
 import argparse
@@ -33,6 +33,26 @@ DRAWS: dict[str, tuple[float, int, float]] = {
     "top-p 0.95": (1.0, 0, 0.95),
 }
 SEQUENCES, BLOCK_SIZE, PROMPT_LENGTH = 16, 4, 8
+MODELS: dict[str, dict[str, int]] = {
+    "0.1 B": dict(
+        vocab_size=COLUMNS,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+    "tiny": dict(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    ),
+}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -77,7 +97,9 @@ def measure_draws(repetitions: int) -> dict[str, Any]:
     }
 
 
-def measure_rollout(response_length: int, repetitions: int) -> dict[str, Any]:
+def measure_rollout(
+    shape: dict[str, int], response_length: int, repetitions: int
+) -> dict[str, Any]:
     from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
     from megatron_dlm import platform
@@ -93,23 +115,14 @@ def measure_rollout(response_length: int, repetitions: int) -> dict[str, Any]:
 
     platform.select("cpu")
     torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=COLUMNS,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    theirs = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, **shape)).eval()
     strategy: dict[str, Any] = dict(
         remasking_strategy="low_confidence_static", denoising_steps_per_block=BLOCK_SIZE
     )
-    prompts = torch.randint(0, 1000, (SEQUENCES, PROMPT_LENGTH))
-    special = SpecialTokens(COLUMNS - 1, COLUMNS - 2, COLUMNS - 3, vocab_size=COLUMNS)
+    prompts = torch.randint(0, 500, (SEQUENCES, PROMPT_LENGTH))
+    size = shape["vocab_size"]
+    # No draw is an end: MASK is never drawn.
+    special = SpecialTokens(size - 3, size - 2, size - 3, vocab_size=size)
 
     @torch.no_grad()
     def their_loop() -> None:
@@ -185,7 +198,12 @@ def main() -> None:
         "hidden_size": HIDDEN,
         "repetitions": arguments.repetitions,
         "draws": measure_draws(arguments.repetitions),
-        "rollout": measure_rollout(arguments.response_length, max(1, arguments.repetitions // 2)),
+        "rollouts": {
+            name: measure_rollout(
+                shape, arguments.response_length, max(1, arguments.repetitions // 2)
+            )
+            for name, shape in MODELS.items()
+        },
     }
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
