@@ -33,6 +33,7 @@ LONGEST_FIRST = (
     "functional_tests/test_restarts.py",
     "unit_tests/rollout/test_full_attention.py",
     "unit_tests/rollout/test_engine.py",
+    "unit_tests/rollout/test_draw_kernels.py",
     "functional_tests/test_tools.py",
     "functional_tests/test_one_command.py",
     "functional_tests/test_golden.py",
