@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config import Config, format_config, format_length, validate
+from megatron_dlm.config import Config, format_length, validate
 from megatron_dlm.entry import PREEMPTED_STATUS, rank, world_size
 from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.terminal import say
@@ -94,7 +94,7 @@ def _dry_run(config: Config) -> int:
 
     inputs = read_inputs(start.config, start.resumed)
     if rank() == 0:
-        say(format_config(start.config))
+        say(start.config.to_yaml())
         say(format_length(start.config.of_data(len(inputs.data))))
         for line in (start.notice, *inputs.notices):
             if line:

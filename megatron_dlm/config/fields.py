@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union
 
 import docstring_parser
-import yaml
 
 from megatron_dlm.config.marks import FIXED, NOT_AN_OPTION
 from megatron_dlm.ranges import Range
@@ -67,15 +66,13 @@ def split_optional(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def option_helps(cls: type) -> dict[str, str]:
+def option_helps(cls: Any) -> dict[str, str]:
     """Help text of each option by flat name, on one line: its docstring, or its metadata's help."""
     helps: dict[str, str] = {}
-    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            helps |= option_helps(hints[field.name])
-        elif "help" in field.metadata:
-            helps[field.name] = field.metadata["help"]
+        kind = typing.get_type_hints(cls)[field.name]
+        own = {field.name: field.metadata.get("help", "")}
+        helps |= option_helps(kind) if dataclasses.is_dataclass(kind) else own
     for base in reversed(cls.__mro__):
         # A field's docstring is in the class that declares it.
         if base.__module__ != "types" and dataclasses.is_dataclass(base):
@@ -91,19 +88,20 @@ def _option_fields(cls: Any) -> dict[str, OptionField]:
         TypeError: Two groups declare the same name (a defect of the class, not of user input).
     """
     table: dict[str, OptionField] = {}
-    hints, marked = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        name, (kind, optional) = field.name, split_optional(hints[field.name])
-        marks = getattr(marked[name], "__metadata__", ())
-        bounds = next((mark for mark in marks if isinstance(mark, Range)), None)
-        lazy = field.default_factory is not dataclasses.MISSING
+        name, marks = field.name, getattr(hints[field.name], "__metadata__", ())
+        kind, optional = split_optional(hints[name].__origin__ if marks else hints[name])
+        options = {}
         if dataclasses.is_dataclass(kind):
             members = option_fields(kind).items()
             options = {n: dataclasses.replace(option, group=name) for n, option in members}
-        else:
+        elif NOT_AN_OPTION not in marks:
+            lazy = field.default_factory is not dataclasses.MISSING
             default = field.default_factory() if lazy else field.default  # type: ignore[operator]
+            bounds = next((mark for mark in marks if isinstance(mark, Range)), None)
             option = OptionField(name, None, kind, optional, default, bounds, FIXED in marks)
-            options = {name: option} if NOT_AN_OPTION not in marks else {}
+            options = {name: option}
         if repeated := table.keys() & options:
             raise TypeError(f"{cls.__name__} declares {', '.join(repeated)} twice")
         table |= options
@@ -124,35 +122,16 @@ def with_values(options: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(options, **changed)  # type: ignore[type-var]
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """Flat mapping of plain values (lists and dictionaries instead of tuples and dataclasses)."""
-    options = (o for o in option_fields(type(config)).values() if o.name not in INVOCATION_FIELDS)
-    owners = {o.name: getattr(config, o.group) if o.group else config for o in options}
-    return {name: plain_value(getattr(owner, name)) for name, owner in owners.items()}
+def value_of(options: Any, name: str) -> Any:
+    """The value of an option by its flat name."""
+    group = option_fields(type(options))[name].group
+    return getattr(getattr(options, group) if group else options, name)
 
 
 def plain_value(value: Any) -> Any:
     """A value of JSON and YAML types; entries of a small dataclass that are None are left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        entries = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: plain_value(entry) for name, entry in entries if entry is not None}
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return [plain_value(entry) for entry in value]
-    return dict(value) if isinstance(value, dict) else value
-
-
-def format_config(config: Any) -> str:
-    """A configuration as YAML in groups, which `--config` reads back to an equal one."""
-    values = flatten(config)
-    hints = typing.get_type_hints(type(config))
-    groups: dict[str | None, dict[str, Any]] = {}
-    for name, option in option_fields(type(config)).items():
-        if name in values:
-            groups.setdefault(option.group, {})[name] = values[name]
-    parts = []
-    for group, members in groups.items():
-        # Non-ASCII text is escaped: PyYAML writes line separators that it then reads as spaces.
-        text = yaml.safe_dump(members, sort_keys=False, width=100)
-        title = (hints[group].__doc__ or group).splitlines()[0] if group else None
-        parts.append(f"# {title}\n{text}" if title else text)
-    return "\n".join(parts)
+    if dataclasses.is_dataclass(value):
+        return {name: entry for name, entry in vars(value).items() if entry is not None}
+    return value

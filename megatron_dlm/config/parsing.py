@@ -1,7 +1,4 @@
-"""Command line and YAML into an options object.
-
-argparse finds flags and values; `coercion` reads the values, as it reads those of YAML.
-"""
+"""Command line and YAML into an options object; `coercion` reads the values of both alike."""
 
 import argparse
 import json
@@ -9,6 +6,7 @@ import os
 import re
 import sys
 import typing
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -58,27 +56,57 @@ def parse_arguments(
         UserError: An unknown flag or key, a value of the wrong type, an unreadable YAML file.
         SystemExit: After printing `--help` (status 0), which only rank 0 prints.
     """
-    table, name = option_fields(cls), re.compile(r"^--[\w-]+(?==|$)")
-    arguments = sys.argv[1:] if argv is None else argv
-    # Underscores in a flag's name are as good as dashes.
-    given = [name.sub(lambda flag: flag[0].replace("_", "-"), text) for text in arguments]
-    try:
-        parsed, unknown = _parser(cls).parse_known_args(given)
-    except argparse.ArgumentError as error:
-        raise _misused_flag(error, given, table) from None
-    texts = vars(parsed)
-    path = coerce(table["config"], texts["config"], "--config") if "config" in texts else None
+    table = option_fields(cls)
+    given, asks_help, wrong = _read_flags(table, sys.argv[1:] if argv is None else argv)
+    path = coerce(table["config"], given["config"], "--config") if "config" in given else None
     values = {} if path is None else _load_yaml(cls, path)
-    if texts.pop("help", False):
+    if asks_help:
         # torchrun starts every rank with the same arguments: one of them answers.
         if os.environ.get("RANK", "0") == "0":
-            parser = _parser(cls, values, prog=prog, description=description)
-            say(parser.format_help().removesuffix("\n"))
+            say(_help(cls, values, prog=prog, description=description))
         raise SystemExit(0)
-    if unknown:
-        raise _unknown_argument(unknown[0], given, table)
-    values |= {name: coerce(table[name], text, table[name].flag) for name, text in texts.items()}
+    if wrong is not None:
+        raise wrong
+    values |= {name: coerce(table[name], value, table[name].flag) for name, value in given.items()}
     return with_values(cls(), values)
+
+
+NO_VALUE = re.compile(r"-(?!\d*\.?\d+$)[^ ]+$", re.DOTALL)
+"""An argument that cannot be the value of the flag before it: no number, and without spaces."""
+
+
+def _read_flags(
+    table: Mapping[str, OptionField], arguments: Sequence[str]
+) -> tuple[dict[str, str | bool], bool, UserError | None]:
+    """The options that arguments give, whether they ask for help, and what is wrong with them."""
+    flags = {option.flag: option for option in table.values()}
+    flags |= {f"--no-{o.flag[2:]}": o for o in table.values() if o.type is bool}
+    given: dict[str, str | bool] = {}
+    asks_help, errors, left = False, list[UserError](), deque(arguments)
+    while left:
+        text = left.popleft()
+        name, equals, value = text.partition("=")
+        # Underscores in a flag's name are as good as dashes.
+        option = flags.get(name := name.replace("_", "-"))
+        if not equals and option is not None and left and not NO_VALUE.match(left[0]):
+            equals, value = " ", left.popleft()
+        if name in ("-h", "--help"):
+            asks_help = True
+        elif option is None and text.startswith("-"):
+            errors.append(unknown_name("command line", name, flags, "flag"))
+        elif option is None:
+            errors.append(
+                bad_value("command line", text, "belongs to no flag", "write --flag value")
+            )
+        elif option.type is bool and equals:
+            remedy = f"write {option.flag} or --no-{option.flag[2:]}"
+            errors.append(bad_value(option.flag, value, "takes no value", remedy))
+        elif option.type is not bool and not equals:
+            remedy = f"write {name} {_metavar(option)}, or {name}=... if it begins with a dash"
+            errors.append(bad_value(name, None, "has no value", remedy))
+        else:
+            given[option.name] = name == option.flag if option.type is bool else value
+    return given, asks_help, errors[0] if errors else None
 
 
 def format_length(config: Config) -> str:
@@ -92,19 +120,11 @@ def format_length(config: Config) -> str:
     return f"# {records} records; {samples} samples in {rollouts} {what} of {batch}{short}{updates}"
 
 
-def _parser(
-    cls: type, values: Mapping[str, Any] | None = None, **texts: str | None
-) -> argparse.ArgumentParser:
-    """A parser that keeps what is given as text; with `values` it has a help text of them."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] [OPTIONS]",
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
-        **texts,  # type: ignore[arg-type]
-    )
-    hints, helps = typing.get_type_hints(cls), {} if values is None else option_helps(cls)
+def _help(cls: type, values: Mapping[str, Any], **texts: str | None) -> str:
+    """The help text, with the values of a file as defaults."""
+    usage = "%(prog)s [-h] [OPTIONS]"
+    parser = argparse.ArgumentParser(usage=usage, add_help=False, **texts)  # type: ignore[arg-type]
+    hints, helps = typing.get_type_hints(cls), option_helps(cls)
     group = parser.add_argument_group("options")
     group.add_argument("-h", "--help", action="store_true", help="Show this text.")
     places: dict[str | None, Any] = {None: group}
@@ -113,7 +133,7 @@ def _parser(
             heading = (hints[option.group].__doc__ or "").splitlines()[0]
             title = f"{option.group.replace('_', ' ')} options"
             places[option.group] = parser.add_argument_group(title, heading)
-        value, text = (values or {}).get(name, option.default), helps.get(name, "")
+        value, text = values.get(name, option.default), helps[name]
         # What follows from other options where it is none is part of the text.
         notes = [] if value is None and "(default: " in text else [f"default: {_shown(value)}"]
         notes += [str(option.range)] if option.range else []
@@ -123,7 +143,7 @@ def _parser(
         places[option.group].add_argument(
             option.flag, dest=name, help=text.replace("%", "%%"), **kind
         )
-    return parser
+    return parser.format_help().removesuffix("\n")
 
 
 def _metavar(option: OptionField) -> str:
@@ -142,70 +162,28 @@ def _shown(value: Any) -> str:
     return json.dumps(plain) if isinstance(plain, (list, dict)) else str(plain)
 
 
-def _misused_flag(
-    error: argparse.ArgumentError, given: Sequence[str], table: Mapping[str, OptionField]
-) -> UserError:
-    """The error for a switch with a value, or any other flag without one."""
-    flag = (error.argument_name or "").split("/")[0]
-    option = next((option for option in table.values() if option.flag == flag), None)
-    if option is None:
-        return bad_value("command line", " ".join(given), str(error), "see --help")
-    if option.type is bool:
-        texts = [text for text in given if "=" in text and _switch(text, table) == option]
-        return _value_of_switch(option, texts[0].partition("=")[2])
-    remedy = f"write {flag} {_metavar(option)}, or {flag}=... if it begins with a dash"
-    return bad_value(flag, None, "has no value", remedy)
-
-
-def _switch(text: str, table: Mapping[str, OptionField]) -> OptionField | None:
-    """The option that is true or false which an argument switches."""
-    name = text.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    option = table.get(name) if text.startswith("--") else None
-    return option if option is not None and option.type is bool else None
-
-
-def _value_of_switch(option: OptionField, value: str) -> UserError:
-    remedy = f"write {option.flag} or --no-{option.flag[2:]}"
-    return bad_value(option.flag, value, "takes no value", remedy)
-
-
-def _unknown_argument(
-    text: str, given: Sequence[str], table: Mapping[str, OptionField]
-) -> UserError:
-    """The error for an argument that is no flag and no flag's value."""
-    if text.startswith("--"):
-        flags = [option.flag for option in table.values()]
-        flags += [f"--no-{option.flag[2:]}" for option in table.values() if option.type is bool]
-        return unknown_name("command line", text.partition("=")[0], flags, "flag")
-    if option := _switch(given[max(given.index(text) - 1, 0)], table):
-        return _value_of_switch(option, text)
-    return bad_value("command line", text, "belongs to no flag", "write --flag value")
-
-
 BASE_KEY = "base"
 """Key of a YAML file with the relative path of another one, whose keys it changes or adds to; that
 file must not have a base itself."""
 
 
-def _load_yaml(cls: type, path: str) -> dict[str, Any]:
-    """The values of a flat YAML file, over those of the one that it names as its base.
+def _load_yaml(cls: type, path: str, field: str = "--config") -> dict[str, Any]:
+    """The values of a flat YAML file that `field` names, over those of the file's base.
 
     Raises:
         UserError: A file is missing or broken, or has an unknown, repeated or ill-typed key, or the
             base has a base.
     """
-    keys, lines = _read_yaml(path, "--config")
+    keys, lines = _read_yaml(path, field)
     if BASE_KEY not in keys:
         return read_values(cls, keys, path, lines)
+    if field != "--config":
+        raise bad_value(field, path, "has a base of its own", "name that one, and add its keys")
     named, place = keys.pop(BASE_KEY), f"{path}:{lines[BASE_KEY]}: {BASE_KEY}"
     if not isinstance(named, str) or not named:
         raise bad_value(place, named, "has the wrong type", "write the path of a YAML file")
-    base = str(Path(path).parent / named)
-    base_keys, base_lines = _read_yaml(base, place)
-    if BASE_KEY in base_keys:
-        raise bad_value(place, named, "has a base of its own", "name that one, and add its keys")
-    values = read_values(cls, base_keys, base, base_lines)
-    return values | read_values(cls, keys, path, lines)
+    base = _load_yaml(cls, str(Path(path).parent / named), place)
+    return base | read_values(cls, keys, path, lines)
 
 
 def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:

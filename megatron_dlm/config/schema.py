@@ -2,26 +2,27 @@
 
 import sys
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
+
 from megatron_dlm.config import groups
 from megatron_dlm.config.coercion import build
-from megatron_dlm.config.fields import flatten, format_config, with_values
-from megatron_dlm.config.groups import MaskEmbeddingInit, SelfDistillationConfig
+from megatron_dlm.config.fields import (
+    INVOCATION_FIELDS,
+    option_fields,
+    plain_value,
+    value_of,
+    with_values,
+)
 from megatron_dlm.config.marks import NOT_AN_OPTION
 from megatron_dlm.config.objective_traits import (
     OBJECTIVE_TRAITS,
     ObjectiveTraits,
     ResponseSource,
     StateSelection,
-)
-from megatron_dlm.config.training_groups import (
-    PARAM_GROUP_PRESETS,
-    LoggingConfig,
-    OptimizerConfig,
-    ParameterGroup,
-    TrainingConfig,
 )
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
@@ -40,10 +41,12 @@ class Config:
     rollout: groups.RolloutConfig = field(default_factory=groups.RolloutConfig)
     objective: groups.ObjectiveConfig = field(default_factory=groups.ObjectiveConfig)
     distillation: groups.DistillationConfig = field(default_factory=groups.DistillationConfig)
-    self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    self_distillation: groups.SelfDistillationConfig = field(
+        default_factory=groups.SelfDistillationConfig
+    )
+    optimizer: groups.OptimizerConfig = field(default_factory=groups.OptimizerConfig)
+    training: groups.TrainingConfig = field(default_factory=groups.TrainingConfig)
+    logging: groups.LoggingConfig = field(default_factory=groups.LoggingConfig)
 
     config: str | None = None
     """YAML file with the same keys as the flags (flat); flags win over it. A key `base` names
@@ -93,8 +96,7 @@ class Config:
     @property
     def validation_path(self) -> str | None:
         """Held-out data, if a validation loss is measured."""
-        option = self.validation_option
-        return None if option is None else getattr(self.data, option)
+        return self.validation_option and value_of(self, self.validation_option)
 
     @property
     def uses_rollouts(self) -> bool:
@@ -188,20 +190,10 @@ class Config:
         return updates * self.training.epochs_per_rollout
 
     @property
-    def updates_to_skip(self) -> int:
-        """Diverged updates in a row that are left out before the run ends."""
-        return int(self.training.on_divergence.removeprefix("stop").removeprefix("skip:") or 0)
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps on the trajectories of a full rollout, all epochs; 1 without rollouts."""
-        return self.updates_of(self.rollout_batch_size)
-
-    @property
     def train_iters(self) -> int:
         """Optimizer steps of the run, 0 where `num_samples` is."""
         rollouts, rest = divmod(self.num_samples, self.rollout_batch_size)
-        return rollouts * self.updates_per_rollout + self.updates_of(rest)
+        return rollouts * self.updates_of(self.rollout_batch_size) + self.updates_of(rest)
 
     @property
     def lr_warmup_iters(self) -> int:
@@ -210,13 +202,13 @@ class Config:
         return iters if fraction is None else round(fraction * self.lr_decay_iters)
 
     @property
-    def param_groups(self) -> tuple[ParameterGroup, ...]:
+    def param_groups(self) -> tuple[groups.ParameterGroup, ...]:
         """Parameter groups, a preset resolved."""
         preset = self.optimizer.param_group_preset
-        return self.optimizer.param_groups if preset is None else PARAM_GROUP_PRESETS[preset]
+        return self.optimizer.param_groups if preset is None else groups.PARAM_GROUP_PRESETS[preset]
 
     @property
-    def mask_embedding_init(self) -> MaskEmbeddingInit:
+    def mask_embedding_init(self) -> groups.MaskEmbeddingInit:
         """Initial input embedding of MASK, default resolved."""
         adapted, preset = self.lora.lora_rank is not None, self.optimizer.param_group_preset
         stays_untrained = adapted or preset == "rnd1"
@@ -238,19 +230,10 @@ class Config:
         left = self.num_rollouts - self.rollout.dynamic_threshold_hold_rollouts
         return self.rollout.dynamic_threshold_rollouts or left
 
-    def data_parallel_size(self, world_size: int) -> int:
-        """Processes that each hold a full copy of the dense model, for `world_size` processes."""
-        tensor = self.parallel.tensor_model_parallel_size
-        return world_size // (tensor * self.parallel.pipeline_model_parallel_size)
-
-    def num_microbatches(self, world_size: int) -> int:
-        """Rows that a data-parallel process runs for one optimizer update."""
-        rows = self.training.global_batch_size // self.training.micro_batch_size
-        return rows // self.data_parallel_size(world_size)
-
     def to_dict(self) -> dict[str, Any]:
         """Flat dictionary of plain values, one entry a field; the inverse of `from_dict`."""
-        return flatten(self)
+        names = (name for name in option_fields(Config) if name not in INVOCATION_FIELDS)
+        return {name: plain_value(value_of(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> Self:
@@ -264,5 +247,11 @@ class Config:
         return build(cls, values, source)
 
     def to_yaml(self) -> str:
-        """YAML text that `--config` reads back to an equal configuration."""
-        return format_config(self)
+        """YAML text in groups, which `--config` reads back to an equal configuration."""
+        values, table, parts = self.to_dict(), option_fields(Config), []
+        for group, names in groupby(values, key=lambda name: str(table[name].group)):
+            title = (getattr(self, group).__doc__ or "").splitlines()[0]
+            members = {name: values[name] for name in names}
+            # Non-ASCII text is escaped: PyYAML writes line separators that it then reads as spaces.
+            parts.append(f"# {title}\n{yaml.safe_dump(members, sort_keys=False, width=100)}")
+        return "\n".join(parts)

@@ -7,9 +7,8 @@ that is broken, with the values that would work.
 
 from itertools import chain
 
-from megatron_dlm.config.fields import flag_of
-from megatron_dlm.config.rules import model, objective, usage, values
-from megatron_dlm.config.rules.support import Refusals, value_of
+from megatron_dlm.config.fields import flag_of, value_of
+from megatron_dlm.config.rules import Refusals, model, objective, usage, values
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.model_sizes import ModelSizes

@@ -23,7 +23,7 @@ from megatron_dlm.config import (
     validate_inference,
 )
 from megatron_dlm.config.fields import flag_of
-from megatron_dlm.config.rules.support import divisors
+from megatron_dlm.config.rules import divisors
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.output_file import check_output_file
 from megatron_dlm.rollout.generation_config import GenerationConfig

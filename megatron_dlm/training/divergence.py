@@ -50,7 +50,8 @@ def handle(run: Run, samples: Sequence[Trajectory], result: StepResult) -> str:
     Raises:
         TrainingDiverged: The run ends here.
     """
-    progress, allowed = run.progress, run.config.updates_to_skip
+    progress = run.progress
+    allowed = int(run.config.training.on_divergence.removeprefix("stop").removeprefix("skip:") or 0)
     what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
     file = _write_samples(run, samples, result)
     progress.skipped_updates += 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.config import Config, validate_architecture, validate_length
+from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import (
     ExampleDataset,
@@ -150,7 +151,7 @@ def _given_responses(
     shuffle: bool,
 ) -> "ExampleDataset | CorpusDataset":
     """The data that an option names: examples, or windows of a corpus."""
-    path, field = getattr(config.data, option), "--" + option.replace("_", "-")
+    path, field = value_of(config, option), flag_of(option)
     if config.response_source == "corpus":
         from megatron_dlm.data.corpus import CorpusDataset  # loads PyTorch and Megatron-Core
 
@@ -180,7 +181,7 @@ def _given_responses(
 def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") -> None:
     wanted = config.training.eval_iters * config.training.global_batch_size
     if wanted > len(held_out):
-        field = "--" + str(config.validation_option).replace("_", "-")
+        field = flag_of(str(config.validation_option))
         batch = config.training.global_batch_size
         raise bad_value(
             field,
@@ -263,8 +264,7 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
             architecture,
             shuffle=config.data.shuffle,
         )
-        if config.validation_path is not None:
-            assert config.validation_option is not None
+        if config.validation_option is not None and config.validation_path is not None:
             held_out = _given_responses(
                 config,
                 config.validation_option,

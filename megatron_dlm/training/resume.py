@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.config import Config
-from megatron_dlm.config.fields import option_fields, plain_value
+from megatron_dlm.config.fields import flag_of, option_fields, plain_value, value_of
 from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.errors import bad_value
 from megatron_dlm.training.checkpointing import Progress
@@ -68,9 +68,8 @@ class Difference:
     is_allowed: bool = False
 
     def __str__(self) -> str:
-        flag = "--" + self.option.replace("_", "-")
         about = f"{self.about}: " if self.about else ""
-        return f"{flag} ({about}then {self.then!r}, now {self.now!r})"
+        return f"{flag_of(self.option)} ({about}then {self.then!r}, now {self.now!r})"
 
 
 def resolved_options(config: Config) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def keep_schedules(config: Config, saved: dict[str, Any]) -> Config:
     lengths = {
         name: saved[name]
         for name in SCHEDULE_LENGTHS
-        if saved.get(name) and _value(config, name) is None and is_used(config, name)
+        if saved.get(name) and value_of(config, name) is None and is_used(config, name)
     }
     return config.changed(**lengths)
 
@@ -156,7 +155,7 @@ def check_resumable(config: Config, inputs: "RunInputs", resumed: Resumption) ->
         unit = {"num_rollouts": "rollout", "train_iters": "iteration"}.get(config.length_option)
         progress = f"{done} samples" if unit is None else getattr(resumed.progress, unit)
         name, about = config.length_option, f"{progress} are done"
-        found.append(Difference(name, saved.get(name), _value(config, name), about))
+        found.append(Difference(name, saved.get(name), value_of(config, name), about))
     refused = [difference for difference in found if not difference.is_allowed]
     names = {difference.option for difference in refused}
     allowed = [difference for difference in found if difference.option not in names]
@@ -183,7 +182,7 @@ def _input_differences(
     found = []
     if differs(DATA_FINGERPRINT):
         option = config.data_option
-        found.append(Difference(option, saved.get(option), _value(config, option), "other data"))
+        found.append(Difference(option, saved.get(option), value_of(config, option), "other data"))
     elif differs("num_records"):
         then, records = saved["num_records"], now["num_records"]
         found.append(Difference("max_prompt_length", then, records, "records that it leaves"))
@@ -198,10 +197,6 @@ def _input_differences(
         same = fingerprints[0] == fingerprints[1]
         found.append(Difference("load", load, named, "" if same else "other weights", same))
     return found
-
-
-def _value(config: Config, name: str) -> Any:
-    return config.to_dict()[name]
 
 
 def _listed(differences: list[Difference]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dlm.config import Config
+from megatron_dlm.config.fields import flag_of
 from megatron_dlm.errors import bad_value
 from megatron_dlm.launcher import attempt
 from megatron_dlm.training.run_folder import (
@@ -149,11 +150,10 @@ def _goes_on(config: Config, resumed: "Resumption", names_own_run: bool) -> RunS
     changed = option_differences(of_data, saved)
     ended = of_data.num_samples == progress.consumed_samples > 0
     if ended and all(difference.is_allowed for difference in changed):
-        length = config.length_option.replace("_", "-")
         done = f"{progress.iteration} updates, {progress.rollout} "
         done += "rollouts" if config.uses_rollouts else "batches"
         what = f"the run in {resumed.path} is finished ({done})"
-        notice = f"{what}; nothing to do; --{length} may grow"
+        notice = f"{what}; nothing to do; {flag_of(config.length_option)} may grow"
         return RunStart(config, resumed, is_finished=True, notice=notice)
     notice = f"going on from {resumed.checkpoint}: {progress.iteration} updates are done"
     return RunStart(config, resumed, notice=notice)

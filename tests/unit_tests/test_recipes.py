@@ -233,7 +233,7 @@ def test_one_epoch_is_483_rollouts_with_a_short_last_one(name: str) -> None:
     assert config.num_rollouts == 483
     assert config.num_samples - 482 * 128 == 120
     assert config.train_iters == config.lr_decay_iters == 61_816 // 8
-    assert config.lr_warmup_iters == 5 * config.updates_per_rollout
+    assert config.lr_warmup_iters == 5 * config.updates_of(128)
     lengths = [response_length(config, rollout) for rollout in (0, 50, 99, 100, 482)]
     assert lengths == sorted(lengths)
     assert (lengths[0], lengths[-2], lengths[-1]) == (100, 4000, 4000)

@@ -3,7 +3,7 @@
 import math
 
 from megatron_dlm.config.fields import flag_of
-from megatron_dlm.config.rules.support import Refusals, divisors
+from megatron_dlm.config.rules import Refusals, divisors
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
@@ -36,7 +36,9 @@ def processes(config: Config, world_size: int) -> Refusals:
 
 def batches(config: Config, world_size: int) -> Refusals:
     """Processes get equally many prompts and whole rows, and rollouts feed whole updates."""
-    training, replicas = config.training, config.data_parallel_size(world_size)
+    training, parallel = config.training, config.parallel
+    size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    replicas = world_size // size
     batch, unit = training.global_batch_size, training.micro_batch_size * replicas
     for number, name in (
         (batch, f"--global-batch-size {batch}"),

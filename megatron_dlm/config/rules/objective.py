@@ -1,9 +1,9 @@
 """Rules between an objective and its data, weights, adapters, teacher and states."""
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
-from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.config.rules.support import Refusals, value_of
+from megatron_dlm.config.rules import Refusals
 from megatron_dlm.config.schema import Config
 
 

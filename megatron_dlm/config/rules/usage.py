@@ -6,9 +6,9 @@ An option counts as set if it differs from its default, by a flag or a YAML file
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.fields import flag_of, option_fields, value_of
 from megatron_dlm.config.groups import SelfDistillationConfig
-from megatron_dlm.config.rules.support import Refusals, default_of, value_of
+from megatron_dlm.config.rules import Refusals
 from megatron_dlm.config.schema import Config
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.strategies import STRATEGIES
@@ -50,7 +50,7 @@ def unused(config: Config) -> Refusals:
     """Unused options keep their defaults."""
     for use in uses(config):
         for name in use.names.split() if not use.condition else ():
-            if value_of(config, name) != default_of(name):
+            if value_of(config, name) != option_fields(Config)[name].default:
                 remedy = f"drop {flag_of(name)}" + (f", or {use.remedy}" if use.remedy else "")
                 yield f"{name}: {use.reason} has no use for it; {remedy}"
 

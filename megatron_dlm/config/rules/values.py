@@ -6,8 +6,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.config.fields import OptionField, flag_of, option_fields
-from megatron_dlm.config.rules.support import Refusals, divisors, value_of
+from megatron_dlm.config.fields import OptionField, flag_of, option_fields, value_of
+from megatron_dlm.config.rules import Refusals, divisors
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.config import Config, ParameterGroup, format_config, parse_config
+from megatron_dlm.config import Config, ParameterGroup, parse_config
 from megatron_dlm.config.coercion import coerce
 from megatron_dlm.config.fields import INVOCATION_FIELDS, option_fields, option_helps
 from megatron_dlm.errors import UserError
@@ -95,7 +95,7 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
         (["--param-groups", '[{"pattern": "a", "rate": 1}]'], ["rate", "weight_decay"]),
         (["--save", "a\0b"], ["--save", "holds a NUL character", "leave it out"]),
-        (["-lr", "1"], ["-lr", "belongs to no flag"]),
+        (["-lr", "1"], ["-lr", "did you mean --lr?"]),
         (["-hx"], ["-hx", "--help"]),
         (["--config", "no/such.yaml"], ["--config", "no/such.yaml", "No such file"]),
     ],
@@ -220,7 +220,7 @@ def test_resolved_yaml_reads_back_to_the_same_configuration(tmp_path: Path) -> N
     file = write(tmp_path, config.to_yaml())
     assert dataclasses.replace(parse_config(["--config", file]), config=None) == config
     assert Config.from_dict(config.to_dict()) == config
-    assert yaml.safe_load(format_config(config)) == config.to_dict()
+    assert yaml.safe_load(config.to_yaml()) == config.to_dict()
 
 
 @settings(deadline=None)

@@ -208,7 +208,7 @@ def test_what_follows_from_objective_and_data() -> None:
     assert mixed.uses_teacher_responses
     assert mixed.teacher_responses == str(Path("no_such_folder") / "teacher_responses")
     assert configs[2].rollout_batch_size == 8
-    assert configs[2].updates_per_rollout == 1
+    assert configs[2].updates_of(8) == 1
     assert configs[0].rollout_batch_size == 128
 
 
@@ -311,9 +311,7 @@ def test_derived_sizes() -> None:
         micro_batch_size=2,
         epochs_per_rollout=3,
     )
-    assert config.data_parallel_size(world_size=4) == 2
-    assert config.num_microbatches(world_size=4) == 2
-    assert config.updates_per_rollout == 12
+    assert config.updates_of(32) == 12
     assert config.train_iters == config.lr_decay_iters == 24
     assert config.expert_tensor_parallel_size == 2
     assert config_with(NEXT_TOKEN).train_iters == 10
