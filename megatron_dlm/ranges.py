@@ -1,6 +1,7 @@
 """Ranges of numbers, to annotate options with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Range:
             return is_above
         is_below = number < self.highest if self.below_highest else number <= self.highest
         return is_above and is_below
+
+    def check(self, number: Any) -> Any:
+        """The number itself, or None; raises ValueError(problem, remedy) outside the interval."""
+        if number is not None and number not in self:
+            raise ValueError(self.problem, self.remedy)
+        return number
 
     def __str__(self) -> str:
         """`1 or more`, `above 0`, or an interval such as `(0, 1]`."""

@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, parse_config, validate
+from megatron_dlm.config.marks import AT_LEAST_ONE, AT_LEAST_ZERO
 from megatron_dlm.entry import PREEMPTED_STATUS
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
@@ -72,10 +73,10 @@ class StudyConfig:
     token_budget: int | None = None
     """Tokens that each branch is trained on: a whole number of batches of every size."""
 
-    tolerance: float = 0.01
+    tolerance: Annotated[float, AT_LEAST_ZERO] = 0.01
     """Fraction of the best final loss by which a branch may be worse and still count as good."""
 
-    nproc_per_node: int = 1
+    nproc_per_node: Annotated[int, AT_LEAST_ONE] = 1
     """Processes of a branch, under torchrun."""
 
 
@@ -99,12 +100,6 @@ def read_branches(study: StudyConfig) -> list[Branch]:
     ):
         if value is None:
             raise bad_value(name, None, "is missing", f"add {name}")
-    if study.tolerance < 0:
-        raise bad_value("--tolerance", study.tolerance, "is negative", "choose 0 or more")
-    if study.nproc_per_node < 1:
-        raise bad_value(
-            "--nproc-per-node", study.nproc_per_node, "is less than 1", "choose 1 or more"
-        )
     file = parse_config(["--config", str(study.training_config)])
     base = Config.from_dict(file.to_dict() | study.options, "--options")
     load = study.load or base.model.load

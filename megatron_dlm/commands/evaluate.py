@@ -18,9 +18,10 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dlm.commands import parse_command
+from megatron_dlm.config.marks import AT_LEAST_ONE
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
@@ -48,7 +49,7 @@ class EvaluationConfig:
     static:<steps>, dynamic:<threshold>, ...), or autoregressive (default: the one that the decoding
     options describe)."""
 
-    max_examples: int | None = None
+    max_examples: Annotated[int | None, AT_LEAST_ONE] = None
     """Evaluate only this many examples from the beginning of the file."""
 
     output: str | None = None
@@ -92,10 +93,6 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.evaluation
     if options.data is None:
         raise bad_value("--data", None, "there is nothing to evaluate on", "name a JSONL file")
-    if options.max_examples is not None and options.max_examples < 1:
-        raise bad_value(
-            "--max-examples", options.max_examples, "is less than 1", "choose 1 or more"
-        )
     setup = resolve_inference(arguments, world_size())
     settings = setup.settings(options.settings)
     check_output(options.output, options.restart, setup, ("--data", options.data))

@@ -20,9 +20,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_dlm.commands import parse_command
+from megatron_dlm.config.marks import AT_LEAST_ONE
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file, sync_file, sync_folder, writing
 from megatron_dlm.terminal import say
@@ -60,7 +61,7 @@ class OutputConfig:
     output_prefix: str | None = None
     """Path of the files to write, without .bin and .idx; they must not exist."""
 
-    workers: int = 1
+    workers: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that tokenise."""
 
 
@@ -113,8 +114,6 @@ def check_arguments(arguments: Arguments) -> dict[str, Path]:
     ):
         if value is None:
             raise bad_value(name, None, "is missing", remedy)
-    if output.workers < 1:
-        raise bad_value("--workers", output.workers, "is less than 1", "choose 1 or more")
     keys = source.json_keys
     if not keys or len(set(keys)) < len(keys):
         raise bad_value("--json-keys", list(keys), "names no key, or one twice", "name each once")

@@ -12,9 +12,9 @@ import functools
 import json
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_dlm.config.fields import (
@@ -26,6 +26,7 @@ from megatron_dlm.config.fields import (
 )
 from megatron_dlm.config.marks import Text
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
 
@@ -75,24 +76,27 @@ def coerce(option: OptionField, value: Any, where: str) -> Any:
     """
     try:
         read = _read_text(option.type | None if option.optional else option.type, value)
+        optional = read is None and option.optional
+        return None if optional else _type(option.type, option.range).validate_python(read)
+    except ValidationError as error:
+        # A key that does not exist explains one that is missing.
+        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN_KEY)
+        raise _user_error(first, option, value, where) from None
     except (RecursionError, ValueError) as error:  # broken, deep, numbers of thousands of digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
             reason = f"{error.msg} at character {error.pos}"
         remedy = "write JSON, between '...' in a shell"
         raise bad_value(where, value, f"is not JSON ({reason})", remedy) from None
-    try:
-        optional = read is None and option.optional
-        return None if optional else _type(option.type).validate_python(read)
-    except ValidationError as error:
-        # A key that does not exist explains one that is missing.
-        details = sorted(error.errors(), key=lambda e: e["type"] not in UNKNOWN_KEY)
-        raise _user_error(details[0], option, value, where) from None
 
 
 @functools.cache
-def _type(kind: Any) -> TypeAdapter[Any]:
+def _type(kind: Any, bounds: Range | None) -> TypeAdapter[Any]:
     kind = Text if kind is str else kind
+    if bounds is not None and typing.get_origin(kind) is dict:
+        kind = dict[str, Annotated[int, AfterValidator(bounds.check)]]
+    elif bounds is not None:
+        kind = Annotated[kind, AfterValidator(bounds.check)]
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
@@ -148,6 +152,8 @@ def _user_error(error: ErrorDetails, option: OptionField, given: Any, where: str
     near = nearest_name(str(value), choices)
     hint = f" (did you mean {near}?)" if near else ""
     choice = ("is not a choice", f"choose {' or '.join(choices)}{hint}")
+    if kind == "value_error":
+        return bad_value(where, error["input"], *error["ctx"]["error"].args)
     if kind in UNKNOWN_KEY:
         return bad_value(where, key, "is not a known key", f"use {names}")
     messages = {

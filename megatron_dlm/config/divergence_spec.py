@@ -7,8 +7,6 @@ from typing import Any
 
 from megatron_dlm.errors import bad_value
 
-DEFAULT_JSD_BETA = 0.5
-
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
@@ -27,26 +25,14 @@ class DivergenceSpec:
             renormalised, possibly negative (as in OPDLM's published 4B and 8B runs).
         chunk_size: Tokens whose logits are in memory at a time; None for as many as memory allows.
 
-    Ranges are those of the options. Raises `UserError` for a divergence that is unknown or weighs
-    nothing.
+    Ranges are those of the options.
     """
 
     weights: Mapping[str, float]
-    jsd_beta: float = DEFAULT_JSD_BETA
+    jsd_beta: float = 0.5
     top_k: int = 0
     tail: str = "bucket"
     chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        names = ", ".join(DIVERGENCES)
-        if not self.weights:
-            raise bad_value("divergence", "", "names no divergence", f"name one of {names}")
-        for name, weight in self.weights.items():
-            if name not in DIVERGENCES:
-                raise bad_value("divergence", name, "is not a divergence", f"choose from {names}")
-            if not (math.isfinite(weight) and weight > 0):
-                given, remedy = f"{name}:{weight}", "give a positive weight"
-                raise bad_value("divergence", given, "weighs nothing", remedy)
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> "DivergenceSpec":
@@ -55,14 +41,21 @@ class DivergenceSpec:
         Raises:
             UserError: A divergence is unknown or named twice, or a weight is not a positive number.
         """
-        weights: dict[str, float] = {}
+
+        def require(condition: bool, value: str, problem: str, remedy: str) -> None:
+            if not condition:
+                raise bad_value("divergence", value, problem, remedy)
+
+        names, weights = ", ".join(DIVERGENCES), dict[str, float]()
         for part in filter(None, (part.strip() for part in text.split(","))):
-            name, colon, weight = (field.strip() for field in part.partition(":"))
-            if name in weights:
-                raise bad_value("divergence", text, f"names {name} twice", "name it once")
+            name, colon, given = (field.strip() for field in part.partition(":"))
+            require(name in DIVERGENCES, name, "is not a divergence", f"choose from {names}")
+            require(name not in weights, text, f"names {name} twice", "name it once")
             try:
-                weights[name] = float(weight) if colon else 1.0
+                weights[name] = float(given if colon else 1)
             except ValueError:
-                problem = f"{weight!r} is not a number"
-                raise bad_value("divergence", text, problem, "write name:weight") from None
+                require(False, text, f"{given!r} is not a number", "write name:weight")
+            fine = 0 < weights[name] < math.inf
+            require(fine, f"{name}:{weights[name]}", "weighs nothing", "give a positive weight")
+        require(bool(weights), "", "names no divergence", f"name one of {names}")
         return cls(weights, **settings)

@@ -45,11 +45,6 @@ class OptionField:
     range: Range | None
     fixed_on_resume: bool
 
-    @property
-    def flag(self) -> str:
-        """The command-line flag."""
-        return flag_of(self.name)
-
 
 def flag_of(name: str) -> str:
     """The command-line flag of an option."""

@@ -12,9 +12,9 @@ Field types are limited to what `megatron_dlm.config.coercion` knows how to read
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import ConfigDict, StrictFloat
+from pydantic import AfterValidator, ConfigDict, StrictFloat
 
-from megatron_dlm.config.divergence_spec import DEFAULT_JSD_BETA
+from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.marks import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
@@ -38,6 +38,7 @@ LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 EmptyMask = Literal["redraw", "mask_one"]
 RewardName = Literal["exact_match", "math_verify"]
 ParamGroupPreset = Literal["rnd1"]
+NotNegative = Annotated[StrictFloat | None, AfterValidator(AT_LEAST_ZERO.check)]
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ class DistillationConfig:
     but its output layer, during updates."""
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
-    jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = DEFAULT_JSD_BETA
+    jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = DivergenceSpec.jsd_beta
     """Weight of the teacher in the mixture of jsd."""
     divergence_top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
@@ -368,9 +369,9 @@ class ParameterGroup:
         extra="forbid", allow_inf_nan=False, revalidate_instances="always"
     )
     pattern: Text
-    lr: Annotated[StrictFloat | None, AT_LEAST_ZERO] = None
-    min_lr: Annotated[StrictFloat | None, AT_LEAST_ZERO] = None
-    weight_decay: Annotated[StrictFloat | None, AT_LEAST_ZERO] = None
+    lr: NotNegative = None
+    min_lr: NotNegative = None
+    weight_decay: NotNegative = None
 
 
 PARAM_GROUP_PRESETS: dict[ParamGroupPreset, tuple[ParameterGroup, ...]] = {

@@ -17,6 +17,7 @@ import yaml
 from megatron_dlm.config.coercion import coerce, read_values, unknown_name
 from megatron_dlm.config.fields import (
     OptionField,
+    flag_of,
     option_fields,
     option_helps,
     plain_value,
@@ -67,7 +68,7 @@ def parse_arguments(
         raise SystemExit(0)
     if wrong is not None:
         raise wrong
-    values |= {name: coerce(table[name], value, table[name].flag) for name, value in given.items()}
+    values |= {name: coerce(table[name], value, flag_of(name)) for name, value in given.items()}
     return with_values(cls(), values)
 
 
@@ -79,8 +80,8 @@ def _read_flags(
     table: Mapping[str, OptionField], arguments: Sequence[str]
 ) -> tuple[dict[str, str | bool], bool, UserError | None]:
     """The options that arguments give, whether they ask for help, and what is wrong with them."""
-    flags = {option.flag: option for option in table.values()}
-    flags |= {f"--no-{o.flag[2:]}": o for o in table.values() if o.type is bool}
+    flags = {flag_of(name): option for name, option in table.items()}
+    flags |= {f"--no-{flag[2:]}": o for flag, o in flags.items() if o.type is bool}
     given: dict[str, str | bool] = {}
     asks_help, errors, left = False, list[UserError](), deque(arguments)
     while left:
@@ -99,13 +100,14 @@ def _read_flags(
                 bad_value("command line", text, "belongs to no flag", "write --flag value")
             )
         elif option.type is bool and equals:
-            remedy = f"write {option.flag} or --no-{option.flag[2:]}"
-            errors.append(bad_value(option.flag, value, "takes no value", remedy))
+            flag = flag_of(option.name)
+            remedy = f"write {flag} or --no-{flag[2:]}"
+            errors.append(bad_value(flag, value, "takes no value", remedy))
         elif option.type is not bool and not equals:
             remedy = f"write {name} {_metavar(option)}, or {name}=... if it begins with a dash"
             errors.append(bad_value(name, None, "has no value", remedy))
         else:
-            given[option.name] = name == option.flag if option.type is bool else value
+            given[option.name] = name == flag_of(option.name) if option.type is bool else value
     return given, asks_help, errors[0] if errors else None
 
 
@@ -141,7 +143,7 @@ def _help(cls: type, values: Mapping[str, Any], **texts: str | None) -> str:
         switch = {"action": argparse.BooleanOptionalAction}
         kind: Any = switch if option.type is bool else {"metavar": _metavar(option)}
         places[option.group].add_argument(
-            option.flag, dest=name, help=text.replace("%", "%%"), **kind
+            flag_of(name), dest=name, help=text.replace("%", "%%"), **kind
         )
     return parser.format_help().removesuffix("\n")
 

@@ -26,7 +26,8 @@ from megatron_dlm.config.objective_traits import (
 )
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
-Resume = Literal["auto", "never", "must"]
+DATA_OPTIONS = {"data": "train_data", "corpus": "data_path"}
+"""Options that hold given responses, by where they come from."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Config:
     another file, relative to it, whose keys it changes or adds to (one level)."""
     dry_run: bool = False
     """Resolve and validate the configuration, print it and stop."""
-    resume: Resume = "auto"
+    resume: Literal["auto", "never", "must"] = "auto"
     """What happens where --save holds a checkpoint of a run: the run goes on if nothing fixed has
     changed (auto); it is an error (never); it is an error if there is none (must)."""
     extend: bool = False
@@ -78,14 +79,13 @@ class Config:
     @property
     def response_source(self) -> ResponseSource:
         """Where responses come from: the objective's first source with data, or its last."""
-        given = {"corpus": self.data.data_path, "data": self.data.train_data}
         *several, last = self.traits.response_sources
-        return next((source for source in several if given.get(source) is not None), last)
+        return next((s for s in several if value_of(self, DATA_OPTIONS[s]) is not None), last)
 
     @property
     def data_option(self) -> str:
         """Name of the option that holds the run's data."""
-        return {"corpus": "data_path", "data": "train_data"}.get(self.response_source, "prompts")
+        return DATA_OPTIONS.get(self.response_source, "prompts")
 
     @property
     def validation_option(self) -> str | None:

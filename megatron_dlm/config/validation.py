@@ -28,7 +28,6 @@ def validate(config: Config, world_size: int) -> None:
     """Check every rule that needs no model, for a run of so many processes."""
     _refuse(
         config,
-        values.ranges(config),
         objective.needs(config),
         usage.unused(config),
         # From here on, rules look only at options that are used.
@@ -74,7 +73,6 @@ def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> No
     """
     _refuse(
         config,
-        values.ranges(config),
         values.sequence_parallel(config),
         model.processes(config, world_size),
         model.experts_exist(config, sizes),

@@ -14,7 +14,7 @@ import pytest
 import megatron_dlm
 from megatron_dlm.commands import COMMANDS
 from megatron_dlm.config import Config
-from megatron_dlm.config.fields import option_fields
+from megatron_dlm.config.fields import flag_of, option_fields
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
@@ -69,7 +69,7 @@ def test_relative_links_and_named_files_exist(page: Path) -> None:
 def known_flags(command: str) -> set[str]:
     module = importlib.import_module(f"megatron_dlm.commands.{command.replace('-', '_')}")
     options = Config if command == "train" else module.Arguments
-    return {option.flag for option in option_fields(options).values()}
+    return {flag_of(name) for name in option_fields(options)}
 
 
 def test_each_command_has_a_script() -> None:

@@ -4,7 +4,7 @@ from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules import Refusals
-from megatron_dlm.config.schema import Config
+from megatron_dlm.config.schema import DATA_OPTIONS, Config
 
 
 def needs(config: Config) -> Refusals:
@@ -13,9 +13,8 @@ def needs(config: Config) -> Refusals:
     objective = f"--objective {config.objective.objective}"
     data, sources, needed = config.data, config.traits.response_sources, config.data_option
     if value_of(config, needed) is None:
-        others = {"data": "--train-data", "corpus": "--data-path"}
-        used = config.response_source
-        flags = [flag_of(needed), *(others[s] for s in sources if s in others and s != used)]
+        others = [DATA_OPTIONS[source] for source in sources if source in DATA_OPTIONS]
+        flags = dict.fromkeys(flag_of(name) for name in (needed, *others))
         yield f"{needed}: {objective} needs it; add {', or '.join(flags)}"
     duration = "num_rollouts" if config.uses_rollouts else "train_iters"
     given, epochs = value_of(config, duration), config.training.num_epochs
@@ -27,17 +26,11 @@ def needs(config: Config) -> Refusals:
         yield f"load: {objective} needs weights to convert; name a checkpoint folder"
     if config.model.load is None and config.model.model_config is None:
         yield "load: there is no model; add --load, or --model-config for random weights"
-    has_data = "data" in sources and data.train_data is not None
-    if has_data and "teacher" in sources and data.prompts is not None:
-        yield (
-            f"prompts: {objective} takes responses from --train-data, or the teacher's to "
-            "--prompts, not both; leave one of the two out"
-        )
-    if has_data and "corpus" in sources and data.data_path is not None:
-        yield (
-            f"data_path: {objective} trains on it or on --train-data, not on both; "
-            "leave one of the two out"
-        )
+    for name, source in (("prompts", "teacher"), ("data_path", "corpus")):
+        has_both = None not in (data.train_data, value_of(config, name))
+        if has_both and {"data", source} <= set(sources):
+            problem = f"{objective} trains on it or on --train-data, not on both"
+            yield f"{name}: {problem}; leave one of the two out"
     measured = config.validation_option
     remedy = "leave it out; megatron-dlm evaluate measures held-out prompts"
     for name in ("valid_data", "valid_data_path"):

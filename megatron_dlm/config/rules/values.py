@@ -2,35 +2,14 @@
 
 import importlib.util
 import re
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_dlm.config.fields import OptionField, flag_of, option_fields, value_of
+from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.rules import Refusals, divisors
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
 from megatron_dlm.rollout.strategies import STRATEGIES
-
-
-def ranges(config: Config) -> Refusals:
-    """Every number lies in the range that its field states."""
-    for name, option in option_fields(Config).items():
-        yield from _range(flag_of(name), option, value_of(config, name))
-
-
-def _range(where: str, option: OptionField, value: Any) -> Refusals:
-    """The same of one option: a number, each number of a mapping, or each field of each record."""
-    if isinstance(value, tuple):
-        for i, record in enumerate(value):
-            for name, field in option_fields(type(record)).items() if is_dataclass(record) else ():
-                yield from _range(f"{where}[{i}].{name}", field, getattr(record, name))
-    elif isinstance(value, dict) and option.range is not None:
-        for key, number in value.items():
-            yield from _range(f"{where}.{key}", option, number)
-    elif option.range is not None and value is not None and value not in option.range:
-        yield bad_value(where, value, option.range.problem, option.range.remedy)
 
 
 def combinations(config: Config) -> Refusals:
@@ -136,14 +115,12 @@ def length(config: Config) -> Refusals:
             problem = f"leaves none of the {rollouts} rollouts for the schedule"
             yield f"dynamic_threshold_hold_rollouts: {problem}; choose less than {rollouts}"
     warmup, by_fraction = config.optimizer.lr_warmup_iters, config.optimizer.lr_warmup_fraction
-    problem = f"is not below the end of the decay at step {decay}"
-    if decay == 0:
-        return
-    if by_fraction is not None and warmup:
+    if by_fraction is not None and warmup and decay:
         problem = f"--lr-warmup-iters {warmup} is given too"
         yield f"lr_warmup_fraction: {problem}; leave one of the two out"
-    if config.lr_warmup_iters >= decay and by_fraction is not None:
-        yield f"lr_warmup_fraction: {problem}; choose less than 1"
-    if config.lr_warmup_iters >= decay:
+    if config.lr_warmup_iters >= decay > 0:
+        problem = f"is not below the end of the decay at step {decay}"
+        if by_fraction is not None:
+            yield f"lr_warmup_fraction: {problem}; choose less than 1"
         remedy = f"choose 0 to {decay - 1}, or a larger --lr-decay-iters"
         yield f"lr_warmup_iters: {problem}; {remedy}"

@@ -51,7 +51,6 @@ FIVE = {"rollout_batch_size": 40, "global_batch_size": 10}
 ADAPTED = {"lora_rank": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 BROKEN = [
-    Broken({"top_p": 0}),
     # Data, weights and duration.
     Broken({"prompts": None}),
     Broken({"num_rollouts": None}),
@@ -223,7 +222,6 @@ def test_each_rule_refuses_what_breaks_it() -> None:
         (
             "inference",
             (
-                values.ranges,
                 values.sequence_parallel,
                 model.processes,
                 model.experts_exist,

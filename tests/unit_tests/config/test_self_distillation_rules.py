@@ -42,8 +42,6 @@ def test_complete_configurations_pass(values: dict[str, object]) -> None:
     ("values", "fragments"),
     [
         ({**COPY, "teacher_load": None}, ["--teacher-load", "--lora-rank"]),
-        ({**ADAPTERS, "lora_rank": 0}, ["--lora-rank = 0"]),
-        ({**ADAPTERS, "lora_alpha": 0}, ["--lora-alpha = 0"]),
         ({**ADAPTERS, "lora_target_modules": []}, ["--lora-target-modules", "linear_qkv"]),
         ({**ADAPTERS, "lora_target_modules": ["q_proj"]}, ["lora_target_modules", "linear_qkv"]),
         ({**OPDLM, "lora_alpha": 4}, ["--lora-alpha = 4", "--lora-rank"]),
@@ -52,9 +50,6 @@ def test_complete_configurations_pass(values: dict[str, object]) -> None:
         ({**OPDLM, "reveal_fraction": 0.5}, ["--reveal-fraction = 0.5", "d_opsd"]),
         ({**COPY, "divergence": "jsd"}, ["--divergence = 'jsd'", "--teacher-top-k"]),
         ({**COPY, "teacher_response_fraction": 0.5}, ["--teacher-response-fraction = 0.5"]),
-        ({**COPY, "reveal_fraction": 1.5}, ["--reveal-fraction = 1.5"]),
-        ({**COPY, "max_tries": 0}, ["--max-tries = 0"]),
-        ({**COPY, "divergence_term_limit": 0}, ["--divergence-term-limit = 0"]),
         ({**COPY, "temperature": 0}, ["--temperature = 0", "all 8 tries", "--max-tries 1"]),
         ({**COPY, "top_k": 1, "max_tries": 2}, ["--top-k = 1", "all 2 tries", "--max-tries 1"]),
         (

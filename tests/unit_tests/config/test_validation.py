@@ -107,8 +107,6 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
             ["--response-length-warmup-rollouts = 0", "1 or more"],
         ),
         (1, {"divergence": "forward_lk"}, ["forward_lk", "forward_kl, reverse_kl, jsd"]),
-        (1, {"jsd_beta": 1.0}, ["jsd-beta", "1.0"]),
-        (1, {"max_response_length_by_domain": {"math": 0}}, ["by-domain.math = 0", "1 or more"]),
         (1, {"lr": 1e-7}, ["--min-lr = 1e-06", "0 to 1e-07"]),
         (1, {"lr_warmup_iters": 32}, ["--lr-warmup-iters = 32", "0 to 31"]),
         (1, {"lr_warmup_iters": 9, "lr_decay_iters": 9}, ["--lr-warmup-iters = 9", "0 to 8"]),
@@ -125,7 +123,6 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
         (1, {"param_groups": [{"pattern": "a", "lr": -1.0}]}, ["[0].lr = -1.0", "0"]),
         (1, {"param_groups": [{"pattern": "a", "min_lr": -1.0}]}, ["[0].min_lr = -1.0", "0"]),
         (1, {"param_groups": [{"pattern": "a", "lr": 1e-8}]}, ["[0].min_lr", "0 to 1e-08"]),
-        (1, {"param_groups": [{"pattern": "a", "weight_decay": -1}]}, ["[0].weight_decay"]),
     ],
 )
 def test_what_cannot_work_is_named_with_a_remedy(
@@ -254,8 +251,8 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_number_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} = {value}"):
-        validate(config_with(OPDLM, **{name: value}), 1)
+    with pytest.raises(UserError, match=f"^configuration: {name} = {value}:"):
+        config_with(OPDLM, **{name: value})
 
 
 def test_every_number_has_a_range() -> None:
