@@ -4,7 +4,13 @@ import importlib.util
 
 from megatron_dlm.errors import bad_value
 
-EXTRAS = {"matplotlib": "plots", "math_verify": "eval", "wandb": "wandb"}
+EXTRAS = {
+    "datasets": "data",
+    "langdetect": "eval",
+    "math_verify": "eval",
+    "matplotlib": "plots",
+    "wandb": "wandb",
+}
 """Extra that brings each package; the extras are in pyproject.toml."""
 
 

@@ -17,7 +17,7 @@ ORDER = (
     ("regular_file", "launcher", "activity", "output_file", "terminal"),
     ("json_file", "entry", "extras", "seeding", "ranges"),
     ("platform", "rank_watch", "stop_request"),
-    ("types",),
+    ("types", "sandbox"),
     ("training.manifest", "training.run_folder", "training.run_history"),
     ("rollout.decoding_options", "rollout.strategies"),
     ("config",),
