@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forks of one clean process that has imported what takes seconds to import.
+# Ranks are forks of one clean process that has imported what takes seconds to import: every
+# optimizer of PyTorch imports torch._dynamo when it is made.
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.tiny", "megatron_dlm.api"])
+PROCESSES.set_forkserver_preload(["pytest", "tests.tiny", "megatron_dlm.api", "torch._dynamo"])
 
 _join: Callable[[], None]
 """Joins this rank's world; set in the processes of `run_distributed`."""
