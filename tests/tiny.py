@@ -133,6 +133,7 @@ def run_config(folder: Path, model: Path, **options: Any) -> Config:
         min_lr=1e-4,
         log_interval=1000,
         tensorboard=False,
+        measure_machine=False,
         divergence_chunk_size=16,
         device="cpu",
     )

@@ -29,6 +29,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is saved: a checkpoint takes longer than an update."""
+    monkeypatch.setattr(Run, "save", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, list[dict[str, Any]]]:
+    """Runs without further options, by model, as they are asked for."""
+    return {}
+
+
+def _reference(
+    folder: Path, references: dict[str, list[dict[str, Any]]], model: str = "dense"
+) -> list[dict[str, Any]]:
+    if model not in references:
+        references[model] = _run(folder, folder / f"reference_{model}", model)
+    return references[model]
+
+
 def _run(
     folder: Path, tmp_path: Path, model: str = "dense", **options: Any
 ) -> list[dict[str, Any]]:
@@ -57,12 +77,16 @@ def _check(lines: list[dict[str, Any]], reference: list[dict[str, Any]], rel: fl
     ids=["full uniform", "full block", "selective", "selective parts"],
 )
 def test_recomputation_changes_nothing(
-    folder: Path, tmp_path: Path, model: str, options: dict[str, Any]
+    folder: Path,
+    references: dict[str, list[dict[str, Any]]],
+    tmp_path: Path,
+    model: str,
+    options: dict[str, Any],
 ) -> None:
     if model == "moe" and "recompute_modules" in options:
         options = {**options, "recompute_modules": ("core_attn", "moe")}
-    reference = _run(folder, tmp_path / "off", model)
-    _check(_run(folder, tmp_path / "on", model, **options), reference, rel=1e-6)
+    recomputed = _run(folder, tmp_path / "on", model, **options)
+    _check(recomputed, _reference(folder, references, model), rel=1e-6)
 
 
 def test_dropout_of_adapters_is_the_same_however_it_is_computed(
@@ -79,12 +103,6 @@ def test_dropout_of_adapters_is_the_same_however_it_is_computed(
     assert whole[0]["loss"] == pytest.approx(dropped[0]["loss"], rel=1e-6)
     assert whole[0]["grad_norm"] != pytest.approx(dropped[0]["grad_norm"], rel=1e-2)
     assert whole[2]["loss"] != pytest.approx(dropped[2]["loss"], rel=1e-4)
-
-
-def test_packed_equals_unpacked(folder: Path, tmp_path: Path) -> None:
-    unpacked = _run(folder, tmp_path / "one", micro_batch_size=1)
-    packed = _run(folder, tmp_path / "two", micro_batch_size=2)
-    _check(packed, unpacked, rel=1e-5)
 
 
 UPDATES_OF: dict[str, dict[str, Any]] = {
@@ -126,7 +144,6 @@ def test_a_budget_of_tokens_changes_no_gradient(
         if not (folder / model).exists():
             save_random_model(folder / model)
             declare_diffusion_kind(folder / model, "full", shifted=True)
-    monkeypatch.setattr(Run, "save", lambda *_: None)
     with reward_every_third():
         one = _run(folder, tmp_path / "one", model, **options)
         # Two documents fit together, eight do not; or a document is cut between its texts.
@@ -141,8 +158,11 @@ def test_a_budget_of_tokens_changes_no_gradient(
     assert len(lengths[1]) != 8
 
 
-def test_row_mean_weighs_trajectories_equally(folder: Path, tmp_path: Path) -> None:
+def test_packing_changes_nothing_and_row_mean_weighs_trajectories_equally(
+    folder: Path, references: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     token = _run(folder, tmp_path / "token", micro_batch_size=2)
+    _check(token, _reference(folder, references), rel=1e-5)
     rows = _run(folder, tmp_path / "row", micro_batch_size=2, loss_normalization="row_mean")
     split = _run(folder, tmp_path / "split", micro_batch_size=1, loss_normalization="row_mean")
     _check(rows, split, rel=1e-5)
