@@ -61,6 +61,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, Path]:
+    """Folders of runs that nobody interrupts, by their configuration, as they are asked for."""
+    return {}
+
+
+def _whole(
+    folder: Path, whole_runs: dict[str, Path], model: str, options: dict[str, Any]
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder and the metrics of a run of one process."""
+    config = run_config(folder, folder / model, **options)
+    run = whole_runs.setdefault(config.to_yaml(), folder / f"whole_{len(whole_runs)}")
+    with reward_every_third():
+        return run, run_training(config.changed(save=str(run)))  # which may have ended already
+
+
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Config) -> None:
     done = 0
     train_step = loop.train_step
@@ -130,6 +146,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, updates: int, config: Conf
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
     folder: Path,
+    whole_runs: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model: str,
@@ -137,15 +154,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     if "prompts" in options:
         options = {**options, "prompts": str(folder / options["prompts"])}
-    whole = run_config(folder, folder / model, **options, save=str(tmp_path / "whole"))
-    expected = run_training(whole)
+    whole, expected = _whole(folder, whole_runs, model, options)
     assert len(expected) == 6
     # Dies in the middle of the third batch; the newest checkpoint is that of the second.
     broken = str(tmp_path / "broken")
     interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
     _interrupt_after(monkeypatch, 5, interrupted)
     run_training(interrupted)  # the same command
-    check_same(Path(broken), tmp_path / "whole")
+    check_same(Path(broken), whole)
 
 
 def _start(rank: int, folder: Path, run: str, model: str, options: dict[str, Any]) -> None:
@@ -163,6 +179,7 @@ def _go_on(rank: int, folder: Path, run: str, model: str, options: dict[str, Any
 
 def _check_moved(
     folder: Path,
+    whole_runs: dict[str, Path],
     save: Path,
     model: str,
     before: dict[str, Any],
@@ -170,9 +187,7 @@ def _check_moved(
     options: dict[str, Any],
 ) -> None:
     """Compare a run that changes its layout with one of a single process."""
-    whole = run_config(folder, folder / model, **options, save=str(save / "whole"))
-    with reward_every_third():
-        expected = run_training(whole)
+    _, expected = _whole(folder, whole_runs, model, options)
     run = str(save / "moved")
     run_distributed(_start, 2, folder, run, model, {**options, **before})
     lines = run_distributed(_go_on, 2, folder, run, model, {**options, **after})[0]
@@ -184,12 +199,12 @@ def _check_moved(
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_goes_on_at_another_layout(
-    folder: Path, tmp_path: Path, objective: str
+    folder: Path, whole_runs: dict[str, Path], tmp_path: Path, objective: str
 ) -> None:
     model = "diffusion" if objective == "d_opsd" else "dense"
     options = {**OBJECTIVES[objective], "objective": objective}
     before, after = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-    _check_moved(folder, tmp_path, model, before, after, options)
+    _check_moved(folder, whole_runs, tmp_path, model, before, after, options)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +231,7 @@ def test_every_objective_goes_on_at_another_layout(
 )
 def test_a_run_goes_on_at_another_layout(
     folder: Path,
+    whole_runs: dict[str, Path],
     tmp_path: Path,
     model: str,
     before: dict[str, Any],
@@ -224,7 +240,8 @@ def test_a_run_goes_on_at_another_layout(
 ) -> None:
     # The distributed optimizer's state has its own format: it is kept through the move.
     keep = {key: value for key, value in before.items() if key == "use_distributed_optimizer"}
-    _check_moved(folder, tmp_path, model, before, {**keep, **after}, {**ROLLOUTS, **options})
+    options = {**ROLLOUTS, **options}
+    _check_moved(folder, whole_runs, tmp_path, model, before, {**keep, **after}, options)
 
 
 def test_what_a_resumed_run_cannot_change_is_refused(folder: Path, tmp_path: Path) -> None:
