@@ -18,7 +18,7 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import initialize
 from tests.distributed_tests.spawn import run_distributed
 from tests.families import OTHER_FAMILIES
-from tests.functional_tests.entry_points import CONVERT, run_process, run_ranks
+from tests.functional_tests.entry_points import run_ranks
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
@@ -157,15 +157,14 @@ def test_layouts(tmp_path):
                 assert torch.equal(exported[name], tensor), (layout, name)
 
 
-@pytest.mark.timeout(300)
-def test_tool_reshards_under_torchrun(tmp_path):
+def test_command_reshards(tmp_path):
     from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 
     source = save_hf_model(random_hf_model(tied=True), tmp_path / "source")
     tokenizer = ("--tokenizer", tmp_path)
     megatron, exported = tmp_path / "megatron", tmp_path / "exported"
     load = ("--load", source, "--save", megatron, "--target-format", "megatron")
-    done = run_process(CONVERT, *tokenizer, *load, "--tensor-model-parallel-size", 2, processes=2)
+    done = run_ranks(2, "convert", *tokenizer, *load, "--tensor-model-parallel-size", 2)
     assert done.status == 0, done.stderr
     save_tokenizer(tmp_path)
     export = ("--load", megatron, "--save", exported, "--target-format", "autoregressive")
