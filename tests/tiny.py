@@ -1,7 +1,7 @@
 """Small random models and runs that many tests share."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
-from megatron_dlm.evaluation.rewards import REWARDS
+from megatron_dlm.evaluation.rewards import REWARDS, Record
 from megatron_dlm.parallel import ParallelGroups, from_rank_zero, initialized
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequest
@@ -100,8 +100,8 @@ class _EveryThird:
     def check(self, prompts: PromptDataset) -> None:
         pass
 
-    def __call__(self, record: Mapping[str, Any], response: str) -> float:
-        return float(len(response) % 3 != 0)
+    def rate(self, records: Sequence[Record], responses: Sequence[str]) -> list[float]:
+        return [float(len(response) % 3 != 0) for response in responses]
 
 
 @contextmanager

@@ -36,7 +36,6 @@ MaskEmbeddingInit = Literal["keep", "mean"]
 LongPrompts = Literal["error", "drop", "truncate"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 EmptyMask = Literal["redraw", "mask_one"]
-RewardName = Literal["exact_match", "math_verify"]
 ParamGroupPreset = Literal["rnd1"]
 NotNegative = Annotated[StrictFloat | None, AfterValidator(AT_LEAST_ZERO.check)]
 
@@ -294,10 +293,13 @@ class ObjectiveConfig:
     """Divide by the supervised tokens of the global batch (token; scp: by all that could have been
     masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean; d_opsd:
     over those with states)."""
-    reward: RewardName = "exact_match"
-    """How an objective verifies a response, against the `answer` of its prompt's record (of an
-    answer with ####, the part after the last one): exact_match compares the text or number after
-    the last ####, math_verify the value of the last mathematical expression."""
+    reward: str = "exact_match"
+    """How an objective verifies a response, by fields of its prompt's record (docs/evaluation.md):
+    exact_match, math_verify, choice, instructions, code_tests, countdown, sudoku, or
+    package.module:function of your own."""
+    unsafe_code_execution: bool = False
+    """Let the reward code_tests run code without isolation where the machine allows none: the code
+    can then do what you can."""
 
 
 @dataclass(frozen=True)

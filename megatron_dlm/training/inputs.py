@@ -18,7 +18,7 @@ from megatron_dlm.data.prompts import (
 from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.evaluation.rewards import REWARDS
+from megatron_dlm.evaluation.rewards import reward_of
 from megatron_dlm.models.architecture import Architecture, read_architecture, read_diffusion_kind
 from megatron_dlm.models.families import FAMILIES
 from megatron_dlm.teacher.inputs import (
@@ -286,7 +286,7 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
             long_prompts=config.data.long_prompts,
         )
         if config.traits.verifies:
-            REWARDS[config.objective.reward].check(data)
+            reward_of(config).check(data)
         if config.uses_teacher_responses:
             assert teacher is not None
             store = response_store(config, teacher, data, special_tokens)

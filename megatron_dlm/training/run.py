@@ -13,7 +13,7 @@ from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.errors import bad_value
-from megatron_dlm.evaluation.rewards import REWARDS
+from megatron_dlm.evaluation.rewards import reward_of
 from megatron_dlm.models.lora import drop_out_adapter_inputs, train_adapters_only
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
@@ -248,6 +248,6 @@ def _build_source(
     )
     verifier = None
     if config.traits.verifies:
-        reward = REWARDS[config.objective.reward]
+        reward = reward_of(config)
         verifier = Verifier(reward, inputs.tokenizer, config.rollout.max_tries, groups)
     return TrajectorySource(config, inputs.data, engine, examples, verifier)

@@ -38,10 +38,13 @@ class Verifier:
         group = self.groups.model
         verdicts = torch.zeros(len(trajectories), dtype=torch.int32, device=platform.device())
         if group is None or group.rank() == 0:
-            for i, trajectory in enumerate(trajectories):
-                ids = trajectory.response_ids.tolist()
-                text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-                verdicts[i] = self.reward(trajectory.record, text) >= RIGHT
+            texts = [
+                str(self.tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=True))
+                for t in trajectories
+            ]
+            rewards = self.reward.rate([t.record for t in trajectories], texts)
+            for i, reward in enumerate(rewards):
+                verdicts[i] = reward >= RIGHT
         if group is not None:
             dist.broadcast(verdicts, group=group, group_src=0)
         for trajectory, verdict in zip(trajectories, verdicts.tolist(), strict=True):

@@ -127,6 +127,8 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     yield of("temperature", rollout.temperature > 0, "top_k top_p", "a temperature above 0")
     has_jsd = "jsd" in config.distillation.divergence
     yield of("divergence", has_jsd, "jsd_beta", "--divergence jsd")
+    runs_code = config.objective.reward == "code_tests"
+    yield of("reward", runs_code, "unsafe_code_execution", "--reward code_tests")
     cuts, remedy = config.distillation.divergence_top_k > 0, "e.g. --divergence-top-k 16"
     yield of("divergence_top_k", cuts, "divergence_tail", remedy)
     names, remedy = "keep_checkpoint_every keep_best_checkpoint", "e.g. --keep-checkpoints 3"

@@ -151,6 +151,7 @@ CASES = [
     Case("teacher_top_k", 9, OTHER_DISTILLATION, (D_OPSD,)),
     Case("divergence_term_limit", 0.2, OTHER_DISTILLATION, (D_OPSD,)),
     Case("reward", "math_verify", OTHER_DISTILLATION, (D_OPSD,)),
+    Case("unsafe_code_execution", True, (OPDLM, D_OPSD), ({**D_OPSD, "reward": "code_tests"},)),
     Case("max_tries", 2, OTHER_DISTILLATION, (D_OPSD,)),
     Case("keep_checkpoint_every", 4, (WITH_FOLDER,), ({**WITH_FOLDER, "keep_checkpoints": 3},)),
     Case(

@@ -1,0 +1,100 @@
+"""Answers that are compared with the reference of a record: text, numbers, expressions, letters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dlm.errors import UserError
+from megatron_dlm.evaluation.math_scoring import is_math, math_answer, math_answers_match
+from megatron_dlm.evaluation.rewards.base import Record, RuleReward
+from megatron_dlm.evaluation.scoring import answers_match, final_answer
+
+_CHOICES = (
+    re.compile(r"""["'`*]?answer["'`*]*\s*:[\s"'`*(\[]*([A-Z])(?![A-Za-z])""", re.IGNORECASE),
+    re.compile(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-Z])\)?\s*\}"),
+    re.compile(r"####\s*\(?([A-Z])(?![A-Za-z])"),
+    re.compile(r"answer\s+is\s*:?\s*[\"'`*(\[]*([A-Z])(?![A-Za-z])", re.IGNORECASE),
+    re.compile(r"答案(?:是|为|:|\N{FULLWIDTH COLON})+\s*[\"'`*(\[]*([A-Z])(?![A-Za-z])"),
+)
+_LONE_LETTER = re.compile(r"\s*[(*\"'`]*([A-Z])(?:[)*\"'`.:]+(?:\s.*)?|\s*)", re.DOTALL)
+
+
+def choice(text: str) -> str | None:
+    """The letter that a response chooses; None if there is none.
+
+    The last of the form asked for, ``"answer": "C"``; without one, the last in a box, after ####,
+    or after "answer is"; else the letter that the response begins with.
+    """
+    for form in _CHOICES:
+        found = form.findall(text)
+        if found:
+            return str(found[-1]).upper()
+    alone = _LONE_LETTER.fullmatch(text)
+    return alone[1] if alone else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How an answer is found in a response and compared.
+
+    Attributes:
+        name: Of the reward.
+        extract: Takes the text of a response and returns its answer; None if there is none.
+        matches: Whether an extracted answer equals the reference.
+        can_read: Whether answers can be compared with a reference.
+    """
+
+    name: str
+    extract: Callable[[str], str | None]
+    matches: Callable[[str | None, str], bool]
+    can_read: Callable[[str], bool] = bool
+
+    def reference(self, record: Record, where: str) -> str:
+        """Return the reference of a record: `answer`, or what follows the last ``####`` in that.
+
+        GSM8K gives an answer this way, after the solution.
+
+        Raises:
+            UserError: The field is missing or is neither text nor a number.
+        """
+        value: Any = record.get("answer")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(
+                f'{where}: "answer" = {value!r}: reward {self.name!r} needs text or a number to '
+                "compare with; add the field or choose another reward"
+            )
+        text = str(value)
+        return (final_answer(text) or "") if "####" in text else text
+
+    def check(self, record: Record, where: str) -> None:
+        """Check that answers can be compared with the reference of a record.
+
+        Raises:
+            UserError: They cannot.
+        """
+        if not self.can_read(self.reference(record, where)):
+            raise UserError(
+                f'{where}: "answer" = {record["answer"]!r}: reward {self.name!r} cannot read it, '
+                "so no answer could be right; repair it or choose another reward"
+            )
+
+    def rate(self, record: Record, response: str) -> float:
+        """1 if the answer of a response matches, else 0."""
+        return float(self.matches(self.extract(response), self.reference(record, "a prompt")))
+
+    def reward(self, package: str | None = None) -> RuleReward:
+        """The reward; `package` of an extra is imported by it."""
+        return RuleReward(self.name, self.rate, self.check, package)
+
+
+EXACT_MATCH = Answer("exact_match", final_answer, answers_match).reward()
+MATH_VERIFY = Answer("math_verify", math_answer, math_answers_match, is_math).reward("math_verify")
+CHOICE = Answer(
+    "choice",
+    choice,
+    lambda predicted, expected: predicted == expected.strip().upper(),
+    lambda reference: re.fullmatch(r"\s*[A-Za-z]\s*", reference) is not None,
+).reward()
