@@ -115,7 +115,7 @@ def measure(run: Any, case: Case, heldout: Path) -> dict[str, float]:
 
     from megatron_dlm.data.prompts import read_examples
     from megatron_dlm.evaluation.evaluator import evaluate
-    from megatron_dlm.evaluation.tasks import get_task
+    from megatron_dlm.evaluation.rewards import REWARDS
     from megatron_dlm.rollout.engine import RolloutEngine
     from megatron_dlm.rollout.generation_config import GenerationConfig
     from megatron_dlm.types.trajectory import Prompt
@@ -150,7 +150,7 @@ def measure(run: Any, case: Case, heldout: Path) -> dict[str, float]:
             groups=run.groups,
         )
         responses = engine.generate(prompts, config.rollout.max_response_length)
-        result = evaluate(responses, inputs.tokenizer, get_task("exact_match"))
+        result = evaluate(responses, inputs.tokenizer, REWARDS["exact_match"])
         same_length = [
             len(response.response_ids) == len(example.response_ids)
             for response, example in zip(responses, examples, strict=True)

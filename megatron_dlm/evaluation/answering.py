@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.entry import rank
@@ -15,7 +14,7 @@ from megatron_dlm.evaluation.generation import Generator, InferenceInputs
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.evaluation.partial_results import PartialResults
 from megatron_dlm.evaluation.progress import GenerationProgress
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import on_rank_zero
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -74,6 +73,7 @@ def answer_prompts(
     generation: GenerationConfig,
     partial: PartialResults,
     result_of: Callable[[Trajectory], Any],
+    seed: int | None = None,
 ) -> Answers | None:
     """Answer the prompts that have no result yet; all ranks call this.
 
@@ -82,6 +82,7 @@ def answer_prompts(
         setting: Name of the decoding setting.
         generation: The setting.
         partial: What is there already, and where results are kept.
+        seed: Of the draws; None for that of the options.
         result_of: From a response to its result, which JSON can hold.
 
     Returns:
@@ -107,20 +108,10 @@ def answer_prompts(
             partial.add(setting, index, results[index], round(elapsed, 3))
         progress(trajectory)
 
-    generator.generate(generation, missing, finished)
-    everything = _gather(results, groups)
+    generator.generate(generation, missing, finished, seed)
+    everything = dict(on_rank_zero(list(results.items())))
     if rank() != 0:
         return None
     everything |= partial.results.get(setting, {})
     seconds = before + time.perf_counter() - began
     return Answers([everything[index] for index in range(generator.num_prompts)], seconds)
-
-
-def _gather(results: dict[int, Any], groups: ParallelGroups) -> dict[int, Any]:
-    """The results of all replicas on the first of them, of which rank 0 is a part."""
-    if groups.dp is None:
-        return results
-    parts: list[Any] | None = [None] * groups.dp_size if groups.dp_rank == 0 else None
-    first = torch.distributed.get_global_rank(groups.dp, 0)
-    torch.distributed.gather_object(results, parts, dst=first, group=groups.dp)
-    return {index: result for part in parts or () for index, result in part.items()}

@@ -1,36 +1,51 @@
 """From generated trajectories to accuracy and decoding speed.
 
-Independent of how the trajectories were generated. Counts are kept apart from rates, so that ranks
-can add up their counts before dividing.
+Independent of how the trajectories were generated. What is kept of a response is enough to rate it
+later, and in parallel with others.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.evaluation.tasks import Task
+from megatron_dlm.evaluation.rewards import RIGHT, Reward
 from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class ScoredResponse:
-    """One response with its score.
+class Response:
+    """What is kept of a generated response; JSON can hold its fields.
 
     Attributes:
         sample_index: The trajectory's.
-        text: The response without special tokens.
-        predicted: The extracted answer; None if there is none.
-        expected: The reference.
-        correct: Whether they match.
+        text: Without special tokens.
+        tokens: Its length, EOS included.
+        denoising_forwards: That drew tokens.
+        total_forwards: With prefill and commit forwards.
+        finish_reason: `eos` or `length`.
     """
 
     sample_index: int
     text: str
-    predicted: str | None
-    expected: str
-    correct: bool
+    tokens: int
+    denoising_forwards: int
+    total_forwards: int
+    finish_reason: str
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Decode the response of a trajectory."""
+        ids = trajectory.response_ids.tolist()
+        return cls(
+            sample_index=trajectory.sample_index,
+            text=str(tokenizer.decode(ids, skip_special_tokens=True)),
+            tokens=len(ids),
+            denoising_forwards=trajectory.denoising_forwards,
+            total_forwards=trajectory.total_forwards,
+            finish_reason=trajectory.finish_reason,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
@@ -43,8 +58,9 @@ class EvaluationResult:
 
     Attributes:
         accuracy: correct / total.
-        correct: Number of responses with the right answer.
+        correct: Number of right responses.
         total: Number of responses.
+        mean_reward: Of all responses; a reward may give parts.
         tokens_per_forward: Response tokens per forward that drew tokens; None if none was counted.
         tokens_per_total_forward: The same with prefill and commit forwards in the count.
         mean_response_length: In tokens, EOS included.
@@ -54,6 +70,7 @@ class EvaluationResult:
     accuracy: float
     correct: int
     total: int
+    mean_reward: float
     tokens_per_forward: float | None
     tokens_per_total_forward: float | None
     mean_response_length: float
@@ -64,102 +81,38 @@ class EvaluationResult:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class EvaluationCounts:
-    """Sums over trajectories; add the counts of several ranks with ``+`` or via `to_list`.
+def rates(responses: Sequence[Response], rewards: Sequence[float]) -> EvaluationResult:
+    """Rates over responses and their rewards, which are in the same order.
 
     Tokens decoded after the end of a response (the tail) do not count: they are not part of the
     answer, so they must not make decoding look faster.
-    """
-
-    correct: int = 0
-    total: int = 0
-    response_tokens: int = 0
-    denoising_forwards: int = 0
-    total_forwards: int = 0
-    ended_by_eos: int = 0
-
-    def __add__(self, other: "EvaluationCounts") -> "EvaluationCounts":
-        return EvaluationCounts(
-            *(a + b for a, b in zip(self.to_list(), other.to_list(), strict=True))
-        )
-
-    def to_list(self) -> list[int]:
-        """Return the counts in field order, for an all-reduce."""
-        return list(astuple(self))
-
-    @classmethod
-    def from_list(cls, counts: Sequence[int]) -> Self:
-        """Undo `to_list`."""
-        return cls(*(int(count) for count in counts))
-
-    def result(self) -> EvaluationResult:
-        """Compute the rates.
-
-        Raises:
-            ValueError: Nothing was counted.
-        """
-        if self.total == 0:
-            raise ValueError("no trajectory was evaluated")
-        return EvaluationResult(
-            accuracy=self.correct / self.total,
-            correct=self.correct,
-            total=self.total,
-            tokens_per_forward=_rate(self.response_tokens, self.denoising_forwards),
-            tokens_per_total_forward=_rate(self.response_tokens, self.total_forwards),
-            mean_response_length=self.response_tokens / self.total,
-            eos_rate=self.ended_by_eos / self.total,
-        )
-
-
-def score(
-    trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase, task: Task
-) -> list[ScoredResponse]:
-    """Decode and score responses.
-
-    Args:
-        trajectories: Their `record` holds the reference.
-        tokenizer: Decodes `response_ids`; special tokens are left out.
-        task: Decides what is correct.
 
     Raises:
-        UserError: A record has no reference.
+        ValueError: There are none.
     """
-    scored = []
-    for trajectory in trajectories:
-        text = str(tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True))
-        expected = task.reference(trajectory.record, f"sample {trajectory.sample_index}")
-        predicted = task.extract(text)
-        scored.append(
-            ScoredResponse(
-                sample_index=trajectory.sample_index,
-                text=text,
-                predicted=predicted,
-                expected=expected,
-                correct=task.matches(predicted, expected),
-            )
-        )
-    return scored
-
-
-def count(trajectories: Sequence[Trajectory], scored: Sequence[ScoredResponse]) -> EvaluationCounts:
-    """Sum up trajectories and their scores, which are in the same order."""
-    pairs = list(zip(trajectories, scored, strict=True))
-    return EvaluationCounts(
-        correct=sum(verdict.correct for _, verdict in pairs),
-        total=len(pairs),
-        response_tokens=sum(len(t.response_ids) for t, _ in pairs),
-        denoising_forwards=sum(t.denoising_forwards for t, _ in pairs),
-        total_forwards=sum(t.total_forwards for t, _ in pairs),
-        ended_by_eos=sum(t.finish_reason == "eos" for t, _ in pairs),
+    if not responses:
+        raise ValueError("no response was evaluated")
+    tokens = sum(response.tokens for response in responses)
+    correct = sum(reward >= RIGHT for _, reward in zip(responses, rewards, strict=True))
+    return EvaluationResult(
+        accuracy=correct / len(responses),
+        correct=correct,
+        total=len(responses),
+        mean_reward=sum(rewards) / len(responses),
+        tokens_per_forward=_rate(tokens, sum(r.denoising_forwards for r in responses)),
+        tokens_per_total_forward=_rate(tokens, sum(r.total_forwards for r in responses)),
+        mean_response_length=tokens / len(responses),
+        eos_rate=sum(r.finish_reason == "eos" for r in responses) / len(responses),
     )
 
 
 def evaluate(
-    trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, task: Task
+    trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, reward: Reward
 ) -> EvaluationResult:
-    """Score trajectories that are all on this process; `score` and `count` serve several ranks."""
-    return count(trajectories, score(trajectories, tokenizer, task)).result()
+    """Rate trajectories that are all on this process; their `record` has what the reward reads."""
+    responses = [Response.of(trajectory, tokenizer) for trajectory in trajectories]
+    records = [trajectory.record for trajectory in trajectories]
+    return rates(responses, reward.rate(records, [response.text for response in responses]))
 
 
 def _rate(tokens: int, forwards: int) -> float | None:

@@ -141,6 +141,7 @@ class Generator:
         generation: GenerationConfig,
         indices: Sequence[int] | None = None,
         on_finished: Callable[[Trajectory], None] | None = None,
+        seed: int | None = None,
     ) -> list[Trajectory]:
         """Answer this rank's share of the prompts; all ranks call this.
 
@@ -149,6 +150,7 @@ class Generator:
             indices: Of the prompts to answer, the same on all ranks; None for all prompts. Of n
                 data-parallel ranks, rank r takes every n-th from the r-th on.
             on_finished: Called with each response when it is complete.
+            seed: Of the draws; None for that of the options.
 
         Returns:
             Trajectories in the order of the share, the same on all model-parallel ranks.
@@ -159,7 +161,7 @@ class Generator:
             self._model,
             generation=generation,
             special_tokens=self._inputs.special_tokens,
-            seed=self._setup.config.data.seed,
+            seed=self._setup.config.data.seed if seed is None else seed,
             groups=self._groups,
         )
         share = indices[self._groups.dp_rank :: self._groups.dp_size]

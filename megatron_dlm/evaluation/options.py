@@ -1,7 +1,8 @@
 """Options of the tools that generate, resolved against the checkpoint; needs no PyTorch.
 
 A decoding setting is the short name of a strategy with the value of its option after a colon, such
-as `static:2` (denoising steps per block) and `dynamic:0.7` (threshold), or `autoregressive`.
+as `static:2` (denoising steps per block) and `dynamic:0.7` (threshold), or `autoregressive`. After
+an @ it has a block size of its own: `dynamic:0.7@8`.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class InferenceSetup:
         """Decoding settings by the names of their results.
 
         Args:
-            texts: Each as `setting` takes it; none: the one that the options describe.
+            texts: Each as `setting` takes it, some with a block size after an @; none: the one that
+                the options describe.
 
         Raises:
             UserError: One is unknown or named twice, or an option is read by none of them.
@@ -127,12 +129,14 @@ class InferenceSetup:
         settings: dict[str, GenerationConfig] = {}
         read: set[str] = set()
         for text in texts:
-            generation = self.setting(text)
-            name = setting_name(generation)
+            decoding, block_size = _with_block_size(text)
+            sized = self if block_size is None else replace(self, block_size=block_size)
+            generation = sized.setting(decoding)
+            name = setting_name(generation) + ("" if block_size is None else f"@{block_size}")
             if name in settings:
                 raise bad_value("--settings", text, f"names {name} twice", "name it once")
             settings[name] = generation
-            read |= generation.options_read - _options_named(text).keys()
+            read |= generation.options_read - _options_named(decoding).keys()
         if not texts:
             generation = self.generation()
             settings[setting_name(generation)] = generation
@@ -220,6 +224,23 @@ class InferenceSetup:
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
         )
+
+
+def _with_block_size(text: str) -> tuple[str, int | None]:
+    """A setting without its block size, and that.
+
+    Raises:
+        UserError: The block size is none.
+    """
+    decoding, at, size = text.strip().partition("@")
+    if not at:
+        return decoding, None
+    if decoding == "autoregressive":
+        raise bad_value("--settings", text, "has no blocks", "drop what follows autoregressive")
+    if not (size.isascii() and size.isdecimal() and int(size) > 0):
+        problem = f"{size!r} is no block size"
+        raise bad_value("--settings", text, problem, "write a number after the @, 1 or more")
+    return decoding, int(size)
 
 
 def _options_named(text: str) -> dict[str, Any]:

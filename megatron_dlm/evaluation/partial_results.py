@@ -9,6 +9,7 @@ written, the folder is removed.
 """
 
 import contextlib
+import fcntl
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from megatron_dlm.entry import rank
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import unwritable, write_file, writing
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
-from megatron_dlm.terminal import say
 
 SUFFIX = ".partial"
 HEADER = "header.json"
@@ -46,6 +46,7 @@ class PartialResults:
     results: dict[str, dict[int, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _file: TextIO | None = None
+    _lock: TextIO | None = None
 
     def add(self, setting: str, index: int, result: Any, seconds: float) -> None:
         """Keep the result of a prompt; one process of each replica of the model calls this.
@@ -72,10 +73,8 @@ class PartialResults:
             if self._file is not None:
                 with contextlib.suppress(OSError):  # what it still holds is refused once more
                     self._file.close()
-            failure = unwritable(self.folder, "--output", error)
-            if rank() != 0:  # whose errors nobody else hears of
-                say(f"error: {failure}", error=True)
-            raise failure from error
+            self._release()
+            raise unwritable(self.folder, "--output", error) from error
 
     def remove(self) -> None:
         """Forget everything; rank 0 calls this when the output is complete."""
@@ -86,6 +85,29 @@ class PartialResults:
             for file in self.folder.glob("*.jsonl"):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def own(self) -> None:
+        """Keep other commands away until this process ends or has removed the folder.
+
+        Raises:
+            UserError: Another command answers the same prompts now.
+        """
+        assert self.folder is not None
+        self._lock = (self.folder / HEADER).open()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            problem, remedy = (
+                "another command writes there now",
+                "wait for it, or name another file",
+            )
+            output = str(self.folder).removesuffix(SUFFIX)
+            raise bad_value("--output", output, problem, remedy) from error
 
 
 def open_partial_results(
@@ -110,9 +132,11 @@ def open_partial_results(
     with errors_on_all_ranks():
         if rank() == 0:
             if restart and (folder / HEADER).is_file():
+                found.own()
                 with writing(folder, "--output"):
                     shutil.rmtree(folder)
             _begin(folder, header, output)
+            found.own()
             start = _read(found)
     known: list[Any] = [(start, found.done)]
     torch.distributed.broadcast_object_list(known, src=0)

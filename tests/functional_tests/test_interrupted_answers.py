@@ -1,5 +1,6 @@
 """`generate` and `evaluate` keep each response as it comes and go on after kill -9."""
 
+import fcntl
 import json
 import time
 from collections.abc import Sequence
@@ -113,9 +114,12 @@ def test_evaluate_in_one_process_goes_on_in_two(
     for summary in (found, expected):
         del summary["seconds"]
         for result in summary["settings"].values():
-            del result["seconds"]
+            del result["seconds"], result["tokens_per_second"]
     assert found == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.json", "whole.json"]
+    of_output, of_whole = (tmp_path / f"{n}.responses.jsonl" for n in ("output", "whole"))
+    assert of_output.read_text() == of_whole.read_text()
+    names = ["output.json", of_output.name, "whole.json", of_whole.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_another_command_does_not_go_on_with_it(folder: Path, call: Call, tmp_path: Path) -> None:
@@ -137,6 +141,11 @@ def test_another_command_does_not_go_on_with_it(folder: Path, call: Call, tmp_pa
     ):
         outcome = call(GENERATE, *options, *changed)
         outcome.check_error("--output = ", f"{output}.partial holds results", words, "--restart")
+    with Path(f"{output}.partial", "header.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a command that runs now does
+        for restart in ((), ("--restart",)):
+            outcome = call(GENERATE, *options, "--top-k", 5, *restart)
+            outcome.check_error(f"--output = '{output}': another command writes there now")
     assert len(kept(output)) == left
     assert call(GENERATE, *options, "--top-k", 6, "--restart").status == 0
     afresh = output.read_bytes()

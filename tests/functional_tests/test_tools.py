@@ -287,6 +287,7 @@ def test_evaluation_on_two_processes(folder: Path, call: Call, tmp_path: Path) -
         del summary["seconds"]
         for result in summary["settings"].values():
             assert result.pop("seconds") > 0
+            assert result.pop("tokens_per_second") > 0
     assert found == expected
 
 

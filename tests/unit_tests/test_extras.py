@@ -8,7 +8,7 @@ import pytest
 from megatron_dlm.commands import main
 from megatron_dlm.data.prompts import PromptDataset, TokenTable
 from megatron_dlm.data.records import RecordFile
-from megatron_dlm.evaluation.tasks import get_task
+from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.extras import EXTRAS
 from tests.refusal import refusal
 
@@ -32,9 +32,9 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nothing_installed")
 def test_scoring_by_value_asks_for_its_extra() -> None:
     prompts = PromptDataset(RecordFile.of([{"prompt": "?", "answer": "1"}], "p"), TokenTable())
-    text = str(refusal(get_task("math_verify").check, prompts))
+    text = str(refusal(REWARDS["math_verify"].check, prompts))
     assert "math_verify is not installed; install it with pip install 'megatron-dlm[eval]'" in text
-    assert refusal(get_task("exact_match").check, prompts) is None
+    assert refusal(REWARDS["exact_match"].check, prompts) is None
 
 
 @pytest.mark.usefixtures("nothing_installed")

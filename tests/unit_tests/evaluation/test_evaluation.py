@@ -13,12 +13,13 @@ from megatron_dlm.data.prompts import read_prompts
 from megatron_dlm.data.tokenizer import resolve_special_tokens
 from megatron_dlm.data.tokenizer_builder import build_tokenizer
 from megatron_dlm.errors import UserError
-from megatron_dlm.evaluation.evaluator import EvaluationCounts, count, evaluate, score
+from megatron_dlm.evaluation.evaluator import Response, evaluate
+from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
 from megatron_dlm.evaluation.tasks import get_task
 from megatron_dlm.types.trajectory import Trajectory
 
-TASK = get_task("exact_match")
+REWARD = REWARDS["exact_match"]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +84,13 @@ def test_evaluate(tokenizer: PreTrainedTokenizerFast) -> None:
         trajectory(tokenizer, "#### 12", 12),  # 4 tokens, cut at the length limit
         trajectory(tokenizer, "7 +", "7"),  # 2 tokens, no answer
     ]
-    result = evaluate(trajectories, tokenizer, TASK)
+    result = evaluate(trajectories, tokenizer, REWARD)
     assert [len(t.response_ids) for t in trajectories] == [14, 4, 4, 2]
     assert result.to_json() == {
         "accuracy": 0.5,
         "correct": 2,
         "total": 4,
+        "mean_reward": 0.5,
         "tokens_per_forward": 24 / 16,
         "tokens_per_total_forward": 24 / 20,
         "mean_response_length": 6.0,
@@ -97,50 +99,35 @@ def test_evaluate(tokenizer: PreTrainedTokenizerFast) -> None:
     json.dumps(result.to_json())
 
 
-def test_score_keeps_the_details(tokenizer: PreTrainedTokenizerFast) -> None:
-    (scored,) = score([trajectory(tokenizer, "#### 3<|im_end|>", 4)], tokenizer, TASK)
-    assert scored.to_json() == {
+def test_a_response_keeps_what_its_rates_need(tokenizer: PreTrainedTokenizerFast) -> None:
+    kept = Response.of(trajectory(tokenizer, "#### 3<|im_end|>", 4), tokenizer)
+    assert kept.to_json() == {
         "sample_index": 0,
         "text": "#### 3",
-        "predicted": "3",
-        "expected": "4",
-        "correct": False,
+        "tokens": 4,
+        "denoising_forwards": 4,
+        "total_forwards": 5,
+        "finish_reason": "eos",
     }
-
-
-def test_counts_of_ranks_add_up(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Rates of ranks with different numbers of tokens must not be averaged."""
-    trajectories = [
-        trajectory(tokenizer, "7 + 5 = 12\n#### 12<|im_end|>", "12"),
-        trajectory(tokenizer, "#### 1", "1"),
-        trajectory(tokenizer, "#### 1", "2"),
-    ]
-    ranks = [
-        count(part, score(part, tokenizer, TASK))
-        for part in (trajectories[:1], trajectories[1:], [])
-    ]
-    whole = evaluate(trajectories, tokenizer, TASK)
-    assert (ranks[0] + ranks[1] + ranks[2]).result() == whole
-    reduced = torch.tensor([rank.to_list() for rank in ranks]).sum(0).tolist()
-    assert EvaluationCounts.from_list(reduced).result() == whole
+    assert Response(**json.loads(json.dumps(kept.to_json()))) == kept
 
 
 def test_tail_tokens_do_not_count(tokenizer: PreTrainedTokenizerFast) -> None:
     plain = trajectory(tokenizer, "#### 1<|im_end|>", "1")
     with_tail = replace(plain, tail_ids=torch.tensor([5, 6]), tail_unmask_step=torch.ones(2))
-    assert evaluate([with_tail], tokenizer, TASK) == evaluate([plain], tokenizer, TASK)
+    assert evaluate([with_tail], tokenizer, REWARD) == evaluate([plain], tokenizer, REWARD)
 
 
 def test_speed_is_unknown_without_forwards(tokenizer: PreTrainedTokenizerFast) -> None:
     reference = replace(
         trajectory(tokenizer, "#### 1", "1"), denoising_forwards=0, total_forwards=0
     )
-    assert evaluate([reference], tokenizer, TASK).tokens_per_forward is None
+    assert evaluate([reference], tokenizer, REWARD).tokens_per_forward is None
 
 
 def test_nothing_to_evaluate(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="no trajectory"):
-        evaluate([], tokenizer, TASK)
+    with pytest.raises(ValueError, match="no response"):
+        evaluate([], tokenizer, REWARD)
 
 
 @pytest.mark.parametrize("record", [{}, {"answer": None}, {"answer": True}, {"answer": [1]}])
@@ -153,9 +140,11 @@ def test_records_without_reference_are_named(
     special_tokens = resolve_special_tokens(tokenizer, {"vocab_size": 512}, "x")
     prompts = read_prompts(path, tokenizer, special_tokens, 10)
     with pytest.raises(UserError, match=rf'^{re.escape(str(path))}:3: "answer" = '):
-        TASK.check(prompts)
+        REWARD.check(prompts)
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(UserError, match=r"^--task = 'sing': unknown task; choose one of exact_"):
+    with pytest.raises(
+        UserError, match=r"^--task = 'sing': unknown task; choose one of aime_2024, "
+    ):
         get_task("sing")

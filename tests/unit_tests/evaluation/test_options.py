@@ -75,6 +75,11 @@ def test_what_a_setting_reads_is_accepted(options: dict[str, Any], settings: Set
         ({}, ("entropy_bounded:nan",), ["--settings = 'entropy_bounded:nan'"]),
         ({}, ("autoregressive:2",), ["--settings = 'autoregressive:2'"]),
         ({}, ("dynamic", "dynamic:0.9"), ["names dynamic_0.9 twice"]),
+        ({}, ("static@8", "static@8"), ["names static@8 twice"]),
+        ({}, ("static:4@6",), ["--settings = 'static:4'", "block size 6", "1, 2, 3 or 6"]),
+        ({}, ("dynamic@0",), ["--settings = 'dynamic@0': '0' is no block size"]),
+        ({}, ("dynamic@",), ["--settings = 'dynamic@': '' is no block size"]),
+        ({}, ("autoregressive@4",), ["--settings = 'autoregressive@4': has no blocks"]),
         (
             {"denoising_steps_per_block": 3},
             ("static",),
@@ -109,3 +114,14 @@ def test_a_setting_wins_over_the_options_and_leaves_the_rest() -> None:
         "dynamic_0.7": ("low_confidence_dynamic", 2, 0.7, 0.3),
         "entropy_bounded_0.3": ("entropy_bounded", 2, 0.5, 0.3),
     }
+
+
+def test_settings_have_block_sizes_of_their_own() -> None:
+    texts = ("dynamic:0.7", "dynamic:0.7@8", "static:2@16")
+    found = setup(4).settings(texts)
+    assert {name: one.block_size for name, one in found.items()} == {
+        "dynamic_0.7": 4,
+        "dynamic_0.7@8": 8,
+        "static_2@16": 16,
+    }
+    assert found["dynamic_0.7@8"].dynamic_threshold == 0.7
