@@ -13,26 +13,29 @@ from numpy.typing import NDArray
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.study.claims import accuracy, speed
 from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
-from benchmarks.study.statistics import Result, sample
+from benchmarks.study.statistics import Result, Sample, sample
 from megatron_dlm.output_file import replaced_file
 
 
 def plot_accuracy_against_speed(
     results: Sequence[Result], recipes: Sequence[Recipe], path: Path
 ) -> None:
-    """Accuracy against tokens per forward of every recipe under all settings."""
-    figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    """Accuracy against tokens per forward of every recipe: mean over seeds, and their range."""
+    figure, axes = plt.subplots(figsize=(8, 6.2), layout="constrained")
     for recipe in recipes:
         if recipe.name != "teacher":
             _draw_settings(axes, results, recipe)
     teacher = sample(results, "teacher", accuracy("autoregressive", "autoregressive"))
     if teacher is not None:
         axes.axhline(teacher.mean, color="gray", linestyle=":", label="AR teacher")
-    axes.set(xlabel="tokens per forward", ylabel="held-out accuracy, %")
-    axes.set_title(f"Blocks of {TRAINED_BLOCK_SIZE}: static, dynamic 0.9, 0.8, 0.7")
+    axes.set(xlabel="tokens per forward", ylabel="held-out accuracy, %", ylim=(-3, 103))
+    axes.set_title(
+        f"Blocks of {TRAINED_BLOCK_SIZE}: static, dynamic 0.9, 0.8, 0.7; mean and range of seeds"
+    )
     _save(figure, axes, path)
 
 
@@ -80,6 +83,9 @@ def plot_forgetting(results: Sequence[Result], recipes: Sequence[Recipe], path: 
             )
             color = line.get_color()
     axes.set(xlabel="optimizer step", ylabel="diffusion loss, nats per token", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Continual pretraining: mean over seeds")
     _save(figure, axes, path)
 
@@ -99,12 +105,26 @@ def _aligned(curves: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
-    """Write a figure of one panel, with a legend if there is something in it."""
+    """Write a figure of one panel, with a legend below it if there is something in it."""
     if axes.lines:
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
+
+
+def to_extremes(samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """Distances [2, samples] from the mean to the least and the greatest seed.
+
+    No bar ends where no seed was. Seeds can lie in two groups, some at 0 % and some near 100 %:
+    their standard deviation would reach beyond both.
+    """
+    return np.array(
+        [
+            [each.mean - min(each.values) for each in samples],
+            [max(each.values) - each.mean for each in samples],
+        ]
+    )
 
 
 def _draw_settings(axes: Any, results: Sequence[Result], recipe: Recipe) -> None:
@@ -121,8 +141,8 @@ def _draw_settings(axes: Any, results: Sequence[Result], recipe: Recipe) -> None
         axes.errorbar(
             [x.mean for x, _ in known],
             [y.mean for _, y in known],
-            xerr=[x.std or 0 for x, _ in known],
-            yerr=[y.std or 0 for _, y in known],
+            xerr=to_extremes([x for x, _ in known]),
+            yerr=to_extremes([y for _, y in known]),
             marker="o",
             markersize=4,
             capsize=2,

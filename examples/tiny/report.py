@@ -129,6 +129,7 @@ def plot(run: Path, summary: dict[str, Any]) -> None:
             )
     trade.axhline(100 * summary["teacher_accuracy"], color="gray", label="AR teacher")
     trade.set(title="Held-out accuracy", xlabel="tokens per forward", ylabel="%", ylim=(-4, 106))
+    trade.margins(x=0.15)  # the settings' names stand at the outermost points
     trade.legend(loc="center left")
     with replaced_file(run / "report.png") as temporary:
         figure.savefig(temporary, dpi=110)

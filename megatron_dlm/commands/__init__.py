@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "Score a checkpoint's responses to held-out prompts.",
     "generate": "Generate responses with a checkpoint.",
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
+    "report": "Compare training runs on one HTML page.",
     "verify": "Compare a run's checkpoints with what was written.",
     "preprocess": "Tokenise a text corpus for pretraining.",
     "critical-batch-size": "Find the critical batch size by branched training.",

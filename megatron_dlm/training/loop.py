@@ -12,11 +12,13 @@ from typing import Any
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, empty_row
 from megatron_dlm.data.tokenizer import unusable_tokens
+from megatron_dlm.entry import warn
 from megatron_dlm.errors import TrainingDiverged
 from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.forward import row_multiple
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.output_file import write_file
+from megatron_dlm.report.page import REPORT, write_report
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.training import divergence
 from megatron_dlm.training.best_checkpoint import HeldOutFigure
@@ -30,6 +32,7 @@ from megatron_dlm.training.rollout_batch import Collected, collect
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.run_folder import iteration_folder
 from megatron_dlm.training.run_history import Event, record
+from megatron_dlm.training.samples import record_samples
 from megatron_dlm.training.save_schedule import SaveSchedule
 from megatron_dlm.training.throughput import ThroughputMeter
 from megatron_dlm.training.train_step import train_step
@@ -70,12 +73,31 @@ def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingB
 
 
 def train(run: Run) -> None:
-    """Train to the end of the run; checkpoints, metrics and history go to the run folder.
+    """Train to the end of the run; checkpoints, metrics, history and a report go to its folder.
 
     Raises:
         StopRequested: On all ranks, after what there is has been saved.
         TrainingDiverged: On all ranks, see `divergence`.
     """
+    try:
+        _train_with_history(run)
+    finally:
+        _report(run)
+
+
+def _report(run: Run) -> None:
+    """Write the page about the run, as it has come so far."""
+    folder = run.config.logging.save
+    if folder is None or not is_rank_zero():
+        return
+    file = Path(folder) / REPORT
+    try:
+        write_report([folder], file, "--save")
+    except Exception as error:  # whatever it is, the run itself is as good as it was
+        warn(f"{file} is not written ({type(error).__name__}: {error})")
+
+
+def _train_with_history(run: Run) -> None:
     resumed, inputs = run.inputs.resumed, run.inputs
     _record(
         run,
@@ -203,6 +225,7 @@ class _Training:
         self._throughput.rolled_out(collected.own)
         if is_new and run.config.uses_rollouts:
             run.is_saved = False
+            record_samples(run, collected)
         self._save_or_stop(collected)
         return collected
 

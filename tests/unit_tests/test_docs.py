@@ -23,6 +23,7 @@ SCRIPTS = {
     "tools/evaluate.py": "evaluate",
     "tools/generate.py": "generate",
     "tools/convert_checkpoint.py": "convert",
+    "tools/report_runs.py": "report",
     "tools/verify_checkpoint.py": "verify",
     "tools/preprocess_data.py": "preprocess",
     "tools/critical_batch_size.py": "critical-batch-size",

@@ -21,7 +21,7 @@ ORDER = (
     ("training.manifest", "training.run_folder", "training.run_history"),
     ("rollout.decoding_options", "rollout.strategies"),
     ("config",),
-    ("parallel",),
+    ("parallel", "report"),
     ("models", "stop_agreement"),
     ("accounting", "data", "rollout", "distillation"),
     ("conversion",),

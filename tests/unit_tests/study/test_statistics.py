@@ -128,3 +128,11 @@ def test_gains_of_speed_over_training() -> None:
     assert speed_gain(BEGINNING, MIDDLE)(trained) == pytest.approx(1.5)
     assert speed_gain(MIDDLE, END)(trained) == pytest.approx(0)
     assert speed_gain(BEGINNING, MIDDLE)({"evaluations": {}}) is None
+
+
+def test_error_bars_end_at_the_outermost_seeds() -> None:
+    samples = [Sample((0.0, 100.0, 98.0)), Sample((7.0,))]
+    below, above = to_extremes(samples)
+    means = np.array([each.mean for each in samples])
+    assert (means - below).tolist() == pytest.approx([0, 7])
+    assert (means + above).tolist() == pytest.approx([100, 7])
