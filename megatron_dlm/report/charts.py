@@ -67,7 +67,7 @@ def figure_of(record: Mapping[str, Any], path: str) -> float | None:
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """All charts that have something in them."""
-    return [*_over_updates(runs), *_time_over_updates(runs)]
+    return [*_over_updates(runs), *_time_over_updates(runs), *_profiles(runs)]
 
 
 def _over_updates(runs: Sequence[RunRecord]) -> Iterator[Chart]:
@@ -97,6 +97,52 @@ def _time_over_updates(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             lines.append(Line(run.name, color, points))
     if lines:
         yield Chart("Time in all phases", line_chart(lines, "update", "minutes"))
+
+
+def _profiles(runs: Sequence[RunRecord]) -> Iterator[Chart]:
+    """What the last update that has them tells by place, by denoising step and by length."""
+    kinds: tuple[tuple[str, str, str, _Profile], ...] = (
+        ("Loss by place in the block, last", "part of the block", "nats", _by_place),
+        ("Tokens by denoising step, last", "forward of a block", "tokens", _by_step),
+        ("Lengths of responses, last rollout", "tokens, up to", "% of responses", _by_length),
+    )
+    for heading, x_label, unit, profile in kinds:
+        lines = []
+        for run, color in zip(runs, colors(len(runs)), strict=True):
+            found = (profile(record) for record in reversed(run.metrics))
+            points = next((points for points in found if points), None)
+            if points:
+                lines.append(Line(run.name, color, points))
+        if lines:
+            yield Chart(heading, line_chart(lines, x_label, unit))
+
+
+def _by_place(record: Mapping[str, Any]) -> list[tuple[float, float]]:
+    return _numbered(record.get("loss_by_position"))
+
+
+def _by_step(record: Mapping[str, Any]) -> list[tuple[float, float]]:
+    return _numbered(record.get("tokens_by_step"))
+
+
+def _by_length(record: Mapping[str, Any]) -> list[tuple[float, float]]:
+    lengths = record.get("response_lengths")
+    if not isinstance(lengths, dict):
+        return []
+    width, counts = number(lengths.get("bin_width")), _numbered(lengths.get("counts"))
+    total = sum(count for _, count in counts)
+    if not width or not total:
+        return []
+    return [(width * i, 100 * count / total) for i, count in counts]
+
+
+def _numbered(values: Any) -> list[tuple[float, float]]:
+    """Numbers of a list by their place, from 1."""
+    known = enumerate(map(number, values), start=1) if isinstance(values, list) else ()
+    return [(float(i), value) for i, value in known if value is not None]
+
+
+_Profile = Callable[[Mapping[str, Any]], list[tuple[float, float]]]
 
 
 def _lines(

@@ -302,6 +302,10 @@ class _Training:
                 throughput=self._throughput.update(batches, times),
                 validation_loss=held_out_loss,
                 skipped_updates=progress.skipped_updates,
+                loss_by_position=result.loss_by_position,
+                student_entropy=result.student_entropy,
+                tokens_by_step=collected.tokens_by_step,
+                response_lengths=collected.response_lengths,
             )
         )
 

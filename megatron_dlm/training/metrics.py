@@ -4,6 +4,7 @@ import json
 import math
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,6 +61,19 @@ class Throughput:
 
 
 @dataclass(frozen=True)
+class LengthHistogram:
+    """Responses by length: bin i counts lengths from i bin_width + 1 to (i + 1) bin_width tokens.
+
+    Attributes:
+        bin_width: In tokens.
+        counts: Responses in each bin, longer ones in the last.
+    """
+
+    bin_width: int
+    counts: list[int]
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """One optimizer update, one line of `metrics.jsonl`.
 
@@ -90,6 +104,13 @@ class StepMetrics:
         validation_loss: Of the held-out data after this update; None where it was not measured.
         skipped_updates: Updates so far that were left out because they diverged
             (`--on-divergence`); where loss or gradient norm is no finite number, files have null.
+        loss_by_position: Mean unweighted loss of the supervised tokens in each of up to 16 equal
+            stretches of a block, from its start; None without blocks.
+        student_entropy: In nats, mean over up to 64 supervised tokens of each data-parallel rank's
+            first micro-batch.
+        tokens_by_step: Mean tokens that the first, second, ... denoising forward of a block commits
+            in the current rollout, tail included; None without rollouts.
+        response_lengths: Of the current rollout batch.
     """
 
     step: int
@@ -110,6 +131,10 @@ class StepMetrics:
     throughput: Throughput | None = None
     validation_loss: float | None = None
     skipped_updates: int = 0
+    loss_by_position: list[float | None] | None = None
+    student_entropy: float | None = None
+    tokens_by_step: list[float] | None = None
+    response_lengths: LengthHistogram | None = None
 
 
 def format_duration(seconds: float) -> str:
@@ -153,6 +178,7 @@ class MetricsLogger:
         self._started = time.perf_counter()
         self._window = PhaseTimes()
         self._window_tokens = 0
+        self._rollout: int | None = None
         self._file: _MetricsFile | None = None
         self._board: Any = None
         self._wandb: Any = None
@@ -194,7 +220,14 @@ class MetricsLogger:
         if self._file is not None:
             self._file.write(record)
         if self._board is not None or self._wandb is not None:
-            scalars = _scalars(record)
+            lengths = metrics.response_lengths
+            is_first = metrics.rollout != self._rollout
+            self._rollout = metrics.rollout
+            scalars = _scalars(
+                {name: v for name, v in record.items() if name != "response_lengths"}
+            )
+            if lengths is not None and is_first and sum(lengths.counts):
+                self._log_lengths(lengths, metrics.step)
             if self._board is not None:
                 for name, value in scalars.items():
                     self._board.add_scalar(name, value, metrics.step)
@@ -206,6 +239,29 @@ class MetricsLogger:
         due = metrics.step % self._log_interval == 0 or metrics.step == self._total_steps
         if due or metrics.validation_loss is not None:
             self._print_step(metrics)
+
+    def _log_lengths(self, lengths: LengthHistogram, step: int) -> None:
+        """Add the histogram of a rollout batch, taking each response for the middle of its bin."""
+        width, counts = lengths.bin_width, lengths.counts
+        edges = [i * width for i in range(len(counts) + 1)]
+        if self._board is not None:
+            middles = [edge + width / 2 for edge in edges[:-1]]
+            self._board.add_histogram_raw(
+                "response_lengths",
+                min=edges[0],
+                max=edges[-1],
+                num=sum(counts),
+                sum=sum(n * middle for n, middle in zip(counts, middles, strict=True)),
+                sum_squares=sum(n * middle**2 for n, middle in zip(counts, middles, strict=True)),
+                bucket_limits=edges[1:],
+                bucket_counts=counts,
+                global_step=step,
+            )
+        if self._wandb is not None:
+            import wandb
+
+            histogram = wandb.Histogram(np_histogram=(counts, edges))
+            self._wandb.log({"step": step, "response_lengths": histogram}, commit=False)
 
     def _print_step(self, metrics: StepMetrics) -> None:
         done = metrics.step - self._first_step
@@ -315,11 +371,13 @@ def _step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def _scalars(record: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in record.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value, start=1))
         if isinstance(value, dict):
             flat |= _scalars(value, f"{prefix}{name}/")
         elif value is not None and name != "step":
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm import platform
+from megatron_dlm.training.metrics import LengthHistogram
+from megatron_dlm.training.rollout_figures import RolloutFigures
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.shares import Share, balanced
 from megatron_dlm.training.stored_batch import restored
@@ -25,6 +27,8 @@ class Collected:
         eos_rate: Share of responses that ended in EOS.
         accuracy: See `StepMetrics`.
         solved_rate: See `StepMetrics`.
+        tokens_by_step: See `StepMetrics`.
+        response_lengths: See `StepMetrics`.
     """
 
     shares: list[Share]
@@ -36,6 +40,8 @@ class Collected:
     eos_rate: float
     accuracy: float | None
     solved_rate: float | None
+    tokens_by_step: list[float] | None
+    response_lengths: LengthHistogram
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -97,6 +103,7 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
     for i, trajectory in enumerate(ours):
         if trajectory.correct is not False:  # wrong answers are not trained on
             trained[i // local] += len(trajectory.response_ids)
+    figures = RolloutFigures(_longest(run), config.model.block_size)
     sums = torch.tensor(
         [
             sum(len(trajectory.response_ids) for trajectory in ours),
@@ -105,6 +112,7 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
             sum(trajectory.finish_reason == "eos" for trajectory in ours),
             sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in ours),
             sum(bool(trajectory.correct) for trajectory in ours),
+            *figures.counts(ours),
             *trained,
         ],
         dtype=torch.float64,
@@ -112,9 +120,10 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
     )
     if run.groups.dp is not None:
         torch.distributed.all_reduce(sums, group=run.groups.dp)
-    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *trained = platform.to_host(
+    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *rest = platform.to_host(
         sums
     ).tolist()
+    counts, trained = rest[: figures.SIZE], rest[figures.SIZE :]
     verifies = run.source.verifier is not None
     if config.training.max_tokens_per_micro_batch is not None:
         shares = balanced(run, shares)
@@ -128,4 +137,13 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
         eos_rate=ended / count,
         accuracy=right_at_once / count if verifies else None,
         solved_rate=right / count if verifies else None,
+        tokens_by_step=figures.tokens_by_step(counts),
+        response_lengths=figures.lengths(counts),
     )
+
+
+def _longest(run: Run) -> int:
+    """Tokens of the longest response, of a corpus of a window."""
+    if run.config.response_source == "corpus":
+        return run.config.data.seq_length
+    return run.config.longest_response

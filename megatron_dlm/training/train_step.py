@@ -19,6 +19,7 @@ from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.models.model import full_hidden_states, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.parallel import ParallelGroups, on_all_ranks
+from megatron_dlm.training import update_figures
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class StepResult:
             gradient norm is not finite.
         micro_batch_losses: The same of each of this rank's micro-batches alone; empty before the
             last pipeline stage. Not equal on all ranks.
+        loss_by_position: See `StepMetrics`.
+        student_entropy: See `StepMetrics`.
     """
 
     loss: float
@@ -44,11 +47,19 @@ class StepResult:
     optimizer_seconds: float
     is_made: bool
     micro_batch_losses: list[float]
+    loss_by_position: list[float | None] | None
+    student_entropy: float | None
 
 
-def reduce_sums(local: list[Tensor], groups: ParallelGroups) -> Tensor:
-    """Sum measurements of the last stages of all data-parallel replicas; the same on all ranks."""
-    sums = torch.zeros(3, dtype=torch.float64, device=platform.device())
+def reduce_sums(local: list[Tensor], groups: ParallelGroups, size: int = 3) -> Tensor:
+    """Sum measurements of the last stages of all data-parallel replicas; the same on all ranks.
+
+    Args:
+        local: Of this rank, each [size]; only the last stage has any.
+        groups: Process groups of the student.
+        size: Numbers of a measurement.
+    """
+    sums = torch.zeros(size, dtype=torch.float64, device=platform.device())
     if groups.is_last_stage:
         sums += torch.stack(local).sum(0)
         if groups.dp is not None:
@@ -87,7 +98,9 @@ def train_step(
     def forward_step(
         data_iterator: Iterator[TrainingBatch], model: DistributedDataParallel
     ) -> tuple[Tensor, Any]:
-        batch = batch_to(next(data_iterator), device)
+        packed = next(data_iterator)
+        is_first = packed is batches[0]
+        batch = batch_to(packed, device)
         output = model(
             input_ids=batch.row.token_ids[None],
             position_ids=batch.row.position_ids[None],
@@ -100,22 +113,24 @@ def train_step(
             if model.use_forward_hook and head in model.param_to_bucket_group:
                 # No module has the head as its weight here, so none of Megatron's hooks waits.
                 model.param_to_bucket_group[head].finish_param_sync()
-            loss_sum, _ = objective.loss(
-                LossInputs(
-                    hidden=hidden[batch.supervised],
-                    head=head,
-                    labels=batch.labels,
-                    weights=batch.weights,
-                    tp_group=groups.tp,
-                    targets=batch.targets,
-                    teacher_head=teacher_head,
-                )
+            inputs = LossInputs(
+                hidden=hidden[batch.supervised],
+                head=head,
+                labels=batch.labels,
+                weights=batch.weights,
+                tp_group=groups.tp,
+                targets=batch.targets,
+                teacher_head=teacher_head,
             )
+            loss_sum, per_token = objective.loss(inputs)
             count = torch.tensor(batch.loss_count, dtype=torch.int, device=device)
             tokens = len(batch.supervised)
             measured = torch.tensor([0.0, float(batch.loss_count), float(tokens)], device=device)
             measured[0] = loss_sum.detach()
-            return loss_sum, count, measured.double()
+            figures = update_figures.measured(
+                objective, batch, inputs, per_token, with_entropy=is_first
+            )
+            return loss_sum, count, torch.cat((measured.double(), figures))
 
         return output, loss_func
 
@@ -130,9 +145,9 @@ def train_step(
         seq_length=len(batches[0].row.token_ids),
         micro_batch_size=1,
     )
-    sums = reduce_sums(measured, groups)
+    sums = reduce_sums(measured, groups, 3 + update_figures.SIZE)
     # One wait for the device, not one a number.
-    (loss_sum, loss_count, tokens), *parts = platform.to_host(
+    (loss_sum, loss_count, tokens, *figures), *parts = platform.to_host(
         torch.stack([sums, *measured])
     ).tolist()
     loss = loss_sum / max(loss_count, 1.0)
@@ -154,4 +169,6 @@ def train_step(
         optimizer_seconds=time.perf_counter() - updating,
         is_made=is_made,
         micro_batch_losses=[part[0] / max(part[1], 1.0) for part in parts],
+        loss_by_position=update_figures.loss_by_position(objective, figures),
+        student_entropy=update_figures.entropy(figures),
     )

@@ -14,6 +14,7 @@ from benchmarks.study.claims import (
     rollout_speed,
     speed_gain,
 )
+from benchmarks.study.plots import to_extremes
 from benchmarks.study.statistics import (
     Sample,
     Verdict,

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from megatron_dlm import entry
-from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics, Throughput
+from megatron_dlm.training.metrics import (
+    LengthHistogram,
+    MetricsLogger,
+    PhaseTimes,
+    StepMetrics,
+    Throughput,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,8 @@ def _logger(folder: Path, first_step: int = 0) -> MetricsLogger:
 def _step(step: int, loss: float = 1.0) -> StepMetrics:
     values: dict[str, Any] = {field.name: 0 for field in fields(StepMetrics)}
     values |= {"step": step, "loss": loss, "lr": {"default": 1e-3}, "time": PhaseTimes()}
-    return StepMetrics(**{**values, "tokens_per_forward": None, "accuracy": None})
+    unknown = ("tokens_per_forward", "accuracy", "student_entropy", "response_lengths")
+    return StepMetrics(**{**values, **dict.fromkeys(unknown)})
 
 
 def _lines(file: Path) -> list[tuple[int, float]]:
@@ -97,3 +104,24 @@ def test_an_unreadable_line_is_named_and_kept_aside(
     assert _lines(file) == [(1, 1.0), (2, 1.0)]
     assert (tmp_path / "metrics_superseded.jsonl").read_text() == line + "\n"
     assert f"{file}:2 cannot be read" in capsys.readouterr().err
+
+
+def test_lengths_are_a_histogram_of_each_rollout(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lengths = LengthHistogram(4, [1, 0, 2])
+    logger = _logger(tmp_path)
+    for step, rollout in ((1, 1), (2, 1), (3, 2)):
+        values = replace(_step(step), rollout=rollout, response_lengths=lengths)
+        logger.step(replace(values, tokens_by_step=[1.5, 2.0]))
+    logger.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["response_lengths"] == {"bin_width": 4, "counts": [1, 0, 2]}
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = events.Histograms("response_lengths")
+    assert [event.step for event in shown] == [1, 3]
+    assert shown[0].histogram_value.bucket_limit == [4, 8, 12]
+    assert shown[0].histogram_value.bucket == [1, 0, 2]
+    assert events.Scalars("tokens_by_step/2")[0].value == 2
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("response_lengths")]
