@@ -5,7 +5,10 @@ has left (`| head`) and a full disk that standard output goes to are shown nothi
 """
 
 import os
+import shutil
 import sys
+import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_dlm.errors import UserError
@@ -14,11 +17,58 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+COLUMNS = 100
+"""Width that lines about a run keep to."""
+
+
+def wrapped(parts: Iterable[str], separator: str = " | ") -> str:
+    """Parts of a line side by side, on further lines, indented, where they exceed `COLUMNS`."""
+    lines: list[str] = []
+    for part in parts:
+        longer = lines[-1] + separator + part if lines else part
+        if not lines or len(longer) > COLUMNS:
+            lines.append("  " + part if lines else part)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
 def escape_unknown_characters() -> None:
     """Have standard output write escapes for what its encoding lacks, as standard error does."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+_lock = threading.RLock()  # a signal handler may speak while this thread does
+
+_status_is_shown = False
+
+_CLEAR_LINE = "\r\x1b[K"
+
+
+def is_live() -> bool:
+    """Whether standard output is a terminal that a line can be written over on."""
+    return _refused is None and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def show_status(text: str) -> None:
+    """Show a line at the bottom of the terminal in place of the last one; the next line clears it.
+
+    Args:
+        text: Cut where it is wider than the terminal; empty to clear what is shown.
+    """
+    global _status_is_shown
+    with _lock:
+        if not is_live() or not (text or _status_is_shown):
+            return
+        width = shutil.get_terminal_size((COLUMNS, 24)).columns - 1
+        try:
+            sys.stdout.write(_CLEAR_LINE + text[:width])
+            sys.stdout.flush()
+        except OSError as refusal:
+            _discard(sys.stdout, refusal)
+        _status_is_shown = bool(text)
 
 
 _refused: OSError | None = None
@@ -90,8 +140,13 @@ def shows(text: str) -> bool:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    stream.write(text)
-    stream.flush()  # what cannot be written is known here, and not when the process ends
+    global _status_is_shown
+    with _lock:
+        if _status_is_shown and stream.isatty():
+            stream.write(_CLEAR_LINE)
+            _status_is_shown = False
+        stream.write(text)
+        stream.flush()  # what cannot be written is known here, and not when the process ends
 
 
 def _discard(stream: TextIO, refusal: OSError) -> None:

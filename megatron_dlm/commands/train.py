@@ -55,6 +55,9 @@ def _run(
     with errors_of_reading:
         inputs = read_inputs(config, resumed)
     _say(start.notice)
+    from megatron_dlm.training.start_summary import start_summary
+
+    _say("\n".join(start_summary(config, inputs, world_size())))
     from megatron_dlm.parallel import ParallelGroups, initialized
     from megatron_dlm.stop_agreement import StopAgreement
     from megatron_dlm.training.loop import train

@@ -27,6 +27,7 @@ from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
+from megatron_dlm.training.progress_display import progress_display
 from megatron_dlm.training.rate_precision import unseen_in_bf16
 from megatron_dlm.training.rollout_batch import Collected, collect
 from megatron_dlm.training.run import Run
@@ -150,8 +151,9 @@ def _train(run: Run) -> None:
     for line in _warnings(run):
         logger.print(line)
     try:
-        _Training(run, logger).run_batches()
-        run.finish_saving()
+        with progress_display(is_rank_zero()):
+            _Training(run, logger).run_batches()
+            run.finish_saving()
     except StopRequested:
         run.finish_saving()
         raise

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from megatron_dlm.entry import warn
 from megatron_dlm.output_file import write_file, writing
-from megatron_dlm.terminal import say
+from megatron_dlm.terminal import say, wrapped
 
 
 @dataclass
@@ -226,7 +226,7 @@ class MetricsLogger:
             scalars = _scalars(
                 {name: v for name, v in record.items() if name != "response_lengths"}
             )
-            if lengths is not None and is_first and sum(lengths.counts):
+            if lengths is not None and is_first and any(lengths.counts):
                 self._log_lengths(lengths, metrics.step)
             if self._board is not None:
                 for name, value in scalars.items():
@@ -269,26 +269,26 @@ class MetricsLogger:
         left = elapsed / done * (self._total_steps - metrics.step)
         window = self._window
         seconds = window.rollout + window.teacher + window.student + window.optimizer
-        decoding = (
-            f" | tok/fwd {metrics.tokens_per_forward:.2f} eos {metrics.eos_rate:.0%}"
-            if metrics.tokens_per_forward is not None
-            else ""
-        )
-        validation = (
-            f"| validation loss {metrics.validation_loss:.4f} "
-            if metrics.validation_loss is not None
-            else ""
-        )
+        parts = [f"step {metrics.step}/{self._total_steps}", f"loss {metrics.loss:.4f}"]
+        if metrics.validation_loss is not None:
+            parts.append(f"validation loss {metrics.validation_loss:.4f}")
+        parts += [f"grad {metrics.grad_norm:.2f}", f"lr {max(metrics.lr.values()):.2e}"]
+        if metrics.tokens_per_forward is not None:
+            parts.append(f"tok/fwd {metrics.tokens_per_forward:.2f} eos {metrics.eos_rate:.0%}")
         if metrics.accuracy is not None:
-            decoding += f" right {metrics.accuracy:.0%} solved {metrics.solved_rate:.0%}"
-        self.print(
-            f"step {metrics.step}/{self._total_steps} | loss {metrics.loss:.4f} {validation}"
-            f"| grad {metrics.grad_norm:.2f} | lr {max(metrics.lr.values()):.2e}{decoding} "
-            f"| {self._window_tokens / max(seconds, 1e-9):,.0f} supervised tok/s "
-            f"| rollout {window.rollout:.1f}s teacher {window.teacher:.1f}s "
-            f"student {window.student:.1f}s "
-            f"| elapsed {format_duration(elapsed)} left {format_duration(left)}"
+            parts.append(f"right {metrics.accuracy:.0%} solved {metrics.solved_rate:.0%}")
+        parts.append(f"{self._window_tokens / max(seconds, 1e-9):,.0f} supervised tok/s")
+        speed = metrics.throughput
+        if speed is not None:
+            parts.append(f"memory {speed.peak_memory_gb:.2f} GB")
+            if speed.mfu is not None:
+                parts.append(f"MFU {speed.mfu:.1%}")
+        parts.append(
+            f"rollout {window.rollout:.1f}s teacher {window.teacher:.1f}s "
+            f"student {window.student:.1f}s"
         )
+        parts.append(f"elapsed {format_duration(elapsed)} left {format_duration(left)}")
+        self.print(wrapped(parts))
         self._window, self._window_tokens = PhaseTimes(), 0
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Standard output that cannot take what is said: real pipes, /dev/full, an ASCII terminal."""
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,27 @@ def test_an_ascii_terminal_is_shown_escapes(tmp_path: Path) -> None:
     assert shown.count(b"gr\\xf6\\xdfer \\ud83d") == 3
     assert shown.count(b"2 \\xb5m") == 3
     assert (tmp_path / "file").read_text() == "done"
+
+
+STATUS = """
+from megatron_dlm.terminal import say, show_status
+show_status("{long}")
+say("a line")
+show_status("second")
+show_status("third")
+show_status("")
+say("end")
+"""
+
+
+def test_a_status_is_one_line_that_lines_take_the_place_of() -> None:
+    reader, writer = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "40", "TERM": "xterm"}
+    command = [sys.executable, "-c", STATUS.format(long="x" * 90)]
+    for target in (writer, subprocess.PIPE):
+        done = subprocess.run(command, env=environment, stdout=target, text=True, check=True)
+    shown = os.read(reader, 4096).decode().split("\r\x1b[K")
+    assert shown == ["", "x" * 39, "a line\r\n", "second", "third", "end\r\n"]
+    assert done.stdout == "a line\nend\n"
+    os.close(reader)
+    os.close(writer)

@@ -1,0 +1,44 @@
+"""What a phase shows of itself: counts, rates and, from the last such phase, what is left."""
+
+import time
+
+import pytest
+
+from megatron_dlm import activity
+from megatron_dlm.training import progress_display
+from megatron_dlm.training.progress_display import progress
+
+
+def test_a_phase_is_measured_by_the_last_one() -> None:
+    doing = activity.Activity()
+    doing.enter("rollout")
+    for _ in range(40):
+        doing.step()
+    assert progress(doing, doing.entered + 4.0) == "rollout: 40 forwards, 10.0/s, 0:04"
+    doing.enter("update")
+    doing.enter("rollout")
+    for _ in range(10):
+        doing.step()
+    now = doing.entered + 2.0
+    expected = "rollout: 10 of about 40 forwards, 5.0/s, 0:02, about 0:06 left"
+    assert progress(doing, now) == expected
+    for _ in range(30):  # longer than the last one
+        doing.step()
+    assert progress(doing, now) == "rollout: 40 forwards, 20.0/s, 0:02"
+
+
+def test_lines_come_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_display, "LIVE_SECONDS", 0.01)
+    monkeypatch.setattr(progress_display, "LINE_SECONDS", 0.02)
+    monkeypatch.setattr(progress_display, "ACTIVITY", activity.Activity())
+    shown = ""
+    with progress_display.progress_display(shows=True):
+        deadline = time.monotonic() + 60
+        while not shown and time.monotonic() < deadline:
+            shown = capsys.readouterr().out
+    assert shown.startswith("start: 0 forwards, 0.0/s, 0:0")
+    with progress_display.progress_display(shows=False):
+        time.sleep(0.1)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,56 @@
+"""The lines before a run tell its sizes, and fit the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megatron_dlm.terminal import COLUMNS, wrapped
+from megatron_dlm.training.start_summary import parameters, start_summary
+from tests.tiny import run_config, save_random_model, started_inputs, write_data
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "expected"),
+    [
+        ({}, 1, {"data": "48 records of", "layout": "1 process, fp32, updates of 4 samples"}),
+        (
+            dict(tensor_model_parallel_size=2, use_distributed_optimizer=True, global_batch_size=8),
+            4,
+            {"layout": "4 processes (tensor 2, data 2), fp32", "memory": "teacher"},
+        ),
+        (dict(objective="scp"), 1, {"folder": "a new run"}),
+    ],
+    ids=["opdlm", "layout", "scp"],
+)
+def test_summary(
+    tmp_path: Path, options: dict[str, Any], world_size: int, expected: dict[str, str]
+) -> None:
+    folder = tmp_path / ("long_" * 20)
+    write_data(folder)
+    moe = "layout" in expected and world_size == 4
+    model = save_random_model(folder / "model", moe=moe)
+    config, inputs = started_inputs(run_config(folder, model, **options))
+    lines = dict(line.split(maxsplit=1) for line in start_summary(config, inputs, world_size))
+    assert max(map(len, start_summary(config, inputs, world_size))) <= COLUMNS
+    for name, text in expected.items():
+        assert text in lines[name]
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    dense, experts = parameters(inputs.architecture)
+    own = list(loaded.named_parameters())
+    assert dense + experts == sum(parameter.numel() for _, parameter in own)
+    assert experts == sum(parameter.numel() for name, parameter in own if ".experts." in name)
+    if world_size == 1:
+        assert f"weights {4 * (dense + experts) / 1e6:.2f} MB" in lines["memory"]
+    else:  # experts are split by tensor parallelism too; a half of the optimizer's state each
+        share = (dense + experts) // 2
+        assert f"optimizer {8 * share / 2 / 1e6:.2f} MB" in lines["memory"]
+
+
+def test_lines_wrap_between_parts() -> None:
+    parts = [f"part {i} is of some length" for i in range(9)]
+    lines = wrapped(parts).split("\n")
+    assert max(map(len, lines)) <= COLUMNS
+    assert " | ".join(line.strip() for line in lines) == " | ".join(parts)
+    assert len(lines) == 3
