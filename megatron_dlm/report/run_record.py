@@ -90,7 +90,9 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     run.config = _config(run)
     run.history = _lines(run, HISTORY, "event")
     if (folder / SAMPLES).exists():  # not every objective has rollouts
-        run.samples = _in_order(_lines(run, SAMPLES, "rollout"), "rollout")
+        found = ((number(line["rollout"]), line) for line in _lines(run, SAMPLES, "rollout"))
+        numbered = [(rollout, line) for rollout, line in found if rollout is not None]
+        run.samples = [line for _, line in sorted(numbered, key=lambda entry: entry[0])]
     run.checkpoints = saved_iterations(folder)
     for file in sorted(folder.glob("diverged_update_*.jsonl")):
         run.notes.append(f"{file.name} has the samples of an update that diverged")
@@ -128,12 +130,10 @@ def _lines(run: RunRecord, name: str, key: str) -> list[Record]:
     return found
 
 
-def _in_order(records: Iterable[Record], key: str = "step") -> list[Record]:
-    """Records by a number, of those with the same number the last."""
-    return [
-        record
-        for _, record in sorted({number(r[key]): r for r in records if number(r[key])}.items())
-    ]
+def _in_order(records: Iterable[Record]) -> list[Record]:
+    """Records by step, of those of the same step the last."""
+    by_step = {number(record["step"]): record for record in records}
+    return [by_step[step] for step in sorted(step for step in by_step if step is not None)]
 
 
 def number(value: object) -> float | None:
