@@ -131,7 +131,7 @@ def _by_length(record: Mapping[str, Any]) -> list[tuple[float, float]]:
         return []
     width, counts = number(lengths.get("bin_width")), _numbered(lengths.get("counts"))
     total = sum(count for _, count in counts)
-    if not width or not total:
+    if not width or total < 1 or any(count < 0 for _, count in counts):
         return []
     return [(width * i, 100 * count / total) for i, count in counts]
 

@@ -53,7 +53,9 @@ def line_chart(
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     smallest = min(ys)
-    is_logarithmic = may_be_logarithmic and smallest > 0 and max(ys) / smallest > _LOGARITHMIC_FROM
+    is_logarithmic = (
+        may_be_logarithmic and smallest > 1e-300 and max(ys) / smallest > _LOGARITHMIC_FROM
+    )
     left = 0.0 if 0 < min(xs) < 0.1 * max(xs) else min(xs)
     x_ticks, y_ticks = ticks(left, max(xs)), scale_ticks(ys, is_logarithmic)
     place_x = _scale(left, max(xs), _LEFT, WIDTH - _RIGHT)
@@ -90,9 +92,11 @@ def averaged(points: Points, most: int) -> Points:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers at equal distances from the first at or below `low` to `high` or above."""
-    if high <= low:
-        span = abs(low) or 1.0
-        low, high = low - span / 2, high + span / 2
+    size = max(abs(low), abs(high))
+    if size < 1e-280:
+        return [0.0, 1.0]
+    if high - low <= 1e-6 * size:
+        low, high = low - size / 2, high + size / 2
     rough = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * 0.999)
@@ -105,9 +109,8 @@ def scale_ticks(values: Sequence[float], is_logarithmic: bool) -> list[float]:
     low, high = min(values), max(values)
     if is_logarithmic:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        return [10.0**exponent for exponent in range(first, last + 1)]
-    if low == high == 0:
-        return ticks(0.0, 1.0)
+        every = max(1, (last - first) // 6)
+        return [10.0**exponent for exponent in range(first, last + 1, every)]
     return ticks(0.0 if 0 < low < 0.4 * high or low == high > 0 else low, high)
 
 

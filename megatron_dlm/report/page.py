@@ -52,7 +52,7 @@ def page(runs: Sequence[RunRecord]) -> str:
     """The page as HTML, with everything that it shows inside."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     source = files(megatron_dlm.report).joinpath("page.html").read_text("utf-8")
-    return environment.from_string(source).render(
+    html = environment.from_string(source).render(
         title=", ".join(run.name for run in runs),
         version=megatron_dlm.__version__,
         written=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
@@ -65,6 +65,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         history=[[_event(event) for event in run.history] for run in runs],
         versions=_versions(runs),
     )
+    return html.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a character
 
 
 def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,13 +136,12 @@ def _in_order(records: Iterable[Record]) -> list[Record]:
 
 
 def number(value: object) -> float | None:
-    """A finite number as it is, anything else as None."""
+    """A number whose sums and ratios stay finite as it is, anything else as None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
+    if 0 < abs(value) < 1e-300:
+        return 0.0
+    return value if abs(value) < 1e300 else None  # no NaN either
 
 
 def _config(run: RunRecord) -> Record:
@@ -152,8 +150,8 @@ def _config(run: RunRecord) -> Record:
         return {}
     try:
         loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        loaded = None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError):
+        loaded = None  # PyYAML's own errors, and those of what it makes of tags
     if not isinstance(loaded, Mapping):
         run.notes.append(f"{CONFIG} cannot be read")
         return {}

@@ -76,7 +76,7 @@ def write_run(folder: Path, *, losses: list[float | None], **options: Any) -> Pa
     record(folder, "started", iteration=0, rollout=0, changes={"lr": [1e-5, 1e-3]})
     record(folder, "diverged", iteration=len(losses), rollout=1, what="loss <is> nan")
     sample = {"rollout": 1, "prompt": "2 + 2?", "response": "<b>4</b>", "finish_reason": "eos"}
-    samples = [sample, {**sample, "response": "five"}]
+    samples = [sample, {**sample, "response": "five \ud83d"}]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     return folder
 
@@ -107,7 +107,7 @@ def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert any(row[:2] == ["started", "0"] and "lr: 1e-05 → 0.001" in row[2] for row in events)
     assert {row[0] for row in shown.rows["Versions and machines"]} > {"megatron-dlm", "torch"}
     assert "<pre>&lt;b&gt;4&lt;/b&gt;</pre>" in html  # what a model writes is text
-    assert "<pre>five</pre>" in html
+    assert "<pre>five ?</pre>" in html
     for svg in re.findall(r"<svg.*?</svg>", html):
         ElementTree.fromstring(svg)
     (loss,) = re.findall(r"<h3>Training loss</h3>(<svg.*?</svg>)", html)
@@ -176,7 +176,18 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 KEYS = ("step", "loss", "lr", "time", "throughput", "event", "time", "changes", "environment")
-KEYS += ("rollout", "prompt", "finish_reason", "accuracy", "command", "objective", "iteration")
+KEYS += (
+    "loss_by_position",
+    "tokens_by_step",
+    "response_lengths",
+    "rollout",
+    "prompt",
+    "finish_reason",
+    "accuracy",
+    "command",
+    "objective",
+    "iteration",
+)
 LINES = st.dictionaries(st.sampled_from(KEYS), VALUES).map(json.dumps) | st.text(max_size=20)
 
 
