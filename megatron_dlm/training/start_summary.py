@@ -55,7 +55,7 @@ def _data(config: Config) -> str:
     path = getattr(config.data, config.data_option)
     length = f" in rollouts of {batch:,}" if config.uses_rollouts else ""
     return (
-        f"{records:,} records of {_tail(str(path), 30)}; {samples:,} samples{length}"
+        f"{records:,} records of {_tail(str(path), 24)}; {samples:,} samples{length}"
         f"; {config.train_iters:,} updates"
     )
 

@@ -31,7 +31,13 @@ def _logger(folder: Path, first_step: int = 0) -> MetricsLogger:
 def _step(step: int, loss: float = 1.0) -> StepMetrics:
     values: dict[str, Any] = {field.name: 0 for field in fields(StepMetrics)}
     values |= {"step": step, "loss": loss, "lr": {"default": 1e-3}, "time": PhaseTimes()}
-    unknown = ("tokens_per_forward", "accuracy", "student_entropy", "response_lengths")
+    unknown = (
+        "tokens_per_forward",
+        "accuracy",
+        "student_entropy",
+        "response_lengths",
+        "throughput",
+    )
     return StepMetrics(**{**values, **dict.fromkeys(unknown)})
 
 

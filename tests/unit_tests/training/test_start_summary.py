@@ -16,7 +16,12 @@ from tests.tiny import run_config, save_random_model, started_inputs, write_data
     [
         ({}, 1, {"data": "48 records of", "layout": "1 process, fp32, updates of 4 samples"}),
         (
-            dict(tensor_model_parallel_size=2, use_distributed_optimizer=True, global_batch_size=8),
+            dict(
+                tensor_model_parallel_size=2,
+                sequence_parallel=True,
+                use_distributed_optimizer=True,
+                global_batch_size=8,
+            ),
             4,
             {"layout": "4 processes (tensor 2, data 2), fp32", "memory": "teacher"},
         ),
