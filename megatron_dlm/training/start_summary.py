@@ -66,7 +66,7 @@ def _layout(config: Config, world_size: int) -> str:
         "tensor": p.tensor_model_parallel_size,
         "pipeline": p.pipeline_model_parallel_size,
         "expert": p.expert_model_parallel_size,
-        "data": config.data_parallel_size(world_size),
+        "data": _replicas(config, world_size),
     }
     split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     processes = f"{world_size} processes ({split})" if split else "1 process"
@@ -83,7 +83,7 @@ def _memory(config: Config, inputs: RunInputs, world_size: int) -> str:
         # Gradients are summed in fp32; Adam has two moments and, for bf16, weights in fp32.
         state = own * (8 if width == 4 else 12)
         if config.parallel.use_distributed_optimizer:
-            state //= config.data_parallel_size(world_size)
+            state //= _replicas(config, world_size)
         parts += [f"gradients {_bytes(4 * own)}", f"optimizer {_bytes(state)}"]
     if inputs.teacher is not None:
         teacher = _of_process(inputs.teacher.source.architecture, config)
@@ -113,6 +113,12 @@ def _of_process(architecture: Architecture, config: Config) -> int:
     expert_ranks = p.expert_model_parallel_size * config.expert_tensor_parallel_size
     share = dense // p.tensor_model_parallel_size + experts // expert_ranks
     return share // p.pipeline_model_parallel_size
+
+
+def _replicas(config: Config, world_size: int) -> int:
+    """Data-parallel replicas of the model."""
+    p = config.parallel
+    return world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
 
 
 def _amount(number: int) -> str:
