@@ -88,7 +88,7 @@ def _memory(config: Config, inputs: RunInputs, world_size: int) -> str:
     if inputs.teacher is not None:
         teacher = _of_process(inputs.teacher.source.architecture, config)
         parts.append(f"teacher {_bytes(width * teacher)}")
-    return f"{', '.join(parts)} a process + activations"
+    return f"{', '.join(parts)} a process"
 
 
 def parameters(architecture: Architecture) -> tuple[int, int]:
