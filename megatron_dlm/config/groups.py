@@ -73,6 +73,13 @@ class ModelConfig(CheckpointOptions):
     """Layers from Megatron-Core alone (local) or from Transformer Engine (must be installed)."""
     bf16: Annotated[bool, FIXED] = False
     """Compute in bfloat16 with float32 master weights; without it everything is float32."""
+    fp8_format: Annotated[Literal["e4m3", "hybrid"] | None, FIXED] = None
+    """Multiply in 8-bit floats, in updates and rollouts: the layers' linear layers and experts, not
+    attention, router, output layer or teacher. e4m3, or hybrid (gradients in e5m2). Needs --bf16
+    and --transformer-impl transformer_engine."""
+    fp8_recipe: Annotated[Literal["delayed", "tensorwise", "mxfp8", "blockwise"], FIXED] = "delayed"
+    """Scales of FP8: of a tensor, from its last values (delayed) or its own (tensorwise), or of
+    parts of it, 128 wide (blockwise, Hopper) or 32 (mxfp8, Blackwell)."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (--recompute-modules) or full (whole layers)."""
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)

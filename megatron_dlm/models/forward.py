@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import Field, Pattern, clean_layout, pad_layout
+from megatron_dlm.models.fp8 import fp8_multiple
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.token_dispatch import can_gather, rows_of_equal_length
 from megatron_dlm.parallel import ParallelGroups
@@ -77,16 +78,21 @@ def most_rows(rows: int) -> int:
     return int(platform.to_host(most).item())
 
 
-def sequence_parallel_multiple(model: torch.nn.Module) -> int:
-    """`forward_hidden` pads rows of a rollout to a multiple of this."""
+def _sequence_parts(model: torch.nn.Module) -> int:
+    """Ranks that a row is split over."""
     config = get_model_config(model)
     return int(config.tensor_model_parallel_size) if config.sequence_parallel else 1
+
+
+def decoding_multiple(model: torch.nn.Module) -> int:
+    """`forward_hidden` pads rows of a rollout to a multiple of this: parts that FP8 multiplies."""
+    return _sequence_parts(model) * fp8_multiple(get_model_config(model))
 
 
 def row_multiple(model: torch.nn.Module) -> int:
     """Rows with a layout are padded to a multiple of this: whole tiles of the attention kernel."""
     bare: DiffusionGPTModel = unwrap_model(model)
-    return math.lcm(sequence_parallel_multiple(model), bare.attention_tile)
+    return math.lcm(decoding_multiple(model), bare.attention_tile)
 
 
 def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], bool]:
@@ -96,7 +102,7 @@ def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], boo
     equally long. Ranks agree on the lengths once for all layers.
     """
     config = get_model_config(model)
-    decoding, whole = sequence_parallel_multiple(model), row_multiple(model)
+    decoding, whole = decoding_multiple(model), row_multiple(model)
     padded = [
         pad_row(row, whole if isinstance(row.attention, Tensor) else decoding) for row in rows
     ]
@@ -111,7 +117,7 @@ def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], boo
         lengths = platform.to_host(longest).tolist()
     elif parallel_state.get_tensor_model_parallel_world_size() % ranks:
         return padded, False  # a rank shares parts of experts with others than those of its rows
-    if not can_gather(max(lengths) // decoding, ranks, config.moe_router_topk):
+    if not can_gather(max(lengths) // _sequence_parts(model), ranks, config.moe_router_topk):
         return padded, False
     return [pad_row(row, length) for row, length in zip(padded, lengths, strict=True)], True
 

@@ -22,6 +22,7 @@ from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import FLEX_TILE, DiffusionAttention
+from megatron_dlm.models.fp8 import check_fp8_sizes
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.moe_layer import GroupedMoELayer
@@ -73,6 +74,8 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
     if model.recompute_granularity == "full":
         recompute["recompute_method"] = model.recompute_method
         recompute["recompute_num_layers"] = model.recompute_num_layers
+    if model.fp8_format is not None:
+        check_fp8_sizes(architecture, config)
     std = model.init_method_std or architecture.initializer_range
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -98,6 +101,8 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
+        fp8=model.fp8_format,
+        fp8_recipe=model.fp8_recipe,
         # Fused kernels need Apex or Transformer Engine; those that Megatron-Core brings itself are
         # compiled at run time, which a CPU gains nothing from.
         gradient_accumulation_fusion=False,
@@ -218,8 +223,8 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
 
 
 def build_frozen_model(architecture: Architecture, config: Config) -> DiffusionGPTModel:
-    """Build a frozen model: evaluation mode, no gradients, outside DDP and the optimizer."""
-    model = build_model(architecture, config)
+    """Build a frozen model: evaluation mode, no gradients or FP8, outside DDP and the optimizer."""
+    model = build_model(architecture, config.changed(fp8_format=None))
     model.requires_grad_(False)
     model.eval()
     return model

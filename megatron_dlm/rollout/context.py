@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import clean_layout, pad_layout
-from megatron_dlm.models.forward import sequence_parallel_multiple
+from megatron_dlm.models.forward import decoding_multiple
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.kv_cache import CacheView, KVCache
@@ -115,7 +115,7 @@ def rollout_context(
 ) -> RolloutContext:
     """A new, empty context: no key in it is from older weights."""
     if generation.attention_pattern == "full":
-        return CanvasContext(sequence_parallel_multiple(model))
+        return CanvasContext(decoding_multiple(model))
     assert generation.block_size is not None
     return CachedContext(
         model,

@@ -160,6 +160,7 @@ def train_step(
     if is_made:
         optimizer.step()
         scheduler.step(increment=1)
+        model.set_is_first_microbatch()  # the next forward converts the new weights to FP8 again
     platform.synchronize()
     return StepResult(
         loss=loss,

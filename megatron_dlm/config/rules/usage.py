@@ -141,6 +141,8 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     yield of(name, whole, names, "--recompute-granularity full")
     parts = config.model.recompute_granularity == "selective"
     yield of(name, parts, "recompute_modules", "--recompute-granularity selective")
+    quantized, remedy = config.model.fp8_format is not None, "add --fp8-format"
+    yield Use(quantized, "fp8_recipe", "a run without --fp8-format", remedy)
     by_domain = template.max_response_length_by_domain or template.prompt_suffix_by_domain
     reason, remedy = "a run without options by domain", "add --max-response-length-by-domain"
     yield Use(bool(by_domain), "domain_field", reason, remedy)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from megatron_dlm.config.fields import flag_of, value_of
-from megatron_dlm.config.rules import Refusals, divisors
+from megatron_dlm.config.rules import Refusals, divisors, fp8
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
@@ -67,6 +67,8 @@ def combinations(config: Config) -> Refusals:
     if model.transformer_impl == "transformer_engine" and _is_missing("transformer_engine"):
         problem = "the package transformer_engine is not installed"
         yield f"transformer_impl: {problem}; install it (CUDA only) or choose local"
+    if (lacking := fp8.refusal(config)) is not None:
+        yield lacking
     if "layernorm" in model.recompute_modules and _is_missing("transformer_engine"):
         problem = "layernorm needs the package transformer_engine, which is not installed"
         yield f"recompute_modules: {problem}; install it (CUDA only) or leave layernorm out"

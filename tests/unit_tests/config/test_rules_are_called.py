@@ -89,6 +89,7 @@ BROKEN = [
     Broken({"attention_backend": "flex", "device": "cpu"}),
     Broken({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}),
     Broken({"transformer_impl": "transformer_engine"}),
+    Broken({"fp8_format": "hybrid"}),
     Broken({"moe_token_dispatcher_type": "flex"}),
     Broken({"save": __file__}),
     Broken({"on_divergence": "skip"}),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_dlm.config.rules import fp8
+from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.training import loop
 from megatron_dlm.training.run import Run
@@ -245,3 +247,41 @@ def test_the_teacher_is_untouched_by_updates(
     assert len(first) > 10
     for name, value in first.items():
         assert torch.equal(second[name], value), name
+
+
+def test_products_in_fp8_have_whole_tiles_and_the_newest_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the products: layers here have no FP8, so results are those without it."""
+    products: list[tuple[int, bool, bool]] = []
+    linear = LoRAColumnParallelLinear
+    forward = linear.forward
+
+    def watched(self: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.config.fp8 is not None:  # not the teacher
+            products.append((len(rows), torch.is_grad_enabled(), self.is_first_microbatch))
+            self.is_first_microbatch = False  # as layers of Transformer Engine do
+        return forward(self, rows, *args, **kwargs)
+
+    options = dict(num_rollouts=2, rollout_batch_size=8)
+    reference = _run(folder, tmp_path / "without", **options)
+    monkeypatch.setattr(fp8, "refusal", lambda config: None)
+    monkeypatch.setattr(linear, "is_first_microbatch", True, raising=False)
+    monkeypatch.setattr(linear, "forward", watched)
+    _check(_run(folder, tmp_path / "with", fp8_format="hybrid", **options), reference, rel=1e-5)
+
+    assert {rows % 16 for rows, *_ in products} == {0}
+    layers = 4  # qkv and fc1 of two layers
+    forwards = [products[i : i + layers] for i in range(0, len(products), layers)]
+    trains = [forward[0][1] for forward in forwards]
+    converts = [forward[0][2] for forward in forwards]
+    assert all(product[1:] == forward[0][1:] for forward in forwards for product in forward)
+    # Twice a rollout and two updates of 4 rows: weights are converted once whenever they are new.
+    one = trains.index(True)
+    two = trains.index(True, one + 8)
+    assert [i for i, train in enumerate(trains) if train] == [
+        *range(one, one + 8),
+        *range(two, two + 8),
+    ]
+    first = {0, one, one + 4, one + 8, two, two + 4}
+    assert {i for i, converted in enumerate(converts) if converted} == first
