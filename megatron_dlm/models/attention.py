@@ -91,8 +91,9 @@ _block_masks = LayoutCache(functools.partial(block_mask, tile=FLEX_TILE))
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    # Rows differ in length; recompiling for each would cost more than the kernel saves.
-    return torch.compile(flex_attention, dynamic=True)
+    # Rows differ in length; recompiling for each would cost more than the kernel saves. Where there
+    # are still too many kinds, `fullgraph` raises: PyTorch would go on uncompiled, with all scores.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex_attention_over_row(

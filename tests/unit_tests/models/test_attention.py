@@ -1,5 +1,6 @@
 """The visibility rule against its definition, and both backends against a dense softmax."""
 
+import functools
 import math
 from unittest import mock
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_dlm.models import attention, attention_layout
 from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_row, sdpa_attention
@@ -179,6 +181,21 @@ def test_a_row_of_a_tile_takes_the_reference_backend(monkeypatch: pytest.MonkeyP
     )
     assert torch.allclose(long[:FLEX_TILE], short, atol=1e-6)
     assert not long[FLEX_TILE:].any()
+
+
+def test_rows_of_all_lengths_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled without code generation; a row of one tile needs none."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # as it is on CUDA
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(attention, "flex_attention", attention._compiled_flex_attention())
+    attention._compiled_flex_attention.cache_clear()
+    for tiles in (1, 2, 3, 5, 9, 4):
+        layout = pad_layout(clean_layout([90 * tiles, 20], "block_causal", 4), tiles * FLEX_TILE)
+        inputs = torch.randn(3, layout.shape[1], 1, 1, 4).unbind(0)
+        expected = sdpa_attention(*inputs, layout, 1.0)
+        assert torch.allclose(flex_attention_over_row(*inputs, layout, 1.0), expected, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 @st.composite
