@@ -1,90 +1,109 @@
-"""What needs a GPU, written into one JSON file: its tests, divergence, training and rollout.
+"""What needs a GPU, written into one JSON file: its tests, attention, divergence and real models.
 
-    bash benchmarks/gpu.sh           # in about a quarter of an hour
-    bash benchmarks/gpu.sh tests     # a part
-    python -m benchmarks.gpu shapes --device cpu --shapes tiny --output cpu.json   # does it run?
+    bash benchmarks/gpu.sh                   # under nine minutes on an H200, by estimate
+    bash benchmarks/gpu.sh tests attention   # parts
+    bash benchmarks/gpu.sh --dry             # on a CPU, tiny: does it run?
 
-A part replaces its own key of the file as soon as it is measured; the others stay.
+A part replaces its own key of the file as soon as it is measured; the others stay. A part that
+fails says why there, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 import xml.etree.ElementTree
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import REPOSITORY, commit, machine, versions
-from benchmarks.real_shapes import SHAPES, Load, measure
+from benchmarks.gpu_parts import DRY, Load, measure_attention, measure_divergence, measure_model
+from benchmarks.real_shapes import SHAPES
 from megatron_dlm.output_file import write_file
 
-PARTS = ("tests", "divergence", "shapes")
+PARTS = ("tests", "attention", "divergence", "models")
 RESULT = REPOSITORY / "benchmarks/results/gpu.json"
 
 
-def main() -> int:
-    """Run the parts; exit status 1 if a test failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts; exit status 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3_0.6b", "qwen3_1.7b"])
-    parser.add_argument("--output", type=Path, default=RESULT)
-    for size in fields(Load):
-        flag = "--" + size.name.replace("_", "-")
-        kind = str if size.name == "device" else int
-        parser.add_argument(flag, type=kind, default=size.default, help=f"({size.default})")
-    options = parser.parse_args()
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, on a CPU")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="of the part `models`")
+    parser.add_argument("--output", type=Path, help=f"({RESULT}; with --dry: none)")
+    options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"part = {min(unknown)}: is unknown; choose from {', '.join(PARTS)}")
-    if options.rollouts < 2:
-        parser.error(f"--rollouts = {options.rollouts}: the first one warms up; choose 2 or more")
+    load = DRY if options.dry else Load()
+    if options.shapes:
+        load = replace(load, shapes=tuple(options.shapes))
+    output = options.output or (None if options.dry else RESULT)
 
-    def publish(part: str, measured: object) -> None:
-        publish_part(options.output, options.device, part, measured)
+    work: dict[str, Callable[[], Any]] = {
+        "tests": run_tests,
+        "attention": lambda: measure_attention(load),
+        "divergence": lambda: measure_divergence(load),
+        **{f"models {shape}": partial(measure_model, shape, load) for shape in load.shapes},
+    }
+    failed = False
+    for name, measure in work.items():
+        if name.partition(" ")[0] not in (options.parts or PARTS):
+            continue
+        started = time.perf_counter()
+        try:
+            measured = measure()
+        except Exception:
+            failed, measured = True, {"failed": traceback.format_exc()}
+        failed |= bool(measured.get("failed"))
+        measured["seconds_of_part"] = time.perf_counter() - started
+        publish(output, load, name, measured)
+    return int(failed)
 
-    failed = 0
-    parts = options.parts or PARTS
-    if "tests" in parts:
-        tests = run_tests()
-        failed = tests["failures"] + tests["errors"]
-        publish("tests", tests)
-    if "divergence" in parts:
-        publish("divergence", measure_divergence(options.device))
-    if "shapes" in parts:
-        load = Load(**{size.name: getattr(options, size.name) for size in fields(Load)})
-        results = {}
-        for shape in options.shapes:
-            results[shape] = measure(shape, load)
-            publish("shapes", {"load": asdict(load), **results})
-    return 1 if failed else 0
 
-
-def publish_part(path: Path, device: str, part: str, measured: object) -> None:
-    """Replace a key of the result file, and say what it was measured on."""
+def publish(path: Path | None, load: Load, part: str, measured: dict[str, Any]) -> None:
+    """Print a part, and replace its key of the result file, with what it was measured on."""
+    print(json.dumps({part: measured}), flush=True)
+    if path is None:
+        return
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     result[part] = {
-        "machine": machine(device),
+        "machine": machine(load.device),
         "versions": versions(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load": asdict(load),
         "results": measured,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(result, indent=1) + "\n")
-    print(json.dumps({part: measured}), flush=True)
+
+
+def marked_files() -> list[Path]:
+    """The files with tests that are marked `gpu`: to collect all others takes half a minute."""
+    return [
+        file
+        for file in sorted((REPOSITORY / "tests").rglob("test_*.py"))
+        if re.search(r"^@pytest\.mark\.gpu$", file.read_text(), re.MULTILINE)
+    ]
 
 
 def run_tests() -> dict[str, Any]:
     """The tests that are marked `gpu`: how many, and which failed."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}"]
-        subprocess.run(command, cwd=REPOSITORY, check=False)
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junit-xml={report}"]
+        subprocess.run([*command, *map(str, marked_files())], cwd=REPOSITORY, check=False)
         [suite] = xml.etree.ElementTree.parse(report).getroot().iter("testsuite")
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     bad = [
@@ -92,17 +111,7 @@ def run_tests() -> dict[str, Any]:
         for case in suite.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None
     ]
-    return {**counts, "failed": bad, "seconds": float(suite.get("time", 0))}
-
-
-def measure_divergence(device: str) -> dict[str, Any]:
-    """What `benchmarks/divergence_memory.py` writes."""
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "divergence.json"
-        command = [sys.executable, "-m", "benchmarks.divergence_memory", "--device", device]
-        subprocess.run([*command, "--output", str(output)], cwd=REPOSITORY, check=True)
-        result: dict[str, Any] = json.loads(output.read_text())
-        return result
+    return {**counts, "failed": bad}
 
 
 if __name__ == "__main__":

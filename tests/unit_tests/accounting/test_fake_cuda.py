@@ -16,14 +16,39 @@ ROOT = Path(__file__).parents[3]
 STEPS = ("prefill step", "rollout step", "step of a new block")
 
 
+COUNT = """if True:
+    import json, sys
+    from dataclasses import asdict
+    from benchmarks import counts, growth
+    counts.main(["--output", sys.argv[1]])
+    found = [{**asdict(g), "last": g.last_exponent} for g in growth.on_device(points=2)]
+    json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What `benchmarks.counts` and `benchmarks.growth` count on the device."""
+    folder = tmp_path_factory.mktemp("counts")
+    counts, growth = folder / "counts.json", folder / "growth.json"
+    subprocess.run([sys.executable, "-c", COUNT, str(counts), str(growth)], cwd=ROOT, check=True)
+    return counts, growth
+
+
+@pytest.fixture(scope="module")
+def counts(files: tuple[Path, Path]) -> dict[str, Any]:
     """Phases of an iteration by shape."""
-    file = tmp_path_factory.mktemp("counts") / "counts.json"
-    command = [sys.executable, "-m", "benchmarks.counts", "--output", str(file)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    counts: dict[str, Any] = json.loads(file.read_text())["counts"]
+    counts: dict[str, Any] = json.loads(files[0].read_text())["counts"]
     return counts
+
+
+def test_no_cost_of_the_device_grows_faster_than_it_has_to(files: tuple[Path, Path]) -> None:
+    growths = json.loads(files[1].read_text())
+    assert {growth["axis"] for growth in growths} == {"sequence", "vocabulary", "experts", "ranks"}
+    for growth in growths:
+        assert growth["last"] <= growth["nature"] + 0.05, growth
+    kernels = {g["axis"]: g["last"] for g in growths if g["cost"].startswith("kernels of a step")}
+    assert kernels == {"experts": 0.0, "ranks": 0.0}
 
 
 @pytest.mark.parametrize(("shape", "most"), [("qwen3_0.6b", 25), ("qwen3_30b_a3b", 44)])
