@@ -78,7 +78,9 @@ def _growths(
     ]
 
 
-def on_host(lengths: Sequence[int] = LENGTHS, blocks: Sequence[int] = BLOCKS) -> list[Growth]:
+def on_host(
+    lengths: Sequence[int] = LENGTHS, blocks: Sequence[int] = BLOCKS, response: int = 64
+) -> list[Growth]:
     """Costs that the host's own code decides: rows, pairs, masks and forwards."""
     from torch import Tensor
 
@@ -125,7 +127,7 @@ def on_host(lengths: Sequence[int] = LENGTHS, blocks: Sequence[int] = BLOCKS) ->
         )
         static = {"remasking_strategy": "low_confidence_static", "max_running_requests": 2}
 
-    def rollout(response: int, block: int) -> dict[str, float]:
+    def rollout(block: int) -> dict[str, float]:
         options = dict(device="cpu", block_size=block, temperature=0.0, **static)
         with iteration(tiny, **options) as built:
             engine = built.engine()
@@ -144,7 +146,7 @@ def on_host(lengths: Sequence[int] = LENGTHS, blocks: Sequence[int] = BLOCKS) ->
     found += _growths(
         "block",
         blocks,
-        lambda block: rollout(64, block),
+        rollout,
         {
             "FLOPs of a decoded token": (1, steps),
             "forwards of a decoded token": (0, ""),
@@ -222,7 +224,6 @@ def on_device(points: int = 5) -> list[Growth]:
             }
 
     chunks = "chunks of the output layer's logits"
-    weights = "an update reads, writes and clears each weight"
     natures = {
         "kernels of an update": (0, ""),
         "bytes of an update": (1, ""),
@@ -243,14 +244,17 @@ def on_device(points: int = 5) -> list[Growth]:
             "vocabulary",
             VOCABULARIES[:points],
             by_vocabulary,
-            {**natures, "kernels of an update": (1, chunks)},
+            {
+                **natures,
+                "kernels of an update": (1, chunks),
+                "bytes of an update": (
+                    2,
+                    f"{chunks}: more of them, as a chunk has fixed memory, "
+                    "and each adds to the gradient of the whole layer",
+                ),
+            },
         )
-        found += _growths(
-            "experts",
-            EXPERTS[:points],
-            by_experts,
-            {**natures, "bytes of an update": (1, weights)},
-        )
+        found += _growths("experts", EXPERTS[:points], by_experts, natures)
     found += _growths("ranks", RANKS[:points], by_ranks, natures)
     return found
 
@@ -304,7 +308,8 @@ def draw(growths: Sequence[Growth], path: Path) -> None:
                 label = f"{growth.cost}: {growth.exponent:.2f}"
                 panel.plot(growth.sizes, [v / first for v in growth.values], "o-", label=label)
             panel.set(xscale="log", yscale="log", xlabel=axis, title=axis)
-            panel.set_xticks(growth.sizes, [f"{size:,}" for size in growth.sizes], rotation=30)
+            sizes = max((g.sizes for g in growths if g.axis == axis), key=len)
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
             panel.minorticks_off()
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
         panels[0].set_ylabel("cost over that of the smallest size")

@@ -3,16 +3,14 @@
 Those that are counted on the device are in `accounting/test_fake_cuda.py`.
 """
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks import growth
 from benchmarks.growth import Growth
 
 
-def test_no_cost_of_the_host_is_quadratic_that_need_not_be(tmp_path: Path) -> None:
-    growths = growth.on_host(lengths=(2_048, 4_096, 8_192), blocks=(8, 16))
+def test_no_cost_of_the_host_is_quadratic_that_need_not_be() -> None:
+    growths = growth.on_host(lengths=(2_048, 4_096), blocks=(4, 8), response=16)
     for found in growths:
         assert found.last_exponent <= found.nature + 0.1, found
     by_cost = {found.cost: found for found in growths}
@@ -20,8 +18,6 @@ def test_no_cost_of_the_host_is_quadratic_that_need_not_be(tmp_path: Path) -> No
     assert by_cost["pairs of an update, one document"].last_exponent > 1.9
     assert by_cost["pairs of an update, documents of 1k"].last_exponent == pytest.approx(1)
     assert by_cost["forwards of a decoded token"].values == pytest.approx((1, 1))
-    growth.draw(growths, tmp_path / "growth.svg")
-    assert "documents of 1k" in (tmp_path / "growth.svg").read_text()
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
