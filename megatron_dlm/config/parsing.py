@@ -93,7 +93,7 @@ def _read_flags(
             equals, value = " ", left.popleft()
         if name in ("-h", "--help"):
             asks_help = True
-        elif option is None and text.startswith("--"):
+        elif option is None and NO_VALUE.match(name):
             errors.append(unknown_name("command line", name, flags, "flag"))
         elif option is None:
             errors.append(

@@ -100,6 +100,7 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["--save", "a\0b"], ["--save", "holds a NUL character", "leave it out"]),
         (["-lr", "1"], ["-lr", "did you mean --lr?"]),
         (["-hx"], ["-hx", "--help"]),
+        (["-1"], ["-1", "belongs to no flag"]),
         (["--config", "no/such.yaml"], ["--config", "no/such.yaml", "No such file"]),
     ],
 )
