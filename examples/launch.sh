@@ -9,7 +9,7 @@
 #   MODEL           Hugging Face folder of the model (--load, and the teacher where neither TEACHER
 #                   nor the configuration names another)
 #   TEACHER         Hugging Face folder of the teacher (--teacher-load)
-#   PROMPTS         JSONL of prompts (--prompts)
+#   PROMPTS         prompts (--prompts)
 #   DATA_PATH       corpus (--data-path)
 #   VALID_DATA_PATH held-out corpus (--valid-data-path)
 #   SAVE            run folder (--save); on several nodes a folder that all of them see

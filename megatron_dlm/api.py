@@ -27,8 +27,10 @@ from megatron_dlm.commands.convert import Arguments as ConversionArguments
 from megatron_dlm.config import Config, ParallelConfig, validate
 from megatron_dlm.config.coercion import build
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
+from megatron_dlm.data.json_records import RecordsInMemory
+from megatron_dlm.data.open_records import open_records
 from megatron_dlm.data.prompts import read_examples
-from megatron_dlm.data.records import RecordFile
+from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
 from megatron_dlm.entry import world_size
 from megatron_dlm.errors import bad_value
@@ -232,9 +234,9 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
     module, setup = model.module, _setup(model, {}, "loss()")
     architecture = setup.source.architecture
     if isinstance(examples, str | Path):
-        file = RecordFile.read(examples, "examples")
+        file = open_records(examples, "examples")
     else:
-        file = RecordFile.of([dict(record) for record in examples], "examples")
+        file = RecordsInMemory([dict(record) for record in examples], "examples")
     positions = architecture.max_position_embeddings
     values: dict[str, Any] = {"max_response_length": positions, "max_prompt_length": positions}
     if objective == "sft" and setup.block_size is not None:
@@ -308,14 +310,14 @@ def _setup(model: Model, options: Mapping[str, Any], source: str) -> InferenceSe
 
 def _prompt_file(
     model: Model, prompts: str | Path | Sequence[str | Record], chat: bool
-) -> RecordFile:
+) -> RecordSource:
     """Prompts as records.
 
     Raises:
         UserError: There are none, or their file cannot be read.
     """
     if isinstance(prompts, Path):
-        return RecordFile.read(prompts, "prompts")
+        return open_records(prompts, "prompts")
     texts = [prompts] if isinstance(prompts, str) else prompts
     records = []
     for prompt in texts:
@@ -325,4 +327,4 @@ def _prompt_file(
             records.append({"messages": [{"role": "user", "content": prompt}]})
         else:
             records.append({"prompt": prompt})
-    return RecordFile.of(records, "prompts")
+    return RecordsInMemory(records, "prompts")

@@ -19,6 +19,15 @@ def check_regular(path: str | Path) -> None:
         raise OSError(errno.EINVAL, "is no regular file", str(path))
 
 
+def is_regular(path: str | Path) -> bool:
+    """Whether a path is a regular file that this user can see, whatever the path."""
+    try:
+        check_regular(path)
+    except (OSError, ValueError):  # ValueError: of a name with a null character
+        return False
+    return True
+
+
 def read_regular(path: str | Path) -> bytes:
     """The content of a regular file.
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
     "report": "Compare training runs on one HTML page.",
     "verify": "Compare a run's checkpoints with what was written.",
+    "data": "Check, count or prepare prompts and examples.",
     "preprocess": "Tokenise a text corpus for pretraining.",
     "critical-batch-size": "Find the critical batch size by branched training.",
 }

@@ -154,7 +154,6 @@ def main(argv: Sequence[str]) -> int:
             raise bad_value("--num-seeds", options.num_seeds, problem, remedy)
     check_output(options.output, options.restart, setup, ("--data", options.data))
     # Imported only now, because it takes seconds.
-    from megatron_dlm.data.records import RecordFile
     from megatron_dlm.data.tokenizer import load_tokenizer
     from megatron_dlm.evaluation.answering import answer_prompts, results_header
     from megatron_dlm.evaluation.evaluator import Response
@@ -171,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
 
     task = get_task(options.task)
     reward = get_reward(task.reward, "--task", unsafe_code_execution=options.unsafe_code_execution)
-    file: RecordFile = read_task_file(task, options.data, options.max_examples)
+    file = read_task_file(task, options.data, options.max_examples)
     tokenizer = load_tokenizer(setup.tokenizer_folder)
     inputs = read_inference_inputs(setup, tokenizer, file)
     reward.check(inputs.prompts)

@@ -29,7 +29,7 @@ from megatron_dlm.terminal import shows, write_results
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_dlm.data.records import RecordFile
+    from megatron_dlm.data.record_source import RecordSource
     from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -44,7 +44,8 @@ class PromptConfig:
     """Put --prompt into the chat template; without it the model continues the bare text."""
 
     prompts: str | None = None
-    """JSONL of prompts, one object a line with `messages` (chat) or `prompt` (bare text)."""
+    """Prompts, as --prompts of a run takes them: JSONL, one object a line with `messages` (chat) or
+    `prompt` (bare text), or other files."""
 
     output: str | None = None
     """JSONL file for the responses, replaced if it exists (default: standard output)."""
@@ -60,20 +61,23 @@ class Arguments(InferenceArguments):
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
-def read_records(options: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> RecordFile:
+def read_records(
+    options: PromptConfig, tokenizer: PreTrainedTokenizerBase, domain_field: str
+) -> RecordSource:
     """The prompts as records.
 
     Raises:
         UserError: The file cannot be read or is empty.
     """
-    from megatron_dlm.data.records import RecordFile
+    from megatron_dlm.data.json_records import RecordsInMemory
+    from megatron_dlm.data.open_records import open_records
 
     if options.prompts is not None:
-        return RecordFile.read(options.prompts, "--prompts")
+        return open_records(options.prompts, "--prompts", domain_field)
     if options.chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": options.prompt}]
-        return RecordFile.of([{"messages": messages}], "--prompt")
-    return RecordFile.of([{"prompt": options.prompt}], "--prompt")
+        return RecordsInMemory([{"messages": messages}], "--prompt")
+    return RecordsInMemory([{"prompt": options.prompt}], "--prompt")
 
 
 def response_record(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -120,7 +124,8 @@ def main(argv: Sequence[str]) -> int:
     from megatron_dlm.parallel import ParallelGroups, initialized
 
     tokenizer = load_tokenizer(setup.tokenizer_folder)
-    inputs = read_inference_inputs(setup, tokenizer, read_records(options, tokenizer))
+    records = read_records(options, tokenizer, setup.config.template.domain_field)
+    inputs = read_inference_inputs(setup, tokenizer, records)
     [(setting, generation)] = settings.items()
     header = results_header("generate", setup, inputs, tokenizer, settings)
     with initialized(setup.config):

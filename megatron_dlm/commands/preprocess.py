@@ -3,15 +3,17 @@
 megatron-dlm preprocess --input corpus.jsonl --tokenizer models/Qwen3-8B \
     --output-prefix data/corpus --workers 16
 
-The input is JSONL with one document a line, its text under `text`. Writes `data/corpus.bin` (token
-ids) and `data/corpus.idx` (where documents begin); with several `--json-keys` a pair for each key,
-`data/corpus_<key>`. Documents keep their order, whatever the number of workers. Files appear under
-their names when they are complete.
+The input is JSONL with one document a line, its text under `text`, or the other files that
+--prompts of a run takes (Parquet, Arrow, a pattern, the Hugging Face hub). Writes
+`data/corpus.bin` (token ids) and `data/corpus.idx` (where documents begin); with several
+`--json-keys` a pair for each key, `data/corpus_<key>`. Documents keep their order, whatever the
+number of workers. Files appear under their names when they are complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import time
@@ -41,7 +43,8 @@ class InputConfig:
     """Input: documents and tokenizer."""
 
     input: str | None = None
-    """JSONL in UTF-8, one document a line; blank lines are skipped."""
+    """JSONL in UTF-8, one document a line, blank lines skipped; or Parquet, Arrow, a pattern or
+    hf://datasets/owner/name."""
 
     json_keys: tuple[str, ...] = ("text",)
     """Fields that hold text, separated by commas; each becomes a dataset of its own."""
@@ -77,22 +80,28 @@ _encoder: DocumentEncoder | None = None
 """The encoder of this process, inherited by forked workers."""
 
 
-def _encode(numbered_line: tuple[int, bytes]) -> tuple[int, dict[str, list[int]]]:
+def _encode(document: tuple[str, bytes]) -> tuple[int, dict[str, list[int]]]:
     assert _encoder is not None
-    return len(numbered_line[1]), _encoder.encode(*numbered_line)
+    return len(document[1]), _encoder.encode(*document)
 
 
-def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a file, one at a time, without blank lines.
+def placed_lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """(place, JSON object as text) of a file's documents, one at a time.
 
     Raises:
         UserError: It cannot be read.
     """
+    from megatron_dlm.data.open_records import is_one_file_of_lines, open_stored
+
+    if not is_one_file_of_lines(path):
+        records = open_stored(path, "--input")
+        yield from ((where, json.dumps(record).encode()) for where, record in records.records())
+        return
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, line
+                    yield f"{path}:{number}", line
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         raise bad_value(
@@ -162,7 +171,7 @@ def encoded_documents(
     global _encoder
     _encoder = encoder
     assert arguments.input.input is not None
-    lines, workers = numbered_lines(arguments.input.input), arguments.output.workers
+    lines, workers = placed_lines(arguments.input.input), arguments.output.workers
     if workers == 1:
         yield from map(_encode, lines)
         return
@@ -188,9 +197,7 @@ def write_datasets(arguments: Arguments, prefixes: dict[str, Path]) -> Progress:
     options = arguments.input
     assert options.input is not None
     assert options.tokenizer is not None
-    encoder = DocumentEncoder(
-        options.input, options.json_keys, options.tokenizer, options.append_eod
-    )
+    encoder = DocumentEncoder(options.json_keys, options.tokenizer, options.append_eod)
     dtype = np.uint16 if encoder.largest_id < 2**16 else np.int32
     temporary = {key: f"{prefix}.tmp" for key, prefix in prefixes.items()}
     builders = {

@@ -159,10 +159,11 @@ class DataConfig:
     """Data: prompts, corpora and their order."""
 
     prompts: str | None = None
-    """JSONL of prompts for rollouts, one object a line with `messages` (chat) or `prompt`."""
+    """Prompts for rollouts: JSONL, one object a line with `messages` (chat) or `prompt`; or
+    Parquet, Arrow, a pattern, hf://datasets/owner/name, or a mixture of these in a YAML file."""
     train_data: str | None = None
-    """JSONL of prompts with answers for data-set objectives: `prompt` and `response`, or `messages`
-    that end with the assistant's."""
+    """Prompts with answers for data-set objectives, from the same kinds of files: `prompt` and
+    `response`, or `messages` that end with the assistant's."""
     train_on: Annotated[TrainOn, FIXED] = "last"
     """Turns of the assistant in `messages` that are trained on: the last one of a chat, or all,
     each as a separate example with everything before it as the prompt."""

@@ -22,7 +22,6 @@ class DocumentEncoder:
     """Turns JSONL lines into token ids.
 
     Args:
-        path: The JSONL file, for error messages.
         keys: Fields that hold text.
         tokenizer: Folder of the tokenizer; a config.json in it may name the id of EOS.
         append_eod: Whether every document ends with EOS.
@@ -31,10 +30,10 @@ class DocumentEncoder:
         UserError: There is no tokenizer, or it has no EOS and documents are to end with it.
     """
 
-    def __init__(self, path: str, keys: Sequence[str], tokenizer: str, append_eod: bool) -> None:
-        self._path, self._keys = path, keys
+    def __init__(self, keys: Sequence[str], tokenizer: str, append_eod: bool) -> None:
+        self._keys = keys
         self._tokenizer = load_tokenizer(tokenizer)
-        config = _config_beside(tokenizer)
+        config = config_beside(tokenizer)
         self._vocab_size: int | None = config.get("vocab_size")
         self._mask_token_id: int | None
         if config:
@@ -58,13 +57,16 @@ class DocumentEncoder:
             self._end = [eos_token_id]
         self.largest_id: int = max([*self._tokenizer.get_vocab().values(), *self._end])
 
-    def encode(self, number: int, line: bytes) -> dict[str, list[int]]:
+    def encode(self, where: str, line: bytes) -> dict[str, list[int]]:
         """Token ids of the document on a line, by key; an empty text has none.
+
+        Args:
+            where: Place of the document, for error messages.
+            line: A JSON object.
 
         Raises:
             UserError: The line is not a document; names file and line.
         """
-        where = f"{self._path}:{number}"
         remedy = f'write one JSON object a line, with "{self._keys[0]}"'
         try:
             record = orjson.loads(line)
@@ -96,7 +98,7 @@ class DocumentEncoder:
         return encoded + self._end
 
 
-def _config_beside(tokenizer_folder: str) -> dict[str, Any]:
+def config_beside(tokenizer_folder: str) -> dict[str, Any]:
     """The config.json beside a tokenizer; empty if there is none that describes a model."""
     file = Path(tokenizer_folder) / "config.json"
     if not file.is_file():

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.config.groups import LongPrompts
-from megatron_dlm.data.records import RecordFile
+from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.data.tokenizer import check_token_ids
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -25,7 +25,7 @@ def fitted(
     return token_ids[-max_prompt_length:] if long_prompts == "truncate" else None
 
 
-def check_some_left(file: RecordFile, num_kept: int, max_prompt_length: int) -> None:
+def check_some_left(file: RecordSource, num_kept: int, max_prompt_length: int) -> None:
     """Check that at least one prompt is left."""
     if len(file) and not num_kept:
         raise bad_value(

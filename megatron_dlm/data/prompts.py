@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dlm.config.groups import LongPrompts, TrainOn
 from megatron_dlm.data.chat_template import ChatTemplate, check_one_block
 from megatron_dlm.data.domains import Domains
+from megatron_dlm.data.open_records import open_records
 from megatron_dlm.data.prompt_checks import (
     check_limits,
     check_prompt,
@@ -29,10 +30,10 @@ from megatron_dlm.data.prompt_checks import (
     check_some_left,
     fitted,
 )
+from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.data.records import (
     ExampleSource,
     PromptSource,
-    RecordFile,
     example_sources,
     open_prompt_source,
 )
@@ -89,7 +90,7 @@ class PromptDataset(Sequence[Prompt]):
 
     def __init__(
         self,
-        file: RecordFile,
+        file: RecordSource,
         token_ids: TokenTable,
         domains: Domains = NO_DOMAINS,
         num_dropped: int = 0,
@@ -152,7 +153,7 @@ class ExampleDataset(Sequence[Trajectory]):
 
     def __init__(
         self,
-        file: RecordFile,
+        file: RecordSource,
         prompts: TokenTable,
         responses: TokenTable,
         special_tokens: SpecialTokens,
@@ -188,6 +189,10 @@ class ExampleDataset(Sequence[Trajectory]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.sample(index, range(len(self))[index])
+
+    def record_index(self, index: int) -> int:
+        """Index of the record that example `index` is of."""
+        return self._records[index]
 
     def sample(self, index: int, sample_index: int) -> Trajectory:
         """Return example `index` as global sample `sample_index` of a run."""
@@ -230,7 +235,7 @@ def read_prompts(
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
     """
-    file = RecordFile.read(path, field)
+    file = open_records(path, field, domains.name)
     return tokenize_prompts(
         file,
         tokenizer,
@@ -243,7 +248,7 @@ def read_prompts(
 
 
 def tokenize_prompts(
-    file: RecordFile,
+    file: RecordSource,
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: SpecialTokens,
     max_prompt_length: int,
@@ -282,7 +287,7 @@ def tokenize_prompts(
 
 
 def read_examples(
-    path: str | Path | RecordFile,
+    path: str | Path | RecordSource,
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: SpecialTokens,
     max_prompt_length: int,
@@ -316,7 +321,7 @@ def read_examples(
     Raises:
         UserError: The file or one of its lines is unusable; names file, line, problem and remedy.
     """
-    file = path if isinstance(path, RecordFile) else RecordFile.read(path, field)
+    file = path if isinstance(path, RecordSource) else open_records(path, field, domains.name)
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     sources = (
         (

@@ -1,11 +1,11 @@
 """Limits of time and memory for a chat template, a program that came with a model."""
 
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 SECONDS = 20
@@ -54,7 +54,7 @@ def _limited_time() -> Iterator[None]:
 @contextmanager
 def _limited_memory() -> Iterator[None]:
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = _pages()
     except (OSError, ValueError, IndexError):  # no Linux
         yield
         return
@@ -68,3 +68,12 @@ def _limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _pages() -> int:
+    """Pages of the process's address space. Read without a file object: once for every chat."""
+    descriptor = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(descriptor, 100).split()[0])
+    finally:
+        os.close(descriptor)

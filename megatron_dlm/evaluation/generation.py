@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import PromptDataset, tokenize_prompts
-from megatron_dlm.data.records import RecordFile
+from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.data.tokenizer import special_tokens_of
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
@@ -42,7 +42,7 @@ class InferenceInputs:
 
 
 def read_inference_inputs(
-    setup: InferenceSetup, tokenizer: PreTrainedTokenizerBase, file: RecordFile
+    setup: InferenceSetup, tokenizer: PreTrainedTokenizerBase, file: RecordSource
 ) -> InferenceInputs:
     """Tokenise and check prompts; loads no weights.
 

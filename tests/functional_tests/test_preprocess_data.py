@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
@@ -43,6 +44,17 @@ def test_documents_are_those_of_the_tokenizer(tmp_path: Path, call: Call) -> Non
     assert documents(tmp_path / "new" / "with") == expected(TEXTS, [EOS])
     call(PREPROCESS, *arguments(source, tmp_path / "without", "--no-append-eod"))
     assert documents(tmp_path / "without") == expected(TEXTS, [])
+
+
+def test_documents_of_a_table(tmp_path: Path, call: Call) -> None:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    outcome = call(PREPROCESS, *arguments(tmp_path / "saved", tmp_path / "c"))
+    assert "160 documents (40 empty ones left out)" in outcome.stdout
+    assert documents(tmp_path / "c") == expected(TEXTS, [EOS])
+    Dataset.from_dict({"text": ["a"], "n": [1]}).save_to_disk(str(tmp_path / "bad"))
+    more = ("--json-keys", "n")
+    outcome = call(PREPROCESS, *arguments(tmp_path / "bad", tmp_path / "d", *more))
+    outcome.check_error(f"{tmp_path / 'bad'}: row 0", '"n" is not a string')
 
 
 def test_workers_change_nothing_and_each_key_is_a_dataset(tmp_path: Path, call: Call) -> None:

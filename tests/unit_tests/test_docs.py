@@ -26,6 +26,7 @@ SCRIPTS = {
     "tools/report_runs.py": "report",
     "tools/verify_checkpoint.py": "verify",
     "tools/preprocess_data.py": "preprocess",
+    "tools/data.py": "data",
     "tools/critical_batch_size.py": "critical-batch-size",
 }
 """The command that each script of the checkout runs."""

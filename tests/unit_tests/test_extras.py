@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dlm.commands import main
+from megatron_dlm.data.json_records import RecordsInMemory
 from megatron_dlm.data.prompts import PromptDataset, TokenTable
-from megatron_dlm.data.records import RecordFile
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.extras import EXTRAS
 from tests.refusal import refusal
@@ -31,7 +31,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_scoring_by_value_asks_for_its_extra() -> None:
-    prompts = PromptDataset(RecordFile.of([{"prompt": "?", "answer": "1"}], "p"), TokenTable())
+    prompts = PromptDataset(RecordsInMemory([{"prompt": "?", "answer": "1"}], "p"), TokenTable())
     text = str(refusal(REWARDS["math_verify"].check, prompts))
     assert "math_verify is not installed; install it with pip install 'megatron-dlm[eval]'" in text
     assert refusal(REWARDS["exact_match"].check, prompts) is None

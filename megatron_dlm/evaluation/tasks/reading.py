@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.data.records import RecordFile
+from megatron_dlm.data.json_records import JsonLines, RecordsInMemory
+from megatron_dlm.data.open_records import open_records
+from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.tasks.base import Task
 from megatron_dlm.extras import check_installed
@@ -16,7 +18,7 @@ from megatron_dlm.extras import check_installed
 FIELD = "--data"
 
 
-def read_task_file(task: Task, data: str | None, max_examples: int | None) -> RecordFile:
+def read_task_file(task: Task, data: str | None, max_examples: int | None) -> RecordSource:
     """The prompts of a task.
 
     Args:
@@ -33,14 +35,14 @@ def read_task_file(task: Task, data: str | None, max_examples: int | None) -> Re
     name = task.source if data is None else data
     suffix = Path(name).suffix.lower()
     if task.convert is None and suffix not in (".csv", ".parquet"):
-        file = RecordFile.read(name, FIELD)
+        file = open_records(name, FIELD)
         return file if max_examples is None else file.first(max_examples)
     if suffix == ".jsonl":
-        read = list(islice(RecordFile.read(name, FIELD).records(), max_examples))
+        read = list(islice(JsonLines(name, FIELD).records(), max_examples))
     else:
         records = _records(name, suffix, max_examples)
         read = [(f"{name}: record {number}", r) for number, r in enumerate(records, start=1)]
-    return RecordFile.of(task.prompts(read), name)
+    return RecordsInMemory(task.prompts(read), name)
 
 
 def _records(name: str, suffix: str, max_examples: int | None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.data.exact_json import parse_json
-from megatron_dlm.data.records import RecordFile
+from megatron_dlm.data.open_records import open_records
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.rewards import REWARDS
 
@@ -52,7 +52,7 @@ def test_an_answer_is_compared_as_written(
 ) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "?", "answer": {written}}}\n')
-    record = RecordFile.read(path, "--prompts").record(0)
+    record = open_records(path, "--prompts").record(0)
     assert REWARDS["exact_match"](record, f"#### {right}") == 1.0
     assert REWARDS["exact_match"](record, f"#### {wrong}") == 0.0
 
@@ -62,7 +62,7 @@ def test_a_number_that_python_cannot_hold_is_refused(tmp_path: Path, number: str
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "?"}}\n{{"prompt": "?", "answer": {number}}}\n')
     with pytest.raises(UserError, match=rf"^{path}:2: the number {number[:30]}.* as a string$"):
-        RecordFile.read(path, "--prompts").record(1)
+        open_records(path, "--prompts").record(1)
 
 
 @pytest.mark.parametrize(

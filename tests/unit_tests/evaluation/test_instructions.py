@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_dlm.data.json_records import RecordsInMemory
 from megatron_dlm.data.prompts import PromptDataset, TokenTable
-from megatron_dlm.data.records import RecordFile
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.evaluation.rewards.instructions import (
@@ -173,7 +173,7 @@ def test_instructions(
 
 
 def check(record: dict[str, object]) -> None:
-    prompts = PromptDataset(RecordFile.of([{"prompt": "?", **record}], "p.jsonl"), TokenTable())
+    prompts = PromptDataset(RecordsInMemory([{"prompt": "?", **record}], "p.jsonl"), TokenTable())
     REWARDS["instructions"].check(prompts)
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dlm.data.json_records import RecordsInMemory
+from megatron_dlm.data.open_records import open_records
 from megatron_dlm.data.prompts import PromptDataset, TokenTable
-from megatron_dlm.data.records import RecordFile
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.rewards import REWARDS, RIGHT, get_reward
 from megatron_dlm.evaluation.rewards.base import without_thinking
@@ -21,7 +22,7 @@ def rate(name: str, record: dict[str, object], response: str) -> bool:
 
 
 def checked(name: str, **record: object) -> None:
-    prompts = PromptDataset(RecordFile.of([{"prompt": "?", **record}], "p.jsonl"), TokenTable())
+    prompts = PromptDataset(RecordsInMemory([{"prompt": "?", **record}], "p.jsonl"), TokenTable())
     REWARDS[name].check(prompts)
 
 
@@ -63,21 +64,21 @@ def test_a_reference_may_come_with_the_way_to_it(name: str, response: str, is_ri
     record = {"question": "How many clips did Natalia sell altogether?", "answer": GSM8K}
     assert rate(name, record, response) is is_right
     REWARDS[name].check(
-        PromptDataset(RecordFile.of([{"prompt": "?", **record}], "p.jsonl"), TokenTable())
+        PromptDataset(RecordsInMemory([{"prompt": "?", **record}], "p.jsonl"), TokenTable())
     )
 
 
 @pytest.mark.parametrize("name", ["exact_match", "math_verify"])
 def test_a_way_without_an_answer_is_refused_at_the_start(name: str) -> None:
     record = {"prompt": "?", "answer": "48 + 24 = 72\n####"}
-    prompts = PromptDataset(RecordFile.of([record], "p.jsonl"), TokenTable())
+    prompts = PromptDataset(RecordsInMemory([record], "p.jsonl"), TokenTable())
     with pytest.raises(UserError, match=r'p.jsonl:1: "answer" = .48 \+ 24'):
         REWARDS[name].check(prompts)
 
 
 @pytest.mark.parametrize("name", ["exact_match", "math_verify"])
 def test_a_prompt_without_answer_is_refused_at_the_start(name: str) -> None:
-    prompts = PromptDataset(RecordFile.of([{"prompt": "2 + 2?"}], "prompts.jsonl"), TokenTable())
+    prompts = PromptDataset(RecordsInMemory([{"prompt": "2 + 2?"}], "prompts.jsonl"), TokenTable())
     with pytest.raises(UserError, match=r'prompts.jsonl:1: "answer" = None'):
         REWARDS[name].check(prompts)
 
@@ -87,7 +88,7 @@ def test_a_reference_without_a_value_is_refused_at_the_start(tmp_path: Path, ans
     path = tmp_path / "prompts.jsonl"
     records = [{"prompt": "2 + 2?", "answer": value} for value in (4, r"$\frac{1}{2}$", answer)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    prompts = PromptDataset(RecordFile.read(path, "--prompts"), TokenTable())
+    prompts = PromptDataset(open_records(path, "--prompts"), TokenTable())
     with pytest.raises(UserError) as raised:
         REWARDS["math_verify"].check(prompts)
     assert str(raised.value).startswith(f'{path}:3: "answer" = {answer!r}: ')
