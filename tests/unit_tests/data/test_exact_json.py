@@ -53,7 +53,8 @@ def test_an_answer_is_compared_as_written(
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "?", "answer": {written}}}\n')
     record = open_records(path, "--prompts").record(0)
-    assert REWARDS["exact_match"].rate([record] * 2, [f"#### {right}", f"#### {wrong}"]) == [1.0, 0.0]
+    responses = [f"#### {right}", f"#### {wrong}"]
+    assert REWARDS["exact_match"].rate([record] * 2, responses) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("number", ["1e400", "-1e400", "7" * 5000])
