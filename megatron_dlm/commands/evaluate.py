@@ -99,7 +99,7 @@ def print_table(load: str, num_examples: int, results: dict[str, dict[str, Any]]
     table = Table(title=f"{load}: {num_examples} examples", title_justify="left")
     table.add_column("setting", no_wrap=True)
     table.add_column("accuracy", justify="right", no_wrap=True)
-    for heading in ("tokens/fwd", "tokens/s", "mean length", "EOS", "seconds"):
+    for heading in ("tok/fwd", "tokens/s", "mean length", "EOS", "seconds"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
         rate = result["tokens_per_forward"]
