@@ -121,8 +121,8 @@ def to_extremes(samples: Sequence[Sample]) -> NDArray[np.float64]:
     """
     return np.array(
         [
-            [each.mean - min(each.values) for each in samples],
-            [max(each.values) - each.mean for each in samples],
+            [max(0.0, each.mean - min(each.values)) for each in samples],
+            [max(0.0, max(each.values) - each.mean) for each in samples],
         ]
     )
 

@@ -133,7 +133,8 @@ def test_a_refused_write_destroys_nothing(files: Path, call: Call, tmp_path: Pat
         call(PREPROCESS, *preprocess).check_error("--output-prefix = ", refused)
     assert call(PREPROCESS, *preprocess).status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("c.bin", "c.idx", "corpus.jsonl", "hf", "responses.jsonl", "results.json")
+        *("c.bin", "c.idx", "corpus.jsonl", "hf", "responses.jsonl", "results.json"),
+        "results.responses.jsonl",
     ]
 
 

@@ -31,10 +31,11 @@ class RightAtTry:
     def check(self, prompts: PromptDataset) -> None:
         pass
 
-    def __call__(self, record: Mapping[str, Any], response: str) -> float:
-        sample = record["id"]
-        self.asked[sample] = self.asked.get(sample, 0) + 1
-        return float(self.asked[sample] >= record["right_at"])
+    def rate(self, records: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> list[float]:
+        assert len(records) == len(responses)
+        for record in records:
+            self.asked[record["id"]] = self.asked.get(record["id"], 0) + 1
+        return [float(self.asked[record["id"]] >= record["right_at"]) for record in records]
 
 
 class RecordingEngine:
