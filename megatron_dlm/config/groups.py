@@ -1,12 +1,10 @@
 """Options of a run.
 
 One field is one command-line flag (`--tensor-model-parallel-size`), one YAML key
-(`tensor_model_parallel_size`) and one docstring, which is also the flag's help text. A default is
-written here and nowhere else. Names are flat on the command line and in YAML: the groups exist for
-the code (`config.parallel.tensor_model_parallel_size`) and for the headings of `--help`, so a
-field name is unique over all groups.
-
-Field types are limited to what `megatron_dlm.config.coercion` knows how to read.
+(`tensor_model_parallel_size`) and one docstring, the flag's help text; its type is one that
+`megatron_dlm.config.coercion` reads. A default is written here and nowhere else. A name is unique
+over all groups: they exist for the code (`config.parallel.tensor_model_parallel_size`) and for the
+headings of `--help`.
 """
 
 from dataclasses import dataclass, field

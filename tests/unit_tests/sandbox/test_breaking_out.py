@@ -37,7 +37,7 @@ def connect(family, address):
 SECRET, PORT, PARENT, ABSTRACT = sys.stdin.read().split("\\n")
 attempt("read a file outside", lambda: open(SECRET).read())
 attempt("read passwords", lambda: open("/etc/passwd").read())
-attempt("list homes", lambda: os.listdir("/home") or os.listdir("/root/.ssh"))
+attempt("list homes", lambda: os.listdir("/home") or os.listdir(os.path.dirname(SECRET)))
 attempt("write outside", lambda: open(SECRET, "w"))
 attempt("write to the system", lambda: open("/usr/new", "w"))
 attempt("write to the interpreter", lambda: open(sys.executable, "ab"))
