@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.data.json_records import JsonLines, RecordsInMemory
-from megatron_dlm.data.open_records import open_records
+from megatron_dlm.data.json_records import RecordsInMemory, is_json_list
+from megatron_dlm.data.open_records import open_records, open_stored
+from megatron_dlm.data.record_formats import StandardRecords
 from megatron_dlm.data.record_source import RecordSource
+from megatron_dlm.data.tables import open_hub
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.tasks.base import Task
-from megatron_dlm.extras import check_installed
 
 FIELD = "--data"
 
@@ -23,8 +23,8 @@ def read_task_file(task: Task, data: str | None, max_examples: int | None) -> Re
 
     Args:
         task: Converts records.
-        data: A file, or a data set's name with configuration and split (``openai/gsm8k main
-            test``); None for where the benchmark was published.
+        data: What `open_records` opens, a CSV file, or a data set's name with configuration and
+            split (``openai/gsm8k main test``); None for where the benchmark was published.
         max_examples: Read only so many from the beginning; None for all.
 
     Raises:
@@ -33,50 +33,42 @@ def read_task_file(task: Task, data: str | None, max_examples: int | None) -> Re
     if data is None and not task.source:
         raise bad_value(FIELD, None, "there is nothing to evaluate on", "name a JSONL file")
     name = task.source if data is None else data
-    suffix = Path(name).suffix.lower()
-    if task.convert is None and suffix not in (".csv", ".parquet"):
-        file = open_records(name, FIELD)
-        return file if max_examples is None else file.first(max_examples)
-    if suffix == ".jsonl":
-        read = list(islice(JsonLines(name, FIELD).records(), max_examples))
-    else:
-        records = _records(name, suffix, max_examples)
-        read = [(f"{name}: record {number}", r) for number, r in enumerate(records, start=1)]
-    return RecordsInMemory(task.prompts(read), name)
+    file = _open(name, task.convert is not None)
+    if max_examples is not None:
+        file = file.first(max_examples)
+    if task.convert is None:
+        return file
+    return RecordsInMemory(task.prompts(list(file.records())), name)
 
 
-def _records(name: str, suffix: str, max_examples: int | None) -> list[dict[str, Any]]:
-    if suffix in (".json", ".csv") and not Path(name).is_file():
+def _open(name: str, as_stored: bool) -> RecordSource:
+    path, words = Path(name), name.split()
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".json") and not path.is_file():
         raise bad_value(FIELD, name, "there is no such file", "name the benchmark's file")
+    if suffix == ".csv" or (suffix == ".json" and not is_json_list(name)):
+        return RecordsInMemory(_rows(path), name)
+    if not path.exists() and words[0].count("/") == 1 and not suffix:
+        if len(words) not in (2, 3):
+            problem = "is no file, and no data set's name with its split"
+            raise bad_value(FIELD, name, problem, "name a file, or e.g. 'openai/gsm8k main test'")
+        subset = words[1] if len(words) == 3 else None
+        records = open_hub(words[0], FIELD, subset=subset, split=words[-1])
+        return records if as_stored else StandardRecords(records)
+    return open_stored(name, FIELD) if as_stored else open_records(name, FIELD)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file, or the list that BIG-Bench Hard puts into an object."""
     try:
-        if suffix == ".json":
-            content = json.loads(Path(name).read_text("utf-8"))
-            # BIG-Bench Hard puts its list into an object.
-            records = content["examples"] if isinstance(content, dict) else content
-        elif suffix == ".csv":
-            with Path(name).open(encoding="utf-8-sig", newline="") as file:
-                records = list(csv.DictReader(file))
+        if path.suffix.lower() == ".json":
+            records = json.loads(path.read_text("utf-8"))["examples"]
         else:
-            records = _through_datasets(name, suffix)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                records = list(csv.DictReader(file))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         problem = f"cannot be read ({type(error).__name__}: {error})"
-        raise bad_value(FIELD, name, problem, "repair it, or name another") from error
+        raise bad_value(FIELD, str(path), problem, "repair it, or name another") from error
     if not records or not all(isinstance(record, dict) for record in records):
-        raise bad_value(FIELD, name, "holds no records", "name a file of JSON objects or rows")
-    return records[:max_examples]
-
-
-def _through_datasets(name: str, suffix: str) -> list[dict[str, Any]]:
-    """Rows of a Parquet file, or of a data set ``name [configuration] split``."""
-    check_installed("datasets", FIELD, name)
-    from datasets import load_dataset
-
-    if suffix == ".parquet":
-        rows = load_dataset("parquet", data_files=name, split="train")
-    else:
-        words = name.split()
-        if len(words) < 2:
-            problem = "is no file, and as a data set's name it lacks a split"
-            raise bad_value(FIELD, name, problem, "name a file, or e.g. 'openai/gsm8k main test'")
-        rows = load_dataset(*words[:-1], split=words[-1])
-    return [dict(row) for row in rows]
+        raise bad_value(FIELD, str(path), "holds no records", "name a file of JSON objects or rows")
+    return records

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from megatron_dlm.data.prompts import PromptDataset, TokenTable
@@ -297,6 +298,25 @@ def test_files_of_other_forms(tmp_path: Path) -> None:
         writer.writerow(row)
     (_, record), *_ = read_task_file(TASKS["mmlu"], str(table), None).records()
     assert record["answer"] == "B"
+    columns = tmp_path / "test.parquet"
+    datasets.Dataset.from_list(BENCHMARKS["gsm8k"][0]).to_parquet(str(columns))
+    (_, record), *_ = read_task_file(TASKS["gsm8k"], str(columns), None).records()
+    assert record["messages"][0]["content"].startswith("3 + 4?")
+
+
+def test_a_benchmark_is_asked_for_at_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*names: Any, **options: Any) -> datasets.Dataset:
+        asked.append((*names, options["split"]))
+        return datasets.Dataset.from_list(BENCHMARKS["gsm8k"][0] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(read_task_file(TASKS["gsm8k"], None, 2)) == 2
+    assert len(read_task_file(TASKS["gsm8k"], "owner/name dev", None)) == 3
+    assert asked == [("openai/gsm8k", "main", "test"), ("owner/name", None, "dev")]
+    with pytest.raises(UserError, match="no data set.s name with its split"):
+        read_task_file(TASKS["gsm8k"], "owner/name", None)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
