@@ -22,6 +22,8 @@ blocks; c: columns of a chunk; tp: ranks.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,23 +219,9 @@ def chosen_columns(
     return block * VOCABULARY_BLOCK + column, values.gather(1, column[:, None])[:, 0]
 
 
-def _columns_of_logits(
-    logits: Tensor,
-    masses: Tensor,
-    best_block: Tensor,
-    fractions: Tensor | None,
-    is_regular: Tensor | None,
-    threshold: Tensor | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+def _columns_of_logits(logits: Tensor, *choice: Any) -> tuple[Tensor, Tensor]:
     """`chosen_columns` from logits [n, v]."""
-
-    def block_logits(blocks: Tensor) -> Tensor:
-        return block_of(logits, blocks)
-
-    return chosen_columns(
-        block_logits, masses, best_block, fractions, is_regular, threshold, temperature
-    )
+    return chosen_columns(partial(block_of, logits), *choice)
 
 
 def choose_tokens(

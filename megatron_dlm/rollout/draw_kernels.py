@@ -223,14 +223,7 @@ def _digit_masses(
 
 
 @_digit_masses.register_fake
-def _(
-    logits: Tensor,
-    top: Tensor,
-    floor: Tensor | None,
-    prefix: Tensor,
-    temperature: float,
-    shift: int,
-) -> Tensor:
+def _(logits: Tensor, *search: Tensor | float | None) -> Tensor:
     return logits.new_empty(len(logits), _programs_of_a_row(logits), _DIGITS, dtype=torch.float32)
 
 
@@ -266,13 +259,7 @@ def _choose_columns(
 
 @_choose_columns.register_fake
 def _(
-    logits: Tensor,
-    masses: Tensor,
-    best_block: Tensor,
-    fractions: Tensor | None,
-    is_regular: Tensor | None,
-    threshold: Tensor | None,
-    temperature: float,
+    logits: Tensor, masses: Tensor, best_block: Tensor, *draw: Tensor | float | None
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(best_block), torch.empty_like(best_block, dtype=torch.float32)
 

@@ -315,7 +315,7 @@ def test_a_benchmark_is_asked_for_at_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     assert len(read_task_file(TASKS["gsm8k"], None, 2)) == 2
     assert len(read_task_file(TASKS["gsm8k"], "owner/name dev", None)) == 3
     assert asked == [("openai/gsm8k", "main", "test"), ("owner/name", None, "dev")]
-    with pytest.raises(UserError, match="no data set.s name with its split"):
+    with pytest.raises(UserError, match=r"no data set.s name with its split"):
         read_task_file(TASKS["gsm8k"], "owner/name", None)
 
 
