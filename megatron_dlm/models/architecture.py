@@ -132,9 +132,9 @@ class Architecture(ModelSizes):
         )
 
 
-def active_parameters(architecture: Architecture) -> int:
-    """Parameters used for one token: all of a dense model; of experts, those the router chose."""
-    always = of_experts = 0
+def parameter_counts(architecture: Architecture) -> tuple[int, int]:
+    """Parameters of a model outside its experts, and of all of its experts; tied ones once."""
+    dense = experts = 0
     tables: set[str] = set()
     for mapping in parameter_mappings(architecture):
         if tables.issuperset(mapping.hf):  # a tied output layer
@@ -142,14 +142,20 @@ def active_parameters(architecture: Architecture) -> int:
         tables.update(mapping.hf)
         count = sum(math.prod(shape) for shape in mapping.hf.values())
         if mapping.is_of_expert:
-            of_experts += count
+            experts += count
         else:
-            always += count
+            dense += count
+    return dense, experts
+
+
+def active_parameters(architecture: Architecture) -> int:
+    """Parameters used for one token: all of a dense model; of experts, those the router chose."""
+    dense, experts = parameter_counts(architecture)
     if not architecture.is_moe:
-        return always
+        return dense
     assert architecture.moe_router_topk is not None
     assert architecture.num_moe_experts is not None
-    return always + of_experts * architecture.moe_router_topk // architecture.num_moe_experts
+    return dense + experts * architecture.moe_router_topk // architecture.num_moe_experts
 
 
 def parameter_mappings(architecture: Architecture) -> list[ParameterMapping]:

@@ -74,7 +74,7 @@ class CallTests:
             Program(
                 files={
                     "wire.py": wire,
-                    "main.py": _source("asking_side.py"),
+                    "main.py": _source("tests_process.py"),
                     "tests.json": json.dumps(content),
                 },
                 arguments=[*_WITH_FOLDER, "main.py", str(ends[0]), str(writing)],
@@ -83,7 +83,7 @@ class CallTests:
             Program(
                 files={
                     "wire.py": wire,
-                    "main.py": _source("answering_side.py"),
+                    "main.py": _source("program_process.py"),
                     "program.py": program,
                 },
                 arguments=[*_WITH_FOLDER, "main.py", str(ends[1])],

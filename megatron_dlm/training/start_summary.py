@@ -1,9 +1,7 @@
 """What a run is about to do, in a few lines before its models are built."""
 
-import math
-
 from megatron_dlm.config import Config
-from megatron_dlm.models.architecture import Architecture, parameter_mappings
+from megatron_dlm.models.architecture import Architecture, parameter_counts
 from megatron_dlm.terminal import COLUMNS
 from megatron_dlm.training.inputs import RunInputs
 
@@ -43,7 +41,7 @@ def start_summary(config: Config, inputs: RunInputs, world_size: int) -> list[st
 
 
 def _model(architecture: Architecture, origin: str) -> str:
-    dense, experts = parameters(architecture)
+    dense, experts = parameter_counts(architecture)
     return (
         f"{architecture.family}, {architecture.num_layers} layers, "
         f"{_amount(dense + experts)} parameters, from {_tail(origin)}"
@@ -91,24 +89,9 @@ def _memory(config: Config, inputs: RunInputs, world_size: int) -> str:
     return f"{', '.join(parts)} a process"
 
 
-def parameters(architecture: Architecture) -> tuple[int, int]:
-    """Parameters of a model outside its experts, and of all of its experts; tied ones once."""
-    dense = experts = 0
-    tables: set[str] = set()
-    for mapping in parameter_mappings(architecture):
-        if tables.issuperset(mapping.hf):  # a tied output layer
-            continue
-        tables.update(mapping.hf)
-        count = sum(math.prod(shape) for shape in mapping.hf.values())
-        dense, experts = (
-            (dense, experts + count) if mapping.is_of_expert else (dense + count, experts)
-        )
-    return dense, experts
-
-
 def _of_process(architecture: Architecture, config: Config) -> int:
     """Parameters of a process, as if they were split evenly."""
-    dense, experts = parameters(architecture)
+    dense, experts = parameter_counts(architecture)
     p = config.parallel
     expert_ranks = p.expert_model_parallel_size * config.expert_tensor_parallel_size
     share = dense // p.tensor_model_parallel_size + experts // expert_ranks

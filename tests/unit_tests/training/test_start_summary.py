@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from megatron_dlm.models.architecture import parameter_counts
 from megatron_dlm.terminal import COLUMNS, wrapped
-from megatron_dlm.training.start_summary import parameters, start_summary
+from megatron_dlm.training.start_summary import start_summary
 from tests.tiny import run_config, save_random_model, started_inputs, write_data
 
 
@@ -42,7 +43,7 @@ def test_summary(
     for name, text in expected.items():
         assert text in lines[name]
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    dense, experts = parameters(inputs.architecture)
+    dense, experts = parameter_counts(inputs.architecture)
     own = list(loaded.named_parameters())
     assert dense + experts == sum(parameter.numel() for _, parameter in own)
     assert experts == sum(parameter.numel() for name, parameter in own if ".experts." in name)

@@ -1,9 +1,9 @@
 """Runs tests of a program that lies on the other side of a channel; without this package.
 
-python asking_side.py CHANNEL VERDICT: tests.json beside it has `setup` (source that is run first),
-`tests` (sources, each run after it) and `entry_point` (a name that is the program's even where
-`setup` defines it; None for none). One line of JSON goes to the descriptor VERDICT: how many tests
-passed, in order, and what the first that failed said.
+python tests_process.py CHANNEL VERDICT: tests.json beside it has `setup` (source that is run
+first), `tests` (sources, each run after it) and `entry_point` (a name that is the program's even
+where `setup` defines it; None for none). One line of JSON goes to the descriptor VERDICT: how many
+tests passed, in order, and what the first that failed said.
 
 A name that the tests do not define is the program's, unless it is a builtin or a module of the
 standard library.

@@ -1,6 +1,6 @@
 """Loads a program and answers calls of its functions; runs inside, without this package.
 
-python answering_side.py CHANNEL: the program is program.py in the same folder. It knows neither
+python program_process.py CHANNEL: the program is program.py in the same folder. It knows neither
 what its results are compared with nor what became of them.
 """
 
