@@ -41,7 +41,8 @@ say "Evaluating the converted model"
 evaluate "$run" static,dynamic:0.9,dynamic:0.7 "$run/after.json"
 
 say "Exporting it to Hugging Face format"
-python tools/convert_checkpoint.py --load "$run" --save "$run/hf" --target-format sdar
+python tools/convert_checkpoint.py --load "$run" --save "$run/hf" --target-format sdar \
+  --scores "$run/after.json"
 
 say "Generating one answer with plain transformers"
 python examples/tiny/generate_with_transformers.py "$run/hf" "$run/data/heldout.jsonl"

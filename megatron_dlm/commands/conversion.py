@@ -9,6 +9,7 @@ from megatron_dlm.commands.convert import ConversionConfig, DType
 from megatron_dlm.config import Config, ModelConfig, ParallelConfig, validate_inference
 from megatron_dlm.conversion.formats import default_format
 from megatron_dlm.conversion.hf_export import export_hf
+from megatron_dlm.conversion.model_card import Provenance, read_scores
 from megatron_dlm.conversion.peft_export import AdapterSettings, check_base_model, export_peft
 from megatron_dlm.data.tokenizer import (
     eos_token_ids,
@@ -18,16 +19,18 @@ from megatron_dlm.data.tokenizer import (
     unusable_tokens,
 )
 from megatron_dlm.entry import rank, world_size
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.output_file import check_output_folder
 from megatron_dlm.parallel import initialized
+from megatron_dlm.report.run_record import read_runs
 from megatron_dlm.terminal import say
 from megatron_dlm.training.checkpoint_saving import save_checkpoint
-from megatron_dlm.training.checkpointing import AdapterUse, saved_config
+from megatron_dlm.training.checkpointing import AdapterUse, saved_config, saved_progress
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
+from megatron_dlm.training.run_folder import find_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -129,6 +132,32 @@ def find_adapters(
     return "keep", settings, base
 
 
+def read_provenance(source: ModelSource, scores: str | None) -> Provenance:
+    """What is known of where a model's weights come from: its run's folder, and files of scores.
+
+    Raises:
+        UserError: A file of scores cannot be read or holds something else.
+    """
+    results = (
+        [read_scores(path.strip(), "--scores") for path in scores.split(",")] if scores else []
+    )
+    config = saved_config(source.path) if source.is_megatron else {}
+    progress = saved_progress(source.path) if config else None
+    if progress is None:
+        return Provenance(config=config, scores=results)
+    try:
+        [run] = read_runs([find_checkpoint(source.path, "--load").parent])
+    except UserError:  # the checkpoint was moved, and its run stayed
+        return Provenance(config=config, scores=results)
+    starts = [event for event in run.history if event["event"] in ("started", "resumed")]
+    return Provenance(
+        config=config,
+        metrics=next((line for line in run.metrics if line["step"] == progress.iteration), {}),
+        started=starts[-1] if starts else {},
+        scores=results,
+    )
+
+
 def find_special_tokens(
     source: ModelSource, tokenizer_folder: Path, *, needs_mask: bool
 ) -> tuple[Architecture, int | None]:
@@ -176,6 +205,10 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
     # The weights under a run's adapters may be an autoregressive model's, whatever the run trained.
     if target_format == "autoregressive" and adapters != "remove":
         check_autoregressive(source)
+    if conversion.scores is not None and target_format == "megatron":
+        remedy = "drop it, or write a Hugging Face folder"
+        raise bad_value("--scores", conversion.scores, "only a model card shows them", remedy)
+    provenance = read_provenance(source, conversion.scores)
     tokenizer_folder = Path(conversion.tokenizer) if conversion.tokenizer else source.hf_folder
     block_size = conversion.block_size or architecture.hf_config.get("block_size")
     architecture, mask_token_id = find_special_tokens(
@@ -204,6 +237,7 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
                 base=base,
                 dtype=dtype,
                 overwrite=conversion.overwrite,
+                provenance=provenance,
             )
         else:
             export_hf(
@@ -218,6 +252,7 @@ def run_conversion(conversion: ConversionConfig, parallel: ParallelConfig) -> tu
                 dtype=dtype,
                 max_shard_size=conversion.max_shard_size_mb * 10**6,
                 overwrite=conversion.overwrite,
+                provenance=provenance,
             )
     if rank() == 0:
         if has_tokenizer(tokenizer_folder):

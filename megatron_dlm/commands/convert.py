@@ -69,6 +69,10 @@ class ConversionConfig(CheckpointOptions):
     without_adapters: bool = False
     """Write the weights under a LoRA run's adapters, without them: the base model of peft."""
 
+    scores: str | None = None
+    """Files that megatron-dlm evaluate wrote (--output), separated by commas, whose scores the
+    model card shows."""
+
     dtype: DType = "auto"
     """Type of the stored weights; auto keeps the type that config.json states."""
 

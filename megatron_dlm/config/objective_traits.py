@@ -18,6 +18,7 @@ class ObjectiveTraits:
     """Properties of an objective.
 
     Attributes:
+        method: What it does to a model, as a model card says it.
         response_sources: Where the responses of x_0 can come from: the student's `rollout`, the
             autoregressive `teacher` (generated once), `data` (`--train-data`), or windows of a
             pretraining `corpus` (`--data-path`). Of several, the one whose data are given is used.
@@ -34,6 +35,7 @@ class ObjectiveTraits:
         chooses_attention: Whether `--attention-pattern` chooses the attention of that model.
     """
 
+    method: str
     response_sources: tuple[ResponseSource, ...]
     uses_teacher: bool
     state_selections: tuple[StateSelection, ...] = ()
@@ -45,15 +47,57 @@ class ObjectiveTraits:
 
 
 OBJECTIVE_TRAITS: dict[ObjectiveName, ObjectiveTraits] = {
-    "opdlm": ObjectiveTraits(("rollout",), True, ("per_block", "global", "all"), BLOCK_DIFFUSION),
-    "opdlm_off": ObjectiveTraits(("rollout",), True, ("random",), BLOCK_DIFFUSION),
-    "off_policy": ObjectiveTraits(("teacher",), True, ("random",), BLOCK_DIFFUSION),
+    "opdlm": ObjectiveTraits(
+        "on-policy distillation (OPDLM): it wrote responses by block diffusion, and was trained "
+        "at the states that it had visited towards the distributions of an autoregressive teacher",
+        ("rollout",),
+        True,
+        ("per_block", "global", "all"),
+        BLOCK_DIFFUSION,
+    ),
+    "opdlm_off": ObjectiveTraits(
+        "distillation on its own responses: it wrote them by block diffusion, and was trained at "
+        "random states of them towards the distributions of an autoregressive teacher",
+        ("rollout",),
+        True,
+        ("random",),
+        BLOCK_DIFFUSION,
+    ),
+    "off_policy": ObjectiveTraits(
+        "off-policy distillation: an autoregressive teacher wrote responses, and it was trained at "
+        "random states of them towards that teacher's distributions",
+        ("teacher",),
+        True,
+        ("random",),
+        BLOCK_DIFFUSION,
+    ),
     "sft": ObjectiveTraits(
-        ("data", "teacher"), False, ("random",), BLOCK_DIFFUSION, weighs_tokens=True
+        "supervised fine-tuning (BD3LM): it was trained to fill in MASKs of given responses",
+        ("data", "teacher"),
+        False,
+        ("random",),
+        BLOCK_DIFFUSION,
+        weighs_tokens=True,
     ),
     "scp": ObjectiveTraits(
-        ("corpus",), False, ("random",), RND1, weighs_tokens=True, chooses_attention=True
+        "continual pretraining (SCP of RND1): it was trained to fill in MASKs of a corpus",
+        ("corpus",),
+        False,
+        ("random",),
+        RND1,
+        weighs_tokens=True,
+        chooses_attention=True,
     ),
-    "next_token": ObjectiveTraits(("corpus", "data"), False),
-    "d_opsd": ObjectiveTraits(("rollout",), True, ("all",), self_distillation=True, verifies=True),
+    "next_token": ObjectiveTraits(
+        "autoregressive training on the next token", ("corpus", "data"), False
+    ),
+    "d_opsd": ObjectiveTraits(
+        "self-distillation (d-OPSD): of its right responses, it was trained at the states that it "
+        "had visited towards its own distributions with later text shown",
+        ("rollout",),
+        True,
+        ("all",),
+        self_distillation=True,
+        verifies=True,
+    ),
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_dlm.conversion.formats import FORMATS_WITH_HEAD, TARGET_FORMATS, ExportRequest
 from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
+from megatron_dlm.conversion.model_card import MODEL_CARD, Provenance, model_card
 from megatron_dlm.conversion.publishing import is_writer, published_folder
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
@@ -40,6 +41,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    provenance: Provenance | None = None,
 ) -> None:
     """Write a model as a Hugging Face folder; a collective call of all ranks.
 
@@ -60,6 +62,7 @@ def export_hf(
         dtype: Type of the stored tensors; None keeps the model's.
         max_shard_size: Bytes of one safetensors file.
         overwrite: Replace an existing folder.
+        provenance: Where the weights come from, for the model card; None: nothing is known.
 
     Raises:
         UserError: On every rank: unknown format, a model that the format cannot express, a missing
@@ -93,6 +96,17 @@ def export_hf(
             dynamic_threshold=dynamic_threshold,
         )
         TARGET_FORMATS[format](request, folder)
+        card = model_card(
+            architecture,
+            name=target.resolve().name,
+            format=format,
+            dtype=dtype,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            dynamic_threshold=dynamic_threshold,
+            provenance=provenance,
+        )
+        (folder / MODEL_CARD).write_text(card, encoding="utf-8")
         needed = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
         check_space(target.parent, "--save", "the model", needed)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import write_safetensors
 from megatron_dlm.conversion.hf_import import check_weights_equal
+from megatron_dlm.conversion.model_card import MODEL_CARD, Provenance, model_card
 from megatron_dlm.conversion.publishing import is_writer, published_folder
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
@@ -111,6 +112,7 @@ def export_peft(
     base: ModelWeights,
     dtype: torch.dtype,
     overwrite: bool = False,
+    provenance: Provenance | None = None,
 ) -> None:
     """Write the adapters of a model; a collective call of all ranks.
 
@@ -122,6 +124,7 @@ def export_peft(
         base: Hugging Face folder of the base model, checked by `check_base_model`.
         dtype: Type of the stored tensors.
         overwrite: Replace an existing folder.
+        provenance: Where the weights come from, for the model card; None: nothing is known.
 
     Raises:
         UserError: On every rank: the base model has other weights, or the folder exists.
@@ -147,6 +150,16 @@ def export_peft(
             config = _peft_config(adapters, base, sorted(layers))
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+            card = model_card(
+                architecture,
+                name=Path(folder).resolve().name,
+                format="peft",
+                dtype=dtype,
+                block_size=architecture.hf_config.get("block_size"),
+                base_model=str(base.path),
+                provenance=provenance,
+            )
+            (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
 def _gathered_adapters(

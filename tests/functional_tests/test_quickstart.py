@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tests.tiny import REPOSITORY
@@ -50,6 +51,14 @@ def test_short_quickstart(tmp_path: Path) -> None:
     assert list((run / "tensorboard").iterdir())
     assert "block_size: 4" in (run / "config.yaml").read_text()
     assert json.loads((run / "hf" / "config.json").read_text())["model_type"] == "sdar"
+    card = ModelCard.load(run / "hf" / "README.md")
+    scores = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert scores == {
+        f"accuracy, {setting}": round(summary["after"][setting]["accuracy"], 4)
+        for setting in summary["after"]
+    }
+    assert f"| updates | {summary['optimizer_steps']} |" in card.content
+    assert "on-policy distillation" in card.content
     with safe_open(run / "hf" / "model.safetensors", "pt") as file:
         assert "model.embed_tokens.weight" in file.keys()  # noqa: SIM118
     assert "Answer:" in result.stdout

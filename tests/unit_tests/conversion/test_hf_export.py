@@ -168,7 +168,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, source, tokenizer, 
     finally:
         os.umask(before)
     files = list((tmp_path / "out").iterdir())
-    assert {file.suffix for file in files} == {".json", ".py", ".safetensors", ".yaml"}
+    assert {file.suffix for file in files} == {".json", ".md", ".py", ".safetensors", ".yaml"}
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
