@@ -7,6 +7,7 @@ from megatron_dlm.errors import bad_value
 EXTRAS = {
     "datasets": "data",
     "langdetect": "eval",
+    "lm_eval": "harness",
     "math_verify": "eval",
     "matplotlib": "plots",
     "wandb": "wandb",

@@ -21,6 +21,7 @@ PROGRAM = "megatron-dlm"
 COMMANDS = {
     "train": "Turn an autoregressive language model into a block-diffusion model.",
     "evaluate": "Score a checkpoint's responses to held-out prompts.",
+    "lm-eval": "Run tasks of lm-evaluation-harness on a checkpoint.",
     "generate": "Generate responses with a checkpoint.",
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
     "report": "Compare training runs on one HTML page.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from lm_eval._cli import HarnessCLI
 
 import megatron_dlm
 from megatron_dlm.commands import COMMANDS
@@ -21,6 +22,7 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 SCRIPTS = {
     "pretrain_opdlm.py": "train",
     "tools/evaluate.py": "evaluate",
+    "tools/harness.py": "lm-eval",
     "tools/generate.py": "generate",
     "tools/convert_checkpoint.py": "convert",
     "tools/report_runs.py": "report",
@@ -69,6 +71,9 @@ def test_relative_links_and_named_files_exist(page: Path) -> None:
 
 
 def known_flags(command: str) -> set[str]:
+    if command == "lm-eval":  # has the harness's own
+        parser = HarnessCLI()._subparsers.choices["run"]
+        return {flag for action in parser._actions for flag in action.option_strings}
     module = importlib.import_module(f"megatron_dlm.commands.{command.replace('-', '_')}")
     options = Config if command == "train" else module.Arguments
     return {flag_of(name) for name in option_fields(options)}
