@@ -10,8 +10,10 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.environment import commit, versions
 from megatron_dlm.accounting.fake_cuda import balanced_routing, fake_cuda
@@ -94,7 +96,8 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
             stop=steps,  # type: ignore[arg-type]
         )
         prompts = [Prompt(i, torch.arange(1, PROMPT_LENGTH + 1)) for i in range(sequences)]
-        trajectories = engine.generate(prompts, 3 * BLOCK_SIZE)
+        with _one_token_a_step(3 * BLOCK_SIZE):
+            trajectories = engine.generate(prompts, 3 * BLOCK_SIZE)
         steps.end()
         # The first holds the prompts, the next ones of a block hold it alone.
         phases["prefill step"], phases["rollout step"] = steps.counts[0], steps.counts[1]
@@ -130,6 +133,28 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
             )
         phases["optimizer"] = counter.take()
     return phases
+
+
+@contextmanager
+def _one_token_a_step(steps: int) -> Iterator[None]:
+    """The host reads, of tensors without values, that each sequence committed one more token."""
+    from megatron_dlm.rollout.engine import RolloutEngine
+
+    read, step = RolloutEngine._read, count(1)
+
+    def made_up(engine: RolloutEngine, report: Any, works: bool) -> tuple[Any, bool]:
+        host, going = read(engine, report, works)
+        if len(host) == 0:
+            return host, going
+        now = next(step)
+        first = now % BLOCK_SIZE
+        host[:] = 0
+        host[:, 2 * BLOCK_SIZE + first : 3 * BLOCK_SIZE] = 1  # masks of the next forward
+        host[:, -2], host[:, -1] = first == 0, now == steps
+        return host, now < steps
+
+    with patch.object(RolloutEngine, "_read", made_up):
+        yield
 
 
 class _EachStep:
@@ -171,7 +196,7 @@ class Phase:
     rest_by_name: dict[str, int]
 
 
-def count(shape: str) -> dict[str, Phase]:
+def count_shape(shape: str) -> dict[str, Phase]:
     """Counts of each phase of a shape, in a process that computes nothing else (`fake_cuda`)."""
     from benchmarks.real_shapes import REAL_SHAPES
 
@@ -200,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    counts = {shape: count(shape) for shape in options.shapes}
+    counts = {shape: count_shape(shape) for shape in options.shapes}
     result = {
         "commit": commit(),
         "versions": versions(),

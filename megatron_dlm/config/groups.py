@@ -216,8 +216,17 @@ class DecodingConfig(StrategyOptions):
     top_p: Annotated[float, PROBABILITY] = 1.0
     """Draw among the most likely tokens that together hold this probability; 1 is off."""
     max_running_requests: Annotated[int, AT_LEAST_ONE] = 64
-    """Sequences a data-parallel process decodes at once (slots of its KV cache; under full
-    attention, the canvases of one forward)."""
+    """Sequences a data-parallel process decodes at once (under full attention, the canvases of one
+    forward), fewer where --max-total-tokens has no room for them."""
+
+    max_total_tokens: Annotated[int | None, AT_LEAST_ONE] = None
+    """Tokens that the KV cache of a data-parallel process has room for, in pages of 32. A prompt
+    waits until there are pages for it and its longest response (default: enough for
+    --max-running-requests, up to 80 % of the free memory of a GPU)."""
+
+    chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = 8192
+    """Most prompt tokens of a forward; longer prompts are prefilled in pieces of this size, while
+    other sequences are decoded."""
 
 
 @dataclass(frozen=True)

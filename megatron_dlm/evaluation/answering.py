@@ -15,7 +15,7 @@ from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.evaluation.partial_results import PartialResults
 from megatron_dlm.evaluation.progress import GenerationProgress
 from megatron_dlm.parallel import on_rank_zero
-from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.generation_config import DECIDE_NO_TOKEN, GenerationConfig
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -62,7 +62,7 @@ def results_header(
     }
     for setting, generation in settings.items():
         for name, value in asdict(generation).items():
-            if name != "max_running_requests":  # how many at once decides no token
+            if name not in DECIDE_NO_TOKEN:
                 header[f"{setting}: {name}"] = value
     return header
 

@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_dlm.models.attention_layout import (
     DocumentBatch,
@@ -123,6 +123,33 @@ def flex_attention_over_row(
     return context.permute(2, 0, 1, 3).masked_fill(is_padding, 0.0)
 
 
+def flex_attention_over_pages(
+    query: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask, softmax_scale: float
+) -> Tensor:
+    """FlexAttention of rows of queries against one pool of keys, without gradients.
+
+    Compiled on CUDA, where only the tiles that `block_mask` lists are read.
+
+    Args:
+        query: [rows, g, Q, d].
+        keys: [1, g, K, d], of all sequences.
+        values: [1, g, K, d].
+        block_mask: Of [rows, 1, Q, K].
+        softmax_scale: Factor on the scores.
+
+    Returns:
+        Context [rows, g, Q, d].
+    """
+    if not query.is_cuda:
+        return flex_attention(query, keys, values, block_mask=block_mask, scale=softmax_scale)
+    # The largest tiles that hold no padding: rows are short, and a tile of keys is within a page.
+    queries = 1 << max(4, (query.shape[2] - 1).bit_length())
+    tiles = {"BLOCK_M": min(queries, FLEX_TILE), "BLOCK_N": block_mask.BLOCK_SIZE[1]}
+    return _compiled_flex_attention()(
+        query, keys, values, block_mask=block_mask, scale=softmax_scale, kernel_options=tiles
+    )
+
+
 _BACKENDS = {"sdpa": sdpa_attention, "flex": flex_attention_over_row}
 
 
@@ -146,6 +173,7 @@ class DiffusionAttention(MegatronModule):
         head_size = config.kv_channels
         assert head_size is not None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_size)
+        self.backend_name = backend
         self.backend = _BACKENDS[backend]
 
     def forward(

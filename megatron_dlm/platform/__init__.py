@@ -84,9 +84,9 @@ def to_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The same tensors in the device's memory, copied at once and without waiting for the device.
 
     Args:
-        tensors: On the CPU, of element types of 8 bytes.
+        tensors: On the CPU, of element types of 8 bytes; or all of them there already.
     """
-    if not is_cuda():
+    if not is_cuda() or all(tensor.is_cuda for tensor in tensors):
         return list(tensors)
     # Page-locked, or the copy would wait until all work that was launched before is done.
     packed = torch.empty(sum(t.numel() for t in tensors), dtype=torch.int64, pin_memory=True)

@@ -1,78 +1,206 @@
 """Attention of a rollout's forwards: against a KV cache, or within the forward."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.errors import bad_value
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import clean_layout, pad_layout
 from megatron_dlm.models.forward import decoding_multiple
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.kv_cache import CacheView, KVCache
+from megatron_dlm.rollout.pages import PAGE_SIZE, PagePool, pages_for, prefix_keys
+
+# Share of the device's free memory that the cache takes at most; activations need the rest.
+MAX_MEMORY_SHARE = 0.8
 
 
 class RolloutContext(Protocol):
     """Attention of the sequences in decoding, for one call of the engine."""
 
-    def attention(self, starts: Tensor, ends: Tensor) -> Tensor | CachedAttention:
+    def admit(self, slot: int, token_ids: Tensor, length: int) -> bool:
+        """Reserve what a sequence needs until its end, so that it never waits once it runs.
+
+        Args:
+            slot: Where it will be decoded.
+            token_ids: [P] int64, its prompt.
+            length: Positions it may have, prompt and longest response in whole blocks.
+
+        Returns:
+            False if it has to wait until others have ended.
+        """
+
+    def release(self, slot: int) -> None:
+        """The sequence of a slot has ended."""
+
+    def move(self, source: int, target: int) -> None:
+        """Move the sequence of slot `source` to slot `target`, which is unused."""
+
+    def reuse(self, slot: int, start: int) -> int:
+        """First position from `start` on that no sequence has computed for this prompt yet."""
+
+    def publish(self, slot: int, end: int) -> None:
+        """Positions below `end` are final after this forward, or computed earlier in it."""
+
+    def attention(self, starts: np.ndarray, ends: np.ndarray) -> Tensor | CachedAttention:
         """Attention of a forward over positions starts[r] to ends[r] - 1 of each slot r.
 
         Without slots: attention of a row with one token that belongs to no sequence.
 
         Args:
-            starts: [R] int64 on the CPU.
-            ends: [R] int64 on the CPU.
+            starts: [R] int64.
+            ends: [R] int64.
         """
-
-    def move(self, source: int, target: int) -> None:
-        """Move the sequence of slot `source` to slot `target`."""
 
 
 class CachedContext:
     """Block-causal or causal attention against cached keys.
 
+    A sequence gets the pages of its longest possible response when it is admitted. So it never
+    waits for a page that only the end of another one would free: there is no deadlock, and nothing
+    is computed twice. Sequences whose prompts begin alike share the pages of that.
+
     Args:
         model: This rank's part of the model.
-        tp_size: Tensor-parallel ranks that share its heads.
+        groups: Process groups; ranks of a replica have equally many pages.
+        lengths: Positions that each sequence of the rollout may have.
         num_slots: Sequences held at once.
-        max_length: Positions of each.
         block_size: Tokens of a block of the visibility rule; 1 is causal.
+        max_total_tokens: Most positions in the cache; None: what `num_slots` sequences need, as far
+            as the device has memory for it.
+
+    Raises:
+        UserError: The longest sequence does not fit.
     """
 
     def __init__(
         self,
         model: DiffusionGPTModel,
         *,
-        tp_size: int,
+        groups: ParallelGroups,
+        lengths: Sequence[int],
         num_slots: int,
-        max_length: int,
         block_size: int,
+        max_total_tokens: int | None,
     ) -> None:
         config = model.config
         layers = model.decoder.layers
+        tp_size = groups.tp.size() if groups.tp is not None else 1
+        num_query_groups = config.num_query_groups // tp_size
+        element_size = torch.empty(0, dtype=config.params_dtype).element_size()
+        page_bytes = (
+            len(layers) * PAGE_SIZE * 2 * num_query_groups * config.kv_channels * element_size
+        )
+        longest = sorted(map(pages_for, lengths), reverse=True)[:num_slots]
+        num_pages = sum(longest)
+        if max_total_tokens is not None:
+            num_pages = min(num_pages, max_total_tokens // PAGE_SIZE)
+        num_pages = min(num_pages, _pages_in_memory(page_bytes, groups))
+        if longest and num_pages < longest[0]:
+            raise bad_value(
+                "--max-total-tokens",
+                max_total_tokens,
+                f"the cache holds {num_pages * PAGE_SIZE} tokens, and the longest prompt and "
+                f"response need {longest[0] * PAGE_SIZE}",
+                "raise it or free memory, or lower --max-response-length or --max-prompt-length",
+            )
+        self.pool = PagePool(num_pages)
         self._block_size = block_size
+        # Zero is the null page.
+        self._tables = np.zeros((num_slots, max(longest, default=0)), dtype=np.int64)
+        self._num_pages = np.zeros(num_slots, dtype=np.int64)
+        self._keys: list[list[bytes]] = [[] for _ in range(num_slots)]
         self._cache = KVCache(
             num_layers=len(layers),
             first_layer_number=layers[0].layer_number,
-            num_slots=num_slots,
-            max_length=max_length,
+            num_pages=num_pages,
             num_attention_heads_per_partition=config.num_attention_heads // tp_size,
-            num_query_groups_per_partition=config.num_query_groups // tp_size,
+            num_query_groups_per_partition=num_query_groups,
             head_size=config.kv_channels,
             dtype=config.params_dtype,
             device=platform.device(),
+            backend=layers[0].self_attention.core_attention.backend_name,
         )
 
-    def attention(self, starts: Tensor, ends: Tensor) -> CacheView:
-        """See `RolloutContext`; the keys of the forward's tokens are written into the cache."""
-        return CacheView(self._cache, starts, ends, self._block_size)
+    def admit(self, slot: int, token_ids: Tensor, length: int) -> bool:
+        """See `RolloutContext`."""
+        # A causal model predicts from the prompt's last token, which is therefore computed.
+        complete = len(token_ids) // self._block_size * self._block_size
+        if self._block_size == 1:
+            complete -= 1
+        keys = prefix_keys(token_ids, complete, self._block_size)
+        pages: list[int] = []
+        for key in keys:
+            page = self.pool.share(key)
+            if page is None:
+                break
+            pages.append(page)
+        needed = pages_for(length) - len(pages)
+        if needed > self.pool.num_free:
+            self.pool.release(pages)
+            return False
+        pages += self.pool.allocate(needed)
+        self._keys[slot] = keys
+        self._num_pages[slot] = len(pages)
+        self._tables[slot, : len(pages)] = pages
+        return True
+
+    def release(self, slot: int) -> None:
+        """See `RolloutContext`."""
+        # The last page first: of a prompt that comes again, the beginning stays longest.
+        self.pool.release(self._tables[slot, : self._num_pages[slot]][::-1].tolist())
+        self._tables[slot] = 0
+        self._num_pages[slot] = 0
 
     def move(self, source: int, target: int) -> None:
+        """See `RolloutContext`: the page table moves, no key does."""
+        self._tables[target] = self._tables[source]
+        self._num_pages[target] = self._num_pages[source]
+        self._keys[target] = self._keys[source]
+        self._tables[source] = 0
+        self._num_pages[source] = 0
+
+    def reuse(self, slot: int, start: int) -> int:
+        """See `RolloutContext`; the pages of what was computed take the place of own ones."""
+        keys = self._keys[slot]
+        while start % PAGE_SIZE == 0 and start // PAGE_SIZE < len(keys):
+            index = start // PAGE_SIZE
+            page = self.pool.share(keys[index])
+            if page is None:
+                break
+            # One user fewer for its own page; or for the shared one, which it had already.
+            self.pool.release([int(self._tables[slot, index])])
+            self._tables[slot, index] = page
+            start += PAGE_SIZE
+        return start
+
+    def publish(self, slot: int, end: int) -> None:
         """See `RolloutContext`."""
-        self._cache.move(source, target)
+        for index, key in enumerate(self._keys[slot][: end // PAGE_SIZE]):
+            self.pool.publish(int(self._tables[slot, index]), key)
+
+    def attention(self, starts: np.ndarray, ends: np.ndarray) -> CacheView:
+        """See `RolloutContext`; the keys of the forward's tokens are written into the cache."""
+        return CacheView(self._cache, self._tables[: len(starts)], starts, ends, self._block_size)
+
+
+def _pages_in_memory(page_bytes: int, groups: ParallelGroups) -> int:
+    """Pages that the device has memory for, on the rank of the replica that has fewest."""
+    free = platform.free_memory()
+    if free is None:
+        return 1 << 62
+    pages = torch.tensor([int(free * MAX_MEMORY_SHARE) // page_bytes], device=platform.device())
+    if groups.model is not None:
+        dist.all_reduce(pages, op=dist.ReduceOp.MIN, group=groups.model)
+    return int(platform.to_host(pages).item())
 
 
 class CanvasContext:
@@ -89,7 +217,24 @@ class CanvasContext:
         self._lengths: list[int] | None = None
         self._layout = torch.empty(0)
 
-    def attention(self, starts: Tensor, ends: Tensor) -> Tensor:
+    def admit(self, slot: int, token_ids: Tensor, length: int) -> bool:
+        """See `RolloutContext`; there is nothing to reserve."""
+        return True
+
+    def release(self, slot: int) -> None:
+        """See `RolloutContext`."""
+
+    def move(self, source: int, target: int) -> None:
+        """See `RolloutContext`; nothing has to move."""
+
+    def reuse(self, slot: int, start: int) -> int:
+        """See `RolloutContext`; nothing was kept."""
+        return start
+
+    def publish(self, slot: int, end: int) -> None:
+        """See `RolloutContext`; nothing is kept."""
+
+    def attention(self, starts: np.ndarray, ends: np.ndarray) -> Tensor:
         """See `RolloutContext`; a layout tensor, with the padding of the forward."""
         lengths = (ends - starts).tolist()
         # The same tensor as long as no sequence ends, so that its cached masks are reused.
@@ -101,26 +246,35 @@ class CanvasContext:
             self._layout = pad_layout(layout, padded).to(platform.device())
         return self._layout
 
-    def move(self, source: int, target: int) -> None:
-        """See `RolloutContext`; nothing has to move."""
-
 
 def rollout_context(
     model: DiffusionGPTModel,
     generation: GenerationConfig,
     *,
-    tp_size: int,
+    groups: ParallelGroups,
     num_slots: int,
-    max_length: int,
+    lengths: Sequence[int],
 ) -> RolloutContext:
-    """A new, empty context: no key in it is from older weights."""
+    """A new, empty context: no key in it is from older weights.
+
+    Args:
+        model: This rank's part of the model.
+        generation: Decoding settings.
+        groups: Process groups.
+        num_slots: Sequences held at once.
+        lengths: Positions that each sequence of the rollout may have.
+
+    Raises:
+        UserError: The longest sequence does not fit into the cache.
+    """
     if generation.attention_pattern == "full":
         return CanvasContext(decoding_multiple(model))
     assert generation.block_size is not None
     return CachedContext(
         model,
-        tp_size=tp_size,
+        groups=groups,
+        lengths=lengths,
         num_slots=num_slots,
-        max_length=max_length,
         block_size=generation.block_size,
+        max_total_tokens=generation.max_total_tokens,
     )

@@ -3,32 +3,15 @@
 S: tokens of a forward; n: draws of a forward; h: hidden size.
 """
 
-from dataclasses import dataclass
-
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm import platform
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import ForwardPlan
-from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.special_tokens import SpecialTokens
-
-
-@dataclass(frozen=True)
-class PlannedDraws:
-    """What draws need besides hidden states, on the device.
-
-    Attributes:
-        rows: [n] int64, index of the hidden state that each draw is made from.
-        uniforms: [n] float64, the number of each draw.
-    """
-
-    rows: Tensor
-    uniforms: Tensor
 
 
 class TokenDrawer:
@@ -54,41 +37,29 @@ class TokenDrawer:
         self._special_tokens = special_tokens
         self._groups = groups
 
-    def plan(self, plan: ForwardPlan, seed: int) -> PlannedDraws:
-        """Copy to the device what the draws of a forward need, before it is launched.
-
-        A copy after it would wait for all its kernels.
-
-        Args:
-            plan: The plan of that forward.
-            seed: Seed of the draws.
-        """
-        uniforms = counter_uniforms(seed, plan.sample_index, plan.position, plan.denoising_step)
-        return PlannedDraws(*platform.to_device(plan.draw_rows, uniforms))
-
-    def draw(self, hidden: Tensor | None, draws: PlannedDraws) -> SampledTokens:
-        """Sample on the last stage from hidden states [S, h]; the result on every stage's CPU.
+    def draw(self, hidden: Tensor | None, plan: ForwardPlan) -> SampledTokens:
+        """Sample on the last stage from hidden states [S, h]; the result on every stage's device.
 
         Args:
             hidden: None on stages before the last.
-            draws: What `plan` returned before the forward.
+            plan: The plan of that forward.
         """
         if hidden is not None:
-            packed = self._sample(hidden, draws)
+            packed = self._sample(hidden, plan)
         else:
-            packed = draws.uniforms.new_empty(3, len(draws.rows))
+            packed = plan.uniforms.new_empty(3, len(plan.draw_rows))
         if self._groups.pp is not None:
             dist.broadcast(packed, src=self._groups.pp_last_rank, group=self._groups.pp)
-        return SampledTokens.unpack(packed.cpu())
+        return SampledTokens.unpack(packed)
 
-    def _sample(self, hidden: Tensor, draws: PlannedDraws) -> Tensor:
+    def _sample(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
         """Token ids, confidences and entropies of the draws, [3, n] float64 (exact for ids)."""
         weight = head_weight(self._model)
         tp_rank = self._groups.tp.rank() if self._groups.tp is not None else 0
         return sample_tokens(
-            hidden.index_select(0, draws.rows),
+            hidden.index_select(0, plan.draw_rows),
             weight,
-            draws.uniforms,
+            plan.uniforms,
             vocab_start=tp_rank * weight.shape[0],
             vocab_size=self._special_tokens.vocab_size,
             mask_token_id=self._special_tokens.mask_token_id,

@@ -3,9 +3,13 @@
 Every forward of the engine is a denoising step of every running sequence. Under block-causal
 attention there is a KV cache, and prefill and commits need no forwards of their own: the complete
 blocks of a new prompt are prefilled in the forward of its first step, and a finished block's clean
-keys are written in the forward of the next block's first step. Under full attention every forward
-holds the whole canvas of every sequence. In both cases every forward draws tokens, and
-`total_forwards` equals `denoising_forwards`.
+keys are written in the forward of the next block's first step. Only a prompt of more than
+`chunked_prefill_size` tokens takes further forwards, in which the others denoise. Under full
+attention every forward holds the whole canvas of every sequence.
+
+A step is planned on the host and computed on the device without a wait between forward and draw;
+then the host reads one small tensor: what was committed, and who is finished. No token depends on
+which sequences run together, in what order they start, or how much memory the cache has.
 
 The engine works on token ids. It does not tokenise, score or select training states.
 """
@@ -13,9 +17,11 @@ The engine works on token ids. It does not tokenise, score or select training st
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
+from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.models.forward import Row, forward_hidden
@@ -24,14 +30,12 @@ from megatron_dlm.rollout.context import RolloutContext, rollout_context
 from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.prompt_queue import PromptQueue
-from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.sampling import SampledTokens
+from megatron_dlm.rollout.slots import ForwardPlan, SlotTable
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
-
-# Most prompt tokens added to one forward (at least one prompt): bounds its activation memory.
-MAX_PREFILL_TOKENS = 8192
 
 
 @contextmanager
@@ -111,6 +115,7 @@ class RolloutEngine:
             ranks.
 
         Raises:
+            UserError: The longest prompt and response do not fit into the KV cache.
             ValueError: `max_response_length` is below 1, or a prompt is empty although each token
                 is predicted from the one before.
             StopRequested: On all ranks in step. Decoded again, the responses are the same.
@@ -141,61 +146,73 @@ class RolloutEngine:
             max_response_length=max_response_length,
             config=self.generation,
             special_tokens=self._special_tokens,
+            seed=self.seed,
         )
         context = rollout_context(
             self._model,
             self.generation,
-            tp_size=self._groups.tp.size() if self._groups.tp is not None else 1,
+            groups=self._groups,
             num_slots=num_slots,
-            max_length=slots.max_length,
+            lengths=[slots.length(prompt) for prompt in prompts],
         )
-        queue = PromptQueue(prompts, MAX_PREFILL_TOKENS)
+        queue = PromptQueue(prompts, max_response_length)
         trajectories: list[Trajectory | None] = [None] * len(prompts)
-        finished: list[int] = []
-        while True:
-            queue.begin_forward()
+
+        def admit() -> None:
+            while queue and slots.num_active < num_slots:
+                prompt = prompts[queue.first()]
+                if not context.admit(slots.num_active, prompt.token_ids, slots.length(prompt)):
+                    break
+                slots.place(queue.pop(), prompt)
+
+        nothing = torch.empty(0, 0, dtype=torch.int32, device=platform.device())
+        admit()
+        _, works = self._read(nothing, works=slots.num_active > 0)
+        while works:
+            if self._stop is not None:
+                self._stop.check()
+            if slots.num_active == 0:
+                self._idle_forward(context)
+                _, works = self._read(nothing, works=False)
+                continue
+            plan = slots.plan(context)
+            report, works = self._read(self._step(slots, context, plan), works=len(queue) > 0)
             # From the last slot down: a sequence that moves into a freed slot is never finished
             # itself.
-            for slot in reversed(finished):
+            for slot in reversed(slots.settle(plan, report)):
                 trajectory = slots.trajectory(slot)
                 trajectories[slots.request(slot)] = trajectory
                 if on_finished is not None:
                     on_finished(trajectory)
-                request = queue.pop()
-                if request is not None:
-                    slots.place(slot, request, prompts[request])
-                else:
-                    moved = slots.remove(slot)
-                    if moved is not None:
-                        context.move(moved, slot)
-            while slots.num_active < num_slots:
-                request = queue.pop()
-                if request is None:
-                    break
-                slots.place(slots.num_active, request, prompts[request])
-            works = slots.num_active > 0
-            if not self._any_rank_works(works):
-                break
-            if self._stop is not None:
-                self._stop.check()
-            if works:
-                finished = self._step(slots, context)
-            else:
-                self._idle_forward(context)
-                finished = []
+                context.release(slot)
+                moved = slots.remove(slot)
+                if moved is not None:
+                    context.move(moved, slot)
+            admit()
         return [trajectory for trajectory in trajectories if trajectory is not None]
 
-    def _any_rank_works(self, works: bool) -> bool:
-        """Whether any rank that shares collectives with this one has sequences to decode."""
+    def _read(self, report: Tensor, works: bool) -> tuple[np.ndarray, bool]:
+        """Wait for a forward: the only copy from the device in a step, and so the only wait.
+
+        Args:
+            report: What `SlotTable.commit` returned, [R, columns].
+            works: Whether this rank has more to do whatever the report says.
+
+        Returns:
+            The report on the host, and whether any rank that shares collectives with this one still
+            has something to do.
+        """
         if self._groups.lockstep is None:
-            return works
-        flag = torch.tensor([int(works)], device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups.lockstep)
-        return bool(platform.to_host(flag).item())
+            host = platform.to_host(report).numpy()
+            return host, works or not host[:, -1:].all()
+        going = ((report[:, -1:] == 0).any() | works).int()[None]
+        dist.all_reduce(going, op=dist.ReduceOp.MAX, group=self._groups.lockstep)
+        host = platform.to_host(torch.cat((report.flatten(), going))).numpy()
+        return host[:-1].reshape(report.shape), bool(host[-1])
 
     def _idle_forward(self, context: RolloutContext) -> None:
         """Take part in the others' collectives with a token that belongs to no sequence."""
-        nothing = torch.empty(0, dtype=torch.int64)
+        nothing = np.empty(0, dtype=np.int64)
         forward_hidden(
             self._model,
             [
@@ -207,13 +224,15 @@ class RolloutEngine:
             ],
         )
 
-    def _step(self, slots: SlotTable, context: RolloutContext) -> list[int]:
-        """One forward and one draw for all slots in use; returns the finished ones."""
-        plan = slots.plan()
+    def _step(self, slots: SlotTable, context: RolloutContext, plan: ForwardPlan) -> Tensor:
+        """One forward and one draw for all slots in use; what `SlotTable.commit` reports."""
         full = self.generation.attention_pattern == "full"
         self.work.add(plan, None if full else self.generation.block_size)
         attention = context.attention(plan.starts, plan.ends)
-        draws = self._drawer.plan(plan, self.seed)
-        hidden = forward_hidden(self._model, [Row(plan.token_ids, plan.position_ids, attention)])
-        drawn = self._drawer.draw(None if hidden is None else hidden[0], draws)
-        return slots.update(plan, drawn)
+        row = Row(slots.tokens(plan), plan.position_ids, attention)
+        hidden = forward_hidden(self._model, [row])
+        if len(plan.draw_rows) == 0:  # pieces of prompts only
+            nothing = plan.draw_rows.float()
+            return slots.commit(plan, SampledTokens(plan.draw_rows, nothing, nothing))
+        drawn = self._drawer.draw(None if hidden is None else hidden[0], plan)
+        return slots.commit(plan, drawn)

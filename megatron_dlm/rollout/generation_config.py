@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from megatron_dlm.models.attention_layout import Pattern
     from megatron_dlm.types.diffusion_kind import DiffusionKind
 
+# Settings of speed and memory: a rollout's tokens do not depend on them.
+DECIDE_NO_TOKEN = frozenset({"max_running_requests", "max_total_tokens", "chunked_prefill_size"})
+
 
 @dataclass(frozen=True)
 class GenerationConfig(StrategyOptions):
@@ -30,6 +33,8 @@ class GenerationConfig(StrategyOptions):
         top_k: 0 is off.
         top_p: 1 is off.
         max_running_requests: Sequences decoded at once on a data-parallel rank.
+        max_total_tokens: Positions that the KV cache has room for; None: what those sequences need.
+        chunked_prefill_size: Most prompt tokens of a forward.
         attention_pattern: What a forward sees: earlier blocks and its own (`block_causal`),
             everything up to the longest response, MASK where no token is known yet (`full`), or
             earlier tokens (`causal`: an autoregressive model).
@@ -44,6 +49,8 @@ class GenerationConfig(StrategyOptions):
     top_k: int
     top_p: float
     max_running_requests: int
+    max_total_tokens: int | None = None
+    chunked_prefill_size: int = DecodingConfig.chunked_prefill_size
     attention_pattern: Pattern = "block_causal"
     shifted: bool = False
 
@@ -65,6 +72,8 @@ class GenerationConfig(StrategyOptions):
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
+            max_total_tokens=rollout.max_total_tokens,
+            chunked_prefill_size=rollout.chunked_prefill_size,
             attention_pattern=diffusion_kind.attention_pattern,
             shifted=diffusion_kind.shifted,
             **{name: getattr(rollout, name) for name in ("remasking_strategy", *STRATEGY_OPTIONS)},
@@ -78,6 +87,8 @@ class GenerationConfig(StrategyOptions):
         top_k: int = 0,
         top_p: float = 1.0,
         max_running_requests: int,
+        max_total_tokens: int | None = None,
+        chunked_prefill_size: int = DecodingConfig.chunked_prefill_size,
     ) -> GenerationConfig:
         """Settings of next-token decoding, which has nothing to remask."""
         return cls(
@@ -86,6 +97,8 @@ class GenerationConfig(StrategyOptions):
             top_k=top_k,
             top_p=top_p,
             max_running_requests=max_running_requests,
+            max_total_tokens=max_total_tokens,
+            chunked_prefill_size=chunked_prefill_size,
             attention_pattern="causal",
             shifted=True,
         )
@@ -109,7 +122,9 @@ class GenerationConfig(StrategyOptions):
     @property
     def options_read(self) -> frozenset[str]:
         """Names of the decoding options that these settings use."""
-        read = {"temperature", "max_running_requests"}
+        read = {"temperature", *DECIDE_NO_TOKEN}
+        if self.attention_pattern == "full":  # there is no cache
+            read -= {"max_total_tokens", "chunked_prefill_size"}
         if self.temperature > 0:
             read |= {"top_k", "top_p"}
         if not self.is_autoregressive:

@@ -1,24 +1,45 @@
-"""Keys and values of running sequences, and attention against them.
+"""Keys and values of running sequences in pages, and attention against them.
 
-The cache of a pipeline stage has one slot per running sequence. A forward pass carries consecutive
-tokens of many slots, laid end to end; it overwrites the cache at their positions, then each token
-attends to its slot. Writing first makes every kind of forward the same: prefilling a prompt,
-denoising a block (whose noisy keys the next forward overwrites), and the clean block followed by
-the next noisy one, where the block rule keeps either from seeing too much.
+The cache of a pipeline stage is a pool of pages (`megatron_dlm.rollout.pages`); the page table of a
+sequence names those that hold its positions, in order. A forward pass carries consecutive tokens of
+many sequences, laid end to end; it overwrites the cache at their positions, then each token attends
+to its sequence. Writing first makes every kind of forward the same: prefilling a prompt, denoising
+a block (whose noisy keys the next forward overwrites), and the clean block followed by the next
+noisy one, where the block rule keeps either from seeing too much.
+
+Kernels see few different shapes, for which they are planned once. A row of a call is two blocks of
+a sequence, or a tile of `PREFILL_TILE` tokens of a prompt. The number of rows is rounded up to a
+power of 2 (of 4 for tiles), 4 at least, with rows that belong to nobody, and the pages of the
+longest to a power of 2.
 
 S: tokens of a forward; R: slots in use; n: query heads, g: key/value heads of this tensor-parallel
-rank; d: head size; Q: most tokens of a slot in a group; K: longest sequence in a group.
+rank; d: head size; Q: queries of a row; K: keys of a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dlm import platform
+from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_pages
+from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, pages_for
+
+# Queries of a row in prefill. A tile reads the keys of its sequence once.
+PREFILL_TILE = 64
+
+
+def _bucket(count: int, base: int, least: int = 1) -> int:
+    """The smallest product of `least` and a power of `base` that is at least `count`."""
+    bucket = least
+    while bucket < count:
+        bucket *= base
+    return bucket
 
 
 class KVCache:
@@ -27,13 +48,14 @@ class KVCache:
     Args:
         num_layers: Layers of this stage.
         first_layer_number: Megatron's number of the first of them.
-        num_slots: Sequences held at once.
-        max_length: Positions of a slot.
+        num_pages: Pages for sequences; page 0 comes in addition.
         num_attention_heads_per_partition: n.
         num_query_groups_per_partition: g.
         head_size: d.
         dtype: Floating type of keys and values.
         device: Where they live.
+        backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" copies them into a
+            row first (CPU).
     """
 
     def __init__(
@@ -41,111 +63,75 @@ class KVCache:
         *,
         num_layers: int,
         first_layer_number: int,
-        num_slots: int,
-        max_length: int,
+        num_pages: int,
         num_attention_heads_per_partition: int,
         num_query_groups_per_partition: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        backend: str,
     ) -> None:
-        self.max_length = max_length
         self.heads_per_group = num_attention_heads_per_partition // num_query_groups_per_partition
-        self.dtype = dtype
+        self.dtype, self.device, self.backend = dtype, device, backend
+        self.num_pages = num_pages
         self._first_layer_number = first_layer_number
         # Zeros, not uninitialised memory: a masked key has weight 0, and 0 * NaN would be NaN.
         self._storage = torch.zeros(
-            2,
             num_layers,
-            num_slots,
-            max_length,
+            (num_pages + 1) * PAGE_SIZE,
+            2,
             num_query_groups_per_partition,
             head_size,
             dtype=dtype,
             device=device,
         )
 
-    def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [slots, max_length, g, d], as views."""
-        keys, values = self._storage[:, layer_number - self._first_layer_number]
-        return keys, values
-
-    def move(self, source: int, target: int) -> None:
-        """Copy what slot `source` holds to slot `target`, in every layer."""
-        self._storage[:, :, target] = self._storage[:, :, source]
+    def layer(self, layer_number: int) -> Tensor:
+        """Keys and values of one layer, [pages * PAGE_SIZE, 2, g, d], as a view."""
+        return self._storage[layer_number - self._first_layer_number]
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Slots that attend in one kernel call.
+class _Tiles:
+    """Rows of one kernel call, each some consecutive tokens of a slot; padding rows come last.
 
     Attributes:
-        rows: [rows] int64 slots, or None for the slots 0 to num_rows - 1, whose cache needs no
-            copy.
-        gather: [rows * Q] int64, token of each query of the padded batch; None if that is the
-            tokens in their order.
-        bias: [rows, 1, n / g * Q, K], 0 where visible, -inf elsewhere. Every layer would make one
-            of a boolean mask.
+        queries: [rows, Q] int64, token of each query. Those after the last one of a slot repeat it,
+            those of padding rows are token 0; their results are never read.
+        pages: [rows, K / PAGE_SIZE] int64.
+        mask: [rows, 1, n / g * Q, K], added to the scores: 0 where visible, else -inf; for
+            FlexAttention, K are all positions of the cache.
     """
 
-    rows: Tensor | None
-    num_rows: int
-    num_queries: int
-    num_keys: int
-    gather: Tensor | None
-    bias: Tensor
+    queries: Tensor
+    pages: Tensor
+    mask: Tensor | BlockMask
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
+    def attend(self, query: Tensor, cached: Tensor, softmax_scale: float) -> Tensor:
         """[S, n, d] and a layer's cache -> context [rows * Q, n, d]."""
         num_heads, head_size = query.shape[1:]
-        num_groups = keys.shape[2]
-        if self.gather is not None:
-            query = query.index_select(0, self.gather)
+        num_groups = cached.shape[2]
+        rows, num_queries = self.queries.shape
+        query = query.index_select(0, self.queries.flatten())
         # The query heads of one key/value head become further queries of it: no key is copied.
-        query = query.view(self.num_rows, self.num_queries, num_groups, -1, head_size)
-        query = query.permute(0, 2, 3, 1, 4).reshape(self.num_rows, num_groups, -1, head_size)
-
-        def of_rows(cached: Tensor) -> Tensor:  # [slots, max_length, g, d] -> [rows, g, K, d]
-            cached = cached[:, : self.num_keys]
-            if self.rows is None:
-                cached = cached[: self.num_rows]
-            else:
-                cached = cached.index_select(0, self.rows)
-            return cached.transpose(1, 2)
-
-        context = F.scaled_dot_product_attention(
-            query, of_rows(keys), of_rows(values), attn_mask=self.bias, scale=softmax_scale
-        )
-        context = context.view(self.num_rows, num_groups, -1, self.num_queries, head_size)
+        query = query.view(rows, num_queries, num_groups, -1, head_size)
+        query = query.permute(0, 2, 3, 1, 4).reshape(rows, num_groups, -1, head_size)
+        if isinstance(self.mask, BlockMask):
+            keys, values = cached.permute(1, 2, 0, 3)[:, None].unbind(0)  # [1, g, K, d]
+            context = flex_attention_over_pages(query, keys, values, self.mask, softmax_scale)
+        else:
+            by_page = cached.view(-1, PAGE_SIZE * 2 * num_groups * head_size)
+            both = by_page.index_select(0, self.pages.flatten())
+            keys, values = both.view(rows, -1, 2, num_groups, head_size).unbind(2)
+            context = F.scaled_dot_product_attention(
+                query,
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                attn_mask=self.mask,
+                scale=softmax_scale,
+            )
+        context = context.view(rows, num_groups, -1, num_queries, head_size)
         return context.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
-
-
-@dataclass(frozen=True)
-class _PlannedGroup:
-    """What a `_Group` is made of, on the host.
-
-    Attributes:
-        all_slots: Whether it holds the slots 0, 1, ...
-        in_order: Whether its padded batch of queries is the tokens in their order.
-        num_keys: K.
-        rows: [rows] int64.
-        gather: [rows, Q] int64.
-        limit: [rows, Q] int64, end of the keys that each query sees.
-    """
-
-    all_slots: bool
-    in_order: bool
-    num_keys: int
-    rows: Tensor
-    gather: Tensor
-    limit: Tensor
-
-
-def _attention_bias(limit: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """[rows, 1, queries, K] from the ends of the visible keys [rows, queries]."""
-    hidden = torch.arange(num_keys, device=limit.device) >= limit[:, :, None]
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=limit.device)
-    return bias.masked_fill_(hidden, -torch.inf)[:, None]
 
 
 class CacheView:
@@ -153,81 +139,111 @@ class CacheView:
 
     Implements `megatron_dlm.models.attention.CachedAttention`. Slot r contributes the tokens at
     positions starts[r] to ends[r] - 1, slots in ascending order. A query at position i sees the
-    keys of its slot at positions below min((i // block_size + 1) * block_size, ends[r]).
+    keys of its slot at positions below (i // block_size + 1) * block_size.
 
     Args:
         cache: The cache; every position below starts[r] must have been written before.
-        starts: [R] int64 on the CPU.
-        ends: [R] int64 on the CPU.
+        tables: [R, pages of the longest sequence] int64, the page table of each slot.
+        starts: [R] int64, multiples of the block size.
+        ends: [R] int64, likewise.
         block_size: Grid of the block-causal visibility, anchored at position 0; 1 is causal.
     """
 
-    def __init__(self, cache: KVCache, starts: Tensor, ends: Tensor, block_size: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        tables: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        block_size: int,
+    ) -> None:
         self._cache = cache
         lengths = ends - starts
-        offsets = lengths.cumsum(0) - lengths
         self.num_tokens = int(lengths.sum())
-        self._groups: list[_Group] = []
+        self._calls: list[_Tiles] = []
         if self.num_tokens == 0:
             return
-        if int(ends.max()) > cache.max_length:
-            raise ValueError(
-                f"position {int(ends.max()) - 1} is beyond {cache.max_length} positions"
-            )
-        slots = torch.repeat_interleave(torch.arange(len(starts)), lengths)
-        within = torch.arange(self.num_tokens) - offsets[slots]
-        write = slots * cache.max_length + starts[slots] + within
-        # Denoising slots have one or two blocks of queries and share a kernel call. Prompts go by
-        # powers of two of their length, so that a short one is never padded to a long one.
-        bucket = (lengths.clamp(min=1) / (2 * block_size)).log2().ceil().clamp_(min=0)
-        scatter = torch.empty_like(slots)
-        planned: list[_PlannedGroup] = []
+        if int(ends.max()) > tables.shape[1] * PAGE_SIZE:
+            raise ValueError(f"position {int(ends.max()) - 1} is beyond the page tables")
+        offsets = lengths.cumsum() - lengths
+        slots = np.repeat(np.arange(len(starts)), lengths)
+        within = np.arange(self.num_tokens) - offsets[slots]
+        positions = starts[slots] + within
+        write = tables[slots, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+
+        # Denoising slots have one or two blocks; prompts go by tiles, which read fewer keys.
+        denoises = lengths <= 2 * block_size
+        scatter = np.empty_like(slots)
+        arrays = [write, scatter]
         done = 0
-        for value in bucket[lengths > 0].unique().tolist():
-            chosen = (bucket == value) & (lengths > 0)
-            # Computing a few unneeded slots costs less than copying the keys of the others.
-            all_slots = value == 0 or bool(chosen.all())
-            rows = torch.arange(len(starts)) if all_slots else chosen.nonzero()[:, 0]
-            num_queries = int(lengths[chosen].max())
-            query = torch.arange(num_queries)
-            limit = ((starts[rows, None] + query) // block_size + 1) * block_size
-            planned.append(
-                _PlannedGroup(
-                    all_slots=all_slots,
-                    in_order=bool((lengths == num_queries).all()),
-                    num_keys=int(ends[chosen].max()),
-                    rows=rows,
-                    # Padded queries repeat some token; their results are never read.
-                    gather=(offsets[rows, None] + query).clamp_(max=self.num_tokens - 1),
-                    # Each of their positions sees some key, so no softmax is empty.
-                    limit=torch.minimum(limit, ends[rows, None]).clamp_(min=1),
-                )
-            )
-            row_of_slot = torch.zeros_like(starts)
-            row_of_slot[rows] = torch.arange(len(rows))
-            tokens = chosen[slots]
-            scatter[tokens] = (done + row_of_slot[slots] * num_queries + within)[tokens]
-            done += len(rows) * num_queries
-        on_host = [write, scatter]
-        for group in planned:
-            on_host += [group.rows, group.gather, group.limit]
-        self._write, device_scatter, *parts = platform.to_device(*on_host)
-        for index, group in enumerate(planned):
-            rows, gather, limit = parts[3 * index : 3 * index + 3]
-            self._groups.append(
-                _Group(
-                    rows=None if group.all_slots else rows,
-                    num_rows=len(rows),
-                    num_queries=limit.shape[1],
-                    num_keys=group.num_keys,
-                    gather=None if group.in_order else gather.flatten(),
-                    bias=_attention_bias(
-                        limit.repeat(1, cache.heads_per_group), group.num_keys, cache.dtype
-                    ),
-                )
-            )
-        in_order = len(self._groups) == 1 and self._groups[0].gather is None
-        self._scatter = None if in_order else device_scatter
+        for chosen, num_queries, base in (
+            (denoises & (lengths > 0), 2 * block_size, 2),
+            (~denoises, PREFILL_TILE, 4),
+        ):
+            if not chosen.any():
+                continue
+            num_tiles = np.where(chosen, -(-lengths // num_queries), 0)
+            first = num_tiles.cumsum() - num_tiles
+            slot = np.repeat(np.arange(len(starts)), num_tiles)
+            tile = np.arange(len(slot)) - first[slot]
+            query = tile[:, None] * num_queries + np.arange(num_queries)
+            query = np.minimum(query, lengths[slot, None] - 1)
+            limits = ((starts[slot, None] + query) // block_size + 1) * block_size
+            num_pages = min(_bucket(pages_for(int(limits.max())), 2), tables.shape[1])
+            num_rows = _bucket(len(slot), base, least=4)
+            missing = ((0, num_rows - len(slot)), (0, 0))
+            arrays += [
+                np.pad(offsets[slot, None] + query, missing),
+                np.pad(tables[slot, :num_pages], missing, constant_values=NULL_PAGE),
+                np.pad(limits, missing, constant_values=1),  # a position of the null page
+            ]
+            mine = chosen[slots]
+            scatter[mine] = done + (first[slots] * num_queries + within)[mine]
+            done += num_rows * num_queries
+        self._write, self._scatter, *uploaded = platform.to_device(*map(torch.from_numpy, arrays))
+        for queries, pages, limits in zip(
+            uploaded[::3], uploaded[1::3], uploaded[2::3], strict=True
+        ):
+            limits = limits.repeat(1, cache.heads_per_group)
+            mask = self._block_mask if cache.backend == "flex" else self._mask
+            self._calls.append(_Tiles(queries, pages, mask(pages, limits)))
+
+    def _mask(self, pages: Tensor, limits: Tensor) -> Tensor:
+        """Pages [rows, pages], limits [rows, n / g * Q] -> [rows, 1, n / g * Q, K]."""
+        hidden = torch.arange(pages.shape[1] * PAGE_SIZE, device=limits.device) >= limits[..., None]
+        mask = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=limits.device)
+        return mask.masked_fill_(hidden, -float("inf"))[:, None]
+
+    def _block_mask(self, pages: Tensor, limits: Tensor) -> BlockMask:
+        """The same over the whole cache, from the page tables: nothing of its size is computed."""
+        rows, num_pages = pages.shape
+        pages, limits = pages.int(), limits.int()
+        # Which page of the row each page of the cache is; -1: none.
+        table = pages.new_full((rows, self._cache.num_pages + 1), -1)
+        order = torch.arange(num_pages, dtype=torch.int32, device=pages.device)
+        table.scatter_(1, pages.long(), order.expand(rows, -1))
+
+        def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            page = table[b, key // PAGE_SIZE]
+            return (page >= 0) & (page * PAGE_SIZE + key % PAGE_SIZE < limits[b, query])
+
+        # Pages that all queries of the row see completely need no mask; those after them do.
+        full = limits.amin(dim=1) // PAGE_SIZE
+        visible = -(-limits.amax(dim=1) // PAGE_SIZE)
+        partial = (full[:, None] + order).clamp_(max=num_pages - 1)
+        return BlockMask(
+            seq_lengths=(limits.shape[1], (self._cache.num_pages + 1) * PAGE_SIZE),
+            kv_num_blocks=(visible - full)[:, None, None],
+            kv_indices=pages.gather(1, partial.long())[:, None, None],
+            full_kv_num_blocks=full[:, None, None],
+            full_kv_indices=pages[:, None, None],
+            q_num_blocks=None,
+            q_indices=None,
+            full_q_num_blocks=None,
+            full_q_indices=None,
+            BLOCK_SIZE=(FLEX_TILE, PAGE_SIZE),
+            mask_mod=mask_mod,
+        )
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
@@ -246,14 +262,13 @@ class CacheView:
         """
         if self.num_tokens == 0:
             return torch.zeros_like(query)
-        keys, values = self._cache.layer(layer_number)
-        keys.flatten(0, 1)[self._write] = key[: self.num_tokens, 0]
-        values.flatten(0, 1)[self._write] = value[: self.num_tokens, 0]
+        cached = self._cache.layer(layer_number)
+        cached[:, 0].index_copy_(0, self._write, key[: self.num_tokens, 0])
+        cached[:, 1].index_copy_(0, self._write, value[: self.num_tokens, 0])
         real = query[: self.num_tokens, 0]
-        contexts = [group.attend(real, keys, values, softmax_scale) for group in self._groups]
+        contexts = [tiles.attend(real, cached, softmax_scale) for tiles in self._calls]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-        if self._scatter is not None:
-            context = context.index_select(0, self._scatter)
+        context = context.index_select(0, self._scatter)
         if len(query) > self.num_tokens:
             context = F.pad(context, (0, 0, 0, 0, 0, len(query) - self.num_tokens))
         return context[:, None]

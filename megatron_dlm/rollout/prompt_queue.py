@@ -6,30 +6,38 @@ from megatron_dlm.types.trajectory import Prompt
 
 
 class PromptQueue:
-    """Prompts in order, handed out under a limit of tokens per forward.
+    """Prompts that wait, the one with the longest possible response first.
+
+    What takes longest starts first, so that the last forwards are not left to a few sequences;
+    among equals the longest prompt, so that prompts of a forward are about as long as each other,
+    and several responses to one prompt come together. The order decides no token.
 
     Args:
         prompts: All prompts of a rollout.
-        max_prefill_tokens: Most prompt tokens for one forward; a first prompt may be longer.
+        max_response_length: Tokens after which a response is cut.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], max_prefill_tokens: int) -> None:
-        self._prompts = prompts
-        self._max_prefill_tokens = max_prefill_tokens
-        self._next = 0
-        self._prefill_tokens = 0
+    def __init__(self, prompts: Sequence[Prompt], max_response_length: int) -> None:
+        first_with: dict[bytes, int] = {}
+        same = [
+            first_with.setdefault(p.token_ids.numpy().tobytes(), i) for i, p in enumerate(prompts)
+        ]
 
-    def begin_forward(self) -> None:
-        """Reset the limit for the next forward."""
-        self._prefill_tokens = 0
+        def rank(request: int) -> tuple[int, int, int, int]:
+            prompt = prompts[request]
+            limit = prompt.response_limit(max_response_length)
+            return -limit, -len(prompt.token_ids), same[request], request
 
-    def pop(self) -> int | None:
-        """Index of the next prompt; None if none is left or it has to wait for the next forward."""
-        if self._next == len(self._prompts):
-            return None
-        total = self._prefill_tokens + len(self._prompts[self._next].token_ids)
-        if self._prefill_tokens and total > self._max_prefill_tokens:
-            return None
-        self._prefill_tokens = total
-        self._next += 1
-        return self._next - 1
+        # From the last to the first: the next one is taken off the end.
+        self._waiting = sorted(range(len(prompts)), key=rank, reverse=True)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def first(self) -> int:
+        """Index of the next prompt, which stays in the queue."""
+        return self._waiting[-1]
+
+    def pop(self) -> int:
+        """Index of the next prompt, which leaves the queue."""
+        return self._waiting.pop()

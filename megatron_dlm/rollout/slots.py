@@ -1,11 +1,12 @@
 """State of the sequences in decoding, and the plan of their next forward.
 
-All state lives in small CPU tensors with one row per slot. Slots 0 to R - 1 are in use; when a
-sequence ends and none waits, the last slot moves into its place, so the slots in use stay
-contiguous.
+Tokens, denoising steps and masks live on the device, which also decides what is committed and which
+sequences end. The host knows where each sequence is, plans the next forward from that, and learns
+of the rest from one small tensor a step (`SlotTable.commit`). Slots 0 to R - 1 are in use; when a
+sequence ends, the last slot moves into its place, so the slots in use stay contiguous.
 
 R: slots in use; B: positions of a block (its size, or the longest response where that is decoded as
-a whole); T: positions of a slot.
+a whole); T: positions of a slot; S: tokens of a forward; n: draws.
 """
 
 from __future__ import annotations
@@ -13,53 +14,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dlm import platform
+from megatron_dlm.rollout.context import RolloutContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens
 from megatron_dlm.rollout.strategies import DenoisedBlocks
+from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """One forward pass over all slots and the draws that follow it.
+    """One forward pass over the slots and the draws that follow it.
+
+    Tensors are on the device, int64 where nothing else is said.
 
     Attributes:
-        token_ids: [S] int64, slots in ascending order, MASK where not committed yet.
-        position_ids: [S] int64.
-        starts: [R] int64, first position of each slot in this forward.
-        ends: [R] int64, one past the last position.
-        draw_rows: [n] int64, index into S of the hidden state that each draw is made from.
-        draw_slots: [n] int64.
-        draw_columns: [n] int64, position of each draw within its block.
-        sample_index: [n] int64.
-        position: [n] int64, position of each draw in its sequence.
-        denoising_step: [n] int64.
+        starts: [R], first position of each slot in this forward; on the host, as `ends`.
+        ends: [R], one past the last position; equal to the first where a prompt waits.
+        denoises: [R] bool on the host: slots that draw, whose prompt is prefilled.
+        uniforms: [n] float64, the number of each draw.
+        token_slots: [S], slots in ascending order.
+        position_ids: [S].
+        draw_rows: [n], index into S of the hidden state that each draw is made from.
+        draw_slots: [n].
+        draw_columns: [n], position of each draw within its block.
+        per_slot: [6, R]: whether it denoises, denoising step, masked positions at the block's
+            first step, start of the block, length of the prompt, end of the longest response.
     """
 
-    token_ids: Tensor
+    starts: np.ndarray
+    ends: np.ndarray
+    denoises: np.ndarray
+    uniforms: Tensor
+    token_slots: Tensor
     position_ids: Tensor
-    starts: Tensor
-    ends: Tensor
     draw_rows: Tensor
     draw_slots: Tensor
     draw_columns: Tensor
-    sample_index: Tensor
-    position: Tensor
-    denoising_step: Tensor
+    per_slot: Tensor
 
 
 class SlotTable:
     """State of the sequences in decoding.
 
     With a cache, a slot's next forward covers the positions from `_start`, the first whose keys are
-    not final in it, to the end of the block in decoding: the prompt's complete blocks on the first
-    forward, the block just finished on the first of each later block, nothing else on the others.
-    Under full attention every forward covers the canvas (prompt and longest response): positions
-    after the block in decoding are MASK, and the last block ends with the canvas.
+    not final in it, to the end of the block in decoding: what is left of the prompt's complete
+    blocks at first, the block just finished on the first forward of each later block, nothing else
+    on the others. A prompt of more than `chunked_prefill_size` tokens is prefilled in pieces of
+    that size, each in a forward without draws for it but the last; a forward holds no more prompt
+    tokens than that, so others wait for a later one. Under full attention every forward covers the
+    canvas (prompt and longest response): positions after the block in decoding are MASK, and the
+    last block ends with the canvas.
 
     Args:
         num_slots: Sequences held at once.
@@ -69,6 +80,7 @@ class SlotTable:
         config: Decoding settings.
         special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
             committed yet.
+        seed: Of the draws.
     """
 
     def __init__(
@@ -79,28 +91,41 @@ class SlotTable:
         max_response_length: int,
         config: GenerationConfig,
         special_tokens: SpecialTokens,
+        seed: int,
     ) -> None:
         self.num_slots = num_slots
         self.num_active = 0
         self._config = config
+        self._seed = seed
         self._max_response_length = max_response_length
-        self._eos_token_ids = torch.tensor(special_tokens.eos_token_ids)
         self._mask_token_id = special_tokens.mask_token_id
         self._block_size = config.block_size or max_response_length
-        self._columns = torch.arange(self._block_size)
-        longest = max((len(p.token_ids) + self._limit(p) for p in prompts), default=0)
-        # In whole blocks, also past the end of a canvas.
-        blocks = -(-longest // self._block_size)
-        self.max_length = blocks * self._block_size
+        # Pieces end with blocks.
+        blocks = max(config.chunked_prefill_size // self._block_size, 1)
+        self._chunk = blocks * self._block_size
+        self.max_length = max(map(self.length, prompts), default=0)
         self._prompts: list[Prompt | None] = [None] * num_slots
         self._requests = [0] * num_slots
+        self._placed = 0
 
-        def per_slot() -> Tensor:
-            return torch.zeros(num_slots, dtype=torch.int64)
+        device = platform.device()
+        self._end_ids = torch.tensor(special_tokens.eos_token_ids)
+        self._eos_token_ids = self._end_ids.to(device)
+        self._columns = torch.arange(self._block_size, device=device)
+        # On the device: what the network sees and writes.
+        shape = (num_slots, self.max_length)
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._unmask_step = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool, device=device)
+        # On the host: finished blocks, as the device reported them, and where each sequence is.
+        self._final_tokens = np.zeros(shape, dtype=np.int64)
+        self._final_step = np.zeros(shape, dtype=np.int64)
+        self._known_masked = np.zeros((num_slots, self._block_size), dtype=bool)
 
-        self._tokens = torch.zeros(num_slots, self.max_length, dtype=torch.int64)
-        self._unmask_step = torch.zeros(num_slots, self.max_length, dtype=torch.int64)
-        self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool)
+        def per_slot() -> np.ndarray:
+            return np.zeros(num_slots, dtype=np.int64)
+
+        self._order = per_slot()  # of admission
         self._prompt_length = per_slot()
         self._end = per_slot()  # of prompt and longest response
         self._sample_index = per_slot()
@@ -109,10 +134,15 @@ class SlotTable:
         self._step = per_slot()
         self._masked_at_start = per_slot()
         self._forwards = per_slot()
-        self._per_slot = (
+        self._prefilling = np.zeros(num_slots, dtype=bool)
+        self._per_slot: tuple[np.ndarray | Tensor, ...] = (
             self._tokens,
             self._unmask_step,
             self._masked,
+            self._final_tokens,
+            self._final_step,
+            self._known_masked,
+            self._order,
             self._prompt_length,
             self._end,
             self._sample_index,
@@ -121,10 +151,19 @@ class SlotTable:
             self._step,
             self._masked_at_start,
             self._forwards,
+            self._prefilling,
         )
 
-    def _limit(self, prompt: Prompt) -> int:
-        return prompt.response_limit(self._max_response_length)
+    def _first_block(self, prompt: Prompt) -> int:
+        length, grid = len(prompt.token_ids), self._config.block_size
+        # A response that is decoded as a whole is one block, wherever the prompt ends.
+        return length if grid is None else length // grid * grid
+
+    def length(self, prompt: Prompt) -> int:
+        """Positions of a prompt and its longest response, in whole blocks."""
+        first, limit = self._first_block(prompt), prompt.response_limit(self._max_response_length)
+        generated = len(prompt.token_ids) + limit - first
+        return first + -(-generated // self._block_size) * self._block_size
 
     @property
     def _has_canvas(self) -> bool:
@@ -135,33 +174,33 @@ class SlotTable:
         """The index that the sequence in a slot was placed with."""
         return self._requests[slot]
 
-    def place(self, slot: int, request: int, prompt: Prompt) -> None:
-        """Start decoding a prompt, in the slot of a finished sequence or the first unused one."""
-        length = len(prompt.token_ids)
-        # A response that is decoded as a whole is one block, wherever the prompt ends.
-        grid = self._config.block_size
-        first_block = length if grid is None else length // grid * grid
-        self._prompts[slot], self._requests[slot] = prompt, request
-        self._tokens[slot, :length] = prompt.token_ids
+    def place(self, request: int, prompt: Prompt) -> None:
+        """Start decoding a prompt in the first unused slot."""
+        slot, length = self.num_active, len(prompt.token_ids)
+        block_start = self._first_block(prompt)
+        masked = block_start + np.arange(self._block_size) >= length
+        self._end[slot] = length + prompt.response_limit(self._max_response_length)
+        if self._has_canvas:
+            masked &= block_start + np.arange(self._block_size) < self._end[slot]
+        tokens, on_device = platform.to_device(
+            prompt.token_ids, torch.from_numpy(masked.astype(np.int64))
+        )
+        self._tokens[slot, :length] = tokens
         self._tokens[slot, length:] = self._mask_token_id
+        self._masked[slot] = on_device.bool()
+        self._prompts[slot], self._requests[slot] = prompt, request
+        self._known_masked[slot] = masked
+        self._order[slot] = self._placed
         self._prompt_length[slot] = length
-        self._end[slot] = length + self._limit(prompt)
         self._sample_index[slot] = prompt.sample_index
         self._start[slot] = 0
+        self._block_start[slot] = block_start
+        self._step[slot] = 1
+        self._masked_at_start[slot] = masked.sum()
         self._forwards[slot] = 0
-        self._open_blocks(torch.tensor([slot]), torch.tensor([first_block]))
-        self.num_active = max(self.num_active, slot + 1)
-
-    def _open_blocks(self, slots: Tensor, block_start: Tensor) -> None:
-        positions = block_start[:, None] + self._columns
-        prompt_length = self._prompt_length[slots, None]
-        masked = positions >= prompt_length
-        if self._has_canvas:
-            masked &= positions < self._end[slots, None]
-        self._block_start[slots] = block_start
-        self._masked[slots] = masked
-        self._masked_at_start[slots] = masked.sum(dim=-1)
-        self._step[slots] = 1
+        self._prefilling[slot] = not self._has_canvas
+        self._placed += 1
+        self.num_active += 1
 
     def remove(self, slot: int) -> int | None:
         """Free a finished slot.
@@ -176,85 +215,156 @@ class SlotTable:
         self._prompts[last] = None
         if slot == last:
             return None
-        for tensor in self._per_slot:
-            tensor[slot] = tensor[last]
+        for state in self._per_slot:
+            state[slot] = state[last]
         return last
 
-    def plan(self) -> ForwardPlan:
-        """Lay out the next forward of all slots in use."""
+    def plan(self, context: RolloutContext) -> ForwardPlan:
+        """Lay out the next forward of all slots in use.
+
+        Args:
+            context: Asked for what of a prompt is computed already, and told what will be.
+        """
         active = slice(self.num_active)
-        starts, block_start = self._start[active], self._block_start[active]
+        block_start = self._block_start[active]
         if self._has_canvas:
-            ends = self._end[active]
+            ends = self._end[active].copy()
         elif self._config.is_autoregressive:
-            ends = block_start
+            ends = block_start.copy()
         else:
             ends = block_start + self._block_size
+        denoises = self._prefill(ends, context)
+        starts = self._start[active].copy()
         lengths = ends - starts
-        offsets = lengths.cumsum(0) - lengths
-        slots = torch.repeat_interleave(lengths)
-        positions = torch.arange(len(slots)) + (starts - offsets)[slots]
-        draw_slots, draw_columns = self._masked[active].nonzero(as_tuple=True)
+        offsets = lengths.cumsum() - lengths
+        slots = np.repeat(np.arange(self.num_active), lengths)
+        positions = np.arange(len(slots)) + (starts - offsets)[slots]
+        draw_slots, draw_columns = (self._known_masked[active] & denoises[:, None]).nonzero()
         draw_position = block_start[draw_slots] + draw_columns
         source = draw_position - 1 if self._config.shifted else draw_position
-        return ForwardPlan(
-            token_ids=self._tokens[slots, positions],
-            position_ids=positions,
-            starts=starts.clone(),
-            ends=ends.clone(),
-            draw_rows=source + (offsets - starts)[draw_slots],
-            draw_slots=draw_slots,
-            draw_columns=draw_columns,
-            sample_index=self._sample_index[draw_slots],
-            position=draw_position,
-            denoising_step=self._step[draw_slots],
+        per_slot = np.stack(
+            (
+                denoises,
+                self._step[active],
+                self._masked_at_start[active],
+                block_start,
+                self._prompt_length[active],
+                self._end[active],
+            )
         )
+        arrays = (
+            slots,
+            positions,
+            source + (offsets - starts)[draw_slots],
+            draw_slots,
+            draw_columns,
+            per_slot,
+        )
+        counters = (self._sample_index[draw_slots], draw_position, self._step[draw_slots])
+        uniforms = counter_uniforms(self._seed, *map(torch.from_numpy, counters))
+        tensors = platform.to_device(uniforms, *map(torch.from_numpy, arrays))
+        return ForwardPlan(starts, ends, denoises, *tensors)
 
-    def update(self, plan: ForwardPlan, sampled: SampledTokens) -> list[int]:
-        """Commit drawn tokens and open the next blocks.
+    def _prefill(self, ends: np.ndarray, context: RolloutContext) -> np.ndarray:
+        """Shorten `ends` where a prompt is not prefilled by this forward; who denoises, [R]."""
+        denoises = np.ones(self.num_active, dtype=bool)
+        prefilling = self._prefilling[: self.num_active].nonzero()[0]
+        last = 1 if self._config.is_autoregressive else self._block_size
+        room = self._chunk
+        for slot in prefilling[self._order[prefilling].argsort()].tolist():
+            complete = int(ends[slot]) - last
+            start = self._start[slot] = context.reuse(slot, int(self._start[slot]))
+            end = min((start // self._chunk + 1) * self._chunk, complete)
+            # A piece waits until it fits as a whole: how a prompt is cut depends on nothing else.
+            if end - start > room:
+                end, denoises[slot] = start, False
+            elif end < complete:
+                denoises[slot] = False
+            room -= end - start
+            if denoises[slot]:
+                self._prefilling[slot] = False
+            else:
+                ends[slot] = end
+            context.publish(slot, end)
+        return denoises
+
+    def tokens(self, plan: ForwardPlan) -> Tensor:
+        """Tokens of a forward, [S] int64, MASK where not committed yet."""
+        return self._tokens[plan.token_slots, plan.position_ids]
+
+    def commit(self, plan: ForwardPlan, sampled: SampledTokens) -> Tensor:
+        """Commit drawn tokens and open the next blocks, on the device.
 
         Args:
             plan: What `plan` returned.
-            sampled: The draws, on the CPU.
+            sampled: The draws.
 
         Returns:
-            Slots whose sequence is finished, ascending; for `trajectory`, then `place` or `remove`.
+            [R, 3 B + 2] int32 on the device: tokens, denoising steps and, for the next forward,
+            masks of each block; whether the block is full; whether the sequence is finished.
         """
         active = slice(self.num_active)
-        masked = self._masked[active]
+        denoises, step, masked_at_start, block_start, prompt_length, end = plan.per_slot
         where = (plan.draw_slots, plan.draw_columns)
+        masked = self._masked[active] & denoises.bool()[:, None]
+        shape, device = masked.shape, masked.device
         blocks = DenoisedBlocks(
             masked=masked,
-            confidence=torch.zeros(masked.shape).index_put_(where, sampled.confidence),
-            entropy=torch.zeros(masked.shape).index_put_(where, sampled.entropy),
-            step=self._step[active],
-            masked_at_start=self._masked_at_start[active],
+            confidence=torch.zeros(shape, device=device).index_put_(where, sampled.confidence),
+            entropy=torch.zeros(shape, device=device).index_put_(where, sampled.entropy),
+            step=step,
+            masked_at_start=masked_at_start,
         )
-        config = self._config
-        committed = config.strategy.commit(blocks, config.strategy_value)[where]
-        slots, positions = plan.draw_slots[committed], plan.position[committed]
-        self._tokens[slots, positions] = sampled.token_ids[committed]
-        self._unmask_step[slots, positions] = plan.denoising_step[committed]
-        masked[slots, plan.draw_columns[committed]] = False
-        self._forwards[active] += 1
-        self._step[active] += 1
+        committed = self._config.strategy.commit(blocks, self._config.strategy_value)
+        positions = block_start[:, None] + self._columns
+        tokens, steps = self._tokens[active], self._unmask_step[active]
+        block = tokens.gather(1, positions)
+        drawn = block.index_put(where, sampled.token_ids)
+        block = torch.where(committed, drawn, block)
+        tokens.scatter_(1, positions, block)
+        unmask_step = torch.where(committed, step[:, None], steps.gather(1, positions))
+        steps.scatter_(1, positions, unmask_step)
+
+        masked = self._masked[active] & ~committed
+        full = ~masked.any(dim=-1)
+        is_eos = torch.isin(block, self._eos_token_ids) & (positions >= prompt_length[:, None])
+        finished = full & (is_eos.any(dim=-1) | (block_start + self._block_size >= end))
+        opened = (full & ~finished)[:, None].expand_as(masked)
+        if self._has_canvas:
+            opened = opened & (positions + self._block_size < end[:, None])
+        masked |= opened
+        self._masked[active] = masked
+        flags = torch.stack((full, finished), dim=1)
+        return torch.cat((block, unmask_step, masked, flags), dim=1).int()
+
+    def settle(self, plan: ForwardPlan, report: np.ndarray) -> list[int]:
+        """Take over what the device reported.
+
+        Args:
+            plan: The plan of that forward.
+            report: What `commit` returned, on the host.
+
+        Returns:
+            Slots whose sequence is finished, ascending; for `trajectory`, then `remove`.
+        """
+        active, size = slice(self.num_active), self._block_size
+        self._known_masked[active] = report[:, 2 * size : 3 * size]
+        self._forwards[active] += plan.denoises
+        self._step[active] += plan.denoises
         if self._config.is_autoregressive:
             self._start[active] = plan.ends
         elif not self._has_canvas:
             # Keys before the block are final now; its own become final once it is clean.
-            self._start[active] = self._block_start[active]
-
-        full = (~masked.any(dim=-1)).nonzero()[:, 0]
-        if not len(full):
-            return []
-        block_start = self._block_start[full]
-        block_end = block_start + self._block_size
-        positions = block_start[:, None] + self._columns
-        is_eos = torch.isin(self._tokens[full[:, None], positions], self._eos_token_ids)
-        is_eos &= positions >= self._prompt_length[full, None]
-        finished = is_eos.any(dim=-1) | (block_end >= self._end[full])
-        self._open_blocks(full[~finished], block_end[~finished])
-        return full[finished].tolist()
+            self._start[active] = np.where(plan.denoises, self._block_start[active], plan.ends)
+        full, finished = report[:, -2].nonzero()[0], report[:, -1].nonzero()[0]
+        positions = self._block_start[full, None] + np.arange(size)
+        self._final_tokens[full[:, None], positions] = report[full, :size]
+        self._final_step[full[:, None], positions] = report[full, size : 2 * size]
+        opened = full[report[full, -1] == 0]
+        self._block_start[opened] += size
+        self._step[opened] = 1
+        self._masked_at_start[opened] = self._known_masked[opened].sum(axis=-1)
+        return [int(slot) for slot in finished]
 
     def trajectory(self, slot: int) -> Trajectory:
         """The trajectory decoded in a finished slot."""
@@ -266,12 +376,12 @@ class SlotTable:
         if self._has_canvas:
             canvas_length = int(self._end[slot])
             end = min(end, canvas_length)
-        tokens = self._tokens[slot, prompt_length:end].clone()
-        unmask_step = self._unmask_step[slot, prompt_length:end].clone()
+        tokens = torch.from_numpy(self._final_tokens[slot, prompt_length:end].copy())
+        unmask_step = torch.from_numpy(self._final_step[slot, prompt_length:end].copy())
         if self._config.is_autoregressive:
             unmask_step.zero_()
-        length = min(self._limit(prompt), len(tokens))
-        eos = torch.isin(tokens[:length], self._eos_token_ids).nonzero()
+        length = min(prompt.response_limit(self._max_response_length), len(tokens))
+        eos = torch.isin(tokens[:length], self._end_ids).nonzero()
         if len(eos):
             length = int(eos[0]) + 1
         forwards = int(self._forwards[slot])
@@ -285,7 +395,16 @@ class SlotTable:
             finish_reason="eos" if len(eos) else "length",
             canvas_length=canvas_length,
             denoising_forwards=forwards,
-            # Prefill and commits travel in denoising forwards; none is made for them alone.
-            total_forwards=forwards,
+            total_forwards=forwards + self._prefill_forwards(prompt),
             record=prompt.record,
         )
+
+    def _prefill_forwards(self, prompt: Prompt) -> int:
+        """Forwards without draws that a prompt takes where nothing of it is shared.
+
+        The last piece of a prompt, and what commits a block, travel in denoising forwards.
+        """
+        if self._has_canvas:
+            return 0
+        complete = self._first_block(prompt) - int(self._config.is_autoregressive)
+        return max(-(-complete // self._chunk) - 1, 0)

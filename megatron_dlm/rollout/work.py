@@ -29,18 +29,17 @@ class RolloutWork:
             block_size: Grid of block-causal attention, 1 of causal; None: tokens see all of their
                 sequence.
         """
-        lengths = plan.ends - plan.starts
+        starts, ends = plan.starts, plan.ends
         if block_size is None:
-            pairs = int((lengths * plan.ends).sum())
+            pairs = (ends - starts) * ends
         else:
-            # A query sees the keys up to the end of its block, or of the forward.
-            ends = plan.ends.repeat_interleave(lengths)
-            limit = (plan.position_ids // block_size + 1) * block_size
-            pairs = int(limit.minimum(ends).sum())
-        self.tokens.append(len(plan.token_ids))
-        self.pairs.append(pairs)
+            # A query sees the keys up to the end of its block; forwards hold whole ones.
+            first, last = starts // block_size, ends // block_size
+            pairs = block_size**2 * (last * (last + 1) - first * (first + 1)) // 2
+        self.tokens.append(int((ends - starts).sum()))
+        self.pairs.append(int(pairs.sum()))
         self.logits.append(len(plan.draw_rows))
-        self.keys.append(int(plan.ends.sum()))
+        self.keys.append(int(ends.sum()))
 
     def take(self) -> "RolloutWork":
         """What there is; what follows is added to nothing."""

@@ -62,6 +62,8 @@ def generate_missing(
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             max_running_requests=rollout.max_running_requests,
+            max_total_tokens=rollout.max_total_tokens,
+            chunked_prefill_size=rollout.chunked_prefill_size,
         ),
         special_tokens=special_tokens,
         seed=config.data.seed,

@@ -19,7 +19,7 @@ ORDER = (
     ("platform", "rank_watch", "stop_request"),
     ("types", "sandbox"),
     ("training.manifest", "training.run_folder", "training.run_history"),
-    ("rollout.decoding_options", "rollout.strategies"),
+    ("rollout.decoding_options", "rollout.pages", "rollout.strategies"),
     ("config",),
     ("parallel", "report"),
     ("models", "stop_agreement"),

@@ -71,7 +71,10 @@ def _uses_of_objective(config: Config) -> Iterator[Use]:
         (not corpus, OF_EXAMPLES),
         (not corpus and not itself, "supervise_eos"),
         (rollouts or block_diffusion, "block_size"),
-        (generates, "temperature top_k top_p max_running_requests"),
+        (
+            generates,
+            "temperature top_k top_p max_running_requests max_total_tokens chunked_prefill_size",
+        ),
         (rollouts, OF_ROLLOUTS),
         (
             rollouts and not itself,

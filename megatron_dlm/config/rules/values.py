@@ -9,6 +9,7 @@ from megatron_dlm.config.rules import Refusals, divisors, fp8
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
+from megatron_dlm.rollout.pages import PAGE_SIZE, pages_for
 from megatron_dlm.rollout.strategies import STRATEGIES
 
 
@@ -20,6 +21,14 @@ def combinations(config: Config) -> Refusals:
     if option is not None and not fits(value_of(config, option.name), model.block_size):
         problem = f"does not divide --block-size {model.block_size}"
         yield f"{option.name}: {problem}; choose {divisors(model.block_size)}"
+    longest = config.data.max_prompt_length + config.longest_response
+    longest = -(-longest // model.block_size) * model.block_size
+    needed, room = pages_for(longest) * PAGE_SIZE, rollout.max_total_tokens
+    if room is not None and room < needed:
+        yield (
+            f"max_total_tokens: has no room for the longest prompt and response, {longest} tokens; "
+            f"choose {needed} or more, or lower --max-response-length or --max-prompt-length"
+        )
     if rollout.response_length_schedule != "constant":
         start, end = rollout.min_response_length, rollout.max_response_length
         schedule = f"--response-length-schedule {rollout.response_length_schedule}"

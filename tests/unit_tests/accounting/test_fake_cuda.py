@@ -51,7 +51,7 @@ def test_no_cost_of_the_device_grows_faster_than_it_has_to(files: tuple[Path, Pa
     assert kernels == {"experts": 0.0, "ranks": 0.0}
 
 
-@pytest.mark.parametrize(("shape", "most"), [("qwen3_0.6b", 25), ("qwen3_30b_a3b", 44)])
+@pytest.mark.parametrize(("shape", "most"), [("qwen3_0.6b", 27), ("qwen3_30b_a3b", 46)])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_layer_of_a_rollout_is_few_kernels(
     counts: dict[str, Any], shape: str, most: int, step: str
@@ -70,11 +70,11 @@ def test_a_step_waits_once_for_its_tokens(
     counts: dict[str, Any], shape: str, ranks: int, step: str
 ) -> None:
     rest = counts[shape][step]["rest"]
-    agreements = 2 * (ranks > 1)  # whether anyone goes on, and how long the longest row is
-    assert rest["copies_to_host"] == 1 + agreements  # the drawn tokens
+    agreements = int(ranks > 1)  # how long the longest row is
+    assert rest["copies_to_host"] == 1 + agreements  # what was committed, and who is finished
     assert rest["synchronisations"] == 0
     assert rest["blocking_copies_to_device"] == agreements
-    assert rest["copies_after_products"] <= agreements // 2
+    assert rest["copies_after_products"] == 0
 
 
 @pytest.mark.parametrize("shape", ["qwen3_0.6b", "qwen3_30b_a3b"])

@@ -102,8 +102,9 @@ def test_work_of_a_rollout_is_what_its_forwards_hold(
     seen: list[list[int]] = []
     create = CacheView.__init__
 
-    def created(self: CacheView, cache: Any, starts: Any, ends: Any, block_size: int) -> None:
-        create(self, cache, starts, ends, block_size)
+    def created(self: CacheView, *args: Any) -> None:
+        create(self, *args)
+        _, _, starts, ends, block_size = args
         spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
         pairs = [
             sum(key // block_size <= query // block_size for key in range(end))

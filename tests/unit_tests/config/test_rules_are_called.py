@@ -76,6 +76,7 @@ BROKEN = [
     Broken({"offload_teacher": True}, D_OPSD),
     # Values that do not go together.
     Broken({"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 3}),
+    Broken({"max_total_tokens": 128}),
     Broken(GROWING),
     Broken({**GROWING, "min_response_length": 129}),
     Broken({"response_length_schedule": "linear", "min_response_length": 4}),

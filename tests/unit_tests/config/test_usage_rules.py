@@ -92,6 +92,8 @@ CASES = [
     Case("top_k", 5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS)),
     Case("top_p", 0.5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS)),
     Case("max_running_requests", 7, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("max_total_tokens", 10**6, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("chunked_prefill_size", 512, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
     Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("epochs_per_rollout", 2, NOT_ROLLOUTS, ON_ROLLOUTS),

@@ -17,18 +17,19 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.rollout.uniforms import counter_uniforms
-from megatron_dlm.types.special_tokens import SpecialTokens
-from megatron_dlm.types.trajectory import Prompt, Trajectory
+from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
     GENERATION,
     MASK,
     SPECIAL_TOKENS,
     VOCAB_SIZE,
+    fields,
     load_model,
     make_engine,
     make_prompts,
     save_tiny_model,
+    several_ends,
 )
 
 SEVERAL_ENDS = (EOS, 3, 20, 41)
@@ -53,24 +54,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 @pytest.fixture
 def model(models: Models) -> DiffusionGPTModel:
     return models.ours
-
-
-def fields(trajectory: Trajectory) -> tuple:
-    return (
-        trajectory.sample_index,
-        trajectory.prompt_ids.tolist(),
-        trajectory.response_ids.tolist(),
-        trajectory.unmask_step.tolist(),
-        trajectory.tail_ids.tolist(),
-        trajectory.tail_unmask_step.tolist(),
-        trajectory.finish_reason,
-        trajectory.denoising_forwards,
-    )
-
-
-def several_ends(ids: tuple[int, ...]) -> SpecialTokens:
-    """Special tokens of a model whose responses end at any of some ids."""
-    return dataclasses.replace(SPECIAL_TOKENS, eos_token_ids=ids)
 
 
 def draw_without_cache(
@@ -232,7 +215,6 @@ def test_results_do_not_depend_on_the_batch(
         assert [fields(t) for t in engine.generate(prompts, 14)] == expected
     backwards = make_engine(model).generate(prompts[::-1], 14)
     assert [fields(t) for t in backwards[::-1]] == expected
-    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 9)
     monkeypatch.setattr(sampling, "MAX_LOGITS", 300)
     assert [fields(t) for t in make_engine(model).generate(prompts, 14)] == expected
 
@@ -265,6 +247,7 @@ def test_the_cache_is_as_long_as_what_will_be_in_it() -> None:
             max_response_length=50,
             config=GENERATION,
             special_tokens=SPECIAL_TOKENS,
+            seed=1,
         )
         return table.max_length
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,7 +190,7 @@ def test_settings_that_cannot_work() -> None:
 def test_forwards_share_a_layout_while_no_sequence_ends(lengths: list[int]) -> None:
     """Masks are found by the storage of the layout; padding must not make another one."""
     context = CanvasContext(multiple=4)
-    starts, ends = torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(lengths).long()
+    starts, ends = np.zeros(len(lengths), dtype=np.int64), np.array(lengths, dtype=np.int64)
     tokens = torch.zeros(max(sum(lengths), 1), dtype=torch.int64)
 
     def layout() -> torch.Tensor:

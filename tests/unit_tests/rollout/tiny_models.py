@@ -16,7 +16,7 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
-from megatron_dlm.types.trajectory import Prompt
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 VOCAB_SIZE, EOS, PAD, MASK = 61, 7, 8, 60
 SPECIAL_TOKENS = SpecialTokens(EOS, PAD, MASK, vocab_size=VOCAB_SIZE)
@@ -112,3 +112,22 @@ def make_engine(
         seed=SEED,
         groups=groups or ParallelGroups.from_parallel_state(),
     )
+
+
+def fields(trajectory: Trajectory) -> tuple:
+    """What must not depend on the batch."""
+    return (
+        trajectory.sample_index,
+        trajectory.prompt_ids.tolist(),
+        trajectory.response_ids.tolist(),
+        trajectory.unmask_step.tolist(),
+        trajectory.tail_ids.tolist(),
+        trajectory.tail_unmask_step.tolist(),
+        trajectory.finish_reason,
+        trajectory.denoising_forwards,
+    )
+
+
+def several_ends(ids: tuple[int, ...]) -> SpecialTokens:
+    """Special tokens of a model whose responses end at any of some ids."""
+    return dataclasses.replace(SPECIAL_TOKENS, eos_token_ids=ids)
