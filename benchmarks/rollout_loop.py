@@ -15,14 +15,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.environment import REPOSITORY, commit, machine, versions
 from megatron_dlm.config import Config, ParallelConfig
@@ -64,19 +63,17 @@ class Rollout:
         forwards: Of the model.
         tokens: Of all forwards.
         most_pages: In use at once.
-        attention_shapes: That kernels were called with.
     """
 
     seconds: float = 0.0
     forwards: int = 0
     tokens: int = 0
     most_pages: int = 0
-    attention_shapes: set[tuple[Any, ...]] = field(default_factory=set)
 
     @contextmanager
     def observed(self) -> Iterator[None]:
         """Fill in the counts of what runs in the block."""
-        context_attention, sdpa = CachedContext.attention, F.scaled_dot_product_attention
+        context_attention = CachedContext.attention
 
         def attention(context: CachedContext, starts: Any, ends: Any) -> Any:
             self.forwards += 1
@@ -85,14 +82,7 @@ class Rollout:
             self.most_pages = max(self.most_pages, used)
             return context_attention(context, starts, ends)
 
-        def kernel(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.attention_shapes.add((*query.shape, *key.shape))
-            return sdpa(query, key, *args, **kwargs)
-
-        with (
-            patch.object(CachedContext, "attention", attention),
-            patch.object(F, "scaled_dot_product_attention", kernel),
-        ):
+        with patch.object(CachedContext, "attention", attention):
             yield
 
 
@@ -148,7 +138,6 @@ def measure(repetitions: int) -> dict[str, Any]:
                         "tokens_of_forwards": rollout.tokens,
                         "response_tokens": sum(len(tokens) for tokens, _ in got),
                         "most_pages": rollout.most_pages,
-                        "attention_shapes": len(rollout.attention_shapes),
                     }
             for setting, row in rows.items():
                 row["median_seconds"] = statistics.median(seconds[setting])

@@ -7,10 +7,11 @@ to its sequence. Writing first makes every kind of forward the same: prefilling 
 a block (whose noisy keys the next forward overwrites), and the clean block followed by the next
 noisy one, where the block rule keeps either from seeing too much.
 
-Kernels see few different shapes, for which they are planned once. A row of a call is two blocks of
-a sequence, or a tile of `PREFILL_TILE` tokens of a prompt. The number of rows is rounded up to a
-power of 2 (of 4 for tiles), 4 at least, with rows that belong to nobody, and the pages of the
-longest to a power of 2.
+A row of a call is one or two blocks of a sequence, or a tile of `PREFILL_TILE` tokens of a prompt.
+Kernels of a GPU are planned once for each shape, so they see few different ones: a row has always
+two blocks, the number of rows is rounded up to a power of 2 (of 4 for tiles), 4 at least, with rows
+that belong to nobody, and the pages of the longest to a power of 2. On the CPU, where padding costs
+time and shapes do not, shapes are those of the sequences.
 
 S: tokens of a forward; R: slots in use; n: query heads, g: key/value heads of this tensor-parallel
 rank; d: head size; Q: queries of a row; K: keys of a row.
@@ -40,6 +41,11 @@ def _bucket(count: int, base: int, least: int = 1) -> int:
     while bucket < count:
         bucket *= base
     return bucket
+
+
+def _has_static_shapes(device: torch.device) -> bool:
+    """Whether kernels see few shapes, padded, or those of the sequences."""
+    return device.type != "cpu"
 
 
 class KVCache:
@@ -98,7 +104,7 @@ class _Tiles:
     Attributes:
         queries: [rows, Q] int64, token of each query. Those after the last one of a slot repeat it,
             those of padding rows are token 0; their results are never read.
-        pages: [rows, K / PAGE_SIZE] int64.
+        pages: [rows, K / PAGE_SIZE, rounded up] int64.
         mask: [rows, 1, n / g * Q, K], added to the scores: 0 where visible, else -inf; for
             FlexAttention, K are all positions of the cache.
     """
@@ -122,7 +128,8 @@ class _Tiles:
         else:
             by_page = cached.view(-1, PAGE_SIZE * 2 * num_groups * head_size)
             both = by_page.index_select(0, self.pages.flatten())
-            keys, values = both.view(rows, -1, 2, num_groups, head_size).unbind(2)
+            both = both.view(rows, -1, 2, num_groups, head_size)[:, : self.mask.shape[-1]]
+            keys, values = both.unbind(2)
             context = F.scaled_dot_product_attention(
                 query,
                 keys.transpose(1, 2),
@@ -173,15 +180,19 @@ class CacheView:
 
         # Denoising slots have one or two blocks; prompts go by tiles, which read fewer keys.
         denoises = lengths <= 2 * block_size
+        static = _has_static_shapes(cache.device)
+        num_keys = []
         scatter = np.empty_like(slots)
         arrays = [write, scatter]
         done = 0
-        for chosen, num_queries, base in (
+        for chosen, most_queries, base in (
             (denoises & (lengths > 0), 2 * block_size, 2),
             (~denoises, PREFILL_TILE, 4),
         ):
             if not chosen.any():
                 continue
+            longest = int(lengths[chosen].max())
+            num_queries = most_queries if static else min(most_queries, longest)
             num_tiles = np.where(chosen, -(-lengths // num_queries), 0)
             first = num_tiles.cumsum() - num_tiles
             slot = np.repeat(np.arange(len(starts)), num_tiles)
@@ -189,8 +200,12 @@ class CacheView:
             query = tile[:, None] * num_queries + np.arange(num_queries)
             query = np.minimum(query, lengths[slot, None] - 1)
             limits = ((starts[slot, None] + query) // block_size + 1) * block_size
-            num_pages = min(_bucket(pages_for(int(limits.max())), 2), tables.shape[1])
-            num_rows = _bucket(len(slot), base, least=4)
+            num_keys.append(int(limits.max()))
+            num_pages, num_rows = pages_for(num_keys[-1]), len(slot)
+            if static:
+                num_pages = min(_bucket(num_pages, 2), tables.shape[1])
+                num_rows = _bucket(num_rows, base, least=4)
+                num_keys[-1] = num_pages * PAGE_SIZE
             missing = ((0, num_rows - len(slot)), (0, 0))
             arrays += [
                 np.pad(offsets[slot, None] + query, missing),
@@ -201,21 +216,25 @@ class CacheView:
             scatter[mine] = done + (first[slots] * num_queries + within)[mine]
             done += num_rows * num_queries
         self._write, self._scatter, *uploaded = platform.to_device(*map(torch.from_numpy, arrays))
-        for queries, pages, limits in zip(
-            uploaded[::3], uploaded[1::3], uploaded[2::3], strict=True
+        for queries, pages, limits, keys in zip(
+            uploaded[::3], uploaded[1::3], uploaded[2::3], num_keys, strict=True
         ):
             limits = limits.repeat(1, cache.heads_per_group)
-            mask = self._block_mask if cache.backend == "flex" else self._mask
-            self._calls.append(_Tiles(queries, pages, mask(pages, limits)))
+            is_flex = cache.backend == "flex"
+            mask = self._block_mask(pages, limits) if is_flex else self._mask(limits, keys)
+            self._calls.append(_Tiles(queries, pages, mask))
 
-    def _mask(self, pages: Tensor, limits: Tensor) -> Tensor:
-        """Pages [rows, pages], limits [rows, n / g * Q] -> [rows, 1, n / g * Q, K]."""
-        hidden = torch.arange(pages.shape[1] * PAGE_SIZE, device=limits.device) >= limits[..., None]
+    def _mask(self, limits: Tensor, num_keys: int) -> Tensor:
+        """Limits [rows, n / g * Q] -> [rows, 1, n / g * Q, K]."""
+        hidden = torch.arange(num_keys, device=limits.device) >= limits[..., None]
         mask = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=limits.device)
         return mask.masked_fill_(hidden, -float("inf"))[:, None]
 
     def _block_mask(self, pages: Tensor, limits: Tensor) -> BlockMask:
-        """The same over the whole cache, from the page tables: nothing of its size is computed."""
+        """Pages [rows, pages], limits [rows, n / g * Q] -> the same mask over the whole cache.
+
+        Made from the page tables: nothing of the cache's size is computed.
+        """
         rows, num_pages = pages.shape
         pages, limits = pages.int(), limits.int()
         # Which page of the row each page of the cache is; -1: none.

@@ -1,4 +1,5 @@
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -57,12 +58,13 @@ def random_tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     data=st.data(),
     block_size=st.sampled_from([1, 2, 4]),
     padding=st.integers(0, 3),
-    backend=st.sampled_from(["sdpa", "sdpa", "flex"]),
+    kind=st.sampled_from([("sdpa", False), ("sdpa", True), ("flex", True)]),
 )
 def test_ragged_forwards_against_dense_attention(
-    data: st.DataObject, block_size: int, padding: int, backend: str
+    data: st.DataObject, block_size: int, padding: int, kind: tuple[str, bool]
 ) -> None:
     """Forwards of any mixture: prompts, single blocks, two blocks, rewritten blocks, idle slots."""
+    backend, is_static = kind
     num_slots, max_pages = data.draw(st.integers(1, 5)), 3
     max_blocks = max_pages * PAGE_SIZE // block_size
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
@@ -83,7 +85,8 @@ def test_ragged_forwards_against_dense_attention(
             starts.append(first * block_size)
             ends.append(written[slot] * block_size)
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        view = CacheView(cache, tables, np.array(starts), np.array(ends), block_size)
+        with patch.object(kv_cache, "_has_static_shapes", lambda device: is_static):
+            view = CacheView(cache, tables, np.array(starts), np.array(ends), block_size)
         for layer in range(2):
             query, key, value = random_tokens(sum(lengths) + padding, generator)
             token = 0
