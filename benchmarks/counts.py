@@ -95,7 +95,7 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
             groups=groups,
             stop=steps,  # type: ignore[arg-type]
         )
-        prompts = [Prompt(i, torch.arange(1, PROMPT_LENGTH + 1)) for i in range(sequences)]
+        prompts = [Prompt(i, torch.arange(1, PROMPT_LENGTH + 1) + i) for i in range(sequences)]
         with _one_token_a_step(3 * BLOCK_SIZE):
             trajectories = engine.generate(prompts, 3 * BLOCK_SIZE)
         steps.end()
@@ -143,9 +143,9 @@ def _one_token_a_step(steps: int) -> Iterator[None]:
     read, step = RolloutEngine._read, count(1)
 
     def made_up(engine: RolloutEngine, report: Any, works: bool) -> tuple[Any, bool]:
-        host, going = read(engine, report, works)
+        host, _ = read(engine, report, works)
         if len(host) == 0:
-            return host, going
+            return host, works
         now = next(step)
         first = now % BLOCK_SIZE
         host[:] = 0
