@@ -8,9 +8,7 @@ headings of `--help`.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args
-
-from pydantic import AfterValidator, ConfigDict, StrictFloat
+from typing import Annotated, Any, Literal, get_args
 
 from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.marks import (
@@ -22,9 +20,9 @@ from megatron_dlm.config.marks import (
     FIXED,
     FRACTION,
     PROBABILITY,
-    Text,
 )
 from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
+from megatron_dlm.config.parameter_groups import ParameterGroup, ParamGroupPreset
 from megatron_dlm.rollout.decoding_options import StrategyOptions
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -34,8 +32,6 @@ MaskEmbeddingInit = Literal["keep", "mean"]
 LongPrompts = Literal["error", "drop", "truncate"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 EmptyMask = Literal["redraw", "mask_one"]
-ParamGroupPreset = Literal["rnd1"]
-NotNegative = Annotated[StrictFloat | None, AfterValidator(AT_LEAST_ZERO.check)]
 
 
 @dataclass(frozen=True)
@@ -218,12 +214,10 @@ class DecodingConfig(StrategyOptions):
     max_running_requests: Annotated[int, AT_LEAST_ONE] = 64
     """Sequences a data-parallel process decodes at once (under full attention, the canvases of one
     forward), fewer where --max-total-tokens has no room for them."""
-
     max_total_tokens: Annotated[int | None, AT_LEAST_ONE] = None
     """Tokens that the KV cache of a data-parallel process has room for, in pages of 32. A prompt
     waits until there are pages for it and its longest response (default: enough for
     --max-running-requests, up to 80 % of the free memory of a GPU)."""
-
     chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = 8192
     """Most prompt tokens of a forward; longer prompts are prefilled in pieces of this size, while
     other sequences are decoded."""
@@ -367,38 +361,6 @@ class SelfDistillationConfig:
     """Teacher's most likely tokens that are compared, both sides renormalised over them."""
     divergence_term_limit: Annotated[float, ABOVE_ZERO] = 0.05
     """Largest term of one vocabulary entry in a divergence; larger terms have no gradient."""
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Settings of the optimizer for the parameters that a pattern matches.
-
-    Attributes:
-        pattern: attention, mlp, experts, router, embedding, norm, output, default (all that is in
-            no other group), or a regular expression searched in the parameter's name in the whole
-            model, which no layout changes. A pattern that matches nothing is an error.
-        lr: Peak learning rate, 0 for parameters that stay (None: `--lr`).
-        min_lr: Learning rate at the end of the decay (None: `--min-lr`).
-        weight_decay: Weight decay (None: `--weight-decay`).
-    """
-
-    __pydantic_config__: ClassVar = ConfigDict(
-        extra="forbid", allow_inf_nan=False, revalidate_instances="always"
-    )
-    pattern: Text
-    lr: NotNegative = None
-    min_lr: NotNegative = None
-    weight_decay: NotNegative = None
-
-
-PARAM_GROUP_PRESETS: dict[ParamGroupPreset, tuple[ParameterGroup, ...]] = {
-    # RND1 section 4.2, setting 4. Its schedule is constant; with another one, rates decay to 0.
-    "rnd1": (
-        ParameterGroup("attention", lr=3e-4, min_lr=0.0, weight_decay=0.1),
-        ParameterGroup("default", lr=1e-8, min_lr=0.0, weight_decay=0.1),
-    ),
-}
-"""Parameter groups that publications trained with, by name (`--param-group-preset`)."""
 
 
 @dataclass(frozen=True)

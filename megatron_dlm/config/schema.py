@@ -24,6 +24,7 @@ from megatron_dlm.config.objective_traits import (
     ResponseSource,
     StateSelection,
 )
+from megatron_dlm.config.parameter_groups import PARAM_GROUP_PRESETS, ParameterGroup
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 DATA_OPTIONS = {"data": "train_data", "corpus": "data_path"}
@@ -202,10 +203,10 @@ class Config:
         return iters if fraction is None else round(fraction * self.lr_decay_iters)
 
     @property
-    def param_groups(self) -> tuple[groups.ParameterGroup, ...]:
+    def param_groups(self) -> tuple[ParameterGroup, ...]:
         """Parameter groups, a preset resolved."""
         preset = self.optimizer.param_group_preset
-        return self.optimizer.param_groups if preset is None else groups.PARAM_GROUP_PRESETS[preset]
+        return self.optimizer.param_groups if preset is None else PARAM_GROUP_PRESETS[preset]
 
     @property
     def mask_embedding_init(self) -> groups.MaskEmbeddingInit:
