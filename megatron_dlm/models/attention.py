@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_dlm.models.attention_layout import (
@@ -93,6 +94,8 @@ _block_masks = LayoutCache(functools.partial(block_mask, tile=FLEX_TILE))
 def _compiled_flex_attention() -> Any:
     # Rows differ in length; recompiling for each would cost more than the kernel saves. Where there
     # are still too many kinds, `fullgraph` raises: PyTorch would go on uncompiled, with all scores.
+    # Two sizes that are equal in the first call are not always: that would be another kind.
+    fx_config.use_duck_shape = False
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
@@ -140,12 +143,11 @@ def flex_attention_over_pages(
     Returns:
         Context [rows, g, Q, d].
     """
-    if not query.is_cuda:
-        return flex_attention(query, keys, values, block_mask=block_mask, scale=softmax_scale)
     # The largest tiles that hold no padding: rows are short, and a tile of keys is within a page.
     queries = 1 << max(4, (query.shape[2] - 1).bit_length())
     tiles = {"BLOCK_M": min(queries, FLEX_TILE), "BLOCK_N": block_mask.BLOCK_SIZE[1]}
-    return _compiled_flex_attention()(
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    return attend(
         query, keys, values, block_mask=block_mask, scale=softmax_scale, kernel_options=tiles
     )
 

@@ -34,6 +34,9 @@ from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, pages_for
 # Queries of a row in prefill. A tile reads the keys of its sequence once.
 PREFILL_TILE = 64
 
+# Pages of a row of static shape: a size of one would be another kind for the compiler.
+LEAST_PAGES = 2
+
 
 def _bucket(count: int, base: int, least: int = 1) -> int:
     """The smallest product of `least` and a power of `base` that is at least `count`."""
@@ -81,20 +84,14 @@ class KVCache:
         self.dtype, self.device, self.backend = dtype, device, backend
         self.num_pages = num_pages
         self._first_layer_number = first_layer_number
-        # Zeros, not uninitialised memory: a masked key has weight 0, and 0 * NaN would be NaN.
-        self._storage = torch.zeros(
-            num_layers,
-            (num_pages + 1) * PAGE_SIZE,
-            2,
-            num_query_groups_per_partition,
-            head_size,
-            dtype=dtype,
-            device=device,
-        )
+        shape = (2, (num_pages + 1) * PAGE_SIZE, num_query_groups_per_partition, head_size)
+        # A tensor for each layer: compiled kernels are made for the offset of a view. Zeros, not
+        # uninitialised memory: a masked key has weight 0, and 0 * NaN would be NaN.
+        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     def layer(self, layer_number: int) -> Tensor:
-        """Keys and values of one layer, [pages * PAGE_SIZE, 2, g, d], as a view."""
-        return self._storage[layer_number - self._first_layer_number]
+        """Keys and values of one layer, [2, pages * PAGE_SIZE, g, d]."""
+        return self._layers[layer_number - self._first_layer_number]
 
 
 @dataclass(frozen=True)
@@ -123,13 +120,13 @@ class _Tiles:
         query = query.view(rows, num_queries, num_groups, -1, head_size)
         query = query.permute(0, 2, 3, 1, 4).reshape(rows, num_groups, -1, head_size)
         if isinstance(self.mask, BlockMask):
-            keys, values = cached.permute(1, 2, 0, 3)[:, None].unbind(0)  # [1, g, K, d]
+            keys, values = cached.transpose(1, 2)[:, None].unbind(0)  # [1, g, K, d]
             context = flex_attention_over_pages(query, keys, values, self.mask, softmax_scale)
         else:
-            by_page = cached.view(-1, PAGE_SIZE * 2 * num_groups * head_size)
-            both = by_page.index_select(0, self.pages.flatten())
-            both = both.view(rows, -1, 2, num_groups, head_size)[:, : self.mask.shape[-1]]
-            keys, values = both.unbind(2)
+            by_page = cached.view(2, -1, PAGE_SIZE * num_groups * head_size)
+            both = by_page.index_select(1, self.pages.flatten())
+            both = both.view(2, rows, -1, num_groups, head_size)[:, :, : self.mask.shape[-1]]
+            keys, values = both.unbind(0)
             context = F.scaled_dot_product_attention(
                 query,
                 keys.transpose(1, 2),
@@ -203,13 +200,15 @@ class CacheView:
             num_keys.append(int(limits.max()))
             num_pages, num_rows = pages_for(num_keys[-1]), len(slot)
             if static:
-                num_pages = min(_bucket(num_pages, 2), tables.shape[1])
+                num_pages = max(min(_bucket(num_pages, 2), tables.shape[1]), LEAST_PAGES)
                 num_rows = _bucket(num_rows, base, least=4)
                 num_keys[-1] = num_pages * PAGE_SIZE
             missing = ((0, num_rows - len(slot)), (0, 0))
+            row_pages = tables[slot, :num_pages]
+            missing_pages = (missing[0], (0, num_pages - row_pages.shape[1]))
             arrays += [
                 np.pad(offsets[slot, None] + query, missing),
-                np.pad(tables[slot, :num_pages], missing, constant_values=NULL_PAGE),
+                np.pad(row_pages, missing_pages, constant_values=NULL_PAGE),
                 np.pad(limits, missing, constant_values=1),  # a position of the null page
             ]
             mine = chosen[slots]
@@ -282,8 +281,8 @@ class CacheView:
         if self.num_tokens == 0:
             return torch.zeros_like(query)
         cached = self._cache.layer(layer_number)
-        cached[:, 0].index_copy_(0, self._write, key[: self.num_tokens, 0])
-        cached[:, 1].index_copy_(0, self._write, value[: self.num_tokens, 0])
+        cached[0].index_copy_(0, self._write, key[: self.num_tokens, 0])
+        cached[1].index_copy_(0, self._write, value[: self.num_tokens, 0])
         real = query[: self.num_tokens, 0]
         contexts = [tiles.attend(real, cached, softmax_scale) for tiles in self._calls]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)

@@ -187,7 +187,6 @@ def test_rows_of_all_lengths_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> N
     """Compiled without code generation; a row of one tile needs none."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as it is on CUDA
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     monkeypatch.setattr(attention, "flex_attention", attention._compiled_flex_attention())
     attention._compiled_flex_attention.cache_clear()

@@ -1,3 +1,4 @@
+import functools
 import math
 from unittest.mock import patch
 
@@ -7,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask
 
+from megatron_dlm.models import attention
 from megatron_dlm.rollout import kv_cache
 from megatron_dlm.rollout.kv_cache import PREFILL_TILE, CacheView, KVCache
 from megatron_dlm.rollout.pages import PAGE_SIZE
@@ -161,3 +164,36 @@ def test_flex_reads_the_visible_pages_of_each_row_only(
             assert visible[:, full].all()
             assert full + partial == tables[slot, : num_full + num_partial].tolist()
             assert sorted(full + partial) == visible.any(2).any(0).nonzero()[:, 0].tolist()
+
+
+def test_forwards_of_all_shapes_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled without code generation; past eight graphs PyTorch gives up."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as it is on CUDA
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    attention._compiled_flex_attention.cache_clear()
+    compiled = attention._compiled_flex_attention()
+    attention._compiled_flex_attention.cache_clear()
+    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    tables = torch.arange(1, 33).view(8, 4).numpy()
+    for num_pages, block_size, starts, ends in (
+        (4, 4, [0], [4]),  # one sequence of one page
+        (32, 4, [8, 64, 96], [16, 68, 104]),
+        (32, 4, [0, 4], [100, 12]),  # a prompt, and another one's blocks
+        (32, 1, [5] * 8, [6] * 8),
+        (12, 8, [0, 8, 40], [8, 24, 48]),
+    ):
+        tokens = random_tokens(sum(ends) - sum(starts), torch.Generator().manual_seed(0))
+        results = []
+        for backend, attend in (("sdpa", None), ("flex", compiled)):
+            monkeypatch.setattr(attention, "flex_attention", attend)
+            view = CacheView(
+                new_cache(num_pages, backend),
+                tables[: len(starts), : -(-num_pages // 8)],
+                np.array(starts),
+                np.array(ends),
+                block_size,
+            )
+            results.append([view.attend(FIRST_LAYER + i, *tokens, SCALE) for i in range(2)])
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
