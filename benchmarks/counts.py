@@ -138,12 +138,12 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
 @contextmanager
 def _one_token_a_step(steps: int) -> Iterator[None]:
     """The host reads, of tensors without values, that each sequence committed one more token."""
-    from megatron_dlm.rollout.engine import RolloutEngine
+    from megatron_dlm.rollout.batch import DecodingBatch
 
-    read, step = RolloutEngine._read, count(1)
+    read, step = DecodingBatch._read, count(1)
 
-    def made_up(engine: RolloutEngine, report: Any, works: bool) -> tuple[Any, bool]:
-        host, _ = read(engine, report, works)
+    def made_up(batch: DecodingBatch, report: Any, works: bool) -> tuple[Any, bool]:
+        host, _ = read(batch, report, works)
         if len(host) == 0:
             return host, works
         now = next(step)
@@ -153,7 +153,7 @@ def _one_token_a_step(steps: int) -> Iterator[None]:
         host[:, -2], host[:, -1] = first == 0, now == steps
         return host, now < steps
 
-    with patch.object(RolloutEngine, "_read", made_up):
+    with patch.object(DecodingBatch, "_read", made_up):
         yield
 
 

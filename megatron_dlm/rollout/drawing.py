@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
-from megatron_dlm.rollout.slots import ForwardPlan
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 
@@ -19,7 +19,6 @@ class TokenDrawer:
 
     Args:
         model: This rank's part of the model.
-        generation: Temperature, top-k and top-p.
         special_tokens: MASK is never drawn, nor are ids that the vocabulary does not have.
         groups: Process groups.
     """
@@ -28,12 +27,10 @@ class TokenDrawer:
         self,
         model: DiffusionGPTModel,
         *,
-        generation: GenerationConfig,
         special_tokens: SpecialTokens,
         groups: ParallelGroups,
     ) -> None:
         self._model = model
-        self._generation = generation
         self._special_tokens = special_tokens
         self._groups = groups
 
@@ -54,17 +51,29 @@ class TokenDrawer:
 
     def _sample(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
         """Token ids, confidences and entropies of the draws, [3, n] float64 (exact for ids)."""
+        packed = plan.uniforms.new_empty(3, len(plan.draw_rows))
+        for group in plan.groups:
+            if group.draws is None:
+                return self._sample_alike(hidden, plan.draw_rows, plan.uniforms, group.generation)
+            rows, uniforms = plan.draw_rows[group.draws], plan.uniforms[group.draws]
+            packed[:, group.draws] = self._sample_alike(hidden, rows, uniforms, group.generation)
+        return packed
+
+    def _sample_alike(
+        self, hidden: Tensor, rows: Tensor, uniforms: Tensor, generation: GenerationConfig
+    ) -> Tensor:
+        """The draws from some rows of hidden states, under one setting."""
         weight = head_weight(self._model)
         tp_rank = self._groups.tp.rank() if self._groups.tp is not None else 0
         return sample_tokens(
-            hidden.index_select(0, plan.draw_rows),
+            hidden.index_select(0, rows),
             weight,
-            plan.uniforms,
+            uniforms,
             vocab_start=tp_rank * weight.shape[0],
             vocab_size=self._special_tokens.vocab_size,
             mask_token_id=self._special_tokens.mask_token_id,
-            temperature=self._generation.temperature,
-            top_k=self._generation.top_k,
-            top_p=self._generation.top_p,
+            temperature=generation.temperature,
+            top_k=generation.top_k,
+            top_p=generation.top_p,
             tp_group=self._groups.tp,
         )

@@ -17,21 +17,16 @@ The engine works on token ids. It does not tokenise, score or select training st
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.utils import unwrap_model
-from torch import Tensor
 
-from megatron_dlm import platform
-from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.parallel import ParallelGroups
-from megatron_dlm.rollout.context import RolloutContext, rollout_context
+from megatron_dlm.rollout.batch import DecodingBatch
+from megatron_dlm.rollout.context import rollout_context
 from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.prompt_queue import PromptQueue
-from megatron_dlm.rollout.sampling import SampledTokens
-from megatron_dlm.rollout.slots import ForwardPlan, SlotTable
+from megatron_dlm.rollout.slots import SlotTable, sequence_length
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -87,7 +82,6 @@ class RolloutEngine:
         self.work = RolloutWork()
         self._drawer = TokenDrawer(
             self._model,
-            generation=generation,
             special_tokens=special_tokens,
             groups=groups,
         )
@@ -126,7 +120,7 @@ class RolloutEngine:
             for prompt in prompts:
                 if len(prompt.token_ids) == 0:
                     raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
-        with _evaluation(self._model):
+        with self.evaluating():
             return self._generate(prompts, max_response_length, on_finished)
 
     def settled(self) -> AbstractContextManager[None]:
@@ -139,10 +133,48 @@ class RolloutEngine:
         max_response_length: int,
         on_finished: Callable[[Trajectory], None] | None,
     ) -> list[Trajectory]:
-        num_slots = min(self.generation.max_running_requests, len(prompts))
+        batch = self.open(
+            min(self.generation.max_running_requests, len(prompts)),
+            [sequence_length(p, self.generation, max_response_length) for p in prompts],
+            max_response_length,
+        )
+        queue = PromptQueue(prompts, max_response_length)
+        trajectories: list[Trajectory | None] = [None] * len(prompts)
+
+        def admit() -> None:
+            while queue and batch.admit(queue.first(), prompts[queue.first()]):
+                queue.pop()
+
+        admit()
+        works = batch.any_works()
+        while works:
+            if self._stop is not None:
+                self._stop.check()
+            finished, works = batch.step(more=len(queue) > 0)
+            for request, trajectory in finished:
+                trajectories[request] = trajectory
+                if on_finished is not None:
+                    on_finished(trajectory)
+            admit()
+        return [trajectory for trajectory in trajectories if trajectory is not None]
+
+    def open(
+        self, num_slots: int, lengths: Sequence[int], max_response_length: int
+    ) -> DecodingBatch:
+        """An empty batch, for callers that admit prompts as they come; see `evaluating`.
+
+        Args:
+            num_slots: Sequences decoded at once.
+            lengths: Positions that each sequence to come may have, see `sequence_length`; as many
+                as there may be at once are enough.
+            max_response_length: Tokens, at least 1; a prompt's own limit may be lower.
+
+        Raises:
+            UserError: The longest sequence does not fit into the KV cache.
+        """
         slots = SlotTable(
             num_slots=num_slots,
-            prompts=prompts,
+            max_length=max(lengths, default=0),
             max_response_length=max_response_length,
             config=self.generation,
             special_tokens=self._special_tokens,
@@ -153,86 +185,19 @@ class RolloutEngine:
             self.generation,
             groups=self._groups,
             num_slots=num_slots,
-            lengths=[slots.length(prompt) for prompt in prompts],
+            lengths=lengths,
         )
-        queue = PromptQueue(prompts, max_response_length)
-        trajectories: list[Trajectory | None] = [None] * len(prompts)
-
-        def admit() -> None:
-            while queue and slots.num_active < num_slots:
-                prompt = prompts[queue.first()]
-                if not context.admit(slots.num_active, prompt.token_ids, slots.length(prompt)):
-                    break
-                slots.place(queue.pop(), prompt)
-
-        nothing = torch.empty(0, 0, dtype=torch.int32, device=platform.device())
-        admit()
-        _, works = self._read(nothing, works=slots.num_active > 0)
-        while works:
-            if self._stop is not None:
-                self._stop.check()
-            if slots.num_active == 0:
-                self._idle_forward(context)
-                _, works = self._read(nothing, works=False)
-                continue
-            plan = slots.plan(context)
-            report, works = self._read(self._step(slots, context, plan), works=len(queue) > 0)
-            # From the last slot down: a sequence that moves into a freed slot is never finished
-            # itself.
-            for slot in reversed(slots.settle(plan, report)):
-                trajectory = slots.trajectory(slot)
-                trajectories[slots.request(slot)] = trajectory
-                if on_finished is not None:
-                    on_finished(trajectory)
-                context.release(slot)
-                moved = slots.remove(slot)
-                if moved is not None:
-                    context.move(moved, slot)
-            admit()
-        return [trajectory for trajectory in trajectories if trajectory is not None]
-
-    def _read(self, report: Tensor, works: bool) -> tuple[np.ndarray, bool]:
-        """Wait for a forward: the only copy from the device in a step, and so the only wait.
-
-        Args:
-            report: What `SlotTable.commit` returned, [R, columns].
-            works: Whether this rank has more to do whatever the report says.
-
-        Returns:
-            The report on the host, and whether any rank that shares collectives with this one still
-            has something to do.
-        """
-        if self._groups.lockstep is None:
-            host = platform.to_host(report).numpy()
-            return host, works or not host[:, -1:].all()
-        going = ((report[:, -1:] == 0).any() | works).int()[None]
-        dist.all_reduce(going, op=dist.ReduceOp.MAX, group=self._groups.lockstep)
-        host = platform.to_host(torch.cat((report.flatten(), going))).numpy()
-        return host[:-1].reshape(report.shape), bool(host[-1])
-
-    def _idle_forward(self, context: RolloutContext) -> None:
-        """Take part in the others' collectives with a token that belongs to no sequence."""
-        nothing = np.empty(0, dtype=np.int64)
-        forward_hidden(
+        return DecodingBatch(
             self._model,
-            [
-                Row(
-                    token_ids=torch.tensor([self._special_tokens.pad_token_id]),
-                    position_ids=torch.zeros(1, dtype=torch.int64),
-                    attention=context.attention(nothing, nothing),
-                )
-            ],
+            generation=self.generation,
+            drawer=self._drawer,
+            slots=slots,
+            context=context,
+            special_tokens=self._special_tokens,
+            groups=self._groups,
+            work=self.work,
         )
 
-    def _step(self, slots: SlotTable, context: RolloutContext, plan: ForwardPlan) -> Tensor:
-        """One forward and one draw for all slots in use; what `SlotTable.commit` reports."""
-        full = self.generation.attention_pattern == "full"
-        self.work.add(plan, None if full else self.generation.block_size)
-        attention = context.attention(plan.starts, plan.ends)
-        row = Row(slots.tokens(plan), plan.position_ids, attention)
-        hidden = forward_hidden(self._model, [row])
-        if len(plan.draw_rows) == 0:  # pieces of prompts only
-            nothing = plan.draw_rows.float()
-            return slots.commit(plan, SampledTokens(plan.draw_rows, nothing, nothing))
-        drawn = self._drawer.draw(None if hidden is None else hidden[0], plan)
-        return slots.commit(plan, drawn)
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Around the steps of a batch that was opened: evaluation mode, without gradients."""
+        return _evaluation(self._model)

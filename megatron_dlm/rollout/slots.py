@@ -11,53 +11,33 @@ a whole); T: positions of a slot; S: tokens of a forward; n: draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.rollout.context import RolloutContext
+from megatron_dlm.rollout.forward_plan import ForwardPlan, SettingGroup
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens
 from megatron_dlm.rollout.strategies import DenoisedBlocks
-from megatron_dlm.rollout.uniforms import counter_uniforms
+from megatron_dlm.rollout.uniforms import counter_uniforms, signed
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 
-@dataclass(frozen=True)
-class ForwardPlan:
-    """One forward pass over the slots and the draws that follow it.
+def sequence_length(prompt: Prompt, config: GenerationConfig, max_response_length: int) -> int:
+    """Positions of a prompt and its longest response, in whole blocks."""
+    block_size, first = config.block_size or max_response_length, _first_block(prompt, config)
+    generated = len(prompt.token_ids) + prompt.response_limit(max_response_length) - first
+    return first + -(-generated // block_size) * block_size
 
-    Tensors are on the device, int64 where nothing else is said.
 
-    Attributes:
-        starts: [R], first position of each slot in this forward; on the host, as `ends`.
-        ends: [R], one past the last position; equal to the first where a prompt waits.
-        denoises: [R] bool on the host: slots that draw, whose prompt is prefilled.
-        uniforms: [n] float64, the number of each draw.
-        token_slots: [S], slots in ascending order.
-        position_ids: [S].
-        draw_rows: [n], index into S of the hidden state that each draw is made from.
-        draw_slots: [n].
-        draw_columns: [n], position of each draw within its block.
-        per_slot: [6, R]: whether it denoises, denoising step, masked positions at the block's
-            first step, start of the block, length of the prompt, end of the longest response.
-    """
-
-    starts: np.ndarray
-    ends: np.ndarray
-    denoises: np.ndarray
-    uniforms: Tensor
-    token_slots: Tensor
-    position_ids: Tensor
-    draw_rows: Tensor
-    draw_slots: Tensor
-    draw_columns: Tensor
-    per_slot: Tensor
+def _first_block(prompt: Prompt, config: GenerationConfig) -> int:
+    """First position of the block that the response begins in."""
+    length, grid = len(prompt.token_ids), config.block_size
+    # A response that is decoded as a whole is one block, wherever the prompt ends.
+    return length if grid is None else length // grid * grid
 
 
 class SlotTable:
@@ -74,20 +54,20 @@ class SlotTable:
 
     Args:
         num_slots: Sequences held at once.
-        prompts: All prompts that will be placed.
+        max_length: Most positions of a sequence, see `sequence_length`.
         max_response_length: Tokens after which a response is cut; a `Prompt` may have a lower
             limit.
-        config: Decoding settings.
+        config: Decoding settings, of sequences that are placed without their own.
         special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
             committed yet.
-        seed: Of the draws.
+        seed: Of the draws, of sequences that are placed without their own.
     """
 
     def __init__(
         self,
         *,
         num_slots: int,
-        prompts: Sequence[Prompt],
+        max_length: int,
         max_response_length: int,
         config: GenerationConfig,
         special_tokens: SpecialTokens,
@@ -103,7 +83,7 @@ class SlotTable:
         # Pieces end with blocks.
         blocks = max(config.chunked_prefill_size // self._block_size, 1)
         self._chunk = blocks * self._block_size
-        self.max_length = max(map(self.length, prompts), default=0)
+        self._settings = [config] * num_slots
         self._prompts: list[Prompt | None] = [None] * num_slots
         self._requests = [0] * num_slots
         self._placed = 0
@@ -113,7 +93,7 @@ class SlotTable:
         self._eos_token_ids = self._end_ids.to(device)
         self._columns = torch.arange(self._block_size, device=device)
         # On the device: what the network sees and writes.
-        shape = (num_slots, self.max_length)
+        shape = (num_slots, max_length)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._unmask_step = torch.zeros(shape, dtype=torch.int64, device=device)
         self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool, device=device)
@@ -126,6 +106,7 @@ class SlotTable:
             return np.zeros(num_slots, dtype=np.int64)
 
         self._order = per_slot()  # of admission
+        self._seeds = per_slot()
         self._prompt_length = per_slot()
         self._end = per_slot()  # of prompt and longest response
         self._sample_index = per_slot()
@@ -143,6 +124,7 @@ class SlotTable:
             self._final_step,
             self._known_masked,
             self._order,
+            self._seeds,
             self._prompt_length,
             self._end,
             self._sample_index,
@@ -154,16 +136,9 @@ class SlotTable:
             self._prefilling,
         )
 
-    def _first_block(self, prompt: Prompt) -> int:
-        length, grid = len(prompt.token_ids), self._config.block_size
-        # A response that is decoded as a whole is one block, wherever the prompt ends.
-        return length if grid is None else length // grid * grid
-
     def length(self, prompt: Prompt) -> int:
         """Positions of a prompt and its longest response, in whole blocks."""
-        first, limit = self._first_block(prompt), prompt.response_limit(self._max_response_length)
-        generated = len(prompt.token_ids) + limit - first
-        return first + -(-generated // self._block_size) * self._block_size
+        return sequence_length(prompt, self._config, self._max_response_length)
 
     @property
     def _has_canvas(self) -> bool:
@@ -174,10 +149,28 @@ class SlotTable:
         """The index that the sequence in a slot was placed with."""
         return self._requests[slot]
 
-    def place(self, request: int, prompt: Prompt) -> None:
-        """Start decoding a prompt in the first unused slot."""
+    def slot_of(self, request: int) -> int | None:
+        """Where the sequence that was placed with this index is; None if it has ended."""
+        active = self._requests[: self.num_active]
+        return active.index(request) if request in active else None
+
+    def place(
+        self,
+        request: int,
+        prompt: Prompt,
+        generation: GenerationConfig | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Start decoding a prompt in the first unused slot.
+
+        Args:
+            request: Index of the sequence.
+            prompt: What to decode.
+            generation: Its own settings, of the table's block size and attention.
+            seed: Of its own draws.
+        """
         slot, length = self.num_active, len(prompt.token_ids)
-        block_start = self._first_block(prompt)
+        block_start = _first_block(prompt, self._config)
         masked = block_start + np.arange(self._block_size) >= length
         self._end[slot] = length + prompt.response_limit(self._max_response_length)
         if self._has_canvas:
@@ -189,6 +182,8 @@ class SlotTable:
         self._tokens[slot, length:] = self._mask_token_id
         self._masked[slot] = on_device.bool()
         self._prompts[slot], self._requests[slot] = prompt, request
+        self._settings[slot] = self._config if generation is None else generation
+        self._seeds[slot] = signed(self._seed if seed is None else seed)
         self._known_masked[slot] = masked
         self._order[slot] = self._placed
         self._prompt_length[slot] = length
@@ -203,7 +198,7 @@ class SlotTable:
         self.num_active += 1
 
     def remove(self, slot: int) -> int | None:
-        """Free a finished slot.
+        """Free a slot.
 
         Returns:
             The slot whose sequence moved into this one (its cache must move too), or None.
@@ -212,6 +207,7 @@ class SlotTable:
         last = self.num_active
         self._prompts[slot] = self._prompts[last]
         self._requests[slot] = self._requests[last]
+        self._settings[slot] = self._settings[last]
         self._prompts[last] = None
         if slot == last:
             return None
@@ -260,10 +256,48 @@ class SlotTable:
             draw_columns,
             per_slot,
         )
-        counters = (self._sample_index[draw_slots], draw_position, self._step[draw_slots])
-        uniforms = counter_uniforms(self._seed, *map(torch.from_numpy, counters))
-        tensors = platform.to_device(uniforms, *map(torch.from_numpy, arrays))
-        return ForwardPlan(starts, ends, denoises, *tensors)
+        counters = (
+            self._seeds[draw_slots],
+            self._sample_index[draw_slots],
+            draw_position,
+            self._step[draw_slots],
+        )
+        uniforms = counter_uniforms(*map(torch.from_numpy, counters))
+        members = self._members(draw_slots)
+        of_groups = [array for group in members.values() for array in group]
+        uniforms, *tensors = platform.to_device(
+            uniforms, *map(torch.from_numpy, (*arrays, *of_groups))
+        )
+        first = len(arrays)
+        groups = tuple(
+            SettingGroup(generation, draws, slots.bool())
+            for generation, draws, slots in zip(
+                members, tensors[first::2], tensors[first + 1 :: 2], strict=True
+            )
+        )
+        return ForwardPlan(
+            starts,
+            ends,
+            denoises,
+            groups or (SettingGroup(self._settings[0]),),
+            uniforms,
+            *tensors[:first],
+        )
+
+    def _members(self, draw_slots: np.ndarray) -> dict[GenerationConfig, list[np.ndarray]]:
+        """Draws [m] and slots [R] (1 for a member) by setting; empty where all have the same."""
+        settings = self._settings[: self.num_active]
+        distinct = list(dict.fromkeys(settings))
+        if len(distinct) == 1:
+            return {}
+        number = np.array([distinct.index(generation) for generation in settings])
+        return {
+            generation: [
+                (number[draw_slots] == group).nonzero()[0],
+                (number == group).astype(np.int64),
+            ]
+            for group, generation in enumerate(distinct)
+        }
 
     def _prefill(self, ends: np.ndarray, context: RolloutContext) -> np.ndarray:
         """Shorten `ends` where a prompt is not prefilled by this forward; who denoises, [R]."""
@@ -315,7 +349,11 @@ class SlotTable:
             step=step,
             masked_at_start=masked_at_start,
         )
-        committed = self._config.strategy.commit(blocks, self._config.strategy_value)
+        committed = torch.zeros_like(masked)
+        for group in plan.groups:
+            generation = group.generation
+            own = generation.strategy.commit(blocks, generation.strategy_value)
+            committed = own if group.slots is None else own.where(group.slots[:, None], committed)
         positions = block_start[:, None] + self._columns
         tokens, steps = self._tokens[active], self._unmask_step[active]
         block = tokens.gather(1, positions)
@@ -366,6 +404,15 @@ class SlotTable:
         self._masked_at_start[opened] = self._known_masked[opened].sum(axis=-1)
         return [int(slot) for slot in finished]
 
+    def settled(self, slot: int) -> np.ndarray:
+        """Tokens of the response in finished blocks, [n]; what follows EOS is among them."""
+        first, end = self._prompt_length[slot], self._block_start[slot]
+        return self._final_tokens[slot, first:end]
+
+    def forwards(self, slot: int) -> int:
+        """Forwards so far that drew tokens for the sequence of a slot."""
+        return int(self._forwards[slot])
+
     def trajectory(self, slot: int) -> Trajectory:
         """The trajectory decoded in a finished slot."""
         prompt = self._prompts[slot]
@@ -406,5 +453,5 @@ class SlotTable:
         """
         if self._has_canvas:
             return 0
-        complete = self._first_block(prompt) - int(self._config.is_autoregressive)
+        complete = _first_block(prompt, self._config) - int(self._config.is_autoregressive)
         return max(-(-complete // self._chunk) - 1, 0)

@@ -12,14 +12,15 @@ from torch import Tensor
 _UNIFORM_BITS = 53  # of a float64
 
 
-def _signed(word: int) -> int:
-    """The 64-bit word as PyTorch's int64 holds it."""
+def signed(word: int) -> int:
+    """The lowest 64 bits of a number as PyTorch's int64 holds them."""
+    word %= 1 << 64
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
+_GOLDEN = signed(0x9E3779B97F4A7C15)
+_MIX_1 = signed(0xBF58476D1CE4E5B9)
+_MIX_2 = signed(0x94D049BB133111EB)
 
 
 def _shift_right(word: Tensor, bits: int) -> Tensor:
@@ -35,12 +36,12 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def counter_uniforms(
-    seed: int, sample_index: Tensor, position: Tensor, denoising_step: Tensor
+    seed: int | Tensor, sample_index: Tensor, position: Tensor, denoising_step: Tensor
 ) -> Tensor:
     """Uniform numbers in [0, 1) as a pure function of their counters.
 
     Args:
-        seed: Seed of the run's draws.
+        seed: Seed of the run's draws; or one for each, [n] int64, from `signed`.
         sample_index: [n] int64, global index of the sample.
         position: [n] int64, position of the token in its sequence.
         denoising_step: [n] int64.
@@ -48,7 +49,10 @@ def counter_uniforms(
     Returns:
         [n] float64, multiples of 2^-53.
     """
-    key = torch.full_like(sample_index, _signed(seed % (1 << 64)))
+    if isinstance(seed, int):
+        key = torch.full_like(sample_index, signed(seed))
+    else:
+        key = seed.clone()
     for counter in (sample_index, position, denoising_step):
         key = _mix(key.bitwise_xor_(counter).add_(_GOLDEN))
     return _shift_right(key, 64 - _UNIFORM_BITS).double().mul_(2.0**-_UNIFORM_BITS)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron_dlm.rollout.slots import ForwardPlan
+from megatron_dlm.rollout.forward_plan import ForwardPlan
 
 
 @dataclass

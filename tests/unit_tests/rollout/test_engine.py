@@ -11,18 +11,17 @@ from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import initialized
-from megatron_dlm.rollout import engine as engine_module
+from megatron_dlm.rollout import batch as batch_module
 from megatron_dlm.rollout import sampling
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
-from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.slots import sequence_length
 from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
     GENERATION,
     MASK,
-    SPECIAL_TOKENS,
     VOCAB_SIZE,
     fields,
     load_model,
@@ -197,7 +196,7 @@ def test_forwards_are_those_of_the_model(
         calls += 1
         return forward_hidden(*args)
 
-    monkeypatch.setattr(engine_module, "forward_hidden", counted)
+    monkeypatch.setattr(batch_module, "forward_hidden", counted)
     engine = make_engine(model)
     for prompt in make_prompts(LENGTHS):
         calls = 0
@@ -241,15 +240,8 @@ def test_a_prompt_may_have_a_limit_of_its_own(model: DiffusionGPTModel, changes:
 
 def test_the_cache_is_as_long_as_what_will_be_in_it() -> None:
     def length(*sizes: tuple[int, int | None]) -> int:
-        table = SlotTable(
-            num_slots=2,
-            prompts=[Prompt(0, torch.zeros(p), max_response_length=limit) for p, limit in sizes],
-            max_response_length=50,
-            config=GENERATION,
-            special_tokens=SPECIAL_TOKENS,
-            seed=1,
-        )
-        return table.max_length
+        prompts = [Prompt(0, torch.zeros(p), max_response_length=limit) for p, limit in sizes]
+        return max((sequence_length(p, GENERATION, 50) for p in prompts), default=0)
 
     assert length((100, 4), (8, 60), (7, None)) == 104
     assert length((10, None), (20, 12)) == 60

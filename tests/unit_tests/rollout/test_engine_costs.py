@@ -14,8 +14,8 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import kv_cache
+from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.context import CachedContext
-from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.pages import PAGE_SIZE
 from megatron_dlm.rollout.strategies import STRATEGIES
@@ -173,7 +173,7 @@ def test_the_host_does_not_wait_between_plan_and_report(
     model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     steps = 0
-    step = RolloutEngine._step
+    step = DecodingBatch._forward
 
     def watched(*args: Any) -> Tensor:
         nonlocal steps
@@ -181,7 +181,7 @@ def test_the_host_does_not_wait_between_plan_and_report(
         with NoWait():
             return step(*args)
 
-    monkeypatch.setattr(RolloutEngine, "_step", watched)
+    monkeypatch.setattr(DecodingBatch, "_forward", watched)
     engine = make_engine(
         model,
         remasking_strategy=strategy,

@@ -14,7 +14,7 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
-from megatron_dlm.rollout import engine as engine_module
+from megatron_dlm.rollout import batch as batch_module
 from megatron_dlm.rollout.context import CanvasContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -120,13 +120,13 @@ def test_trajectories_say_what_the_network_saw(
 ) -> None:
     """Prompt, tokens, steps, canvas and block size give back every canvas that was forwarded."""
     seen: list[list[int]] = []
-    forward_hidden = engine_module.forward_hidden
+    forward_hidden = batch_module.forward_hidden
 
     def record(model: torch.nn.Module, rows: list[Row]) -> list[torch.Tensor] | None:
         seen.extend(row.token_ids.tolist() for row in rows)
         return forward_hidden(model, rows)
 
-    monkeypatch.setattr(engine_module, "forward_hidden", record)
+    monkeypatch.setattr(batch_module, "forward_hidden", record)
     rebuilt, lengths = [], []
     for prompt in make_prompts([6, 3, 9, 2, 5]):
         (trajectory,) = generate(

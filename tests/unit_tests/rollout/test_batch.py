@@ -1,0 +1,117 @@
+"""Sequences that come and go have the responses that they have alone."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dlm.config import Config, ParallelConfig
+from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.slots import sequence_length
+from megatron_dlm.types.trajectory import Prompt, Trajectory
+from tests.unit_tests.rollout.tiny_models import (
+    FULL_ATTENTION,
+    GENERATION,
+    SPECIAL_TOKENS,
+    fields,
+    load_model,
+    make_prompts,
+    save_tiny_model,
+)
+
+MAX_RESPONSE_LENGTH = 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
+    folder = tmp_path_factory.mktemp("qwen3")
+    save_tiny_model(folder)
+    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
+        yield load_model(folder)
+
+
+def engine_of(model: DiffusionGPTModel, generation: GenerationConfig, seed: int) -> RolloutEngine:
+    return RolloutEngine(
+        model,
+        generation=generation,
+        special_tokens=SPECIAL_TOKENS,
+        seed=seed,
+        groups=ParallelGroups.from_parallel_state(),
+    )
+
+
+Request = tuple[Prompt, GenerationConfig, int]
+
+
+def alone(model: DiffusionGPTModel, request: Request) -> Trajectory:
+    """The response by an engine of its own."""
+    prompt, generation, seed = request
+    [trajectory] = engine_of(model, generation, seed).generate([prompt], MAX_RESPONSE_LENGTH)
+    return trajectory
+
+
+AUTOREGRESSIVE = GenerationConfig.autoregressive(temperature=1.0, max_running_requests=3)
+CHANGES: dict[str, tuple[GenerationConfig, list[dict[str, Any]]]] = {
+    "block_causal": (
+        GENERATION,
+        [
+            {"temperature": 0.0},
+            {"top_k": 5},
+            {"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 2},
+            {"temperature": 1.3, "top_p": 0.8, "dynamic_threshold": 0.3},
+            {"remasking_strategy": "entropy_bounded", "entropy_bound": 0.5},
+        ],
+    ),
+    "full": (FULL_ATTENTION, [{"temperature": 0.0}, {"top_k": 5}]),
+    "causal": (AUTOREGRESSIVE, [{"temperature": 0.0}, {"top_p": 0.7}]),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, kind: str) -> None:
+    """More requests than slots, one after the other or together, some ended before their time."""
+    generation, changes = CHANGES[kind]
+    generation = dataclasses.replace(generation, max_running_requests=3)
+    settings = [generation, *(dataclasses.replace(generation, **change) for change in changes)]
+    prompts = make_prompts([5, 3, 8, 13, 2, 4])
+    requests = [
+        (prompt, settings[i % len(settings)], 2**63 + i // 3) for i, prompt in enumerate(prompts)
+    ]
+    engine = engine_of(model, generation, seed=1)
+    lengths = [sequence_length(p, generation, MAX_RESPONSE_LENGTH) for p in prompts]
+    batch = engine.open(3, lengths, MAX_RESPONSE_LENGTH)
+    waiting = list(range(len(requests)))
+    responses: dict[int, Trajectory] = {}
+    seen: dict[int, list[int]] = {}
+    cancelled = set()
+    with engine.evaluating():
+        while waiting or batch.num_active:
+            while waiting and batch.admit(waiting[0], *requests[waiting[0]]):
+                waiting.pop(0)
+            finished, _ = batch.step()
+            responses.update(finished)
+            for request, tokens in batch.settled():
+                before = seen.get(request, [])
+                seen[request] = tokens.tolist()
+                assert seen[request][: len(before)] == before
+            for request in (1, 5):
+                if len(seen.get(request, ())) and request not in {*responses, *cancelled}:
+                    assert batch.cancel(request) > 0
+                    cancelled |= {request}
+    assert batch.num_active == 0
+    assert len(responses) == len(requests) - len(cancelled)
+    for request, tokens in seen.items():
+        expected = alone(model, requests[request])
+        whole = torch.cat((expected.response_ids, expected.tail_ids)).tolist()
+        assert tokens == whole[: len(tokens)]
+        if request in responses:
+            assert fields(responses[request]) == fields(expected)
+    distinct = {tuple(r.response_ids.tolist()) for r in responses.values()}
+    assert len(distinct) > 3
+    if kind != "full":
+        assert cancelled
