@@ -133,6 +133,16 @@ class DecodingBatch:
         for slot in range(self.num_active):
             yield self._slots.request(slot), self._slots.settled(slot)
 
+    def block(self, request: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rest of a response's tokens that `settled` has not.
+
+        Returns:
+            Tokens [n] of the block in decoding, and which of them are MASK [n].
+        """
+        slot = self._slots.slot_of(request)
+        assert slot is not None
+        return self._slots.block(slot)
+
     def cancel(self, request: int) -> int:
         """End a sequence before its time; what it holds is free for the next one.
 

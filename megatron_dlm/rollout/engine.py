@@ -58,6 +58,7 @@ class RolloutEngine:
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
         groups: Process groups.
         stop: Checked before every forward for a request to stop; None: never.
+        keeps_confidence: Whether trajectories have `confidence`.
 
     Attributes:
         work: Sizes of the forwards so far.
@@ -72,6 +73,7 @@ class RolloutEngine:
         seed: int,
         groups: ParallelGroups,
         stop: StopAgreement | None = None,
+        keeps_confidence: bool = False,
     ) -> None:
         self.generation = generation
         self.seed = seed
@@ -79,6 +81,7 @@ class RolloutEngine:
         self._special_tokens = special_tokens
         self._groups = groups
         self._stop = stop
+        self._keeps_confidence = keeps_confidence
         self.work = RolloutWork()
         self._drawer = TokenDrawer(
             self._model,
@@ -179,6 +182,7 @@ class RolloutEngine:
             config=self.generation,
             special_tokens=self._special_tokens,
             seed=self.seed,
+            keeps_confidence=self._keeps_confidence,
         )
         context = rollout_context(
             self._model,

@@ -61,6 +61,7 @@ class SlotTable:
         special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
             committed yet.
         seed: Of the draws, of sequences that are placed without their own.
+        keeps_confidence: Whether trajectories have `confidence`.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class SlotTable:
         config: GenerationConfig,
         special_tokens: SpecialTokens,
         seed: int,
+        keeps_confidence: bool = False,
     ) -> None:
         self.num_slots = num_slots
         self.num_active = 0
         self._config = config
         self._seed = seed
+        self._keeps_confidence = keeps_confidence
         self._max_response_length = max_response_length
         self._mask_token_id = special_tokens.mask_token_id
         self._block_size = config.block_size or max_response_length
@@ -97,9 +100,11 @@ class SlotTable:
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._unmask_step = torch.zeros(shape, dtype=torch.int64, device=device)
         self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool, device=device)
-        # On the host: finished blocks, as the device reported them, and where each sequence is.
-        self._final_tokens = np.zeros(shape, dtype=np.int64)
-        self._final_step = np.zeros(shape, dtype=np.int64)
+        # On the host: blocks as the device reported them, and where each sequence is.
+        self._known_tokens = np.zeros(shape, dtype=np.int64)
+        self._known_step = np.zeros(shape, dtype=np.int64)
+        columns = max_length if keeps_confidence else 0
+        self._known_confidence = np.zeros((num_slots, columns), dtype=np.float32)
         self._known_masked = np.zeros((num_slots, self._block_size), dtype=bool)
 
         def per_slot() -> np.ndarray:
@@ -120,8 +125,9 @@ class SlotTable:
             self._tokens,
             self._unmask_step,
             self._masked,
-            self._final_tokens,
-            self._final_step,
+            self._known_tokens,
+            self._known_step,
+            self._known_confidence,
             self._known_masked,
             self._order,
             self._seeds,
@@ -185,6 +191,7 @@ class SlotTable:
         self._settings[slot] = self._config if generation is None else generation
         self._seeds[slot] = signed(self._seed if seed is None else seed)
         self._known_masked[slot] = masked
+        self._known_confidence[slot] = 0
         self._order[slot] = self._placed
         self._prompt_length[slot] = length
         self._sample_index[slot] = prompt.sample_index
@@ -335,7 +342,9 @@ class SlotTable:
 
         Returns:
             [R, 3 B + 2] int32 on the device: tokens, denoising steps and, for the next forward,
-            masks of each block; whether the block is full; whether the sequence is finished.
+            masks of each block; whether the block is full; whether the sequence is finished. Where
+            confidence is kept, B columns before the last two have the bits of its float32, zero for
+            tokens that this forward did not commit.
         """
         active = slice(self.num_active)
         denoises, step, masked_at_start, block_start, prompt_length, end = plan.per_slot
@@ -372,8 +381,11 @@ class SlotTable:
             opened = opened & (positions + self._block_size < end[:, None])
         masked |= opened
         self._masked[active] = masked
-        flags = torch.stack((full, finished), dim=1)
-        return torch.cat((block, unmask_step, masked, flags), dim=1).int()
+        columns = [block, unmask_step, masked]
+        if self._keeps_confidence:
+            columns.append((blocks.confidence * committed).view(torch.int32))
+        columns.append(torch.stack((full, finished), dim=1))
+        return torch.cat(columns, dim=1).int()
 
     def settle(self, plan: ForwardPlan, report: np.ndarray) -> list[int]:
         """Take over what the device reported.
@@ -395,9 +407,15 @@ class SlotTable:
             # Keys before the block are final now; its own become final once it is clean.
             self._start[active] = np.where(plan.denoises, self._block_start[active], plan.ends)
         full, finished = report[:, -2].nonzero()[0], report[:, -1].nonzero()[0]
-        positions = self._block_start[full, None] + np.arange(size)
-        self._final_tokens[full[:, None], positions] = report[full, :size]
-        self._final_step[full[:, None], positions] = report[full, size : 2 * size]
+        where = (
+            np.arange(self.num_active)[:, None],
+            self._block_start[active, None] + np.arange(size),
+        )
+        self._known_tokens[where] = report[:, :size]
+        self._known_step[where] = report[:, size : 2 * size]
+        if self._keeps_confidence:
+            bits = np.ascontiguousarray(report[:, 3 * size : 4 * size])
+            self._known_confidence[where] += bits.view(np.float32)
         opened = full[report[full, -1] == 0]
         self._block_start[opened] += size
         self._step[opened] = 1
@@ -407,7 +425,14 @@ class SlotTable:
     def settled(self, slot: int) -> np.ndarray:
         """Tokens of the response in finished blocks, [n]; what follows EOS is among them."""
         first, end = self._prompt_length[slot], self._block_start[slot]
-        return self._final_tokens[slot, first:end]
+        return self._known_tokens[slot, first:end]
+
+    def block(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """The response in the block that is not finished: tokens [n], and which are MASK [n]."""
+        start, end = self._block_start[slot], self._end[slot]
+        shown = slice(max(start, self._prompt_length[slot]), min(start + self._block_size, end))
+        columns = slice(shown.start - start, shown.stop - start)
+        return self._known_tokens[slot, shown], self._known_masked[slot, columns]
 
     def forwards(self, slot: int) -> int:
         """Forwards so far that drew tokens for the sequence of a slot."""
@@ -423,10 +448,13 @@ class SlotTable:
         if self._has_canvas:
             canvas_length = int(self._end[slot])
             end = min(end, canvas_length)
-        tokens = torch.from_numpy(self._final_tokens[slot, prompt_length:end].copy())
-        unmask_step = torch.from_numpy(self._final_step[slot, prompt_length:end].copy())
+        tokens = torch.from_numpy(self._known_tokens[slot, prompt_length:end].copy())
+        unmask_step = torch.from_numpy(self._known_step[slot, prompt_length:end].copy())
         if self._config.is_autoregressive:
             unmask_step.zero_()
+        confidence = None
+        if self._keeps_confidence:
+            confidence = torch.from_numpy(self._known_confidence[slot, prompt_length:end].copy())
         length = min(prompt.response_limit(self._max_response_length), len(tokens))
         eos = torch.isin(tokens[:length], self._end_ids).nonzero()
         if len(eos):
@@ -443,6 +471,7 @@ class SlotTable:
             canvas_length=canvas_length,
             denoising_forwards=forwards,
             total_forwards=forwards + self._prefill_forwards(prompt),
+            confidence=confidence,
             record=prompt.record,
         )
 

@@ -18,7 +18,7 @@ from megatron_dlm.types.trajectory import Prompt, Trajectory
 STORED_BATCH = "rollout_batch.jsonl"
 
 _OF_THE_DATA = ("prompt_ids", "record")
-_NOT_KEPT = (*_OF_THE_DATA, "targets")
+_NOT_KEPT = (*_OF_THE_DATA, "targets", "confidence")
 _TENSORS = ("response_ids", "unmask_step", "tail_ids", "tail_unmask_step")
 
 

@@ -62,6 +62,8 @@ class Trajectory:
             after the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
+        confidence: [L + T] float32, the probability of each token of response and tail when it was
+            committed (`rollout.sampling.SampledTokens`); None where nobody asked for it.
         targets: The teacher's targets: for each of the L response tokens, on the last pipeline
             stage; or, if the student teaches itself, for visited states (`StateTargets`), on all
             stages. None before the teacher phase and for trajectories that are not trained on.
@@ -82,6 +84,7 @@ class Trajectory:
     canvas_length: int | None = None
     denoising_forwards: int = 0
     total_forwards: int = 0
+    confidence: Tensor | None = None
     targets: TeacherTargets | None = None
     correct: bool | None = None
     tries: int = 1

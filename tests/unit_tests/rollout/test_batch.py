@@ -89,6 +89,7 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
     responses: dict[int, Trajectory] = {}
     seen: dict[int, list[int]] = {}
     cancelled = set()
+    states: list[tuple[int, int, list[int], list[bool]]] = []
     with engine.evaluating():
         while waiting or batch.num_active:
             while waiting and batch.admit(waiting[0], *requests[waiting[0]]):
@@ -99,6 +100,8 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
                 before = seen.get(request, [])
                 seen[request] = tokens.tolist()
                 assert seen[request][: len(before)] == before
+                block, masked = batch.block(request)
+                states.append((request, len(tokens), block.tolist(), masked.tolist()))
             for request in (1, 5):
                 if len(seen.get(request, ())) and request not in {*responses, *cancelled}:
                     assert batch.cancel(request) > 0
@@ -111,6 +114,12 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
         assert tokens == whole[: len(tokens)]
         if request in responses:
             assert fields(responses[request]) == fields(expected)
+    for request, start, block, masked in states:
+        expected = alone(model, requests[request])
+        whole = torch.cat((expected.response_ids, expected.tail_ids)).tolist()[start:]
+        for token, is_mask, final in zip(block, masked, whole, strict=False):
+            assert is_mask or token == final
+    assert kind == "causal" or any(not all(masked) for *_, masked in states)
     distinct = {tuple(r.response_ids.tolist()) for r in responses.values()}
     assert len(distinct) > 3
     if kind != "full":

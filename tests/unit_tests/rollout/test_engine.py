@@ -173,6 +173,52 @@ def test_cached_decoding_equals_full_forwards(model: DiffusionGPTModel, changes:
         assert trajectory.record is prompt.record
 
 
+def test_confidence_is_that_of_the_step_that_committed_a_token(model: DiffusionGPTModel) -> None:
+    """Against draws without a cache from the states that the trajectory says were visited."""
+    prompts = make_prompts(LENGTHS[:5])
+    engine = make_engine(model, keeps_confidence=True)
+    trajectories = engine.generate(prompts, 11)
+    plain = make_engine(model).generate(prompts, 11)
+    assert [fields(t) for t in trajectories] == [fields(t) for t in plain]
+    assert all(t.confidence is None for t in plain)
+    for trajectory in trajectories:
+        first, size = len(trajectory.prompt_ids), GENERATION.block_size or 0
+        tokens = torch.cat((trajectory.token_ids, trajectory.tail_ids))
+        steps = torch.cat((trajectory.unmask_step, trajectory.tail_unmask_step))
+        steps = torch.cat((torch.zeros(first, dtype=torch.int64), steps))
+        expected = torch.zeros(len(tokens))
+        for start in range(first // size * size, len(tokens), size):
+            of_block = steps[start : start + size]
+            for step in range(1, int(of_block.max()) + 1):
+                state = torch.where(of_block < step, tokens[start : start + size], MASK)
+                drawn_at = start + (of_block >= step).nonzero()[:, 0]
+                drawn = draw_without_cache(
+                    model,
+                    GENERATION,
+                    torch.cat((tokens[:start], state)),
+                    drawn_at,
+                    drawn_at,
+                    trajectory.sample_index,
+                    step,
+                )
+                chosen = steps[drawn_at] == step
+                expected[drawn_at[chosen]] = drawn.confidence[chosen]
+        assert trajectory.confidence is not None
+        torch.testing.assert_close(trajectory.confidence, expected[first:])
+
+
+def test_confidence_of_next_token_decoding_is_that_of_transformers(models: Models) -> None:
+    prompts = make_prompts(LENGTHS[:4])
+    generation = GenerationConfig.autoregressive(temperature=0.8, max_running_requests=3)
+    engine = make_engine(models.ours, generation, keeps_confidence=True)
+    for trajectory in engine.generate(prompts, 9):
+        first = len(trajectory.prompt_ids)
+        logits = models.transformers(trajectory.token_ids[None]).logits[0, first - 1 : -1]
+        logits[:, MASK] = -torch.inf
+        expected = logits.softmax(-1).gather(1, trajectory.response_ids[:, None])[:, 0]
+        torch.testing.assert_close(trajectory.confidence, expected.detach())
+
+
 def test_any_of_several_ids_ends_a_response(model: DiffusionGPTModel) -> None:
     engine = make_engine(model, special_tokens=several_ends(SEVERAL_ENDS))
     prompts = make_prompts(LENGTHS * 2)

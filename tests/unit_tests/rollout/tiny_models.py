@@ -102,6 +102,7 @@ def make_engine(
     generation: GenerationConfig = GENERATION,
     groups: ParallelGroups | None = None,
     special_tokens: SpecialTokens = SPECIAL_TOKENS,
+    keeps_confidence: bool = False,
     **changes: Any,
 ) -> RolloutEngine:
     """An engine for a tiny model; `changes` are to the decoding settings."""
@@ -111,6 +112,7 @@ def make_engine(
         special_tokens=special_tokens,
         seed=SEED,
         groups=groups or ParallelGroups.from_parallel_state(),
+        keeps_confidence=keeps_confidence,
     )
 
 
