@@ -23,6 +23,8 @@ COMMANDS = {
     "evaluate": "Score a checkpoint's responses to held-out prompts.",
     "lm-eval": "Run tasks of lm-evaluation-harness on a checkpoint.",
     "generate": "Generate responses with a checkpoint.",
+    "chat": "Chat with a checkpoint in a terminal.",
+    "trajectory": "Show on an HTML page how responses were decoded.",
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
     "report": "Compare training runs on one HTML page.",
     "verify": "Compare a run's checkpoints with what was written.",

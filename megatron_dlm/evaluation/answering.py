@@ -24,7 +24,7 @@ class Answers:
     """Results of all prompts under one setting.
 
     Attributes:
-        results: In the order of the prompts.
+        results: In the order of the prompts; those to one prompt in the order of their numbers.
         seconds: That they took, over all starts of the command.
     """
 
@@ -75,7 +75,7 @@ def answer_prompts(
     result_of: Callable[[Trajectory], Any],
     seed: int | None = None,
 ) -> Answers | None:
-    """Answer the prompts that have no result yet; all ranks call this.
+    """Generate the responses that have no result yet; all ranks call this.
 
     Args:
         generator: Answers.
@@ -94,7 +94,7 @@ def answer_prompts(
     groups = generator.groups
     began, before = time.perf_counter(), partial.seconds.get(setting, 0.0)
     done = partial.done.get(setting, set())
-    missing = [index for index in range(generator.num_prompts) if index not in done]
+    missing = [index for index in range(generator.num_responses) if index not in done]
     share = len(missing[groups.dp_rank :: groups.dp_size])
     progress = GenerationProgress(setting, share, enabled=rank() == 0, done=len(done))
     results: dict[int, Any] = {}
@@ -102,7 +102,7 @@ def answer_prompts(
 
     def finished(trajectory: Trajectory) -> None:
         if keeps:
-            index = trajectory.sample_index
+            index = generator.inputs.index(trajectory)
             results[index] = result_of(trajectory)
             elapsed = before + time.perf_counter() - began
             partial.add(setting, index, results[index], round(elapsed, 3))
@@ -114,4 +114,4 @@ def answer_prompts(
         return None
     everything |= partial.results.get(setting, {})
     seconds = before + time.perf_counter() - began
-    return Answers([everything[index] for index in range(generator.num_prompts)], seconds)
+    return Answers([everything[index] for index in range(generator.num_responses)], seconds)

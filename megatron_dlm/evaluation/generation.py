@@ -1,7 +1,7 @@
 """Answer prompts with a loaded model; used by the commands generate and evaluate.
 
-The draws for prompt i of a file are keyed by i, so the responses are the same under every layout,
-and whether or not other prompts were answered before.
+The draws for response j to prompt i of a file are keyed by i and j, so the responses are the same
+under every layout, however many there are, and whether or not others were answered before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
-from megatron_dlm.types.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory
+
+_RESPONSE_SHIFT = 40
+"""Bits of a sample's number that the prompt takes; the response's are above."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,35 @@ class InferenceInputs:
         prompts: All prompts, of all ranks.
         special_tokens: Of tokenizer and checkpoint.
         max_response_length: In tokens, for all prompts; a prompt's own limit may be lower.
+        num_responses: To each prompt.
     """
 
     prompts: PromptDataset
     special_tokens: SpecialTokens
     max_response_length: int
+    num_responses: int = 1
+
+    def prompt(self, index: int) -> Prompt:
+        """The prompt of a response; those to prompt i of n are n i to n (i + 1) - 1."""
+        which, response = divmod(index, self.num_responses)
+        return self.prompts.sample(which, response << _RESPONSE_SHIFT | which)
+
+    def place(self, trajectory: Trajectory) -> tuple[int, int]:
+        """Prompt and response, each from 0, of a trajectory."""
+        response, which = divmod(trajectory.sample_index, 1 << _RESPONSE_SHIFT)
+        return which, response
+
+    def index(self, trajectory: Trajectory) -> int:
+        """The index that `prompt` was given."""
+        which, response = self.place(trajectory)
+        return which * self.num_responses + response
 
 
 def read_inference_inputs(
-    setup: InferenceSetup, tokenizer: PreTrainedTokenizerBase, file: RecordSource
+    setup: InferenceSetup,
+    tokenizer: PreTrainedTokenizerBase,
+    file: RecordSource,
+    num_responses: int = 1,
 ) -> InferenceInputs:
     """Tokenise and check prompts; loads no weights.
 
@@ -59,7 +82,8 @@ def read_inference_inputs(
         setup.config.template.chat_template_kwargs,
         domains=Domains.from_config(setup.config),
     )
-    return InferenceInputs(prompts, special_tokens, _response_length(setup, prompts))
+    length = _response_length(setup, prompts)
+    return InferenceInputs(prompts, special_tokens, length, num_responses)
 
 
 def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
@@ -112,6 +136,10 @@ class Generator:
         setup: Decoding options.
         inputs: The prompts.
         groups: Process groups of the model.
+        keeps_confidence: Whether trajectories have `confidence`.
+
+    Attributes:
+        inputs: As passed.
     """
 
     def __init__(
@@ -120,16 +148,19 @@ class Generator:
         setup: InferenceSetup,
         inputs: InferenceInputs,
         groups: ParallelGroups,
+        *,
+        keeps_confidence: bool = False,
     ) -> None:
         self._setup = setup
-        self._inputs = inputs
+        self._keeps_confidence = keeps_confidence
+        self.inputs = inputs
         self._model = model
         self._groups = groups
 
     @property
-    def num_prompts(self) -> int:
-        """Of all ranks."""
-        return len(self._inputs.prompts)
+    def num_responses(self) -> int:
+        """Of all ranks, to all prompts."""
+        return len(self.inputs.prompts) * self.inputs.num_responses
 
     @property
     def groups(self) -> ParallelGroups:
@@ -143,12 +174,12 @@ class Generator:
         on_finished: Callable[[Trajectory], None] | None = None,
         seed: int | None = None,
     ) -> list[Trajectory]:
-        """Answer this rank's share of the prompts; all ranks call this.
+        """Generate this rank's share of the responses; all ranks call this.
 
         Args:
             generation: Decoding setting.
-            indices: Of the prompts to answer, the same on all ranks; None for all prompts. Of n
-                data-parallel ranks, rank r takes every n-th from the r-th on.
+            indices: Of the responses (`InferenceInputs.prompt`), the same on all ranks; None for
+                all. Of n data-parallel ranks, rank r takes every n-th from the r-th on.
             on_finished: Called with each response when it is complete.
             seed: Of the draws; None for that of the options.
 
@@ -156,17 +187,18 @@ class Generator:
             Trajectories in the order of the share, the same on all model-parallel ranks.
         """
         if indices is None:
-            indices = range(self.num_prompts)
+            indices = range(self.num_responses)
         engine = RolloutEngine(
             self._model,
             generation=generation,
-            special_tokens=self._inputs.special_tokens,
+            special_tokens=self.inputs.special_tokens,
             seed=self._setup.config.data.seed if seed is None else seed,
             groups=self._groups,
+            keeps_confidence=self._keeps_confidence,
         )
         share = indices[self._groups.dp_rank :: self._groups.dp_size]
         return engine.generate(
-            [self._inputs.prompts[index] for index in share],
-            self._inputs.max_response_length,
+            [self.inputs.prompt(index) for index in share],
+            self.inputs.max_response_length,
             on_finished,
         )

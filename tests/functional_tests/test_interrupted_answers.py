@@ -134,6 +134,7 @@ def test_another_command_does_not_go_on_with_it(folder: Path, call: Call, tmp_pa
     other_model = save_random_model(tmp_path / "other", seed=1)
     for changed, words in (
         (("--top-k", 5, "--seed", 8), "seed = 1234, this one has 8"),
+        (("--top-k", 5, "--num-responses", 2), "num_responses = 1, this one has 2"),
         (("--top-k", 6), "dynamic_0.9: top_k = 5, this one has 6"),
         (("--top-k", 5, "--max-response-length", 7), "max_response_length = 8, this one has 7"),
         (("--top-k", 5, "--prompts", folder / "prompts.jsonl"), "with data = "),

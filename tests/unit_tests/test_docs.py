@@ -24,6 +24,8 @@ SCRIPTS = {
     "tools/evaluate.py": "evaluate",
     "tools/harness.py": "lm-eval",
     "tools/generate.py": "generate",
+    "tools/chat.py": "chat",
+    "tools/show_trajectories.py": "trajectory",
     "tools/convert_checkpoint.py": "convert",
     "tools/report_runs.py": "report",
     "tools/verify_checkpoint.py": "verify",

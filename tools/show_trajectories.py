@@ -1,0 +1,8 @@
+"""`megatron-dlm trajectory` from a checkout."""
+
+import sys
+
+from megatron_dlm.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main(["trajectory", *sys.argv[1:]]))
