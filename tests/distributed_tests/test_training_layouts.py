@@ -71,7 +71,7 @@ TWO_ROLLOUTS: dict[str, Any] = dict(SHORT, rollout_batch_size=4, num_rollouts=2)
 FIVE: dict[str, Any] = dict(SHORT, num_rollouts=None, num_epochs=1, prompts="five.jsonl")
 GIVEN: dict[str, Any] = dict(train_iters=2, num_rollouts=None, max_response_length=8)
 RUNS: dict[str, dict[str, Any]] = {
-    "opdlm": dict(rollout_batch_size=12),
+    "opdlm": dict(rollout_batch_size=12, max_response_length=8),
     "opdlm_global": dict(SHORT, state_selection="global"),
     "opdlm_all": dict(SHORT, state_selection="all", loss_normalization="row_mean"),
     "opdlm_bigger_teacher": SHORT,

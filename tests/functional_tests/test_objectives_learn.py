@@ -32,7 +32,7 @@ HELD_OUT = 32
 
 LENGTHS: dict[str, Any] = dict(max_prompt_length=64, max_response_length=40)
 GENERATED: dict[str, Any] = dict(LENGTHS, max_running_requests=64)
-ROLLOUTS = dict(GENERATED, num_rollouts=3, rollout_batch_size=64, epochs_per_rollout=2)
+ROLLOUTS = dict(GENERATED, num_rollouts=3, rollout_batch_size=32, epochs_per_rollout=4)
 UPDATES: dict[str, Any] = dict(train_iters=48)
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "opdlm": ROLLOUTS,
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders with problems to train on, and with others."""
     train, held_out = (tmp_path_factory.mktemp(name) for name in ("train", "held_out"))
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    for folder, num, split in ((train, 256, "train"), (held_out, HELD_OUT, "heldout")):
+    for folder, num, split in ((train, 128, "train"), (held_out, HELD_OUT, "heldout")):
         _, examples = write_data(folder, num, split=split)
         texts = [json.loads(line)["response"] for line in examples.read_text().splitlines()]
         write_corpus(folder / "corpus", [tokenizer.encode(text) for text in texts])

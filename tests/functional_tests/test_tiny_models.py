@@ -15,12 +15,12 @@ TINY = REPOSITORY / "examples" / "tiny"
 @pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
 def test_held_out_problems_are_answered_exactly(tmp_path: Path, model: str) -> None:
     data, output = tmp_path / "heldout.jsonl", tmp_path / "results.json"
-    write_examples(data, "heldout", 3, 500)
+    write_examples(data, "heldout", 3, 250)
     command = ("evaluate", "--load", TINY / model, "--data", data, "--output", output)
     outcome = run_ranks(1, *command, "--settings", "autoregressive", "--max-response-length", 40)
     assert outcome.status == 0, outcome.stderr
     results = json.loads(output.read_text())
-    assert results["num_examples"] == 500
+    assert results["num_examples"] == 250
     assert results["settings"]["autoregressive"]["accuracy"] >= 0.95
     assert (TINY / model / "model.safetensors").stat().st_size < 8_000_000
 
