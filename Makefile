@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OMP_NUM_THREADS ?= 1
 
 # In the order of tests/conftest.py, which begins with the files that take longest.
-TWO_FILES_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+THREE_FILES_AT_A_TIME := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Options of the study, STUDY='--jobs 4' for one.
 STUDY ?=
@@ -70,10 +70,10 @@ lint: setup
 	$(BIN)/mypy
 
 test-fast: setup
-	$(BIN)/pytest tests/unit_tests -m 'not slow' $(TWO_FILES_AT_A_TIME) --durations 5
+	$(BIN)/pytest tests/unit_tests -m 'not slow' $(THREE_FILES_AT_A_TIME) --durations 5
 
 test: lint
-	$(BIN)/pytest $(TWO_FILES_AT_A_TIME) --durations 15
+	$(BIN)/pytest $(THREE_FILES_AT_A_TIME) --durations 15
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)
