@@ -154,7 +154,7 @@ def test_attention_kernels_see_few_shapes(
     with AttentionShapes() as seen:
         trajectories = engine.generate(prompts, 500)
     assert sum(len(t.response_ids) for t in trajectories) == sum(range(40, 40 + 28 * 16, 28)) > 3999
-    assert seen.calls > 400
+    assert seen.calls > 200
     assert len(seen.shapes) <= 16
 
 
