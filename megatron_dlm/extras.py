@@ -6,10 +6,13 @@ from megatron_dlm.errors import bad_value
 
 EXTRAS = {
     "datasets": "data",
+    "fastapi": "serve",
     "langdetect": "eval",
     "lm_eval": "harness",
     "math_verify": "eval",
     "matplotlib": "plots",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
     "wandb": "wandb",
 }
 """Extra that brings each package; the extras are in pyproject.toml."""

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "Generate responses with a checkpoint.",
     "chat": "Chat with a checkpoint in a terminal.",
     "trajectory": "Show on an HTML page how responses were decoded.",
+    "serve": "Answer requests over HTTP with a checkpoint, as OpenAI's API does.",
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
     "report": "Compare training runs on one HTML page.",
     "verify": "Compare a run's checkpoints with what was written.",

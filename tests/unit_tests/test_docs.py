@@ -26,6 +26,7 @@ SCRIPTS = {
     "tools/generate.py": "generate",
     "tools/chat.py": "chat",
     "tools/show_trajectories.py": "trajectory",
+    "tools/serve.py": "serve",
     "tools/convert_checkpoint.py": "convert",
     "tools/report_runs.py": "report",
     "tools/verify_checkpoint.py": "verify",

@@ -34,6 +34,7 @@ ORDER = (
     ),
     ("training",),
     ("evaluation",),
+    ("serving",),
     ("commands",),
     ("api",),
 )

@@ -1,0 +1,68 @@
+"""Options of the server."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from megatron_dlm.errors import bad_value
+from megatron_dlm.evaluation.options import InferenceArguments
+from megatron_dlm.ranges import Range
+
+API_KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Server: where it listens, and its limits."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for every address of this machine."""
+
+    port: Annotated[int, Range(0, 65535)] = 8000
+    """Port to listen at; 0 takes a free one and prints it."""
+
+    api_key: str | None = None
+    """Key that requests to /v1 have to carry (Authorization: Bearer KEY). Other users of the
+    machine see arguments of a command: the variable MEGATRON_DLM_API_KEY does the same unseen."""
+
+    served_model_name: str | None = None
+    """Name of the model in requests (default: the last part of --load)."""
+
+    max_waiting_requests: Annotated[int, Range(0)] = 256
+    """Responses that may wait for a slot, beside --max-running-requests in decoding; further
+    requests are refused with status 429."""
+
+    max_choices: Annotated[int, Range(1)] = 16
+    """Most responses to one request: prompts times n."""
+
+    max_request_bytes: Annotated[int, Range(1)] = 8 << 20
+    """Longest body of a request."""
+
+    request_timeout_s: Annotated[float, Range(0, above_lowest=True)] = 600.0
+    """Seconds after which a request that is not answered is given up with status 504."""
+
+    shutdown_timeout_s: Annotated[float, Range(0)] = 60.0
+    """Seconds that requests in decoding have after SIGTERM or SIGINT; new ones are refused with
+    status 503 meanwhile."""
+
+    @property
+    def key(self) -> str | None:
+        """The key that requests need; None: none.
+
+        Raises:
+            UserError: It is empty.
+        """
+        key = os.environ.get(API_KEY_VARIABLE) if self.api_key is None else self.api_key
+        if key == "":
+            source = API_KEY_VARIABLE if self.api_key is None else "--api-key"
+            raise bad_value(source, key, "is empty", "write a key, or leave it out")
+        return key
+
+
+@dataclass(frozen=True)
+class ServeArguments(InferenceArguments):
+    """Answer requests over HTTP."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
