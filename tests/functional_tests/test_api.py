@@ -104,7 +104,10 @@ def test_converted_folder_is_that_of_the_command(folder: Path, call: Call) -> No
     files = sorted(path.name for path in written.iterdir())
     assert files == sorted(path.name for path in (folder / "cli").iterdir())
     for name in files:
-        assert (written / name).read_bytes() == (folder / "cli" / name).read_bytes(), name
+        of_command = (folder / "cli" / name).read_bytes()
+        if name == "README.md":  # its title is the folder's name
+            of_command = of_command.replace(b"# cli\n", b"# api\n")
+        assert (written / name).read_bytes() == of_command, name
 
 
 def test_groups_go_with_the_last_model(folder: Path) -> None:
