@@ -33,6 +33,8 @@ from megatron_dlm.rollout.top_p_search import Gather, top_p_threshold
 VOCABULARY_BLOCK = 128
 # Columns of a chunk: for 64 rows, float32 buffers of 2 MiB each. Narrower products take longer.
 CHUNK_COLUMNS = 64 * VOCABULARY_BLOCK
+# Share of a chunk's blocks below which the CPU computes those alone.
+FEW_BLOCKS = 0.3
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class BlockStatistics:
 def chunk_columns(device: torch.device) -> int:
     """Columns of a chunk; other devices than the CPU have larger caches, and launches to pay."""
     return CHUNK_COLUMNS if device.type == "cpu" else 4 * CHUNK_COLUMNS
+
+
+def _host_computes(device: torch.device) -> bool:
+    """Whether the host reads a value without waiting for a device."""
+    return device.type == "cpu"
 
 
 def padded_columns(columns: int) -> int:
@@ -152,18 +159,28 @@ def filtered_masses(
     """
     masses, start = [], 0
     buffers: Tensor | None = None
+    # Blocks without a token that reaches it have no mass. A NaN is looked at.
+    reaches = ~(maximum < threshold[:, None])
     for chunk in chunks:
         blocks = chunk.unflatten(1, (-1, VOCABULARY_BLOCK))
-        count = blocks.shape[1]
+        chunk_maximum = maximum[:, start : start + blocks.shape[1]]
+        chosen = reaches[:, start : start + blocks.shape[1]]
+        start += blocks.shape[1]
+        if _host_computes(chunk.device) and chosen.sum() < FEW_BLOCKS * chosen.numel():
+            rows, columns = chosen.nonzero(as_tuple=True)
+            few = blocks[rows, columns]
+            weight = (few.float() - chunk_maximum[chosen][:, None]).mul_(1.0 / temperature).exp_()
+            weight.mul_(few >= threshold[rows, None])
+            masses.append(torch.zeros_like(chunk_maximum).masked_scatter_(chosen, weight.sum(-1)))
+            continue
         if buffers is None:
             buffers = chunk.new_empty(2, *blocks.shape, dtype=torch.float32)
-        weight, is_kept = buffers[:, :, :count]
-        torch.sub(blocks, maximum[:, start : start + count, None], out=weight)
+        weight, is_kept = buffers[:, :, : blocks.shape[1]]
+        torch.sub(blocks, chunk_maximum[..., None], out=weight)
         weight.mul_(1.0 / temperature).exp_()
         # As a number: a mask of bytes would take several times as long on the CPU.
         torch.ge(blocks, threshold[:, None, None], out=is_kept)
         masses.append(weight.mul_(is_kept).sum(dim=-1))
-        start += count
     return torch.cat(masses, dim=-1)
 
 

@@ -209,7 +209,9 @@ def sample_tokens(
         else:
             statistics = None
             if passes is TORCH_PASSES:
-                statistics = block_statistics(head.chunks(logits), temperature)
+                # A filter puts its own masses in the place of tempered ones.
+                drawn_from = 1.0 if is_filtered else temperature
+                statistics = block_statistics(head.chunks(logits), drawn_from)
             else:
                 head.write(logits)
             drawn = draw_from_logits(

@@ -13,7 +13,7 @@ from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
-from megatron_dlm.rollout import kv_cache
+from megatron_dlm.rollout import block_draws, kv_cache
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.context import CachedContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -182,6 +182,7 @@ def test_the_host_does_not_wait_between_plan_and_report(
             return step(*args)
 
     monkeypatch.setattr(DecodingBatch, "_forward", watched)
+    monkeypatch.setattr(block_draws, "_host_computes", lambda device: False)  # as on a GPU
     engine = make_engine(
         model,
         remasking_strategy=strategy,
