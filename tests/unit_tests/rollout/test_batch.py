@@ -78,7 +78,8 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
     generation, changes = CHANGES[kind]
     generation = dataclasses.replace(generation, max_running_requests=3)
     settings = [generation, *(dataclasses.replace(generation, **change) for change in changes)]
-    prompts = make_prompts([5, 3, 8, 13, 2, 4])
+    lengths_of_prompts = [5, 3, 8, 13] if kind == "full" else [5, 3, 8, 13, 2, 4]
+    prompts = make_prompts(lengths_of_prompts)
     requests = [
         (prompt, settings[i % len(settings)], 2**63 + i // 3) for i, prompt in enumerate(prompts)
     ]
@@ -121,6 +122,6 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
             assert is_mask or token == final
     assert kind == "causal" or any(not all(masked) for *_, masked in states)
     distinct = {tuple(r.response_ids.tolist()) for r in responses.values()}
-    assert len(distinct) > 3
+    assert len(distinct) > 2
     if kind != "full":
         assert cancelled
