@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,8 +265,7 @@ def loss(model: Model, examples: Records, *, objective: str = "sft", **options: 
     judge = OBJECTIVES[config.objective.objective](
         config, special_tokens.mask_token_id, architecture.vocab_size
     )
-    samples = replace(config.training, eval_iters=len(data), global_batch_size=1)
-    config = replace(config, training=samples)
+    config = config.changed(eval_iters=len(data), global_batch_size=1)
     return Validation(config, judge, data, ParallelGroups()).loss(module)
 
 

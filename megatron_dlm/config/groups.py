@@ -167,10 +167,6 @@ class DataConfig:
     seq_length: Annotated[int, AT_LEAST_ONE, FIXED] = 2048
     """Tokens of a corpus window, the sample that --global-batch-size counts. Documents are packed
     into windows end to end; those of a window do not see each other."""
-    valid_data_path: str | None = None
-    """Held-out corpus for the validation loss of a run on --data-path, in the same format."""
-    valid_data: str | None = None
-    """Held-out examples for the validation loss of a run on --train-data, in the same format."""
     max_prompt_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest prompt in tokens, chat template included."""
     long_prompts: Annotated[LongPrompts, FIXED] = "error"
@@ -303,7 +299,8 @@ class ObjectiveConfig:
     masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean; d_opsd:
     over those with states)."""
     reward: str = "exact_match"
-    """How an objective verifies a response, by fields of its prompt's record (docs/evaluation.md):
+    """How a response is rated by fields of its prompt's record (docs/evaluation.md), by objectives
+    that verify responses and on --eval-prompts:
     exact_match, math_verify, choice, instructions, code_tests, countdown, sudoku, or
     package.module:function of your own."""
     unsafe_code_execution: bool = False
@@ -422,12 +419,6 @@ class TrainingConfig:
     takes the remaining samples (61,816 prompts at 128 a rollout: 483 rollouts, the last of 120)."""
     epochs_per_rollout: Annotated[int, AT_LEAST_ONE, FIXED] = 1
     """Passes over the trajectories of a rollout before the next one."""
-    eval_interval: Annotated[int, AT_LEAST_ZERO] = 0
-    """Optimizer steps between two validation losses, where held-out data are given; 0 takes one
-    only, at the end of the run."""
-    eval_iters: Annotated[int, AT_LEAST_ONE] = 10
-    """Global batches of held-out data that a validation loss is taken over: always the same samples
-    with the same masks."""
     exit_duration_in_mins: Annotated[float | None, ABOVE_ZERO] = None
     """Minutes from its start after which a run saves and ends as if it was sent SIGTERM: with
     status 75, to be started again."""
@@ -454,8 +445,9 @@ class LoggingConfig:
     """Keep those whose iteration is a multiple of this too, with --keep-checkpoints; 0 keeps no
     others."""
     keep_best_checkpoint: bool = False
-    """Keep the checkpoint with the lowest validation loss too, with --keep-checkpoints; the loss is
-    then measured for every checkpoint."""
+    """Keep the best checkpoint by held-out data too, with --keep-checkpoints: by the accuracy on
+    --eval-prompts under the first decoding, of which each new best is saved at once, else by the
+    validation loss, which is then measured for every checkpoint."""
     async_save: bool = True
     """Train on while a checkpoint is written, from a copy in the host's memory; off, training waits
     and there is no copy."""

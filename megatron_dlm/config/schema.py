@@ -17,6 +17,7 @@ from megatron_dlm.config.fields import (
     value_of,
     with_values,
 )
+from megatron_dlm.config.held_out import HeldOutConfig
 from megatron_dlm.config.marks import NOT_AN_OPTION
 from megatron_dlm.config.objective_traits import (
     OBJECTIVE_TRAITS,
@@ -48,6 +49,7 @@ class Config:
     )
     optimizer: groups.OptimizerConfig = field(default_factory=groups.OptimizerConfig)
     training: groups.TrainingConfig = field(default_factory=groups.TrainingConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     logging: groups.LoggingConfig = field(default_factory=groups.LoggingConfig)
 
     config: str | None = None
@@ -98,6 +100,39 @@ class Config:
     def validation_path(self) -> str | None:
         """Held-out data, if a validation loss is measured."""
         return self.validation_option and value_of(self, self.validation_option)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the student answers held-out prompts in the course of training."""
+        return self.held_out.eval_prompts is not None
+
+    def evaluates_after(self, iteration: int) -> bool:
+        """Whether it does so after an optimizer step; of a run of known length, `of_data`."""
+        if not self.evaluates or not iteration:
+            return False
+        interval = self.held_out.eval_prompts_interval
+        return iteration == self.train_iters or bool(interval and iteration % interval == 0)
+
+    @property
+    def eval_temperature(self) -> float:
+        """Softmax temperature of an evaluation, default resolved."""
+        own = self.held_out.eval_temperature
+        return self.rollout.temperature if own is None else own
+
+    @property
+    def longest_eval_response(self) -> int:
+        """Tokens of the longest response of an evaluation that any record can have."""
+        own = self.held_out.eval_max_response_length
+        limits = self.template.max_response_length_by_domain.values()
+        return min(own or self.rollout.max_response_length, max(limits, default=sys.maxsize))
+
+    @property
+    def decodes_left_to_right(self) -> bool:
+        """Whether the trained model, as far as its objective tells, has no blocks to denoise."""
+        kind = self.diffusion_kind
+        if kind is None:
+            return not self.traits.self_distillation
+        return kind.attention_pattern == "causal"
 
     @property
     def uses_rollouts(self) -> bool:

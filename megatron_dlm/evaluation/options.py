@@ -1,16 +1,11 @@
-"""Options of the tools that generate, resolved against the checkpoint; needs no PyTorch.
-
-A decoding setting is the short name of a strategy with the value of its option after a colon, such
-as `static:2` (denoising steps per block) and `dynamic:0.7` (threshold), or `autoregressive`. After
-an @ it has a block size of its own: `dynamic:0.7@8`.
-"""
+"""Options of the tools that generate, resolved against the checkpoint; needs no PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_dlm.config import (
     CheckpointOptions,
@@ -24,11 +19,10 @@ from megatron_dlm.config import (
     validate_inference,
 )
 from megatron_dlm.config.fields import flag_of
-from megatron_dlm.config.rules import divisors
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file
+from megatron_dlm.rollout.decoding_settings import DecodingSetting
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
 
@@ -120,8 +114,7 @@ class InferenceSetup:
         """Decoding settings by the names of their results.
 
         Args:
-            texts: Each as `setting` takes it, some with a block size after an @; none: the one that
-                the options describe.
+            texts: Each as `DecodingSetting` reads it; none: the one that the options describe.
 
         Raises:
             UserError: One is unknown or named twice, or an option is read by none of them.
@@ -129,17 +122,16 @@ class InferenceSetup:
         settings: dict[str, GenerationConfig] = {}
         read: set[str] = set()
         for text in texts:
-            decoding, block_size = _with_block_size(text)
-            sized = self if block_size is None else replace(self, block_size=block_size)
-            generation = sized.setting(decoding)
-            name = setting_name(generation) + ("" if block_size is None else f"@{block_size}")
+            setting = DecodingSetting.parse(text, "--settings")
+            generation = self._of_setting(setting)
+            name = generation.setting_name(setting.block_size)
             if name in settings:
                 raise bad_value("--settings", text, f"names {name} twice", "name it once")
             settings[name] = generation
-            read |= generation.options_read - _options_named(decoding).keys()
+            read |= generation.options_read - setting.options.keys()
         if not texts:
             generation = self.generation()
-            settings[setting_name(generation)] = generation
+            settings[generation.setting_name()] = generation
             read |= generation.options_read
         elif self.options.decoding != "auto":
             raise bad_value(
@@ -175,25 +167,19 @@ class InferenceSetup:
         return self._diffusion("--decoding", self.options.decoding)
 
     def setting(self, text: str) -> GenerationConfig:
-        """Read one decoding setting; whatever it does not name is as in the options.
+        """Read one decoding setting (`rollout.decoding_settings`).
 
         Raises:
             UserError: It is not one, or the block size it needs is unknown.
         """
-        named = _options_named(text)
-        if not named:
+        return self._of_setting(DecodingSetting.parse(text, "--settings"))
+
+    def _of_setting(self, setting: DecodingSetting) -> GenerationConfig:
+        if setting.is_autoregressive:
             return self._autoregressive()
-        block_size, strategy = self.block_size, STRATEGIES[named["remasking_strategy"]]
-        option = strategy.option
-        value = None if option is None else named.get(option.name)
-        if option and block_size is not None and not strategy.fits_block(value, block_size):
-            raise bad_value(
-                "--settings",
-                text,
-                f"does not divide the block size {block_size}",
-                f"choose {divisors(block_size)} {option.unit}",
-            )
-        return replace(self._diffusion("--settings", text), **named)
+        size = self.block_size if setting.block_size is None else setting.block_size
+        sized = replace(self, block_size=size)
+        return sized._diffusion("--settings", setting.text).with_setting(setting, "--settings")
 
     def _diffusion(self, field: str, value: str) -> GenerationConfig:
         if self._is_causal:
@@ -226,71 +212,6 @@ class InferenceSetup:
             max_total_tokens=rollout.max_total_tokens,
             chunked_prefill_size=rollout.chunked_prefill_size,
         )
-
-
-def _with_block_size(text: str) -> tuple[str, int | None]:
-    """A setting without its block size, and that.
-
-    Raises:
-        UserError: The block size is none.
-    """
-    decoding, at, size = text.strip().partition("@")
-    if not at:
-        return decoding, None
-    if decoding == "autoregressive":
-        raise bad_value("--settings", text, "has no blocks", "drop what follows autoregressive")
-    if not (size.isascii() and size.isdecimal() and int(size) > 0):
-        problem = f"{size!r} is no block size"
-        raise bad_value("--settings", text, problem, "write a number after the @, 1 or more")
-    return decoding, int(size)
-
-
-def _options_named(text: str) -> dict[str, Any]:
-    """Decoding options that a setting stands for, by field; none: autoregressive decoding.
-
-    Raises:
-        UserError: It is no setting.
-    """
-    name, colon, value = text.strip().partition(":")
-    if name == "autoregressive" and not colon:
-        return {}
-    strategy = next((s for s in STRATEGIES.values() if s.short_name == name), None)
-    if strategy is None or (colon and strategy.option is None):
-        raise _no_setting(text)
-    named: dict[str, Any] = {"remasking_strategy": strategy.name}
-    if colon and strategy.option is not None:
-        option = strategy.option
-        try:
-            named[option.name] = option.type(value)
-        except ValueError:
-            raise _no_setting(text) from None
-        if named[option.name] not in option.range:
-            raise _no_setting(text)
-    return named
-
-
-def _no_setting(text: str) -> UserError:
-    forms = []
-    for strategy in STRATEGIES.values():
-        forms.append(strategy.short_name)
-        if strategy.option is not None:
-            option = strategy.option
-            forms.append(f"{strategy.short_name}:<{option.unit}, {option.range}>")
-    return bad_value(
-        "--settings", text, "is no decoding setting", f"write {', '.join(forms)} or autoregressive"
-    )
-
-
-def setting_name(generation: GenerationConfig) -> str:
-    """Name of a setting in tables and results: `static`, `dynamic_0.9`, ..."""
-    if generation.is_autoregressive:
-        return "autoregressive"
-    strategy, value = generation.strategy, generation.strategy_value
-    # An option without a default counts the steps of a block, and one token a step goes unsaid.
-    has_default = strategy.option is not None and strategy.option.default is not None
-    if value is None or (not has_default and value == generation.block_size):
-        return strategy.short_name
-    return f"{strategy.short_name}_{value:g}"
 
 
 def resolve_inference(arguments: InferenceArguments, world_size: int) -> InferenceSetup:

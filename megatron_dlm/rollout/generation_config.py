@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.config import DecodingConfig
 from megatron_dlm.config.fields import option_fields
+from megatron_dlm.config.rules import divisors
 from megatron_dlm.errors import bad_value
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS, StrategyOptions
 from megatron_dlm.rollout.strategies import STRATEGIES, Strategy
@@ -14,6 +15,7 @@ from megatron_dlm.rollout.strategies import STRATEGIES, Strategy
 if TYPE_CHECKING:
     from megatron_dlm.config.schema import Config
     from megatron_dlm.models.attention_layout import Pattern
+    from megatron_dlm.rollout.decoding_settings import DecodingSetting
     from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 # Settings of speed and memory: a rollout's tokens do not depend on them.
@@ -132,6 +134,44 @@ class GenerationConfig(StrategyOptions):
             if self.strategy.option is not None:
                 read.add(self.strategy.option.name)
         return frozenset(read)
+
+    def setting_name(self, block_size: int | None = None) -> str:
+        """Name of the setting in tables and results: `static`, `dynamic_0.9@8`, ...
+
+        Args:
+            block_size: Where the setting names one of its own.
+        """
+        if self.is_autoregressive:
+            return "autoregressive"
+        strategy, value = self.strategy, self.strategy_value
+        # An option without a default counts the steps of a block, and one token a step goes unsaid.
+        has_default = strategy.option is not None and strategy.option.default is not None
+        name = strategy.short_name
+        if value is not None and (has_default or value != self.block_size):
+            name += f"_{value:g}"
+        return name if block_size is None else f"{name}@{block_size}"
+
+    def with_setting(self, setting: DecodingSetting, field: str) -> GenerationConfig:
+        """The same settings with what a decoding setting names, but for its block size.
+
+        Args:
+            setting: Not autoregressive.
+            field: The option that it is a value of, for error messages.
+
+        Raises:
+            UserError: It does not fit the blocks.
+        """
+        strategy, size = setting.strategy, self.block_size
+        option = strategy.option
+        value = None if option is None else setting.options.get(option.name)
+        if option and size is not None and not strategy.fits_block(value, size):
+            raise bad_value(
+                field,
+                setting.text,
+                f"does not divide the block size {size}",
+                f"choose {divisors(size)} {option.unit}",
+            )
+        return replace(self, **setting.options)
 
     def __post_init__(self) -> None:
         def require(name: str, fine: bool, problem: str, remedy: str) -> None:

@@ -124,17 +124,18 @@ def _branch(
         "param_group_preset": None,
         "lr_warmup_iters": steps(optimizer.lr_warmup_iters),
         "lr_decay_iters": optimizer.lr_decay_iters and steps(optimizer.lr_decay_iters),
-        "eval_interval": steps(training.eval_interval),
+        "eval_interval": steps(base.held_out.eval_interval),
+        "eval_prompts_interval": steps(base.held_out.eval_prompts_interval),
         "attention_annealing_iters": steps(base.objective.attention_annealing_iters),
     }
     if base.validation_path is not None:
-        held_out = training.eval_iters * training.global_batch_size
+        held_out = base.held_out.eval_iters * training.global_batch_size
         if held_out % batch_size:
             raise bad_value(
                 "--batch-sizes",
                 batch_size,
                 f"does not divide the {held_out} held-out samples (--eval-iters "
-                f"{training.eval_iters} of {training.global_batch_size})",
+                f"{base.held_out.eval_iters} of {training.global_batch_size})",
                 "choose --eval-iters so that every size does",
             )
         changes["eval_iters"] = held_out // batch_size

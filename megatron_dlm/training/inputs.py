@@ -179,14 +179,14 @@ def _given_responses(
 
 
 def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") -> None:
-    wanted = config.training.eval_iters * config.training.global_batch_size
+    wanted = config.held_out.eval_iters * config.training.global_batch_size
     if wanted > len(held_out):
         field = flag_of(str(config.validation_option))
         batch = config.training.global_batch_size
         raise bad_value(
             field,
             held_out.file.path,
-            f"has {len(held_out)} samples, --eval-iters {config.training.eval_iters} of "
+            f"has {len(held_out)} samples, --eval-iters {config.held_out.eval_iters} of "
             f"--global-batch-size {batch} need {wanted}",
             f"choose --eval-iters {len(held_out) // batch} or less"
             if len(held_out) >= batch

@@ -49,7 +49,7 @@ class Validation:
 
     def is_due(self, iteration: int) -> bool:
         """Whether the loss is measured after this optimizer step."""
-        interval = self.config.training.eval_interval
+        interval = self.config.held_out.eval_interval
         return iteration == self.config.train_iters or bool(interval and iteration % interval == 0)
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class Validation:
         """This rank's rows, one global batch after the other; as many on every rank."""
         packing = RowPacking.of(self.config)
         samples = self.config.training.global_batch_size
-        for first in range(0, self.config.training.eval_iters * samples, samples):
+        for first in range(0, self.config.held_out.eval_iters * samples, samples):
             documents = [
                 self.objective.document(
                     self.data.sample(index, index),

@@ -87,7 +87,7 @@ def test_script_gives_scp_no_teacher(tmp_path: Path) -> None:
     environment = {"MODEL": "weights", "DATA_PATH": "c", "VALID_DATA_PATH": "v"}
     config = launched("qwen3_30b_a3b", tmp_path, RECIPE="scp.yaml", **environment)
     assert (config.model.load, config.needs_teacher) == ("weights", False)
-    assert (config.data.data_path, config.data.valid_data_path) == ("c", "v")
+    assert (config.data.data_path, config.held_out.valid_data_path) == ("c", "v")
 
 
 def test_script_leaves_paths_to_the_configuration(tmp_path: Path) -> None:

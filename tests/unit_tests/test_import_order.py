@@ -19,7 +19,12 @@ ORDER = (
     ("platform", "rank_watch", "stop_request"),
     ("types", "sandbox"),
     ("training.manifest", "training.run_folder", "training.run_history"),
-    ("rollout.decoding_options", "rollout.pages", "rollout.strategies"),
+    (
+        "rollout.decoding_options",
+        "rollout.decoding_settings",
+        "rollout.pages",
+        "rollout.strategies",
+    ),
     ("config",),
     ("parallel", "report"),
     ("models", "stop_agreement"),
@@ -27,6 +32,7 @@ ORDER = (
     ("conversion",),
     ("teacher", "objectives"),
     (
+        "evaluation.evaluator",
         "evaluation.math_scoring",
         "evaluation.rewards",
         "evaluation.scoring",

@@ -11,6 +11,7 @@ from megatron_dlm.config.groups import SelfDistillationConfig
 from megatron_dlm.config.rules import Refusals
 from megatron_dlm.config.schema import Config
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
+from megatron_dlm.rollout.decoding_settings import DecodingSetting
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION
 
@@ -18,12 +19,16 @@ DIVERGENCE = "divergence jsd_beta divergence_top_k divergence_tail"
 FRACTION = "final_teacher_response_fraction teacher_response_fraction_rollouts"
 RESPONSE_LENGTH = "min_response_length response_length_warmup_rollouts"
 OF_EXAMPLES = (
-    "max_prompt_length long_prompts max_response_length max_response_length_by_domain "
-    "prompt_suffix_by_domain chat_template_kwargs"
+    "max_prompt_length long_prompts max_response_length_by_domain prompt_suffix_by_domain "
+    "chat_template_kwargs"
 )
 OF_ROLLOUTS = (
     "num_rollouts rollout_batch_size epochs_per_rollout response_length_schedule "
-    f"{RESPONSE_LENGTH} dynamic_threshold_schedule remasking_strategy {' '.join(STRATEGY_OPTIONS)}"
+    f"{RESPONSE_LENGTH} dynamic_threshold_schedule"
+)
+OF_EVALUATION = (
+    "eval_prompts_interval eval_decodings eval_num_prompts eval_temperature "
+    "eval_max_response_length"
 )
 
 
@@ -55,9 +60,25 @@ def unused(config: Config) -> Refusals:
                 yield f"{name}: {use.reason} has no use for it; {remedy}"
 
 
+def _strategy_read_by_evaluation(config: Config) -> set[str]:
+    """Strategy and options of strategies that evaluations on `--eval-prompts` take from a run.
+
+    Raises:
+        UserError: `--eval-decodings` names no setting.
+    """
+    texts = config.held_out.eval_decodings
+    settings = [DecodingSetting.parse(text, "--eval-decodings") for text in texts]
+    if settings or not config.evaluates or config.decodes_left_to_right:
+        return {setting.option_left for setting in settings if setting.option_left is not None}
+    option = STRATEGIES[config.rollout.remasking_strategy].option
+    return {"remasking_strategy"} | (set() if option is None else {option.name})
+
+
 def _uses_of_objective(config: Config) -> Iterator[Use]:
-    """What hangs on the objective and on where its responses come from."""
+    """What hangs on the objective, on where its responses come from, and on held-out prompts."""
     traits, source, rollouts = config.traits, config.response_source, config.uses_rollouts
+    evaluates, held_out = config.evaluates, config.held_out
+    read = _strategy_read_by_evaluation(config)
     corpus, itself, taught = source == "corpus", traits.self_distillation, traits.uses_teacher
     generates = rollouts or config.uses_teacher_responses
     block_diffusion = traits.diffusion_kind == BLOCK_DIFFUSION
@@ -68,20 +89,26 @@ def _uses_of_objective(config: Config) -> Iterator[Use]:
         (source in ("rollout", "teacher"), "prompts"),
         (source == "data", "train_data train_on"),
         (corpus, "data_path seq_length"),
-        (not corpus, OF_EXAMPLES),
+        (not corpus or evaluates, OF_EXAMPLES),
+        (
+            not corpus or (evaluates and held_out.eval_max_response_length is None),
+            "max_response_length",
+        ),
         (not corpus and not itself, "supervise_eos"),
         (rollouts or block_diffusion, "block_size"),
+        (generates or (evaluates and held_out.eval_temperature is None), "temperature"),
         (
-            generates,
-            "temperature top_k top_p max_running_requests max_total_tokens chunked_prefill_size",
+            generates or evaluates,
+            "top_k top_p max_running_requests max_total_tokens chunked_prefill_size",
         ),
         (rollouts, OF_ROLLOUTS),
+        *((rollouts or n in read, n) for n in ("remasking_strategy", *STRATEGY_OPTIONS)),
         (
             rollouts and not itself,
             f"teacher_response_fraction {FRACTION} teacher_response_fraction_schedule",
         ),
         (not rollouts, "train_iters"),
-        (config.validation_path is not None, "eval_interval eval_iters keep_best_checkpoint"),
+        (config.validation_path is not None, "eval_interval eval_iters"),
         (traits.weighs_tokens, "loss_weighting"),
         (block_diffusion and at_random, "empty_mask"),
         (traits.chooses_attention, "attention_pattern attention_annealing_iters"),
@@ -95,7 +122,12 @@ def _uses_of_objective(config: Config) -> Iterator[Use]:
     yield Use(not itself, DIVERGENCE, objective, remedy)
     remedy = "choose --objective d_opsd"
     yield Use(itself, " ".join(SelfDistillationConfig.__dataclass_fields__), objective, remedy)
-    yield Use(traits.verifies, "reward max_tries", objective, remedy)
+    yield Use(traits.verifies, "max_tries", objective, remedy)
+    yield Use(traits.verifies or evaluates, "reward", objective, f"{remedy}, or add --eval-prompts")
+    reason, remedy = "a run without --eval-prompts", "add --eval-prompts"
+    yield Use(evaluates, OF_EVALUATION, reason, remedy)
+    measures = evaluates or config.validation_path is not None
+    yield Use(measures, "keep_best_checkpoint", "a run without held-out data", remedy)
 
 
 def _uses_of_other_options(config: Config) -> Iterator[Use]:
@@ -110,11 +142,12 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
         return of(option, changes, names, f"{flag_of(option)} linear or cosine")
 
     rollout, logging, template = config.rollout, config.logging, config.template
-    strategy = rollout.remasking_strategy
+    strategy, read = rollout.remasking_strategy, _strategy_read_by_evaluation(config)
     for name, option in STRATEGY_OPTIONS.items():
         having = [other.name for other in STRATEGIES.values() if other.option == option]
         remedy = f"--remasking-strategy {' or '.join(having)}"
-        yield of("remasking_strategy", STRATEGIES[strategy].option == option, name, remedy)
+        is_used = STRATEGIES[strategy].option == option or name in read
+        yield of("remasking_strategy", is_used, name, remedy)
     remedy = "--remasking-strategy low_confidence_dynamic"
     dynamic = strategy == "low_confidence_dynamic"
     yield of("remasking_strategy", dynamic, "dynamic_threshold_schedule", remedy)
@@ -127,7 +160,8 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     yield of(name, mixes, f"{name}_schedule", "a fraction above 0")
     is_full, name = config.objective.attention_pattern != "causal", "attention_pattern"
     yield of(name, is_full, "attention_annealing_iters", "--attention-pattern full")
-    yield of("temperature", rollout.temperature > 0, "top_k top_p", "a temperature above 0")
+    draws = rollout.temperature > 0 or (config.evaluates and config.eval_temperature > 0)
+    yield of("temperature", draws, "top_k top_p", "a temperature above 0")
     has_jsd = "jsd" in config.distillation.divergence
     yield of("divergence", has_jsd, "jsd_beta", "--divergence jsd")
     runs_code = config.objective.reward == "code_tests"

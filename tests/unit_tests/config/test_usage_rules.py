@@ -36,6 +36,12 @@ MIXED = {**WITH_FOLDER, "teacher_response_fraction": 0.5}
 FADING = {**MIXED, "teacher_response_fraction_schedule": "linear"}
 CAUSAL = {**SCP, "attention_pattern": "causal"}
 HELD_OUT = {**SCP, "valid_data_path": "held_out"}
+EVALUATED = {**SFT, "eval_prompts": "e.jsonl"}
+EVALUATED_STATIC = {**EVALUATED, "eval_decodings": ["static", "dynamic:0.7"]}
+EVALUATED_CORPUS = {**SCP, "eval_prompts": "e.jsonl"}
+EVALUATED_NEXT_TOKEN = {**NEXT_TOKEN, "eval_prompts": "e.jsonl"}
+OWN_LENGTH = {**EVALUATED_CORPUS, "eval_max_response_length": 32}
+OWN_TEMPERATURE = {**EVALUATED, "eval_temperature": 0.5}
 TOP_16 = {**OPDLM, "divergence_top_k": 16}
 ADAPTERS = {**OPDLM, "lora_rank": 8}
 RECOMPUTED = {**OPDLM, "recompute_granularity": "full"}
@@ -74,8 +80,18 @@ CASES = [
     Case("train_on", "all", (*ON_CORPUS, *ON_TEACHER, *ON_ROLLOUTS), ON_EXAMPLES),
     Case("data_path", "c", (SFT, OFF_POLICY, *ON_ROLLOUTS), ON_CORPUS),
     Case("seq_length", 64, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS), ON_CORPUS),
-    Case("max_prompt_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
-    Case("max_response_length", 64, ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case(
+        "max_prompt_length",
+        64,
+        ON_CORPUS,
+        (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS, EVALUATED_CORPUS),
+    ),
+    Case(
+        "max_response_length",
+        64,
+        (*ON_CORPUS, OWN_LENGTH),
+        (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS, EVALUATED_CORPUS),
+    ),
     Case("long_prompts", "drop", ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
     Case("max_response_length_by_domain", {"a": 9}, ON_CORPUS, (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
     Case("prompt_suffix_by_domain", {"a": "b"}, ON_CORPUS, (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
@@ -88,23 +104,41 @@ CASES = [
     Case("chat_template_kwargs", {"enable_thinking": False}, ON_CORPUS, (SFT, OFF_POLICY, OPDLM)),
     Case("supervise_eos", False, (*ON_CORPUS, D_OPSD), (*ON_EXAMPLES, *ON_TEACHER, OPDLM)),
     Case("block_size", 32, (*ON_CORPUS, NEXT_TOKEN), (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
-    Case("temperature", 0.5, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
-    Case("top_k", 5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS)),
-    Case("top_p", 0.5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS)),
-    Case("max_running_requests", 7, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
-    Case("max_total_tokens", 10**6, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
-    Case("chunked_prefill_size", 512, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("temperature", 0.5, (*GIVEN, OWN_TEMPERATURE), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("top_k", 5, (*GIVEN, GREEDY), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case(
+        "top_p",
+        0.5,
+        (*GIVEN, GREEDY),
+        (*ON_TEACHER, *ON_ROLLOUTS, {**GREEDY, "eval_prompts": "e.jsonl", "eval_temperature": 0.5}),
+    ),
+    Case("max_running_requests", 7, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("max_total_tokens", 10**6, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("chunked_prefill_size", 512, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
     Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("epochs_per_rollout", 2, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("response_length_schedule", "linear", NOT_ROLLOUTS, (GROWS,)),
     Case("min_response_length", 8, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),
     Case("response_length_warmup_rollouts", 2, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),
-    Case("remasking_strategy", "entropy", NOT_ROLLOUTS, ON_ROLLOUTS),
     Case(
-        "denoising_steps_per_block", 2, (*NOT_ROLLOUTS, OPDLM, ENTROPY_BOUNDED), (STATIC, ENTROPY)
+        "remasking_strategy",
+        "entropy",
+        (*NOT_ROLLOUTS, EVALUATED_STATIC, EVALUATED_NEXT_TOKEN),
+        (*ON_ROLLOUTS, EVALUATED, EVALUATED_CORPUS),
     ),
-    Case("dynamic_threshold", 0.5, (*NOT_ROLLOUTS, STATIC, ENTROPY, ENTROPY_BOUNDED), ON_ROLLOUTS),
+    Case(
+        "denoising_steps_per_block",
+        2,
+        (*NOT_ROLLOUTS, OPDLM, ENTROPY_BOUNDED, EVALUATED),
+        (STATIC, ENTROPY, EVALUATED_STATIC),
+    ),
+    Case(
+        "dynamic_threshold",
+        0.5,
+        (*NOT_ROLLOUTS, STATIC, ENTROPY, ENTROPY_BOUNDED, EVALUATED_STATIC, EVALUATED_NEXT_TOKEN),
+        (*ON_ROLLOUTS, EVALUATED),
+    ),
     Case("dynamic_threshold_schedule", "linear", (*NOT_ROLLOUTS, STATIC, ENTROPY), (LOWERED,)),
     Case("final_dynamic_threshold", 0.6, (*NOT_ROLLOUTS, OPDLM, STATIC), (LOWERED,)),
     Case("dynamic_threshold_hold_rollouts", 1, (*NOT_ROLLOUTS, OPDLM, STATIC), (LOWERED,)),
@@ -122,6 +156,11 @@ CASES = [
     Case("train_iters", 3, ON_ROLLOUTS, NOT_ROLLOUTS),
     Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
+    Case("eval_prompts_interval", 3, (OPDLM, HELD_OUT), (EVALUATED, EVALUATED_CORPUS)),
+    Case("eval_decodings", ["static:2"], (OPDLM, HELD_OUT), (EVALUATED, EVALUATED_NEXT_TOKEN)),
+    Case("eval_num_prompts", 3, (OPDLM, HELD_OUT), (EVALUATED,)),
+    Case("eval_temperature", 0.0, (OPDLM, HELD_OUT), (EVALUATED,)),
+    Case("eval_max_response_length", 9, (OPDLM, HELD_OUT), (EVALUATED,)),
     Case("attention_pattern", "full", (*ON_ROLLOUTS, SFT, NEXT_TOKEN_ON_CORPUS), (SCP,)),
     Case("stall_minutes", 2.0, ({**OPDLM, "watch_ranks": False},), (OPDLM,)),
     Case("attention_annealing_iters", 2, (OPDLM, NEXT_TOKEN_ON_CORPUS, CAUSAL), (SCP,)),
@@ -153,7 +192,7 @@ CASES = [
     Case("position_ranking", "logit", OTHER_DISTILLATION, (D_OPSD,)),
     Case("teacher_top_k", 9, OTHER_DISTILLATION, (D_OPSD,)),
     Case("divergence_term_limit", 0.2, OTHER_DISTILLATION, (D_OPSD,)),
-    Case("reward", "math_verify", OTHER_DISTILLATION, (D_OPSD,)),
+    Case("reward", "math_verify", OTHER_DISTILLATION, (D_OPSD, EVALUATED)),
     Case("unsafe_code_execution", True, (OPDLM, D_OPSD), ({**D_OPSD, "reward": "code_tests"},)),
     Case("max_tries", 2, OTHER_DISTILLATION, (D_OPSD,)),
     Case("keep_checkpoint_every", 4, (WITH_FOLDER,), ({**WITH_FOLDER, "keep_checkpoints": 3},)),
@@ -161,7 +200,10 @@ CASES = [
         "keep_best_checkpoint",
         True,
         ({**WITH_FOLDER, "keep_checkpoints": 3}, {**HELD_OUT, "save": "no_such_folder"}),
-        ({**HELD_OUT, "save": "no_such_folder", "keep_checkpoints": 3},),
+        (
+            {**HELD_OUT, "save": "no_such_folder", "keep_checkpoints": 3},
+            {**EVALUATED, "save": "no_such_folder", "keep_checkpoints": 3},
+        ),
     ),
     Case(
         "recompute_modules", ["mlp"], (OPDLM,), ({**OPDLM, "recompute_granularity": "selective"},)
@@ -242,6 +284,8 @@ def test_every_rule_has_a_case() -> None:
         (OPDLM, {"jsd_beta": 0.1}, ["--divergence forward_kl", "choose --divergence jsd"]),
         (OPDLM, {"divergence_tail": "ignore"}, ["--divergence-top-k 0", "--divergence-top-k 16"]),
         (D_OPSD, {"divergence": "jsd"}, ["--objective d_opsd", "--teacher-top-k"]),
+        (OPDLM, {"reward": "choice"}, ["choose --objective d_opsd, or add --eval-prompts"]),
+        (OPDLM, {"eval_prompts_interval": 2}, ["a run without --eval-prompts", "add --eval-pr"]),
         (OPDLM, {"max_tries": 2}, ["--objective opdlm", "choose --objective d_opsd"]),
         (OPDLM, {"lora_alpha": 4}, ["without adapters", "add --lora-rank"]),
         # Not that it is above a rate that nothing takes either.

@@ -76,7 +76,7 @@ def test_what_a_setting_reads_is_accepted(options: dict[str, Any], settings: Set
         ({}, ("autoregressive:2",), ["--settings = 'autoregressive:2'"]),
         ({}, ("dynamic", "dynamic:0.9"), ["names dynamic_0.9 twice"]),
         ({}, ("static@8", "static@8"), ["names static@8 twice"]),
-        ({}, ("static:4@6",), ["--settings = 'static:4'", "block size 6", "1, 2, 3 or 6"]),
+        ({}, ("static:4@6",), ["--settings = 'static:4@6'", "block size 6", "1, 2, 3 or 6"]),
         ({}, ("dynamic@0",), ["--settings = 'dynamic@0': '0' is no block size"]),
         ({}, ("dynamic@",), ["--settings = 'dynamic@': '' is no block size"]),
         ({}, ("autoregressive@4",), ["--settings = 'autoregressive@4': has no blocks"]),

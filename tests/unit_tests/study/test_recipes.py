@@ -24,7 +24,6 @@ from megatron_dlm.evaluation.options import (
     InferenceArguments,
     InferenceConfig,
     resolve_inference,
-    setting_name,
 )
 
 SIZES = Sizes()
@@ -98,7 +97,7 @@ def test_settings_are_what_evaluation_calls_them(recipe: Recipe) -> None:
         options = InferenceConfig(load=str(REPOSITORY / TEACHER), block_size=evaluation.block_size)
         arguments = InferenceArguments(options, parallel=ParallelConfig(device="cpu"))
         setup = resolve_inference(arguments, 1)
-        names = tuple(setting_name(setup.setting(text)) for text in evaluation.settings)
+        names = tuple(setup.setting(text).setting_name() for text in evaluation.settings)
         if evaluation.block_size is None:
             assert names == ("autoregressive",)
         elif recipe.documents:

@@ -47,8 +47,8 @@ def test_branches_are_aligned_in_tokens(tmp_path: Path, monkeypatch: pytest.Monk
         validate(config, 1)
         assert config.train_iters * size == 6400
         assert config.lr_warmup_iters * size == 64
-        assert config.training.eval_interval * size == 128
-        assert config.training.eval_iters * size == 32
+        assert config.held_out.eval_interval * size == 128
+        assert config.held_out.eval_iters * size == 32
         attention, rest = config.param_groups
         assert attention.lr == pytest.approx(3e-4 * (size / 8) ** 0.5)
         assert rest.lr == pytest.approx(1e-8 * (size / 8) ** 0.5)
