@@ -11,7 +11,7 @@ class Activity:
     """The phase that a process is in, and when it last came forward in it.
 
     Attributes:
-        phase: start, rollout, teacher, update or save.
+        phase: start, rollout, teacher, update, evaluation or save.
         steps: Forward passes and changes of phase so far.
         since: When the last of them was, on the monotonic clock.
         entered: When the phase began, likewise.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ _KINDS = (
     _Kind("skipped_updates", "Updates that diverged and were left out", "updates"),
 )
 
-_SECONDS = ("rollout", "teacher", "student", "optimizer", "validation")
+_SECONDS = ("rollout", "teacher", "student", "optimizer", "validation", "evaluation")
 """Parts of `time`."""
 
 
@@ -67,11 +67,32 @@ def figure_of(record: Mapping[str, Any], path: str) -> float | None:
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """All charts that have something in them."""
-    return [*_over_updates(runs), *_time_over_updates(runs), *_profiles(runs)]
+    return [
+        *_over_updates(runs, _KINDS),
+        *_over_updates(runs, _evaluation_kinds(runs)),
+        *_time_over_updates(runs),
+        *_profiles(runs),
+    ]
 
 
-def _over_updates(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-    for kind in _KINDS:
+def decodings(runs: Sequence[RunRecord]) -> list[str]:
+    """Decoding settings under which runs answered held-out prompts, in their order."""
+    found = (record.get("evaluation") for run in runs for record in run.metrics)
+    return list(
+        dict.fromkeys(str(name) for rates in found if isinstance(rates, dict) for name in rates)
+    )
+
+
+def _evaluation_kinds(runs: Sequence[RunRecord]) -> Iterator[_Kind]:
+    for name in decodings(runs):
+        path = f"evaluation/{name}"
+        yield _Kind(f"{path}/accuracy", f"Held-out prompts, {name}: right", "%", 100)
+        heading = f"Held-out prompts, {name}: decoding speed"
+        yield _Kind(f"{path}/tokens_per_forward", heading, "tokens per forward")
+
+
+def _over_updates(runs: Sequence[RunRecord], kinds: Iterable[_Kind]) -> Iterator[Chart]:
+    for kind in kinds:
 
         def value(record: Mapping[str, Any], kind: _Kind = kind) -> float | None:
             figure = figure_of(record, kind.path)

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 import megatron_dlm
 from megatron_dlm.config import Config
 from megatron_dlm.output_file import write_file
-from megatron_dlm.report.charts import charts, colors, figure_of
+from megatron_dlm.report.charts import charts, colors, decodings, figure_of
 from megatron_dlm.report.figures import compact
 from megatron_dlm.report.run_record import Record, RunRecord, number, read_runs
 
@@ -61,7 +61,8 @@ def page(runs: Sequence[RunRecord]) -> str:
         summary=_summary(runs),
         charts=charts(runs),
         differences=_differences(runs),
-        samples=[_samples(run) for run in runs],
+        samples=[_samples(run.samples, "rollout") for run in runs],
+        answers=[_samples(run.evaluation_samples, "step") for run in runs],
         history=[[_event(event) for event in run.history] for run in runs],
         versions=_versions(runs),
     )
@@ -85,6 +86,10 @@ def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         known = _known(run, "validation_loss")
         return f"{compact(known[-1])} (best {compact(min(known))})" if known else _ABSENT
 
+    def held_out_accuracy(run: RunRecord, name: str) -> str:
+        known = [100 * value for value in _known(run, f"evaluation/{name}/accuracy")]
+        return f"{compact(known[-1])} % (best {compact(max(known))} %)" if known else _ABSENT
+
     def of_config(name: str) -> list[str]:
         return [_ABSENT if name not in run.config else str(run.config[name]) for run in runs]
 
@@ -95,6 +100,10 @@ def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("checkpoints after update", [_checkpoints(run) for run in runs]),
         ("training loss, last", last("loss")),
         ("held-out loss, last", [best_held_out(run) for run in runs]),
+        *(
+            (f"held-out prompts, {name}, last", [held_out_accuracy(run, name) for run in runs])
+            for name in decodings(runs)
+        ),
         ("right at the first try, last", last("accuracy", "{} %", 100)),
         ("tokens per forward, last", last("tokens_per_forward")),
         ("response tokens", last("response_tokens_total")),
@@ -170,16 +179,21 @@ def _shortened(text: str, longest: int) -> str:
     return f"{text[: longest // 2]} … {text[-longest // 2 :]}"
 
 
-def _samples(run: RunRecord) -> list[dict[str, str]]:
-    """Responses of the run, the latest rollout first."""
+def _samples(records: Sequence[Record], key: str) -> list[dict[str, str]]:
+    """Responses of the run, those of the latest rollout or update first."""
+
+    def text(record: Record, name: str) -> str:
+        value = record.get(name)
+        return _shortened(_ABSENT if value is None else str(value), _LONGEST_TEXT)
+
     return [
         {
-            "rollout": compact(record["rollout"]),
+            "number": compact(record[key]),
+            "decoding": text(record, "decoding"),
             "facts": _facts(record),
-            "prompt": _shortened(str(record.get("prompt", _ABSENT)), _LONGEST_TEXT),
-            "response": _shortened(str(record.get("response", _ABSENT)), _LONGEST_TEXT),
+            **{name: text(record, name) for name in ("prompt", "response", "reference")},
         }
-        for record in reversed(run.samples)
+        for record in reversed(records)
     ]
 
 

@@ -16,6 +16,7 @@ from megatron_dlm.training.run_folder import saved_iterations
 from megatron_dlm.training.run_history import HISTORY
 
 METRICS, CONFIG, SAMPLES = "metrics.jsonl", "config.yaml", "samples.jsonl"
+EVALUATION_SAMPLES = "evaluation_samples.jsonl"
 
 Record = dict[str, Any]
 
@@ -31,6 +32,8 @@ class RunRecord:
         config: `config.yaml`, options by name; empty where it is missing.
         history: Lines of `history.jsonl`, the oldest first.
         samples: Lines of `samples.jsonl`, responses of rollouts, the oldest first.
+        evaluation_samples: Lines of `evaluation_samples.jsonl`, answers to held-out prompts, the
+            oldest first.
         checkpoints: Updates after which there is a checkpoint.
         notes: What is missing or cannot be read.
     """
@@ -41,6 +44,7 @@ class RunRecord:
     config: Record = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
+    evaluation_samples: list[Record] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -88,10 +92,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     run.metrics = _in_order(_lines(run, METRICS, "step"))
     run.config = _config(run)
     run.history = _lines(run, HISTORY, "event")
-    if (folder / SAMPLES).exists():  # not every objective has rollouts
-        found = ((number(line["rollout"]), line) for line in _lines(run, SAMPLES, "rollout"))
-        numbered = [(rollout, line) for rollout, line in found if rollout is not None]
-        run.samples = [line for _, line in sorted(numbered, key=lambda entry: entry[0])]
+    run.samples = _samples(run, SAMPLES, "rollout")
+    run.evaluation_samples = _samples(run, EVALUATION_SAMPLES, "step")
     run.checkpoints = saved_iterations(folder)
     for file in sorted(folder.glob("diverged_update_*.jsonl")):
         run.notes.append(f"{file.name} has the samples of an update that diverged")
@@ -127,6 +129,15 @@ def _lines(run: RunRecord, name: str, key: str) -> list[Record]:
     if odd:
         run.notes.append(f"{name}: {odd} {'line' if odd == 1 else 'lines'} cannot be read")
     return found
+
+
+def _samples(run: RunRecord, name: str, key: str) -> list[Record]:
+    """The lines of a file by a number in them; not every run has samples."""
+    if not (run.folder / name).exists():
+        return []
+    found = ((number(line[key]), line) for line in _lines(run, name, key))
+    numbered = [(value, line) for value, line in found if value is not None]
+    return [line for _, line in sorted(numbered, key=lambda entry: entry[0])]
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:

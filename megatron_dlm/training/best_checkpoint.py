@@ -3,7 +3,7 @@
 Each checkpoint carries its figure, `held_out.json`, so that resuming, winding back and removing
 checkpoints need no bookkeeping. `best_checkpoint.json` in the run folder names the best one for
 whoever looks for it. Any figure has a name and says whether higher is better: the validation loss
-is one.
+is one, the accuracy on held-out prompts another.
 """
 
 import dataclasses
@@ -15,10 +15,14 @@ from pathlib import Path
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError
 from megatron_dlm.output_file import write_file
+from megatron_dlm.training.manifest import exempt
 from megatron_dlm.training.run_folder import iteration_folder, saved_iterations
 
 HELD_OUT = "held_out.json"
 BEST = "best_checkpoint.json"
+
+ACCURACY = "accuracy"
+"""Beginning of the metric of a figure that is an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,17 @@ class HeldOutFigure:
         metric: Name of what is measured, e.g. `validation_loss`.
         value: The same on all ranks.
         higher_is_better: Whether a better model has a higher value.
+        data: Fingerprint of what it was measured on, and how; empty if nothing of that changes.
     """
 
     metric: str
     value: float
     higher_is_better: bool
+    data: str = ""
+
+    def is_like(self, other: "HeldOutFigure") -> bool:
+        """Whether the two can be compared."""
+        return (self.metric, self.data) == (other.metric, other.data)
 
     @property
     def merit(self) -> float:
@@ -43,8 +53,26 @@ class HeldOutFigure:
 
 def write_figure(checkpoint: Path, figure: HeldOutFigure) -> None:
     """Put a checkpoint's figure into its folder."""
-    text = json.dumps(dataclasses.asdict(figure), indent=1)
-    (checkpoint / HELD_OUT).write_text(text + "\n")
+    (checkpoint / HELD_OUT).write_text(_text(figure))
+
+
+def add_figure(checkpoint: Path, figure: HeldOutFigure) -> None:
+    """Put a figure into a published checkpoint; if it cannot be written, that is a warning."""
+    try:
+        exempt(checkpoint, HELD_OUT)
+        write_file(checkpoint / HELD_OUT, _text(figure), "--save")
+    except (UserError, ValueError) as error:
+        warn(f"{checkpoint / HELD_OUT} is not written: {error}")
+
+
+def _text(figure: HeldOutFigure) -> str:
+    return json.dumps(dataclasses.asdict(figure), indent=1) + "\n"
+
+
+def lacks_accuracy(checkpoint: Path) -> bool:
+    """Whether a checkpoint carries no accuracy on held-out prompts."""
+    figure = read_figure(checkpoint)
+    return figure is None or figure.metric.split("/")[0] != ACCURACY
 
 
 def read_figure(checkpoint: Path) -> HeldOutFigure | None:
@@ -62,24 +90,42 @@ def read_figure(checkpoint: Path) -> HeldOutFigure | None:
 def best_iteration(run_folder: str | Path, newest: int) -> int | None:
     """The best checkpoint of a run, the earliest of equals; None if none has a figure.
 
-    Figures of another metric than the latest one's count no more: a run that goes on with another
-    measure starts anew.
+    Figures that cannot be compared with the latest one count no more: a run that goes on with
+    another measure, or other data for it, starts anew.
 
     Args:
         run_folder: The run's folder.
         newest: Checkpoints after this iteration are of a run that was wound back.
     """
-    figures = {
+    figures = _figures(run_folder, newest)
+    if not figures:
+        return None
+    latest = figures[max(figures)]
+    same = {iteration: figure for iteration, figure in figures.items() if figure.is_like(latest)}
+    return max(same, key=lambda iteration: (same[iteration].merit, -iteration))
+
+
+def best_like(run_folder: str | Path, newest: int, figure: HeldOutFigure) -> HeldOutFigure | None:
+    """The best figure of a run's checkpoints that can be compared with another; None without any.
+
+    Args:
+        run_folder: The run's folder.
+        newest: See `best_iteration`.
+        figure: That other one.
+    """
+    figures = _figures(run_folder, newest).values()
+    alike = (other for other in figures if other.is_like(figure))
+    return max(alike, key=lambda other: other.merit, default=None)
+
+
+def _figures(run_folder: str | Path, newest: int) -> dict[int, HeldOutFigure]:
+    """Figures of a run's checkpoints by iteration."""
+    return {
         iteration: figure
         for iteration in saved_iterations(run_folder)
         if iteration <= newest
         and (figure := read_figure(iteration_folder(run_folder, iteration))) is not None
     }
-    if not figures:
-        return None
-    metric = figures[max(figures)].metric
-    same = {iteration: figure for iteration, figure in figures.items() if figure.metric == metric}
-    return max(same, key=lambda iteration: (same[iteration].merit, -iteration))
 
 
 def record_best(run_folder: str | Path, newest: int) -> int | None:
@@ -100,6 +146,7 @@ def record_best(run_folder: str | Path, newest: int) -> int | None:
     assert figure is not None
     file = Path(run_folder) / BEST
     content = {"checkpoint": folder.name, "iteration": iteration, **dataclasses.asdict(figure)}
+    del content["data"]
     try:
         write_file(file, json.dumps(content, indent=1) + "\n")
     except UserError as error:

@@ -29,6 +29,7 @@ from megatron_dlm.teacher.inputs import (
     response_store,
     with_ends_of,
 )
+from megatron_dlm.training.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.training.run_folder import is_of_run
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
@@ -55,6 +56,7 @@ class RunInputs:
         special_tokens: EOS, padding and MASK, resolved once.
         data: Prompts that student or teacher answer, else prompt + response examples or a corpus.
         held_out: What the validation loss is measured on; None if none is.
+        evaluation: Held-out prompts that the student answers; None if there are none.
         resumed: What a run that goes on is loaded from; None for a new one.
         changes: What is not as it was when that run was started.
         load_fingerprint: Of the weights in `--load`, from which the run was started; None if it was
@@ -70,6 +72,7 @@ class RunInputs:
     special_tokens: SpecialTokens
     data: "PromptDataset | ExampleDataset | CorpusDataset"
     held_out: "ExampleDataset | CorpusDataset | None" = None
+    evaluation: EvaluationInputs | None = None
     resumed: "Resumption | None" = None
     changes: "tuple[Difference, ...]" = ()
     load_fingerprint: str | None = None
@@ -78,7 +81,8 @@ class RunInputs:
     def notices(self) -> list[str]:
         """What a person has to know: what a resumed run changes, and prompts left out."""
         lines = [f"changed: {difference}" for difference in self.changes]
-        for data in (self.data, self.held_out):
+        evaluated = None if self.evaluation is None else self.evaluation.prompts
+        for data in (self.data, self.held_out, evaluated):
             dropped = getattr(data, "num_dropped", 0)  # no corpus has prompts
             if data is not None and dropped:
                 lines.append(
@@ -292,16 +296,21 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
             store = response_store(config, teacher, data, special_tokens)
             teacher = replace(teacher, responses=store)
     validate_length(config.of_data(len(data)))
+    kind = config.diffusion_kind or read_diffusion_kind(architecture.hf_config) or BLOCK_DIFFUSION
+    evaluation = None
+    if config.evaluates:
+        evaluation = read_evaluation_inputs(config, tokenizer, special_tokens, architecture, kind)
     inputs = RunInputs(
         source,
         teacher,
         architecture,
-        config.diffusion_kind or read_diffusion_kind(architecture.hf_config) or BLOCK_DIFFUSION,
+        kind,
         tokenizer,
         tokenizer_folder,
         special_tokens,
         data,
         held_out,
+        evaluation,
         resumed,
         load_fingerprint=None if original is None else original.fingerprint(),
     )

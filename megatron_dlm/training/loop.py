@@ -18,13 +18,21 @@ from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.forward import row_multiple
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.output_file import write_file
+from megatron_dlm.parallel import from_rank_zero
 from megatron_dlm.report.page import REPORT, write_report
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.training import divergence
-from megatron_dlm.training.best_checkpoint import HeldOutFigure
+from megatron_dlm.training.best_checkpoint import (
+    HeldOutFigure,
+    add_figure,
+    best_like,
+    lacks_accuracy,
+    record_best,
+)
 from megatron_dlm.training.checkpoint_writing import write_latest
 from megatron_dlm.training.checkpointing import is_rank_zero
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
+from megatron_dlm.training.held_out_evaluation import AnsweredPrompts, HeldOutEvaluation
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.progress_display import progress_display
@@ -33,7 +41,7 @@ from megatron_dlm.training.rollout_batch import Collected, collect
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.run_folder import iteration_folder
 from megatron_dlm.training.run_history import Event, record
-from megatron_dlm.training.samples import record_samples
+from megatron_dlm.training.samples import record_evaluation_samples, record_samples
 from megatron_dlm.training.save_schedule import SaveSchedule
 from megatron_dlm.training.throughput import ThroughputMeter
 from megatron_dlm.training.train_step import train_step
@@ -185,6 +193,8 @@ class _Training:
         self._logger = logger
         self._throughput = ThroughputMeter(run)
         logging = run.config.logging
+        self._is_new_best = self._has_left_evaluation = False
+        self._best: HeldOutFigure | None = None
         self._saves = SaveSchedule(
             logging.save_interval, logging.save_interval_minutes, run.progress.iteration
         )
@@ -196,6 +206,7 @@ class _Training:
             StopRequested: On all ranks, after what there is has been saved.
         """
         run = self._run
+        self._make_up_evaluation()
         while run.progress.consumed_samples < run.config.num_samples:
             times = PhaseTimes()
             collected = self._collect(times)
@@ -284,6 +295,9 @@ class _Training:
             started = time.perf_counter()
             held_out_loss = self._measure(run.validation)
             times.validation = time.perf_counter() - started
+        answered = self._evaluate_if_due()
+        if answered is not None:
+            times.evaluation = answered.seconds
         self._logger.step(
             StepMetrics(
                 step=progress.iteration,
@@ -308,8 +322,74 @@ class _Training:
                 student_entropy=result.student_entropy,
                 tokens_by_step=collected.tokens_by_step,
                 response_lengths=collected.response_lengths,
+                evaluation=None if answered is None else answered.to_json(),
             )
         )
+
+    def _evaluate_if_due(self) -> AnsweredPrompts | None:
+        """The answers to the held-out prompts after an update; None if they are not due.
+
+        Those that a request to stop breaks off are made up for when the run goes on.
+        """
+        run = self._run
+        if run.evaluation is None or not run.evaluation.is_due(run.progress.iteration):
+            return None
+        try:
+            answered = self._answer(run.evaluation)
+        except StopRequested:
+            self._has_left_evaluation = True
+            return None
+        if run.config.logging.keep_best_checkpoint and is_rank_zero():
+            self._compare(answered.figure)
+        return answered
+
+    def _compare(self, figure: HeldOutFigure) -> None:
+        """Have a checkpoint saved if none is as good; only rank 0 has to know."""
+        best, folder = self._best, self._run.config.logging.save
+        if best is None:  # later on it may not be published yet
+            assert folder is not None
+            best = best_like(folder, self._run.progress.iteration, figure)
+        self._is_new_best = best is None or figure.merit > best.merit
+        self._best = figure if self._is_new_best else best
+
+    def _answer(self, evaluation: HeldOutEvaluation) -> AnsweredPrompts:
+        """Answer the held-out prompts, and show some of the answers."""
+        run = self._run
+        run.student.gather_weights()
+        run.offload.enter("evaluation")
+        try:
+            answered = evaluation.answer(run.student.model)
+        finally:
+            run.offload.enter("update")
+        run.figure = answered.figure
+        record_evaluation_samples(run, answered.samples)
+        self._logger.evaluation_samples(run.progress.iteration, answered.samples)
+        return answered
+
+    def _make_up_evaluation(self) -> None:
+        """Answer the held-out prompts where the checkpoint that the run goes on from lacks that.
+
+        A request to stop broke it off, or the prompts were not given then.
+
+        Raises:
+            StopRequested: On all ranks.
+        """
+        run = self._run
+        resumed, progress = run.inputs.resumed, run.progress
+        if resumed is None or run.evaluation is None:
+            return
+        # Not always the one that was found: of a damaged one, the one before is taken.
+        folder = iteration_folder(resumed.checkpoint.parent, progress.iteration)
+        if not run.evaluation.is_due(progress.iteration) or from_rank_zero(
+            lambda: not lacks_accuracy(folder)
+        ):
+            return
+        answered = self._answer(run.evaluation)
+        self._logger.late_evaluation(progress.iteration, answered.to_json(), answered.seconds)
+        save = run.config.logging.save
+        if save is not None and is_rank_zero() and folder.parent.resolve() == Path(save).resolve():
+            add_figure(folder, answered.figure)
+            record_best(save, progress.iteration)
 
     def _save_or_stop(self, batch: Collected | None) -> None:
         """Save where it is due, and leave where a rank was asked to; all ranks call this.
@@ -322,11 +402,12 @@ class _Training:
         """
         run, progress = self._run, self._run.progress
         is_due = self._saves.is_due(progress.iteration, ends_rollout=batch is None)
+        is_due, self._is_new_best = is_due or self._is_new_best, False
         decision = run.stop.decide(is_due)
         is_finished = progress.consumed_samples >= run.config.num_samples
         if is_finished or decision.save or decision.stop:
             self._save(batch)
-        if decision.stop and not is_finished:
+        if decision.stop and (not is_finished or self._has_left_evaluation):
             raise StopRequested(decision.stop)
 
     def _save(self, batch: Collected | None) -> None:
@@ -340,8 +421,8 @@ class _Training:
             run.offload.enter("update")  # the optimizer is where it is saved from
             run.student.gather_weights()
             divergence.check_weights(run)
-            keeps_best = run.config.logging.keep_best_checkpoint
-            if keeps_best and run.figure is None and run.validation is not None:
+            by_loss = run.config.logging.keep_best_checkpoint and run.evaluation is None
+            if by_loss and run.figure is None and run.validation is not None:
                 self._measure(run.validation)
             if batch is None or not run.config.uses_rollouts:
                 run.save()
@@ -350,8 +431,9 @@ class _Training:
         self._saves.saved(run.progress.iteration)
 
     def _measure(self, validation: Validation) -> float:
-        """The validation loss of the student as it is now, which becomes the run's figure."""
+        """The validation loss of the student as it is now; the run's figure, if no accuracy is."""
         self._run.student.gather_weights()
         loss = validation.loss(self._run.student.model)
-        self._run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
+        if self._run.evaluation is None:
+            self._run.figure = HeldOutFigure("validation_loss", loss, higher_is_better=False)
         return loss

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.output_file import sync_folder
+from megatron_dlm.output_file import sync_folder, write_file
 
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"
@@ -54,17 +54,32 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
 
 def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
     """Write the manifest of a folder, and flush it and the file names to the disk."""
-    files = {
-        name: {"bytes": record.bytes, "sha256": record.sha256}
-        for name, record in sorted(records.items())
-    }
     with (folder / MANIFEST).open("w") as file:
-        json.dump({"version": 1, "files": files}, file, indent=1)
-        file.write("\n")
+        file.write(_text(records))
         file.flush()
         os.fsync(file.fileno())
     for directory in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync_folder(directory)
+
+
+def exempt(folder: Path, name: str) -> None:
+    """Take a file, if it is there, out of the manifest of a folder, so that it can change.
+
+    Raises:
+        UserError: The manifest cannot be written.
+        ValueError: It is damaged.
+    """
+    records = read_manifest(folder)
+    if records is not None and records.pop(name, None) is not None:
+        write_file(folder / MANIFEST, _text(records), "--save")
+
+
+def _text(records: dict[str, FileRecord]) -> str:
+    files = {
+        name: {"bytes": record.bytes, "sha256": record.sha256}
+        for name, record in sorted(records.items())
+    }
+    return json.dumps({"version": 1, "files": files}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord] | None:

@@ -1,25 +1,25 @@
 """Reports of a run: printed lines on rank 0, `metrics.jsonl` and TensorBoard."""
 
-import json
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from megatron_dlm.entry import warn
-from megatron_dlm.output_file import write_file, writing
+from megatron_dlm.output_file import write_file
 from megatron_dlm.terminal import say, wrapped
+from megatron_dlm.training.metrics_file import MetricsFile
 
 
 @dataclass
 class PhaseTimes:
     """Seconds of wall clock.
 
-    `rollout` and `teacher` are added to the first update after them, `validation` to the update
-    before it. The columns of `metrics.jsonl` therefore add up to the run's time in each phase.
+    `rollout` and `teacher` are added to the first update after them, `validation` and `evaluation`
+    to the update before them. The columns of `metrics.jsonl` therefore add up to the run's time in
+    each phase; `evaluation` is only in lines of updates that have one.
     """
 
     rollout: float = 0.0
@@ -27,6 +27,7 @@ class PhaseTimes:
     student: float = 0.0
     optimizer: float = 0.0
     validation: float = 0.0
+    evaluation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class StepMetrics:
         tokens_by_step: Mean tokens that the first, second, ... denoising forward of a block commits
             in the current rollout, tail included; None without rollouts.
         response_lengths: Of the current rollout batch.
+        evaluation: Rates of the student's answers to held-out prompts after this update, by
+            decoding setting (`EvaluationResult`); where it did not answer them, files have no such
+            entry.
     """
 
     step: int
@@ -135,6 +139,7 @@ class StepMetrics:
     student_entropy: float | None = None
     tokens_by_step: list[float] | None = None
     response_lengths: LengthHistogram | None = None
+    evaluation: dict[str, dict[str, Any]] | None = None
 
 
 def format_duration(seconds: float) -> str:
@@ -179,14 +184,14 @@ class MetricsLogger:
         self._window = PhaseTimes()
         self._window_tokens = 0
         self._rollout: int | None = None
-        self._file: _MetricsFile | None = None
+        self._file: MetricsFile | None = None
         self._board: Any = None
         self._wandb: Any = None
         if not enabled or run_folder is None:
             return
         folder = Path(run_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = _MetricsFile(folder / "metrics.jsonl", first_step)
+        self._file = MetricsFile(folder / "metrics.jsonl", first_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -217,6 +222,8 @@ class MetricsLogger:
         record = asdict(metrics)
         for name in ("loss", "grad_norm"):
             record[name] = record[name] if math.isfinite(record[name]) else None
+        if metrics.evaluation is None:
+            del record["evaluation"], record["time"]["evaluation"]
         if self._file is not None:
             self._file.write(record)
         if self._board is not None or self._wandb is not None:
@@ -237,8 +244,51 @@ class MetricsLogger:
         for name, seconds in asdict(metrics.time).items():
             setattr(self._window, name, getattr(self._window, name) + seconds)
         due = metrics.step % self._log_interval == 0 or metrics.step == self._total_steps
-        if due or metrics.validation_loss is not None:
+        if due or metrics.validation_loss is not None or metrics.evaluation is not None:
             self._print_step(metrics)
+
+    def evaluation_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Show answers to held-out prompts: text in TensorBoard, a table in Weights & Biases.
+
+        Args:
+            step: Optimizer updates done; the metrics of this one come afterwards.
+            samples: See `AnsweredPrompts`.
+        """
+        if self._board is not None:
+            for decoding in dict.fromkeys(sample["decoding"] for sample in samples):
+                own = [sample for sample in samples if sample["decoding"] == decoding]
+                text = "\n\n---\n\n".join(map(_as_markdown, own))
+                self._board.add_text(f"evaluation/{decoding}", text, step)
+        if self._wandb is not None and samples:
+            import wandb
+
+            columns = list(samples[0])
+            rows = [[step, *(sample[column] for column in columns)] for sample in samples]
+            table = wandb.Table(columns=["step", *columns], data=rows)
+            self._wandb.log({"step": step, "evaluation/samples": table}, commit=False)
+
+    def late_evaluation(
+        self, step: int, evaluation: Mapping[str, Mapping[str, Any]], seconds: float
+    ) -> None:
+        """Add the evaluation of an update whose other metrics an earlier start has recorded.
+
+        Args:
+            step: That update, the last one before this start.
+            evaluation: See `StepMetrics`.
+            seconds: That it took.
+        """
+        if not self._enabled:
+            return
+        if self._file is not None:
+            self._file.add_evaluation(step, evaluation, seconds)
+        scalars = _scalars({"evaluation": evaluation})
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **scalars})
+        parts = [f"step {step}/{self._total_steps}", *_evaluation_parts(evaluation)]
+        self.print(wrapped(parts))
 
     def _log_lengths(self, lengths: LengthHistogram, step: int) -> None:
         """Add the histogram of a rollout batch, taking each response for the middle of its bin."""
@@ -272,6 +322,7 @@ class MetricsLogger:
         parts = [f"step {metrics.step}/{self._total_steps}", f"loss {metrics.loss:.4f}"]
         if metrics.validation_loss is not None:
             parts.append(f"validation loss {metrics.validation_loss:.4f}")
+        parts += _evaluation_parts(metrics.evaluation or {})
         parts += [f"grad {metrics.grad_norm:.2f}", f"lr {max(metrics.lr.values()):.2e}"]
         if metrics.tokens_per_forward is not None:
             parts.append(f"tok/fwd {metrics.tokens_per_forward:.2f} eos {metrics.eos_rate:.0%}")
@@ -300,58 +351,33 @@ class MetricsLogger:
             self._wandb.finish()
 
 
-class _MetricsFile:
-    """`metrics.jsonl`: one line a step, appended.
+def _evaluation_parts(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Accuracy and speed under each decoding setting, for a line of progress."""
+    parts = []
+    for name, rates in evaluation.items():
+        speed = rates["tokens_per_forward"]
+        text = f"held out {name} {rates['accuracy']:.1%}"
+        parts.append(text if speed is None else f"{text} tok/fwd {speed:.2f}")
+    return parts
 
-    A resumed run repeats the steps after its checkpoint. Their earlier lines, and lines that cannot
-    be read, move to `metrics_superseded.jsonl` when the first new line is written: a start that
-    ends before that changes nothing.
 
-    Args:
-        path: Of `metrics.jsonl`.
-        first_step: Steps done before this process started.
-    """
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        self._first_step = first_step
-        self._file: TextIO | None = None
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a line.
-
-        Raises:
-            UserError: It cannot be written.
-        """
-        with writing(self._path, "--save"):
-            if self._file is None:
-                self._set_aside()
-                self._file = self._path.open("a", encoding="utf-8")
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-    def _set_aside(self) -> None:
-        if not self._path.exists():
-            return
-        kept: list[str] = []
-        superseded: list[str] = []
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            step = _step_of(line)
-            if step is None:
-                warn(f"{self._path}:{number} cannot be read and is set aside")
-            is_kept = step is not None and step <= self._first_step
-            (kept if is_kept else superseded).append(line + "\n")
-        if not superseded:
-            return
-        with self._path.with_name("metrics_superseded.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(superseded)
-        write_file(self._path, "".join(kept), "--save")
+def _as_markdown(sample: Mapping[str, Any]) -> str:
+    """An answer to a held-out prompt, for TensorBoard."""
+    speed = sample["tokens_per_forward"]
+    facts = [
+        f"prompt {sample['sample']}",
+        "right" if sample["correct"] else "wrong",
+        f"{sample['response_tokens']} tokens, {sample['finish_reason']}",
+        "" if speed is None else f"{speed:.2f} tokens a forward",
+    ]
+    texts = [("prompt", sample["prompt"]), ("response", sample["response"])]
+    if sample["reference"] is not None:
+        texts.append(("reference", str(sample["reference"])))
+    parts = [f"**{', '.join(fact for fact in facts if fact)}**"]
+    for name, text in texts:
+        indented = "\n".join(f"    {line}" for line in text.split("\n"))  # a block of code
+        parts.append(f"{name}:\n\n{indented}")
+    return "\n\n".join(parts)
 
 
 def _wandb_run_id(folder: Path) -> str:
@@ -360,15 +386,6 @@ def _wandb_run_id(folder: Path) -> str:
     if not file.is_file():
         write_file(file, secrets.token_hex(4) + "\n", "--save")
     return file.read_text().strip()
-
-
-def _step_of(line: str) -> int | None:
-    """The step that a line of metrics is about; None if it cannot be read."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return step if isinstance(step, int) else None
 
 
 def _scalars(record: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:

@@ -1,9 +1,10 @@
 """What a phase of training does not use waits in host memory.
 
-A rollout batch goes through three phases: rollout, teacher, update. Weights and optimizer state
-that sit idle in a phase give up their device memory by emptying their storages; every tensor on
-such a storage (parameter, view, tied weight) stays what it is and has its values again once the
-storage is filled. Values are copied, never recomputed: results are the same bit for bit.
+A rollout batch goes through three phases: rollout, teacher, update; answers to held-out prompts
+are a fourth. Weights and optimizer state that sit idle in a phase give up their device memory by
+emptying their storages; every tensor on such a storage (parameter, view, tied weight) stays what it
+is and has its values again once the storage is filled. Values are copied, never recomputed: results
+are the same bit for bit.
 
 Of Megatron-Core's own helpers only the one for gradients serves: that for the optimizer would take
 float32 parameters, which are their own main weights, away from the rollout as well.
@@ -23,7 +24,7 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.training.student import Student
 
-Phase = Literal["rollout", "teacher", "update"]
+Phase = Literal["rollout", "teacher", "update", "evaluation"]
 
 
 class HostedTensors:

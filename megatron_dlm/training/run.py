@@ -32,6 +32,7 @@ from megatron_dlm.training.checkpointing import (
     attach_adapters_of_run,
     load_training_state,
 )
+from megatron_dlm.training.held_out_evaluation import HeldOutEvaluation
 from megatron_dlm.training.inputs import RunInputs
 from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
@@ -50,8 +51,8 @@ class Run:
     """One rank's part of a training run.
 
     `saver` is None without a run folder. `figure` is what the student as it is now reaches on
-    held-out data, None where that was not measured; a checkpoint is saved with it, and the one with
-    the best can be kept.
+    held-out data, the accuracy where prompts are held out, None where that was not measured; a
+    checkpoint is saved with it, and the one with the best can be kept.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Run:
     groups: ParallelGroups
     stop: StopAgreement
     validation: Validation | None = None
+    evaluation: HeldOutEvaluation | None = None
     stored_batch: Sequence[dict[str, Any]] = ()
     saver: CheckpointSaver | None = None
     figure: HeldOutFigure | None = None
@@ -177,6 +179,11 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         groups,
         stop,
         None if inputs.held_out is None else Validation(config, objective, inputs.held_out, groups),
+        None
+        if inputs.evaluation is None
+        else HeldOutEvaluation(
+            config, inputs.evaluation, inputs.tokenizer, inputs.special_tokens, groups, stop
+        ),
         stored_batch,
         _build_saver(config),
     )

@@ -9,6 +9,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.config.fields import flag_of
 from megatron_dlm.errors import bad_value
 from megatron_dlm.launcher import attempt
+from megatron_dlm.training.best_checkpoint import lacks_accuracy
 from megatron_dlm.training.run_folder import (
     find_checkpoint,
     is_iteration_folder,
@@ -149,6 +150,8 @@ def _goes_on(config: Config, resumed: "Resumption", names_own_run: bool) -> RunS
     progress, of_data = resumed.progress, config.of_data(saved.get("num_records") or 0)
     changed = option_differences(of_data, saved)
     ended = of_data.num_samples == progress.consumed_samples > 0
+    if of_data.evaluates_after(progress.iteration) and lacks_accuracy(resumed.checkpoint):
+        ended = False  # a request to stop broke the last evaluation off
     if ended and all(difference.is_allowed for difference in changed):
         done = f"{progress.iteration} updates, {progress.rollout} "
         done += "rollouts" if config.uses_rollouts else "batches"

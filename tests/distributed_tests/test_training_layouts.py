@@ -73,7 +73,14 @@ GIVEN: dict[str, Any] = dict(train_iters=2, num_rollouts=None, max_response_leng
 RUNS: dict[str, dict[str, Any]] = {
     "opdlm": dict(rollout_batch_size=12, max_response_length=8),
     "opdlm_global": dict(SHORT, state_selection="global"),
-    "opdlm_all": dict(SHORT, state_selection="all", loss_normalization="row_mean"),
+    "opdlm_all": dict(
+        SHORT,
+        state_selection="all",
+        loss_normalization="row_mean",
+        eval_prompts="five.jsonl",
+        eval_decodings=("dynamic:0.3", "static:2@8"),
+        eval_max_response_length=4,
+    ),
     "opdlm_bigger_teacher": SHORT,
     "opdlm_smaller_teacher": SHORT,
     "opdlm_other_teacher": SHORT,
@@ -139,8 +146,8 @@ KEYS = (
 def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
     """What a run is started with besides its layout."""
     options = dict((RUNS | FAMILY_RUNS)[run])
-    if "prompts" in options:
-        options["prompts"] = str(folder / options["prompts"])
+    for name in {"prompts", "eval_prompts"} & options.keys():
+        options[name] = str(folder / options[name])
     size = run.removeprefix("opdlm_").removesuffix("_teacher")
     if size in TEACHERS:
         options["teacher_load"] = str(folder / f"{model}_{size}")
@@ -212,6 +219,12 @@ def _responses(folder: Path, name: str) -> list[str]:
     return [line for shard in shards for line in shard.read_text().splitlines()]
 
 
+def _answers(folder: Path, name: str) -> str:
+    """What a run answers to held-out prompts."""
+    file = folder / name.replace(" ", "_") / "evaluation_samples.jsonl"
+    return file.read_text() if "opdlm_all" in name else ""
+
+
 def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
     assert len(lines) == len(reference) == (3 if name.split()[-1] in OBJECTIVES else 2)
     for line, expected in zip(lines, reference, strict=True):
@@ -225,6 +238,8 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
         if is_due:
             held_out = pytest.approx(expected["validation_loss"], rel=1e-4)
             assert line["validation_loss"] == held_out, name
+        assert line.get("evaluation") == expected.get("evaluation"), name
+        assert ("evaluation" in line) == ("opdlm_all" in name and line["step"] == 2)
 
 
 def _check_layout(
@@ -246,6 +261,7 @@ def _check_layout(
         responses = _responses(folder, of_layout)
         assert responses == _responses(folder, reference), of_layout
         assert bool(responses) == (run in OF_TEACHER), of_layout
+        assert _answers(folder, of_layout) == _answers(folder, reference), of_layout
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

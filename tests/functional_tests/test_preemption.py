@@ -15,7 +15,8 @@ from megatron_dlm.commands import main
 from megatron_dlm.config import Config
 from megatron_dlm.entry import DIVERGED_STATUS, PREEMPTED_STATUS
 from megatron_dlm.stop_request import StopRequest, StopRequested
-from megatron_dlm.training.run_folder import latest_iteration
+from megatron_dlm.training.best_checkpoint import BEST
+from megatron_dlm.training.run_folder import latest_iteration, saved_iterations
 from megatron_dlm.training.stored_batch import STORED_BATCH
 from tests.distributed_tests.spawn import run_distributed
 from tests.faults.moments import Moment
@@ -51,6 +52,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "eval_interval": 1,
         "eval_iters": 1,
         "save_interval": 2,
+        "eval_prompts_interval": 3,
+        "eval_num_prompts": 5,
+        "eval_max_response_length": 8,
+        "eval_decodings": ["static:1"],
+        "keep_checkpoints": 1,
+        "keep_best_checkpoint": True,
     },
 }
 
@@ -58,8 +65,8 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preemption")
-    _, examples = write_data(folder)
-    RUNS["sft"]["valid_data"] = str(examples)
+    prompts, examples = write_data(folder)
+    RUNS["sft"] |= {"valid_data": str(examples), "eval_prompts": str(prompts)}
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
     save_random_model(folder / "diffusion")
@@ -109,6 +116,9 @@ def _whole(folder: Path, whole: dict[str, Path], kind: str) -> Path:
         ("off_policy", Moment("teacher", 9, signal.SIGTERM), 2, False),
         ("sft", Moment("validation", 1, signal.SIGTERM), 1, False),
         ("sft", Moment("save", 1, signal.SIGTERM), 2, False),
+        # In the evaluations after the third and the last update, of 3 forwards each.
+        ("sft", Moment("rollout", 2, signal.SIGTERM), 3, False),
+        ("sft", Moment("rollout", 5, signal.SIGUSR1), 4, False),
     ],
     ids=lambda value: f"{value.place}{value.call}" if isinstance(value, Moment) else str(value),
 )
@@ -136,6 +146,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         assert (run / f"iter_{saved:07d}" / STORED_BATCH).is_file() == with_batch
     assert _start(_config(folder, run, kind), Moment("update")) == 0
     check_same(run, expected)
+    for name in (BEST, "evaluation_samples.jsonl"):
+        assert (run / name).is_file() == (kind == "sft")
+        if kind == "sft":
+            assert (run / name).read_text() == (expected / name).read_text()
+    assert saved_iterations(run)[-1] == saved_iterations(expected)[-1]
 
 
 def test_a_rollout_is_left_at_its_next_forward(folder: Path, tmp_path: Path) -> None:

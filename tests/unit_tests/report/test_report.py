@@ -67,6 +67,7 @@ def write_run(folder: Path, *, losses: list[float | None], **options: Any) -> Pa
             "accuracy": step / 100,
             "time": {"rollout": 3.0, "student": 57.0},
             "throughput": {"mfu": 0.25, "peak_memory_gb": 1.5, "teacher_tflops": None},
+            "evaluation": {"static": {"accuracy": 0.5 / step, "tokens_per_forward": 1.0}},
         }
         for step, loss in enumerate(losses, start=1)
     ]
@@ -78,6 +79,9 @@ def write_run(folder: Path, *, losses: list[float | None], **options: Any) -> Pa
     sample = {"rollout": 1, "prompt": "2 + 2?", "response": "<b>4</b>", "finish_reason": "eos"}
     samples = [sample, {**sample, "response": "five \ud83d"}]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    answer = {"step": 2, "decoding": "static", "prompt": "3 + 3?", "response": "six"}
+    answers = [answer | {"reference": "<6>", "correct": False}, answer | {"reference": None}]
+    (folder / "evaluation_samples.jsonl").write_text("\n".join(map(json.dumps, answers)))
     return folder
 
 
@@ -95,6 +99,10 @@ def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert summary["updates"] == ["3", "2"]
     assert summary["training loss, last"] == ["1", "2"]
     assert summary["right at the first try, last"] == ["3 %", "2 %"]
+    assert summary["held-out prompts, static, last"][1] == "25 % (best 50 %)"
+    assert 'After update 2, static <span class="soft">wrong</span>' in html
+    assert "<pre>&lt;6&gt;</pre>" in html
+    assert "Held-out prompts, static: right" in html
     assert summary["minutes in all phases"] == ["3", "2"]
     assert summary["MFU, median"] == ["25 %", "25 %"]
     assert shown.rows["Options that differ"] == [

@@ -1,8 +1,11 @@
 """metrics.jsonl survives starts and resumes."""
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +40,7 @@ def _step(step: int, loss: float = 1.0) -> StepMetrics:
         "student_entropy",
         "response_lengths",
         "throughput",
+        "evaluation",
     )
     return StepMetrics(**{**values, **dict.fromkeys(unknown)})
 
@@ -131,3 +135,130 @@ def test_lengths_are_a_histogram_of_each_rollout(tmp_path: Path) -> None:
     assert shown[0].histogram_value.bucket == [1, 0, 2]
     assert events.Scalars("tokens_by_step/2")[0].value == 2
     assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("response_lengths")]
+
+
+RATES = {
+    name: {"accuracy": accuracy, "tokens_per_forward": 2.5}
+    for name, accuracy in (("static", 0.25), ("dynamic_0.9", 0.5))
+}
+SAMPLES: list[dict[str, Any]] = [
+    {
+        "decoding": name,
+        "sample": i,
+        "prompt": f"<b>{i}</b>\n+ 1?",
+        "response": "five",
+        "reference": str(i + 1) if i else None,
+        "response_tokens": 5,
+        "finish_reason": "eos",
+        "tokens_per_forward": 2.5 if i else None,
+        "reward": float(i),
+        "correct": bool(i),
+    }
+    for name in RATES
+    for i in range(2)
+]
+
+
+def _evaluate(folder: Path, **options: Any) -> None:
+    """Three steps, with evaluations at the second and, by a later start, at the third."""
+    logger = MetricsLogger(str(folder), enabled=True, total_steps=3, **options)
+    for step in (1, 2, 3):
+        evaluation, times = (RATES, PhaseTimes(evaluation=2.0)) if step == 2 else (None, None)
+        if step == 2:
+            logger.evaluation_samples(step, SAMPLES)
+        logger.step(replace(_step(step), evaluation=evaluation, time=times or PhaseTimes()))
+    logger.close()
+    logger = MetricsLogger(str(folder), enabled=True, total_steps=3, first_step=3, **options)
+    logger.evaluation_samples(3, SAMPLES)
+    logger.late_evaluation(3, RATES, 2.0)
+    logger.close()
+
+
+def test_an_evaluation_is_in_every_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _evaluate(tmp_path)
+    first, *others = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert "evaluation" not in {**first, **first["time"]}
+    for step, line in enumerate(others, start=2):
+        assert (line["step"], line["evaluation"]) == (step, RATES)
+        assert line["time"]["evaluation"] == 2.0
+        assert line.keys() == {*first, "evaluation"}
+    assert capsys.readouterr().out.count("held out dynamic_0.9 50.0% tok/fwd 2.50") == 2
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    for name, rates in RATES.items():
+        for key, value in rates.items():
+            shown = events.Scalars(f"evaluation/{name}/{key}")
+            assert [(event.step, event.value) for event in shown] == [(2, value), (3, value)]
+        texts = events.Tensors(f"evaluation/{name}/text_summary")
+        assert [event.step for event in texts] == [2, 3]
+        text = texts[0].tensor_proto.string_val[0].decode()
+        assert "    <b>1</b>\n    + 1?" in text  # a block of code, no mark-up
+        assert "**prompt 0, wrong, 5 tokens, eos**" in text
+        assert "**prompt 1, right, 5 tokens, eos, 2.50 tokens a forward**" in text
+        assert text.count("reference:\n\n    2") == 1
+
+
+class _Recorded:
+    """Has the part of Weights & Biases that is used, and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, Any], bool]] = []
+
+    def init(self, **options: Any) -> "_Recorded":
+        assert options["resume"] == "allow"
+        return self
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: dict[str, Any], commit: bool = True) -> None:
+        self.logged.append((values, commit))
+
+    def finish(self) -> None:
+        pass
+
+    @staticmethod
+    def Table(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> Any:
+        assert all(len(row) == len(columns) for row in data)
+        return SimpleNamespace(columns=columns, data=data)
+
+
+def test_an_evaluation_is_a_table_in_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = _Recorded()
+    monkeypatch.setitem(sys.modules, "wandb", recorded)  # type: ignore[arg-type]
+    _evaluate(tmp_path, wandb_project="study", tensorboard=False)
+    tables = [
+        (values["step"], values["evaluation/samples"], commit)
+        for values, commit in recorded.logged
+        if "evaluation/samples" in values
+    ]
+    assert [(step, commit) for step, _, commit in tables] == [(2, False), (3, False)]
+    for step, table, _ in tables:
+        assert table.columns == ["step", *SAMPLES[0]]
+        assert table.data == [[step, *sample.values()] for sample in SAMPLES]
+    accuracies = [
+        (values["step"], values["evaluation/dynamic_0.9/accuracy"])
+        for values, commit in recorded.logged
+        if commit and "evaluation/dynamic_0.9/accuracy" in values
+    ]
+    assert accuracies == [(2, 0.5), (3, 0.5)]
+
+
+def test_weights_and_biases_itself_keeps_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _evaluate(tmp_path, wandb_project="study", tensorboard=False)
+    files = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/evaluation/*.table.json"))
+    tables = [json.loads(file.read_text()) for file in files]
+    assert sorted(table["data"][0][0] for table in tables) == [2, 3]
+    for table in tables:
+        assert table["columns"] == ["step", *SAMPLES[0]]
+        assert [row[1:] for row in table["data"]] == [list(s.values()) for s in SAMPLES]

@@ -1,4 +1,4 @@
-"""The validation loss is the training loss on fixed states, and does not affect training."""
+"""The validation loss is the training loss on fixed states; measuring does not affect training."""
 
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,11 @@ def saved_tensors(save: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_training_is_the_same_bit_for_bit(folder: Path, tmp_path: Path, model: str) -> None:
     plain = run(folder, tmp_path / "plain", model, **SCP)
-    lines = run(
-        folder, tmp_path / "eval", model, **SCP, **held_out(folder), eval_interval=2, eval_iters=2
-    )
+    prompts = dict(eval_prompts=str(folder / "prompts.jsonl"), eval_prompts_interval=3)
+    evaluated = dict(prompts, eval_num_prompts=3, eval_max_response_length=8)
+    measured = dict(held_out(folder), eval_interval=2, eval_iters=2, **evaluated)
+    lines = run(folder, tmp_path / "eval", model, **SCP, **measured)
+    assert ["evaluation" in line for line in lines] == [False, False, True, True]
     assert [line["validation_loss"] is not None for line in lines] == [False, True, False, True]
     assert all(line["validation_loss"] is None for line in plain)
     for line, other in zip(lines, plain, strict=True):
