@@ -3,6 +3,7 @@
 from megatron_dlm.config import Config
 from megatron_dlm.models.architecture import Architecture, parameter_counts
 from megatron_dlm.terminal import COLUMNS
+from megatron_dlm.training.evaluation_inputs import EvaluationInputs
 from megatron_dlm.training.inputs import RunInputs
 
 _HEADING = 9
@@ -28,6 +29,8 @@ def start_summary(config: Config, inputs: RunInputs, world_size: int) -> list[st
     elif config.teaches_itself:
         lines["teacher"] = "the student itself"
     lines["data"] = _data(config.of_data(len(inputs.data)))
+    if inputs.evaluation is not None:
+        lines["held-out"] = _evaluation(config, inputs.evaluation)
     lines["layout"] = _layout(config, world_size)
     lines["memory"] = _memory(config, inputs, world_size)
     save = config.logging.save
@@ -55,6 +58,17 @@ def _data(config: Config) -> str:
     return (
         f"{records:,} records of {_tail(str(path), 24)}; {samples:,} samples{length}"
         f"; {config.train_iters:,} updates"
+    )
+
+
+def _evaluation(config: Config, evaluation: EvaluationInputs) -> str:
+    interval = config.held_out.eval_prompts_interval
+    when = f"every {interval:,} updates" if interval else "at the end"
+    first, *others = evaluation.decodings
+    more = f" and {len(others)} more" if others else ""
+    return (
+        f"{len(evaluation.prompts):,} prompts of {_tail(str(config.held_out.eval_prompts), 24)} "
+        f"{when}, by {first}{more}"
     )
 
 

@@ -32,7 +32,7 @@ def needs(config: Config) -> Refusals:
             problem = f"{objective} trains on it or on --train-data, not on both"
             yield f"{name}: {problem}; leave one of the two out"
     measured = config.validation_option
-    remedy = "leave it out; megatron-dlm evaluate measures held-out prompts"
+    remedy = "leave it out; --eval-prompts measures accuracy on held-out prompts"
     for name in ("valid_data", "valid_data_path"):
         if value_of(config, name) is not None and name != measured:
             run = f"{objective} on {flag_of(config.data_option)}"

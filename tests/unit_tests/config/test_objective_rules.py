@@ -75,7 +75,7 @@ def test_the_whole_vocabulary_is_not_stored() -> None:
         (SCP, {"teacher_load": "t"}, ["--teacher-load = 't'", "no use"]),
         (SCP, {"valid_data": "v"}, ["--valid-data = 'v'", "give --valid-data-path"]),
         (SCP, {"eval_interval": 5}, ["--eval-interval = 5", "no use"]),
-        (OPDLM, {"valid_data": "v"}, ["--valid-data = 'v'", "opdlm on --prompts", "evaluate"]),
+        (OPDLM, {"valid_data": "v"}, ["--valid-data = 'v'", "opdlm on --prompts", "--eval-pr"]),
         (OPDLM, {"data_path": "c"}, ["--data-path = 'c'", "opdlm has no use"]),
         (SFT, {"data_path": "c"}, ["--data-path = 'c'", "sft has no use"]),
         (NEXT_TOKEN, {"data_path": "c"}, ["--data-path = 'c'", "not on both"]),

@@ -26,7 +26,11 @@ from tests.tiny import run_config, save_random_model, started_inputs, write_data
             4,
             {"layout": "4 processes (tensor 2, data 2), fp32", "memory": "teacher"},
         ),
-        (dict(objective="scp"), 1, {"folder": "a new run"}),
+        (
+            dict(objective="scp", eval_prompts="prompts.jsonl", eval_max_response_length=9),
+            1,
+            {"folder": "a new run", "held-out": "48 prompts of"},
+        ),
     ],
     ids=["opdlm", "layout", "scp"],
 )
@@ -37,6 +41,8 @@ def test_summary(
     write_data(folder)
     moe = "layout" in expected and world_size == 4
     model = save_random_model(folder / "model", moe=moe)
+    if "eval_prompts" in options:
+        options = {**options, "eval_prompts": str(folder / options["eval_prompts"])}
     config, inputs = started_inputs(run_config(folder, model, **options))
     lines = dict(line.split(maxsplit=1) for line in start_summary(config, inputs, world_size))
     assert max(map(len, start_summary(config, inputs, world_size))) <= COLUMNS
