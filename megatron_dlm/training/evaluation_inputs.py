@@ -15,7 +15,8 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.rewards import Reward, reward_of
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.rollout.decoding_settings import DecodingSetting
-from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.generation_config import DECIDE_NO_TOKEN, GenerationConfig
+from megatron_dlm.rollout.pages import PAGE_SIZE, pages_for
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
@@ -90,7 +91,7 @@ def read_evaluation_inputs(
         "max_response_length": length,
         "reward": config.objective.reward,
         "seed": config.data.seed,
-        "decoding": asdict(next(iter(decodings.values()))) | {"max_running_requests": None},
+        "decoding": asdict(next(iter(decodings.values()))) | dict.fromkeys(DECIDE_NO_TOKEN),
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return EvaluationInputs(prompts, decodings, reward, length, fingerprint[:16])
@@ -141,17 +142,20 @@ def _autoregressive(config: Config) -> GenerationConfig:
         top_k=rollout.top_k,
         top_p=rollout.top_p,
         max_running_requests=rollout.max_running_requests,
+        max_total_tokens=rollout.max_total_tokens,
+        chunked_prefill_size=rollout.chunked_prefill_size,
     )
 
 
 def _check_room(
     config: Config, decodings: Mapping[str, GenerationConfig], longest: int, positions: int
 ) -> None:
-    """Whole blocks of each setting have positions, after the longest prompt."""
+    """Whole blocks of each setting have positions after the longest prompt, and cache for them."""
     length = config.longest_eval_response
     for name, generation in decodings.items():
         size = generation.block_size or 1
         room = positions // size * size - longest
+        _check_cache(config, name, generation, -(-(longest + length) // size) * size)
         if length <= room:
             continue
         own = config.held_out.eval_max_response_length
@@ -164,3 +168,12 @@ def _check_room(
             remedy = f"add --eval-max-response-length {room} or less"
         flag = "--max-response-length" if own is None else "--eval-max-response-length"
         raise bad_value(flag, length, problem, remedy)
+
+
+def _check_cache(config: Config, name: str, generation: GenerationConfig, tokens: int) -> None:
+    """The longest sequence of a setting fits into the KV cache; full attention has none."""
+    needed, room = pages_for(tokens) * PAGE_SIZE, config.rollout.max_total_tokens
+    if room is not None and room < needed and generation.attention_pattern != "full":
+        problem = f"has no room for the longest prompt of {FIELD} and its response under {name}"
+        remedy = f"choose {needed} or more, or lower --eval-max-response-length"
+        raise bad_value("--max-total-tokens", room, problem, remedy)

@@ -127,6 +127,10 @@ def _lines(file: Path) -> list[dict[str, Any]]:
             {"objective": "scp", "max_response_length": 250},
             ["--max-response-length = 250", "add --eval-max-response-length"],
         ),
+        (
+            {"max_total_tokens": 16, "eval_decodings": ["static@16"]},
+            ["--max-total-tokens = 16: has no room", "under static@16", "or more"],
+        ),
         ({"reward": "choice"}, ["prompts.jsonl", "reward 'choice' cannot read it"]),
         ({"reward": "no.module:here"}, ["--reward = 'no.module:here': cannot be imported"]),
         ({"eval_prompts": "unanswered.jsonl"}, ["unanswered.jsonl", "reward 'exact_match' needs"]),
