@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.teacher import frozen, self_teacher
 from megatron_dlm.training import loop
 from megatron_dlm.training.checkpoint_saving import CheckpointSaver
 from megatron_dlm.training.validation import Validation
 
 PLACES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "rollout": ((RolloutEngine, "_step"),),
+    "rollout": ((DecodingBatch, "_forward"),),
     "teacher": ((frozen, "forward_hidden"), (self_teacher, "forward_hidden")),
     "update": ((loop, "train_step"),),
     "validation": ((Validation, "loss"),),
