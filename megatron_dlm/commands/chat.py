@@ -91,6 +91,8 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 def _lines(on_terminal: bool) -> Iterator[str]:
     """What the user writes, line by line."""
     if not on_terminal:
+        if hasattr(sys.stdin, "reconfigure"):  # text in memory has no encoding
+            sys.stdin.reconfigure(errors="replace")
         yield from sys.stdin
         return
     import readline  # noqa: F401  # input() edits lines and knows earlier ones
@@ -128,8 +130,9 @@ def _obey(line: str, session: ChatSession) -> None:
             raise bad_value(name, value or None, "is neither on nor off", "write one of them")
         session.think(switches[value])
     elif name == "/seed":
-        if not (value.isascii() and value.isdecimal()):
-            raise bad_value(name, value or None, "is no whole number", "write one, 0 or more")
+        if not (value.isascii() and value.isdecimal() and len(value) < 20):
+            remedy = "write one of up to 19 digits, 0 or more"
+            raise bad_value(name, value or None, "is no such whole number", remedy)
         session.seed = int(value)
     elif name == "/save":
         if not value:

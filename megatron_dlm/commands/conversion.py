@@ -1,5 +1,6 @@
 """The command `convert` as a function; its options are in `commands.convert`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_dlm.training.checkpoint_saving import save_checkpoint
 from megatron_dlm.training.checkpointing import AdapterUse, saved_config, saved_progress
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.training.rate_precision import config_of_run, unseen_in_bf16
-from megatron_dlm.training.run_folder import find_checkpoint
+from megatron_dlm.training.run_folder import find_checkpoint, iteration_folder, latest_iteration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -132,29 +133,48 @@ def find_adapters(
     return "keep", settings, base
 
 
+def _is_same_model(source: ModelSource, load: str) -> bool:
+    """Whether a path, as it was given to another command, names the model or its run's newest."""
+    named = Path(load).resolve()
+    if not source.is_megatron:
+        return named == source.path.resolve()
+    checkpoint = find_checkpoint(source.path, "--load").resolve()
+    newest = latest_iteration(checkpoint.parent)
+    is_newest = newest is not None and checkpoint == iteration_folder(checkpoint.parent, newest)
+    return named == checkpoint or (is_newest and named == checkpoint.parent)
+
+
 def read_provenance(source: ModelSource, scores: str | None) -> Provenance:
     """What is known of where a model's weights come from: its run's folder, and files of scores.
+
+    Scores of other weights, as far as paths tell, are a warning.
 
     Raises:
         UserError: A file of scores cannot be read or holds something else.
     """
-    results = (
-        [read_scores(path.strip(), "--scores") for path in scores.split(",")] if scores else []
-    )
+    own: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for path in scores.split(",") if scores else ():
+        results = read_scores(path.strip(), "--scores")
+        is_own = _is_same_model(source, results["load"])
+        (own if is_own else others).append(results)
+        if not is_own and rank() == 0:
+            line = f"scores in {path.strip()} are of {results['load']}, not of {source.path}"
+            say(f"warning: {line}", error=True)
     config = saved_config(source.path) if source.is_megatron else {}
+    known = Provenance(config=config, scores=own, other_scores=others)
     progress = saved_progress(source.path) if config else None
     if progress is None:
-        return Provenance(config=config, scores=results)
+        return known
     try:
         [run] = read_runs([find_checkpoint(source.path, "--load").parent])
     except UserError:  # the checkpoint was moved, and its run stayed
-        return Provenance(config=config, scores=results)
+        return known
     starts = [event for event in run.history if event["event"] in ("started", "resumed")]
-    return Provenance(
-        config=config,
+    return replace(
+        known,
         metrics=next((line for line in run.metrics if line["step"] == progress.iteration), {}),
         started=starts[-1] if starts else {},
-        scores=results,
     )
 
 

@@ -11,6 +11,7 @@ generate`, by name.
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
@@ -18,13 +19,12 @@ from pathlib import Path
 from megatron_dlm.entry import rank
 from megatron_dlm.extras import check_installed
 
-OUTPUT = "--output_path"
-
 
 def main(argv: Sequence[str]) -> int:
     """Hand the arguments to the harness, with our model registered."""
     check_installed("lm_eval", "megatron-dlm lm-eval", None)
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
     from megatron_dlm.evaluation.harness import MODEL_NAME  # registers the model
 
@@ -33,25 +33,21 @@ def main(argv: Sequence[str]) -> int:
     if subcommand == "run" and "-h" not in arguments and "--help" not in arguments:
         arguments = ["--model", MODEL_NAME, *arguments]
     with ExitStack() as stack:
-        if rank() != 0:  # every process has all results
+        if rank() != 0:  # every process has all results, and one of them shows and writes them
             stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
-            arguments = _without_output(arguments)
+            read = EvaluatorConfig.from_cli
+
+            def read_without_outputs(namespace: Namespace) -> EvaluatorConfig:
+                config = read(namespace)
+                config.output_path = None
+                config.log_samples = False
+                config.wandb_args = config.trackio_args = config.hf_hub_log_args = {}
+                return config
+
+            EvaluatorConfig.from_cli = read_without_outputs
+            stack.callback(setattr, EvaluatorConfig, "from_cli", read)
         before = sys.argv
         stack.callback(setattr, sys, "argv", before)
         sys.argv = ["megatron-dlm lm-eval", subcommand, *arguments]
         cli_evaluate()
     return 0
-
-
-def _without_output(arguments: Sequence[str]) -> list[str]:
-    """Arguments for a process that writes no results."""
-    kept: list[str] = []
-    skips = False
-    for argument in arguments:
-        if skips:
-            skips = False
-        elif argument in (OUTPUT, "-o"):
-            skips = True
-        elif argument not in ("--log_samples", "-s") and not argument.startswith(f"{OUTPUT}="):
-            kept.append(argument)
-    return kept

@@ -59,6 +59,9 @@ def main(argv: Sequence[str]) -> int:
     if rank() != 0:
         return 0
     [file] = named
+    if not Path(file).name:
+        remedy = "name what generate --output wrote"
+        raise bad_value("file", file, "is no name of a file", remedy)
     output = Path(file).with_suffix(".html") if options.output is None else Path(options.output)
     check_output_file(output, "--output", [("file", file)])
     shown = write_trajectory_page(file, output, options.max_trajectories)

@@ -16,6 +16,7 @@ from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
 from megatron_dlm.conversion.model_card import MODEL_CARD, Provenance, model_card
 from megatron_dlm.conversion.publishing import is_writer, published_folder
+from megatron_dlm.conversion.tokenizer_files import has_chat_template
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.families.parameters import HEAD, hf_tensor_shapes
@@ -104,6 +105,7 @@ def export_hf(
             block_size=block_size,
             mask_token_id=mask_token_id,
             dynamic_threshold=dynamic_threshold,
+            has_chat_template=has_chat_template(folder),
             provenance=provenance,
         )
         (folder / MODEL_CARD).write_text(card, encoding="utf-8")

@@ -38,6 +38,7 @@ _DATA_OPTIONS = {
     "prompts": "prompts",
     "train_data": "prompts with responses",
     "data_path": "corpus",
+    "eval_prompts": "held-out prompts",
     "valid_data": "held-out examples",
     "valid_data_path": "held-out corpus",
 }
@@ -64,13 +65,15 @@ class Provenance:
         config: Flat options of the run that wrote them; empty without a run.
         metrics: The run's line of metrics.jsonl at these weights; empty where it is not there.
         started: The run's last start in history.jsonl; empty likewise.
-        scores: Files of results of `megatron-dlm evaluate`.
+        scores: Files of results of `megatron-dlm evaluate` on these weights.
+        other_scores: On weights that may be others; shown, but not in the metadata.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     started: Mapping[str, Any] = field(default_factory=dict)
     scores: Sequence[Mapping[str, Any]] = ()
+    other_scores: Sequence[Mapping[str, Any]] = ()
 
 
 def read_scores(path: str, flag: str) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def model_card(
     mask_token_id: int | None = None,
     dynamic_threshold: float | None = None,
     base_model: str | None = None,
+    has_chat_template: bool = True,
     provenance: Provenance | None = None,
 ) -> str:
     """The card of a folder as Markdown.
@@ -120,6 +124,7 @@ def model_card(
         mask_token_id: Id of MASK; None for an autoregressive model.
         dynamic_threshold: Confidence threshold to decode with.
         base_model: The model that adapters belong on, in the `peft` format.
+        has_chat_template: Whether the tokenizer has one.
         provenance: Where the weights come from; None: nothing is known.
     """
     about = provenance or Provenance()
@@ -128,7 +133,8 @@ def model_card(
         kind = None
     elif format == "sdar":  # what the format makes of any model
         kind = BLOCK_DIFFUSION
-    scores = [score for results in about.scores for score in _scores(results)]
+    given = (*about.scores, *about.other_scores)
+    scores = [*_own_scores(about), *(score for results in given for score in _scores(results))]
     card = Environment(
         autoescape=False, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
@@ -146,8 +152,8 @@ def model_card(
         recipe=_recipe(about.config),
         scores=scores,
         held_out=_held_out(about),
-        decoding=_decoding(format, kind, block_size, dynamic_threshold, base_model),
-        warnings=_warnings(format, kind, block_size),
+        decoding=_decoding(format, kind, dynamic_threshold, base_model, has_chat_template),
+        warnings=_warnings(format, kind, block_size, has_chat_template),
     )
 
 
@@ -323,6 +329,21 @@ def _scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return scores
 
 
+def _own_scores(about: Provenance) -> list[dict[str, Any]]:
+    """Rates of the run's answers to its held-out prompts, if it measured them at these weights."""
+    evaluation = about.metrics.get("evaluation")
+    if not isinstance(evaluation, Mapping):
+        return []
+    return _scores(
+        {
+            "task": about.config.get("eval_prompts") or "held-out prompts",
+            "load": "the run",
+            "num_examples": about.config.get("eval_num_prompts") or "all",
+            "settings": evaluation,
+        }
+    )
+
+
 def _held_out(about: Provenance) -> str:
     loss = about.metrics.get("validation_loss")
     if not isinstance(loss, int | float):
@@ -335,20 +356,27 @@ from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = {auto_class}.from_pretrained(folder, trust_remote_code=True)
-chat = [{{"role": "user", "content": "What is 17 + 25?"}}]
-prompt = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
+{encoding}
 tokens = model.generate(**prompt, max_new_tokens=256{arguments})
 print(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+_CHAT = """\
+chat = [{"role": "user", "content": "What is 17 + 25?"}]
+prompt = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+
+_TEXT = """\
+prompt = tokenizer("17 + 25 =", return_tensors="pt", return_token_type_ids=False)"""
 
 
 def _decoding(
     format: str,
     kind: DiffusionKind | None,
-    block_size: int | None,
     threshold: float | None,
     base_model: str | None,
+    has_chat_template: bool,
 ) -> list[tuple[str, str, str]]:
     """Ways to decode: a sentence, and code in a language."""
     ways = []
@@ -363,7 +391,8 @@ def _decoding(
         ways.append((f"The adapters belong on {_last_part(base_model)}:", "python", code))
         return ways
     auto_class = "AutoModelForMaskedLM" if format == "rnd1" else "AutoModelForCausalLM"
-    code = _GENERATE.format(auto_class=auto_class, arguments=arguments)
+    encoding = _CHAT if has_chat_template else _TEXT
+    code = _GENERATE.format(auto_class=auto_class, encoding=encoding, arguments=arguments)
     if kind is None:
         code = code.replace(", trust_remote_code=True", "")
         ways.append(("With transformers:", "python", code))
@@ -388,7 +417,9 @@ def _decoding(
     return ways
 
 
-def _warnings(format: str, kind: DiffusionKind | None, block_size: int | None) -> list[str]:
+def _warnings(
+    format: str, kind: DiffusionKind | None, block_size: int | None, has_chat_template: bool
+) -> list[str]:
     warnings = []
     if kind is not None:
         warnings += [
@@ -409,8 +440,9 @@ def _warnings(format: str, kind: DiffusionKind | None, block_size: int | None) -
         warnings.append("Do not decode it as a diffusion model: it predicts the next token only.")
     if format == "peft":
         warnings.append("Do not put the adapters onto other weights than those named above.")
+    if has_chat_template:
+        warnings.append("Do not leave out the chat template.")
     warnings += [
-        "Do not leave out the chat template where the tokenizer has one.",
         "Do not trust its answers unchecked. Training like this one changes what a model can do, "
         "and tests for harm that its origin passed say nothing about it.",
         "Do not pass it on under other terms: its origin's licence still holds.",

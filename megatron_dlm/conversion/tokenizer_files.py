@@ -31,6 +31,14 @@ TOKENIZER_FILES = (
 )
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder, if there is one, has a chat template."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and bool(_read(file).get("chat_template"))
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files; for a SentencePiece model, the files made from it.
 

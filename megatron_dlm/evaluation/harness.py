@@ -7,6 +7,7 @@ processes share the requests of a task among themselves; to the harness they are
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -229,12 +230,13 @@ class HarnessModel(TemplateLM):
             if room < 1:
                 problem = f"leaves no room for a context in {self.max_length} positions"
                 raise bad_value("max_gen_toks", limit, problem, "choose a lower number")
-            prompts = []
+            prompts, keys = [], dict[int, int]()
             for index in indices:
                 ids = self.tok_encode(requests[index].args[0])
                 if len(ids) > room:
                     warn(f"a context of {len(ids)} tokens is cut at its beginning, to {room}")
-                prompts.append(Prompt(index, torch.tensor(ids[-room:])))
+                ids = ids[-room:]
+                prompts.append(Prompt(_sample_index(ids, keys), torch.tensor(ids)))
             responses = self._responses(prompts, limit, generation, "Generating")
             for index, ids in zip(indices, responses, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -289,3 +291,19 @@ class HarnessModel(TemplateLM):
             dist.all_gather_object(parts, found, group=self._groups.dp)
             found = {index: ids for part in parts for index, ids in part.items()}
         return [found[prompt.sample_index] for prompt in prompts]
+
+
+def _sample_index(token_ids: Sequence[int], seen: dict[int, int]) -> int:
+    """Key of the draws of a response: by its context and the equal ones before it.
+
+    Which other requests there are, of other tasks or from a cache, is not among it.
+
+    Args:
+        token_ids: The context.
+        seen: How often contexts came so far, by their keys; counted on.
+    """
+    digest = hashlib.blake2b(str(list(token_ids)).encode(), digest_size=8).digest()
+    context = int.from_bytes(digest, "little") >> 1
+    number = seen.get(context, 0)
+    seen[context] = number + 1
+    return (context + number) % (1 << 62)

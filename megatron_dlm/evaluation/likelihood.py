@@ -156,7 +156,8 @@ class Likelihoods:
         end = len(context) + len(continuation)
         supervised = (position >= len(context)) & (position < end)
         block = position // (block_size or len(tokens))
-        generator = keyed_generator(self.seed, index, "likelihood")
+        # By the context: the continuations that are compared have orders in common.
+        generator = keyed_generator(self.seed, str(context.tolist()), "likelihood")
         states, weights = masked_sets(supervised, block, self.orders, generator)
         texts = len(block[supervised].unique()) if is_full else 1
         at_once = max(1, TOKENS_OF_ROW // (texts * len(tokens)))

@@ -163,7 +163,7 @@ class InferenceSetup:
             left_to_right = self.diffusion_kind is None or self._is_causal
             decoding = "autoregressive" if left_to_right else "diffusion"
         if decoding == "autoregressive":
-            return self._autoregressive()
+            return GenerationConfig.autoregressive_from_config(self.config)
         return self._diffusion("--decoding", self.options.decoding)
 
     def setting(self, text: str) -> GenerationConfig:
@@ -176,7 +176,7 @@ class InferenceSetup:
 
     def _of_setting(self, setting: DecodingSetting) -> GenerationConfig:
         if setting.is_autoregressive:
-            return self._autoregressive()
+            return GenerationConfig.autoregressive_from_config(self.config)
         size = self.block_size if setting.block_size is None else setting.block_size
         sized = replace(self, block_size=size)
         return sized._diffusion("--settings", setting.text).with_setting(setting, "--settings")
@@ -201,17 +201,6 @@ class InferenceSetup:
                 "add --block-size",
             )
         return GenerationConfig.from_config(self.config, self.diffusion_kind, self.block_size)
-
-    def _autoregressive(self) -> GenerationConfig:
-        rollout = self.config.rollout
-        return GenerationConfig.autoregressive(
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            max_running_requests=rollout.max_running_requests,
-            max_total_tokens=rollout.max_total_tokens,
-            chunked_prefill_size=rollout.chunked_prefill_size,
-        )
 
 
 def resolve_inference(arguments: InferenceArguments, world_size: int) -> InferenceSetup:

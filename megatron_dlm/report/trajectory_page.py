@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -76,7 +77,7 @@ def page(entries: list[dict[str, Any]], title: str, note: str = "") -> str:
         script=script,
         script_hash=_content_hash(script),
         # Without "<", no text can end the element that holds it.
-        data=json.dumps(entries).replace("<", "\\u003c"),
+        data=json.dumps(entries, allow_nan=False).replace("<", "\\u003c"),
     )
     return html.encode("utf-8", "replace").decode("utf-8")
 
@@ -147,6 +148,8 @@ def _problem(record: dict[str, Any], trajectory: Any) -> str | None:
             confidence = columns["confidence"]
             if len(confidence) != length or not _all_are(confidence, float | int):
                 return f"trajectory.{part}.confidence does not hold {length} numbers"
+            if not all(map(math.isfinite, confidence)):
+                return f"trajectory.{part}.confidence holds NaN or infinite values"
             last = trajectory["denoising_forwards"]
             if not all(1 <= forward <= last for forward in columns["forward"]):
                 return f"trajectory.{part}.forward is not in 1 to {last}"

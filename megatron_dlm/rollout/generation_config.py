@@ -105,6 +105,19 @@ class GenerationConfig(StrategyOptions):
             shifted=True,
         )
 
+    @classmethod
+    def autoregressive_from_config(cls, config: Config) -> GenerationConfig:
+        """Settings of next-token decoding by the options of a run or a command."""
+        rollout = config.rollout
+        return cls.autoregressive(
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            max_running_requests=rollout.max_running_requests,
+            max_total_tokens=rollout.max_total_tokens,
+            chunked_prefill_size=rollout.chunked_prefill_size,
+        )
+
     @property
     def is_autoregressive(self) -> bool:
         """Whether tokens are decoded one by one, without MASK."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError
 from megatron_dlm.output_file import write_file
-from megatron_dlm.training.manifest import exempt
+from megatron_dlm.training.manifest import replace_file
 from megatron_dlm.training.run_folder import iteration_folder, saved_iterations
 
 HELD_OUT = "held_out.json"
@@ -59,8 +59,7 @@ def write_figure(checkpoint: Path, figure: HeldOutFigure) -> None:
 def add_figure(checkpoint: Path, figure: HeldOutFigure) -> None:
     """Put a figure into a published checkpoint; if it cannot be written, that is a warning."""
     try:
-        exempt(checkpoint, HELD_OUT)
-        write_file(checkpoint / HELD_OUT, _text(figure), "--save")
+        replace_file(checkpoint, HELD_OUT, _text(figure))
     except (UserError, ValueError) as error:
         warn(f"{checkpoint / HELD_OUT} is not written: {error}")
 

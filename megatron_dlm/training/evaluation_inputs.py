@@ -111,7 +111,7 @@ def eval_decodings(config: Config, diffusion_kind: DiffusionKind) -> dict[str, G
     size = config.model.block_size if blocks else None
     if not config.held_out.eval_decodings:
         only = (
-            _autoregressive(config)
+            GenerationConfig.autoregressive_from_config(config)
             if left_to_right
             else GenerationConfig.from_config(config, diffusion_kind, size)
         )
@@ -120,7 +120,7 @@ def eval_decodings(config: Config, diffusion_kind: DiffusionKind) -> dict[str, G
     for text in config.held_out.eval_decodings:
         setting = DecodingSetting.parse(text, field)
         if setting.is_autoregressive:
-            generation = _autoregressive(config)
+            generation = GenerationConfig.autoregressive_from_config(config)
         elif left_to_right:
             problem = "the run trains a model that decodes from left to right only"
             raise bad_value(field, text, problem, "choose autoregressive, or leave it out")
@@ -133,18 +133,6 @@ def eval_decodings(config: Config, diffusion_kind: DiffusionKind) -> dict[str, G
             raise bad_value(field, text, f"names {name} twice", "name it once")
         decodings[name] = generation
     return decodings
-
-
-def _autoregressive(config: Config) -> GenerationConfig:
-    rollout = config.rollout
-    return GenerationConfig.autoregressive(
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        max_running_requests=rollout.max_running_requests,
-        max_total_tokens=rollout.max_total_tokens,
-        chunked_prefill_size=rollout.chunked_prefill_size,
-    )
 
 
 def _check_room(

@@ -62,15 +62,21 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
         sync_folder(directory)
 
 
-def exempt(folder: Path, name: str) -> None:
-    """Take a file, if it is there, out of the manifest of a folder, so that it can change.
+def replace_file(folder: Path, name: str, content: str) -> None:
+    """Write a file of a published folder, and its record; it is whole at every moment.
+
+    Meanwhile the manifest has no record of it.
 
     Raises:
-        UserError: The manifest cannot be written.
-        ValueError: It is damaged.
+        UserError: Something cannot be written.
+        ValueError: The manifest is damaged.
     """
     records = read_manifest(folder)
     if records is not None and records.pop(name, None) is not None:
+        write_file(folder / MANIFEST, _text(records), "--save")
+    write_file(folder / name, content, "--save")
+    if records is not None:
+        records |= record_files(folder, [name])
         write_file(folder / MANIFEST, _text(records), "--save")
 
 

@@ -12,10 +12,13 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 import megatron_dlm
+from megatron_dlm.commands import main
 from megatron_dlm.data.arithmetic import write_examples
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.harness import HarnessModel
@@ -196,3 +199,41 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             HarnessModel(**arguments)
+
+
+def test_draws_do_not_depend_on_other_requests() -> None:
+    """Of other tasks, or of those that a cache answered."""
+    options = {"setting": "autoregressive", "max_response_length": 6, "orders": 2}
+    sampled = {"temperature": 1.0, "until": [], "max_gen_toks": 6}
+
+    def request(text: str) -> Instance:
+        return Instance("generate_until", {}, (text, sampled), 0)
+
+    with megatron_dlm_model(load=str(TOKENIZER), **options) as model:
+        several = model.generate_until([request(text) for text in ("Tom", "Lily", "Tom")])
+        alone = model.generate_until([request("Tom"), request("Tom")])
+    assert alone == [several[0], several[2]]
+    assert alone[0] != alone[1]
+
+
+def test_only_the_first_rank_writes(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[Any] = []
+
+    def stop(**options: Any) -> None:
+        read.append(options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", stop)
+    of_folder = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", of_folder)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "out"
+    command = ["lm-eval", "--model_args", f"load={TOKENIZER}", "--tasks", TASKS[0]]
+    command += ["--include_path", str(tasks), "--predict_only", "--output", str(out)]
+    assert main(command) == 0
+    assert read[0]["evaluation_tracker"].output_path is None
+    assert read[0]["log_samples"] is False
+    assert capsys.readouterr().out == ""
+    assert EvaluatorConfig.from_cli.__func__ is EvaluatorConfig.__dict__["from_cli"].__func__

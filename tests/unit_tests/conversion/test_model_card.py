@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,9 +51,15 @@ def test_card_of_a_run(objective: str) -> None:
     ).to_dict()
     provenance = Provenance(
         config=config | {"option_of_an_older_version": None},
-        metrics={"step": 1200, "trained_tokens_total": 1234567, "validation_loss": 0.5},
+        metrics={
+            "step": 1200,
+            "trained_tokens_total": 1234567,
+            "validation_loss": 0.5,
+            "evaluation": {"static": {"accuracy": 0.5, "tokens_per_forward": 1.25}},
+        },
         started={"version": "1.2", "commit": "0123456789abcdef", "environment": {"torch": "2.13"}},
         scores=[RESULTS],
+        other_scores=[RESULTS | {"load": "others/teacher"}],
     )
     text = model_card(
         replace(architecture, hf_config=architecture.hf_config | kind),
@@ -75,6 +82,8 @@ def test_card_of_a_run(objective: str) -> None:
     for row in (
         "| gsm8k | mine | `static` | 81.2 % ± 1.2 | 1.00 | 200 |",
         "| gsm8k | mine | `dynamic:0.9` | 75.0 % | - | 200 |",
+        "| gsm8k | teacher | `static` | 81.2 % ± 1.2 | 1.00 | 200 |",
+        "| held-out prompts | the run | `static` | 50.0 % | 1.25 | all |",
         "| updates | 1,200 |",
         "| tokens trained on, over all updates | 1,234,567 |",
         "| block size | 4, counted from the first token of the prompt |",
@@ -109,8 +118,10 @@ def test_code_of_the_card_runs(tmp_path: Path, convert, capsys) -> None:
         out = tmp_path / format
         arguments = ("--load", TINY / "qwen3", "--save", out, "--target-format", format)
         status, error = convert(*arguments, "--block-size", 4, "--scores", scores)
-        assert status == 0, error
+        assert status == 0
+        assert f"scores in {scores} are of {RESULTS['load']}, not of {TINY / 'qwen3'}" in error
         text = (out / "README.md").read_text()
+        assert ModelCard(text).data.eval_results is None
         assert words in text
         assert "without a record of how they were made" in text
         assert "| gsm8k | mine | `static` |" in text
@@ -132,3 +143,24 @@ def test_what_is_no_results_file_is_refused(tmp_path: Path, convert, content: st
     assert error.startswith(f"error: --scores = '{tmp_path / 'results.json'}': ")
     assert error.count("\n") <= 1
     assert not (tmp_path / "out").exists()
+
+
+def test_model_without_a_chat_template_continues_a_text(tmp_path: Path, convert, capsys) -> None:
+    source = shutil.copytree(TINY / "qwen3", tmp_path / "source")
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    scores = tmp_path / "results.json"
+    scores.write_text(json.dumps(RESULTS | {"load": str(source)}))
+    out = tmp_path / "out"
+    status, error = convert(
+        *("--load", source, "--save", out, "--block-size", 4, "--scores", scores)
+    )
+    assert (status, error) == (0, "")
+    text = (out / "README.md").read_text()
+    assert "chat template" not in text
+    assert len(ModelCard(text).data.eval_results) == 2  # of these very weights
+    capsys.readouterr()
+    exec(_blocks(text, "python")[0], {"folder": str(out)})
+    assert capsys.readouterr().out.strip()

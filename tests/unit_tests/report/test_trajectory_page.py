@@ -1,6 +1,7 @@
 """The page about trajectories, in headless Chromium: what it shows is what the trajectory says."""
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -293,6 +294,10 @@ def broken(part: str, column: str, value: object) -> dict[str, Any]:
         (json.dumps(broken("tail", "texts", [1, 2])), "trajectory.tail.texts does not hold 2 strs"),
         (json.dumps(broken("tail", "forward", [0, 1])), "trajectory.tail.forward is not in 1 to"),
         (json.dumps(broken("tail", "confidence", ["", 1])), "confidence does not hold 2 numbers"),
+        (
+            json.dumps(broken("tail", "confidence", [1.0, math.nan])),
+            "trajectory.tail.confidence holds NaN or infinite values",
+        ),
     ],
 )
 def test_lines_without_a_trajectory_are_refused(
@@ -314,6 +319,7 @@ def test_files_that_cannot_be_shown_are_refused(
     empty.touch()
     for arguments, problem in (
         ([], "file = None: there is none; write megatron-dlm trajectory FILE"),
+        (["."], "file = '.': is no name of a file"),
         ([str(empty)], "is empty; name what generate --output wrote"),
         ([str(tmp_path / "none.jsonl")], "cannot be read (No such file or directory)"),
         ([str(empty), "--output", str(empty)], "is the input file"),

@@ -193,3 +193,7 @@ def test_a_figure_comes_later_without_damage(tmp_path: Path) -> None:
     assert read_figure(checkpoint) == _accuracy(0.5)
     assert not lacks_accuracy(checkpoint)
     assert damages(checkpoint, (0, 1)) == []
+    # The new file has a record of its own.
+    (checkpoint / HELD_OUT).write_text((checkpoint / HELD_OUT).read_text().replace("0.5", "0.6"))
+    [damage] = damages(checkpoint, (0, 1))
+    assert HELD_OUT in damage
