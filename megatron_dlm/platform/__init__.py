@@ -9,6 +9,7 @@ import gc
 import weakref
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from megatron_dlm.entry import local_rank
@@ -133,6 +134,12 @@ def free_memory() -> int | None:
         return None
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return torch.cuda.mem_get_info()[0] + cached
+
+
+def available_memory() -> int:
+    """Bytes that a tensor could have now on the device, which on a CPU are everyone's."""
+    free = free_memory()
+    return psutil.virtual_memory().available if free is None else free
 
 
 def release_memory() -> None:

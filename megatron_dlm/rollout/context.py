@@ -194,10 +194,8 @@ class CachedContext:
 
 def _pages_in_memory(page_bytes: int, groups: ParallelGroups) -> int:
     """Pages that the device has memory for, on the rank of the replica that has fewest."""
-    free = platform.free_memory()
-    if free is None:
-        return 1 << 62
-    pages = torch.tensor([int(free * MAX_MEMORY_SHARE) // page_bytes], device=platform.device())
+    free = int(platform.available_memory() * MAX_MEMORY_SHARE)
+    pages = torch.tensor([free // page_bytes], device=platform.device())
     if groups.model is not None:
         dist.all_reduce(pages, op=dist.ReduceOp.MIN, group=groups.model)
     return int(platform.to_host(pages).item())

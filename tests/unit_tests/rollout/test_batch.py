@@ -4,14 +4,18 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from megatron_dlm.config import Config, ParallelConfig
+from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.rollout import context
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.pages import PAGE_SIZE
 from megatron_dlm.rollout.slots import sequence_length
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.unit_tests.rollout.tiny_models import (
@@ -125,3 +129,22 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
     assert len(distinct) > 2
     if kind != "full":
         assert cancelled
+
+
+def test_the_cache_takes_no_more_memory_than_there_is(
+    model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model.config
+    layer_bytes = 2 * config.num_query_groups * config.kv_channels * 4  # of a position, in float32
+    page_bytes = config.num_layers * PAGE_SIZE * layer_bytes
+    free = round(5.5 * page_bytes / context.MAX_MEMORY_SHARE)
+    monkeypatch.setattr(context.platform, "available_memory", lambda: free)
+    engine = engine_of(model, GENERATION, seed=1)
+    batch = engine.open(3, [4 * PAGE_SIZE] * 3, MAX_RESPONSE_LENGTH)
+    assert batch._context.pool.num_pages == 5  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=f"--max-total-tokens.* holds {5 * PAGE_SIZE} tokens"):
+        engine.open(3, [6 * PAGE_SIZE], MAX_RESPONSE_LENGTH)
+
+
+def test_the_memory_of_a_cpu_is_known() -> None:
+    assert 0 < context.platform.available_memory() <= psutil.virtual_memory().total
