@@ -353,7 +353,8 @@ def check_token_ids(
     """
     largest = max(token_ids, default=0)
     if vocab_size is not None and largest >= vocab_size:
-        text = tokenizer.convert_ids_to_tokens(largest)
+        # Tokenizers take no larger ids, which a request may hold.
+        text = tokenizer.convert_ids_to_tokens(largest) if largest < 1 << 31 else None
         raise UserError(
             f"{what} contains {text!r} (id {largest}), which is no token of the model's vocabulary"
             f" of {vocab_size}; remove it or use the tokenizer of the model"

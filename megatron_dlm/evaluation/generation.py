@@ -29,6 +29,11 @@ _RESPONSE_SHIFT = 40
 """Bits of a sample's number that the prompt takes; the response's are above."""
 
 
+def sample_number(prompt: int, response: int) -> int:
+    """The sample index that keys the draws for a response to a prompt, both from 0."""
+    return response << _RESPONSE_SHIFT | prompt
+
+
 @dataclass(frozen=True)
 class InferenceInputs:
     """Prompts to answer, and the longest response.
@@ -48,7 +53,7 @@ class InferenceInputs:
     def prompt(self, index: int) -> Prompt:
         """The prompt of a response; those to prompt i of n are n i to n (i + 1) - 1."""
         which, response = divmod(index, self.num_responses)
-        return self.prompts.sample(which, response << _RESPONSE_SHIFT | which)
+        return self.prompts.sample(which, sample_number(which, response))
 
     def place(self, trajectory: Trajectory) -> tuple[int, int]:
         """Prompt and response, each from 0, of a trajectory."""

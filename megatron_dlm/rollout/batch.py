@@ -94,7 +94,11 @@ class DecodingBatch:
             slots.num_active, prompt.token_ids, slots.length(prompt)
         ):
             return False
-        slots.place(request, prompt, generation, seed)
+        try:
+            slots.place(request, prompt, generation, seed)
+        except BaseException:  # the slot stays unused
+            self._context.release(slots.num_active)
+            raise
         return True
 
     def any_works(self, more: bool = False) -> bool:

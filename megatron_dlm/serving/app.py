@@ -113,12 +113,22 @@ class Api:
             problem = f"{num_choices} responses to one request are more than the server's limit of"
             raise bad_field(field, f"{problem} {self._options.max_choices}")
         generation = body.generation(self._model.generation)
+        self._model.reader.check_size(body)
         self._check_room(num_choices)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        left, released = num_choices, False
+
+        def take(event: Event) -> None:
+            nonlocal left
+            events.put_nowait(event)
+            left -= isinstance(event, Finished)
+            # Not when the client has read it all, which it may never do.
+            if left == 0 or isinstance(event, Failed):
+                release()
 
         def notify(event: Event) -> None:
             with suppress(RuntimeError):  # the loop has ended, and its clients have gone
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(take, event)
 
         job = Job(
             read=lambda: self._model.reader.read(body),
@@ -131,8 +141,6 @@ class Api:
         deadline = loop.time() + self._options.request_timeout_s
         running = _Running(job, events, deadline)
         self._open_responses += num_choices
-        self._scheduler.submit(job)
-        released = False
 
         def release() -> None:
             nonlocal released
@@ -141,6 +149,7 @@ class Api:
                 self._open_responses -= num_choices
                 self._metrics.request_seconds.observe(time.monotonic() - job.submitted)
 
+        self._scheduler.submit(job)
         streams = False
         try:
             started = await _unless_disconnected(request, running.next())
@@ -148,11 +157,7 @@ class Api:
             answer = Answer(endpoint, body.model, num_choices, started.prompt_tokens)
             if body.stream:
                 streams = True
-                return StreamingResponse(
-                    _stream(answer, running, body.includes_usage, release),
-                    media_type="text/event-stream",
-                    headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                )
+                return _EventStream(_events(answer, running, body.includes_usage), release)
             await _unless_disconnected(request, _complete(answer, running))
             return JSONResponse(answer.body())
         finally:
@@ -218,9 +223,28 @@ async def _complete(answer: Answer, running: _Running) -> None:
         answer.add(event)
 
 
-async def _stream(
-    answer: Answer, running: _Running, with_usage: bool, release: Callable[[], None]
-) -> AsyncIterator[bytes]:
+class _EventStream(StreamingResponse):
+    """A stream of server-sent events.
+
+    Args:
+        events: Their bytes.
+        on_end: Called however it ends.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them, as ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+async def _events(answer: Answer, running: _Running, with_usage: bool) -> AsyncIterator[bytes]:
     """The events of a stream; cancelled when the client goes."""
     try:
         for piece in answer.first_pieces():
@@ -236,8 +260,6 @@ async def _stream(
         yield DONE
     except ApiError as error:
         yield stream_event(error.body())
-    finally:
-        release()
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:
@@ -287,6 +309,7 @@ class Gate:
     def __init__(self, app: ASGIApp, options: ServerConfig, metrics: Metrics) -> None:
         self._app = app
         self._max_bytes = options.max_request_bytes
+        self._timeout_s = options.request_timeout_s
         key = options.key
         self._authorization = None if key is None else f"Bearer {key}".encode()
         self._metrics = metrics
@@ -296,7 +319,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        size = 0
+        size, is_late = 0, False
+        # Of a client that does not read, too, for which a send would wait without end.
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
 
         async def limited() -> Message:
             nonlocal size
@@ -307,11 +332,17 @@ class Gate:
             return message
 
         async def counted(message: Message) -> None:
+            nonlocal is_late
             if message["type"] == "http.response.start":
                 # Paths that are not ours would be labels without end.
                 route = getattr(scope.get("route"), "path", "other")
                 self._metrics.requests.labels(route, message["status"]).inc()
-            await send(message)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await send(message)
+            except TimeoutError:
+                is_late = True
+                raise
 
         try:
             headers = dict(scope["headers"])
@@ -319,7 +350,11 @@ class Gate:
         except ApiError as error:
             await error_response(error)(scope, receive, counted)
             return
-        await self._app(scope, limited, counted)
+        try:
+            await self._app(scope, limited, counted)
+        except Exception:
+            if not is_late:
+                raise
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._authorization is not None and path.startswith("/v1/"):

@@ -69,7 +69,8 @@ Event = Started | Text | Finished | Failed
 class Job:
     """A request to decode: for each of its prompts the same number of responses.
 
-    Response j to prompt i has the index i * n + j, which is the sample index of its draws.
+    Response j to prompt i has the index i * n + j; its draws are keyed by i and j
+    (`megatron_dlm.evaluation.generation.sample_number`), so `n` does not change the first ones.
 
     Attributes:
         read: Returns the prompts, each with the limit of its response; raises `ApiError`. Called by

@@ -74,6 +74,36 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
         self._template_kwargs = template_kwargs
+        # Of the longest token; in a vocabulary of bytes, a character stands for one of them.
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._max_characters = limits.max_prompt_length * longest
+
+    def check_size(self, request: ChatRequest | CompletionRequest) -> None:
+        """Refuse a prompt that cannot fit, before anything is tokenised.
+
+        Raises:
+            ApiError: There is one.
+        """
+        if isinstance(request, ChatRequest):
+            contents = (message.get("content") for message in request.messages)
+            texts: list[Any] = ["".join(text for text in contents if isinstance(text, str))]
+        else:
+            texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+            texts = texts if any(isinstance(part, str | list) for part in texts) else [texts]
+        field = "messages" if isinstance(request, ChatRequest) else "prompt"
+        for text in texts:
+            if isinstance(text, list):
+                self._check_length(field, len(text))
+            elif len(text) > self._max_characters:
+                problem = f"{len(text)} characters cannot be the {self.limits.max_prompt_length}"
+                problem = f"{problem} tokens that this server takes; shorten it"
+                raise bad_field(field, problem, "context_length_exceeded")
+
+    def _check_length(self, field: str, tokens: int) -> None:
+        longest = self.limits.max_prompt_length
+        if tokens > longest:
+            problem = f"{tokens} tokens are more than the {longest} that this server takes"
+            raise bad_field(field, f"{problem}; shorten it", "context_length_exceeded")
 
     def read(self, request: ChatRequest | CompletionRequest) -> list[Prompt]:
         """The prompts of a request, each with the limit of its response.
@@ -135,13 +165,7 @@ class PromptReader:
             ApiError: They do not fit.
         """
         limits, tokens = self.limits, len(prompt.token_ids)
-        if tokens > limits.max_prompt_length:
-            raise bad_field(
-                field,
-                f"{tokens} tokens are more than the {limits.max_prompt_length} that this server"
-                " takes; shorten it",
-                "context_length_exceeded",
-            )
+        self._check_length(field, tokens)
         room = limits.positions - tokens
         if length is None:
             length = min(limits.default_response_length, room)

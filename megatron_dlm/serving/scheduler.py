@@ -11,9 +11,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
+from megatron_dlm.evaluation.generation import sample_number
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.serving.api_error import ApiError
@@ -112,7 +113,10 @@ class Scheduler:
             self._fail_all(error)
 
     def _take_jobs(self) -> bool:
-        """Read the inbox, waiting for something to do; False to end."""
+        """Read the inbox, waiting for something to do; False to end.
+
+        One job at most while others are decoded, whose streams would wait for the tokenizer.
+        """
         while True:
             is_idle = not self._waiting and not self._running
             if time.monotonic() > self._deadline:
@@ -123,6 +127,8 @@ class Scheduler:
                 return not is_idle
             if isinstance(item, Job):
                 self._open(item)
+                if self._running:
+                    return True
             else:
                 self._deadline = min(self._deadline, time.monotonic() + self._shutdown_timeout_s)
 
@@ -136,17 +142,22 @@ class Scheduler:
             job.notify(Failed(error))
             return
         except Exception:  # a defect, but of this request only
-            say(traceback.format_exc().rstrip(), error=True)
-            job.notify(Failed(ApiError(500, "the request cannot be read; the log has the reason")))
+            self._fail(job)
             return
         job.notify(Started(sum(len(prompt.token_ids) for prompt in prompts)))
         for place, prompt in enumerate(prompts):
-            for index in range(place * job.n, (place + 1) * job.n):
-                own = Prompt(
-                    index, prompt.token_ids, max_response_length=prompt.max_response_length
-                )
+            for number in range(job.n):
+                own = replace(prompt, sample_index=sample_number(place, number))
                 stream = TextStream(self._decode, job.stops)
-                self._waiting.append(_Response(job, index, own, stream))
+                self._waiting.append(_Response(job, place * job.n + number, own, stream))
+
+    def _fail(self, job: Job) -> None:
+        """End a job after an error that nobody expected; called where it was caught."""
+        say(traceback.format_exc().rstrip(), error=True)
+        error = ApiError(500, "the request cannot be decoded; the server's log has the reason")
+        job.notify(Failed(error))
+        job.cancelled = True
+        self._drop_cancelled()
 
     def _drop_cancelled(self) -> None:
         for number, response in list(self._running.items()):
@@ -159,8 +170,12 @@ class Scheduler:
         while self._waiting:
             response, number = self._waiting[0], self._next_number
             job = response.job
-            if not self._batch.admit(number, response.prompt, job.generation, job.seed):
-                break
+            try:
+                if not self._batch.admit(number, response.prompt, job.generation, job.seed):
+                    break
+            except Exception:
+                self._fail(job)
+                continue
             self._waiting.popleft()
             self._running[number] = response
             self._next_number += 1

@@ -55,15 +55,32 @@ class TextStream:
         self._stops = tuple(stops)
         self._token_ids: list[int] = []
         self._given = 0
+        # Only the tokens of a window are decoded anew: those that came after the first `_known`
+        # ones, whose text is complete, and, as how a token is written may depend on the one
+        # before, some of these from `_context` on.
+        self._text = ""
+        self._known = 0
+        self._context = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; returns the text that is certain by now and was not returned before."""
         self._token_ids += token_ids
-        return self._more(self._stable(len(self._token_ids)), final=False)
+        new = self._new_text()
+        stable = new.rstrip(INCOMPLETE)
+        text = self._text + stable
+        if stable and stable == new:
+            self._text, self._context, self._known = text, self._known, len(self._token_ids)
+        return self._more(text, final=False)
 
     def finish(self) -> str:
         """What was held back; no token follows."""
-        return self._more(self._decode(self._token_ids), final=True)
+        return self._more(self._text + self._new_text(), final=True)
+
+    def _new_text(self) -> str:
+        """Text of the tokens that are not known yet."""
+        window = self._token_ids[self._context :]
+        known = self._decode(window[: self._known - self._context])
+        return self._decode(window)[len(known) :]
 
     def _stable(self, count: int) -> str:
         """Text of the first tokens, without a character of which bytes are missing."""

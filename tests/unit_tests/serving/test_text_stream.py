@@ -76,3 +76,31 @@ def test_tokens_count_up_to_the_one_that_completes_the_stop(
     else:
         count = len(content)
     assert stream.num_tokens == count
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), CUTS)
+def test_a_token_may_be_written_as_the_one_before_it_has_it(
+    token_ids: list[int], cuts: list[int]
+) -> None:
+    """A tokenizer of words, which writes spaces between them, and one that it leaves out."""
+
+    def words(token_ids: list[int]) -> str:
+        return " ".join(f"w{token_id}" for token_id in token_ids if token_id)
+
+    stream = TextStream(words)
+    pieces = [stream.push(list(part)) for part in parts(bytes(token_ids), cuts)]
+    assert "".join([*pieces, stream.finish()]) == words(token_ids)
+
+
+def test_a_block_costs_the_same_at_the_end_of_a_long_response() -> None:
+    decoded = []
+
+    def counting(token_ids: list[int]) -> str:
+        decoded.append(len(token_ids))
+        return decode(token_ids)
+
+    stream = TextStream(counting, ["never"])
+    content = "aé€😀".encode() * 200
+    pieces = [stream.push(content[i : i + 4]) for i in range(0, len(content), 4)]
+    assert "".join([*pieces, stream.finish()]) == content.decode()
+    assert max(decoded) <= 20
