@@ -55,4 +55,5 @@ class Range:
         """The remedy for such a number."""
         if self.highest is None:
             return f"choose a number {self}" if self.above_lowest else f"choose {self}"
-        return f"choose a number in {self}, e.g. {(self.lowest + self.highest) / 2:g}"
+        example = min((self.lowest + self.highest) / 2, self.lowest + 1)
+        return f"choose a number in {self}, e.g. {example:g}"

@@ -20,6 +20,7 @@ from megatron_dlm.config.marks import (
     FIXED,
     FRACTION,
     PROBABILITY,
+    TEMPERATURE,
 )
 from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
 from megatron_dlm.config.parameter_groups import ParameterGroup, ParamGroupPreset
@@ -201,7 +202,7 @@ class TemplateConfig:
 class DecodingConfig(StrategyOptions):
     """Decoding: how tokens are drawn and kept, in training as in the tools that generate."""
 
-    temperature: Annotated[float, AT_LEAST_ZERO] = 1.0
+    temperature: Annotated[float, TEMPERATURE] = 1.0
     """Softmax temperature of the draws; 0 takes the most likely token."""
     top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Draw among the k most likely tokens only; 0 is off."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_dlm.config.marks import AT_LEAST_ONE, AT_LEAST_ZERO
+from megatron_dlm.config.marks import AT_LEAST_ONE, AT_LEAST_ZERO, TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HeldOutConfig:
     describe)."""
     eval_num_prompts: Annotated[int | None, AT_LEAST_ONE] = None
     """Answer only this many prompts from the beginning of the file."""
-    eval_temperature: Annotated[float | None, AT_LEAST_ZERO] = None
+    eval_temperature: Annotated[float | None, TEMPERATURE] = None
     """Softmax temperature of an evaluation; 0 takes the most likely token (default:
     --temperature)."""
     eval_max_response_length: Annotated[int | None, AT_LEAST_ONE] = None

@@ -14,6 +14,8 @@ PROBABILITY = Range(0, 1, above_lowest=True)
 FRACTION = Range(0, 1)
 BELOW_ONE = Range(0, 1, below_highest=True)
 BETWEEN_ZERO_AND_ONE = Range(0, 1, above_lowest=True, below_highest=True)
+TEMPERATURE = Range(0, 100)
+"""Of a softmax. Far above, logits of MASK and padding, the lowest of their type, could be drawn."""
 FIXED = "fixed on resume"
 """A resumed run cannot change the option: it would be a different run, or the value ignored."""
 NOT_AN_OPTION = "not an option"

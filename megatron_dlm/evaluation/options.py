@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_dlm.config import (
     CheckpointOptions,
@@ -19,6 +19,7 @@ from megatron_dlm.config import (
     validate_inference,
 )
 from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.marks import TEMPERATURE
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file
 from megatron_dlm.rollout.decoding_settings import DecodingSetting
@@ -66,7 +67,7 @@ class InferenceConfig(CheckpointOptions):
 class GreedyDecodingConfig(DecodingConfig):
     """Decoding: how tokens are drawn and kept."""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, TEMPERATURE] = 0.0
     """Softmax temperature of the draws; 0 takes the most likely token."""
 
 

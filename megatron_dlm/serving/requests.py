@@ -164,7 +164,10 @@ def _number(kind: type[int] | type[float]) -> Callable[[str, Any], float]:
         fits = isinstance(value, int if kind is int else int | float)
         if isinstance(value, bool) or not fits:
             raise bad_field(name, "is no whole number" if kind is int else "is no number")
-        return kind(value)
+        try:
+            return kind(value)
+        except OverflowError as error:
+            raise bad_field(name, "is too large") from error
 
     return read
 

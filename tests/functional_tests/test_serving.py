@@ -179,11 +179,15 @@ def test_draws_with_a_seed_are_those_of_generate(server: Server, generated) -> N
     assert again.choices == answer.choices
     other = server.complete(prompt=TEXTS, extra_body=extra, **{**options, "seed": 8})
     assert other.choices != answer.choices
-    # As many responses to one text have the same draws as the lines of a file with that text.
-    expected = generated([{"prompt": TEXTS[0]}] * 3, seed=7, temperature=1.0)
-    several = server.complete(n=3, seed=7, temperature=1.0)
+    # Several responses to each text are those of --num-responses.
+    expected = generated(
+        [{"prompt": text} for text in TEXTS[:2]], seed=7, temperature=1.0, num_responses=2
+    )
+    several = server.complete(prompt=TEXTS[:2], n=2, seed=7, temperature=1.0)
     assert [choice.text for choice in several.choices] == expected
-    assert len(set(expected)) > 1
+    assert len(set(expected)) == 4
+    more = server.complete(n=3, seed=7, temperature=1.0)
+    assert [choice.text for choice in more.choices[:2]] == expected[:2]
     drawn = {server.complete(temperature=1.0).choices[0].text for _ in range(3)}
     assert len(drawn) > 1, "requests without a seed have different ones"
 
@@ -266,7 +270,7 @@ def test_stop_strings_cut_and_end_a_response(server: Server) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "temperature": ({"temperature": -1.0}, "temperature = -1.0: is negative"),
+    "temperature": ({"temperature": -1.0}, "temperature = -1.0: is outside [0, 100]"),
     "top_p": ({"top_p": 2.0}, "top_p = 2.0"),
     "max_tokens": ({"max_tokens": 0}, "greater than or equal to 1"),
     "max_completion_tokens": ({"max_completion_tokens": 300}, "over the server's limit of 255"),
@@ -282,6 +286,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "is not supported"),
     "treshold": ({"extra_body": {"treshold": 1}}, "is unknown"),
     "dynamic_threshold": ({"extra_body": {"dynamic_threshold": "1"}}, "is no number"),
+    "dynamic_threshold huge": ({"extra_body": {"dynamic_threshold": 10**400}}, "is too large"),
     "entropy_bound": ({"extra_body": {"entropy_bound": 1}}, "has no use for it"),
     "denoising_steps_per_block": (
         {

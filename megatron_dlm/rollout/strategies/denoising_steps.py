@@ -7,7 +7,8 @@ DENOISING_STEPS = StrategyOption(
     name="denoising_steps_per_block",
     type=int,
     default=None,
-    range=Range(1),
+    # More than any block has tokens, and far from what an int64 holds.
+    range=Range(1, 2**20),
     unit="steps",
     help="Denoising steps of low_confidence_static (a divisor of --block-size) and entropy for a "
     "block, or for a response that is decoded as a whole (default: one token a step).",

@@ -118,7 +118,9 @@ def test_a_block_with_every_position_masked_takes_the_given_steps() -> None:
     [
         ("denoising_steps_per_block", 3, "does not divide the block size 8"),
         ("remasking_strategy", "random", "is unknown"),
-        ("temperature", -1.0, "is negative"),
+        ("denoising_steps_per_block", 10**30, r"is outside \[1, 1048576\]"),
+        ("temperature", -1.0, r"is outside \[0, 100\]"),
+        ("temperature", float("inf"), r"is outside \[0, 100\]"),
         ("top_p", 0.0, r"is outside \(0, 1\]"),
         ("max_running_requests", 0, "is less than 1"),
     ],
