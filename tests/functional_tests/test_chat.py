@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -183,6 +184,8 @@ def test_a_model_without_a_chat_template_is_refused(files: Path, say: Call, tmp_
 
 def chat_in_terminal(terminal: str, arguments: list[str]) -> None:
     """Run the command with a terminal of its own."""
+    # As in a shell; whoever started the tests may have it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     opened = os.open(terminal, os.O_RDWR)
     fcntl.ioctl(opened, termios.TIOCSCTTY, 0)
