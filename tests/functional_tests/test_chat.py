@@ -222,6 +222,17 @@ class Terminal:
         before, _, self.text = self.text.partition(text)
         return before + text
 
+    def insist(self, key: str, text: str) -> str:
+        """Press a key until a text comes.
+
+        Python's input() notices a signal that comes before it waits for keys with the next key.
+        """
+        for _ in range(60):
+            self.write(key)
+            with contextlib.suppress(AssertionError):
+                return self.wait_for(text, 2)
+        raise AssertionError(self.text)
+
     def close(self) -> int | None:
         """Wait for the end; returns the status."""
         os.close(self._slave)
@@ -245,8 +256,7 @@ def test_on_a_terminal_tokens_settle_and_ctrl_c_ends_an_answer(files: Path) -> N
         shown = terminal.wait_for("stopped; ")
         assert "\x1b[J" in shown
         terminal.wait_for("> ")
-        terminal.write("\x03")
-        terminal.wait_for("/exit or Ctrl-D leaves")
+        terminal.insist("\x03", "/exit or Ctrl-D leaves")
         terminal.wait_for("> ")
         terminal.write("/nothing\n")
         terminal.wait_for("error: command = '/nothing'")
