@@ -403,7 +403,7 @@ def _decoding(
     if format == "sdar":
         ways.append(
             (
-                "With SGLang, if the id of MASK is Qwen3's (151669):",
+                "With SGLang, which knows MASK by its id in Qwen3's vocabulary only:",
                 "bash",
                 "python -m sglang.launch_server --model-path FOLDER --trust-remote-code \\\n"
                 "    --dllm-algorithm LowConfidence "

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_dlm.evaluation.chat_session import Decoding
+from megatron_dlm.evaluation.text_stream import INCOMPLETE, TextStream
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-_INCOMPLETE = "\ufffd"
 _MASK, _MASK_ASCII = "\u2591", "_"
 
 
@@ -33,22 +33,16 @@ class BlockByBlock:
     """
 
     def __init__(self, text_of: Callable[[list[int]], str]) -> None:
-        self._text_of = text_of
-        self._given = 0
+        self._stream = TextStream(text_of)
 
     def show(self, state: Decoding) -> str:
         """The text that was finished by the last forward."""
-        # Of a character whose bytes are not all there yet, nothing is said.
-        return self._rest(self._text_of(state.finished).rstrip(_INCOMPLETE))
+        return self._stream.push(state.finished[self._stream.num_tokens :])
 
     def end(self, token_ids: list[int]) -> str:
         """The rest of an answer that ends here."""
-        return self._rest(self._text_of(token_ids)) + "\n"
-
-    def _rest(self, text: str) -> str:
-        rest = text[self._given :]
-        self._given += len(rest)
-        return rest
+        last = self._stream.push(token_ids[self._stream.num_tokens :])
+        return last + self._stream.finish() + "\n"
 
 
 class SettlingTokens:
@@ -83,7 +77,7 @@ class SettlingTokens:
 
     def show(self, state: Decoding) -> str:
         """Draw the state after a forward over the one before."""
-        finished = printable(self._text_of(state.finished).rstrip(_INCOMPLETE))
+        finished = printable(self._text_of(state.finished).rstrip(INCOMPLETE))
         block = self._block(state)
         self._before = len(state.finished), state.block
         return self._erase() + self._rows_that_stay(finished) + self._draw(finished, block)

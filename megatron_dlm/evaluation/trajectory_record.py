@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_dlm.evaluation.text_stream import INCOMPLETE
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.trajectory import Trajectory
 
-_INCOMPLETE = "\ufffd"
 _WORD_START = "\u2581"  # SentencePiece's sign for a space
 
 
@@ -115,7 +115,7 @@ def _token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if not isinstance(piece, str):  # an id that the tokenizer does not have
         return f"<{token_id}>"
-    if _INCOMPLETE in text and piece != text:
+    if INCOMPLETE in text and piece != text:
         return _bytes_of(piece)
     if piece.startswith(_WORD_START) and not text.startswith(" "):
         return " " + text  # decoding drops the space before a first word

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 DECIDE_NO_TOKEN = frozenset({"max_running_requests", "max_total_tokens", "chunked_prefill_size"})
 
 
+_OF_EVERY_DECODING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "max_running_requests",
+    "max_total_tokens",
+    "chunked_prefill_size",
+)
+"""Options that diffusion and next-token decoding both have."""
+
+
 @dataclass(frozen=True)
 class GenerationConfig(StrategyOptions):
     """Decoding settings; the defaults of a run are in `megatron_dlm.config`.
@@ -68,17 +79,12 @@ class GenerationConfig(StrategyOptions):
             block_size: Tokens of a block; None decodes the response as a whole.
         """
         rollout = config.rollout
+        names = (*_OF_EVERY_DECODING, "remasking_strategy", *STRATEGY_OPTIONS)
         return cls(
             block_size=block_size,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            max_running_requests=rollout.max_running_requests,
-            max_total_tokens=rollout.max_total_tokens,
-            chunked_prefill_size=rollout.chunked_prefill_size,
             attention_pattern=diffusion_kind.attention_pattern,
             shifted=diffusion_kind.shifted,
-            **{name: getattr(rollout, name) for name in ("remasking_strategy", *STRATEGY_OPTIONS)},
+            **{name: getattr(rollout, name) for name in names},
         )
 
     @classmethod
@@ -108,14 +114,8 @@ class GenerationConfig(StrategyOptions):
     @classmethod
     def autoregressive_from_config(cls, config: Config) -> GenerationConfig:
         """Settings of next-token decoding by the options of a run or a command."""
-        rollout = config.rollout
         return cls.autoregressive(
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            max_running_requests=rollout.max_running_requests,
-            max_total_tokens=rollout.max_total_tokens,
-            chunked_prefill_size=rollout.chunked_prefill_size,
+            **{name: getattr(config.rollout, name) for name in _OF_EVERY_DECODING}
         )
 
     @property

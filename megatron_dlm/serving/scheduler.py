@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from megatron_dlm.evaluation.generation import sample_number
+from megatron_dlm.evaluation.text_stream import TextStream
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.serving.api_error import ApiError
 from megatron_dlm.serving.jobs import Failed, Finished, FinishReason, Job, Started, Text
 from megatron_dlm.serving.metrics import Metrics
-from megatron_dlm.serving.text_stream import TextStream
 from megatron_dlm.terminal import say
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 

@@ -54,17 +54,9 @@ def generate_missing(
     missing = missing_prompts(store, wanted)
     if not missing:
         return
-    rollout = config.rollout
     engine = RolloutEngine(
         teacher(),
-        generation=GenerationConfig.autoregressive(
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            max_running_requests=rollout.max_running_requests,
-            max_total_tokens=rollout.max_total_tokens,
-            chunked_prefill_size=rollout.chunked_prefill_size,
-        ),
+        generation=GenerationConfig.autoregressive_from_config(config),
         special_tokens=special_tokens,
         seed=config.data.seed,
         groups=groups,
@@ -74,7 +66,7 @@ def generate_missing(
     with ended_by_all():
         for shard, _ in rounds(missing, "teacher responses", groups, prompts_per_shard):
             trajectories = engine.generate(
-                [prompts[index] for index in shard], rollout.max_response_length
+                [prompts[index] for index in shard], config.rollout.max_response_length
             )
             if writes and shard:
                 store.write(shard, [t.response_ids.tolist() for t in trajectories])

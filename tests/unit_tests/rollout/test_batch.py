@@ -8,10 +8,9 @@ import psutil
 import pytest
 import torch
 
-from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout import context
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -23,9 +22,8 @@ from tests.unit_tests.rollout.tiny_models import (
     GENERATION,
     SPECIAL_TOKENS,
     fields,
-    load_model,
     make_prompts,
-    save_tiny_model,
+    tiny_model,
 )
 
 MAX_RESPONSE_LENGTH = 10
@@ -33,10 +31,8 @@ MAX_RESPONSE_LENGTH = 10
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    save_tiny_model(folder)
-    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
-        yield load_model(folder)
+    with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
+        yield loaded
 
 
 def engine_of(model: DiffusionGPTModel, generation: GenerationConfig, seed: int) -> RolloutEngine:

@@ -9,10 +9,8 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import block_draws, kv_cache
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.context import CachedContext
@@ -26,19 +24,16 @@ from tests.unit_tests.rollout.tiny_models import (
     PAD,
     VOCAB_SIZE,
     fields,
-    load_model,
     make_engine,
     make_prompts,
-    save_tiny_model,
+    tiny_model,
 )
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    save_tiny_model(folder)
-    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
-        yield load_model(folder)
+    with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
+        yield loaded
 
 
 class Forwards:

@@ -1,6 +1,8 @@
 """Random Hugging Face models of a few thousand parameters, and prompts for them."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -65,6 +67,14 @@ def load_model(folder: Path, **parallel: Any) -> DiffusionGPTModel:
     model = build_model(architecture, config)
     load_hf_weights(model, architecture, folder)
     return model
+
+
+@contextmanager
+def tiny_model(folder: Path) -> Iterator[DiffusionGPTModel]:
+    """A random model that is saved in a folder, in a world of one process."""
+    save_tiny_model(folder)
+    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
+        yield load_model(folder)
 
 
 def make_prompts(lengths: list[int], first_sample: int = 0) -> list[Prompt]:

@@ -1,14 +1,12 @@
 """Jobs share the decoding thread: what one of them does is nothing to the others."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.serving.jobs import Event, Failed, Finished, Job, Text
 from megatron_dlm.serving.metrics import Metrics
@@ -17,9 +15,8 @@ from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import (
     GENERATION,
     SPECIAL_TOKENS,
-    load_model,
     make_prompts,
-    save_tiny_model,
+    tiny_model,
 )
 
 LENGTH = 24
@@ -27,10 +24,8 @@ LENGTH = 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
-    folder: Path = tmp_path_factory.mktemp("qwen3")
-    save_tiny_model(folder)
-    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
-        yield load_model(folder)
+    with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
+        yield loaded
 
 
 class Decoding:

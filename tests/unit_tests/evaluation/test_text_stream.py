@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_dlm.serving.text_stream import TextStream
+from megatron_dlm.evaluation.text_stream import TextStream
 
 # Characters of one to four bytes; few of them, so that stop strings occur.
 TEXTS = st.text("ab€😀", max_size=12).map(str.encode)
