@@ -10,6 +10,7 @@ import torch
 
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.parallel import initialized
+from tests.gloo import share_gloo_device
 
 TESTS = Path(__file__).parent
 
@@ -59,6 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def light_process() -> None:
     torch.set_num_threads(1)
+    share_gloo_device()
     gc.freeze()  # modules: no collection need look at them
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.gloo import share_gloo_device
+
 # Ranks are forks of one clean process that has imported what takes seconds to import: every
 # optimizer of PyTorch imports torch._dynamo when it is made.
 PROCESSES = mp.get_context("forkserver")
@@ -140,6 +142,7 @@ def _run_rank(
     global _join
     gc.freeze()  # what all ranks share in memory stays shared: no collection looks at it
     torch.set_num_threads(1)
+    share_gloo_device()
     worlds = count()
 
     def join() -> None:
