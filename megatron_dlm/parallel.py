@@ -184,6 +184,15 @@ def on_rank_zero(own: list[T]) -> list[T]:
     return [entry for part in gathered or [] for entry in part]
 
 
+def of_all_replicas(own: list[T], groups: ParallelGroups) -> list[T]:
+    """The lists of all replicas of the model, joined, on all of them; all ranks call this."""
+    if groups.dp is None:
+        return own
+    gathered: list[list[T]] = [[] for _ in range(groups.dp_size)]
+    torch.distributed.all_gather_object(gathered, own, group=groups.dp)
+    return [entry for part in gathered for entry in part]
+
+
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
     """Raise a `UserError` of any rank on all of them, so that no rank waits for one that ended.

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, get_args
 from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.config.marks import (
     ABOVE_ZERO,
+    AT_LEAST_HALF,
     AT_LEAST_ONE,
+    AT_LEAST_TWO,
     AT_LEAST_ZERO,
     BELOW_ONE,
     BETWEEN_ZERO_AND_ONE,
@@ -229,6 +231,17 @@ class RolloutConfig(DecodingConfig):
     with it they set the number of updates (alternative: --num-epochs)."""
     rollout_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 128
     """Prompts per rollout, over all data-parallel processes."""
+    shared_rollout_queue: bool = True
+    """Let every data-parallel replica take the next prompt when it has room for it, instead of an
+    equal share at once. Off, a run repeats itself even where rounding depends on what is decoded
+    together (bf16)."""
+    partial_rollouts: Annotated[float, AT_LEAST_HALF] = 1.0
+    """Share of the responses in decoding that a rollout waits for. The others keep what they have
+    by then, and go on in the next rollout with its weights. A rollout still trains on
+    --rollout-batch-size responses: more are in decoding. 1 waits for all."""
+    max_response_rollouts: Annotated[int, AT_LEAST_TWO] = 4
+    """Rollouts that a response may take part in (its staleness is one less); the last one waits for
+    its end."""
     max_response_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest response in tokens; the end point of the length schedule."""
     min_response_length: Annotated[int | None, AT_LEAST_ONE] = None

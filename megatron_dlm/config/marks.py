@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 from megatron_dlm.ranges import Range
 
 AT_LEAST_ONE = Range(1)
+AT_LEAST_TWO = Range(2)
+AT_LEAST_HALF = Range(0.5, 1)
 AT_LEAST_ZERO = Range(0)
 ABOVE_ZERO = Range(0, above_lowest=True)
 PROBABILITY = Range(0, 1, above_lowest=True)

@@ -1,5 +1,6 @@
 """The configuration of a run: all groups of options, and values derived from several of them."""
 
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -191,6 +192,11 @@ class Config:
         """Samples of a rollout on all ranks; without rollouts, of an update."""
         batch = self.training.global_batch_size
         return self.rollout.rollout_batch_size if self.uses_rollouts else batch
+
+    @property
+    def responses_in_decoding(self) -> int:
+        """Responses that a rollout begins with: those that it waits for, and more."""
+        return math.ceil(self.rollout_batch_size / self.rollout.partial_rollouts)
 
     def changed(self, **options: Any) -> Self:
         """The same configuration with other values of some options, by their flat names."""

@@ -14,9 +14,9 @@ from megatron_dlm.evaluation.generation import InferenceInputs, read_inference_i
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.block_grid import sequence_length
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.slots import sequence_length
 from megatron_dlm.types.trajectory import Trajectory
 
 THINKING = "enable_thinking"

@@ -5,7 +5,7 @@ R: slots in use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ class DecodingBatch:
         """Sequences in decoding."""
         return self._slots.num_active
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether a sequence can start, if the cache has room for it."""
+        return self._slots.num_active < self._slots.num_slots
+
     def admit(
         self,
         request: int,
@@ -90,8 +95,8 @@ class DecodingBatch:
             False if it has to wait until others have ended.
         """
         slots = self._slots
-        if slots.num_active == slots.num_slots or not self._context.admit(
-            slots.num_active, prompt.token_ids, slots.length(prompt)
+        if not self.has_slot or not self._context.admit(
+            slots.num_active, prompt.known_ids, slots.length(prompt)
         ):
             return False
         try:
@@ -121,7 +126,8 @@ class DecodingBatch:
         """
         slots = self._slots
         if slots.num_active == 0:
-            self._idle_forward()
+            if self._groups.lockstep is not None:
+                self._idle_forward()
             return [], self.any_works(more)
         plan = slots.plan(self._context)
         report, works = self._read(self._forward(plan), works=more)
@@ -131,6 +137,25 @@ class DecodingBatch:
             finished.append((slots.request(slot), slots.trajectory(slot)))
             self._free(slot)
         return finished, works
+
+    def leave(self, forwards: int, staying: Collection[int]) -> list[tuple[int, Trajectory]]:
+        """End sequences before their time; their whole blocks are kept.
+
+        Args:
+            forwards: Denoising forwards after which a sequence ends.
+            staying: Numbers of sequences that go on nevertheless.
+
+        Returns:
+            The unfinished sequences, with their numbers.
+        """
+        slots, left = self._slots, []
+        # From the last slot down, as in `step`.
+        for slot in reversed(range(slots.num_active)):
+            request = slots.request(slot)
+            if slots.forwards(slot) >= forwards and request not in staying:
+                left.append((request, slots.unfinished(slot)))
+                self._free(slot)
+        return left
 
     def settled(self) -> Iterator[tuple[int, np.ndarray]]:
         """Number of each sequence, and the tokens [n] of its response in finished blocks."""

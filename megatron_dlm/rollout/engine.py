@@ -22,11 +22,14 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.batch import DecodingBatch
+from megatron_dlm.rollout.block_grid import sequence_length
 from megatron_dlm.rollout.context import rollout_context
+from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.prompt_queue import PromptQueue
-from megatron_dlm.rollout.slots import SlotTable, sequence_length
+from megatron_dlm.rollout.prompt_queue import PromptQueue, SharedPromptQueue
+from megatron_dlm.rollout.replica_board import ReplicaBoard
+from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -61,6 +64,7 @@ class RolloutEngine:
         keeps_confidence: Whether trajectories have `confidence`.
 
     Attributes:
+        groups: Process groups.
         work: Sizes of the forwards so far.
     """
 
@@ -79,7 +83,7 @@ class RolloutEngine:
         self.seed = seed
         self._model = unwrap_model(model)
         self._special_tokens = special_tokens
-        self._groups = groups
+        self.groups = groups
         self._stop = stop
         self._keeps_confidence = keeps_confidence
         self.work = RolloutWork()
@@ -117,14 +121,44 @@ class RolloutEngine:
                 is predicted from the one before.
             StopRequested: On all ranks in step. Decoded again, the responses are the same.
         """
-        if max_response_length < 1:
-            raise ValueError(f"max_response_length = {max_response_length} is below 1")
-        if self.generation.shifted:
-            for prompt in prompts:
-                if len(prompt.token_ids) == 0:
-                    raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
-        with self.evaluating():
-            return self._generate(prompts, max_response_length, on_finished)
+        queue = PromptQueue(prompts, max_response_length)
+        num_slots = min(self.generation.max_running_requests, len(prompts))
+        return self._generate(prompts, max_response_length, queue, num_slots, on_finished)
+
+    def generate_together(
+        self,
+        prompts: Sequence[Prompt],
+        max_response_length: int,
+        *,
+        one_queue: bool,
+        cutoff: Cutoff | None = None,
+    ) -> list[Trajectory]:
+        """Decode one response for each prompt, each on one of the data-parallel ranks.
+
+        All ranks call this, with the same prompts. Apart from that like `generate`.
+
+        Args:
+            prompts: What to decode.
+            max_response_length: Tokens.
+            one_queue: Whether a data-parallel rank takes the next prompt when it has room for it;
+                else each has an equal share.
+            cutoff: Says when sequences are left unfinished; None: never.
+
+        Returns:
+            Trajectories of the prompts that this rank decoded, in their order.
+        """
+        groups = self.groups
+        if one_queue and groups.dp is not None:
+            board = ReplicaBoard(groups)
+            queue: PromptQueue = SharedPromptQueue(prompts, max_response_length, board)
+            # None takes more than its share before the others have begun.
+            share = -(-len(prompts) // groups.dp_size)
+        else:
+            prompts = prompts[groups.dp_rank :: groups.dp_size]
+            queue = PromptQueue(prompts, max_response_length)
+            share = len(prompts)
+        num_slots = min(self.generation.max_running_requests, share)
+        return self._generate(prompts, max_response_length, queue, num_slots, cutoff=cutoff)
 
     def settled(self) -> AbstractContextManager[None]:
         """Around `generate`, called by all data-parallel ranks: if one of them leaves, all do."""
@@ -134,30 +168,61 @@ class RolloutEngine:
         self,
         prompts: Sequence[Prompt],
         max_response_length: int,
-        on_finished: Callable[[Trajectory], None] | None,
+        queue: PromptQueue,
+        num_slots: int,
+        on_finished: Callable[[Trajectory], None] | None = None,
+        cutoff: Cutoff | None = None,
     ) -> list[Trajectory]:
-        batch = self.open(
-            min(self.generation.max_running_requests, len(prompts)),
-            [sequence_length(p, self.generation, max_response_length) for p in prompts],
-            max_response_length,
-        )
-        queue = PromptQueue(prompts, max_response_length)
+        """Trajectories of the prompts that the queue returns, in their order."""
+        if max_response_length < 1:
+            raise ValueError(f"max_response_length = {max_response_length} is below 1")
+        if self.generation.shifted:
+            for prompt in prompts:
+                if len(prompt.token_ids) == 0:
+                    raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
+        with self.evaluating():
+            return self._decode(prompts, max_response_length, queue, num_slots, on_finished, cutoff)
+
+    def _decode(
+        self,
+        prompts: Sequence[Prompt],
+        max_response_length: int,
+        queue: PromptQueue,
+        num_slots: int,
+        on_finished: Callable[[Trajectory], None] | None,
+        cutoff: Cutoff | None,
+    ) -> list[Trajectory]:
+        lengths = [sequence_length(p, self.generation, max_response_length) for p in prompts]
+        batch = self.open(num_slots, lengths, max_response_length)
+        staying = {
+            request
+            for request, prompt in enumerate(prompts)
+            if cutoff is not None and cutoff.spares(prompt)
+        }
         trajectories: list[Trajectory | None] = [None] * len(prompts)
 
         def admit() -> None:
-            while queue and batch.admit(queue.first(), prompts[queue.first()]):
+            while batch.has_slot and (request := queue.first()) is not None:
+                if not batch.admit(request, prompts[request]):
+                    return
                 queue.pop()
 
         admit()
-        works = batch.any_works()
+        works = batch.any_works(more=queue.may_have_more)
         while works:
             if self._stop is not None:
                 self._stop.check()
-            finished, works = batch.step(more=len(queue) > 0)
+            finished, works = batch.step(more=queue.may_have_more)
             for request, trajectory in finished:
                 trajectories[request] = trajectory
+                if cutoff is not None:
+                    cutoff.finished(prompts[request], trajectory)
                 if on_finished is not None:
                     on_finished(trajectory)
+            limit = None if cutoff is None else cutoff.limit()
+            if limit is not None:
+                for request, trajectory in batch.leave(limit, staying):
+                    trajectories[request] = trajectory
             admit()
         return [trajectory for trajectory in trajectories if trajectory is not None]
 
@@ -187,7 +252,7 @@ class RolloutEngine:
         context = rollout_context(
             self._model,
             self.generation,
-            groups=self._groups,
+            groups=self.groups,
             num_slots=num_slots,
             lengths=lengths,
         )
@@ -198,7 +263,7 @@ class RolloutEngine:
             slots=slots,
             context=context,
             special_tokens=self._special_tokens,
-            groups=self._groups,
+            groups=self.groups,
             work=self.work,
         )
 

@@ -11,11 +11,14 @@ a whole); T: positions of a slot; S: tokens of a forward; n: draws.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.rollout.block_grid import first_block, sequence_length
 from megatron_dlm.rollout.context import RolloutContext
 from megatron_dlm.rollout.forward_plan import ForwardPlan, SettingGroup
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -24,20 +27,6 @@ from megatron_dlm.rollout.strategies import DenoisedBlocks
 from megatron_dlm.rollout.uniforms import counter_uniforms, signed
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
-
-
-def sequence_length(prompt: Prompt, config: GenerationConfig, max_response_length: int) -> int:
-    """Positions of a prompt and its longest response, in whole blocks."""
-    block_size, first = config.block_size or max_response_length, _first_block(prompt, config)
-    generated = len(prompt.token_ids) + prompt.response_limit(max_response_length) - first
-    return first + -(-generated // block_size) * block_size
-
-
-def _first_block(prompt: Prompt, config: GenerationConfig) -> int:
-    """First position of the block that the response begins in."""
-    length, grid = len(prompt.token_ids), config.block_size
-    # A response that is decoded as a whole is one block, wherever the prompt ends.
-    return length if grid is None else length // grid * grid
 
 
 class SlotTable:
@@ -175,23 +164,25 @@ class SlotTable:
             generation: Its own settings, of the table's block size and attention.
             seed: Of its own draws.
         """
-        slot, length = self.num_active, len(prompt.token_ids)
-        block_start = _first_block(prompt, self._config)
-        masked = block_start + np.arange(self._block_size) >= length
+        slot, known, length = self.num_active, prompt.known_ids, len(prompt.token_ids)
+        block_start = first_block(known, self._config)
+        masked = block_start + np.arange(self._block_size) >= len(known)
         self._end[slot] = length + prompt.response_limit(self._max_response_length)
         if self._has_canvas:
             masked &= block_start + np.arange(self._block_size) < self._end[slot]
-        tokens, on_device = platform.to_device(
-            prompt.token_ids, torch.from_numpy(masked.astype(np.int64))
-        )
-        self._tokens[slot, :length] = tokens
-        self._tokens[slot, length:] = self._mask_token_id
+        tokens, on_device = platform.to_device(known, torch.from_numpy(masked.astype(np.int64)))
+        self._tokens[slot, : len(known)] = tokens
+        self._tokens[slot, len(known) :] = self._mask_token_id
         self._masked[slot] = on_device.bool()
         self._prompts[slot], self._requests[slot] = prompt, request
         self._settings[slot] = self._config if generation is None else generation
         self._seeds[slot] = signed(self._seed if seed is None else seed)
         self._known_masked[slot] = masked
         self._known_confidence[slot] = 0
+        if prompt.beginning is not None:
+            decoded = slice(length, len(known))
+            self._known_tokens[slot, decoded] = prompt.beginning.response_ids
+            self._known_step[slot, decoded] = prompt.beginning.unmask_step
         self._order[slot] = self._placed
         self._prompt_length[slot] = length
         self._sample_index[slot] = prompt.sample_index
@@ -440,26 +431,35 @@ class SlotTable:
 
     def trajectory(self, slot: int) -> Trajectory:
         """The trajectory decoded in a finished slot."""
+        end = int(self._block_start[slot]) + self._block_size
+        if self._has_canvas:
+            end = min(end, int(self._end[slot]))
+        return self._trajectory(slot, end, int(self._forwards[slot]))
+
+    def unfinished(self, slot: int) -> Trajectory:
+        """The blocks decoded so far, of a sequence under block-causal attention."""
+        # The block in decoding begins anew, its steps too.
+        forwards = int(self._forwards[slot] - self._step[slot] + 1)
+        trajectory = self._trajectory(slot, int(self._block_start[slot]), forwards)
+        return replace(trajectory, finish_reason="unfinished")
+
+    def _trajectory(self, slot: int, end: int, forwards: int) -> Trajectory:
+        """The trajectory of a slot up to a position, `forwards` of this rollout."""
         prompt = self._prompts[slot]
         assert prompt is not None
-        prompt_length = int(self._prompt_length[slot])
-        end = int(self._block_start[slot]) + self._block_size
-        canvas_length = None
-        if self._has_canvas:
-            canvas_length = int(self._end[slot])
-            end = min(end, canvas_length)
-        tokens = torch.from_numpy(self._known_tokens[slot, prompt_length:end].copy())
-        unmask_step = torch.from_numpy(self._known_step[slot, prompt_length:end].copy())
+        decoded = slice(len(prompt.token_ids), end)
+        tokens = torch.from_numpy(self._known_tokens[slot, decoded].copy())
+        unmask_step = torch.from_numpy(self._known_step[slot, decoded].copy())
         if self._config.is_autoregressive:
             unmask_step.zero_()
         confidence = None
         if self._keeps_confidence:
-            confidence = torch.from_numpy(self._known_confidence[slot, prompt_length:end].copy())
+            confidence = torch.from_numpy(self._known_confidence[slot, decoded].copy())
         length = min(prompt.response_limit(self._max_response_length), len(tokens))
         eos = torch.isin(tokens[:length], self._end_ids).nonzero()
         if len(eos):
             length = int(eos[0]) + 1
-        forwards = int(self._forwards[slot])
+        before = prompt.beginning
         return Trajectory(
             sample_index=prompt.sample_index,
             prompt_ids=prompt.token_ids,
@@ -468,10 +468,13 @@ class SlotTable:
             tail_ids=tokens[length:],
             tail_unmask_step=unmask_step[length:],
             finish_reason="eos" if len(eos) else "length",
-            canvas_length=canvas_length,
-            denoising_forwards=forwards,
-            total_forwards=forwards + self._prefill_forwards(prompt),
+            canvas_length=int(self._end[slot]) if self._has_canvas else None,
+            denoising_forwards=forwards + (before.denoising_forwards if before else 0),
+            total_forwards=forwards
+            + self._prefill_forwards(prompt)
+            + (before.total_forwards if before else 0),
             confidence=confidence,
+            rollouts=1 + (before.rollouts if before else 0),
             record=prompt.record,
         )
 
@@ -482,5 +485,6 @@ class SlotTable:
         """
         if self._has_canvas:
             return 0
-        complete = _first_block(prompt, self._config) - int(self._config.is_autoregressive)
+        complete = first_block(prompt.known_ids, self._config)
+        complete -= int(self._config.is_autoregressive)
         return max(-(-complete // self._chunk) - 1, 0)

@@ -12,7 +12,6 @@ import functools
 import shutil
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from megatron_dlm.training.checkpointing import (
 )
 from megatron_dlm.training.manifest import files_of, record_files, write_manifest
 from megatron_dlm.training.run_folder import HF_FOLDER, iteration_folder, prune
-from megatron_dlm.training.stored_batch import write_batch
+from megatron_dlm.training.stored_batch import StoredTrajectories, write_trajectories
 from megatron_dlm.training.student import Student
 from megatron_dlm.training.tensor_file import (
     BackgroundCall,
@@ -129,7 +128,7 @@ class CheckpointSaver:
         student: Student | None = None,
         run_config: dict[str, Any] | None = None,
         figure: HeldOutFigure | None = None,
-        batch: Sequence[dict[str, Any]] | None = None,
+        trajectories: StoredTrajectories | None = None,
     ) -> None:
         """Start a checkpoint, after the one before it has been published.
 
@@ -142,7 +141,7 @@ class CheckpointSaver:
             student: With it, optimizer and schedule are saved and the run can be resumed.
             run_config: The run's flat configuration.
             figure: What the model reaches on held-out data, if it was measured.
-            batch: Stored trajectories of the rollout batch in work, on rank 0; None between two.
+            trajectories: That the run goes on with, on rank 0.
 
         Raises:
             UserError: On every rank: the disk is too full, the folder cannot be written, or the
@@ -181,8 +180,8 @@ class CheckpointSaver:
                     write_hf_files(hf_folder, hf_config, generation_config, tokenizer_folder)
                     if figure is not None:
                         write_figure(temporary, figure)
-                    if batch is not None:
-                        write_batch(temporary, batch)
+                    if trajectories is not None:
+                        write_trajectories(temporary, trajectories)
             with errors_on_all_ranks():
                 content = planned.content
                 if self._host is not None:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +41,7 @@ from megatron_dlm.training.optimizer_state import (
     sharded_optimizer_state,
 )
 from megatron_dlm.training.run_folder import find_checkpoint, is_iteration_folder
-from megatron_dlm.training.stored_batch import read_batch
+from megatron_dlm.training.stored_batch import StoredTrajectories, read_trajectories
 from megatron_dlm.training.student import Student
 
 
@@ -276,7 +275,7 @@ def attach_adapters_of_run(
 
 def load_training_state(
     path: str | Path, student: Student, field: str = "--load", verify: bool = True
-) -> tuple[Progress, Sequence[dict[str, Any]]]:
+) -> tuple[Progress, StoredTrajectories]:
     """Load weights, optimizer and schedule of a run, at any parallel layout.
 
     Args:
@@ -286,7 +285,7 @@ def load_training_state(
         verify: See `verified_checkpoint`.
 
     Returns:
-        How far the run has come, and the stored trajectories of the rollout batch in work.
+        How far the run has come, and trajectories that it goes on with.
 
     Raises:
         UserError: There is no checkpoint, it does not fit, or it holds weights only.
@@ -309,7 +308,7 @@ def load_training_state(
         _check_values(student.model, checkpoint, field)
         load_optimizer_state(student.optimizer, loaded["optimizer"], common["optimizer"])
     student.scheduler.load_state_dict(loaded["scheduler"])
-    return Progress(**loaded["progress"]), read_batch(checkpoint)
+    return Progress(**loaded["progress"]), read_trajectories(checkpoint)
 
 
 def saved_config(path: str | Path, field: str = "--load") -> dict[str, Any]:

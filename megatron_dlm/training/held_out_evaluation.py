@@ -114,10 +114,11 @@ class HeldOutEvaluation:
             groups=groups,
             stop=self.stop,
         )
-        share = range(len(prompts))[groups.dp_rank :: groups.dp_size]
         with engine.settled():
-            trajectories = engine.generate(
-                [prompts[index] for index in share], self.inputs.max_response_length
+            trajectories = engine.generate_together(
+                [prompts[index] for index in range(len(prompts))],
+                self.inputs.max_response_length,
+                one_queue=self.config.rollout.shared_rollout_queue,
             )
         with errors_on_all_ranks():
             rated = self._rated(trajectories) if groups.is_first_of_replica else []

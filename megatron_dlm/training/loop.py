@@ -235,7 +235,7 @@ class _Training:
             raise
         platform.synchronize()
         times.rollout = time.perf_counter() - started
-        self._throughput.rolled_out(collected.own)
+        self._throughput.rolled_out(collected.decoded_tokens)
         if is_new and run.config.uses_rollouts:
             run.is_saved = False
             record_samples(run, collected)
@@ -322,6 +322,7 @@ class _Training:
                 student_entropy=result.student_entropy,
                 tokens_by_step=collected.tokens_by_step,
                 response_lengths=collected.response_lengths,
+                staleness=collected.staleness,
                 evaluation=None if answered is None else answered.to_json(),
             )
         )

@@ -75,6 +75,21 @@ class LengthHistogram:
 
 
 @dataclass(frozen=True)
+class Staleness:
+    """How old the responses of a rollout batch are (`--partial-rollouts`).
+
+    Attributes:
+        continued_share: Share of them that an earlier rollout began.
+        mean_rollouts: Rollouts between the one that began a response and the current one, mean.
+        left: Responses that wait for the next rollout.
+    """
+
+    continued_share: float
+    mean_rollouts: float
+    left: int
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """One optimizer update, one line of `metrics.jsonl`.
 
@@ -112,6 +127,7 @@ class StepMetrics:
         tokens_by_step: Mean tokens that the first, second, ... denoising forward of a block commits
             in the current rollout, tail included; None without rollouts.
         response_lengths: Of the current rollout batch.
+        staleness: Of the current rollout batch; None where every rollout finishes its responses.
         evaluation: Rates of the student's answers to held-out prompts after this update, by
             decoding setting (`EvaluationResult`); where it did not answer them, files have no such
             entry.
@@ -139,6 +155,7 @@ class StepMetrics:
     student_entropy: float | None = None
     tokens_by_step: list[float] | None = None
     response_lengths: LengthHistogram | None = None
+    staleness: Staleness | None = None
     evaluation: dict[str, dict[str, Any]] | None = None
 
 

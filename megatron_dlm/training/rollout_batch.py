@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm import platform
-from megatron_dlm.training.metrics import LengthHistogram
+from megatron_dlm.training.metrics import LengthHistogram, Staleness
 from megatron_dlm.training.rollout_figures import RolloutFigures
+from megatron_dlm.training.rollout_selection import Leftovers, selected_and_shared, share_of
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.shares import Share, balanced
 from megatron_dlm.training.stored_batch import restored
-from megatron_dlm.types.trajectory import Prompt, Trajectory
+from megatron_dlm.types.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Collected:
         eos_rate: Share of responses that ended in EOS.
         accuracy: See `StepMetrics`.
         solved_rate: See `StepMetrics`.
+        staleness: See `StepMetrics`.
+        decoded_tokens: Response tokens that this replica has just decoded.
         tokens_by_step: See `StepMetrics`.
         response_lengths: See `StepMetrics`.
     """
@@ -40,6 +43,8 @@ class Collected:
     eos_rate: float
     accuracy: float | None
     solved_rate: float | None
+    staleness: Staleness | None
+    decoded_tokens: int
     tokens_by_step: list[float] | None
     response_lengths: LengthHistogram
 
@@ -61,34 +66,52 @@ class Collected:
 def collect(run: Run) -> Collected:
     """Obtain the next rollout batch, or that of the checkpoint if it has more updates to serve.
 
-    Data-parallel rank g mod dp obtains sample g of the run, so that each update's global batch is
-    the same set of trajectories under every layout. Under a token budget the ranks then share each
-    update by cost (`shares`).
+    The g-th sample of the batch is trained on by data-parallel rank g mod dp, whichever rank rolled
+    it out, so that each update's global batch is the same set of trajectories under every layout.
+    Under a token budget the ranks then share each update by cost (`shares`).
 
     Raises:
         StopRequested: On all ranks; nothing is changed.
     """
-    config, consumed = run.config, run.progress.consumed_samples
-    dp_rank, dp_size = run.groups.dp_rank, run.groups.dp_size
-    left = min(config.rollout_batch_size, config.num_samples - consumed)
-    kept = {entry["sample_index"]: entry for entry in run.stored_batch}
-    count = len(kept) or left
-    samples = run.sampler.samples(consumed, count)
-    own = samples[dp_rank::dp_size]
-    repeated = samples[: -(-count // dp_size) - len(own)]
-    if kept:
+    config, groups, sampler = run.config, run.groups, run.sampler
+    consumed = run.progress.consumed_samples
+    count = min(config.rollout_batch_size, config.num_samples - consumed)
+    if run.stored_batch:
+        stored = {entry["sample_index"]: entry for entry in run.stored_batch}
         run.stored_batch = ()
-        trajectories = []
-        for sample, record in [*own, *repeated]:
-            prompt = run.inputs.data.sample(record, sample)
-            assert isinstance(prompt, Prompt)
-            trajectories.append(restored(kept[sample], prompt))
-        return _described(run, trajectories, len(own), count)
-    trajectories = run.source.trajectories([*own, *repeated], run.progress.rollout)
-    return _described(run, trajectories, len(own), count)
+        mine, num_own = share_of(sorted(stored), groups.dp_rank, groups.dp_size)
+        trajectories = [restored(stored[sample], run.prompt_of(sample)) for sample in mine]
+        return _described(run, trajectories, num_own, len(stored))
+    if run.source.engine is None:
+        mine, num_own = share_of(range(consumed, consumed + count), groups.dp_rank, groups.dp_size)
+        samples = [(sample, sampler.record_index(sample)) for sample in mine]
+        trajectories = run.source.trajectories(samples, run.progress.rollout)
+        return _described(run, trajectories, num_own, count)
+    before = Leftovers.of(run.leftovers, config.rollout.max_response_rollouts)
+    begun = [(sample, sampler.record_index(sample)) for sample in before.by_sample]
+    in_decoding = min(config.responses_in_decoding, config.num_samples - consumed)
+    new = sampler.samples(consumed + len(begun), max(in_decoding - len(begun), 0))
+    samples = begun + new
+    held = run.source.trajectories(
+        samples, run.progress.rollout, before, count if count < len(samples) else None
+    )
+    rolled_out = selected_and_shared(
+        held,
+        before,
+        count,
+        block_size=config.model.block_size,
+        groups=groups,
+        prompt_of=run.prompt_of,
+    )
+    run.leftovers = rolled_out.leftovers
+    return _described(
+        run, rolled_out.trajectories, rolled_out.num_own, count, rolled_out.decoded_tokens
+    )
 
 
-def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: int) -> Collected:
+def _described(
+    run: Run, trajectories: list[Trajectory], num_own: int, count: int, decoded_tokens: int = 0
+) -> Collected:
     """Add the figures over all ranks."""
     config, dp_size = run.config, run.groups.dp_size
     ours = trajectories[:num_own]
@@ -112,6 +135,8 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
             sum(trajectory.finish_reason == "eos" for trajectory in ours),
             sum(bool(trajectory.correct) and trajectory.tries == 1 for trajectory in ours),
             sum(bool(trajectory.correct) for trajectory in ours),
+            sum(trajectory.rollouts > 1 for trajectory in ours),
+            sum(trajectory.rollouts - 1 for trajectory in ours),
             *figures.counts(ours),
             *trained,
         ],
@@ -120,9 +145,9 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
     )
     if run.groups.dp is not None:
         torch.distributed.all_reduce(sums, group=run.groups.dp)
-    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, *rest = platform.to_host(
-        sums
-    ).tolist()
+    tokens, rolled_out_tokens, forwards, ended, right_at_once, right, continued, age, *rest = (
+        platform.to_host(sums).tolist()
+    )
     counts, trained = rest[: figures.SIZE], rest[figures.SIZE :]
     verifies = run.source.verifier is not None
     if config.training.max_tokens_per_micro_batch is not None:
@@ -137,6 +162,10 @@ def _described(run: Run, trajectories: list[Trajectory], num_own: int, count: in
         eos_rate=ended / count,
         accuracy=right_at_once / count if verifies else None,
         solved_rate=right / count if verifies else None,
+        staleness=None
+        if config.rollout.partial_rollouts == 1
+        else Staleness(continued / count, age / count, len(run.leftovers)),
+        decoded_tokens=decoded_tokens,
         tokens_by_step=figures.tokens_by_step(counts),
         response_lengths=figures.lengths(counts),
     )

@@ -38,12 +38,12 @@ from megatron_dlm.training.mask_embedding import initialize_mask_embedding
 from megatron_dlm.training.offload import PhaseOffload, build_offload
 from megatron_dlm.training.resume import resumable_config
 from megatron_dlm.training.run_folder import HF_FOLDER, find_checkpoint, is_run_folder
-from megatron_dlm.training.stored_batch import stored
+from megatron_dlm.training.stored_batch import StoredTrajectories, restored, stored
 from megatron_dlm.training.student import Student, build_student
 from megatron_dlm.training.trajectory_source import TrajectorySource
 from megatron_dlm.training.validation import Validation
 from megatron_dlm.training.verified_rollout import Verifier
-from megatron_dlm.types.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Run:
 
     `saver` is None without a run folder. `figure` is what the student as it is now reaches on
     held-out data, the accuracy where prompts are held out, None where that was not measured; a
-    checkpoint is saved with it, and the one with the best can be kept.
+    checkpoint is saved with it, and the one with the best can be kept. `leftovers` is what the last
+    rollout has left for the next one.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class Run:
     validation: Validation | None = None
     evaluation: HeldOutEvaluation | None = None
     stored_batch: Sequence[dict[str, Any]] = ()
+    leftovers: Sequence[Trajectory] = ()
     saver: CheckpointSaver | None = None
     figure: HeldOutFigure | None = None
     is_saved: bool = True
@@ -95,8 +97,14 @@ class Run:
                 student=self.student,
                 run_config=resumable_config(self.config, self.inputs),
                 figure=self.figure,
-                batch=None if batch is None else self._gathered(batch),
+                trajectories=StoredTrajectories(
+                    self._gathered(batch or ()), [stored(t) for t in self.leftovers]
+                ),
             )
+
+    def prompt_of(self, sample: int) -> Prompt:
+        """The prompt of a sample of a run with rollouts."""
+        return _prompt_of(sample, self.inputs, self.sampler)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint that is being written is published; all ranks call this."""
@@ -113,6 +121,12 @@ class Run:
         if folder.is_dir() or not is_run_folder(run_folder):
             return folder
         return find_checkpoint(run_folder, "--save") / HF_FOLDER
+
+
+def _prompt_of(sample: int, inputs: RunInputs, sampler: ShuffledSampler) -> Prompt:
+    prompt = inputs.data.sample(sampler.record_index(sample), sample)
+    assert isinstance(prompt, Prompt)
+    return prompt
 
 
 def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = None) -> Run:
@@ -159,7 +173,7 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         student=lambda: student_and_progress()[0].model,
         stop=stop,
     )
-    student, progress, stored_batch = student_and_progress()
+    student, progress, trajectories = student_and_progress()
     objective = OBJECTIVES[config.objective.objective](
         config,
         inputs.special_tokens.mask_token_id,
@@ -184,7 +198,11 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         else HeldOutEvaluation(
             config, inputs.evaluation, inputs.tokenizer, inputs.special_tokens, groups, stop
         ),
-        stored_batch,
+        trajectories.batch,
+        [
+            restored(entry, _prompt_of(entry["sample_index"], inputs, sampler))
+            for entry in trajectories.leftovers
+        ],
         _build_saver(config),
     )
 
@@ -202,8 +220,8 @@ def _build_saver(config: Config) -> CheckpointSaver | None:
     )
 
 
-_Started = tuple[Student, Progress, Sequence[dict[str, Any]]]
-"""A student with its weights, how far the run has come, and the rollout batch in work."""
+_Started = tuple[Student, Progress, StoredTrajectories]
+"""A student with its weights, how far the run has come, and trajectories that it goes on with."""
 
 
 def _build_student(config: Config, inputs: RunInputs, groups: ParallelGroups) -> _Started:
@@ -226,7 +244,7 @@ def _build_student(config: Config, inputs: RunInputs, groups: ParallelGroups) ->
             drop_out_adapter_inputs(model, config.lora.lora_dropout, config.data.seed)
     student = build_student(model, config)
     if resumed is None:
-        return student, Progress(), ()
+        return student, Progress(), StoredTrajectories()
     verify = config.model.verify_checkpoint
     return student, *load_training_state(resumed.path, student, resumed.field, verify)
 

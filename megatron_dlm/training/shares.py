@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, causal_pairs
+from megatron_dlm.parallel import of_all_replicas
 from megatron_dlm.training.run import Run
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -89,11 +90,8 @@ def balanced(run: Run, shares: Sequence[Share]) -> list[Share]:
         own = shared[groups.dp_rank]
         num_own.append(len(own))
         wanted.append(own or [items[0][0]])
-    sent: list[dict[int, Trajectory]] = [{} for _ in range(groups.dp_size)]
-    torch.distributed.all_gather_object(sent, moved, group=groups.dp)
     at_hand = {t.sample_index: t for share in shares for t in share.own}
-    for others in sent:
-        at_hand |= others
+    at_hand |= {t.sample_index: t for t in of_all_replicas(list(moved.values()), groups)}
     return [
         Share([at_hand[index] for index in indices], number)
         for indices, number in zip(wanted, num_own, strict=True)

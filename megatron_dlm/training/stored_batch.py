@@ -1,14 +1,14 @@
-"""Trajectories in a checkpoint that is written before their rollout batch has served all updates.
+"""Trajectories in a checkpoint: of the rollout batch in work, and those that it left unfinished.
 
-The weights that rolled them out are gone by then. What a teacher says of them is not kept: its
-weights are still the same, and it says the same again.
+The weights that rolled them out are gone when the run goes on. What a teacher says of them is not
+kept: its weights are still the same, and it says the same again.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 STORED_BATCH = "rollout_batch.jsonl"
+LEFTOVERS = "leftover_responses.jsonl"
 
 _OF_THE_DATA = ("prompt_ids", "record")
 _NOT_KEPT = (*_OF_THE_DATA, "targets", "confidence")
@@ -39,15 +40,28 @@ def restored(entry: dict[str, Any], prompt: Prompt) -> Trajectory:
     return Trajectory(prompt_ids=prompt.token_ids, record=prompt.record, **values)
 
 
-def write_batch(checkpoint: Path, batch: Iterable[dict[str, Any]]) -> None:
-    """Put the stored trajectories of a batch into a checkpoint, one a line."""
-    lines = (json.dumps(entry, separators=(",", ":")) + "\n" for entry in batch)
-    (checkpoint / STORED_BATCH).write_text("".join(lines))
+class StoredTrajectories(NamedTuple):
+    """Of a checkpoint.
+
+    Attributes:
+        batch: Of the rollout batch that has updates to serve; none between two.
+        leftovers: That the next rollout goes on with (`--partial-rollouts`).
+    """
+
+    batch: Sequence[dict[str, Any]] = ()
+    leftovers: Sequence[dict[str, Any]] = ()
 
 
-def read_batch(checkpoint: Path) -> Sequence[dict[str, Any]]:
-    """The stored trajectories of a checkpoint; none where it was written after its batch."""
-    file = checkpoint / STORED_BATCH
-    if not file.is_file():
-        return ()
-    return tuple(json.loads(line) for line in file.read_text().splitlines())
+def write_trajectories(checkpoint: Path, trajectories: StoredTrajectories) -> None:
+    """Put stored trajectories into a checkpoint, one a line; no file of none."""
+    for name, entries in zip((STORED_BATCH, LEFTOVERS), trajectories, strict=True):
+        if entries:
+            lines = (json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
+            (checkpoint / name).write_text("".join(lines))
+
+
+def read_trajectories(checkpoint: Path) -> StoredTrajectories:
+    """The stored trajectories of a checkpoint."""
+    files = (checkpoint / STORED_BATCH, checkpoint / LEFTOVERS)
+    texts = (file.read_text() if file.is_file() else "" for file in files)
+    return StoredTrajectories(*(tuple(map(json.loads, text.splitlines())) for text in texts))

@@ -71,15 +71,15 @@ class ThroughputMeter:
         self._key_bytes = 2 * a.num_layers * a.num_query_groups * a.kv_channels * dtype.itemsize
         self._local = _Local()
 
-    def rolled_out(self, trajectories: Sequence[Trajectory]) -> None:
-        """Add a rollout of this rank's own trajectories."""
+    def rolled_out(self, response_tokens: int) -> None:
+        """Add a rollout, in which this replica decoded so many tokens of responses."""
         engine = self._run.source.engine
         if engine is None:
             return
         work, flops = engine.work.take(), self._flops
         local = self._local
         local.rollout += flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits))
-        local.response_tokens += sum(len(t.response_ids) for t in trajectories if t.is_rollout)
+        local.response_tokens += response_tokens
         local.rollout_floor += self._floor(work)
 
     def _floor(self, work: RolloutWork) -> float:

@@ -14,10 +14,13 @@ from megatron_dlm.config.curriculum import (
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.replica_board import ReplicaBoard
 from megatron_dlm.teacher.given_responses import takes_given_response
+from megatron_dlm.training.rollout_selection import NO_LEFTOVERS, Leftovers
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
-from megatron_dlm.types.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,25 @@ class TrajectorySource:
     examples: ExampleDataset | CorpusDataset | None = None
     verifier: Verifier | None = None
 
-    def trajectories(self, samples: Sequence[tuple[int, int]], rollout: int) -> list[Trajectory]:
-        """The trajectories of this rank's samples, in their order; all ranks call this.
+    def trajectories(
+        self,
+        samples: Sequence[tuple[int, int]],
+        rollout: int,
+        leftovers: Leftovers = NO_LEFTOVERS,
+        wanted: int | None = None,
+    ) -> list[Trajectory]:
+        """The trajectories of samples; all ranks call this.
 
         Args:
-            samples: (sample index, record index) of each.
+            samples: (sample index, record index) of each: of this replica's for given responses; of
+                all replicas', the same on all of them, for rollouts.
             rollout: Rollout step, from 0.
+            leftovers: What the rollout before has left of them.
+            wanted: Trajectories that have to be complete in the end; None: all.
+
+        Returns:
+            For given responses those of the samples. For rollouts those that this replica has, in
+            the order of the samples: each trajectory is on one replica.
 
         Raises:
             UserError: A window of a corpus has an invalid token; raised on all ranks.
@@ -58,22 +74,53 @@ class TrajectorySource:
                 trajectories = [self.examples.sample(record, sample) for sample, record in samples]
             return trajectories
         assert self.prompts is not None
-        given: dict[int, Trajectory] = {}
         fraction = teacher_response_fraction(self.config, rollout)
-        if self.examples is not None:
-            for sample, record in samples:
-                if takes_given_response(self.config.data.seed, sample, fraction):
-                    given[sample] = self.examples.sample(record, sample)
+        complete = {s for s, t in leftovers.by_sample.items() if t.is_finished}
+        given = {
+            sample: record
+            for sample, record in samples
+            if self.examples is not None
+            and takes_given_response(self.config.data.seed, sample, fraction)
+        }
         prompts = [
-            self.prompts.sample(record, sample) for sample, record in samples if sample not in given
+            replace(self.prompts.sample(record, sample), beginning=leftovers.by_sample.get(sample))
+            for sample, record in samples
+            if sample not in given and sample not in complete
         ]
-        length = response_length(self.config, rollout)
-        changed: dict[str, Any] = {"dynamic_threshold": dynamic_threshold(self.config, rollout)}
-        self.engine.generation = replace(self.engine.generation, **changed)
-        if self.verifier is None:
-            with self.engine.settled():
-                trajectories = self.engine.generate(prompts, length)
-        else:
-            trajectories = generate_until_right(self.engine, prompts, length, self.verifier)
-        rolled_out = iter(trajectories)
-        return [given[sample] if sample in given else next(rolled_out) for sample, _ in samples]
+        number = len(prompts)
+        if wanted is not None:
+            number = wanted - len(given) - len(complete)
+        held = {t.sample_index: t for t in self._rolled_out(prompts, rollout, number, leftovers)}
+        groups = self.engine.groups
+        for sample in sorted(given.keys() | complete)[groups.dp_rank :: groups.dp_size]:
+            if sample in complete:
+                leftover = leftovers.by_sample[sample]
+                held[sample] = replace(leftover, rollouts=leftover.rollouts + 1)
+            else:
+                assert self.examples is not None
+                held[sample] = self.examples.sample(given[sample], sample)
+        return [held[sample] for sample, _ in samples if sample in held]
+
+    def _rolled_out(
+        self, prompts: Sequence[Prompt], rollout: int, wanted: int, leftovers: Leftovers
+    ) -> list[Trajectory]:
+        """This replica's responses of the student, of all of which so many have to be complete."""
+        engine, config = self.engine, self.config
+        assert engine is not None
+        length = response_length(config, rollout)
+        changed: dict[str, Any] = {"dynamic_threshold": dynamic_threshold(config, rollout)}
+        engine.generation = replace(engine.generation, **changed)
+        one_queue = config.rollout.shared_rollout_queue
+        if self.verifier is not None:
+            return generate_until_right(engine, prompts, length, self.verifier, one_queue=one_queue)
+        cutoff = None
+        if wanted < len(prompts):
+            board = None if engine.groups.dp is None else ReplicaBoard(engine.groups)
+            cutoff = Cutoff(wanted - len(leftovers.last_time), leftovers.last_time, board)
+        with engine.settled():
+            trajectories = engine.generate_together(
+                prompts, length, one_queue=one_queue, cutoff=cutoff
+            )
+        if cutoff is not None:
+            cutoff.close()
+        return trajectories

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm import platform
 from megatron_dlm.evaluation.rewards import RIGHT, Reward
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import ParallelGroups, of_all_replicas
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -52,50 +52,49 @@ class Verifier:
 
 
 def generate_until_right(
-    engine: RolloutEngine, prompts: Sequence[Prompt], max_response_length: int, verifier: Verifier
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    max_response_length: int,
+    verifier: Verifier,
+    *,
+    one_queue: bool,
 ) -> list[Trajectory]:
-    """Answer each prompt, again with other noise while the answer is wrong; all ranks call this.
+    """Answer each prompt, again with other noise while the answer is wrong.
+
+    All ranks call this, with the same prompts.
 
     Args:
         engine: The rollout engine.
-        prompts: Prompts of this data-parallel rank.
+        prompts: What to answer.
         max_response_length: In tokens.
         verifier: Decides what is right, and how often to try.
+        one_queue: See `RolloutEngine.generate_together`.
 
     Returns:
-        The last response to each prompt, in their order; wrong ones are marked as such.
+        The last responses to the prompts that this replica gave, in the order of the prompts; wrong
+        ones are marked as such.
 
     Raises:
         StopRequested: On all ranks.
     """
-    latest: list[Trajectory | None] = [None] * len(prompts)
-    pending = list(range(len(prompts)))
+    latest: dict[int, Trajectory] = {}
+    pending = {prompt.sample_index: prompt for prompt in prompts}
     for number in range(verifier.max_tries):
-        # Ranks that share experts run equally many forwards: none stops before the others.
-        if not _any_rank(bool(pending), verifier.groups):
+        if not pending:
             break
+        # The next response to it may be another replica's.
+        latest = {sample: t for sample, t in latest.items() if sample not in pending}
         again = [
-            replace(prompts[i], sample_index=prompts[i].sample_index + number * TRY_STRIDE)
-            for i in pending
+            replace(prompt, sample_index=sample + number * TRY_STRIDE)
+            for sample, prompt in pending.items()
         ]
         with engine.settled():
-            trajectories = engine.generate(again, max_response_length)
+            trajectories = engine.generate_together(again, max_response_length, one_queue=one_queue)
         verifier.verify(trajectories)
-        for i, trajectory in zip(pending, trajectories, strict=True):
-            trajectory.sample_index = prompts[i].sample_index
+        for trajectory in trajectories:
+            trajectory.sample_index -= number * TRY_STRIDE
             trajectory.tries = number + 1
-            latest[i] = trajectory
-        pending = [i for i in pending if not _is_right(latest[i])]
-    return [trajectory for trajectory in latest if trajectory is not None]
-
-
-def _is_right(trajectory: Trajectory | None) -> bool:
-    return trajectory is not None and bool(trajectory.correct)
-
-
-def _any_rank(works: bool, groups: ParallelGroups) -> bool:
-    if groups.dp is None:
-        return works
-    flag = torch.tensor([int(works)], device=platform.device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=groups.dp)
-    return bool(platform.to_host(flag).item())
+            latest[trajectory.sample_index] = trajectory
+        wrong = [t.sample_index for t in trajectories if not t.correct]
+        pending = {sample: pending[sample] for sample in of_all_replicas(wrong, verifier.groups)}
+    return [latest[p.sample_index] for p in prompts if p.sample_index in latest]

@@ -23,17 +23,31 @@ class Prompt:
         record: The JSON object the prompt was read from, with all its fields.
         max_response_length: Tokens of the longest response to this prompt; None for no limit but
             that of the rollout.
+        beginning: The whole blocks of its response that an earlier rollout decoded, with which this
+            one goes on; None for a new response.
     """
 
     sample_index: int
     token_ids: Tensor
     record: dict[str, Any] = field(default_factory=dict)
     max_response_length: int | None = None
+    beginning: "Trajectory | None" = None
+
+    @property
+    def known_ids(self) -> Tensor:
+        """[P + n] int64: the prompt, and the n tokens of its response that are decoded already."""
+        if self.beginning is None:
+            return self.token_ids
+        return torch.cat((self.token_ids, self.beginning.response_ids))
 
     def response_limit(self, max_response_length: int) -> int:
         """Tokens after which a response is cut, in a rollout of responses up to this length."""
         own = self.max_response_length
-        return max_response_length if own is None else min(own, max_response_length)
+        limit = max_response_length if own is None else min(own, max_response_length)
+        if self.beginning is None:
+            return limit
+        # Of a run that went on with a lower limit.
+        return max(limit, len(self.beginning.response_ids) + 1)
 
 
 def _no_tokens() -> Tensor:
@@ -56,7 +70,8 @@ class Trajectory:
             responses that were not rolled out (`objectives.block_diffusion` fills their last
             block).
         tail_unmask_step: [T] int64.
-        finish_reason: "eos" or "length".
+        finish_reason: "eos" or "length"; "unfinished" if a later rollout goes on with it: then it
+            has whole blocks, and no tail.
         canvas_length: Positions that every forward of this sequence saw under full attention: the
             prompt and its longest response, MASK where a token was not committed yet, blocks
             after the last decoded one included. None where no forward saw later blocks.
@@ -69,6 +84,8 @@ class Trajectory:
             stages. None before the teacher phase and for trajectories that are not trained on.
         correct: Whether the run's reward rates the response right; None without a reward.
         tries: Responses generated for the prompt, this one included.
+        rollouts: Rollouts from the one that began it to the one that it is trained on after, each
+            with the weights of its time.
         record: The prompt's JSON object.
         document_lengths: Tokens of each document of a corpus window, in order; they do not see each
             other. Empty where prompt and response are one document.
@@ -80,7 +97,7 @@ class Trajectory:
     unmask_step: Tensor
     tail_ids: Tensor = field(default_factory=_no_tokens)
     tail_unmask_step: Tensor = field(default_factory=_no_tokens)
-    finish_reason: Literal["eos", "length"] = "eos"
+    finish_reason: Literal["eos", "length", "unfinished"] = "eos"
     canvas_length: int | None = None
     denoising_forwards: int = 0
     total_forwards: int = 0
@@ -88,6 +105,7 @@ class Trajectory:
     targets: TeacherTargets | None = None
     correct: bool | None = None
     tries: int = 1
+    rollouts: int = 1
     record: dict[str, Any] = field(default_factory=dict)
     document_lengths: tuple[int, ...] = ()
 
@@ -103,6 +121,11 @@ class Trajectory:
         document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         starts = lengths.cumsum(0) - lengths
         return document, torch.arange(tokens) - starts[document]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no later rollout goes on with it."""
+        return self.finish_reason != "unfinished"
 
     @property
     def is_rollout(self) -> bool:

@@ -12,21 +12,28 @@ from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialize
+from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.replica_board import ReplicaBoard
+from megatron_dlm.training.rollout_selection import Leftovers, selected_and_shared
+from megatron_dlm.types.trajectory import Trajectory
 from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, Layout
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
+    EOS,
     FULL_ATTENTION,
     VOCAB_SIZE,
     load_model,
     make_engine,
     make_prompts,
     save_tiny_model,
+    several_ends,
 )
 
 # The second share is empty: a data-parallel rank without any work has to keep step.
 LENGTHS = [5, 1, 8, 13, 2, 4, 11]
 SHARES = {1: [7], 2: [7, 0], 4: [4, 0, 1, 2]}
+TOGETHER = ("one queue", "partial")
 BY_BLOCKS = {"block_size": 4, "remasking_strategy": "low_confidence_dynamic"}
 LAYOUTS: dict[str, Layout] = {
     "TP2": Layout(2, "dense", {TP: 2}),
@@ -52,6 +59,42 @@ def check_unknown_ids(model: DiffusionGPTModel) -> None:
             forward_hidden(model, [Row(ids, torch.arange(3), layout)])
 
 
+def summary(trajectory: Trajectory) -> tuple:
+    return (
+        trajectory.sample_index,
+        trajectory.response_ids.tolist(),
+        trajectory.unmask_step.tolist(),
+        trajectory.tail_ids.tolist(),
+        trajectory.finish_reason,
+    )
+
+
+def decoded_together(model: DiffusionGPTModel) -> dict[str, list[tuple]]:
+    """A partial rollout of all replicas: what each decoded, what it trains on, what all leave."""
+    prompts, ends = make_prompts(LENGTHS), several_ends((EOS, 3))
+    engine = make_engine(model, special_tokens=ends, max_running_requests=2)
+    groups = engine.groups
+    board = None if groups.dp is None else ReplicaBoard(groups)
+    cutoff = Cutoff(3, {6}, board)
+    held = engine.generate_together(prompts, 14, one_queue=True, cutoff=cutoff)
+    rolled_out = selected_and_shared(
+        held,
+        Leftovers({}, {6}),
+        4,
+        block_size=4,
+        groups=groups,
+        prompt_of=prompts.__getitem__,
+    )
+    cutoff.close()
+    for trajectory in rolled_out.leftovers:
+        assert trajectory.prompt_ids is prompts[trajectory.sample_index].token_ids
+    return {
+        "one queue": [(trajectory.sample_index,) for trajectory in held],
+        "partial": [*map(summary, rolled_out.trajectories[: rolled_out.num_own])],
+        "left": [*map(summary, rolled_out.leftovers)],
+    }
+
+
 def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list[tuple]]:
     initialize(Config(parallel=ParallelConfig(device="cpu", **parallel)))
     model = load_model(folder, **parallel)
@@ -74,17 +117,8 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
         ("whole", make_engine(model, FULL_ATTENTION, shifted=True, denoising_steps_per_block=5)),
         ("canvas", make_engine(model, FULL_ATTENTION, **BY_BLOCKS)),
     ):
-        results[name] = [
-            (
-                trajectory.sample_index,
-                trajectory.response_ids.tolist(),
-                trajectory.unmask_step.tolist(),
-                trajectory.tail_ids.tolist(),
-                trajectory.finish_reason,
-            )
-            for trajectory in engine.generate(prompts, 9)
-        ]
-    return results
+        results[name] = [summary(trajectory) for trajectory in engine.generate(prompts, 9)]
+    return results | decoded_together(model)
 
 
 class Reference(NamedTuple):
@@ -117,5 +151,10 @@ def test_layout_rolls_out_like_one_process(references: dict[str, Reference], nam
             replica = results["data_parallel_rank"][0][0]
             # All model-parallel ranks hold the same trajectories.
             assert by_replica.setdefault(replica, results[run]) == results[run]
+        if run == "left":
+            assert all(results == reference.results[run] for results in by_replica.values()), run
+            continue
         together = [result for replica in sorted(by_replica) for result in by_replica[replica]]
-        assert together == reference.results[run]
+        if run in TOGETHER:  # on any replica, but on one only
+            together.sort()
+        assert together == reference.results[run], run

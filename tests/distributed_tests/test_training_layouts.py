@@ -84,7 +84,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "opdlm_bigger_teacher": SHORT,
     "opdlm_smaller_teacher": SHORT,
     "opdlm_other_teacher": SHORT,
-    "opdlm_offloaded": dict(TWO_ROLLOUTS, offload_teacher=True, offload_optimizer=True),
+    "opdlm_offloaded": dict(
+        TWO_ROLLOUTS, offload_teacher=True, offload_optimizer=True, shared_rollout_queue=False
+    ),
+    "opdlm_partial": dict(
+        TWO_ROLLOUTS,
+        max_response_length=16,
+        dynamic_threshold=0.2,
+        partial_rollouts=0.5,
+        max_running_requests=2,
+    ),
     "mixture": dict(SHORT, teacher_response_fraction=0.5, micro_batch_size=2),
     "short": dict(FIVE, micro_batch_size=2),
     "budget": dict(FIVE, max_tokens_per_micro_batch=150),
@@ -114,7 +123,7 @@ OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d
 `d_opsd`. The other runs, of two updates, run once under each kind of parallelism."""
 
 VARIANTS = tuple(run for run in RUNS if run not in OBJECTIVES)
-FOUR_PROCESS_VARIANTS = ("opdlm_all", "short")
+FOUR_PROCESS_VARIANTS = ("opdlm_all", "opdlm_partial", "short")
 """Those that run under products of kinds as well: four processes are slow on few cores."""
 
 OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
@@ -140,6 +149,7 @@ KEYS = (
     "flops_total",
     "tokens_per_forward",
     "eos_rate",
+    "staleness",
 )
 
 

@@ -17,7 +17,7 @@ from megatron_dlm.entry import DIVERGED_STATUS, PREEMPTED_STATUS
 from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.training.best_checkpoint import BEST
 from megatron_dlm.training.run_folder import latest_iteration, saved_iterations
-from megatron_dlm.training.stored_batch import STORED_BATCH
+from megatron_dlm.training.stored_batch import LEFTOVERS, STORED_BATCH
 from tests.distributed_tests.spawn import run_distributed
 from tests.faults.moments import Moment
 from tests.faults.runs import RunningProcess, check_same, events, metrics
@@ -44,6 +44,14 @@ ROLLOUTS = dict(
 RUNS: dict[str, dict[str, Any]] = {
     "opdlm": ROLLOUTS,
     "mixture": {**ROLLOUTS, "teacher_response_fraction": 0.5},
+    "partial": {
+        **ROLLOUTS,
+        "max_response_length": 12,
+        "dynamic_threshold": 0.2,
+        "num_rollouts": 3,
+        "partial_rollouts": 0.6,
+        "max_response_rollouts": 2,
+    },
     "d_opsd": {**ROLLOUTS, "objective": "d_opsd", "lora_rank": 3, "max_tries": 2},
     "off_policy": {"objective": "off_policy", "train_iters": 4, "save_interval": 50},
     "sft": {
@@ -111,6 +119,8 @@ def _whole(folder: Path, whole: dict[str, Path], kind: str) -> Path:
         ("opdlm", Moment("update", 6, signal.SIGUSR2), 6, True),
         ("opdlm", Moment("update", 4, signal.SIGINT), 4, False),
         ("mixture", Moment("update", 7, signal.SIGTERM), 7, True),
+        ("partial", Moment("update", 2, signal.SIGTERM), 2, True),
+        ("partial", Moment("update", 8, signal.SIGTERM), 8, False),
         ("d_opsd", Moment("teacher", 3, signal.SIGTERM), None, False),
         ("d_opsd", Moment("update", 2, signal.SIGTERM), 2, True),
         ("off_policy", Moment("teacher", 9, signal.SIGTERM), 2, False),
@@ -143,7 +153,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert f"{moment.number.name}: stopped after update {saved or 0}; " in out
     if saved is not None:
         assert f"saved {run}/iter_{saved:07d} (update {saved}, " in out
-        assert (run / f"iter_{saved:07d}" / STORED_BATCH).is_file() == with_batch
+        checkpoint = run / f"iter_{saved:07d}"
+        assert (checkpoint / STORED_BATCH).is_file() == with_batch
+        assert (checkpoint / LEFTOVERS).is_file() == (kind == "partial")
     assert _start(_config(folder, run, kind), Moment("update")) == 0
     check_same(run, expected)
     for name in (BEST, "evaluation_samples.jsonl"):

@@ -75,6 +75,11 @@ def combinations(config: Config) -> Refusals:
             "empty_mask: with --loss-weighting inverse_t the loss has no mean: t can be near 0; "
             "choose redraw, or --loss-weighting none"
         )
+    if config.rollout.partial_rollouts < 1 and config.uses_teacher_responses:
+        yield (
+            "partial_rollouts: which rollout a response of the teacher belongs to would depend on "
+            "what others leave; choose 1, or --teacher-response-fraction 0"
+        )
     if config.uses_teacher_responses and config.teacher_responses is None:
         yield "teacher_responses: the teacher's responses have no folder; name one, or add --save"
     stores = distillation.cache_teacher_targets

@@ -103,6 +103,8 @@ def _uses_of_objective(config: Config) -> Iterator[Use]:
         ),
         (rollouts, OF_ROLLOUTS),
         *((rollouts or n in read, n) for n in ("remasking_strategy", *STRATEGY_OPTIONS)),
+        (rollouts or evaluates, "shared_rollout_queue"),
+        (rollouts and not traits.verifies, "partial_rollouts"),
         (
             rollouts and not itself,
             f"teacher_response_fraction {FRACTION} teacher_response_fraction_schedule",
@@ -156,6 +158,9 @@ def _uses_of_other_options(config: Config) -> Iterator[Use]:
     yield of_schedule("dynamic_threshold_schedule", names)
     yield of_schedule("teacher_response_fraction_schedule", FRACTION)
     yield of_schedule("lr_decay_style", "min_lr")
+    waits = rollout.partial_rollouts == 1
+    remedy = "a share below 1"
+    yield of("partial_rollouts", not waits, "max_response_rollouts", remedy)
     mixes, name = config.uses_teacher_responses, "teacher_response_fraction"
     yield of(name, mixes, f"{name}_schedule", "a fraction above 0")
     is_full, name = config.objective.attention_pattern != "causal", "attention_pattern"

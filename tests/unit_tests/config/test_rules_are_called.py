@@ -70,6 +70,7 @@ BROKEN = [
     Broken({"block_size": 256}, {**SHORT, **D_OPSD}),
     Broken({"empty_mask": "mask_one"}, SFT),
     Broken({"save": None}, OFF_POLICY),
+    Broken({"partial_rollouts": 0.8, "teacher_response_fraction": 0.5}),
     Broken(STORED),
     Broken({"cache_teacher_targets": True}, OFF_POLICY),
     Broken({**STORED, "offload_teacher": True}, OFF_POLICY),

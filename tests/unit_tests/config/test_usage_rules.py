@@ -28,6 +28,7 @@ STATIC = {**OPDLM, "remasking_strategy": "low_confidence_static"}
 ENTROPY = {**OPDLM, "remasking_strategy": "entropy"}
 ENTROPY_BOUNDED = {**OPDLM, "remasking_strategy": "entropy_bounded"}
 GREEDY = {**OPDLM, "temperature": 0}
+PARTIAL = {**OPDLM, "partial_rollouts": 0.75}
 GROWS = {**OPDLM, **GROWING, "min_response_length": 4}
 LOWERED = {**OPDLM, "dynamic_threshold_schedule": "cosine", "final_dynamic_threshold": 0.7}
 BY_DOMAIN = {**SFT, "max_response_length_by_domain": {"a": 9}}
@@ -117,6 +118,9 @@ CASES = [
     Case("chunked_prefill_size", 512, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
     Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
+    Case("shared_rollout_queue", False, (*GIVEN, *ON_TEACHER), (*ON_ROLLOUTS, EVALUATED)),
+    Case("partial_rollouts", 0.8, (*NOT_ROLLOUTS, D_OPSD), (OPDLM, PARTIAL)),
+    Case("max_response_rollouts", 2, (OPDLM,), (PARTIAL,)),
     Case("epochs_per_rollout", 2, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("response_length_schedule", "linear", NOT_ROLLOUTS, (GROWS,)),
     Case("min_response_length", 8, (*NOT_ROLLOUTS, OPDLM), (GROWS,)),

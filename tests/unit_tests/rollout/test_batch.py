@@ -12,10 +12,10 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout import context
+from megatron_dlm.rollout.block_grid import sequence_length
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.pages import PAGE_SIZE
-from megatron_dlm.rollout.slots import sequence_length
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.unit_tests.rollout.tiny_models import (
     FULL_ATTENTION,

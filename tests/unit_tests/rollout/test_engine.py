@@ -13,9 +13,9 @@ from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import batch as batch_module
 from megatron_dlm.rollout import sampling
+from megatron_dlm.rollout.block_grid import sequence_length
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
-from megatron_dlm.rollout.slots import sequence_length
 from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import (

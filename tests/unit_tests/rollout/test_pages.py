@@ -71,7 +71,8 @@ def test_longest_responses_start_first_and_equal_prompts_together() -> None:
     prompts = [prompt(1, 3), prompt(2, 3), prompt(3, 5), prompt(1, 3), prompt(4, 9, 8)]
     queue = PromptQueue(prompts, 20)
     order = []
-    while queue:
-        order.append(queue.first())
-        assert queue.pop() == order[-1]
+    while (request := queue.first()) is not None:
+        order.append(request)
+        queue.pop()
+    assert not queue.may_have_more
     assert order == [2, 0, 3, 1, 4]

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from megatron_dlm.training import save_schedule
 from megatron_dlm.training.save_schedule import SaveSchedule
-from megatron_dlm.training.stored_batch import read_batch, restored, stored, write_batch
+from megatron_dlm.training.stored_batch import (
+    StoredTrajectories,
+    read_trajectories,
+    restored,
+    stored,
+    write_trajectories,
+)
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(lambda x: torch.tensor(x).long())
@@ -23,32 +29,35 @@ trajectories = st.builds(
     unmask_step=ids,
     tail_ids=ids,
     tail_unmask_step=ids,
-    finish_reason=st.sampled_from(["eos", "length"]),
+    finish_reason=st.sampled_from(["eos", "length", "unfinished"]),
     canvas_length=st.none() | st.integers(1, 99),
     denoising_forwards=st.integers(0, 99),
     total_forwards=st.integers(0, 99),
     correct=st.none() | st.booleans(),
     tries=st.integers(1, 9),
+    rollouts=st.integers(1, 9),
     record=st.dictionaries(st.text(), st.text(), max_size=2),
 )
 
 
 @settings(max_examples=30)
-@given(batch=st.lists(trajectories, max_size=3))
+@given(batch=st.lists(trajectories, max_size=3), left=st.lists(trajectories, max_size=3))
 def test_a_stored_batch_comes_back(
-    batch: list[Trajectory], tmp_path_factory: pytest.TempPathFactory
+    batch: list[Trajectory], left: list[Trajectory], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder: Path = tmp_path_factory.mktemp("checkpoint")
-    assert read_batch(folder) == ()
-    write_batch(folder, [stored(trajectory) for trajectory in batch])
-    entries = read_batch(folder)
-    assert len(entries) == len(batch)
-    for entry, expected in zip(entries, batch, strict=True):
+    assert read_trajectories(folder) == ((), ())
+    written = StoredTrajectories([*map(stored, batch)], [*map(stored, left)])
+    write_trajectories(folder, written)
+    found = read_trajectories(folder)
+    assert (len(found.batch), len(found.leftovers)) == (len(batch), len(left))
+    entries = [*found.batch, *found.leftovers]
+    for entry, expected in zip(entries, [*batch, *left], strict=True):
         prompt = Prompt(expected.sample_index, expected.prompt_ids, expected.record)
-        found: dict[str, Any] = vars(restored(entry, prompt))
+        values: dict[str, Any] = vars(restored(entry, prompt))
         for name, value in vars(expected).items():
-            same = torch.equal(found[name], value) if torch.is_tensor(value) else None
-            assert found[name] == value if same is None else same, name
+            same = torch.equal(values[name], value) if torch.is_tensor(value) else None
+            assert values[name] == value if same is None else same, name
 
 
 def test_checkpoints_are_due_by_updates_and_by_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,26 @@ class RecordingEngine:
         self.engine = make_engine(load_model(folder))
         self.calls: list[list[int]] = []
 
-    def generate(self, prompts: Sequence[Prompt], max_response_length: int) -> list[Trajectory]:
+    def generate_together(
+        self, prompts: Sequence[Prompt], max_response_length: int, one_queue: bool
+    ) -> list[Trajectory]:
         self.calls.append([prompt.sample_index for prompt in prompts])
-        return self.engine.generate(prompts, max_response_length)
+        return self.engine.generate_together(prompts, max_response_length, one_queue=one_queue)
 
     def settled(self) -> AbstractContextManager[None]:
         return self.engine.settled()
+
+
+def answer(
+    engine: RecordingEngine, prompts: list[Prompt], longest: int, verifier: Verifier
+) -> list[Trajectory]:
+    return generate_until_right(
+        engine,  # type: ignore[arg-type]
+        prompts,
+        longest,
+        verifier,
+        one_queue=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +82,7 @@ def test_wrong_answers_are_tried_again_with_other_noise(engine: RecordingEngine)
     engine.calls.clear()
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     verifier = Verifier(RightAtTry(), tokenizer, max_tries=4, groups=ParallelGroups())
-    result = generate_until_right(engine, prompts, 12, verifier)  # type: ignore[arg-type]
+    result = answer(engine, prompts, 12, verifier)
     assert [t.sample_index for t in result] == [0, 1, 2, 3]
     assert [t.tries for t in result] == [1, 3, 4, 2]
     assert [t.correct for t in result] == [True, True, False, True]
@@ -76,7 +90,7 @@ def test_wrong_answers_are_tried_again_with_other_noise(engine: RecordingEngine)
     keys = [key for call in engine.calls for key in call]
     assert len(set(keys)) == len(keys)
     # The first try is what a rollout without verification would have been; later ones differ.
-    plain = engine.generate(prompts, 12)
+    plain = engine.engine.generate(prompts, 12)
     assert torch.equal(result[0].response_ids, plain[0].response_ids)
     assert not torch.equal(result[1].response_ids, plain[1].response_ids)
 
@@ -86,8 +100,8 @@ def test_without_wrong_answers_there_is_one_rollout(engine: RecordingEngine) -> 
     engine.calls.clear()
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     verifier = Verifier(RightAtTry(), tokenizer, 8, ParallelGroups.from_parallel_state())
-    generate_until_right(engine, prompts, 8, verifier)  # type: ignore[arg-type]
+    answer(engine, prompts, 8, verifier)
     assert engine.calls == [[4]]
     engine.calls.clear()
-    assert generate_until_right(engine, [], 8, verifier) == []  # type: ignore[arg-type]
+    assert answer(engine, [], 8, verifier) == []
     assert engine.calls == []
