@@ -99,6 +99,8 @@ def initialize(config: Config) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        # Nothing here gathers over the host, and a second group for each takes long on many ranks.
+        create_gloo_process_groups=False,
     )
     _set_seeds(config)
 

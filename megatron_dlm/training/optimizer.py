@@ -157,6 +157,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
         optimizer_config,
         [model],
         config_overrides=_overrides(config, optimizer_config, names),
+        use_gloo_process_groups=False,
     )
 
 
