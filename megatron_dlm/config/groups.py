@@ -387,6 +387,9 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr: Annotated[float, AT_LEAST_ZERO, FIXED] = 1e-6
     """Learning rate at the end of the decay; not used by a constant schedule."""
+    lr_batch_size: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
+    """Batch that all learning rates belong to: under another --global-batch-size they are
+    multiplied by the square root of the ratio, as in RND1 (default: --global-batch-size)."""
     lr_decay_style: Annotated[Literal["cosine", "linear", "constant"], FIXED] = "cosine"
     """Shape of the schedule after the warm-up."""
     lr_warmup_iters: Annotated[int, AT_LEAST_ZERO, FIXED] = 0

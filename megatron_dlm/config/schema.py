@@ -238,6 +238,12 @@ class Config:
         return rollouts * self.updates_of(self.rollout_batch_size) + self.updates_of(rest)
 
     @property
+    def lr_scale(self) -> float:
+        """Factor on all learning rates: sqrt(batch / its `lr_batch_size`) (RND1 section 3.3)."""
+        batch = self.training.global_batch_size
+        return float((batch / (self.optimizer.lr_batch_size or batch)) ** 0.5)
+
+    @property
     def lr_warmup_iters(self) -> int:
         """Optimizer steps of the warm-up, from either option."""
         iters, fraction = self.optimizer.lr_warmup_iters, self.optimizer.lr_warmup_fraction

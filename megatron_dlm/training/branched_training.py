@@ -101,7 +101,7 @@ def _branch(
     optimizer, training = base.optimizer, base.training
 
     def rate(value: float | None) -> float | None:
-        return None if value is None else value * math.sqrt(ratio)
+        return None if value is None else value * base.lr_scale * math.sqrt(ratio)
 
     def steps(value: int) -> int:
         return max(1, round(value / ratio)) if value else 0
@@ -114,6 +114,7 @@ def _branch(
         **start,
         "save": str(Path(save) / f"batch_{batch_size}"),
         "global_batch_size": batch_size,
+        "lr_batch_size": None,
         "num_epochs": None,
         "train_iters": token_budget // (batch_size * base.data.seq_length),
         # A rate that no group uses is left alone: setting it would be an error.

@@ -107,10 +107,10 @@ def _overrides(
     def add(group: ParameterGroup, predicate: Callable[[Tensor, str], bool]) -> None:
         override: dict[str, Any] = {"name": group.pattern}
         if group.lr is not None:
-            override["max_lr"] = group.lr
-            override["min_lr"] = min(config.optimizer.min_lr, group.lr)
+            override["max_lr"] = config.lr_scale * group.lr
+            override["min_lr"] = config.lr_scale * min(config.optimizer.min_lr, group.lr)
         if group.min_lr is not None:
-            override["min_lr"] = group.min_lr
+            override["min_lr"] = config.lr_scale * group.min_lr
         if group.weight_decay is not None:
             override["start_wd"] = override["end_wd"] = group.weight_decay
         named = ParamWithNamePredicate(name=group.pattern, fn=predicate)
@@ -140,8 +140,8 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     )
     optimizer_config = OptimizerConfig(
         optimizer=options.optimizer,
-        lr=options.lr,
-        min_lr=options.min_lr,
+        lr=config.lr_scale * options.lr,
+        min_lr=config.lr_scale * options.min_lr,
         weight_decay=options.weight_decay,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
@@ -171,9 +171,9 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=options.lr,
+        max_lr=config.lr_scale * options.lr,
         # A constant schedule may stay below the end that a decay would have; Megatron checks it.
-        min_lr=min(options.min_lr, options.lr),
+        min_lr=config.lr_scale * min(options.min_lr, options.lr),
         lr_warmup_steps=config.lr_warmup_iters,
         lr_decay_steps=config.lr_decay_iters,
         lr_decay_style=options.lr_decay_style,

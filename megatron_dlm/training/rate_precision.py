@@ -39,7 +39,7 @@ def unseen_in_bf16(config: Config, architecture: Architecture) -> list[str]:
     rates = {group.pattern: group.lr for group in config.param_groups}
     warnings = []
     for name, given in {DEFAULT_GROUP: None, **rates}.items():
-        lr = config.optimizer.lr if given is None else given
+        lr = config.lr_scale * (config.optimizer.lr if given is None else given)
         drift = lr * math.sqrt(config.train_iters) * scale
         if 0 < drift < HALF_STEP * usual:
             warnings.append(

@@ -141,6 +141,17 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_8b/d_opsd": Recipe({"objective": "d_opsd", **D_OPSD}),
     "qwen3_30b_a3b/opdlm": Recipe(LARGE, gpus=((8, {}), (16, {"pipeline_model_parallel_size": 2}))),
     "qwen3_30b_a3b/opdlm_ours": changes("opdlm", OURS_LARGE),
+    "qwen3_30b_a3b/opdlm_64_gpus": changes(
+        "opdlm",
+        {"global_batch_size": 64, "lr_batch_size": 8, "lr_warmup_iters": 10},
+        gpus=((64, {}),),
+    ),
+    "qwen3_30b_a3b/opdlm_512_gpus": changes(
+        "opdlm",
+        {"global_batch_size": 512, "lr_batch_size": 8, "lr_warmup_iters": 2}
+        | {"rollout_batch_size": 512, "response_length_warmup_rollouts": 25},
+        gpus=((512, {}),),
+    ),
     "qwen3_30b_a3b/scp": Recipe(
         {"objective": "scp", "param_group_preset": "rnd1", "lr_warmup_fraction": 0.02},
         gpus=((64, {}),),
@@ -237,6 +248,20 @@ def test_one_epoch_is_483_rollouts_with_a_short_last_one(name: str) -> None:
     lengths = [response_length(config, rollout) for rollout in (0, 50, 99, 100, 482)]
     assert lengths == sorted(lengths)
     assert (lengths[0], lengths[-2], lengths[-1]) == (100, 4000, 4000)
+
+
+@pytest.mark.parametrize("gpus", [64, 512])
+def test_more_gpus_have_more_samples_and_larger_rates(gpus: int) -> None:
+    few = load("qwen3_30b_a3b/opdlm").of_data(61_816)
+    many = load(f"qwen3_30b_a3b/opdlm_{gpus}_gpus").of_data(61_816)
+    assert many.lr_scale == pytest.approx((gpus / 8) ** 0.5)
+    assert few.lr_scale == 1.0
+    assert many.num_samples == few.num_samples
+    for config in (few, many):
+        rollouts, warmup = config.rollout, config.lr_warmup_iters
+        ramp = rollouts.response_length_warmup_rollouts * rollouts.rollout_batch_size
+        assert ramp == 12_800
+        assert 0.01 < warmup / config.train_iters < 0.02
 
 
 @pytest.mark.parametrize("model", ["qwen3_4b", "qwen3_30b_a3b"])

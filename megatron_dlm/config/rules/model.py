@@ -48,7 +48,22 @@ def batches(config: Config, world_size: int) -> Refusals:
             yield f"rollout_batch_size: is no multiple of {name}; choose a multiple of {number}"
     if batch % unit:
         product = f"--micro-batch-size {training.micro_batch_size} x data-parallel size {replicas}"
-        yield f"global_batch_size: is no multiple of {product}; choose a multiple of {unit}"
+        remedy = f"choose a multiple of {unit}{_larger_batch(config)}{_more_parts(config, unit)}"
+        yield f"global_batch_size: is no multiple of {product}; {remedy}"
+
+
+def _larger_batch(config: Config) -> str:
+    """How a larger batch keeps the learning rates of the one that a recipe states."""
+    batch = config.optimizer.lr_batch_size or config.training.global_batch_size
+    return f", with --lr-batch-size {batch} for rates by the square root of the ratio"
+
+
+def _more_parts(config: Config, unit: int) -> str:
+    """The context-parallel size at which the processes that the batch cannot use share its rows."""
+    size = getattr(config.parallel, "context_parallel_size", None)
+    if size is None or unit % config.training.global_batch_size:
+        return ""
+    return f", or --context-parallel-size {size * unit // config.training.global_batch_size}"
 
 
 def experts_exist(config: Config, *models: ModelSizes) -> Refusals:

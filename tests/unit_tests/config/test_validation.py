@@ -93,6 +93,7 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
         (2, {"expert_tensor_parallel_size": 4}, ["--expert-tensor-parallel-size", "1 or 2"]),
         (4, {"expert_model_parallel_size": 3}, ["--expert-model-parallel-size = 3", "1, 2 or 4"]),
         (2, {"micro_batch_size": 3}, ["--global-batch-size = 8", "multiple of 6"]),
+        (64, {}, ["--global-batch-size = 8", "multiple of 64", "--lr-batch-size 8"]),
         (1, {"rollout_batch_size": 20}, ["--rollout-batch-size = 20", "multiple of 8"]),
         (1, {**STATIC, "denoising_steps_per_block": 3}, ["steps-per-block = 3", "1, 2 or 4"]),
         (

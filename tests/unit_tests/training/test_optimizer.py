@@ -80,6 +80,22 @@ def test_rates_and_decay_of_each_group(tmp_path: Path) -> None:
             assert value == 0.01, name
 
 
+def test_all_rates_grow_by_the_square_root_of_the_batch(tmp_path: Path) -> None:
+    student = _student(
+        tmp_path,
+        lr=1e-3,
+        min_lr=1e-4,
+        global_batch_size=32,
+        lr_batch_size=8,
+        param_groups=[{"pattern": "attention", "lr": 4e-3, "min_lr": 4e-4}],
+    )
+    student.scheduler.step(increment=4)
+    assert learning_rates(student.optimizer) == {"attention": 8e-3, "default": 2e-3}
+    student.scheduler.step(increment=16)
+    ended = learning_rates(student.optimizer)
+    assert ended == pytest.approx({"attention": 8e-4, "default": 2e-4})
+
+
 def _weight_decay(student: Student) -> dict[str, float]:
     by_id = {id(param): name for name, param in student.ddp.named_parameters()}
     return {
