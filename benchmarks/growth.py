@@ -128,7 +128,7 @@ def on_host(
         static = {"remasking_strategy": "low_confidence_static", "max_running_requests": 2}
 
     def rollout(block: int) -> dict[str, float]:
-        options = dict(device="cpu", block_size=block, temperature=0.0, **static)
+        options: dict[str, Any] = dict(device="cpu", block_size=block, temperature=0.0, **static)
         with iteration(tiny, **options) as built:
             engine = built.engine()
             # Random weights: the first tokens of each response are what counts, none ends early.
@@ -194,7 +194,7 @@ def on_device(points: int = 5) -> list[Growth]:
         }
 
     def build(model: dict[str, Any], **options: Any) -> Any:
-        values = dict(device="cuda", bf16=True, use_distributed_optimizer=True)
+        values: dict[str, Any] = dict(device="cuda", bf16=True, use_distributed_optimizer=True)
         return iteration(model, **values, **options)
 
     def by_length(length: int) -> dict[str, float]:
@@ -213,7 +213,7 @@ def on_device(points: int = 5) -> list[Growth]:
         return costs
 
     def by_ranks(number: int) -> dict[str, float]:
-        ranks = dict(expert_model_parallel_size=number, global_batch_size=number)
+        ranks: dict[str, Any] = dict(expert_model_parallel_size=number, global_batch_size=number)
         with (
             fake_cuda(0, number),
             build(sparse, **ranks, rollout_batch_size=number) as built,

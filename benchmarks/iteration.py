@@ -43,7 +43,7 @@ class Iteration:
         config: Options.
         architecture: Of student and teacher.
         student: With random weights.
-        teacher_head: [V / tp, h].
+        teacher_head: [V / tp, h]; None before the last stage.
         objective: `opdlm_off`: one random state of a response, so no rollout is needed.
         groups: Process groups.
         tokens: Special tokens.
@@ -52,7 +52,7 @@ class Iteration:
     config: Config
     architecture: Architecture
     student: Student
-    teacher_head: Tensor
+    teacher_head: Tensor | None
     objective: Objective
     groups: ParallelGroups
     tokens: SpecialTokens
@@ -77,7 +77,7 @@ class Iteration:
         hidden = torch.empty(
             response,
             self.architecture.hidden_size,
-            dtype=self.teacher_head.dtype,
+            dtype=self.student.model.config.params_dtype,
             device=platform.device(),
         )
         return Trajectory(
@@ -134,11 +134,15 @@ class Iteration:
 
 
 @contextmanager
-def iteration(model: dict[str, Any], **options: Any) -> Iterator[Iteration]:
+def iteration(
+    model: dict[str, Any], *, copies_head: bool = True, **options: Any
+) -> Iterator[Iteration]:
     """Build everything, within process groups that end with it.
 
     Args:
         model: A Hugging Face config.json.
+        copies_head: Whether a copy of the student's output layer is the teacher's; else there is
+            none.
         options: Of a run of `opdlm_off`.
     """
     values = {"objective": "opdlm_off", "num_rollouts": 10, "rollout_batch_size": 8, "lr": 1e-6}
@@ -152,7 +156,7 @@ def iteration(model: dict[str, Any], **options: Any) -> Iterator[Iteration]:
             config=config,
             architecture=architecture,
             student=student,
-            teacher_head=head_weight(student.model).detach().clone(),
+            teacher_head=head_weight(student.model).detach().clone() if copies_head else None,
             objective=OBJECTIVES["opdlm_off"](config, tokens.mask_token_id, vocab_size),
             groups=ParallelGroups.from_parallel_state(),
             tokens=tokens,

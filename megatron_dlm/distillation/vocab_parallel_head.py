@@ -126,16 +126,16 @@ def tokens_of_chunk(head: Tensor, tp_group: dist.ProcessGroup | None) -> int:
     bytes_of_token = head.shape[0] * (2 * width + 2 * (head.itemsize < width) * head.itemsize)
     free = platform.free_memory()
     if free is None:
-        return _whole_tiles(CHUNK_BYTES // bytes_of_token)
+        return whole_tiles(CHUNK_BYTES // bytes_of_token)
     tokens = min(CHUNK_BYTES, free // 4) // bytes_of_token
     if tp_group is not None:
         least = torch.tensor(tokens, device=head.device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=tp_group)
         tokens = int(platform.to_host(least))
-    return _whole_tiles(tokens)
+    return whole_tiles(tokens)
 
 
-def _whole_tiles(tokens: int) -> int:
+def whole_tiles(tokens: int) -> int:
     """Down to a multiple of 64, which kernels like, but at least 16."""
     return max(16, tokens // 64 * 64)
 
