@@ -29,6 +29,7 @@ LONGEST_FIRST = (
     "functional_tests/test_quickstart.py",
     "functional_tests/test_objectives_learn.py",
     "functional_tests/test_tiny_models.py",
+    "unit_tests/planning/test_at_size.py",
     "unit_tests/training/test_train_step.py",
     "functional_tests/test_bad_input.py",
     "functional_tests/test_restarts.py",

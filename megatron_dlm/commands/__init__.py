@@ -27,6 +27,7 @@ COMMANDS = {
     "trajectory": "Show on an HTML page how responses were decoded.",
     "serve": "Answer requests over HTTP with a checkpoint, as OpenAI's API does.",
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
+    "plan": "Find the layout, memory and time of a run on so many GPUs.",
     "report": "Compare training runs on one HTML page.",
     "verify": "Compare a run's checkpoints with what was written.",
     "data": "Check, count or prepare prompts and examples.",

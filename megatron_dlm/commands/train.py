@@ -19,6 +19,7 @@ from megatron_dlm.training.run_lock import owned_run_folder
 from megatron_dlm.training.run_start import RunStart, decide_start
 
 if TYPE_CHECKING:
+    from megatron_dlm.training.inputs import RunInputs
     from megatron_dlm.training.run import Run
 
 
@@ -99,10 +100,20 @@ def _dry_run(config: Config) -> int:
     if rank() == 0:
         say(start.config.to_yaml())
         say(format_length(start.config.of_data(len(inputs.data))))
-        for line in (start.notice, *inputs.notices):
+        for line in (start.notice, *inputs.notices, *_memory_notice(start.config, inputs)):
             if line:
                 say(f"# {line}")
     return 0
+
+
+def _memory_notice(config: Config, inputs: "RunInputs") -> list[str]:
+    if config.parallel.device == "cpu":
+        return []
+    from megatron_dlm.planning.notice import memory_notice
+
+    own = inputs.teacher
+    teacher = None if own is None else own.source.architecture
+    return memory_notice(config, inputs.architecture, teacher, world_size())
 
 
 def _report_stop(stopped: StopRequested, config: Config, run: "Run | None") -> None:

@@ -15,4 +15,5 @@ from megatron_dlm.config.schema import Config as Config
 from megatron_dlm.config.validation import validate as validate
 from megatron_dlm.config.validation import validate_architecture as validate_architecture
 from megatron_dlm.config.validation import validate_inference as validate_inference
+from megatron_dlm.config.validation import validate_layout as validate_layout
 from megatron_dlm.config.validation import validate_length as validate_length

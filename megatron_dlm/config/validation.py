@@ -65,6 +65,17 @@ def validate_architecture(
         raise UserError(f"--teacher-load {config.teacher_load}: {error}") from None
 
 
+def validate_layout(
+    config: Config, world_size: int, student: ModelSizes, teacher: ModelSizes | None = None
+) -> None:
+    """Check only how processes share model and batch, of a configuration that is valid but for it.
+
+    To try many layouts; `validate` and `validate_architecture` check these rules too.
+    """
+    _refuse(config, model.processes(config, world_size), model.batches(config, world_size))
+    validate_architecture(config, student, teacher)
+
+
 def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> None:
     """Check the rules for a model that is only loaded: to generate, or to be converted.
 

@@ -97,6 +97,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         init_method_std=std,
         embedding_init_method_std=std,
         use_cpu_initialization=not platform.is_cuda(),
+        perform_initialization=platform.device().type != "meta",  # where there are no values
         bf16=model.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,

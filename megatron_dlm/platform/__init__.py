@@ -7,6 +7,8 @@ this package gets its device from `device()` and never names one itself.
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import psutil
@@ -63,6 +65,20 @@ def select(choice: DeviceChoice = "auto") -> torch.device:
 def device() -> torch.device:
     """The device of this process; selects "auto" if nothing was selected yet."""
     return _device if _device is not None else select("auto")
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Within, models of any size are built in no memory: `device()` is PyTorch's meta device.
+
+    For processes that compute on a CPU; parameters have shapes and no values.
+    """
+    global _device
+    before, _device = device(), torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = before
 
 
 def is_cuda() -> bool:

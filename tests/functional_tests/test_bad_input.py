@@ -400,6 +400,8 @@ def test_dry_run(files: Path, call: Call, tmp_path: Path) -> None:
     file = tmp_path / "resolved.yaml"
     file.write_text(outcome.stdout)
     assert call(PRETRAIN, "--config", file, "--dry-run").stdout == outcome.stdout
+    on_gpus = call(PRETRAIN, "--config", file, "--device", "cuda", "--dry-run").stdout
+    assert on_gpus.splitlines()[-1].startswith("# GB of a GPU, planned (megatron-dlm plan): ")
 
 
 def test_dry_run_counts_what_an_epoch_has(files: Path, call: Call, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ SCRIPTS = {
     "tools/show_trajectories.py": "trajectory",
     "tools/serve.py": "serve",
     "tools/convert_checkpoint.py": "convert",
+    "tools/plan_run.py": "plan",
     "tools/report_runs.py": "report",
     "tools/verify_checkpoint.py": "verify",
     "tools/preprocess_data.py": "preprocess",
@@ -53,6 +54,16 @@ def test_configuration_page_is_current() -> None:
     written = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
     current = load_script("docs/generate_configuration.py").configuration_page()
     assert written == current, "run docs/generate_configuration.py"
+
+
+def test_plans_are_current() -> None:
+    """Of all recipes one is planned again: the README's."""
+    written = (REPOSITORY / "docs" / "plans.md").read_text(encoding="utf-8")
+    module = load_script("docs/generate_plans.py")
+    assert re.findall("^## (.*)", written, flags=re.MULTILINE) == module.recipes()
+    current = module.section("qwen3_30b_a3b/opdlm")
+    assert current in written, "run docs/generate_plans.py"
+    assert current.partition("\n\n")[2].strip() in (REPOSITORY / "README.md").read_text()
 
 
 def test_configuration_page_has_every_option() -> None:

@@ -39,7 +39,7 @@ ORDER = (
         "evaluation.tasks",
     ),
     ("training",),
-    ("evaluation",),
+    ("evaluation", "planning"),
     ("serving",),
     ("commands",),
     ("api",),

@@ -1,0 +1,63 @@
+"""What a dry run says of memory: which GPUs the run fits, and in which phase others run out."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_dlm.config import Config
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.planning.gpus import GPUS, Gpu
+from megatron_dlm.planning.plan import Plan, Planner, remedies
+from megatron_dlm.planning.workload import mean_lengths
+
+
+def memory_notice(
+    config: Config, student: Architecture, teacher: Architecture | None, gpus: int
+) -> list[str]:
+    """Lines on the memory of a run's GPUs, planned; none where `auto` finds no GPU.
+
+    Args:
+        config: Of the run.
+        student: Architecture of the student.
+        teacher: That of a teacher with weights of its own; None without one.
+        gpus: Of the run.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.parallel.device == "auto" and not has_gpu:
+        return []
+    known = [_own_gpu()] if has_gpu else list(GPUS.values())
+    lengths = mean_lengths(config)
+    if not config.traits.uses_teacher:
+        teacher = None
+    plans = [Planner(config, student, teacher, gpu, lengths).stated(gpus) for gpu in known]
+    largest = max(plans, key=lambda plan: plan.memory.most).memory
+    peaks = ", ".join(f"{phase} {largest.peak(phase) / 1e9:.1f}" for phase in largest.phases)
+    lines = [f"GB of a GPU, planned (megatron-dlm plan): {peaks}"]
+    for gpu, plan in zip(known, plans, strict=True):
+        if not plan.fits:
+            lines.append(_warning(gpu, plan))
+    return lines
+
+
+def _warning(gpu: Gpu, plan: Plan) -> str:
+    """The first phase that has too little memory, as phases follow each other in a run."""
+    memory = plan.memory
+    first, *_ = phases = list(memory.phases)
+    short = [phase for phase in phases if memory.first_peak(phase) > gpu.memory]
+    if short:
+        phase, needed = short[0], memory.first_peak(short[0])
+        when = f"first {phase}" + ("" if phase == first else f", after a whole {first}")
+    else:  # the first step has made the optimizer's state since
+        phase = next(phase for phase in phases if memory.peak(phase) > gpu.memory)
+        when, needed = f"second {phase}", memory.peak(phase)
+    return (
+        f"warning: {gpu.name} with {gpu.memory_gb:g} GB runs out of memory in the {when}: "
+        f"{needed / 1e9:.1f} GB; try {', '.join(remedies(plan))}"
+    )
+
+
+def _own_gpu() -> Gpu:
+    """This process's GPU; its rates do not matter here."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    own = {"name": torch.cuda.get_device_name(0), "memory_gb": total / 1e9}
+    return replace(GPUS["h100"], **own)  # type: ignore[arg-type]
