@@ -107,7 +107,7 @@ def on_host(
                 supervised = len(batch.supervised)
                 costs[f"pairs of an update, {name}"] = pairs
                 costs[f"FLOPs of an update, {name}"] = 3 * flops.forward(tokens, pairs, supervised)
-                table = tile_visibility(layout, FLEX_TILE)
+                table = tile_visibility(layout, layout, FLEX_TILE)
                 costs[f"tiles that attention visits, {name}"] = int(table.some.sum())
             return costs
 

@@ -1,7 +1,7 @@
 """Process groups and seeds, from one plain process to a torchrun job."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,9 +38,16 @@ class ParallelGroups:
         pp_last_rank: Global rank of the last of them.
         is_last_stage: Whether this rank is on the last stage.
         model: All ranks that hold parts of the same replica of the model.
-        dp: Ranks that hold the same part in all replicas.
-        dp_rank: Index of this replica.
-        dp_size: Number of replicas.
+        replicas: Ranks that hold the same part in all replicas. In rollouts and evaluations each
+            replica has texts of its own.
+        replica: Index of this replica.
+        num_replicas: Number of replicas.
+        dp: Ranks that hold the same part and have other rows in an update.
+        dp_rank: Index of this rank's rows.
+        dp_size: Number of shares of an update's rows.
+        cp: Ranks that share each row of an update, `cp_size` replicas in a row.
+        cp_rank: Index of this rank among these.
+        cp_size: Number of these.
         lockstep: Ranks that must run as many forwards as this one, because the forwards contain
             collectives of experts. A union of whole tensor-parallel groups, so that a reduction
             over it gives the same result on all ranks with the same prompts.
@@ -51,15 +58,25 @@ class ParallelGroups:
     pp_last_rank: int = 0
     is_last_stage: bool = True
     model: ProcessGroup | None = None
+    replicas: ProcessGroup | None = None
+    replica: int = 0
+    num_replicas: int = 1
     dp: ProcessGroup | None = None
     dp_rank: int = 0
     dp_size: int = 1
+    cp: ProcessGroup | None = None
+    cp_rank: int = 0
+    cp_size: int = 1
     lockstep: ProcessGroup | None = None
 
     @property
     def is_first_of_replica(self) -> bool:
         """Whether this rank speaks for its replica of the model."""
         return self.model is None or self.model.rank() == 0
+
+    def part_of_shared(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of what all ranks of its context-parallel group have."""
+        return list(items[self.cp_rank :: self.cp_size])
 
     @classmethod
     def from_parallel_state(cls) -> "ParallelGroups":
@@ -71,16 +88,25 @@ class ParallelGroups:
             if lockstep.size() % tp_size != 0:
                 # Expert groups that cross tensor-parallel groups connect neighbours, and so all
                 # ranks of the stage.
-                lockstep = parallel_state.get_tensor_and_data_parallel_group()
+                lockstep = parallel_state.get_tensor_and_data_parallel_group(
+                    with_context_parallel=True
+                )
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return cls(
             tp=_unless_alone(parallel_state.get_tensor_model_parallel_group()),
             pp=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
             pp_last_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(),
             model=_unless_alone(parallel_state.get_model_parallel_group()),
+            replicas=_unless_alone(replicas),
+            replica=replicas.rank(),
+            num_replicas=replicas.size(),
             dp=_unless_alone(parallel_state.get_data_parallel_group()),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
+            cp=_unless_alone(parallel_state.get_context_parallel_group()),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
             lockstep=lockstep,
         )
 
@@ -96,6 +122,7 @@ def initialize(config: Config) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
@@ -188,10 +215,10 @@ def on_rank_zero(own: list[T]) -> list[T]:
 
 def of_all_replicas(own: list[T], groups: ParallelGroups) -> list[T]:
     """The lists of all replicas of the model, joined, on all of them; all ranks call this."""
-    if groups.dp is None:
+    if groups.replicas is None:
         return own
-    gathered: list[list[T]] = [[] for _ in range(groups.dp_size)]
-    torch.distributed.all_gather_object(gathered, own, group=groups.dp)
+    gathered: list[list[T]] = [[] for _ in range(groups.num_replicas)]
+    torch.distributed.all_gather_object(gathered, own, group=groups.replicas)
     return [entry for part in gathered for entry in part]
 
 

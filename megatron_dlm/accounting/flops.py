@@ -7,16 +7,10 @@ elementwise work (a hundredth).
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_dlm.models.architecture import Architecture
-from megatron_dlm.models.attention_layout import (
-    CLEAN,
-    PADDING_DOCUMENT,
-    Field,
-    visible,
-)
+from megatron_dlm.models.attention_layout import visible_counts
 
 BACKWARD = 2
 """Products of a backward pass for one of the forward: gradients of its input and of its weight."""
@@ -62,39 +56,12 @@ class ForwardFlops:
 
 
 def visible_pairs(layout: Tensor) -> int:
-    """Pairs of a query and a key that it sees, by the sizes of blocks.
+    """Pairs of a query and a key that it sees.
 
     Args:
         layout: [4, S], [5, S] or, with annealed attention, [6, S] (`attention_layout`).
     """
-    real = layout[Field.DOCUMENT] != PADDING_DOCUMENT
-    fields = layout[:, real].long()
-    if fields.shape[1] == 0:
-        return 0
-    if len(fields) > Field.ANNEALING_THRESHOLD:
-        return _pairs_one_by_one(fields)
-    # Blocks in the order of document, block and stream: clean tokens precede noisy ones.
-    order = (Field.DOCUMENT, Field.BLOCK, Field.STREAM)
-    blocks, sizes = torch.unique(fields[list(order)], dim=1, return_counts=True)
-    document, _, stream = blocks
-    clean = torch.where(stream == CLEAN, sizes, 0)
-    before = clean.cumsum(0) - clean  # clean tokens of earlier blocks, in all documents
-    starts = torch.ones_like(document, dtype=torch.bool)
-    starts[1:] = document[1:] != document[:-1]
-    of_document = before[starts][starts.cumsum(0) - 1]  # those of earlier documents
-    # A noisy block follows the clean one with its number, which it does not see.
-    number = torch.unique(blocks[:2], dim=1, return_inverse=True)[1]
-    own = torch.zeros(int(number.max()) + 1, dtype=torch.int64).index_add_(0, number, clean)
-    seen = before - of_document - torch.where(stream == CLEAN, 0, own[number]) + sizes
-    return int((sizes * seen).sum())
-
-
-def _pairs_one_by_one(fields: Tensor, at_once: int = 256) -> int:
-    """Annealed attention draws each pair."""
-    return sum(
-        int(visible(queries[:, :, None], fields[:, None, :]).sum())
-        for queries in fields.split(at_once, dim=1)
-    )
+    return int(visible_counts(layout).sum())
 
 
 def causal_pairs(length: int) -> int:

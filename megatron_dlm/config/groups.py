@@ -123,6 +123,9 @@ class ParallelConfig:
     """Processes that share every layer (TP)."""
     pipeline_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Pipeline stages that share the layers (PP)."""
+    context_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
+    """Processes that share the tokens of each row of an update and of the teacher (CP), for long
+    responses; rollouts and evaluations share texts instead."""
     expert_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share the experts of a mixture-of-experts layer (EP)."""
     expert_tensor_parallel_size: Annotated[int | None, AT_LEAST_ONE] = None

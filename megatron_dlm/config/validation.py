@@ -85,6 +85,7 @@ def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> No
     _refuse(
         config,
         values.sequence_parallel(config),
+        values.context_parallel(config),
         model.processes(config, world_size),
         model.experts_exist(config, sizes),
         model.parts(config, sizes),

@@ -28,6 +28,8 @@ class TrainingBatch:
         loss_count: What the loss sum is divided by, summed over the global batch: supervised
             tokens (or the objective's own count) or, under `row_mean`, samples whose count is not
             zero.
+        pairs: Pairs of a query and a key that it sees, of a share of a row
+            (`training.context_shares`); None for a whole row, whose layout says.
     """
 
     row: Row
@@ -36,6 +38,7 @@ class TrainingBatch:
     weights: Tensor
     targets: TeacherTargets | None
     loss_count: int
+    pairs: int | None = None
 
 
 def pack(

@@ -95,7 +95,7 @@ def answer_prompts(
     began, before = time.perf_counter(), partial.seconds.get(setting, 0.0)
     done = partial.done.get(setting, set())
     missing = [index for index in range(generator.num_responses) if index not in done]
-    share = len(missing[groups.dp_rank :: groups.dp_size])
+    share = len(missing[groups.replica :: groups.num_replicas])
     progress = GenerationProgress(setting, share, enabled=rank() == 0, done=len(done))
     results: dict[int, Any] = {}
     keeps = groups.is_first_of_replica

@@ -201,7 +201,7 @@ class Generator:
             groups=self._groups,
             keeps_confidence=self._keeps_confidence,
         )
-        share = indices[self._groups.dp_rank :: self._groups.dp_size]
+        share = indices[self._groups.replica :: self._groups.num_replicas]
         return engine.generate(
             [self.inputs.prompt(index) for index in share],
             self.inputs.max_response_length,

@@ -86,7 +86,7 @@ class Likelihoods:
         Raises:
             ValueError: A first token has nothing that it could be predicted from.
         """
-        owners = range(len(pairs))[self.groups.dp_rank :: self.groups.dp_size]
+        owners = range(len(pairs))[self.groups.replica :: self.groups.num_replicas]
         work = [
             (owner, document, weights)
             for owner in owners

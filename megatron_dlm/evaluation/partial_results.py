@@ -141,7 +141,7 @@ def open_partial_results(
     known: list[Any] = [(start, found.done)]
     torch.distributed.broadcast_object_list(known, src=0)
     start, found.done = known[0]
-    found.file_name = f"{start:03d}_{groups.dp_rank:05d}.jsonl"
+    found.file_name = f"{start:03d}_{groups.replica:05d}.jsonl"
     return found
 
 

@@ -2,10 +2,12 @@
 
 Replaces Megatron's `DotProductAttention` in the layer spec. Visibility is decided by the
 `attention_mask` argument, which Megatron passes on unchanged: a layout tensor
-(`megatron_dlm.models.attention_layout`) in training, or a `CachedAttention` in a rollout.
+(`megatron_dlm.models.attention_layout`) in training, or a `CachedAttention` in a rollout. Under
+context parallelism the layout of a rank's share of a row has more tokens than the share: keys and
+values of the clean ones among them are gathered (`megatron_dlm.models.context_parallel`).
 
-S: tokens of the packed row; n: query heads, g: key/value heads of this tensor-parallel rank; d:
-head size.
+S: tokens of the packed row or of a share of one; K: keys; n: query heads, g: key/value heads of
+this tensor-parallel rank; d: head size.
 """
 
 import functools
@@ -15,10 +17,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -54,27 +58,28 @@ def sdpa_attention(
 
     Args:
         query: [S, 1, n, d].
-        key: [S, 1, g, d].
-        value: [S, 1, g, d].
-        layout: [4, S] or [6, S] int32 (`attention_layout`).
+        key: [K, 1, g, d].
+        value: [K, 1, g, d].
+        layout: Of 4 to 6 rows, int32, as in `attention_layout.queries_and_keys`.
         softmax_scale: Factor on the scores.
 
     Returns:
         Context [S, 1, n, d]; zero for padding tokens.
     """
-    row = _document_batches(layout)
+    row = _document_batches(layout, len(query), len(key))
     if not row.batches:  # a row of padding only: the rank just takes part in collectives
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
 
     def attend(batch: DocumentBatch) -> Tensor:  # -> [D * L, n, d]
-        def by_document(x: Tensor) -> Tensor:  # [S, 1, heads, d] -> [D, heads, L, d]
-            x = x[:, 0].index_select(0, batch.gather)
-            return x.view(batch.num_documents, batch.max_length, *x.shape[1:]).transpose(1, 2)
+        documents = len(batch.mask)
+
+        def by_document(x: Tensor, tokens: Tensor) -> Tensor:  # -> [D, heads, L or K, d]
+            return x[:, 0].index_select(0, tokens).unflatten(0, (documents, -1)).transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            by_document(query),
-            by_document(key),
-            by_document(value),
+            by_document(query, batch.queries),
+            by_document(key, batch.keys),
+            by_document(value, batch.keys),
             attn_mask=batch.mask,
             scale=softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
@@ -118,11 +123,11 @@ def flex_attention_over_row(
         heads_first(query),
         heads_first(key),
         heads_first(value),
-        block_mask=_block_masks(layout),
+        block_mask=_block_masks(layout, len(query), len(key)),
         scale=softmax_scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
-    is_padding = (layout[Field.DOCUMENT] < 0)[:, None, None, None]
+    is_padding = (layout[Field.DOCUMENT, -len(query) :] < 0)[:, None, None, None]
     return context.permute(2, 0, 1, 3).masked_fill(is_padding, 0.0)
 
 
@@ -152,6 +157,28 @@ def flex_attention_over_pages(
     )
 
 
+def gather_shared(
+    key: Tensor, value: Tensor, shared: int, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Keys and values that a share sees some of: all ranks' clean ones, then its own noisy ones.
+
+    The backward pass adds up the gradients of all ranks where the clean tokens came from.
+
+    Args:
+        key: [S, 1, g, d], of a share.
+        value: [S, 1, g, d].
+        shared: Clean tokens of all ranks, padding included.
+        group: The ranks.
+
+    Returns:
+        Two tensors [K, 1, g, d].
+    """
+    own = shared // group.size()
+    clean = torch.stack((key[:own], value[:own]), dim=1)  # one message, not two
+    gathered = gather_from_sequence_parallel_region(clean, group=group)
+    return torch.cat((gathered[:, 0], key[own:])), torch.cat((gathered[:, 1], value[own:]))
+
+
 _BACKENDS = {"sdpa": sdpa_attention, "flex": flex_attention_over_row}
 
 
@@ -175,6 +202,7 @@ class DiffusionAttention(MegatronModule):
         head_size = config.kv_channels
         assert head_size is not None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_size)
+        self.cp_group = None if pg_collection is None else pg_collection.cp
         self.backend_name = backend
         self.backend = _BACKENDS[backend]
 
@@ -190,6 +218,10 @@ class DiffusionAttention(MegatronModule):
     ) -> Tensor:
         """Attend within the row; [S, 1, n, d], [S, 1, g, d], [S, 1, g, d] -> [S, 1, n * d]."""
         if isinstance(attention_mask, Tensor):
+            shared = attention_mask.shape[1] - len(query)
+            if shared:
+                assert self.cp_group is not None
+                key, value = gather_shared(key, value, shared, self.cp_group)
             context = self.backend(query, key, value, attention_mask, self.softmax_scale)
         else:
             context = attention_mask.attend(

@@ -136,22 +136,79 @@ def visible(query: Tensor | Sequence[Tensor], key: Tensor | Sequence[Tensor]) ->
     return same_document & (sees_clean | sees_noisy)
 
 
+def visible_counts(layout: Tensor) -> Tensor:
+    """Number of keys that each token sees, by the sizes of blocks; [S] int64, 0 for padding.
+
+    Args:
+        layout: [4, S], [5, S] or, with annealed attention, which draws each pair, [6, S].
+    """
+    real = layout[Field.DOCUMENT] != PADDING_DOCUMENT
+    fields = layout[:, real].long()
+    counts = torch.zeros(layout.shape[1], dtype=torch.int64, device=layout.device)
+    if fields.shape[1]:
+        annealed = len(fields) > Field.ANNEALING_THRESHOLD
+        counts[real] = _counts_one_by_one(fields) if annealed else _counts_by_block(fields)
+    return counts
+
+
+def _counts_by_block(fields: Tensor) -> Tensor:
+    # Blocks in the order of document, block and stream: clean tokens precede noisy ones.
+    order = (Field.DOCUMENT, Field.BLOCK, Field.STREAM)
+    blocks, block_of, sizes = torch.unique(
+        fields[list(order)], dim=1, return_inverse=True, return_counts=True
+    )
+    document, _, stream = blocks
+    clean = torch.where(stream == CLEAN, sizes, 0)
+    before = clean.cumsum(0) - clean  # clean tokens of earlier blocks, in all documents
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[1:] = document[1:] != document[:-1]
+    of_document = before[starts][starts.cumsum(0) - 1]  # those of earlier documents
+    # A noisy block follows the clean one with its number, which it does not see.
+    number = torch.unique(blocks[:2], dim=1, return_inverse=True)[1]
+    own = torch.zeros_like(sizes).index_add_(0, number, clean)
+    seen = before - of_document - torch.where(stream == CLEAN, 0, own[number]) + sizes
+    return seen[block_of]
+
+
+def _counts_one_by_one(fields: Tensor, at_once: int = 256) -> Tensor:
+    return torch.cat(
+        [
+            visible(queries[:, :, None], fields[:, None, :]).sum(1)
+            for queries in fields.split(at_once, dim=1)
+        ]
+    )
+
+
+def queries_and_keys(layout: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """The layouts of the queries and of the keys of an attention.
+
+    Args:
+        layout: Of a row [4, S], whose tokens are queries and keys both; or of a rank's share of
+            one (`context_parallel`), [4, R C + S]: the clean tokens of all ranks, then the share,
+            whose first C tokens are among these.
+        queries: S.
+        keys: S, or R C + S - C.
+    """
+    if layout.shape[1] == queries:
+        return layout, layout
+    gathered, own = layout.split((layout.shape[1] - queries, queries), dim=1)
+    return own, torch.cat((gathered, own[:, layout.shape[1] - keys :]), dim=1)
+
+
 @dataclass(frozen=True)
 class DocumentBatch:
     """Documents of a row, of similar lengths, seen as a padded batch.
 
     Attributes:
-        gather: [D * L] int64, row index of each token of the padded batch (0 where padded).
-        mask: [D, 1, L, L] bool, true where visible. Padded queries see themselves, so that no
+        queries: [D * L] int64, index of each query of the padded batch (0 where padded).
+        keys: [D * K] int64, index of each key of the padded batch (0 where padded).
+        mask: [D, 1, L, K] bool, true where visible. Padded queries see everything, so that no
             softmax is empty.
-        num_documents: D.
-        max_length: L.
     """
 
-    gather: Tensor
+    queries: Tensor
+    keys: Tensor
     mask: Tensor
-    num_documents: int
-    max_length: int
 
 
 @dataclass(frozen=True)
@@ -161,9 +218,9 @@ class DocumentBatches:
     Attributes:
         batches: Documents of a batch are longer than half the longest, or short; none in a row of
             padding.
-        scatter: [S] int64, index into the batches laid end to end of each row token (0 for padding
+        scatter: [S] int64, index into the batches laid end to end of each query (0 for padding
             tokens).
-        is_padding: [S, 1, 1] bool for the row's padding tokens, or None if it has none.
+        is_padding: [S, 1, 1] bool for the padding among the queries, or None if there is none.
     """
 
     batches: Sequence[DocumentBatch]
@@ -171,64 +228,104 @@ class DocumentBatches:
     is_padding: Tensor | None
 
 
-def document_batches(layout: Tensor) -> DocumentBatches:
-    """Regroup a row by document; documents must be contiguous and numbered 0, 1, ... in the row.
+def document_batches(layout: Tensor, queries: int, keys: int) -> DocumentBatches:
+    """Regroup a row by document; documents must be numbered 0, 1, ... in the row.
 
     Attention costs less than four times the sum of squared lengths, instead of S^2; no pair of
     different documents is computed.
+
+    Args:
+        layout: As in `queries_and_keys`.
+        queries: Number of queries.
+        keys: Number of keys.
     """
     device = layout.device
     # On the host, which needs two of the numbers: one wait for the device, not one for each step.
-    layout = platform.to_host(layout)
-    document = layout[Field.DOCUMENT].long()
-    real = document != PADDING_DOCUMENT
-    lengths = torch.bincount(document[real])
-    starts = lengths.cumsum(0) - lengths
-    groups = _of_similar_length(lengths.tolist())
-    places, shapes, end = [0] * len(lengths), [], 0
-    for group, longest in groups:
-        for number in group:
-            places[number] = end
-            end += longest
-        shapes.append((len(group), longest))
-    place = torch.tensor(places, dtype=torch.long)
-    offset = torch.arange(len(document))
-    scatter = torch.zeros_like(document)
-    scatter[real] = place[document[real]] + offset[real] - starts[document[real]]
-    gather = torch.zeros(end, dtype=torch.long)
-    gather[scatter[real]] = offset[real]
-    filled = torch.zeros(end, dtype=torch.bool)
-    filled[scatter[real]] = True
-    fields = layout[:, gather].clone()
-    fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
-    fields = fields.to(device)
-    gather, scatter = platform.to_device(gather, scatter)
-    batches, start = [], 0
-    for number, longest in shapes:
-        part = slice(start, start + number * longest)
-        own = fields[:, part].view(len(layout), number, longest)
-        mask = visible(own[:, :, :, None], own[:, :, None, :])
-        mask |= torch.eye(longest, dtype=torch.bool, device=device)
-        batches.append(DocumentBatch(gather[part], mask[:, None], number, longest))
-        start = part.stop
+    asking, asked = queries_and_keys(platform.to_host(layout), queries, keys)
+    lengths = _lengths(asked)
+    # Only documents that ask: a share of a row may have none of one.
+    asks = _lengths(asking, len(lengths)) > 0
+    groups = _of_similar_length((lengths * asks).tolist())
+    gather_queries, scatter, query_fields, longest_queries = _padded(asking, groups)
+    gather_keys, _, key_fields, longest_keys = _padded(asked, groups)
+    is_padding = asking[Field.DOCUMENT] == PADDING_DOCUMENT
+    query_fields, key_fields = query_fields.to(device), key_fields.to(device)
+    gather_queries, gather_keys, scatter = platform.to_device(gather_queries, gather_keys, scatter)
+    batches, query_start, key_start = [], 0, 0
+    for group, most_queries, most_keys in zip(groups, longest_queries, longest_keys, strict=True):
+        own_queries = slice(query_start, query_start + len(group) * most_queries)
+        own_keys = slice(key_start, key_start + len(group) * most_keys)
+        query = query_fields[:, own_queries].view(len(layout), len(group), most_queries, 1)
+        key = key_fields[:, own_keys].view(len(layout), len(group), 1, most_keys)
+        mask = visible(query, key) | (query[Field.DOCUMENT] == PADDING_DOCUMENT)
+        batches.append(
+            DocumentBatch(gather_queries[own_queries], gather_keys[own_keys], mask[:, None])
+        )
+        query_start, key_start = own_queries.stop, own_keys.stop
     return DocumentBatches(
         batches=batches,
         scatter=scatter,
-        is_padding=None if bool(real.all()) else ~real[:, None, None].to(device),
+        is_padding=is_padding[:, None, None].to(device) if bool(is_padding.any()) else None,
     )
 
 
-def _of_similar_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Documents grouped so that none is at most half as long as the longest; with that length.
+def _lengths(layout: Tensor, documents: int = 0) -> Tensor:
+    """Tokens of each document of a layout, of at least so many documents."""
+    document = layout[Field.DOCUMENT].long()
+    return torch.bincount(document[document != PADDING_DOCUMENT], minlength=documents)
+
+
+def _padded(
+    layout: Tensor, groups: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Tokens of documents laid into padded batches, one a group; other documents are left out.
+
+    Returns:
+        The token at each place of the batches, laid end to end; the place of each token; the
+        layout's fields at each place, of padding where there is no token; and the length that each
+        group is padded to.
+    """
+    lengths = _lengths(layout)
+    sizes = lengths.tolist()
+    places, longest, end = [-1] * len(sizes), [], 0
+    for group in groups:
+        longest.append(max(sizes[number] for number in group))
+        for number in group:
+            places[number] = end
+            end += longest[-1]
+    document, place = layout[Field.DOCUMENT].long(), torch.tensor(places, dtype=torch.long)
+    tokens = (document != PADDING_DOCUMENT).nonzero()[:, 0]
+    tokens = tokens[document[tokens].argsort(stable=True)]
+    starts = lengths.cumsum(0) - lengths
+    offset = torch.arange(len(tokens)) - starts[document[tokens]]
+    laid = place[document[tokens]] >= 0
+    tokens, offset = tokens[laid], offset[laid]
+    scatter = torch.zeros_like(document)
+    scatter[tokens] = place[document[tokens]] + offset
+    gather = torch.zeros(end, dtype=torch.long)
+    gather[scatter[tokens]] = tokens
+    filled = torch.zeros(end, dtype=torch.bool)
+    filled[scatter[tokens]] = True
+    fields = layout[:, gather].clone()
+    fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
+    return gather, scatter, fields, longest
+
+
+def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents grouped so that none is at most half as long as the longest; not those of length 0.
 
     Short ones stay together: another kernel would cost more than padding them.
     """
-    groups: list[tuple[list[int], int]] = []
+    groups: list[list[int]] = []
+    longest = 0
     for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or 2 * max(lengths[document], SHORT) <= groups[-1][1]:
-            groups.append(([], lengths[document]))
-        groups[-1][0].append(document)
-    return [(sorted(group), longest) for group, longest in groups if longest]
+        if not lengths[document]:
+            break
+        if not groups or 2 * max(lengths[document], SHORT) <= longest:
+            groups.append([])
+            longest = lengths[document]
+        groups[-1].append(document)
+    return [sorted(group) for group in groups]
 
 
 T = TypeVar("T")
@@ -243,16 +340,21 @@ class LayoutCache(Generic[T]):
     dropped.
     """
 
-    def __init__(self, derive: Callable[[Tensor], T], capacity: int = 16) -> None:
+    def __init__(self, derive: Callable[..., T], capacity: int = 16) -> None:
         self._derive = derive
         self._capacity = capacity
-        self._entries: OrderedDict[tuple[int, int], tuple[Tensor, T]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], tuple[Tensor, T]] = OrderedDict()
 
-    def __call__(self, layout: Tensor) -> T:
-        """The derived value of this layout, computed at most once while it is among the newest."""
-        key = (layout.data_ptr(), layout.shape[1])
+    def __call__(self, layout: Tensor, *sizes: int) -> T:
+        """The derived value of this layout, computed at most once while it is among the newest.
+
+        Args:
+            layout: First argument of the derivation.
+            sizes: Its other ones.
+        """
+        key = (layout.data_ptr(), layout.shape[1], *sizes)
         if key not in self._entries:
-            self._entries[key] = (layout, self._derive(layout))
+            self._entries[key] = (layout, self._derive(layout, *sizes))
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)

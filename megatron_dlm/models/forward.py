@@ -29,8 +29,9 @@ class Row:
     Attributes:
         token_ids: [S] int64.
         position_ids: [S] int64.
-        attention: Layout [4, S] or [6, S], which may include the row's padding already, or a
-            `CachedAttention`, which ignores the padding tokens after its own.
+        attention: Layout of 4 to 6 rows and S columns, which may include the row's padding already,
+            or with those of a share of a row (`context_parallel.Share`); or a `CachedAttention`,
+            which ignores the padding tokens after its own.
     """
 
     token_ids: Tensor
@@ -47,7 +48,7 @@ def pad_row(row: Row, multiple: int) -> Row:
     zeros = row.token_ids.new_zeros(missing)
     attention = row.attention
     if isinstance(attention, Tensor):
-        attention = pad_layout(attention, length + missing)
+        attention = pad_layout(attention, attention.shape[1] + missing)
     return Row(
         token_ids=torch.cat((row.token_ids, zeros)),
         position_ids=torch.cat((row.position_ids, zeros)),
@@ -68,12 +69,12 @@ def clean_row(texts: Sequence[Tensor], pattern: Pattern) -> Row:
 
 
 def most_rows(rows: int) -> int:
-    """The largest number of rows on any data-parallel rank; all ranks call this.
+    """The largest number of rows of any replica of the model; all ranks call this.
 
     Ranks that share experts must run equally many rows, so the others add empty ones.
     """
     most = torch.tensor([rows], device=platform.device())
-    group = parallel_state.get_data_parallel_group()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
     return int(platform.to_host(most).item())
 

@@ -95,8 +95,9 @@ def _keep_keys_at_hand(layer: TransformerLayer) -> None:
     def before(module: TransformerLayer, arguments: Any, keywords: dict[str, Any]) -> None:
         layout = keywords["attention_mask"]
         has_keys = isinstance(layout, Tensor) and len(layout) > Field.KEY
+        tokens = keywords["rotary_pos_emb"].shape[1]  # the last ones, of a share of a row
         for adapter in adapters:
-            adapter.token_keys = layout[Field.KEY] if has_keys else None
+            adapter.token_keys = layout[Field.KEY, -tokens:] if has_keys else None
 
     def after(module: TransformerLayer, arguments: Any, output: Any) -> None:
         for adapter in adapters:

@@ -44,8 +44,8 @@ class DiffusionGPTModel(GPTModel):
         Args:
             input_ids: [1, S] int64, below `num_tokens`; used on the first stage only.
             position_ids: [1, S] int64.
-            attention_mask: Layout tensor [4, S] or [6, S] (`attention_layout`), or a
-                `CachedAttention`.
+            attention_mask: Layout tensor of a row or of a share of one (`attention_layout`,
+                `context_parallel`), or a `CachedAttention`.
 
         Returns:
             [S, 1, h], normalised on the last stage; [S / tp, 1, h] under sequence parallelism.

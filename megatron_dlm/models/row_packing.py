@@ -35,7 +35,7 @@ class RowPacking:
         return [list(range(i, min(i + self.texts, len(lengths)))) for i in starts] or [[]]
 
     def agreed(self, rows: int) -> int:
-        """The number of rows that every data-parallel rank runs; all of them call this.
+        """The number of rows that every replica of the model runs; all of them call this.
 
         Under a budget the rank with the most decides; else all have the same number anyway.
         """

@@ -99,7 +99,7 @@ class Objective(ABC):
         pairs = visible_pairs(document_layout(document)[:4])
         return len(document.token_ids), pairs, len(document.supervised)
 
-    def rows(self, documents: Sequence[Document], pad_multiple: int) -> list[TrainingBatch]:
+    def rows(self, documents: Sequence[Document], pad_multiple: int = 1) -> list[TrainingBatch]:
         """The packed rows of micro-batches.
 
         Args:

@@ -8,7 +8,6 @@ from itertools import product
 from typing import Any
 
 from megatron_dlm.config import Config, validate, validate_architecture, validate_layout
-from megatron_dlm.config.fields import option_fields
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.model_sizes import ModelSizes
 
@@ -43,7 +42,7 @@ class Layout:
         return cls(
             tensor=p.tensor_model_parallel_size,
             pipeline=p.pipeline_model_parallel_size,
-            context=getattr(p, "context_parallel_size", 1),
+            context=p.context_parallel_size,
             expert=p.expert_model_parallel_size,
             expert_tensor=config.expert_tensor_parallel_size,
             gpus=gpus,
@@ -69,16 +68,14 @@ class Layout:
 
     def options(self, *, is_moe: bool) -> dict[str, Any]:
         """The options that ask for it."""
-        options: dict[str, Any] = {
+        return {
             "tensor_model_parallel_size": self.tensor,
             "pipeline_model_parallel_size": self.pipeline,
+            "context_parallel_size": self.context,
             "expert_model_parallel_size": self.expert,
             "expert_tensor_parallel_size": self.expert_tensor if is_moe else None,
             "sequence_parallel": self.tensor > 1,
         }
-        if has_context_parallelism():
-            options["context_parallel_size"] = self.context
-        return options
 
     def __str__(self) -> str:
         sizes = {
@@ -94,11 +91,6 @@ class Layout:
         return " ".join(names)
 
 
-def has_context_parallelism() -> bool:
-    """Whether a run can split rows over ranks."""
-    return "context_parallel_size" in option_fields(Config)
-
-
 def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
@@ -107,8 +99,8 @@ def candidates(gpus: int, model: ModelSizes) -> Iterator[Layout]:
     """Layouts of so many GPUs whose sizes divide the model."""
     experts = model.num_moe_experts
     tensors = _divisors(model.num_query_groups, min(gpus, GPUS_PER_NODE))
-    contexts = [size for size in (1, 2, 4, 8) if has_context_parallelism() or size == 1]
-    for tensor, pipeline, context in product(tensors, _divisors(model.num_layers, gpus), contexts):
+    stages = _divisors(model.num_layers, gpus)
+    for tensor, pipeline, context in product(tensors, stages, (1, 2, 4, 8)):
         if gpus % (tensor * pipeline * context):
             continue
         for expert in _divisors(experts or 1, gpus // pipeline):

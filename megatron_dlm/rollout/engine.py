@@ -148,13 +148,13 @@ class RolloutEngine:
             Trajectories of the prompts that this rank decoded, in their order.
         """
         groups = self.groups
-        if one_queue and groups.dp is not None:
+        if one_queue and groups.replicas is not None:
             board = ReplicaBoard(groups)
             queue: PromptQueue = SharedPromptQueue(prompts, max_response_length, board)
             # None takes more than its share before the others have begun.
-            share = -(-len(prompts) // groups.dp_size)
+            share = -(-len(prompts) // groups.num_replicas)
         else:
-            prompts = prompts[groups.dp_rank :: groups.dp_size]
+            prompts = prompts[groups.replica :: groups.num_replicas]
             queue = PromptQueue(prompts, max_response_length)
             share = len(prompts)
         num_slots = min(self.generation.max_running_requests, share)

@@ -39,7 +39,7 @@ class ReplicaBoard:
         model = self._groups.model
         if model is None:
             return ask()
-        key = f"answer/{self._groups.dp_rank}/{self._questions}"
+        key = f"answer/{self._groups.replica}/{self._questions}"
         self._questions += 1
         if self._groups.is_first_of_replica:
             answer = ask()

@@ -112,7 +112,7 @@ def build_teacher(
             return StoredTeacher(table, sampler.record_index, groups), examples
     if not config.traits.uses_teacher:
         return None, examples
-    return frozen_teacher(load(), config, stop), examples
+    return frozen_teacher(load(), config, stop, groups), examples
 
 
 def _stored_top_k(

@@ -1,6 +1,7 @@
 """The frozen AR teacher, on the same ranks as the student; runs once over each rollout batch.
 
-It hands hidden states [L, h] of each trajectory to the student's updates, never logits.
+It hands hidden states [L, h] of each trajectory to the student's updates, never logits. Under
+context parallelism its rows are shared as those of updates are, and so are the hidden states.
 """
 
 from collections.abc import Sequence
@@ -8,11 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from megatron_dlm.config import Config
-from megatron_dlm.models.forward import clean_row, forward_hidden
+from megatron_dlm.models.context_parallel import share_of_row, token_ranks
+from megatron_dlm.models.forward import Row, clean_row, forward_hidden, row_multiple
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.stop_agreement import StopAgreement
-from megatron_dlm.types.teacher_targets import HiddenTargets
+from megatron_dlm.types.teacher_targets import HiddenTargets, PlacedTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 ROWS_PER_STAGE = 8
@@ -27,7 +30,15 @@ class FrozenTeacher:
         packing: How trajectories are laid into the rows of its forwards.
         rows_at_once: Rows that are in flight, in the stages of a pipeline.
         stop: Checked before these for a request to stop; None: never.
+        groups: Process groups, of which the context-parallel one shares each row; None: each
+            replica has trajectories of its own.
+
+    Attributes:
+        hidden: [slots, h], on the last stage the hidden states that this rank holds of the
+            trajectories that were annotated last; None where each has its own.
     """
+
+    hidden: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -35,8 +46,12 @@ class FrozenTeacher:
         packing: RowPacking,
         rows_at_once: int = 1,
         stop: StopAgreement | None = None,
+        groups: ParallelGroups | None = None,
     ) -> None:
         self.model = model
+        self._groups = groups or ParallelGroups()
+        self._kept: list[torch.Tensor] = []
+        self._used: list[int] = []
         self._packing = packing
         self._rows_at_once = rows_at_once
         self._stop = stop
@@ -61,36 +76,74 @@ class FrozenTeacher:
         texts = [trajectory.token_ids[:-1] for trajectory in trajectories]
         rows = self._packing.rows([len(text) for text in texts])
         rows += [[]] * (self._packing.agreed(len(rows)) - len(rows))
+        self._kept, self._used, self.hidden = [], [0] * self._groups.cp_size, None
         for start in range(0, len(rows), self._rows_at_once):
             if self._stop is not None:
-                self._stop.check()
-            chunk = slice(start, start + self._rows_at_once)
-            hidden_rows = forward_hidden(
-                self.model, [clean_row([texts[i] for i in row], "causal") for row in rows[chunk]]
-            )
-            if hidden_rows is not None:
-                groups = [[trajectories[i] for i in row] for row in rows[chunk]]
-                _set_targets(groups, hidden_rows)
+                if self._groups.cp is None:
+                    self._stop.check()
+                else:  # ranks that share rows leave together, and all have as many rows
+                    self._stop.check_all()
+            chunk = rows[start : start + self._rows_at_once]
+            clean = [clean_row([texts[i] for i in row], "causal") for row in chunk]
+            of_rows = [[trajectories[i] for i in row] for row in chunk]
+            if self._groups.cp is None:
+                _set_targets(of_rows, forward_hidden(self.model, clean))
+            else:
+                self._share_targets(of_rows, clean)
+        if self._kept:
+            self.hidden, self._kept = torch.cat(self._kept), []
+
+    def _share_targets(self, groups: Sequence[Sequence[Trajectory]], rows: Sequence[Row]) -> None:
+        """As `_set_targets`, of rows that the ranks of the context-parallel group share."""
+        rank, ranks = self._groups.cp_rank, self._groups.cp_size
+        holders = [token_ranks(row.attention, ranks) for row in rows]
+        shares = [
+            share_of_row(row, holder, rank, ranks, row_multiple(self.model))
+            for row, holder in zip(rows, holders, strict=True)
+        ]
+        hidden_rows = forward_hidden(self.model, [share.row for share in shares])
+        if hidden_rows is None:
+            return
+        for group, holder, share, hidden in zip(groups, holders, shares, hidden_rows, strict=True):
+            for trajectory, where in zip(group, _predicting(group), strict=True):
+                of_rank = holder[where]
+                own = share.place[where][of_rank == rank]
+                self._kept.append(hidden[own.to(hidden.device)])
+                slot = torch.empty_like(of_rank)
+                for other in range(ranks):
+                    there = of_rank == other
+                    count = int(there.sum())
+                    slot[there] = torch.arange(self._used[other], self._used[other] + count)
+                    self._used[other] += count
+                trajectory.targets = PlacedTargets(of_rank, slot)
 
 
 def frozen_teacher(
-    model: DiffusionGPTModel, config: Config, stop: StopAgreement | None
+    model: DiffusionGPTModel,
+    config: Config,
+    stop: StopAgreement | None,
+    groups: ParallelGroups | None = None,
 ) -> FrozenTeacher:
     """The teacher of a run: rows packed as those of training, enough to fill the pipeline."""
     stages = config.parallel.pipeline_model_parallel_size
     rows_at_once = 1 if stages == 1 else ROWS_PER_STAGE * stages
-    return FrozenTeacher(model, RowPacking.of(config), rows_at_once, stop)
+    return FrozenTeacher(model, RowPacking.of(config), rows_at_once, stop, groups)
 
 
 def _set_targets(
-    groups: Sequence[Sequence[Trajectory]], hidden_rows: Sequence[torch.Tensor]
+    groups: Sequence[Sequence[Trajectory]], hidden_rows: Sequence[torch.Tensor] | None
 ) -> None:
     """Cut the hidden states [S, h] of rows into those that predict the responses."""
-    for group, hidden in zip(groups, hidden_rows, strict=True):
-        start = 0
-        for trajectory in group:
-            length = len(trajectory.token_ids) - 1
-            first = start + len(trajectory.prompt_ids) - 1
-            own = hidden[first : start + length].clone()
-            trajectory.targets = HiddenTargets(own)
-            start += length
+    for group, hidden in zip(groups, hidden_rows or (), strict=hidden_rows is not None):
+        for trajectory, where in zip(group, _predicting(group), strict=True):
+            trajectory.targets = HiddenTargets(hidden[where].clone())
+
+
+def _predicting(group: Sequence[Trajectory]) -> list[slice]:
+    """The tokens of a row of trajectories that predict the response of each."""
+    found, start = [], 0
+    for trajectory in group:
+        length = len(trajectory.token_ids) - 1
+        found.append(slice(start + len(trajectory.prompt_ids) - 1, start + length))
+        start += length
+    return found

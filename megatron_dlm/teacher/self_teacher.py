@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,13 +92,24 @@ class SelfTeacher:
         size = self._config.training.micro_batch_size
         if self._packing.max_tokens is not None:
             size = TRAJECTORIES_AT_ONCE
-        steps = self._packing.agreed(-(-len(trajectories) // size))
+        # Ranks that share rows share the trajectories; the targets are small and go to all of them.
+        own = self._groups.part_of_shared(trajectories)
+        most = -(-len(trajectories) // self._groups.cp_size)
+        steps = self._packing.agreed(-(-most // size))
         with own_view, torch.no_grad():
             for start in range(0, steps * size, size):
                 if self._stop is not None:
                     self._stop.check_all()  # replicas agree on their numbers of rows
-                self._annotate_some(trajectories[start : start + size])
+                self._annotate_some(own[start : start + size])
         self.model.train(training)
+        if self._groups.cp is not None:
+            targets: list[list[Any]] = [[] for _ in range(self._groups.cp_size)]
+            dist.all_gather_object(targets, [t.targets for t in own], group=self._groups.cp)
+            for part, of_part in enumerate(targets):
+                for trajectory, found in zip(
+                    trajectories[part :: self._groups.cp_size], of_part, strict=True
+                ):
+                    trajectory.targets = found
 
     def _annotate_some(self, trajectories: Sequence[Trajectory]) -> None:
         """Forwards over all states of some trajectories."""

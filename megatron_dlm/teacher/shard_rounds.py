@@ -1,4 +1,4 @@
-"""Distribute the prompts that a store lacks over the data-parallel ranks, round by round."""
+"""Distribute the prompts that a store lacks over the replicas of the teacher, round by round."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,12 +74,12 @@ def rounds(
         groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
     """
-    dp_rank, dp_size = groups.dp_rank, groups.dp_size
-    num_shards = dp_size * -(-len(missing) // (dp_size * prompts_per_shard))
+    replica, replicas = groups.replica, groups.num_replicas
+    num_shards = replicas * -(-len(missing) // (replicas * prompts_per_shard))
     bounds = [len(missing) * shard // num_shards for shard in range(num_shards + 1)]
-    for start in range(0, num_shards, dp_size):
-        own = missing[bounds[start + dp_rank] : bounds[start + dp_rank + 1]]
-        sizes = [bounds[i + 1] - bounds[i] for i in range(start, start + dp_size)]
+    for start in range(0, num_shards, replicas):
+        own = missing[bounds[start + replica] : bounds[start + replica + 1]]
+        sizes = [bounds[i + 1] - bounds[i] for i in range(start, start + replicas)]
         yield own, max(sizes)
         if torch.distributed.get_rank() == 0:
-            say(f"{what}: {bounds[start + dp_size]}/{len(missing)} prompts")
+            say(f"{what}: {bounds[start + replicas]}/{len(missing)} prompts")

@@ -57,7 +57,7 @@ def compute_missing(
     if not missing:
         return
     teacher = frozen_teacher(model(), config, stop)
-    at_once = config.training.global_batch_size // groups.dp_size
+    at_once = max(1, config.training.global_batch_size // groups.num_replicas)
     writes = groups.tp is None or groups.tp.rank() == 0
     with ended_by_all():
         for shard, most in rounds(missing, "teacher top-k", groups, prompts_per_shard):

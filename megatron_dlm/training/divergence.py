@@ -96,7 +96,9 @@ def _write_samples(run: Run, samples: Sequence[Trajectory], result: StepResult) 
     folder = run.config.logging.save
     if folder is None:
         return None
-    speaks = run.groups.is_last_stage and (run.groups.tp is None or run.groups.tp.rank() == 0)
+    groups = run.groups
+    speaks = groups.is_last_stage and groups.cp_rank == 0
+    speaks = speaks and (groups.tp is None or groups.tp.rank() == 0)
     lines = on_rank_zero(_described(run, samples, result) if speaks else [])
     file = Path(folder) / f"diverged_update_{run.progress.iteration:07d}.jsonl"
     if torch.distributed.get_rank() == 0:

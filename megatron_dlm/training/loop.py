@@ -21,6 +21,7 @@ from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import from_rank_zero
 from megatron_dlm.report.page import REPORT, write_report
 from megatron_dlm.stop_request import StopRequested
+from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.training import divergence
 from megatron_dlm.training.best_checkpoint import (
     HeldOutFigure,
@@ -31,6 +32,7 @@ from megatron_dlm.training.best_checkpoint import (
 )
 from megatron_dlm.training.checkpoint_writing import write_latest
 from megatron_dlm.training.checkpointing import is_rank_zero
+from megatron_dlm.training.context_shares import own_shares
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.held_out_evaluation import AnsweredPrompts, HeldOutEvaluation
 from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
@@ -70,15 +72,16 @@ def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingB
         run.objective.update_document(trajectory, epoch, run.progress.iteration)
         for trajectory in share.own or share.trajectories[:1]
     ]
-    multiple = row_multiple(run.student.model)
     packing = RowPacking.of(run.config)
-    rows = run.objective.rows(documents, multiple)
-    empty = empty_row(rows[0], multiple)
+    rows = run.objective.rows(documents)
+    empty = empty_row(rows[0])
     rows = rows if share.own else []
     planned = len(rows)
     if packing.max_tokens is None:
         planned = len(packing.rows([0] * len(share.trajectories)))
-    return rows + [empty] * (packing.agreed(planned) - len(rows))
+    rows += [empty] * (packing.agreed(planned) - len(rows))
+    teacher_hidden = run.teacher.hidden if isinstance(run.teacher, FrozenTeacher) else None
+    return own_shares(rows, run.groups, row_multiple(run.student.model), teacher_hidden)
 
 
 def train(run: Run) -> None:

@@ -68,7 +68,8 @@ def collect(run: Run) -> Collected:
 
     The g-th sample of the batch is trained on by data-parallel rank g mod dp, whichever rank rolled
     it out, so that each update's global batch is the same set of trajectories under every layout.
-    Under a token budget the ranks then share each update by cost (`shares`).
+    Ranks that share rows have the same samples. Under a token budget the ranks then share each
+    update by cost (`shares`).
 
     Raises:
         StopRequested: On all ranks; nothing is changed.
@@ -114,7 +115,7 @@ def _described(
 ) -> Collected:
     """Add the figures over all ranks."""
     config, dp_size = run.config, run.groups.dp_size
-    ours = trajectories[:num_own]
+    ours = run.groups.part_of_shared(trajectories[:num_own])
     # Responses of the teacher or a data set needed no forwards of the student.
     rolled_out = [trajectory for trajectory in ours if trajectory.is_rollout]
     local = config.training.global_batch_size // dp_size
@@ -123,7 +124,7 @@ def _described(
         Share(trajectories[start : start + local], min(max(0, num_own - start), local))
         for start in range(0, len(trajectories), local)
     ]
-    for i, trajectory in enumerate(ours):
+    for i, trajectory in zip(run.groups.part_of_shared(range(num_own)), ours, strict=True):
         if trajectory.correct is not False:  # wrong answers are not trained on
             trained[i // local] += len(trajectory.response_ids)
     figures = RolloutFigures(_longest(run), config.model.block_size)
@@ -143,8 +144,8 @@ def _described(
         dtype=torch.float64,
         device=platform.device(),
     )
-    if run.groups.dp is not None:
-        torch.distributed.all_reduce(sums, group=run.groups.dp)
+    if run.groups.replicas is not None:
+        torch.distributed.all_reduce(sums, group=run.groups.replicas)
     tokens, rolled_out_tokens, forwards, ended, right_at_once, right, continued, age, *rest = (
         platform.to_host(sums).tolist()
     )

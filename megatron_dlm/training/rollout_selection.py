@@ -153,14 +153,15 @@ def selected_and_shared(
         if sample in left and not (is_finished and forwards <= selection.forwards):
             trajectory = cut(trajectory, begun.get(sample), selection.forwards, block_size)
         kept[sample] = trajectory
-    shares = [
-        share_of(selection.trained, replica, groups.dp_size)[0] for replica in range(groups.dp_size)
+    shares = [  # ranks of a context-parallel group have the same one
+        share_of(selection.trained, replica // groups.cp_size, groups.dp_size)[0]
+        for replica in range(groups.num_replicas)
     ]
     elsewhere = set(selection.left).union(
-        *(share for replica, share in enumerate(shares) if replica != groups.dp_rank)
+        *(share for replica, share in enumerate(shares) if replica != groups.replica)
     )
     at_hand = dict(kept)
-    if groups.dp is not None:
+    if groups.replicas is not None:
         # Prompts are at hand everywhere, and their records may be long.
         nothing = torch.empty(0, dtype=torch.int64)
         sent = [

@@ -113,7 +113,9 @@ class Run:
 
     def _gathered(self, batch: Sequence[Trajectory]) -> list[dict[str, Any]]:
         """The stored trajectories of all ranks, on rank 0."""
-        return on_rank_zero([stored(t) for t in batch] if self.groups.is_first_of_replica else [])
+        groups = self.groups
+        own = groups.part_of_shared(batch) if groups.is_first_of_replica else []
+        return on_rank_zero([stored(trajectory) for trajectory in own])
 
     def _tokenizer_folder(self, run_folder: str) -> Path:
         """Where the tokenizer lies: if it was that of a checkpoint, this may have been pruned."""

@@ -78,7 +78,8 @@ def _layout(config: Config, world_size: int) -> str:
         "tensor": p.tensor_model_parallel_size,
         "pipeline": p.pipeline_model_parallel_size,
         "expert": p.expert_model_parallel_size,
-        "data": _replicas(config, world_size),
+        "context": p.context_parallel_size,
+        "data": _replicas(config, world_size) // p.context_parallel_size,
     }
     split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     processes = f"{world_size} processes ({split})" if split else "1 process"
@@ -113,7 +114,7 @@ def _of_process(architecture: Architecture, config: Config) -> int:
 
 
 def _replicas(config: Config, world_size: int) -> int:
-    """Data-parallel replicas of the model."""
+    """Replicas of the model: data times context parallelism."""
     p = config.parallel
     return world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
 

@@ -58,7 +58,7 @@ class ThroughputMeter:
         self._teacher_flops = ForwardFlops.of(teacher)
         config = run.config
         self._gpus = torch.distributed.get_world_size()
-        self._of_replica = self._gpus // run.groups.dp_size
+        self._of_replica = self._gpus // run.groups.num_replicas
         # Of frozen weights no gradient is computed, only of what they were multiplied with.
         self._passes = 1 + (BACKWARD if config.lora.lora_rank is None else 1)
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
@@ -96,9 +96,10 @@ class ThroughputMeter:
         )
 
     def annotated(self, trajectories: Sequence[Trajectory]) -> None:
-        """Add the frozen teacher's forward passes over trajectories."""
+        """Add the frozen teacher's forward passes over trajectories, as above."""
         if isinstance(self._run.teacher, FrozenTeacher):
-            lengths = [len(t.token_ids) - 1 for t in trajectories]
+            part = self._run.groups.part_of_shared(trajectories)
+            lengths = [len(t.token_ids) - 1 for t in part]
             pairs = sum(causal_pairs(length) for length in lengths)
             self._local.teacher += self._teacher_flops.forward(sum(lengths), pairs, 0)
 
@@ -125,29 +126,29 @@ class ThroughputMeter:
             rollout_tokens_per_second_per_gpu=_rate(done.response_tokens, seconds * gpus),
             rollout_floor_share=None
             if machine is None
-            else _rate(done.rollout_floor / self._run.groups.dp_size, seconds),
+            else _rate(done.rollout_floor / self._run.groups.num_replicas, seconds),
             peak_memory_gb=peak_memory() / 1e9,
             padding_share=done.padding / done.tokens if done.tokens else 0.0,
         )
 
     def _add(self, batch: TrainingBatch) -> None:
-        layout = batch.row.attention
+        layout, length = batch.row.attention, len(batch.row.token_ids)
         assert isinstance(layout, torch.Tensor)
         local, supervised = self._local, len(batch.supervised)
-        padding = int((layout[Field.DOCUMENT] == PADDING_DOCUMENT).sum())
-        tokens = layout.shape[1] - padding
-        local.tokens += layout.shape[1]
+        padding = int((layout[Field.DOCUMENT, -length:] == PADDING_DOCUMENT).sum())
+        pairs = visible_pairs(layout) if batch.pairs is None else batch.pairs
+        local.tokens += length
         local.padding += padding
-        forward = self._flops.forward(tokens, visible_pairs(layout), supervised)
+        forward = self._flops.forward(length - padding, pairs, supervised)
         local.student += self._passes * forward
         if isinstance(batch.targets, HiddenTargets):
             local.student += self._teacher_flops.forward(0, 0, supervised)
 
     def _reduced(self) -> _Local:
         values = torch.tensor(list(vars(self._local).values()), dtype=torch.float64)
-        if self._run.groups.dp is not None:
+        if self._run.groups.replicas is not None:
             values = values.to(platform.device())
-            torch.distributed.all_reduce(values, group=self._run.groups.dp)
+            torch.distributed.all_reduce(values, group=self._run.groups.replicas)
             values = platform.to_host(values)
         return _Local(*values.tolist())
 

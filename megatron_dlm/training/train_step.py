@@ -62,8 +62,8 @@ def reduce_sums(local: list[Tensor], groups: ParallelGroups, size: int = 3) -> T
     sums = torch.zeros(size, dtype=torch.float64, device=platform.device())
     if groups.is_last_stage:
         sums += torch.stack(local).sum(0)
-        if groups.dp is not None:
-            torch.distributed.all_reduce(sums, group=groups.dp)
+        if groups.replicas is not None:
+            torch.distributed.all_reduce(sums, group=groups.replicas)
     if groups.pp is not None:
         torch.distributed.broadcast(sums, src=groups.pp_last_rank, group=groups.pp)
     return sums
@@ -146,6 +146,10 @@ def train_step(
         micro_batch_size=1,
     )
     sums = reduce_sums(measured, groups, 3 + update_figures.SIZE)
+    if measured and groups.cp is not None:  # what a share of a row measures says little by itself
+        of_rows = torch.stack(measured)
+        torch.distributed.all_reduce(of_rows, group=groups.cp)
+        measured = list(of_rows)
     # One wait for the device, not one a number.
     (loss_sum, loss_count, tokens, *figures), *parts = platform.to_host(
         torch.stack([sums, *measured])

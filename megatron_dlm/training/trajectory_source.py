@@ -92,7 +92,7 @@ class TrajectorySource:
             number = wanted - len(given) - len(complete)
         held = {t.sample_index: t for t in self._rolled_out(prompts, rollout, number, leftovers)}
         groups = self.engine.groups
-        for sample in sorted(given.keys() | complete)[groups.dp_rank :: groups.dp_size]:
+        for sample in sorted(given.keys() | complete)[groups.replica :: groups.num_replicas]:
             if sample in complete:
                 leftover = leftovers.by_sample[sample]
                 held[sample] = replace(leftover, rollouts=leftover.rollouts + 1)
@@ -115,7 +115,7 @@ class TrajectorySource:
             return generate_until_right(engine, prompts, length, self.verifier, one_queue=one_queue)
         cutoff = None
         if wanted < len(prompts):
-            board = None if engine.groups.dp is None else ReplicaBoard(engine.groups)
+            board = None if engine.groups.replicas is None else ReplicaBoard(engine.groups)
             cutoff = Cutoff(wanted - len(leftovers.last_time), leftovers.last_time, board)
         with engine.settled():
             trajectories = engine.generate_together(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.distillation.vocab_parallel_entropy import vocab_parallel_entropy
-from megatron_dlm.models.attention_layout import Field
 from megatron_dlm.objectives.base import LossInputs, Objective
 
 POSITIONS = 16
@@ -45,9 +44,8 @@ def measured(
     figures = per_token.new_zeros(SIZE, dtype=torch.float64)
     stretches = _stretches(objective)
     if stretches:
-        assert isinstance(batch.row.attention, Tensor)
         block_size, shifted = objective.config.model.block_size, objective.diffusion_kind.shifted
-        position = batch.row.attention[Field.POSITION][batch.supervised].long() + int(shifted)
+        position = batch.row.position_ids[batch.supervised] + int(shifted)
         place = position % block_size * stretches // block_size
         figures.index_add_(0, place, per_token.detach().double())
         figures.index_add_(0, place + POSITIONS, torch.ones_like(per_token, dtype=torch.float64))

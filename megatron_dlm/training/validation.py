@@ -22,6 +22,7 @@ from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.seeding import keyed_generator
+from megatron_dlm.training.context_shares import own_shares
 from megatron_dlm.training.train_step import reduce_sums
 
 HELD_OUT = -1
@@ -92,10 +93,9 @@ class Validation:
                     self.groups.dp_rank :: self.groups.dp_size
                 ]
             ]
-            rows = self.objective.rows(documents, multiple)
-            yield from rows
-            empty = empty_row(rows[0], multiple)
-            yield from [empty] * (packing.agreed(len(rows)) - len(rows))
+            rows = self.objective.rows(documents)
+            rows += [empty_row(rows[0])] * (packing.agreed(len(rows)) - len(rows))
+            yield from own_shares(rows, self.groups, multiple)
 
     def _sums(
         self, model: DiffusionGPTModel, batch: TrainingBatch, hidden: torch.Tensor

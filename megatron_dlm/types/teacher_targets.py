@@ -64,6 +64,19 @@ class HiddenTargets(TeacherTargets):
 
 
 @dataclass(frozen=True)
+class PlacedTargets(TeacherTargets):
+    """Hidden states by where they lie among the ranks of a context-parallel group.
+
+    Attributes:
+        holder: [n] int64, the rank that holds each.
+        slot: [n] int64, its place among those of that rank.
+    """
+
+    holder: Tensor
+    slot: Tensor
+
+
+@dataclass(frozen=True)
 class TopKTargets(TeacherTargets):
     """The teacher's k most likely tokens: small enough to keep on disk.
 

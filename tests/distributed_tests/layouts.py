@@ -2,9 +2,10 @@
 
 from typing import Any, NamedTuple
 
-TP, PP, EP, ETP = (
+TP, PP, CP, EP, ETP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )

@@ -28,7 +28,7 @@ from megatron_dlm.training.run import Run, build_run
 from megatron_dlm.training.run_folder import saved_iterations
 from megatron_dlm.training.run_start import decide_start
 from megatron_dlm.training.tensor_file import write_tensor_file
-from tests.distributed_tests.layouts import DISTRIBUTED_OPTIMIZER, EP, ETP, PP, SP, TP
+from tests.distributed_tests.layouts import CP, DISTRIBUTED_OPTIMIZER, EP, ETP, PP, SP, TP
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.tiny import run_config, save_random_model, write_data
 
@@ -196,10 +196,10 @@ def _assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 @pytest.mark.parametrize(
     ("ranks", "model", "options", "others"),
     [
-        (4, "dense", {TP: 2}, [(2, {}), (2, {PP: 2})]),
-        (4, "moe", {EP: 2}, [(2, {TP: 2, EP: 2, ETP: 1, **SP}), (2, {})]),
+        (4, "dense", {TP: 2}, [(2, {CP: 2}), (2, {PP: 2})]),
+        (4, "moe", {EP: 2, CP: 2}, [(2, {TP: 2, EP: 2, ETP: 1, **SP}), (2, {})]),
     ],
-    ids=["TP2 DP2", "EP2 DP4"],
+    ids=["TP2 DP2", "EP2 CP2 DP2"],
 )
 def test_what_is_saved_is_exact_at_every_layout(
     folder: Path,

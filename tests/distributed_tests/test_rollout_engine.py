@@ -74,7 +74,7 @@ def decoded_together(model: DiffusionGPTModel) -> dict[str, list[tuple]]:
     prompts, ends = make_prompts(LENGTHS), several_ends((EOS, 3))
     engine = make_engine(model, special_tokens=ends, max_running_requests=2)
     groups = engine.groups
-    board = None if groups.dp is None else ReplicaBoard(groups)
+    board = None if groups.replicas is None else ReplicaBoard(groups)
     cutoff = Cutoff(3, {6}, board)
     held = engine.generate_together(prompts, 14, one_queue=True, cutoff=cutoff)
     rolled_out = selected_and_shared(

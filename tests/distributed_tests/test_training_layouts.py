@@ -10,6 +10,7 @@ import pytest
 
 from megatron_dlm.training.run import Run
 from tests.distributed_tests.layouts import (
+    CP,
     DISTRIBUTED_OPTIMIZER,
     EP,
     ETP,
@@ -38,17 +39,19 @@ LAYOUTS: dict[str, Layout] = {
     "TP2 SP": Layout(2, "dense", {TP: 2, **SP}, variants=True),
     "PP2": Layout(2, "dense", {PP: 2}, variants=True),
     "PP2 recomputation": Layout(2, "dense", {PP: 2, **RECOMPUTATION}),
-    "DP2": Layout(2, "dense", {}),
+    "CP2": Layout(2, "dense", {CP: 2}),
     "DP2 distributed optimizer": Layout(2, "dense", DISTRIBUTED_OPTIMIZER, variants=True),
     "moe DP2": Layout(2, "moe", {}),
     "moe EP2": Layout(2, "moe", {EP: 2}, variants=True),
     "moe EP2 distributed optimizer": Layout(2, "moe", {EP: 2, **DISTRIBUTED_OPTIMIZER}),
     "moe TP2 SP": Layout(2, "moe", {TP: 2, **SP}),
-    "TP2 PP2": Layout(4, "dense", {TP: 2, PP: 2}),
+    "TP2 CP2 SP": Layout(4, "dense", {TP: 2, CP: 2, **SP}),
     "TP2 PP2 SP": Layout(4, "dense", {TP: 2, PP: 2, **SP}, variants=True),
-    "PP2 DP2 distributed optimizer": Layout(4, "dense", {PP: 2, **DISTRIBUTED_OPTIMIZER}),
+    "PP2 CP2 recomputation": Layout(
+        4, "dense", {PP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER, **RECOMPUTATION}
+    ),
     "moe EP2 PP2": Layout(4, "moe", {PP: 2, EP: 2}, variants=True),
-    "moe EP2 DP4": Layout(4, "moe", {EP: 2}),
+    "moe EP2 CP2 DP2": Layout(4, "moe", {EP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER}),
     "moe EP2 TP2 SP": Layout(4, "moe", {TP: 2, EP: 2, **SP}),
 }
 OTHER_TEACHER_LAYOUTS: dict[str, Layout] = {
@@ -60,6 +63,11 @@ SHARING_LAYOUTS: dict[str, Layout] = {
     "DP4": Layout(4, "dense", {}),
     "moe EP2 DP2": Layout(4, "moe", {EP: 2}),
 }
+CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
+    "CP2": (Layout(2, "dense", {CP: 2}), ("budget", "off_policy_stored", "opdlm_partial")),
+    "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), ("opdlm", "scp")),
+}
+"""Context parallelism beside the runs of `LAYOUTS`, with the runs of each."""
 GROUPS = [
     {"pattern": "embedding", "lr": 1e-2},
     {"pattern": r"layers\.1\.", "lr": 0.0, "min_lr": 0.0},
@@ -114,6 +122,7 @@ RUNS: dict[str, dict[str, Any]] = {
         rollout_batch_size=12,
         max_response_length=8,
         lora_rank=2,
+        lora_dropout=0.2,
         lora_target_modules=("linear_qkv", "linear_proj"),  # experts split by TP have no adapters
     ),
 }
@@ -279,6 +288,12 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
     layout = LAYOUTS[name]
     more = VARIANTS if layout.processes == 2 else FOUR_PROCESS_VARIANTS
     runs = (*OBJECTIVES, *(more if layout.variants else ()))
+    _check_layout(folder, single, name, layout, runs)
+
+
+@pytest.mark.parametrize("name", CONTEXT_LAYOUTS)
+def test_shared_rows_train_like_whole_ones(folder: Path, single: dict[str, Any], name: str) -> None:
+    layout, runs = CONTEXT_LAYOUTS[name]
     _check_layout(folder, single, name, layout, runs)
 
 

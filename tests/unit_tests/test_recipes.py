@@ -47,6 +47,7 @@ TEACHER_32B = {
     "tensor_model_parallel_size": 4,
     "sequence_parallel": True,
 }
+THINKING_32K = {**MATH_THINKING, "max_response_length": 32_768}
 AT_8B = {
     "load": "models/Qwen3-8B",
     "tensor_model_parallel_size": 2,
@@ -79,6 +80,7 @@ TP2: tuple[tuple[int, dict[str, Any]], ...] = (
     (8, {}),
     (16, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 )
+LONG: tuple[tuple[int, dict[str, Any]], ...] = ((8, {}), (64, {}))
 RECIPES: dict[str, Recipe] = {
     "qwen3_0.6b/opdlm": Recipe({**GENERAL, **FULL_VOCABULARY}),
     "qwen3_0.6b/opdlm_ours": changes("opdlm", OURS),
@@ -98,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_4b/opdlm_block16": changes("opdlm", {"block_size": 16}),
     "qwen3_4b/opdlm_math": changes("opdlm", MATH),
     "qwen3_4b/opdlm_math_thinking": changes("opdlm", MATH_THINKING),
+    "qwen3_4b/opdlm_math_thinking_32k": changes("opdlm", THINKING_32K, gpus=LONG),
     "qwen3_4b/opdlm_math_teacher_32b": changes("opdlm", TEACHER_32B, teacher="qwen3_32b"),
     "qwen3_4b/opdlm_off": changes("opdlm", {"objective": "opdlm_off", **RANDOM_STATES}),
     "qwen3_4b/off_policy": Recipe(
@@ -135,6 +138,7 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_8b/opdlm_ours": changes("opdlm", OURS_LARGE),
     "qwen3_8b/opdlm_math": changes("opdlm", MATH),
     "qwen3_8b/opdlm_math_thinking": changes("opdlm", MATH_THINKING),
+    "qwen3_8b/opdlm_math_thinking_32k": changes("opdlm", THINKING_32K, gpus=LONG),
     "qwen3_8b/opdlm_math_teacher_32b": changes("opdlm", TEACHER_32B, teacher="qwen3_32b"),
     "qwen3_8b/opdlm_off": changes("opdlm", {"objective": "opdlm_off", **RANDOM_STATES}),
     "qwen3_8b/off_policy": changes("../qwen3_4b/off_policy", AT_8B),
@@ -167,7 +171,13 @@ RECIPES: dict[str, Recipe] = {
         if setting < 4  # which is scp.yaml
     },
 }
-NOT_COMPARED = {"save", "save_interval", "keep_checkpoints", "distributed_timeout_minutes"}
+NOT_COMPARED = {
+    "save",
+    "save_interval",
+    "keep_checkpoints",
+    "distributed_timeout_minutes",
+    "context_parallel_size",
+}
 """Options of a changed recipe that say nothing of what is trained."""
 
 
@@ -236,6 +246,15 @@ def test_recipe_changes_nothing_else_of_its_base(name: str) -> None:
     changed = {key for key in values if values[key] != base[key]} - NOT_COMPARED
     stated = {key for key, value in RECIPES[name].expected.items() if plain(value) != base[key]}
     assert changed - {"prompts", "param_groups"} == stated
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_long_responses_are_shared_by_ranks(name: str) -> None:
+    """Rows of 8k to 32k tokens, twice that with their noisy streams, are the thinking recipes'."""
+    config = load(name)
+    ranks = config.parallel.context_parallel_size
+    assert (ranks > 1) == ("thinking" in name)
+    assert config.longest_response <= 16_384 * ranks
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith("/opdlm")])

@@ -22,11 +22,14 @@ def processes(config: Config, world_size: int) -> Refusals:
     """Every replica has the same number of processes, and so has every copy of the experts."""
     parallel, etp = config.parallel, config.expert_tensor_parallel_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
     dense = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    if cp > 1:
+        dense["context_parallel_size"] = cp
     experts = {"expert_tensor_parallel_size": etp, "pipeline_model_parallel_size": pp}
     all_processes = "the {} processes of the run"
     remedy = f"choose sizes whose product is {divisors(world_size)}"
-    or_more = f"{remedy}, or start a multiple of {tp * pp} processes"
+    or_more = f"{remedy}, or start a multiple of {tp * pp * cp} processes"
     yield from _divide(world_size, all_processes, or_more, **dense)
     yield from _divide(world_size, all_processes, remedy, **experts)
     rest = f"{world_size} processes / (expert tensor x pipeline size {etp * pp})"
@@ -38,16 +41,17 @@ def batches(config: Config, world_size: int) -> Refusals:
     """Processes get equally many prompts and whole rows, and rollouts feed whole updates."""
     training, parallel = config.training, config.parallel
     size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    replicas = world_size // size
-    batch, unit = training.global_batch_size, training.micro_batch_size * replicas
-    for number, name in (
-        (batch, f"--global-batch-size {batch}"),
-        (replicas, f"the data-parallel size {replicas}"),
-    ):
+    replicas, cp = world_size // size, parallel.context_parallel_size
+    dp = replicas // cp
+    batch, unit = training.global_batch_size, training.micro_batch_size * dp
+    rolling_out = f"the data-parallel size {replicas}"
+    if cp > 1:
+        rolling_out = f"the {replicas} replicas that roll out (data {dp} x context-parallel {cp})"
+    for number, name in ((batch, f"--global-batch-size {batch}"), (replicas, rolling_out)):
         if config.uses_rollouts and config.rollout.rollout_batch_size % number:
             yield f"rollout_batch_size: is no multiple of {name}; choose a multiple of {number}"
     if batch % unit:
-        product = f"--micro-batch-size {training.micro_batch_size} x data-parallel size {replicas}"
+        product = f"--micro-batch-size {training.micro_batch_size} x data-parallel size {dp}"
         remedy = f"choose a multiple of {unit}{_larger_batch(config)}{_more_parts(config, unit)}"
         yield f"global_batch_size: is no multiple of {product}; {remedy}"
 
@@ -60,8 +64,8 @@ def _larger_batch(config: Config) -> str:
 
 def _more_parts(config: Config, unit: int) -> str:
     """The context-parallel size at which the processes that the batch cannot use share its rows."""
-    size = getattr(config.parallel, "context_parallel_size", None)
-    if size is None or unit % config.training.global_batch_size:
+    size = config.parallel.context_parallel_size
+    if unit % config.training.global_batch_size:
         return ""
     return f", or --context-parallel-size {size * unit // config.training.global_batch_size}"
 

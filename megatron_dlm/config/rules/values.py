@@ -103,6 +103,13 @@ def sequence_parallel(config: Config) -> Refusals:
         )
 
 
+def context_parallel(config: Config) -> Refusals:
+    """Only rows of training are shared by ranks."""
+    if config.parallel.context_parallel_size > 1:
+        problem = "shares the rows of training, and this trains nothing"
+        yield f"context_parallel_size: {problem}; leave it out: all replicas share the texts"
+
+
 def _has_cuda(device: str) -> bool:
     """Whether the run is on CUDA; FlexAttention has no backward pass on CPU."""
     import torch

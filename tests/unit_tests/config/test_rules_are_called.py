@@ -128,6 +128,9 @@ BROKEN = [
 ]
 """What each rule refuses: a new rule has a row here."""
 
+BROKEN_WITHOUT_TRAINING = [Broken({"context_parallel_size": 2}, world_size=2)]
+"""What is refused only of a model that is loaded."""
+
 CHECK = validation._refuse.__code__
 
 FITS_ANYTHING = ModelSizes(
@@ -214,8 +217,9 @@ def nothing_optional_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_rule_refuses_what_breaks_it() -> None:
-    refused = {refusing("training", broken): broken for broken in BROKEN}
-    assert refused.keys() == set().union(*(places_of(module) for module in MODULES))
+    refused = {refusing("training", broken) for broken in BROKEN}
+    refused |= {refusing("inference", broken) for broken in BROKEN_WITHOUT_TRAINING}
+    assert refused == set().union(*(places_of(module) for module in MODULES))
 
 
 @pytest.mark.parametrize(

@@ -21,73 +21,12 @@ from megatron_dlm.models.attention_layout import (
     pair_draws,
 )
 from megatron_dlm.models.block_mask import block_mask, tile_visibility
-
-CLEAN = 0
-
-
-def sees(query: list[int], key: list[int]) -> bool:
-    """Section 2 of the method, in words: one query, one key, [document, block, stream,
-    position] and under annealing [key, threshold]."""
-    if query[0] == -1 or query[0] != key[0]:
-        return False
-    if len(query) == 6 and query[2] == key[2] == CLEAN and pair_draw(query[4], key[4]) < query[5]:
-        return True
-    if query[2] == CLEAN:
-        return key[2] == CLEAN and key[1] <= query[1]
-    if key[2] == CLEAN:
-        return key[1] < query[1]
-    return key[1] == query[1] and key[2] == query[2]
-
-
-def pair_draw(query: int, key: int) -> int:
-    """The draw of one pair, in Python's integers."""
-    x = (query * 0x5BD1E995 + key) % 2**32
-    for multiplier in (0x7FEB352D, 0x31848BAB):
-        x = (x ^ (x // 2**15)) * multiplier % 2**32
-    return (x ^ (x // 2**14)) // 2**8
-
-
-def dense_mask(layout: torch.Tensor) -> torch.Tensor:
-    tokens = layout.T.tolist()
-    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
-
-
-def dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, scale: float
-) -> torch.Tensor:
-    mask = dense_mask(layout)
-    repeat = query.shape[2] // key.shape[2]
-    key, value = (x.repeat_interleave(repeat, dim=2) for x in (key, value))
-    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return torch.einsum("bnst,tbnd->sbnd", weights.nan_to_num(0.0), value)
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> torch.Tensor:
-    """Rows of documents with a clean stream and noisy streams of some of its blocks."""
-    block_size = draw(st.integers(1, 5))
-    parts = []
-    for document in range(draw(st.integers(1, 4))):
-        length = draw(st.integers(1, 13))
-        position = torch.arange(length)
-        clean = clean_layout([length], "block_causal", block_size)
-        part = clean
-        for stream in range(1, draw(st.integers(0, 3)) + 1):
-            blocks = sorted(draw(st.sets(st.integers(0, (length - 1) // block_size), min_size=1)))
-            noisy = torch.cat([position[position // block_size == b] for b in blocks]).int()
-            copy = (torch.zeros_like(noisy), noisy // block_size, noisy * 0 + stream, noisy)
-            part = torch.cat((part, torch.stack(copy)), dim=1)
-        part[0] = document
-        parts.append(part)
-    row = torch.cat(parts, dim=1)
-    if draw(st.booleans()):
-        seed = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-        keys = torch.randint(0, 2**31 - 1, (row.shape[1],), generator=seed)
-        threshold = draw(st.sampled_from([0, 1, DRAW_UNIT // 3, DRAW_UNIT]))
-        annealing = torch.stack((keys, torch.full_like(keys, threshold)))
-        row = torch.cat((row, annealing.int()))
-    return pad_layout(row, row.shape[1] + draw(st.integers(0, 3)))
+from tests.unit_tests.models.dense_attention import (
+    dense_attention,
+    dense_mask,
+    in_tiles,
+    layouts,
+)
 
 
 @given(layouts())
@@ -133,17 +72,9 @@ def test_draws_of_pairs_are_uniform_and_independent() -> None:
         assert abs(float(product)) < 5 * 2**0.5 / length  # each pair occurs twice in the first
 
 
-def in_tiles(mask: torch.Tensor, tile: int) -> torch.Tensor:
-    """A mask [S, S] as [T, T, tile * tile], nothing visible beyond the end of the row."""
-    missing = -len(mask) % tile
-    padded = torch.nn.functional.pad(mask, (0, missing, 0, missing))
-    tiles = len(padded) // tile
-    return padded.view(tiles, tile, tiles, tile).transpose(1, 2).flatten(2)
-
-
 @given(layouts(), st.integers(1, 17))
 def test_tables_of_tiles_are_those_of_the_dense_mask(layout: torch.Tensor, tile: int) -> None:
-    tables, expected = tile_visibility(layout, tile), in_tiles(dense_mask(layout), tile)
+    tables, expected = tile_visibility(layout, layout, tile), in_tiles(dense_mask(layout), tile)
     if len(layout) == 4:
         assert torch.equal(tables.some, expected.any(2))
         assert torch.equal(tables.all, expected.all(2))
@@ -154,8 +85,8 @@ def test_tables_of_tiles_are_those_of_the_dense_mask(layout: torch.Tensor, tile:
 @given(layouts(), st.integers(1, 17))
 def test_a_block_mask_shows_what_the_dense_mask_shows(layout: torch.Tensor, tile: int) -> None:
     """Whole tiles unseen, the others as the rule says, both ways round (backward needs columns)."""
-    mask, expected = block_mask(layout, tile), dense_mask(layout)
     length, tiles = layout.shape[1], -(-layout.shape[1] // tile)
+    mask, expected = block_mask(layout, length, length, tile), dense_mask(layout)
     rows, whole, columns = (torch.zeros(tiles, tiles, dtype=torch.bool) for _ in range(3))
     for i in range(tiles):
         rows[i, mask.kv_indices[0, 0, i, : mask.kv_num_blocks[0, 0, i]].long()] = True
@@ -241,11 +172,11 @@ def test_sdpa_equals_a_dense_softmax(
     expected = dense_attention(query.double(), key.double(), value.double(), layout, 0.3)
     with mock.patch.object(attention_layout, "SHORT", short):
         actual = sdpa_attention(query, key, value, layout, 0.3)
-        batches = document_batches(layout).batches
+        batches = document_batches(layout, length, length).batches
     assert torch.allclose(actual.double(), expected, atol=1e-5)
     lengths = layout[0][layout[0] >= 0].bincount()
-    assert sum(batch.num_documents for batch in batches) == len(lengths)
-    padded = sum(batch.num_documents * batch.max_length**2 for batch in batches)
+    assert sum(len(batch.mask) for batch in batches) == len(lengths)
+    padded = sum(batch.mask.numel() for batch in batches)
     assert short > 1 or padded < 4 * int(lengths.square().sum())
 
 
