@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks.environment import commit, machine, versions
-from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
 )
 from megatron_dlm.output_file import write_file
+from megatron_dlm.types.divergence_spec import DivergenceSpec
 
 VOCAB_SIZE = 151_936  # Qwen3
 TOKENS = 2_048

@@ -18,12 +18,12 @@ from benchmarks.iteration import Iteration, iteration
 from benchmarks.real_shapes import SHAPES
 from megatron_dlm import platform
 from megatron_dlm.accounting.machine import measured
-from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
 from megatron_dlm.models.attention import flex_attention_over_row, sdpa_attention
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.training.throughput import peak_memory
+from megatron_dlm.types.divergence_spec import DivergenceSpec
 from megatron_dlm.types.trajectory import Trajectory
 
 VOCAB_SIZE = 151_936

@@ -4,7 +4,9 @@ Every check of user input raises `UserError`; entry points turn it into one line
 an exit status (`report_user_errors`). Anything else is a defect and keeps its traceback.
 """
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 _SHORT = reprlib.Repr()
 """Shows any value in one short line: YAML can nest without end."""
@@ -44,6 +46,19 @@ def bad_value(field: str, value: object, problem: str, remedy: str) -> UserError
     """
     field, problem, remedy = _line(field), _line(problem), _line(remedy)
     return UserError(f"{field} = {_SHORT.repr(value)}: {problem}; {remedy}")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None when none is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown_name(where: str, name: str, known: Iterable[str], what: str) -> UserError:
+    """The error for a name that nothing has, with the nearest one that exists."""
+    near = nearest_name(name, known)
+    remedy = f"did you mean {near}?" if near else "see --help for the names that exist"
+    return bad_value(where, name, f"is not a known {what}", remedy)
 
 
 def _line(text: str, longest: int = LONGEST) -> str:

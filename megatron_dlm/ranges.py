@@ -1,7 +1,6 @@
 """Ranges of numbers, to annotate options with."""
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,6 @@ class Range:
         is_below = number < self.highest if self.below_highest else number <= self.highest
         return is_above and is_below
 
-    def check(self, number: Any) -> Any:
-        """The number itself, or None; raises ValueError(problem, remedy) outside the interval."""
-        if number is not None and number not in self:
-            raise ValueError(self.problem, self.remedy)
-        return number
-
     def __str__(self) -> str:
         """`1 or more`, `above 0`, or an interval such as `(0, 1]`."""
         if self.highest is None:
@@ -57,3 +50,16 @@ class Range:
             return f"choose a number {self}" if self.above_lowest else f"choose {self}"
         example = min((self.lowest + self.highest) / 2, self.lowest + 1)
         return f"choose a number in {self}, e.g. {example:g}"
+
+
+AT_LEAST_ONE = Range(1)
+AT_LEAST_TWO = Range(2)
+AT_LEAST_ZERO = Range(0)
+AT_LEAST_HALF = Range(0.5, 1)
+ABOVE_ZERO = Range(0, above_lowest=True)
+PROBABILITY = Range(0, 1, above_lowest=True)
+FRACTION = Range(0, 1)
+BELOW_ONE = Range(0, 1, below_highest=True)
+BETWEEN_ZERO_AND_ONE = Range(0, 1, above_lowest=True, below_highest=True)
+TEMPERATURE = Range(0, 100)
+"""Of a softmax. Far above, logits of MASK and padding, the lowest of their type, could be drawn."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from megatron_dlm import __version__
 from megatron_dlm.entry import rank, report_user_errors
-from megatron_dlm.errors import bad_value
+from megatron_dlm.errors import bad_value, unknown_name
 from megatron_dlm.terminal import say
 
 T = TypeVar("T")
@@ -93,8 +93,6 @@ def _help() -> str:
 
 
 def _no_command(name: str | None) -> Exception:
-    from megatron_dlm.config.coercion import unknown_name
-
     if name is None:
         return bad_value("command", None, "is missing", f"choose {' or '.join(COMMANDS)}")
     return unknown_name("command", name, COMMANDS, "command")

@@ -29,12 +29,12 @@ from typing import Annotated, Any
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, parse_config, validate
-from megatron_dlm.config.marks import AT_LEAST_ONE, AT_LEAST_ZERO
 from megatron_dlm.entry import PREEMPTED_STATUS
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
 from megatron_dlm.launcher import STATUS_FILE, die_with_parent
 from megatron_dlm.output_file import replaced_file, write_file, writing
+from megatron_dlm.ranges import AT_LEAST_ONE, AT_LEAST_ZERO
 from megatron_dlm.stop_request import STOP_SIGNALS
 from megatron_dlm.terminal import say, say_table
 from megatron_dlm.training.branched_training import (

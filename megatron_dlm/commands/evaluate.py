@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config.marks import AT_LEAST_ONE
 from megatron_dlm.entry import rank, world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
 from megatron_dlm.extras import check_installed
 from megatron_dlm.output_file import check_output_file, replaced_file, write_file
+from megatron_dlm.ranges import AT_LEAST_ONE
 from megatron_dlm.terminal import say_table
 
 if TYPE_CHECKING:

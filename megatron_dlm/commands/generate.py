@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config.marks import AT_LEAST_ONE
 from megatron_dlm.entry import world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments, check_output, resolve_inference
 from megatron_dlm.output_file import replaced_file
+from megatron_dlm.ranges import AT_LEAST_ONE
 from megatron_dlm.terminal import shows, write_results
 
 if TYPE_CHECKING:

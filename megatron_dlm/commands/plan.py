@@ -21,10 +21,10 @@ from typing import Annotated
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config
-from megatron_dlm.config.marks import ABOVE_ZERO, AT_LEAST_ONE
 from megatron_dlm.entry import rank
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file, write_file
+from megatron_dlm.ranges import ABOVE_ZERO, AT_LEAST_ONE
 from megatron_dlm.terminal import say, write_results
 
 DOES_NOT_FIT = 2

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config.marks import AT_LEAST_ONE
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file, sync_file, sync_folder, writing
+from megatron_dlm.ranges import AT_LEAST_ONE
 from megatron_dlm.terminal import say
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config import Config, format_length, validate
+from megatron_dlm.config import Config, validate
 from megatron_dlm.entry import PREEMPTED_STATUS, rank, world_size
 from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.terminal import say
@@ -114,6 +114,17 @@ def _memory_notice(config: Config, inputs: "RunInputs") -> list[str]:
     own = inputs.teacher
     teacher = None if own is None else own.source.architecture
     return memory_notice(config, inputs.architecture, teacher, world_size())
+
+
+def format_length(config: Config) -> str:
+    """The length of a run as a YAML comment, from a configuration `of_data`."""
+    batch, samples, rollouts = config.rollout_batch_size, config.num_samples, config.num_rollouts
+    what = "rollouts" if config.uses_rollouts else "updates"
+    last = samples - (rollouts - 1) * batch
+    short = f", the last of {last}" if last < batch else ""
+    updates = f": {config.train_iters} updates" if config.uses_rollouts else ""
+    records = config.num_records
+    return f"# {records} records; {samples} samples in {rollouts} {what} of {batch}{short}{updates}"
 
 
 def _report_stop(stopped: StopRequested, config: Config, run: "Run | None") -> None:

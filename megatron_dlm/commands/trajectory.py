@@ -17,10 +17,10 @@ from typing import Annotated
 
 from megatron_dlm.commands import COMMANDS, PROGRAM
 from megatron_dlm.config import parse_arguments
-from megatron_dlm.config.marks import AT_LEAST_ONE
 from megatron_dlm.entry import rank
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file
+from megatron_dlm.ranges import AT_LEAST_ONE
 from megatron_dlm.report.trajectory_page import write_trajectory_page
 from megatron_dlm.terminal import say
 

@@ -8,7 +8,6 @@ from megatron_dlm.config.groups import ParallelConfig as ParallelConfig
 from megatron_dlm.config.groups import RolloutConfig as RolloutConfig
 from megatron_dlm.config.groups import TemplateConfig as TemplateConfig
 from megatron_dlm.config.parameter_groups import ParameterGroup as ParameterGroup
-from megatron_dlm.config.parsing import format_length as format_length
 from megatron_dlm.config.parsing import parse_arguments as parse_arguments
 from megatron_dlm.config.parsing import parse_config as parse_config
 from megatron_dlm.config.schema import Config as Config

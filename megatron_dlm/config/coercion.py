@@ -1,54 +1,36 @@
 """Plain values into the types of their options, and what is wrong with one in one line.
 
 pydantic checks the types, strictly: `true` is no 1. Text of another type is read first, as the
-command line writes it wherever it comes from, so that a flag, a YAML key and a key of a checkpoint
-mean the same.
+command line writes it, so that a flag, a YAML key and a key of a checkpoint mean the same.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_dlm.config.fields import (
-    INVOCATION_FIELDS,
-    OptionField,
-    option_fields,
-    split_optional,
-    with_values,
-)
-from megatron_dlm.config.marks import Text
-from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.config import fields
+from megatron_dlm.config.fields import OptionField, option_fields
+from megatron_dlm.errors import UserError, bad_value, nearest_name, unknown_name
 from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
 
 
 def read_values(
-    cls: type,
-    values: Mapping[str, Any],
-    source: str = "configuration",
-    lines: Mapping[str, int] | None = None,
+    cls: type, values: Mapping[str, Any], source: str, lines: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Read a flat mapping of plain values into names (underscores) and values of options.
-
-    Args:
-        cls: The options class.
-        values: Names (dashes or underscores) to plain values.
-        source: What the mapping was read from, for errors.
-        lines: Line number of each key in the source, for errors.
+    """Read plain values by name (dashes or underscores) from a source, at these lines of it.
 
     Raises:
         UserError: An unknown name, or a value of the wrong type.
     """
-    table = {n: o for n, o in option_fields(cls).items() if n not in INVOCATION_FIELDS}
+    table = {n: o for n, o in option_fields(cls).items() if n not in fields.INVOCATION_FIELDS}
     read = {}
     for key, value in values.items():
         place = f"{source}:{lines[key]}" if lines and key in lines else source
@@ -60,126 +42,102 @@ def read_values(
 
 
 def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration") -> T:
-    """Build an options object from a flat mapping of plain values; the others keep their default.
+    """Build an options object from plain values by name; the others keep their default.
 
     Raises:
         UserError: An unknown name, or a value of the wrong type.
     """
-    return with_values(cls(), read_values(cls, values, source))
+    return fields.with_values(cls(), read_values(cls, values, source))
 
 
 def coerce(option: OptionField, value: Any, where: str) -> Any:
     """Turn a plain value, which the user wrote under `where`, into the type of its option.
 
     Raises:
-        UserError: The value is not of the option's type.
+        UserError: The value is not of the option's type, or is out of its range.
     """
+    if option.optional and value in (None, "none", "null", "None"):
+        return None
+    if option.type is str and value == "":
+        raise bad_value(where, value, "is empty", "write some text, or leave the option out")
+    if option.type is str and isinstance(value, str) and "\0" in value:
+        raise bad_value(where, value, "holds a NUL character", "leave it out")
+    return _read(option.type, option.range, fields.plain_value(value), where)
+
+
+def _read(kind: Any, bounds: Range | None, value: Any, where: str) -> Any:
+    """A value of an option, or an entry of one."""
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, str):
+        value = _from_text(origin or kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(members[0], bounds, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {k: _read(members[1], bounds, v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _entry(kind, value, where)
+    # pydantic refuses names of files that are no UTF-8 or were read in an ASCII locale.
+    if kind is str and isinstance(value, str):
+        return value
     try:
-        read = _read_text(option.type | None if option.optional else option.type, value)
-        optional = read is None and option.optional
-        return None if optional else _type(option.type, option.range).validate_python(read)
-    except ValidationError as error:
-        # A key that does not exist explains one that is missing.
-        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN_KEY)
-        raise _user_error(first, option, value, where) from None
-    except (RecursionError, ValueError) as error:  # broken, deep, numbers of thousands of digits
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg} at character {error.pos}"
-        remedy = "write JSON, between '...' in a shell"
-        raise bad_value(where, value, f"is not JSON ({reason})", remedy) from None
+        read = _adapter(kind).validate_python(value)
+    except ValidationError:
+        raise _wrong_type(kind, value, where) from None
+    if bounds is not None and read not in bounds:
+        raise bad_value(where, value, bounds.problem, bounds.remedy)
+    return read
+
+
+def _entry(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass of options that is one entry of a list."""
+    table = option_fields(cls)
+    for name in values:
+        if name not in table:
+            raise bad_value(where, name, "is not a known key", f"use {', '.join(table)}")
+    for name, option in table.items():
+        if option.default is dataclasses.MISSING and name not in values:
+            raise bad_value(where, values, f"lacks {name}", f"add {name}")
+    return cls(**{n: coerce(table[n], value, f"{where}.{n}") for n, value in values.items()})
 
 
 @functools.cache
-def _type(kind: Any, bounds: Range | None) -> TypeAdapter[Any]:
-    kind = Text if kind is str else kind
-    if bounds is not None and typing.get_origin(kind) is dict:
-        kind = dict[str, Annotated[int, AfterValidator(bounds.check)]]
-    elif bounds is not None:
-        kind = Annotated[kind, AfterValidator(bounds.check)]
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    kind = dict[str, Any] if dataclasses.is_dataclass(kind) else kind
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _read_text(kind: Any, value: Any) -> Any:
-    """Read what is text of another type, at any depth; what is not is left for pydantic to refuse.
-
-    Raises:
-        ValueError, RecursionError: Text of a list or mapping is not JSON.
-    """
-    kind, optional = split_optional(kind)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(value, str):
-        if optional and value in ("none", "null", "None"):
-            return None
-        if kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(value)
-        between_commas = origin is tuple and not value.lstrip().startswith(("[", "{"))
-        if between_commas and not dataclasses.is_dataclass(arguments[0]):
-            value = value.split(",")
-        elif origin in (tuple, dict):
-            value = json.loads(value)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_read_text(arguments[0], each) for each in value)
-    if origin is dict and isinstance(value, dict):
-        return {key: _read_text(arguments[1], each) for key, each in value.items()}
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        kinds = typing.get_type_hints(kind)
-        return {key: _read_text(kinds.get(key), each) for key, each in value.items()}
-    return value
+def _from_text(kind: Any, text: str, where: str) -> Any:
+    """What text means as an option of a type; text that is none is left for pydantic to refuse."""
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    if kind is tuple and not text.lstrip().startswith(("[", "{")):
+        return text.split(",")
+    try:
+        return json.loads(text) if kind in (tuple, dict) else text
+    except (RecursionError, ValueError) as error:  # numbers of thousands of digits too
+        remedy = "write JSON, between '...' in a shell"
+        raise bad_value(where, text, f"is not JSON ({error})", remedy) from None
 
 
-UNKNOWN_KEY = ("unexpected_keyword_argument", "invalid_key")
+_REMEDIES = {
+    bool: "write true or false",
+    int: "write a whole number such as 4",
+    float: "write a number such as 0.5 or 1e-5",
+    str: "write text that is not empty (quote it in YAML when it looks like a number)",
+    tuple: 'write a list such as ["a", "b"]',
+    dict: 'write a mapping such as {"name": value}',
+}
 
 
-def _user_error(error: ErrorDetails, option: OptionField, given: Any, where: str) -> UserError:
-    """What pydantic found, with the place and the remedy."""
-    kind, place = error["type"], list(error["loc"])
-    first, *others = typing.get_args(option.type) or (None,)
-    key = place.pop() if kind in (*UNKNOWN_KEY, "missing") else None
-    if place[-1:] == ["[key]"]:
-        kind, place = "dict_type", place[:-2]
-    where += "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
-    value = error["input"] if place else given
-    wrong = "has no value" if value is None else "has the wrong type"
-    number = "write a number such as 0.5 or 1e-5"
-    text = "write text that is not empty (quote it in YAML when it looks like a number)"
-    examples = {(int,): '{"math": 4096}', (str,): '{"math": " Think."}'}
-    example = examples.get(tuple(others), '{"enable_thinking": false}')
-    names = ", ".join(option_fields(first)) if dataclasses.is_dataclass(first) else ""
-    is_choice = typing.get_origin(option.type) is Literal
-    choices = typing.get_args(option.type if is_choice else first)
-    near = nearest_name(str(value), choices)
-    hint = f" (did you mean {near}?)" if near else ""
-    choice = ("is not a choice", f"choose {' or '.join(choices)}{hint}")
-    if kind == "value_error":
-        return bad_value(where, error["input"], *error["ctx"]["error"].args)
-    if kind in UNKNOWN_KEY:
-        return bad_value(where, key, "is not a known key", f"use {names}")
-    messages = {
-        "bool_type": (wrong, "write true or false"),
-        "int_type": (wrong, "write a whole number such as 4"),
-        "float_type": (wrong, number),
-        "finite_number": (wrong, number),
-        "string_too_short": ("is empty", "write some text, or leave the option out"),
-        "string_pattern_mismatch": ("holds a NUL character", "leave it out"),
-        "literal_error": (wrong, f"write one of {', '.join(choices)}") if value is None else choice,
-        "tuple_type": (wrong if value is None else "is not a list", "write a list"),
-        "dict_type": (wrong, f"write a mapping such as {example}"),
-        "dataclass_type": ("is not a mapping", f"write {{{names}}}"),
-        "missing": (f"lacks {key}", f"add {key}"),
-    }
-    return bad_value(where, value, *messages.get(kind, (wrong, text)))
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None when none is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
-
-
-def unknown_name(where: str, name: str, known: Iterable[str], what: str) -> UserError:
-    """The error for a name that no option has, with the nearest one that exists."""
-    near = nearest_name(name, known)
-    remedy = f"did you mean {near}?" if near else "see --help for the names that exist"
-    return bad_value(where, name, f"is not a known {what}", remedy)
+def _wrong_type(kind: Any, value: Any, where: str) -> UserError:
+    """The error for a value that pydantic refuses, with what to write instead."""
+    problem = "has no value" if value is None else "has the wrong type"
+    names = ", ".join(option_fields(kind)) if dataclasses.is_dataclass(kind) else ""
+    remedy = _REMEDIES.get(typing.get_origin(kind) or kind, f"write {{{names}}}")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        near = nearest_name(str(value), choices)
+        problem = problem if value is None else "is not a choice"
+        remedy = f"choose {' or '.join(choices)}" + (f" (did you mean {near}?)" if near else "")
+    return bad_value(where, value, problem, remedy)

@@ -1,64 +1,45 @@
-"""The flat view of a nested options class: its fields, and the plain values of an object.
+"""The flat view of a nested options class, whose names flags, YAML and checkpoints have in common.
 
-Command line, YAML and checkpoints all use the same flat names. Works for any frozen dataclass whose
-fields are options or groups (nested dataclasses) of options; commands have such classes of their
-own.
+Such a class is a frozen dataclass of options and groups (dataclasses) of options.
 """
 
 import dataclasses
 import functools
-import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, Union
+from types import NoneType
+from typing import Any, TypeVar
 
 import docstring_parser
 
-from megatron_dlm.config.marks import FIXED, NOT_AN_OPTION
 from megatron_dlm.ranges import Range
 
 T = TypeVar("T")
 
+FIXED = "fixed on resume"
+"""Mark of an option that a resumed run cannot change: it would be a different run."""
+NOT_AN_OPTION = "not an option"
+"""Mark of a field that is not read from the command line or YAML."""
 INVOCATION_FIELDS = frozenset({"config", "dry_run", "resume", "extend"})
 """Fields of one invocation, never written to YAML or read from it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
-    """One option: its place and the values it accepts.
+    """One option: its place and the values it accepts."""
 
-    Attributes:
-        name: Field name, unique over all groups.
-        group: Name of the group that holds it; None for a field of the class itself.
-        type: Resolved type annotation, without `| None`.
-        optional: Whether None is allowed.
-        default: Value when nobody gives one.
-        range: Numbers that it, or every entry of a mapping, may be; None: any.
-        fixed_on_resume: Whether a resumed run cannot change it.
-    """
-
-    name: str
-    group: str | None
-    type: Any
-    optional: bool
-    default: Any
-    range: Range | None
-    fixed_on_resume: bool
+    name: str  # unique over all groups
+    group: str | None  # that holds it; None: the class itself
+    type: Any  # resolved type annotation, without `| None`
+    optional: bool  # whether None is allowed
+    default: Any  # `dataclasses.MISSING`: it has to be given
+    range: Range | None  # numbers that it, or every entry of a mapping, may be; None: any
+    fixed_on_resume: bool  # whether a resumed run cannot change it
 
 
 def flag_of(name: str) -> str:
     """The command-line flag of an option."""
     return "--" + name.replace("_", "-")
-
-
-def split_optional(annotation: Any) -> tuple[Any, bool]:
-    """Separate `X | None` into (X, True); any other annotation is (annotation, False)."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        members = [a for a in typing.get_args(annotation) if a is not type(None)]
-        if len(members) != 1:
-            raise TypeError(f"an option can have one type or one type and None: {annotation}")
-        return members[0], True
-    return annotation, False
 
 
 def option_helps(cls: Any) -> dict[str, str]:
@@ -86,20 +67,21 @@ def _option_fields(cls: Any) -> dict[str, OptionField]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         name, marks = field.name, getattr(hints[field.name], "__metadata__", ())
-        kind, optional = split_optional(hints[name].__origin__ if marks else hints[name])
-        options = {}
+        kind = hints[name].__origin__ if marks else hints[name]
         if dataclasses.is_dataclass(kind):
-            members = option_fields(kind).items()
-            options = {n: dataclasses.replace(option, group=name) for n, option in members}
-        elif NOT_AN_OPTION not in marks:
+            options = [dataclasses.replace(o, group=name) for o in option_fields(kind).values()]
+        else:
+            first, *others = typing.get_args(kind) or (kind,)
+            optional = NoneType in others
             lazy = field.default_factory is not dataclasses.MISSING
             default = field.default_factory() if lazy else field.default  # type: ignore[operator]
             bounds = next((mark for mark in marks if isinstance(mark, Range)), None)
-            option = OptionField(name, None, kind, optional, default, bounds, FIXED in marks)
-            options = {name: option}
-        if repeated := table.keys() & options:
-            raise TypeError(f"{cls.__name__} declares {', '.join(repeated)} twice")
-        table |= options
+            kind = first if optional else kind
+            options = [OptionField(name, None, kind, optional, default, bounds, FIXED in marks)]
+        for option in options if NOT_AN_OPTION not in marks else ():
+            if option.name in table:
+                raise TypeError(f"{cls.__name__} declares {option.name} twice")
+            table[option.name] = option
     return table
 
 
@@ -108,10 +90,10 @@ option_fields: Callable[[Any], dict[str, OptionField]] = functools.cache(_option
 
 def with_values(options: T, values: Mapping[str, Any]) -> T:
     """The same options with other values of some, by flat name, of their options' types."""
-    table, groups = option_fields(type(options)), dict[str | None, dict[str, Any]]()
+    groups: dict[str | None, dict[str, Any]] = {None: {}}
     for name, value in values.items():
-        groups.setdefault(table[name].group, {})[name] = value
-    changed = groups.pop(None, {})
+        groups.setdefault(option_fields(type(options))[name].group, {})[name] = value
+    changed = groups.pop(None)
     for group, members in groups.items():
         changed[str(group)] = dataclasses.replace(getattr(options, str(group)), **members)
     return dataclasses.replace(options, **changed)  # type: ignore[type-var]
@@ -125,7 +107,7 @@ def value_of(options: Any, name: str) -> Any:
 
 def plain_value(value: Any) -> Any:
     """A value of JSON and YAML types; entries of a small dataclass that are None are left out."""
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return [plain_value(entry) for entry in value]
     if dataclasses.is_dataclass(value):
         return {name: entry for name, entry in vars(value).items() if entry is not None}

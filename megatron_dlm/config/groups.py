@@ -1,17 +1,17 @@
 """Options of a run.
 
-One field is one command-line flag (`--tensor-model-parallel-size`), one YAML key
-(`tensor_model_parallel_size`) and one docstring, the flag's help text; its type is one that
-`megatron_dlm.config.coercion` reads. A default is written here and nowhere else. A name is unique
-over all groups: they exist for the code (`config.parallel.tensor_model_parallel_size`) and for the
-headings of `--help`.
+One field is one flag (`--tensor-model-parallel-size`), one YAML key (`tensor_model_parallel_size`)
+and one docstring, the flag's help text. A default is written here and nowhere else. A name is
+unique over all groups, which exist for the code and for the headings of `--help`.
 """
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from megatron_dlm.config.divergence_spec import DivergenceSpec
-from megatron_dlm.config.marks import (
+from megatron_dlm.config.fields import FIXED
+from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
+from megatron_dlm.config.parameter_groups import ParameterGroup, ParamGroupPreset
+from megatron_dlm.ranges import (
     ABOVE_ZERO,
     AT_LEAST_HALF,
     AT_LEAST_ONE,
@@ -19,14 +19,12 @@ from megatron_dlm.config.marks import (
     AT_LEAST_ZERO,
     BELOW_ONE,
     BETWEEN_ZERO_AND_ONE,
-    FIXED,
     FRACTION,
     PROBABILITY,
     TEMPERATURE,
 )
-from megatron_dlm.config.objective_traits import ObjectiveName, StateSelection
-from megatron_dlm.config.parameter_groups import ParameterGroup, ParamGroupPreset
 from megatron_dlm.rollout.decoding_options import StrategyOptions
+from megatron_dlm.types.divergence_spec import DivergenceSpec
 
 Schedule = Literal["constant", "linear", "cosine"]
 RecomputeModule = Literal["core_attn", "mlp", "moe", "layernorm"]
@@ -44,11 +42,9 @@ class CheckpointOptions:
     load: str | None = None
     """Weights: a Hugging Face folder, a run folder (its latest checkpoint) or an iter_* folder."""
     verify_checkpoint: bool = True
-    """Compare every file of a Megatron checkpoint with its manifest before it is loaded; without
-    it only small files and sizes, which takes no time at any size."""
+    """Compare files of a Megatron checkpoint with its manifest first, large ones too."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json or a SentencePiece tokenizer.model, and the chat template
-    (default: the one beside the weights)."""
+    """Folder of tokenizer.json or tokenizer.model and the chat template (default: the weights')."""
 
 
 @dataclass(frozen=True)
@@ -56,47 +52,40 @@ class ModelConfig(CheckpointOptions):
     """Model: weights, architecture and how a layer computes."""
 
     load: str | None = None
-    """Weights to start from: a Hugging Face folder, a Megatron checkpoint, or a run folder (its
-    latest checkpoint; that run goes on unless --finetune is given). It stays the same when the run
-    in --save is resumed."""
+    """Weights to start from: a Hugging Face folder, a Megatron checkpoint, or a run folder (which
+    goes on unless --finetune is given). It stays the same when the run in --save is resumed."""
     finetune: bool = False
     """Take only the weights from --load: optimizer, schedules and data position start afresh."""
     block_size: Annotated[int, AT_LEAST_ONE, FIXED] = 4
     """Tokens denoised together; blocks are counted from the first prompt token."""
     attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
-    """Attention kernel: flex (FlexAttention, CUDA), sdpa (reference, any device), or auto (flex on
-    CUDA, sdpa on CPU)."""
+    """Attention kernel: flex (FlexAttention, CUDA), sdpa (any device), or auto (flex on CUDA)."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layers from Megatron-Core alone (local) or from Transformer Engine (must be installed)."""
     bf16: Annotated[bool, FIXED] = False
     """Compute in bfloat16 with float32 master weights; without it everything is float32."""
     fp8_format: Annotated[Literal["e4m3", "hybrid"] | None, FIXED] = None
-    """Multiply in 8-bit floats, in updates and rollouts: the layers' linear layers and experts, not
-    attention, router, output layer or teacher. e4m3, or hybrid (gradients in e5m2). Needs --bf16
-    and --transformer-impl transformer_engine."""
+    """Multiply in 8-bit floats in linear layers and experts, not in attention, router, output layer
+    or teacher: e4m3, or hybrid (gradients in e5m2). Needs --bf16 and Transformer Engine."""
     fp8_recipe: Annotated[Literal["delayed", "tensorwise", "mxfp8", "blockwise"], FIXED] = "delayed"
     """Scales of FP8: of a tensor, from its last values (delayed) or its own (tensorwise), or of
     parts of it, 128 wide (blockwise, Hopper) or 32 (mxfp8, Blackwell)."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (--recompute-modules) or full (whole layers)."""
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
-    """Parts of a layer that selective recomputation recomputes, by Megatron's names: core_attn, mlp
-    (of dense layers), moe (of layers with experts), layernorm (with Transformer Engine)."""
+    """What selective recomputes, by Megatron's names: core_attn, mlp, moe (experts), layernorm."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """With full recomputation: uniform (chunks of --recompute-num-layers layers) or block (only
-    the first --recompute-num-layers layers of a pipeline stage)."""
+    """Full: all in chunks of --recompute-num-layers (uniform), or only a stage's first (block)."""
     recompute_num_layers: Annotated[int, AT_LEAST_ONE] = 1
     """Layers in a recomputed chunk (uniform) or recomputed layers a stage (block)."""
     model_config: str | None = None
     """Hugging Face config.json to build a model with random weights from, when --load is absent."""
     init_method_std: Annotated[float | None, ABOVE_ZERO] = None
-    """Standard deviation of randomly initialised weights (default: initializer_range of the
-    model's config.json)."""
+    """Standard deviation of random weights (default: initializer_range of config.json)."""
     mask_embedding_init: MaskEmbeddingInit | None = None
-    """Initial input embedding of MASK in a conversion of an autoregressive model, which has never
-    seen that token: the row of the checkpoint (keep) or the mean of all other rows
-    (mean) (default: mean where it is not trained, with --param-group-preset rnd1 or --lora-rank,
-    else keep)."""
+    """Input embedding of MASK when an autoregressive model, which never saw that token, is
+    converted: keep its row, or the mean of all other rows (default: mean where it is not trained,
+    with --param-group-preset rnd1 or --lora-rank, else keep)."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +93,13 @@ class LoRAConfig:
     """LoRA: low-rank adapters that are trained in place of the weights."""
 
     lora_rank: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
-    """Train adapters of this rank on frozen weights instead of the weights themselves; exports,
-    evaluations and runs that start from the result get them merged."""
+    """Train adapters of this rank on frozen weights; all that reads the result gets them merged."""
     lora_alpha: Annotated[float | None, ABOVE_ZERO, FIXED] = None
     """An adapter is scaled by this over --lora-rank (default: --lora-rank)."""
     lora_dropout: Annotated[float, BELOW_ONE, FIXED] = 0.0
     """Probability with which an input of an adapter is dropped in training."""
     lora_target_modules: Annotated[tuple[LoRATarget, ...], FIXED] = get_args(LoRATarget)
-    """Layers with an adapter, by Megatron's names: attention's fused projection and its output,
-    the feed-forward layers (those of every expert too)."""
+    """Layers with an adapter, by Megatron's names: attention and feed-forward (all experts')."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +124,16 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel processes while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather the weights of an update from the data-parallel processes during the next update's
-    forward pass; needs --use-distributed-optimizer and --overlap-grad-reduce."""
+    """Gather updated weights during the next forward pass; needs both of the options above."""
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
-    """How tokens reach experts on other processes: alltoall (short rows without gradients, such as
-    a step of decoding, are gathered instead), or flex (DeepEP, must be installed)."""
+    """How tokens reach experts on other processes: alltoall, or flex (DeepEP, must be
+    installed)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo), cuda (NCCL), or auto: cuda where there is one."""
     distributed_timeout_minutes: Annotated[int, AT_LEAST_ONE] = 10
-    """Minutes that a collective may wait for the other processes, and a process be without progress
-    while it trains, before the run is aborted."""
+    """Minutes without progress, in a collective or elsewhere in training, until a run is ended."""
     watch_ranks: bool = True
-    """Let processes watch each other over a connection to rank 0: one that dies ends the others in
-    seconds, and one that stalls is named."""
+    """Let processes watch each other: one that dies ends all in seconds, a stalled one is named."""
     stall_minutes: Annotated[float, ABOVE_ZERO] = 5.0
     """Minutes without progress after which a process is named, with its phase and stack."""
 
@@ -162,22 +146,17 @@ class DataConfig:
     """Prompts for rollouts: JSONL, one object a line with `messages` (chat) or `prompt`; or
     Parquet, Arrow, a pattern, hf://datasets/owner/name, or a mixture of these in a YAML file."""
     train_data: str | None = None
-    """Prompts with answers for data-set objectives, from the same kinds of files: `prompt` and
-    `response`, or `messages` that end with the assistant's."""
+    """Prompts with answers, in such files too: `prompt` and `response`, or whole `messages`."""
     train_on: Annotated[TrainOn, FIXED] = "last"
-    """Turns of the assistant in `messages` that are trained on: the last one of a chat, or all,
-    each as a separate example with everything before it as the prompt."""
+    """Turns of the assistant that are trained on: the last one, or all, each as its own example."""
     data_path: str | None = None
-    """Pretraining corpus: prefix of the .bin and .idx file that megatron-dlm preprocess wrote
-    (Megatron's indexed dataset)."""
+    """Pretraining corpus: prefix of the .bin and .idx file that megatron-dlm preprocess wrote."""
     seq_length: Annotated[int, AT_LEAST_ONE, FIXED] = 2048
-    """Tokens of a corpus window, the sample that --global-batch-size counts. Documents are packed
-    into windows end to end; those of a window do not see each other."""
+    """Tokens of a corpus window, a sample of --global-batch-size; its documents stay separate."""
     max_prompt_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest prompt in tokens, chat template included."""
     long_prompts: Annotated[LongPrompts, FIXED] = "error"
-    """How to treat longer prompts: raise an error that names the line (error), leave them out
-    (drop), or keep only their last --max-prompt-length tokens (truncate)."""
+    """Longer prompts are an error, are left out (drop), or lose their beginning (truncate)."""
     seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
     shuffle: Annotated[bool, FIXED] = True
@@ -191,16 +170,13 @@ class TemplateConfig:
     domain_field: str = "domain"
     """Field of a record that names its domain, for the options by domain."""
     prompt_suffix_by_domain: Annotated[dict[str, str], FIXED] = field(default_factory=dict)
-    """Text to append to the last user message (or to `prompt`) of a record, by its domain; JSON as
-    a flag. `default` stands for all domains that are not named."""
+    """Text after the last user message (or `prompt`) by domain, in JSON; `default`: all others."""
     max_response_length_by_domain: Annotated[dict[str, int], AT_LEAST_ONE] = field(
         default_factory=dict
     )
-    """Longest response in tokens by the domain of a record, where that is below
-    --max-response-length; JSON as a flag. `default` stands for all domains that are not named."""
+    """Lower --max-response-length by a record's domain, in JSON; `default`: all other domains."""
     chat_template_kwargs: Annotated[dict[str, Any], FIXED] = field(default_factory=dict)
-    """Variables for the chat template, for example {"enable_thinking": false}; JSON as a flag.
-    Those of a record (`chat_template_kwargs`) override them."""
+    """Variables for the chat template, e.g. {"enable_thinking": false}; those of a record win."""
 
 
 @dataclass(frozen=True)
@@ -214,15 +190,12 @@ class DecodingConfig(StrategyOptions):
     top_p: Annotated[float, PROBABILITY] = 1.0
     """Draw among the most likely tokens that together hold this probability; 1 is off."""
     max_running_requests: Annotated[int, AT_LEAST_ONE] = 64
-    """Sequences a data-parallel process decodes at once (under full attention, the canvases of one
-    forward), fewer where --max-total-tokens has no room for them."""
+    """Sequences that a data-parallel process decodes at once, if the KV cache has room for them."""
     max_total_tokens: Annotated[int | None, AT_LEAST_ONE] = None
-    """Tokens that the KV cache of a data-parallel process has room for, in pages of 32. A prompt
-    waits until there are pages for it and its longest response (default: enough for
-    --max-running-requests, up to 80 % of the free memory of a GPU)."""
+    """Tokens that the KV cache of a data-parallel process has room for, in pages of 32; prompts
+    wait for them (default: enough for --max-running-requests, up to 80 % of free GPU memory)."""
     chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = 8192
-    """Most prompt tokens of a forward; longer prompts are prefilled in pieces of this size, while
-    other sequences are decoded."""
+    """Most prompt tokens of a forward; longer ones are prefilled in pieces, while others decode."""
 
 
 @dataclass(frozen=True)
@@ -230,21 +203,17 @@ class RolloutConfig(DecodingConfig):
     """Rollout: block-diffusion generation by the student."""
 
     num_rollouts: Annotated[int | None, AT_LEAST_ONE] = None
-    """Rollouts to do, all of --rollout-batch-size prompts, whatever epoch they are in; together
-    with it they set the number of updates (alternative: --num-epochs)."""
+    """Rollouts to do, all of --rollout-batch-size prompts (alternative: --num-epochs)."""
     rollout_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 128
     """Prompts per rollout, over all data-parallel processes."""
     shared_rollout_queue: bool = True
-    """Let every data-parallel replica take the next prompt when it has room for it, instead of an
-    equal share at once. Off, a run repeats itself even where rounding depends on what is decoded
-    together (bf16)."""
+    """Let replicas take prompts as they have room, not equal shares at once. Off, a run repeats
+    itself even where rounding depends on what is decoded together (bf16)."""
     partial_rollouts: Annotated[float, AT_LEAST_HALF] = 1.0
-    """Share of the responses in decoding that a rollout waits for. The others keep what they have
-    by then, and go on in the next rollout with its weights. A rollout still trains on
-    --rollout-batch-size responses: more are in decoding. 1 waits for all."""
+    """Share of the responses in decoding that a rollout waits for (1: all); the others go on in the
+    next one, with its weights. It still trains on --rollout-batch-size responses."""
     max_response_rollouts: Annotated[int, AT_LEAST_TWO] = 4
-    """Rollouts that a response may take part in (its staleness is one less); the last one waits for
-    its end."""
+    """Rollouts that a response may take part in; the last one waits for its end."""
     max_response_length: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest response in tokens; the end point of the length schedule."""
     min_response_length: Annotated[int | None, AT_LEAST_ONE] = None
@@ -256,26 +225,21 @@ class RolloutConfig(DecodingConfig):
     final_dynamic_threshold: Annotated[float | None, PROBABILITY] = None
     """Confidence threshold at the end of a linear or cosine schedule."""
     dynamic_threshold_schedule: Schedule = "constant"
-    """How the threshold goes from --dynamic-threshold to --final-dynamic-threshold (cosine: slowly
-    at first)."""
+    """How it goes from --dynamic-threshold to --final-dynamic-threshold (cosine: slow at first)."""
     dynamic_threshold_hold_rollouts: Annotated[int, AT_LEAST_ZERO] = 0
     """Rollouts with --dynamic-threshold before it starts to change."""
     dynamic_threshold_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
-    """Rollouts after those over which it changes; later ones have the final value (default: all
-    that are left of the run)."""
+    """Rollouts over which it then changes; later ones have the final value (default: all left)."""
     max_tries: Annotated[int, AT_LEAST_ONE] = 8
-    """Most responses to a prompt, each with other noise, until --reward rates one right (objectives
-    that verify responses)."""
+    """Most responses to a prompt until --reward rates one right, where responses are verified."""
     teacher_response_fraction: Annotated[float, FRACTION] = 0.0
-    """Share of a rollout's prompts whose response is taken from the autoregressive teacher instead
-    of the student; with a schedule, the share at the first rollout."""
+    """Share of a rollout's responses that are the teacher's, not the student's; at first."""
     final_teacher_response_fraction: Annotated[float, FRACTION] = 0.0
     """That share at the end of a linear or cosine schedule."""
     teacher_response_fraction_schedule: Schedule = "constant"
     """How the share goes from --teacher-response-fraction to --final-teacher-response-fraction."""
     teacher_response_fraction_rollouts: Annotated[int | None, AT_LEAST_ONE, FIXED] = None
-    """Rollouts over which the share changes; later ones have the final share (default: all of the
-    run)."""
+    """Rollouts over which it changes; later ones have the final share (default: all of the run)."""
 
 
 @dataclass(frozen=True)
@@ -284,45 +248,36 @@ class ObjectiveConfig:
 
     objective: Annotated[ObjectiveName, FIXED] = "opdlm"
     """opdlm: on-policy distillation of a block-diffusion student from an autoregressive teacher;
-    opdlm_off: the same at random states of its rollouts; off_policy: distillation at random states
-    of the teacher's own responses; sft: block-diffusion cross entropy on --train-data, or on the
-    teacher's responses to --prompts; scp: continual pretraining on the corpus --data-path under
-    full attention with shifted predictions (RND1); next_token: autoregressive training on
-    --train-data or --data-path; d_opsd: on-policy self-distillation of a diffusion model, whose
-    teacher sees later tokens of the response."""
+    opdlm_off: the same at random states of its rollouts; off_policy: at random states of the
+    teacher's responses; sft: block-diffusion cross entropy on --train-data, or the teacher's
+    responses to --prompts; scp: continual pretraining on --data-path under full attention with
+    shifted predictions (RND1); next_token: autoregressive training on --train-data or --data-path;
+    d_opsd: self-distillation of a diffusion model, whose teacher sees later tokens."""
     state_selection: StateSelection | None = None
-    """Denoising states that are trained on. opdlm: one step of each block (per_block, its default),
-    one of the whole trajectory (global), or every step (all); d_opsd: every step of every block but
-    the last (all); the other block-diffusion objectives mask at random (random)."""
+    """Denoising states that are trained on. opdlm: one step of each block (per_block, its default)
+    or of the whole trajectory (global), or every step (all); d_opsd: every step of all blocks but
+    the last (all); other block-diffusion objectives: random masks (random)."""
     empty_mask: EmptyMask = "redraw"
     """How to treat a block of a random state in which no supervised token was masked: draw it again
-    with another t (redraw), or mask one of its tokens (mask_one; with tokens weighted by 1/t the
-    loss would have no mean)."""
+    (redraw), or mask one of its tokens (mask_one; with weights 1/t the loss would have no mean)."""
     attention_pattern: Annotated[Literal["full", "causal"] | None, FIXED] = None
-    """What a token sees under scp: all of its document (full), or only earlier tokens (causal: the
-    diffusion model that RND1's grafting trains first, for a second run with --finetune under full
-    attention) (default: full)."""
+    """What a token sees under scp: all of its document (full), or earlier tokens only (causal: the
+    first model of RND1's grafting, for a second run with --finetune) (default: full)."""
     attention_annealing_iters: Annotated[int, AT_LEAST_ZERO, FIXED] = 0
-    """Optimizer steps over which scp goes from causal to full attention: a later token is visible
-    with a probability that rises from 0 to 1, drawn for each pair of tokens (DiffuLLaMA's
-    attention-mask annealing). 0: full from the first step."""
+    """Optimizer steps over which scp goes from causal to full attention: a later token is seen with
+    a probability that rises from 0 to 1 (as in DiffuLLaMA). 0: full from the first step."""
     loss_weighting: Literal["inverse_t", "none"] = "inverse_t"
-    """Weight of a token under sft and scp: 1/t, where its block (scp: its document) was masked with
-    probability t (inverse_t), or 1 (none). Distillation always weighs 1."""
+    """Weight of a token under sft and scp: 1 (none), or 1/t where masked with probability t."""
     supervise_eos: bool = True
     """Supervise the end-of-sequence token of a response as well."""
     loss_normalization: Literal["token", "row_mean"] = "token"
-    """Divide by the supervised tokens of the global batch (token; scp: by all that could have been
-    masked; d_opsd: by its states), or average over the rows of each row's mean (row_mean; d_opsd:
-    over those with states)."""
+    """Divide by the supervised tokens of the global batch (token; scp: all that could be masked;
+    d_opsd: its states), or average each row's mean over the rows (row_mean)."""
     reward: str = "exact_match"
-    """How a response is rated by fields of its prompt's record (docs/evaluation.md), by objectives
-    that verify responses and on --eval-prompts:
-    exact_match, math_verify, choice, instructions, code_tests, countdown, sudoku, or
-    package.module:function of your own."""
+    """How a response is rated where it is verified, and on --eval-prompts: exact_match,
+    math_verify, choice, instructions, code_tests, countdown, sudoku, or package.module:function."""
     unsafe_code_execution: bool = False
-    """Let the reward code_tests run code without isolation where the machine allows none: the code
-    can then do what you can."""
+    """Let the reward code_tests run code, which can do what you can, where nothing isolates it."""
 
 
 @dataclass(frozen=True)
@@ -330,20 +285,15 @@ class DistillationConfig:
     """Distillation: the teacher and the divergence from it."""
 
     teacher_load: str | None = None
-    """Frozen teacher, a Hugging Face folder or Megatron checkpoint: an autoregressive one (default:
-    --load, the weights that the student starts from); for d_opsd a copy of the diffusion model that
-    the student starts as (default: the student without its adapters)."""
+    """Frozen teacher, a Hugging Face folder or Megatron checkpoint: an autoregressive model
+    (default: --load), for d_opsd a copy of the student (default: the student without adapters)."""
     teacher_responses: str | None = None
-    """Folder with the teacher's responses to --prompts, if an objective or
-    --teacher-response-fraction needs them; missing responses to the run's prompts are
-    generated before training, with the rollout's temperature, top-k, top-p and
-    --max-response-length (default: teacher_responses in the run folder)."""
+    """Folder of the teacher's responses to --prompts; missing ones that are needed are generated
+    before training, with the rollout's options (default: teacher_responses in the run folder)."""
     cache_teacher_targets: bool = False
-    """Compute the teacher's --divergence-top-k most likely tokens at every token of its stored
-    responses once, keep them beside these, and train without the teacher in memory."""
+    """Store the teacher's --divergence-top-k tokens of its responses once, and train without it."""
     offload_teacher: bool = False
-    """Keep the teacher's weights in host memory while they are not used: during rollouts and, all
-    but its output layer, during updates."""
+    """Keep the teacher's weights in host memory while unused (output layer: in rollouts only)."""
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or a weighted sum such as forward_kl:0.5,reverse_kl:0.5."""
     jsd_beta: Annotated[float, BETWEEN_ZERO_AND_ONE] = DivergenceSpec.jsd_beta
@@ -351,11 +301,10 @@ class DistillationConfig:
     divergence_top_k: Annotated[int, AT_LEAST_ZERO] = 0
     """Compare only the teacher's k most likely tokens; 0 compares the full vocabulary."""
     divergence_tail: Literal["bucket", "ignore"] = "bucket"
-    """With --divergence-top-k, how to treat the remaining probability: as one more class (bucket),
-    or leave it out (ignore; the result can then be negative)."""
+    """With --divergence-top-k, the other tokens: one more class (bucket), or none (ignore)."""
     divergence_chunk_size: Annotated[int | None, AT_LEAST_ONE] = None
-    """Supervised tokens whose logits are in memory at a time; limits memory, not the result
-    (default: as many as less than 1 GiB holds, on CUDA a quarter of what is free)."""
+    """Supervised tokens whose logits are in memory at a time (default: as many as memory
+    allows)."""
 
 
 @dataclass(frozen=True)
@@ -363,14 +312,11 @@ class SelfDistillationConfig:
     """Self-distillation (d_opsd): what the teacher sees, and where the student is supervised."""
 
     reveal_fraction: Annotated[float, FRACTION] = 0.25
-    """Share of the positions in later blocks at which the teacher sees the student's final
-    tokens."""
+    """Share of positions in later blocks at which the teacher sees the student's final tokens."""
     positions_per_state: Annotated[int, AT_LEAST_ONE] = 2
-    """Masked positions of the current block that are supervised: where the teacher is most
-    certain."""
+    """Masked positions of a block that are supervised: where the teacher is most certain."""
     position_ranking: Literal["probability", "logit"] = "probability"
-    """Measure of the teacher's certainty at a position: the probability of its most likely token,
-    or the logit before the softmax (logit, as in the published code)."""
+    """Measure of that certainty: the teacher's highest probability, or logit (as published)."""
     teacher_top_k: Annotated[int, AT_LEAST_ONE] = 20
     """Teacher's most likely tokens that are compared, both sides renormalised over them."""
     divergence_term_limit: Annotated[float, ABOVE_ZERO] = 0.05
@@ -384,8 +330,7 @@ class OptimizerConfig:
     optimizer: Annotated[Literal["adam"], FIXED] = "adam"
     """Update rule (adam is AdamW: decoupled weight decay)."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state and main weights in host memory, and free gradients, during
-    rollouts and the teacher's forwards (without rollouts, those of every update)."""
+    """Keep optimizer state and main weights in host memory, and no gradients, while unused."""
     lr: Annotated[float, ABOVE_ZERO, FIXED] = 1e-5
     """Peak learning rate."""
     min_lr: Annotated[float, AT_LEAST_ZERO, FIXED] = 1e-6
@@ -412,12 +357,11 @@ class OptimizerConfig:
     clip_grad: Annotated[float, AT_LEAST_ZERO] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     param_groups: Annotated[tuple[ParameterGroup, ...], FIXED] = ()
-    """Parameter groups with their own settings, a list of {pattern, lr, min_lr, weight_decay};
-    JSON on the command line. Patterns: attention, mlp, experts, router, embedding, norm, output,
-    default (what is in no other group), or a regular expression."""
+    """Groups of parameters with settings of their own, a JSON list of {pattern, lr, min_lr,
+    weight_decay}. Patterns: attention, mlp, experts, router, embedding, norm, output, default (the
+    rest), or regular expressions."""
     param_group_preset: ParamGroupPreset | None = None
-    """Published parameter groups instead of --param-groups. rnd1: attention at a peak rate of 3e-4,
-    everything else at 1e-8, weight decay 0.1 (meant for --lr-decay-style constant)."""
+    """rnd1: attention at 3e-4, the rest at 1e-8, weight decay 0.1 (--lr-decay-style constant)."""
 
 
 @dataclass(frozen=True)
@@ -427,24 +371,48 @@ class TrainingConfig:
     micro_batch_size: Annotated[int, AT_LEAST_ONE] = 1
     """Trajectories (or corpus windows) packed into one row, the unit of a forward pass."""
     max_tokens_per_micro_batch: Annotated[int | None, AT_LEAST_ONE] = None
-    """Pack the trajectories of an update into rows of at most this many tokens, as few rows as
-    possible, instead of --micro-batch-size; the teacher's rows too. Only what is longer by itself
-    gets a longer row. Data-parallel processes share the update by cost."""
+    """Pack an update's trajectories (and the teacher's) into as few rows of at most this many
+    tokens as possible, instead of --micro-batch-size; only longer ones get a longer row."""
     global_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 8
     """Trajectories (or corpus windows) per optimizer update, over all data-parallel processes."""
     train_iters: Annotated[int | None, AT_LEAST_ONE] = None
     """Optimizer steps of objectives without rollouts; the others derive it from --num-rollouts."""
     num_epochs: Annotated[int | None, AT_LEAST_ONE] = None
-    """Passes over the data, instead of --num-rollouts or --train-iters; the last rollout or update
-    takes the remaining samples (61,816 prompts at 128 a rollout: 483 rollouts, the last of 120)."""
+    """Passes over the data instead of --num-rollouts or --train-iters; the last batch is less."""
     epochs_per_rollout: Annotated[int, AT_LEAST_ONE, FIXED] = 1
     """Passes over the trajectories of a rollout before the next one."""
     exit_duration_in_mins: Annotated[float | None, ABOVE_ZERO] = None
-    """Minutes from its start after which a run saves and ends as if it was sent SIGTERM: with
-    status 75, to be started again."""
+    """Minutes after which a run saves and ends as on SIGTERM, with status 75: to be restarted."""
     on_divergence: str = "stop"
-    """What becomes of a run whose loss or gradient is no finite number. stop: it ends with status
-    3. skip:N: the update is left out, up to N times in a row."""
+    """On a loss or gradient that is not finite: stop (status 3), or skip:N (up to N in a row)."""
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Held-out data: validation loss, and accuracy on prompts."""
+
+    valid_data_path: str | None = None
+    """Held-out corpus for the validation loss of a run on --data-path, in the same format."""
+    valid_data: str | None = None
+    """Held-out examples for the validation loss of a run on --train-data, in the same format."""
+    eval_interval: Annotated[int, AT_LEAST_ZERO] = 0
+    """Optimizer steps between validation losses on held-out data; 0: only at the end of the run."""
+    eval_iters: Annotated[int, AT_LEAST_ONE] = 10
+    """Global batches of held-out data for a validation loss: always the same samples and masks."""
+    eval_prompts: str | None = None
+    """Held-out prompts, with what --reward reads, that the student answers while it is trained."""
+    eval_prompts_interval: Annotated[int, AT_LEAST_ZERO] = 0
+    """Optimizer steps between evaluations on --eval-prompts; 0: only at the end of the run."""
+    eval_decodings: tuple[str, ...] = ()
+    """Decoding settings of an evaluation, as of megatron-dlm evaluate --settings: static:<steps>,
+    dynamic:<threshold>, dynamic:0.9@8 (block size), autoregressive, ... The first one decides which
+    checkpoint is best (default: what the decoding options describe)."""
+    eval_num_prompts: Annotated[int | None, AT_LEAST_ONE] = None
+    """Answer only this many prompts from the beginning of the file."""
+    eval_temperature: Annotated[float | None, TEMPERATURE] = None
+    """Softmax temperature of an evaluation; 0: the most likely token (default: --temperature)."""
+    eval_max_response_length: Annotated[int | None, AT_LEAST_ONE] = None
+    """Longest response of an evaluation in tokens (default: --max-response-length)."""
 
 
 @dataclass(frozen=True)
@@ -454,26 +422,20 @@ class LoggingConfig:
     save: str | None = None
     """Run folder: checkpoints, metrics.jsonl, resolved configuration, TensorBoard."""
     save_interval: Annotated[int, AT_LEAST_ZERO] = 0
-    """Optimizer steps between checkpoints, rounded up to the end of the rollout; 0 leaves it to
-    --save-interval-minutes."""
+    """Optimizer steps between checkpoints, up to a rollout's end; 0: by --save-interval-minutes."""
     save_interval_minutes: Annotated[float, AT_LEAST_ZERO] = 30.0
-    """Minutes after the last checkpoint from which on the next one is written, after an update or a
-    rollout; 0 leaves it to --save-interval. The end of the run is always saved."""
+    """Minutes between checkpoints; 0: by --save-interval. The end of the run is always saved."""
     keep_checkpoints: Annotated[int, AT_LEAST_ZERO] = 0
     """Latest checkpoints to keep; 0 keeps all."""
     keep_checkpoint_every: Annotated[int, AT_LEAST_ZERO] = 0
-    """Keep those whose iteration is a multiple of this too, with --keep-checkpoints; 0 keeps no
-    others."""
+    """With --keep-checkpoints, keep iterations that are multiples of this too; 0: no others."""
     keep_best_checkpoint: bool = False
-    """Keep the best checkpoint by held-out data too, with --keep-checkpoints: by the accuracy on
-    --eval-prompts under the first decoding, of which each new best is saved at once, else by the
-    validation loss, which is then measured for every checkpoint."""
+    """With --keep-checkpoints, keep the best too: by accuracy on --eval-prompts under the first
+    decoding, saved at once, else by a validation loss of every checkpoint."""
     async_save: bool = True
-    """Train on while a checkpoint is written, from a copy in the host's memory; off, training waits
-    and there is no copy."""
+    """Train on while a checkpoint is written, from a copy in host memory; off: training waits."""
     measure_machine: bool = True
-    """Measure the rate of matrix products and the memory bandwidth of a device when a run starts (a
-    fraction of a second): what `mfu` and `rollout_floor_share` are shares of."""
+    """Measure matrix products and memory bandwidth at the start: `mfu` is a share of them."""
     log_interval: Annotated[int, AT_LEAST_ONE] = 1
     """Optimizer steps between two lines of progress; metrics.jsonl has every step."""
     tensorboard: bool = True

@@ -1,36 +1,26 @@
 """Groups of parameters with their own settings of the optimizer."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, StrictFloat
-
-from megatron_dlm.config.marks import AT_LEAST_ZERO, Text
+from megatron_dlm.ranges import AT_LEAST_ZERO
 
 ParamGroupPreset = Literal["rnd1"]
-NotNegative = Annotated[StrictFloat | None, AfterValidator(AT_LEAST_ZERO.check)]
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Settings of the optimizer for the parameters that a pattern matches.
+    """Settings of the optimizer for the parameters that a pattern matches; None: the run's own.
 
-    Attributes:
-        pattern: attention, mlp, experts, router, embedding, norm, output, default (all that is in
-            no other group), or a regular expression searched in the parameter's name in the whole
-            model, which no layout changes. A pattern that matches nothing is an error.
-        lr: Peak learning rate, 0 for parameters that stay (None: `--lr`).
-        min_lr: Learning rate at the end of the decay (None: `--min-lr`).
-        weight_decay: Weight decay (None: `--weight-decay`).
+    The pattern is attention, mlp, experts, router, embedding, norm, output, default (all that is in
+    no other group), or a regular expression that is searched in the parameter's name in the whole
+    model, which no layout changes. A pattern that matches nothing is an error.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(
-        extra="forbid", allow_inf_nan=False, revalidate_instances="always"
-    )
-    pattern: Text
-    lr: NotNegative = None
-    min_lr: NotNegative = None
-    weight_decay: NotNegative = None
+    pattern: str
+    lr: Annotated[float | None, AT_LEAST_ZERO] = None
+    min_lr: Annotated[float | None, AT_LEAST_ZERO] = None
+    weight_decay: Annotated[float | None, AT_LEAST_ZERO] = None
 
 
 PARAM_GROUP_PRESETS: dict[ParamGroupPreset, tuple[ParameterGroup, ...]] = {

@@ -9,33 +9,21 @@ import typing
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar
 
-import yaml
-
-from megatron_dlm.config.coercion import coerce, read_values, unknown_name
-from megatron_dlm.config.fields import (
-    OptionField,
-    flag_of,
-    option_fields,
-    option_helps,
-    plain_value,
-    with_values,
-)
+from megatron_dlm.config import fields
+from megatron_dlm.config.coercion import coerce, read_values
+from megatron_dlm.config.fields import OptionField, flag_of, option_fields
 from megatron_dlm.config.schema import Config
-from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.regular_file import read_regular
+from megatron_dlm.errors import UserError, bad_value, unknown_name
 from megatron_dlm.terminal import say
+from megatron_dlm.yaml_file import read_yaml_mapping
 
 T = TypeVar("T")
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """Read the configuration of a training run; nothing is validated across fields yet.
-
-    See `parse_arguments`.
-    """
+    """Read the configuration of a training run, which is not validated; see `parse_arguments`."""
     return parse_arguments(Config, argv)
 
 
@@ -69,7 +57,7 @@ def parse_arguments(
     if wrong is not None:
         raise wrong
     values |= {name: coerce(table[name], value, flag_of(name)) for name, value in given.items()}
-    return with_values(cls(), values)
+    return fields.with_values(cls(), values)
 
 
 NO_VALUE = re.compile(r"-(?!\d*\.?\d+$)[^ ]+$", re.DOTALL)
@@ -101,8 +89,9 @@ def _read_flags(
             )
         elif option.type is bool and equals:
             flag = flag_of(option.name)
-            remedy = f"write {flag} or --no-{flag[2:]}"
-            errors.append(bad_value(flag, value, "takes no value", remedy))
+            errors.append(
+                bad_value(flag, value, "takes no value", f"write {flag} or --no-{flag[2:]}")
+            )
         elif option.type is not bool and not equals:
             remedy = f"write {name} {_metavar(option)}, or {name}=... if it begins with a dash"
             errors.append(bad_value(name, None, "has no value", remedy))
@@ -111,40 +100,28 @@ def _read_flags(
     return given, asks_help, errors[0] if errors else None
 
 
-def format_length(config: Config) -> str:
-    """The length of a run as a YAML comment, from a configuration `of_data`."""
-    batch, samples, rollouts = config.rollout_batch_size, config.num_samples, config.num_rollouts
-    what = "rollouts" if config.uses_rollouts else "updates"
-    last = samples - (rollouts - 1) * batch
-    short = f", the last of {last}" if last < batch else ""
-    updates = f": {config.train_iters} updates" if config.uses_rollouts else ""
-    records = config.num_records
-    return f"# {records} records; {samples} samples in {rollouts} {what} of {batch}{short}{updates}"
-
-
 def _help(cls: type, values: Mapping[str, Any], **texts: str | None) -> str:
     """The help text, with the values of a file as defaults."""
     usage = "%(prog)s [-h] [OPTIONS]"
     parser = argparse.ArgumentParser(usage=usage, add_help=False, **texts)  # type: ignore[arg-type]
-    hints, helps = typing.get_type_hints(cls), option_helps(cls)
-    group = parser.add_argument_group("options")
-    group.add_argument("-h", "--help", action="store_true", help="Show this text.")
-    places: dict[str | None, Any] = {None: group}
+    hints, helps = typing.get_type_hints(cls), fields.option_helps(cls)
+    places: dict[str | None, Any] = {None: parser.add_argument_group("options")}
+    places[None].add_argument("-h", "--help", action="store_true", help="Show this text.")
     for name, option in option_fields(cls).items():
         if option.group is not None and option.group not in places:
             heading = (hints[option.group].__doc__ or "").splitlines()[0]
             title = f"{option.group.replace('_', ' ')} options"
             places[option.group] = parser.add_argument_group(title, heading)
-        value, text = values.get(name, option.default), helps[name]
+        value, text = fields.plain_value(values.get(name, option.default)), helps[name]
+        shown = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
         # What follows from other options where it is none is part of the text.
-        notes = [] if value is None and "(default: " in text else [f"default: {_shown(value)}"]
+        notes = [] if value is None and "(default: " in text else [f"default: {shown}"]
         notes += [str(option.range)] if option.range else []
         text = text + (f" ({'; '.join(notes)})" if notes else "")
         switch = {"action": argparse.BooleanOptionalAction}
         kind: Any = switch if option.type is bool else {"metavar": _metavar(option)}
-        places[option.group].add_argument(
-            flag_of(name), dest=name, help=text.replace("%", "%%"), **kind
-        )
+        text = text.replace("%", "%%")
+        places[option.group].add_argument(flag_of(name), dest=name, help=text, **kind)
     return parser.format_help().removesuffix("\n")
 
 
@@ -158,67 +135,18 @@ def _metavar(option: OptionField) -> str:
     return f"{text}|none" if option.optional else text
 
 
-def _shown(value: Any) -> str:
-    """What `--help` shows as a default."""
-    plain = "none" if value is None else plain_value(value)
-    return json.dumps(plain) if isinstance(plain, (list, dict)) else str(plain)
-
-
-BASE_KEY = "base"
-"""Key of a YAML file with the relative path of another one, whose keys it changes or adds to; that
-file must not have a base itself."""
-
-
 def _load_yaml(cls: type, path: str, field: str = "--config") -> dict[str, Any]:
     """The values of a flat YAML file that `field` names, over those of the file's base.
 
-    Raises:
-        UserError: A file is missing or broken, or has an unknown, repeated or ill-typed key, or the
-            base has a base.
+    A key `base` has the relative path of another file, which must not have one itself.
     """
-    keys, lines = _read_yaml(path, field)
-    if BASE_KEY not in keys:
+    keys, lines = read_yaml_mapping(path, field, "write one `key: value` a line")
+    if "base" not in keys:
         return read_values(cls, keys, path, lines)
     if field != "--config":
         raise bad_value(field, path, "has a base of its own", "name that one, and add its keys")
-    named, place = keys.pop(BASE_KEY), f"{path}:{lines[BASE_KEY]}: {BASE_KEY}"
+    named, place = keys.pop("base"), f"{path}:{lines['base']}: base"
     if not isinstance(named, str) or not named:
         raise bad_value(place, named, "has the wrong type", "write the path of a YAML file")
     base = _load_yaml(cls, str(Path(path).parent / named), place)
     return base | read_values(cls, keys, path, lines)
-
-
-def _read_yaml(path: str, field: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Keys with values and keys with lines of a flat YAML file that `field` names.
-
-    Raises:
-        UserError: The file is missing or broken, or has a repeated key.
-    """
-    place, reason, remedy = path, "", "write one `key: value` a line"
-    try:
-        text = read_regular(path).decode("utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-        if not isinstance(node, yaml.MappingNode | NoneType):
-            reason = "is not a mapping of keys to values"
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        reason, remedy = f"cannot be read ({cause})", "give the path of a YAML file"
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        cause = getattr(error, "problem", None) or "broken syntax"
-        reason, remedy = f"is not YAML ({cause})", "correct that line"
-    except RecursionError:
-        reason = "is nested too deeply"
-    except ValueError as error:  # numbers of thousands of digits
-        reason = f"has {error}"
-    if reason:
-        raise bad_value(field, place, reason, remedy)
-    lines: dict[str, int] = {}
-    for key, _ in node.value if node else ():
-        name, line = str(key.value), key.start_mark.line + 1
-        if name.replace("-", "_") in {known.replace("-", "_") for known in lines}:
-            raise bad_value(f"{path}:{line}", name, "is given twice", "keep one of the two")
-        lines[name] = line
-    return {str(key): value for key, value in (values or {}).items()}, lines

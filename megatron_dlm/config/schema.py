@@ -9,28 +9,16 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 
-from megatron_dlm.config import groups
+from megatron_dlm.config import fields, groups
+from megatron_dlm.config import objective_traits as objectives
 from megatron_dlm.config.coercion import build
-from megatron_dlm.config.fields import (
-    INVOCATION_FIELDS,
-    option_fields,
-    plain_value,
-    value_of,
-    with_values,
-)
-from megatron_dlm.config.held_out import HeldOutConfig
-from megatron_dlm.config.marks import NOT_AN_OPTION
-from megatron_dlm.config.objective_traits import (
-    OBJECTIVE_TRAITS,
-    ObjectiveTraits,
-    ResponseSource,
-    StateSelection,
-)
+from megatron_dlm.config.fields import NOT_AN_OPTION, option_fields, value_of
 from megatron_dlm.config.parameter_groups import PARAM_GROUP_PRESETS, ParameterGroup
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 DATA_OPTIONS = {"data": "train_data", "corpus": "data_path"}
-"""Options that hold given responses, by where they come from."""
+HELD_OUT_OPTIONS = {"data": "valid_data", "corpus": "valid_data_path"}
+"""Options that hold given responses and those held out from them, by where they come from."""
 
 
 @dataclass(frozen=True)
@@ -50,38 +38,35 @@ class Config:
     )
     optimizer: groups.OptimizerConfig = field(default_factory=groups.OptimizerConfig)
     training: groups.TrainingConfig = field(default_factory=groups.TrainingConfig)
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    held_out: groups.HeldOutConfig = field(default_factory=groups.HeldOutConfig)
     logging: groups.LoggingConfig = field(default_factory=groups.LoggingConfig)
 
     config: str | None = None
-    """YAML file with the same keys as the flags (flat); flags win over it. A key `base` names
-    another file, relative to it, whose keys it changes or adds to (one level)."""
+    """YAML file with the flags' names as keys; flags win over it. A key `base` names another file,
+    relative to it, whose keys it changes or adds to (one level)."""
     dry_run: bool = False
     """Resolve and validate the configuration, print it and stop."""
     resume: Literal["auto", "never", "must"] = "auto"
     """What happens where --save holds a checkpoint of a run: the run goes on if nothing fixed has
     changed (auto); it is an error (never); it is an error if there is none (must)."""
     extend: bool = False
-    """Stretch schedules whose length is not given over the new length of a resumed run, instead of
-    ending them where they would have ended."""
+    """Stretch schedules without a length of their own over the new length of a resumed run."""
     num_records: Annotated[int | None, NOT_AN_OPTION] = None
     """Records of an epoch; None before the data have been read."""
 
     @property
-    def traits(self) -> ObjectiveTraits:
+    def traits(self) -> objectives.ObjectiveTraits:
         """Properties of the objective."""
-        return OBJECTIVE_TRAITS[self.objective.objective]
+        return objectives.OBJECTIVE_TRAITS[self.objective.objective]
 
     @property
     def diffusion_kind(self) -> DiffusionKind | None:
         """Kind of the trained model; None if it keeps its kind."""
         kind, pattern = self.traits.diffusion_kind, self.objective.attention_pattern
-        if kind is None or pattern is None:
-            return kind
-        return replace(kind, attention_pattern=pattern)
+        return replace(kind, attention_pattern=pattern) if kind and pattern else kind
 
     @property
-    def response_source(self) -> ResponseSource:
+    def response_source(self) -> objectives.ResponseSource:
         """Where responses come from: the objective's first source with data, or its last."""
         *several, last = self.traits.response_sources
         return next((s for s in several if value_of(self, DATA_OPTIONS[s]) is not None), last)
@@ -93,26 +78,14 @@ class Config:
 
     @property
     def validation_option(self) -> str | None:
-        """Name of the option that holds data held out from the run's; None if there cannot be."""
-        held_out = {"corpus": "valid_data_path", "data": "valid_data"}
-        return held_out.get(self.response_source)
-
-    @property
-    def validation_path(self) -> str | None:
-        """Held-out data, if a validation loss is measured."""
-        return self.validation_option and value_of(self, self.validation_option)
+        """Name of the option that holds data held out from the run's; None if there are none."""
+        name = HELD_OUT_OPTIONS.get(self.response_source)
+        return name if name and value_of(self, name) is not None else None
 
     @property
     def evaluates(self) -> bool:
         """Whether the student answers held-out prompts in the course of training."""
         return self.held_out.eval_prompts is not None
-
-    def evaluates_after(self, iteration: int) -> bool:
-        """Whether it does so after an optimizer step; of a run of known length, `of_data`."""
-        if not self.evaluates or not iteration:
-            return False
-        interval = self.held_out.eval_prompts_interval
-        return iteration == self.train_iters or bool(interval and iteration % interval == 0)
 
     @property
     def eval_temperature(self) -> float:
@@ -121,19 +94,10 @@ class Config:
         return self.rollout.temperature if own is None else own
 
     @property
-    def longest_eval_response(self) -> int:
-        """Tokens of the longest response of an evaluation that any record can have."""
-        own = self.held_out.eval_max_response_length
-        limits = self.template.max_response_length_by_domain.values()
-        return min(own or self.rollout.max_response_length, max(limits, default=sys.maxsize))
-
-    @property
     def decodes_left_to_right(self) -> bool:
         """Whether the trained model, as far as its objective tells, has no blocks to denoise."""
-        kind = self.diffusion_kind
-        if kind is None:
-            return not self.traits.self_distillation
-        return kind.attention_pattern == "causal"
+        kind, itself = self.diffusion_kind, self.traits.self_distillation
+        return not itself if kind is None else kind.attention_pattern == "causal"
 
     @property
     def uses_rollouts(self) -> bool:
@@ -143,10 +107,10 @@ class Config:
     @property
     def uses_teacher_responses(self) -> bool:
         """Whether all or some responses are the autoregressive teacher's."""
-        rollout = self.rollout
-        changes = rollout.teacher_response_fraction_schedule != "constant"
-        end = rollout.final_teacher_response_fraction if changes else 0
-        mixes = self.uses_rollouts and max(rollout.teacher_response_fraction, end) > 0
+        options = self.rollout
+        changes = options.teacher_response_fraction_schedule != "constant"
+        end = options.final_teacher_response_fraction if changes else 0
+        mixes = self.uses_rollouts and max(options.teacher_response_fraction, end) > 0
         return mixes or self.response_source == "teacher"
 
     @property
@@ -160,7 +124,7 @@ class Config:
         return self.traits.self_distillation and self.distillation.teacher_load is None
 
     @property
-    def state_selection(self) -> StateSelection | None:
+    def state_selection(self) -> objectives.StateSelection | None:
         """States that are trained on, default resolved; None for an autoregressive model."""
         return self.objective.state_selection or next(iter(self.traits.state_selections), None)
 
@@ -173,8 +137,8 @@ class Config:
     @property
     def expert_tensor_parallel_size(self) -> int:
         """Processes that share one expert, default resolved."""
-        parallel = self.parallel
-        return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+        own = self.parallel.expert_tensor_parallel_size
+        return own or self.parallel.tensor_model_parallel_size
 
     @property
     def teacher_load(self) -> str | None:
@@ -200,7 +164,7 @@ class Config:
 
     def changed(self, **options: Any) -> Self:
         """The same configuration with other values of some options, by their flat names."""
-        return with_values(self, options)
+        return fields.with_values(self, options)
 
     def of_data(self, num_records: int) -> Self:
         """The same configuration, with the number of records of the data."""
@@ -209,10 +173,9 @@ class Config:
     @property
     def num_samples(self) -> int:
         """Samples of the run; 0 if given in epochs and the data have not been read."""
-        if self.training.num_epochs is not None:
-            return self.training.num_epochs * (self.num_records or 0)
-        batches = self.rollout.num_rollouts if self.uses_rollouts else self.training.train_iters
-        return (batches or 0) * self.rollout_batch_size
+        in_epochs = self.length_option == "num_epochs"
+        unit = (self.num_records or 0) if in_epochs else self.rollout_batch_size
+        return (value_of(self, self.length_option) or 0) * unit
 
     @property
     def num_rollouts(self) -> int:
@@ -222,9 +185,8 @@ class Config:
     @property
     def length_option(self) -> str:
         """Name of the option that says how long the run is."""
-        if self.training.num_epochs is not None:
-            return "num_epochs"
-        return "num_rollouts" if self.uses_rollouts else "train_iters"
+        by_batches = "num_rollouts" if self.uses_rollouts else "train_iters"
+        return by_batches if self.training.num_epochs is None else "num_epochs"
 
     def updates_of(self, num_samples: int) -> int:
         """Optimizer steps on the samples of one rollout; the last may have fewer samples."""
@@ -258,40 +220,22 @@ class Config:
     @property
     def mask_embedding_init(self) -> groups.MaskEmbeddingInit:
         """Initial input embedding of MASK, default resolved."""
-        adapted, preset = self.lora.lora_rank is not None, self.optimizer.param_group_preset
-        stays_untrained = adapted or preset == "rnd1"
-        return self.model.mask_embedding_init or ("mean" if stays_untrained else "keep")
+        is_trained = self.lora.lora_rank is None and self.optimizer.param_group_preset != "rnd1"
+        return self.model.mask_embedding_init or ("keep" if is_trained else "mean")
 
     @property
     def lr_decay_iters(self) -> int:
         """Optimizer step at which the decay ends, default resolved."""
         return self.optimizer.lr_decay_iters or self.train_iters
 
-    @property
-    def teacher_response_fraction_rollouts(self) -> int:
-        """Rollouts over which the share of the teacher's responses changes, default resolved."""
-        return self.rollout.teacher_response_fraction_rollouts or self.num_rollouts
-
-    @property
-    def dynamic_threshold_rollouts(self) -> int:
-        """Rollouts over which the confidence threshold changes, default resolved."""
-        left = self.num_rollouts - self.rollout.dynamic_threshold_hold_rollouts
-        return self.rollout.dynamic_threshold_rollouts or left
-
     def to_dict(self) -> dict[str, Any]:
         """Flat dictionary of plain values, one entry a field; the inverse of `from_dict`."""
-        names = (name for name in option_fields(Config) if name not in INVOCATION_FIELDS)
-        return {name: plain_value(value_of(self, name)) for name in names}
+        names = (name for name in option_fields(Config) if name not in fields.INVOCATION_FIELDS)
+        return {name: fields.plain_value(value_of(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> Self:
-        """A configuration of plain values by name (dashes or underscores), else of defaults.
-
-        Errors name the `source` that the dictionary was read from.
-
-        Raises:
-            UserError: An unknown field or a value of the wrong type.
-        """
+        """A configuration of plain values by name, else of defaults; see `coercion.build`."""
         return build(cls, values, source)
 
     def to_yaml(self) -> str:

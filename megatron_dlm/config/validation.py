@@ -26,38 +26,26 @@ def _refuse(config: Config, *rules: Refusals) -> None:
 
 def validate(config: Config, world_size: int) -> None:
     """Check every rule that needs no model, for a run of so many processes."""
-    _refuse(
-        config,
-        objective.needs(config),
-        usage.unused(config),
-        # From here on, rules look only at options that are used.
-        objective.combinations(config),
-        values.combinations(config),
-        model.processes(config, world_size),
-        model.batches(config, world_size),
-    )
+    needs, unused = objective.needs(config), usage.unused(config)
+    # From here on, rules look only at options that are used.
+    combinations = objective.combinations(config), values.combinations(config)
+    layout = model.processes(config, world_size), model.batches(config, world_size)
+    _refuse(config, needs, unused, *combinations, *layout)
     validate_length(config)
 
 
 def validate_length(config: Config) -> None:
     """Check the rules that need the number of records, of a configuration `of_data`."""
-    _refuse(config, objective.length(config), values.length(config))
+    _refuse(config, values.length(config))
 
 
 def validate_architecture(
     config: Config, student: ModelSizes, teacher: ModelSizes | None = None
 ) -> None:
-    """Check every rule that depends on the sizes of the model that is trained, and its teacher's.
-
-    Weights are not needed.
-    """
+    """Check every rule about the sizes of the model that is trained, and of its teacher."""
     models = (student,) if teacher is None else (student, teacher)
-    _refuse(
-        config,
-        model.experts_exist(config, *models),
-        model.parts(config, student),
-        model.architecture(config, student),
-    )
+    of_student = model.parts(config, student), model.architecture(config, student)
+    _refuse(config, model.experts_exist(config, *models), *of_student)
     try:
         for other in models[1:]:
             _refuse(config, model.parts(config, other), model.positions(config, other))
@@ -79,14 +67,8 @@ def validate_layout(
 def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> None:
     """Check the rules for a model that is only loaded: to generate, or to be converted.
 
-    The configuration has the defaults of training options; `GenerationConfig` checks what depends
-    on how the model decodes.
+    `GenerationConfig` checks what depends on how the model decodes.
     """
-    _refuse(
-        config,
-        values.sequence_parallel(config),
-        values.context_parallel(config),
-        model.processes(config, world_size),
-        model.experts_exist(config, sizes),
-        model.parts(config, sizes),
-    )
+    split = values.sequence_parallel(config), values.context_parallel(config)
+    of_model = model.experts_exist(config, sizes), model.parts(config, sizes)
+    _refuse(config, *split, model.processes(config, world_size), *of_model)

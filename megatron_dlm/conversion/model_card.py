@@ -50,6 +50,21 @@ _TOTALS = {
 }
 """Of the last line of metrics.jsonl."""
 
+METHODS: dict[str, str] = {
+    "opdlm": "on-policy distillation (OPDLM): it wrote responses by block diffusion, and was "
+    "trained at the states it had visited towards the distributions of an autoregressive teacher",
+    "opdlm_off": "distillation on its own responses: it wrote them by block diffusion, and was "
+    "trained at random states of them towards the distributions of an autoregressive teacher",
+    "off_policy": "off-policy distillation: an autoregressive teacher wrote responses, and it was "
+    "trained at random states of them towards that teacher's distributions",
+    "sft": "supervised fine-tuning (BD3LM): it was trained to fill in MASKs of given responses",
+    "scp": "continual pretraining (SCP of RND1): it was trained to fill in MASKs of a corpus",
+    "next_token": "autoregressive training on the next token",
+    "d_opsd": "self-distillation (d-OPSD): of its right responses, it was trained at the states "
+    "that it had visited towards its own distributions with later text shown",
+}
+"""What each objective does to a model, by name."""
+
 _ATTENTION = {
     "block_causal": "block-causal: a block sees itself and all earlier blocks",
     "full": "full: every position sees every other",
@@ -258,7 +273,8 @@ def _origin(about: Provenance) -> str:
     if not about.config:
         return "The weights come without a record of how they were made."
     traits = OBJECTIVE_TRAITS.get(about.config.get("objective", ""))
-    method = traits.method if traits else str(about.config.get("objective"))
+    objective = str(about.config.get("objective"))
+    method = METHODS.get(objective, objective)
     sentences = [f"Method: {method}."]
     if teacher := _last_part(about.config.get("teacher_load")):
         sentences.append(f"The teacher was {teacher}.")

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_dlm.data.sampler import shuffled_order
 from megatron_dlm.errors import UserError, bad_value
-from megatron_dlm.regular_file import read_regular
+from megatron_dlm.yaml_file import read_yaml_mapping
 
 _REMEDY = "write `sources:`, a list of `path:` or `hub:` each (docs/data-formats.md)"
 
@@ -104,17 +103,7 @@ def read_mixture(path: Path, field: str) -> Mixture:
     Raises:
         UserError: It cannot be read, or an entry cannot be understood.
     """
-    try:
-        values = yaml.safe_load(read_regular(path).decode("utf-8"))
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise bad_value(field, str(path), f"cannot be read ({reason})", _REMEDY) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise bad_value(field, place, "is no YAML", _REMEDY) from error
-    if not isinstance(values, dict):
-        raise bad_value(field, str(path), "is no mapping", _REMEDY)
+    values, _ = read_yaml_mapping(str(path), field, _REMEDY)
     try:
         file = _File.model_validate(values)
     except ValidationError as error:

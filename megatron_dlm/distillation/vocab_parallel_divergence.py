@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_head import (
     VocabShard,
     head_loss,
@@ -26,6 +25,7 @@ from megatron_dlm.distillation.vocab_parallel_head import (
     tiled_logsumexp,
 )
 from megatron_dlm.distillation.vocab_parallel_top_k import top_k_of_logits
+from megatron_dlm.types.divergence_spec import DivergenceSpec
 from megatron_dlm.types.teacher_targets import TopKTargets
 
 

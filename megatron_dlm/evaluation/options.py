@@ -19,9 +19,9 @@ from megatron_dlm.config import (
     validate_inference,
 )
 from megatron_dlm.config.fields import flag_of
-from megatron_dlm.config.marks import TEMPERATURE
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file
+from megatron_dlm.ranges import TEMPERATURE
 from megatron_dlm.rollout.decoding_settings import DecodingSetting
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.training.model_source import ModelSource, StatedAttention, open_model_source

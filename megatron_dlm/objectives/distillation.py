@@ -9,13 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionObjective
+from megatron_dlm.types.divergence_spec import DivergenceSpec
 from megatron_dlm.types.teacher_targets import HiddenTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 

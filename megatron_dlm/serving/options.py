@@ -8,7 +8,7 @@ from typing import Annotated
 
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments
-from megatron_dlm.ranges import Range
+from megatron_dlm.ranges import ABOVE_ZERO, AT_LEAST_ONE, AT_LEAST_ZERO, Range
 
 API_KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
 
@@ -30,20 +30,20 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name of the model in requests (default: the last part of --load)."""
 
-    max_waiting_requests: Annotated[int, Range(0)] = 256
+    max_waiting_requests: Annotated[int, AT_LEAST_ZERO] = 256
     """Responses that may wait for a slot, beside --max-running-requests in decoding; further
     requests are refused with status 429."""
 
-    max_choices: Annotated[int, Range(1)] = 16
+    max_choices: Annotated[int, AT_LEAST_ONE] = 16
     """Most responses to one request: prompts times n."""
 
-    max_request_bytes: Annotated[int, Range(1)] = 8 << 20
+    max_request_bytes: Annotated[int, AT_LEAST_ONE] = 8 << 20
     """Longest body of a request."""
 
-    request_timeout_s: Annotated[float, Range(0, above_lowest=True)] = 600.0
+    request_timeout_s: Annotated[float, ABOVE_ZERO] = 600.0
     """Seconds after which a request that is not answered is given up with status 504."""
 
-    shutdown_timeout_s: Annotated[float, Range(0)] = 60.0
+    shutdown_timeout_s: Annotated[float, AT_LEAST_ZERO] = 60.0
     """Seconds that requests in decoding have after SIGTERM or SIGINT; new ones are refused with
     status 503 meanwhile."""
 

@@ -3,8 +3,8 @@
 import torch
 
 from megatron_dlm.config import Config
-from megatron_dlm.config.curriculum import teacher_response_fraction
 from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.rollout.curriculum import teacher_response_fraction
 from megatron_dlm.seeding import keyed_generator
 
 

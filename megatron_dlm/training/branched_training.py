@@ -129,7 +129,7 @@ def _branch(
         "eval_prompts_interval": steps(base.held_out.eval_prompts_interval),
         "attention_annealing_iters": steps(base.objective.attention_annealing_iters),
     }
-    if base.validation_path is not None:
+    if base.validation_option is not None:
         held_out = base.held_out.eval_iters * training.global_batch_size
         if held_out % batch_size:
             raise bad_value(

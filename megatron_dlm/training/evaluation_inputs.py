@@ -83,7 +83,7 @@ def read_evaluation_inputs(
     reward.check(prompts)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     _check_room(config, decodings, longest, architecture.max_position_embeddings)
-    length = config.longest_eval_response
+    length = _longest_response(config)
     parts = {
         "data": prompts.file.fingerprint,
         "prompts": prompts.fingerprint(),
@@ -95,6 +95,13 @@ def read_evaluation_inputs(
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return EvaluationInputs(prompts, decodings, reward, length, fingerprint[:16])
+
+
+def evaluates_after(config: Config, iteration: int) -> bool:
+    """Whether a run, `of_data`, answers held-out prompts after an optimizer step."""
+    interval, is_last = config.held_out.eval_prompts_interval, iteration == config.train_iters
+    is_due = is_last or bool(interval and iteration % interval == 0)
+    return config.evaluates and iteration > 0 and is_due
 
 
 def eval_decodings(config: Config, diffusion_kind: DiffusionKind) -> dict[str, GenerationConfig]:
@@ -135,11 +142,17 @@ def eval_decodings(config: Config, diffusion_kind: DiffusionKind) -> dict[str, G
     return decodings
 
 
+def _longest_response(config: Config) -> int:
+    """Tokens of the longest response of an evaluation that any record can have."""
+    own = config.held_out.eval_max_response_length
+    return (config if own is None else config.changed(max_response_length=own)).longest_response
+
+
 def _check_room(
     config: Config, decodings: Mapping[str, GenerationConfig], longest: int, positions: int
 ) -> None:
     """Whole blocks of each setting have positions after the longest prompt, and cache for them."""
-    length = config.longest_eval_response
+    length = _longest_response(config)
     for name, generation in decodings.items():
         size = generation.block_size or 1
         room = positions // size * size - longest

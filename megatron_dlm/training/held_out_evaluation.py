@@ -25,7 +25,7 @@ from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.training.best_checkpoint import ACCURACY, HeldOutFigure
-from megatron_dlm.training.evaluation_inputs import EvaluationInputs
+from megatron_dlm.training.evaluation_inputs import EvaluationInputs, evaluates_after
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -76,7 +76,7 @@ class HeldOutEvaluation:
 
     def is_due(self, iteration: int) -> bool:
         """Whether the prompts are answered after this optimizer step."""
-        return self.config.evaluates_after(iteration)
+        return evaluates_after(self.config, iteration)
 
     def answer(self, model: torch.nn.Module) -> AnsweredPrompts:
         """Answer the prompts under each decoding setting; all ranks call this.

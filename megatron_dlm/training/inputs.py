@@ -268,7 +268,7 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
             architecture,
             shuffle=config.data.shuffle,
         )
-        if config.validation_option is not None and config.validation_path is not None:
+        if config.validation_option is not None:
             held_out = _given_responses(
                 config,
                 config.validation_option,

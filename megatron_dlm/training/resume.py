@@ -8,6 +8,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.config.fields import flag_of, option_fields, plain_value, value_of
 from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.errors import bad_value
+from megatron_dlm.rollout import curriculum
 from megatron_dlm.training.checkpointing import Progress
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def resolved_options(config: Config) -> dict[str, Any]:
         "attention_pattern": None if chosen is None else chosen.attention_pattern,
         "lr_decay_iters": config.lr_decay_iters,
         "lr_warmup_iters": config.lr_warmup_iters,
-        "teacher_response_fraction_rollouts": config.teacher_response_fraction_rollouts,
-        "dynamic_threshold_rollouts": config.dynamic_threshold_rollouts,
+        "teacher_response_fraction_rollouts": curriculum.teacher_response_fraction_rollouts(config),
+        "dynamic_threshold_rollouts": curriculum.dynamic_threshold_rollouts(config),
         "param_groups": [plain_value(group) for group in config.param_groups],
     }
 

@@ -138,6 +138,7 @@ def _resumption(path: str, field: str) -> "Resumption | None":
 
 
 def _goes_on(config: Config, resumed: "Resumption", names_own_run: bool) -> RunStart:
+    from megatron_dlm.training.evaluation_inputs import evaluates_after  # loads PyTorch
     from megatron_dlm.training.resume import keep_schedules, option_differences
 
     saved = resumed.saved
@@ -150,7 +151,7 @@ def _goes_on(config: Config, resumed: "Resumption", names_own_run: bool) -> RunS
     progress, of_data = resumed.progress, config.of_data(saved.get("num_records") or 0)
     changed = option_differences(of_data, saved)
     ended = of_data.num_samples == progress.consumed_samples > 0
-    if of_data.evaluates_after(progress.iteration) and lacks_accuracy(resumed.checkpoint):
+    if evaluates_after(of_data, progress.iteration) and lacks_accuracy(resumed.checkpoint):
         ended = False  # a request to stop broke the last evaluation off
     if ended and all(difference.is_allowed for difference in changed):
         done = f"{progress.iteration} updates, {progress.rollout} "

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_dlm.config import Config
-from megatron_dlm.config.curriculum import (
+from megatron_dlm.data.corpus import CorpusDataset
+from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
+from megatron_dlm.parallel import errors_on_all_ranks
+from megatron_dlm.rollout.curriculum import (
     dynamic_threshold,
     response_length,
     teacher_response_fraction,
 )
-from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
-from megatron_dlm.parallel import errors_on_all_ranks
 from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.replica_board import ReplicaBoard

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.config.divergence_spec import DivergenceSpec
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
     vocab_parallel_top_k_divergence,
 )
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
+from megatron_dlm.types.divergence_spec import DivergenceSpec
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.distillation.dense_reference import (
     LossInputs,

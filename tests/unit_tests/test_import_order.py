@@ -15,7 +15,7 @@ ROOT = Path(megatron_dlm.__file__).parent
 ORDER = (
     ("errors",),
     ("regular_file", "launcher", "activity", "output_file", "terminal"),
-    ("json_file", "entry", "extras", "seeding", "ranges"),
+    ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges"),
     ("platform", "rank_watch", "stop_request"),
     ("types", "sandbox"),
     ("training.manifest", "training.run_folder", "training.run_history"),

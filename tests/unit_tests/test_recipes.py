@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.real_shapes import REAL_SHAPES, qwen3
 from megatron_dlm.config import Config, parse_config, validate, validate_architecture
-from megatron_dlm.config.curriculum import response_length
 from megatron_dlm.models.architecture import architecture_from_hf
+from megatron_dlm.rollout.curriculum import response_length
 from megatron_dlm.training.branched_training import plan_branches
 from tests.refusal import refusal
 from tests.tiny import declare_diffusion_kind, save_random_model

@@ -2,46 +2,50 @@
 
 import math
 
-from megatron_dlm.config.fields import flag_of
+from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.rules import Refusals, divisors
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
 
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+CP = "context_parallel_size"
 
-def _divide(whole: int | None, items: str, remedy: str = "", **sizes: int) -> Refusals:
+
+def _product(config: Config, *names: str) -> int:
+    """The product of some sizes of the layout, defaults resolved."""
+    resolved = {ETP: config.expert_tensor_parallel_size}
+    return math.prod(resolved.get(name) or value_of(config, name) for name in names)
+
+
+def _divide(
+    config: Config, whole: int | None, items: str, *names: str, remedy: str = ""
+) -> Refusals:
     """Some items, of which there may be none, are shared evenly by the product of some sizes."""
-    parts = math.prod(sizes.values())
+    parts = _product(config, *names)
     if whole is not None and whole % parts:
-        names = " x ".join(flag_of(name) for name in sizes)
         problem = f"does not divide {items.format(whole)}"
-        yield bad_value(names, parts, problem, remedy or f"choose {divisors(whole)}")
+        flags = " x ".join(flag_of(name) for name in names)
+        yield bad_value(flags, parts, problem, remedy or f"choose {divisors(whole)}")
 
 
 def processes(config: Config, world_size: int) -> Refusals:
     """Every replica has the same number of processes, and so has every copy of the experts."""
-    parallel, etp = config.parallel, config.expert_tensor_parallel_size
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp = parallel.context_parallel_size
-    dense = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    if cp > 1:
-        dense["context_parallel_size"] = cp
-    experts = {"expert_tensor_parallel_size": etp, "pipeline_model_parallel_size": pp}
-    all_processes = "the {} processes of the run"
+    sizes = (TP, PP, CP) if config.parallel.context_parallel_size > 1 else (TP, PP)
+    experts, items = _product(config, ETP, PP), "the {} processes of the run"
     remedy = f"choose sizes whose product is {divisors(world_size)}"
-    or_more = f"{remedy}, or start a multiple of {tp * pp * cp} processes"
-    yield from _divide(world_size, all_processes, or_more, **dense)
-    yield from _divide(world_size, all_processes, remedy, **experts)
-    rest = f"{world_size} processes / (expert tensor x pipeline size {etp * pp})"
-    ep = parallel.expert_model_parallel_size
-    yield from _divide(world_size // (etp * pp), rest, expert_model_parallel_size=ep)
+    or_more = f"{remedy}, or start a multiple of {_product(config, *sizes)} processes"
+    yield from _divide(config, world_size, items, *sizes, remedy=or_more)
+    yield from _divide(config, world_size, items, ETP, PP, remedy=remedy)
+    rest = f"{world_size} processes / (expert tensor x pipeline size {experts})"
+    yield from _divide(config, world_size // experts, rest, EP)
 
 
 def batches(config: Config, world_size: int) -> Refusals:
     """Processes get equally many prompts and whole rows, and rollouts feed whole updates."""
-    training, parallel = config.training, config.parallel
-    size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    replicas, cp = world_size // size, parallel.context_parallel_size
+    training, cp = config.training, config.parallel.context_parallel_size
+    replicas = world_size // _product(config, TP, PP)
     dp = replicas // cp
     batch, unit = training.global_batch_size, training.micro_batch_size * dp
     rolling_out = f"the data-parallel size {replicas}"
@@ -81,84 +85,63 @@ def experts_exist(config: Config, *models: ModelSizes) -> Refusals:
 
 def parts(config: Config, model: ModelSizes) -> Refusals:
     """Layers, heads and experts are shared evenly by the processes of a replica."""
-    parallel, etp = config.parallel, config.expert_tensor_parallel_size
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep, experts = parallel.expert_model_parallel_size, model.num_moe_experts
-    shared = {
-        "attention heads": model.num_attention_heads,
-        "query groups": model.num_query_groups,
-        **({"feed-forward units": model.ffn_hidden_size} if experts is None else {}),
-    }
+    shared = {"attention heads": model.num_attention_heads, "query groups": model.num_query_groups}
+    if model.num_moe_experts is None:
+        shared["feed-forward units"] = model.ffn_hidden_size
     remedy = f"choose {divisors(math.gcd(*shared.values()))}"
     for items, number in shared.items():
-        items = f"the model's {{}} {items}"
-        yield from _divide(number, items, remedy, tensor_model_parallel_size=tp)
-    layers, units = "the model's {} layers", "the {} units of an expert"
-    yield from _divide(model.num_layers, layers, pipeline_model_parallel_size=pp)
-    yield from _divide(experts, "the model's {} experts", expert_model_parallel_size=ep)
-    yield from _divide(model.moe_ffn_hidden_size, units, expert_tensor_parallel_size=etp)
+        yield from _divide(config, number, f"the model's {{}} {items}", TP, remedy=remedy)
+    yield from _divide(config, model.num_layers, "the model's {} layers", PP)
+    yield from _divide(config, model.num_moe_experts, "the model's {} experts", EP)
+    yield from _divide(config, model.moe_ffn_hidden_size, "the {} units of an expert", ETP)
 
 
 def positions(config: Config, model: ModelSizes) -> Refusals:
     """A corpus window, or the longest prompt and response in whole blocks, has positions."""
     block_size, limit = config.model.block_size, model.max_position_embeddings
-    prompt, response = config.data.max_prompt_length, config.longest_response
-    whole = limit // block_size * block_size
+    prompt, whole = config.data.max_prompt_length, limit // block_size * block_size
     if config.response_source == "corpus":
         if config.data.seq_length > limit:
             yield f"seq_length: exceeds the model's {limit} positions; choose {limit} or less"
     # Examples are measured as they are read.
-    elif config.response_source != "data" and prompt + response > whole:
+    elif config.response_source != "data" and prompt + config.longest_response > whole:
         if prompt >= whole:
             problem = f"leaves no room for a response in the model's {limit} positions"
             yield f"max_prompt_length: {problem}; choose less than {whole}"
-        yield (
-            f"max_response_length: with --max-prompt-length {prompt}, in blocks of {block_size}, "
-            f"exceeds the model's {limit} positions; choose {whole - prompt} or less, or shorter "
-            "prompts"
-        )
+        given = f"with --max-prompt-length {prompt}, in blocks of {block_size},"
+        remedy = f"choose {whole - prompt} or less, or shorter prompts"
+        yield f"max_response_length: {given} exceeds the model's {limit} positions; {remedy}"
 
 
 def architecture(config: Config, model: ModelSizes) -> Refusals:
     """What is trained fits the model: its layers, its vocabulary and its experts."""
     parallel, recompute, lora = config.parallel, config.model, config.lora
-    distillation, vocab_size = config.distillation, model.vocab_size
+    is_moe, vocab_size = model.num_moe_experts is not None, model.vocab_size
     # Megatron-Core trains mixtures of experts under TP only with sequence parallelism.
-    splits = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
-    if model.num_moe_experts is not None and splits:
-        yield (
-            "sequence_parallel: a mixture of experts under tensor parallelism needs it; "
-            "add --sequence-parallel or choose --tensor-model-parallel-size 1"
-        )
+    if is_moe and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        remedy = "add --sequence-parallel or choose --tensor-model-parallel-size 1"
+        yield f"sequence_parallel: experts under tensor parallelism need it; {remedy}"
     stage = model.num_layers // parallel.pipeline_model_parallel_size
     if recompute.recompute_granularity == "full" and recompute.recompute_num_layers > stage:
-        problem = f"is more than the {stage} layers of a pipeline stage"
-        yield f"recompute_num_layers: {problem}; choose 1 to {stage}"
-    missing, other = ("moe", "mlp") if model.num_moe_experts is None else ("mlp", "moe")
+        yield f"recompute_num_layers: a stage has {stage} layers; choose 1 to {stage}"
+    missing, other = ("mlp", "moe") if is_moe else ("moe", "mlp")
     if missing in recompute.recompute_modules:
-        problem = f"names {missing}, which no layer of the model has"
-        yield f"recompute_modules: {problem}; choose {other} instead"
+        yield f"recompute_modules: no layer of the model has {missing}; choose {other} instead"
     yield from positions(config, model)
-    if distillation.divergence_top_k > vocab_size:
-        problem = f"is more than the vocabulary of {vocab_size}"
-        yield f"divergence_top_k: {problem}; choose 0 for the full vocabulary, or fewer tokens"
-    if distillation.divergence_top_k == vocab_size and distillation.cache_teacher_targets:
-        problem = "is the whole vocabulary, which --cache-teacher-targets cannot store"
-        yield f"divergence_top_k: {problem}; choose e.g. 16"
-    top_k = config.self_distillation.teacher_top_k
-    if config.traits.self_distillation and top_k >= vocab_size:
-        problem = f"leaves nothing out of a vocabulary of {vocab_size}"
-        yield f"teacher_top_k: {problem}; choose 1 to {vocab_size - 1}"
+    top_k, stores = config.distillation.divergence_top_k, config.distillation.cache_teacher_targets
+    if top_k > vocab_size:
+        remedy = "choose 0 for the full vocabulary, or fewer tokens"
+        yield f"divergence_top_k: is more than the vocabulary of {vocab_size}; {remedy}"
+    if top_k == vocab_size and stores:
+        yield "divergence_top_k: is the whole vocabulary, too much to store; choose e.g. 16"
+    if config.traits.self_distillation and config.self_distillation.teacher_top_k >= vocab_size:
+        yield f"teacher_top_k: reaches the vocabulary of {vocab_size}; choose 1 to {vocab_size - 1}"
     # An expert with adapters lies on one process, and drops none of their inputs.
-    has_experts = lora.lora_rank is not None and model.num_moe_experts is not None
-    if has_experts and {"linear_fc1", "linear_fc2"} & set(lora.lora_target_modules):
-        etp = config.expert_tensor_parallel_size
+    adapted = lora.lora_target_modules if lora.lora_rank is not None and is_moe else ()
+    if {"linear_fc1", "linear_fc2"} & set(adapted):
         if lora.lora_dropout > 0:
-            yield (
-                "lora_dropout: tokens that are dealt out to experts lose what decides what is "
-                "dropped; choose 0, or --lora-target-modules linear_qkv,linear_proj"
-            )
-        if etp > 1:
-            problem = f"experts split over {etp} processes have no adapters"
+            remedy = "choose 0, or --lora-target-modules linear_qkv,linear_proj"
+            yield f"lora_dropout: adapters of experts cannot drop inputs; {remedy}"
+        if (etp := config.expert_tensor_parallel_size) > 1:
             remedy = "choose --expert-tensor-parallel-size 1, or linear_qkv,linear_proj"
-            yield f"lora_target_modules: {problem}; {remedy}"
+            yield f"lora_target_modules: experts on {etp} processes have no adapters; {remedy}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_dlm.ranges import Range
+from megatron_dlm.ranges import AT_LEAST_ZERO
 from megatron_dlm.rollout.strategies.base import Strategy, StrategyOption, register
 from megatron_dlm.rollout.strategies.blocks import DenoisedBlocks, first_of, in_order
 
@@ -31,7 +31,7 @@ register(
             name="entropy_bound",
             type=float,
             default=0.1,
-            range=Range(0),
+            range=AT_LEAST_ZERO,
             unit="nats",
             help="Excess entropy in nats that entropy_bounded accepts at a step.",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_dlm.ranges import Range
+from megatron_dlm.ranges import PROBABILITY
 from megatron_dlm.rollout.strategies.base import Strategy, StrategyOption, register
 from megatron_dlm.rollout.strategies.blocks import DenoisedBlocks, first_of, in_order
 
@@ -31,7 +31,7 @@ register(
             name="dynamic_threshold",
             type=float,
             default=DEFAULT_THRESHOLD,
-            range=Range(0, 1, above_lowest=True),
+            range=PROBABILITY,
             unit="threshold",
             help="Confidence a token must exceed to be kept by low_confidence_dynamic.",
         ),

@@ -1,16 +1,14 @@
 """FP8 options say what is missing, and reach Megatron under its names."""
 
-from importlib.metadata import PackageNotFoundError
-
 import pytest
 import torch
 from packaging.version import Version
 
-from megatron_dlm.config.rules import fp8
-from megatron_dlm.config.rules.fp8 import Parts
+from megatron_dlm.config.rules import values
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.fp8 import check_fp8_sizes
 from megatron_dlm.models.model_provider import transformer_config
+from megatron_dlm.platform.fp8 import Parts
 from tests.unit_tests.config.configurations import OPDLM, architecture, config_with
 
 ASKED = {
@@ -23,13 +21,10 @@ HOPPER = Parts(Version("2.8"), Version("9.0"), Version("12.9"))
 
 
 def _have(monkeypatch: pytest.MonkeyPatch, parts: Parts | None) -> None:
-    def version(name: str) -> str:
-        if parts is None:
-            raise PackageNotFoundError(name)
-        return str(parts.transformer_engine)
-
-    monkeypatch.setattr(fp8, "version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: parts)
     if parts is not None:
+        version = str(parts.transformer_engine)
+        monkeypatch.setattr("megatron_dlm.platform.fp8.version", lambda name: version)
         capability = parts.capability.release[:2]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -73,8 +68,7 @@ def test_what_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _have(monkeypatch, parts)
-    refusal = fp8.refusal(config_with(ASKED, **changes))
-    assert refusal is not None
+    refusal = str(next(values._fp8(config_with(ASKED, **changes))))
     option, _, reason = refusal.partition(": ")
     flag = "--" + option.replace("_", "-")
     value = config_with(ASKED, **changes).model.__dict__[option]
@@ -85,7 +79,7 @@ def test_what_is_missing_is_named(
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_where_nothing_is_missing_all_is_well(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _have(monkeypatch, HOPPER)
-    assert fp8.refusal(config_with(ASKED, fp8_recipe=recipe)) is None
+    assert not list(values._fp8(config_with(ASKED, fp8_recipe=recipe)))
 
 
 @pytest.mark.parametrize("options", [("e4m3", "blockwise"), ("hybrid", "delayed")])

@@ -29,9 +29,9 @@ MIXED = {"teacher_response_fraction": 0.5, "save": "no_such_folder"}
         (
             OPDLM,
             STORED,
-            ["--cache-teacher-targets = True", "new rollouts", "--objective off_policy"],
+            ["--cache-teacher-targets = True", "new rollout", "--objective off_policy"],
         ),
-        (OPDLM, {**MIXED, **STORED}, ["--cache-teacher-targets = True", "new rollouts"]),
+        (OPDLM, {**MIXED, **STORED}, ["--cache-teacher-targets = True", "new rollout"]),
         (
             OFF_POLICY,
             {"cache_teacher_targets": True},
@@ -61,7 +61,7 @@ def test_the_whole_vocabulary_is_not_stored() -> None:
         **{**STORED, "divergence_top_k": vocabulary},
     )
     message = refusal(validate_architecture, stored, architecture()) or ""
-    assert "is the whole vocabulary" in message
+    assert "is the whole vocabulary, too much to store; choose" in message
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_the_whole_vocabulary_is_not_stored() -> None:
         (SCP, {"state_selection": "global"}, ["--state-selection = 'global'", "choose random"]),
         (SCP, {"supervise_eos": False}, ["--supervise-eos = False", "no use"]),
         (SCP, {"teacher_load": "t"}, ["--teacher-load = 't'", "no use"]),
-        (SCP, {"valid_data": "v"}, ["--valid-data = 'v'", "give --valid-data-path"]),
+        (SCP, {"valid_data": "v"}, ["--valid-data = 'v'", "add --valid-data-path"]),
         (SCP, {"eval_interval": 5}, ["--eval-interval = 5", "no use"]),
         (OPDLM, {"valid_data": "v"}, ["--valid-data = 'v'", "opdlm on --prompts", "--eval-pr"]),
-        (OPDLM, {"data_path": "c"}, ["--data-path = 'c'", "opdlm has no use"]),
-        (SFT, {"data_path": "c"}, ["--data-path = 'c'", "sft has no use"]),
-        (NEXT_TOKEN, {"data_path": "c"}, ["--data-path = 'c'", "not on both"]),
+        (OPDLM, {"data_path": "c"}, ["--data-path = 'c'", "opdlm on --prompts has no use"]),
+        (SFT, {"data_path": "c"}, ["--data-path = 'c'", "sft on --train-data has no use"]),
+        (NEXT_TOKEN, {"data_path": "c"}, ["--train-data", "next_token on --data-path has no use"]),
         (NEXT_TOKEN, {"mask_embedding_init": "mean"}, ["--mask-embedding-init", "no use"]),
         (SCP, {"lr_warmup_fraction": 1.0}, ["--lr-warmup-fraction = 1.0", "less than 1"]),
         (

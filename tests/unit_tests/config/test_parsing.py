@@ -94,7 +94,7 @@ def test_structured_values_mean_the_same_as_flag_and_in_yaml(tmp_path: Path) -> 
         (["train"], ["train", "belongs to no flag"]),
         (["train", "--no-bf16"], ["train", "belongs to no flag"]),
         (["--save", ""], ["--save", "is empty"]),
-        (["--param-groups", "attention"], ["--param-groups", "is not JSON"]),
+        (["--param-groups", "attention"], ["--param-groups[0] = 'attention'", "write {pattern"]),
         (["--param-groups", '[{"lr": 1}]'], ["--param-groups[0]", "lacks pattern"]),
         (["--param-groups", '[{"pattern": "a", "rate": 1}]'], ["rate", "weight_decay"]),
         (["--save", "a\0b"], ["--save", "holds a NUL character", "leave it out"]),

@@ -5,14 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.config import (
-    Config,
-    ParameterGroup,
-    format_length,
-    parse_config,
-    validate,
-    validate_length,
-)
+from megatron_dlm.commands.train import format_length
+from megatron_dlm.config import Config, ParameterGroup, parse_config, validate, validate_length
 from megatron_dlm.config.fields import option_fields
 from megatron_dlm.errors import UserError
 from megatron_dlm.ranges import Range

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.conversion.model_card import Provenance, model_card
+from megatron_dlm.conversion.model_card import METHODS, Provenance, model_card
 from megatron_dlm.models.architecture import read_architecture
 from tests.tiny import REPOSITORY
 
@@ -91,7 +91,7 @@ def test_card_of_a_run(objective: str) -> None:
         "| prompts | `a\\|b.jsonl` |",
     ):
         assert row in text
-    assert OBJECTIVE_TRAITS[objective].method in text
+    assert METHODS[objective] in text
     assert "The teacher was large-9." in text
     assert "megatron-dlm 1.2 (commit 0123456789ab), torch 2.13" in text
     assert "held-out data of the run was 0.5" in text

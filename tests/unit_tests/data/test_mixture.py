@@ -127,8 +127,8 @@ def test_suffixes_go_by_the_domain_of_the_source(
     ("content", "words"),
     [
         ("sources: []", "mixture.yaml: sources = []: list should have at least 1 item"),
-        ("[1]", "is no mapping"),
-        ("a: [", "is no YAML"),
+        ("[1]", "is not a mapping"),
+        ("a: [", "mixture.yaml:1': is not YAML"),
         ("sources: [{path: math.jsonl, wieght: 2}]", "sources[0].wieght = 2: is no key of a"),
         ("seeds: 1\nsources: [{path: a}]", "seeds = 1: is no key of a mixture; use seed, sources"),
         ("sources: [{domain: a}]", "sources[0] = {'domain': 'a'}: names both or neither of path"),

@@ -6,7 +6,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.config.divergence_spec import DIVERGENCES, DivergenceSpec
 from megatron_dlm.distillation import vocab_parallel_head
 from megatron_dlm.distillation.vocab_parallel_divergence import (
     vocab_parallel_divergence,
@@ -14,6 +13,7 @@ from megatron_dlm.distillation.vocab_parallel_divergence import (
 )
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.errors import UserError
+from megatron_dlm.types.divergence_spec import DIVERGENCES, DivergenceSpec
 from megatron_dlm.types.teacher_targets import TopKTargets
 from tests.unit_tests.distillation.dense_reference import (
     LossInputs,

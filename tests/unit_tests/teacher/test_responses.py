@@ -10,10 +10,10 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
-from megatron_dlm.config.curriculum import teacher_response_fraction
 from megatron_dlm.data.response_store import ResponseStore
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.rollout.curriculum import teacher_response_fraction
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.teacher.given_responses import takes_given_response
 from megatron_dlm.teacher.responses import generate_missing

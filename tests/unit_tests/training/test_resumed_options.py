@@ -221,5 +221,5 @@ def test_schedules_keep_their_length_unless_they_are_extended() -> None:
     saved = {**config.to_dict(), "lr_decay_iters": 20, "teacher_response_fraction_rollouts": 5}
     kept = resuming.keep_schedules(config, saved)
     assert kept.lr_decay_iters == 20
-    assert kept.teacher_response_fraction_rollouts == 5
+    assert kept.rollout.teacher_response_fraction_rollouts == 5
     assert kept.rollout.dynamic_threshold_rollouts is None  # has no schedule

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_dlm.config.rules import fp8
+from megatron_dlm.config.rules import values
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.training import loop
@@ -265,7 +265,7 @@ def test_products_in_fp8_have_whole_tiles_and_the_newest_weights(
 
     options = dict(num_rollouts=2, rollout_batch_size=8)
     reference = _run(folder, tmp_path / "without", **options)
-    monkeypatch.setattr(fp8, "refusal", lambda config: None)
+    monkeypatch.setattr(values, "_fp8", lambda config: iter(()))
     monkeypatch.setattr(linear, "is_first_microbatch", True, raising=False)
     monkeypatch.setattr(linear, "forward", watched)
     _check(_run(folder, tmp_path / "with", fp8_format="hybrid", **options), reference, rel=1e-5)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dlm.config import Config
-from megatron_dlm.config.curriculum import dynamic_threshold, response_length
+from megatron_dlm.rollout.curriculum import dynamic_threshold, response_length
 
 
 @given(

@@ -24,13 +24,24 @@ def response_length(config: Config, rollout: int) -> int:
     return min(-(-length // block_size) * block_size, longest)
 
 
+def teacher_response_fraction_rollouts(config: Config) -> int:
+    """Rollouts over which the share of the teacher's responses changes, default resolved."""
+    return config.rollout.teacher_response_fraction_rollouts or config.num_rollouts
+
+
+def dynamic_threshold_rollouts(config: Config) -> int:
+    """Rollouts over which the confidence threshold changes, default resolved."""
+    left = config.num_rollouts - config.rollout.dynamic_threshold_hold_rollouts
+    return config.rollout.dynamic_threshold_rollouts or left
+
+
 def teacher_response_fraction(config: Config, rollout: int) -> float:
     """Share of a rollout step (from 0) whose responses are the teacher's, in [0, 1]."""
     options = config.rollout
     start, end = options.teacher_response_fraction, options.final_teacher_response_fraction
     if options.teacher_response_fraction_schedule == "constant" or rollout == 0:
         return start
-    progress = min(rollout / max(config.teacher_response_fraction_rollouts - 1, 1), 1.0)
+    progress = min(rollout / max(teacher_response_fraction_rollouts(config) - 1, 1), 1.0)
     if options.teacher_response_fraction_schedule == "cosine":
         progress = (1.0 - math.cos(math.pi * progress)) / 2
     return start + progress * (end - start)
@@ -43,7 +54,7 @@ def dynamic_threshold(config: Config, rollout: int) -> float:
     held = options.dynamic_threshold_hold_rollouts
     if options.dynamic_threshold_schedule == "constant" or end is None or rollout < held:
         return start
-    progress = min((rollout + 1 - held) / max(config.dynamic_threshold_rollouts, 1), 1.0)
+    progress = min((rollout + 1 - held) / max(dynamic_threshold_rollouts(config), 1), 1.0)
     if options.dynamic_threshold_schedule == "cosine":
         progress = 1.0 - math.cos(math.pi / 2 * progress)
     return start + progress * (end - start)
