@@ -24,6 +24,7 @@ from megatron_dlm.objectives.base import Objective
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.training.context_shares import own_shares
 from megatron_dlm.training.student import Student, build_student
 from megatron_dlm.training.train_step import StepResult, train_step
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION
@@ -58,7 +59,7 @@ class Iteration:
     tokens: SpecialTokens
 
     def rows(self, lengths: Sequence[int]) -> list[TrainingBatch]:
-        """Micro-batches of random responses, packed as in training.
+        """This rank's micro-batches of random responses, packed and shared as in training.
 
         Args:
             lengths: Tokens that each response takes up in a row, prompt and both streams.
@@ -67,7 +68,8 @@ class Iteration:
             self.objective.update_document(self._trajectory(i, length), 0, 0)
             for i, length in enumerate(lengths)
         ]
-        return self.objective.rows(documents, row_multiple(self.student.model))
+        multiple = row_multiple(self.student.model)
+        return own_shares(self.objective.rows(documents, multiple), self.groups, multiple)
 
     def _trajectory(self, index: int, length: int) -> Trajectory:
         generator = torch.Generator().manual_seed(index)

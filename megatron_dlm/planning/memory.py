@@ -245,6 +245,11 @@ class MemoryModel:
         kept, passing = kept_in_update(config, a, layout, tokens)
         if layout.context > 1:  # keys and values of all clean tokens, of one layer at a time
             passing += row.clean * 4 * a.num_query_groups // layout.tensor * a.kv_channels * width
+        if stage == 0 and config.lora.lora_rank is None:
+            # The gradient of the embedding, before it is added to the main one: made last, when
+            # nothing that layers kept of this row is left.
+            vocabulary = padded_vocab_size(a.vocab_size, layout.tensor) / layout.tensor
+            passing = max(passing, (vocabulary + tokens) * a.hidden_size * width - kept)
         rows = -(-config.training.global_batch_size / (layout.replicas * texts) // 1)
         in_flight = min(layout.pipeline - stage, max(rows, 1))
         if stage != layout.pipeline - 1:

@@ -64,7 +64,7 @@ def _share(
     holder = token_ranks(batch.row.attention, ranks)
     share = share_of_row(batch.row, holder, rank, ranks, pad_multiple)
     wanted = holder[batch.supervised]
-    own = wanted == rank
+    own = torch.nonzero(wanted == rank).flatten()
     targets = batch.targets
     if targets is not None and not isinstance(targets, PlacedTargets):
         targets = targets[own]

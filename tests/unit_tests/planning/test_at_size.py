@@ -25,10 +25,12 @@ PROMPT, RESPONSE = 256, 1_024
 MOE, DENSE = "qwen3_30b_a3b", "qwen3_8b"
 EP8 = {"expert_model_parallel_size": 8}
 EP8_PP8 = {**EP8, "pipeline_model_parallel_size": 8, "recompute_granularity": "full"}
-TP2_PP2 = {
+TP2_PP2_CP2 = {
     "tensor_model_parallel_size": 2,
     "sequence_parallel": True,
     "pipeline_model_parallel_size": 2,
+    "context_parallel_size": 2,
+    "recompute_granularity": "full",
 }
 CASES: dict[str, dict[str, Any]] = {
     "30B on 8": {"shape": MOE, "world": 8, "rank": 3, "options": EP8},
@@ -42,8 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
         for world, ranks in ((64, (5, 40, 60)), (512, (0, 200, 511)))
         for rank in ranks
     },
-    "8B, stage 0": {"shape": DENSE, "world": 8, "rank": 1, "options": TP2_PP2},
-    "8B, stage 1": {"shape": DENSE, "world": 8, "rank": 7, "options": TP2_PP2},
+    "8B, stage 0": {"shape": DENSE, "world": 8, "rank": 1, "options": TP2_PP2_CP2},
+    "8B, stage 1": {"shape": DENSE, "world": 8, "rank": 7, "options": TP2_PP2_CP2},
 }
 """Every kind of rank: the first stage, one between, the last, which are alike over data-parallel
 ranks."""
@@ -56,6 +58,7 @@ def full(case: dict[str, Any]) -> dict[str, Any]:
     options = case["options"]
     parts = options.get("tensor_model_parallel_size", 1)
     parts *= options.get("pipeline_model_parallel_size", 1)
+    parts *= options.get("context_parallel_size", 1)
     replicas = case["world"] // parts
     batch = {"global_batch_size": replicas, "rollout_batch_size": replicas}
     return {
