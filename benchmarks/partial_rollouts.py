@@ -61,9 +61,9 @@ def train(options: dict[str, Any], heldout: Path | None = None) -> dict[str, Any
             work = run.source.engine.work
             add = work.add
 
-            def counting(plan: Any, block_size: int | None) -> None:
+            def counting(plan: Any, context_block_size: int | None) -> None:
                 forwards.append(len(plan.starts))
-                add(plan, block_size)
+                add(plan, context_block_size)
 
             work.add = counting  # type: ignore[method-assign]
         run_to_its_end(run)

@@ -75,12 +75,12 @@ class Rollout:
         """Fill in the counts of what runs in the block."""
         context_attention = CachedContext.attention
 
-        def attention(context: CachedContext, starts: Any, ends: Any) -> Any:
+        def attention(context: CachedContext, starts: Any, ends: Any, noisy: Any) -> Any:
             self.forwards += 1
             self.tokens += int((ends - starts).sum())
             used = context.pool.num_pages - context.pool.num_free
             self.most_pages = max(self.most_pages, used)
-            return context_attention(context, starts, ends)
+            return context_attention(context, starts, ends, noisy)
 
         with patch.object(CachedContext, "attention", attention):
             yield

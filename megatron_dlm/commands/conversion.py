@@ -95,7 +95,9 @@ def check_autoregressive(source: ModelSource) -> None:
         UserError: It is a diffusion model of another kind.
     """
     kind = source.diffusion_kind
-    if kind is None or (kind.attention_pattern == "causal" and kind.shifted):
+    if kind is None or kind.has_causal_context:  # the second mode is the folder's only one
+        return
+    if kind.attention_pattern == "causal" and kind.shifted:
         return
     raise bad_value(
         "--target-format",

@@ -30,6 +30,10 @@ TargetFormat = Literal[
     "a2d-mistral",
     "a2d-qwen2",
     "a2d-qwen3",
+    "two-mode-llama",
+    "two-mode-mistral",
+    "two-mode-qwen2",
+    "two-mode-qwen3",
     "rnd1",
     "autoregressive",
     "peft",
@@ -47,9 +51,9 @@ class ConversionConfig(CheckpointOptions):
     target_format: TargetFormat | None = None
     """megatron (distributed checkpoint), sdar (block diffusion of Qwen3 for SGLang, lmdeploy and
     transformers; sdar_moe for mixtures of experts), a2d-FAMILY (dllm's: dense, full or block-causal
-    attention), rnd1 (full attention, shifted, mixture of experts), autoregressive (also
-    MoE) or peft (a LoRA run's adapters alone). Default: sdar, or a2d-FAMILY for networks that code
-    for sdar does not compute."""
+    attention), two-mode-FAMILY (dense, with a causal context), rnd1 (full attention, shifted,
+    mixture of experts), autoregressive (also MoE) or peft (a LoRA run's adapters alone). Default:
+    sdar, or a2d-FAMILY for networks that code for sdar does not compute, or two-mode-FAMILY."""
 
     block_size: int | None = None
     """Block size the model was trained with, or should be decoded with under full attention

@@ -99,7 +99,9 @@ def print_table(load: str, num_examples: int, results: dict[str, dict[str, Any]]
     table = Table(title=f"{load}: {num_examples} examples", title_justify="left")
     table.add_column("setting", no_wrap=True)
     table.add_column("accuracy", justify="right", no_wrap=True)
-    for heading in ("tok/fwd", "tokens/s", "mean length", "EOS", "seconds"):
+    verifies = any(result.get("acceptance_rate") is not None for result in results.values())
+    accepted = ("accepted",) if verifies else ()
+    for heading in ("tok/fwd", *accepted, "tokens/s", "mean length", "EOS", "seconds"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
         rate = result["tokens_per_forward"]
@@ -108,12 +110,17 @@ def print_table(load: str, num_examples: int, results: dict[str, dict[str, Any]]
             name,
             f"{result['accuracy']:.1%}" + ("" if deviation is None else f" ± {deviation:.1%}"),
             "-" if rate is None else f"{rate:.2f}",
+            *([_share(result["acceptance_rate"])] if verifies else []),
             f"{result['tokens_per_second']:,.0f}",
             f"{result['mean_response_length']:.1f}",
             f"{result['eos_rate']:.1%}",
             f"{result['seconds']:.1f}",
         )
     say_table(table)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _check(options: EvaluationConfig) -> None:

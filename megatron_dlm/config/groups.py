@@ -24,6 +24,7 @@ from megatron_dlm.ranges import (
     TEMPERATURE,
 )
 from megatron_dlm.rollout.decoding_options import StrategyOptions
+from megatron_dlm.types.diffusion_kind import ContextAttention
 from megatron_dlm.types.divergence_spec import DivergenceSpec
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -263,6 +264,12 @@ class ObjectiveConfig:
     attention_pattern: Annotated[Literal["full", "causal"] | None, FIXED] = None
     """What a token sees under scp: all of its document (full), or earlier tokens only (causal: the
     first model of RND1's grafting, for a second run with --finetune) (default: full)."""
+    context_attention: Annotated[ContextAttention, FIXED] = "block_causal"
+    """What finished tokens see of each other in block diffusion: their block and those before
+    (block_causal), or earlier tokens only (causal: the model keeps an autoregressive mode)."""
+    causal_loss_weight: Annotated[float, AT_LEAST_ZERO, FIXED] = 1.0
+    """Weight of the loss that keeps the autoregressive mode of --context-attention causal: the same
+    loss where finished tokens predict the next one, as a mean over a response; 0 leaves it out."""
     attention_annealing_iters: Annotated[int, AT_LEAST_ZERO, FIXED] = 0
     """Optimizer steps over which scp goes from causal to full attention: a later token is seen with
     a probability that rises from 0 to 1 (as in DiffuLLaMA). 0: full from the first step."""

@@ -62,8 +62,12 @@ class Config:
     @property
     def diffusion_kind(self) -> DiffusionKind | None:
         """Kind of the trained model; None if it keeps its kind."""
-        kind, pattern = self.traits.diffusion_kind, self.objective.attention_pattern
-        return replace(kind, attention_pattern=pattern) if kind and pattern else kind
+        kind, options = self.traits.diffusion_kind, self.objective
+        if kind is None:
+            return None
+        if kind.attention_pattern == "block_causal":
+            return replace(kind, context_attention=options.context_attention)
+        return replace(kind, attention_pattern=options.attention_pattern or kind.attention_pattern)
 
     @property
     def response_source(self) -> objectives.ResponseSource:

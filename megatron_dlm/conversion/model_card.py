@@ -70,6 +70,10 @@ _ATTENTION = {
     "full": "full: every position sees every other",
     "causal": "causal",
 }
+_CAUSAL_CONTEXT = (
+    "a block that is denoised sees itself and all earlier tokens; finished tokens see those before "
+    "them (a causal context), so that logits at a finished token predict the next one"
+)
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,8 @@ def _introduction(kind: DiffusionKind | None, block_size: int | None, about: Pro
         what = "A diffusion language model with full attention"
     else:
         what = "A language model with causal attention that was trained to fill in MASKs"
+    if kind is not None and kind.has_causal_context:
+        what += ", and an autoregressive one in the same weights"
     start = _last_part(about.config.get("load"))
     made = f", made from {start}" if start else ""
     return f"{what}{made}, written by megatron-dlm {megatron_dlm.__version__}."
@@ -260,13 +266,18 @@ def _facts(
     if kind is None:
         return [*facts, ("attention", _ATTENTION["causal"])]
     predicted = "token i + 1" if kind.shifted else "token i"
-    facts.append(("attention", _ATTENTION[kind.attention_pattern]))
-    facts.append(("logits at position i predict", predicted))
+    attention = _CAUSAL_CONTEXT if kind.has_causal_context else _ATTENTION[kind.attention_pattern]
+    facts.append(("attention", attention))
+    facts.append(("logits at position i predict", predicted + _at_masks(kind)))
     if block_size is not None:
         facts.append(("block size", f"{block_size}, counted from the first token of the prompt"))
     if mask_token_id is not None:
         facts.append(("id of MASK", mask_token_id))
     return facts
+
+
+def _at_masks(kind: DiffusionKind) -> str:
+    return " where it is MASK" if kind.has_causal_context else ""
 
 
 def _origin(about: Provenance) -> str:
@@ -416,6 +427,12 @@ def _decoding(
         ways.append(
             ("With transformers, by the modelling code in this folder:", "python", code),
         )
+    if kind is not None and kind.has_causal_context:
+        what = (
+            "The same distribution as from left to right, in fewer forwards: drafts are verified:"
+        )
+        speculative = 'tokens = model.generate(**prompt, remasking_strategy="speculative")'
+        ways.append((what, "python", speculative))
     if format == "sdar":
         ways.append(
             (
@@ -437,15 +454,22 @@ def _warnings(
     format: str, kind: DiffusionKind | None, block_size: int | None, has_chat_template: bool
 ) -> list[str]:
     warnings = []
-    if kind is not None:
+    if kind is not None and kind.has_causal_context:
+        warnings.append(
+            "Do not decode it with code that lets the tokens of a finished block see each other, "
+            "as servers of block-diffusion models do: its context is causal."
+        )
+    elif kind is not None:
         warnings += [
             "Do not take the logits of a text without MASK for next-token distributions: "
             "likelihoods and perplexities computed from them mean nothing.",
             "Do not decode it with code for autoregressive models, which draws token by token.",
         ]
+    if kind is not None:
         if format != "autoregressive":
             shift = "i + 1, not i" if kind.shifted else "i, not i + 1"
-            warnings.append(f"Do not move the logits: those at position i are for token {shift}.")
+            where = f"those at position i are for token {shift}{_at_masks(kind)}"
+            warnings.append(f"Do not move the logits: {where}.")
         if kind.attention_pattern == "block_causal":
             warnings.append(
                 f"Do not change the block size of {block_size} or count blocks from the response: "

@@ -25,6 +25,8 @@ class Response:
         denoising_forwards: That drew tokens.
         total_forwards: With prefill and commit forwards.
         finish_reason: `eos` or `length`.
+        drafted_tokens: As in `Trajectory`.
+        accepted_tokens: Likewise.
     """
 
     sample_index: int
@@ -33,6 +35,8 @@ class Response:
     denoising_forwards: int
     total_forwards: int
     finish_reason: str
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @classmethod
     def of(cls, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -45,6 +49,8 @@ class Response:
             denoising_forwards=trajectory.denoising_forwards,
             total_forwards=trajectory.total_forwards,
             finish_reason=trajectory.finish_reason,
+            drafted_tokens=trajectory.drafted_tokens,
+            accepted_tokens=trajectory.accepted_tokens,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -65,6 +71,8 @@ class EvaluationResult:
         tokens_per_total_forward: The same with prefill and commit forwards in the count.
         mean_response_length: In tokens, EOS included.
         eos_rate: Fraction of responses that ended by EOS and not at the length limit.
+        acceptance_rate: Fraction of the drafts that verification accepted; None where nothing was
+            drafted.
     """
 
     accuracy: float
@@ -75,6 +83,7 @@ class EvaluationResult:
     tokens_per_total_forward: float | None
     mean_response_length: float
     eos_rate: float
+    acceptance_rate: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
@@ -103,6 +112,9 @@ def rates(responses: Sequence[Response], rewards: Sequence[float]) -> Evaluation
         tokens_per_total_forward=_rate(tokens, sum(r.total_forwards for r in responses)),
         mean_response_length=tokens / len(responses),
         eos_rate=sum(r.finish_reason == "eos" for r in responses) / len(responses),
+        acceptance_rate=_rate(
+            sum(r.accepted_tokens for r in responses), sum(r.drafted_tokens for r in responses)
+        ),
     )
 
 
@@ -115,5 +127,5 @@ def evaluate(
     return rates(responses, reward.rate(records, [response.text for response in responses]))
 
 
-def _rate(tokens: int, forwards: int) -> float | None:
-    return tokens / forwards if forwards else None
+def _rate(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

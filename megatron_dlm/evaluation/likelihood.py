@@ -133,7 +133,7 @@ class Likelihoods:
         """Documents of at most about `TOKENS_OF_ROW` tokens, and the weight of each logarithm."""
         if self.generation.shifted and not len(context):
             raise ValueError("the first token of a text has no token that it is predicted from")
-        if self.generation.is_autoregressive:
+        if self.generation.is_autoregressive or self.generation.verifies:
             tokens = torch.cat((context, continuation))
             predicted = torch.arange(len(context), len(tokens))
             document = _texts(tokens[None, :-1], [predicted - 1], [continuation], causal=True)
@@ -173,6 +173,7 @@ class Likelihoods:
                     supervised,
                     block_size=block_size,
                     mask_token_id=mask_token_id,
+                    context_attention=self.generation.context_attention,
                 )
             yield document, weights[start : start + at_once][chosen]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.json_file import read_json_object
@@ -17,13 +17,16 @@ from megatron_dlm.models.config_keys import (
 from megatron_dlm.models.families import FAMILIES, ModelType, model_types
 from megatron_dlm.models.families.parameters import ParameterMapping
 from megatron_dlm.models.rope_scaling import read_rotary_embedding
-from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, DiffusionKind
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, ContextAttention, DiffusionKind
 from megatron_dlm.types.model_sizes import ModelSizes
 
 GENERATION_CONFIG = "generation_config.json"
 
 SGLANG_CONFIG_FILE = "dllm_config.yaml"
 """File of an `sdar` folder from which SGLang reads the block size."""
+
+
+_KIND_KEYS = frozenset({"attention_pattern", "shifted", "context_attention"})
 
 
 def states_attention(hf_config: Mapping[str, Any]) -> bool:
@@ -47,12 +50,13 @@ def read_diffusion_kind(
 ) -> DiffusionKind | None:
     """The kind of diffusion model in a config.json; None for an autoregressive model.
 
-    The keys `attention_pattern` and `shifted` state it. A key that is left out has the value that
-    the model type implies; with `block_size`, any other type is a block-diffusion model.
+    The keys `attention_pattern`, `shifted` and `context_attention` state it. A key that is left out
+    has the value that the model type implies; with `block_size`, any other type is a
+    block-diffusion model.
 
     Raises:
-        UserError: `attention_pattern` or `shifted` has an unknown value, or `shifted` stands alone;
-            or the model type allows either attention and nothing states which this is.
+        UserError: One of these keys has an unknown value, or `shifted` stands alone; or the model
+            type allows either attention and nothing states which this is.
     """
     if not states_attention(hf_config):
         raise UserError(
@@ -64,7 +68,7 @@ def read_diffusion_kind(
     implied = None if model_type is None else model_type.diffusion_kind
     if implied is None and "block_size" in hf_config:
         implied = BLOCK_DIFFUSION
-    if implied is None and not {"attention_pattern", "shifted"} & hf_config.keys():
+    if implied is None and not _KIND_KEYS & hf_config.keys():
         return None
     pattern = hf_config.get("attention_pattern", implied and implied.attention_pattern)
     shifted = hf_config.get("shifted", implied is not None and implied.shifted)
@@ -81,7 +85,23 @@ def read_diffusion_kind(
         raise bad_value(
             f"{where}: attention_pattern", pattern, "is unknown", "write block_causal or full"
         )
-    return DiffusionKind(pattern, shifted)
+    context = "block_causal" if implied is None else implied.context_attention
+    context = hf_config.get("context_attention", context)
+    return DiffusionKind(pattern, shifted, _context_attention(context, pattern, shifted, where))
+
+
+def _context_attention(
+    context: ContextAttention, pattern: str, shifted: bool, where: str
+) -> ContextAttention:
+    key = f"{where}: context_attention"
+    if context not in get_args(ContextAttention):
+        raise bad_value(key, context, "is unknown", "write block_causal or causal")
+    if context == "causal" and (pattern != "block_causal" or shifted):
+        problem = f"a model of {pattern} attention has no blocks with a context"
+        if shifted:
+            problem = "blocks are decoded from unshifted logits"
+        raise bad_value(key, context, problem, "leave it out, or repair the other keys")
+    return context
 
 
 @dataclass(frozen=True, kw_only=True)

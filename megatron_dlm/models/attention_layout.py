@@ -14,6 +14,8 @@ sees a later clean key of its document if the draw of the pair is below the quer
 Stream 0 is clean; noisy streams count from 1, one for each state in which a sequence is trained at
 once. Patterns differ in block ids only: `block_causal` takes position // block_size, `causal` is
 block size 1, `full` puts everything into block 0. Block diffusion training adds the noisy stream.
+With a causal context (`block_diffusion_block_ids`) the clean stream has block size 1, and the id of
+a noisy block is its first position.
 Sources: BD3-LM (Arriola et al. 2025) for the three-part mask; OPDLM section 3 for its use here;
 DiffuLLaMA (Gong et al. 2025) for annealing, a Bernoulli draw for each pair.
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.types.diffusion_kind import ContextAttention
 
 Pattern = Literal["block_causal", "causal", "full"]
 CLEAN = 0
@@ -61,6 +64,29 @@ def block_ids(positions: Tensor, pattern: Pattern, block_size: int) -> Tensor:
     if pattern == "full":
         return torch.zeros_like(positions)
     return positions // block_size
+
+
+def block_diffusion_block_ids(
+    positions: Tensor, stream: Tensor, block_size: int, context_attention: ContextAttention
+) -> Tensor:
+    """Block ids of a clean stream and noisy streams of its blocks.
+
+    Noisy block b sees the clean tokens before its first one, whether the clean stream itself is
+    block-causal or causal.
+
+    Args:
+        positions: [T].
+        stream: [T], `CLEAN` or the number of a noisy stream.
+        block_size: Tokens of a noisy block.
+        context_attention: What clean tokens see of each other.
+
+    Returns:
+        [T], of the type of `positions`; ascending in each stream.
+    """
+    blocks = positions // block_size
+    if context_attention == "block_causal":
+        return blocks
+    return torch.where(stream == CLEAN, positions, blocks * block_size)
 
 
 def clean_layout(lengths: list[int], pattern: Pattern, block_size: int) -> Tensor:

@@ -3,6 +3,10 @@
 Noisy block b sees clean blocks < b and itself (`models.attention_layout`), so one forward computes
 every block's denoising loss given its clean prefix (BD3-LM, Arriola et al. 2025).
 
+With a causal context the clean stream is causal, and its logits are those of an autoregressive
+model: in the same forward the loss has a second part, at the clean tokens that predict a response
+token (`--causal-loss-weight`).
+
 Decoding always shows the model whole blocks, so training does too. A rolled-out trajectory has a
 tail: what the student decoded in the last block after the end of the response. Other responses get
 a tail from `fill_last_block`; without it, a shorter last block would tell the model where the
@@ -18,10 +22,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dlm.models.attention_layout import CLEAN
+from megatron_dlm.models.attention_layout import CLEAN, block_diffusion_block_ids
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.objectives.state_selection import random_state
+from megatron_dlm.types.diffusion_kind import ContextAttention
 from megatron_dlm.types.document import Document
+from megatron_dlm.types.teacher_targets import TeacherTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -70,6 +76,7 @@ def block_diffusion_document(
     block_size: int,
     mask_token_id: int,
     weights: Tensor | None = None,
+    context_attention: ContextAttention = "block_causal",
 ) -> Document:
     """Lay out states of a trajectory: one clean stream, and a noisy stream for each state.
 
@@ -84,6 +91,7 @@ def block_diffusion_document(
         mask_token_id: Id of MASK.
         weights: [F] loss weights, default 1. A weighted loss is divided by the number of supervised
             tokens, masked or not; an unweighted one by the number of supervised MASKs.
+        context_attention: What clean tokens see of each other.
     """
     tokens = sequence_with_tail(trajectory)
     position = torch.arange(len(tokens))
@@ -102,19 +110,64 @@ def block_diffusion_document(
     targets = trajectory.targets
     rows = target_position - len(trajectory.prompt_ids)
     positions = torch.cat((position[:clean_length], noisy))
-    clean = torch.full((clean_length,), CLEAN)
+    stream = torch.cat((torch.full((clean_length,), CLEAN), state + CLEAN + 1))
     return Document(
         token_ids=torch.cat(
             (tokens[:clean_length], tokens[noisy].masked_fill(noisy_masked, mask_token_id))
         ),
-        block=positions // block_size,
-        stream=torch.cat((clean, state + CLEAN + 1)),
+        block=block_diffusion_block_ids(positions, stream, block_size, context_attention),
+        stream=stream,
         position=positions,
         supervised=clean_length + noisy_target,
         labels=tokens[target_position],
         weights=torch.ones(len(target_position)) if weights is None else weights[target_position],
         targets=None if targets is None else targets[rows],
         loss_count=None if weights is None else int(supervised.sum()),
+    )
+
+
+def with_causal_predictions(
+    document: Document, trajectory: Trajectory, supervised: Tensor, weight: float
+) -> Document:
+    """Add the predictions of a causal clean stream: position i - 1 predicts token i.
+
+    Their losses have one weight, such that their mean over the trajectory, times `weight`, counts
+    as much as the mean of the other losses. The count that the loss is divided by stays that of the
+    other losses.
+
+    Args:
+        document: Of one trajectory, with a causal context and a loss.
+        trajectory: The terminal sequence.
+        supervised: [F] bool, tokens that may be supervised.
+        weight: Above 0.
+    """
+    predicted = supervised.nonzero()[:, 0]
+    predicted = predicted[predicted > 0]
+    count = len(document.labels) if document.loss_count is None else document.loss_count
+    had = int((document.stream == CLEAN).sum())
+    # The last prediction may be of a token of the last block, whose clean tokens no MASK sees.
+    more = torch.arange(had, max(int(predicted[-1]) if len(predicted) else 0, had))
+    tokens = sequence_with_tail(trajectory)
+
+    def extended(values: Tensor, added: Tensor) -> Tensor:
+        return torch.cat((values[:had], added.to(values.dtype), values[had:]))
+
+    targets = trajectory.targets
+    if document.targets is not None and targets is not None:
+        added = targets[predicted - len(trajectory.prompt_ids)]
+        targets = TeacherTargets.cat([document.targets, added])
+    weights = torch.full((len(predicted),), weight * count / max(len(predicted), 1))
+    return replace(
+        document,
+        token_ids=extended(document.token_ids, tokens[more]),
+        block=extended(document.block, more),
+        stream=extended(document.stream, torch.full_like(more, CLEAN)),
+        position=extended(document.position, more),
+        supervised=torch.cat((document.supervised + len(more), predicted - 1)),
+        labels=torch.cat((document.labels, tokens[predicted])),
+        weights=torch.cat((document.weights, weights)),
+        targets=targets,
+        loss_count=count,
     )
 
 
@@ -128,14 +181,19 @@ class BlockDiffusionObjective(Objective):
         states, weights = [torch.zeros_like(supervised)], None
         if supervised.any():  # else a response of nothing but an unsupervised EOS
             states, weights = self.states(trajectory, supervised, generator)
-        return block_diffusion_document(
+        document = block_diffusion_document(
             trajectory,
             states,
             supervised,
             block_size=self.config.model.block_size,
             mask_token_id=self.mask_token_id,
             weights=weights,
+            context_attention=self.diffusion_kind.context_attention,
         )
+        weight = self.config.objective.causal_loss_weight
+        if not self.diffusion_kind.has_causal_context or weight == 0 or not len(document.labels):
+            return document
+        return with_causal_predictions(document, trajectory, supervised, weight)
 
     @abstractmethod
     def states(

@@ -36,6 +36,7 @@ class _Kind:
 
 _KINDS = (
     _Kind("loss", "Training loss", "nats", may_be_logarithmic=True),
+    _Kind("causal_loss", "Loss of the autoregressive mode", "nats", may_be_logarithmic=True),
     _Kind("validation_loss", "Held-out loss", "nats", may_be_logarithmic=True),
     _Kind("accuracy", "Right at the first try", "%", 100),
     _Kind("solved_rate", "Right within the tries", "%", 100),

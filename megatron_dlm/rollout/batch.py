@@ -22,6 +22,7 @@ from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import SampledTokens
 from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.verification import DraftVerifier
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -64,6 +65,13 @@ class DecodingBatch:
         self._pad_token_id = special_tokens.pad_token_id
         self._groups = groups
         self._work = work
+        self._verifier = DraftVerifier(
+            model,
+            special_tokens=special_tokens,
+            groups=groups,
+            num_slots=slots.num_slots,
+            block_size=generation.block_size or 1,
+        )
 
     @property
     def num_active(self) -> int:
@@ -189,6 +197,7 @@ class DecodingBatch:
         moved = self._slots.remove(slot)
         if moved is not None:
             self._context.move(moved, slot)
+            self._verifier.move(moved, slot)
 
     def _read(self, report: Tensor, works: bool) -> tuple[np.ndarray, bool]:
         """Wait for a forward: the only copy from the device in a step, and so the only wait.
@@ -218,20 +227,24 @@ class DecodingBatch:
                 Row(
                     token_ids=torch.tensor([self._pad_token_id]),
                     position_ids=torch.zeros(1, dtype=torch.int64),
-                    attention=self._context.attention(nothing, nothing),
+                    attention=self._context.attention(nothing, nothing, nothing),
                 )
             ],
         )
 
     def _forward(self, plan: ForwardPlan) -> Tensor:
         """One forward and one draw for all slots in use; what `SlotTable.commit` reports."""
-        full = self._generation.attention_pattern == "full"
-        self._work.add(plan, None if full else self._generation.block_size)
-        attention = self._context.attention(plan.starts, plan.ends)
+        self._work.add(plan, self._generation.context_block_size)
+        attention = self._context.attention(plan.starts, plan.ends, plan.noisy_starts)
         row = Row(self._slots.tokens(plan), plan.position_ids, attention)
         hidden = forward_hidden(self._model, [row])
-        if len(plan.draw_rows) == 0:  # pieces of prompts only
+        last = None if hidden is None else hidden[0]
+        if len(plan.draw_rows):
+            drawn = self._drawer.draw(last, plan)
+        else:  # pieces of prompts, and drafts to verify
             nothing = plan.draw_rows.float()
-            return self._slots.commit(plan, SampledTokens(plan.draw_rows, nothing, nothing))
-        drawn = self._drawer.draw(None if hidden is None else hidden[0], plan)
-        return self._slots.commit(plan, drawn)
+            drawn = SampledTokens(plan.draw_rows, nothing, nothing)
+        if last is not None:
+            self._verifier.keep(last, plan)
+        verified = self._verifier.verify(last, plan, self._slots.blocks(plan))
+        return self._slots.commit(plan, drawn, verified)

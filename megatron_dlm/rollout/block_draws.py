@@ -184,7 +184,7 @@ def filtered_masses(
     return torch.cat(masses, dim=-1)
 
 
-def _first_above(masses: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+def first_above(masses: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
     """Index [n] of the first of masses [n, m] up to which their sum is above a fraction of all.
 
     Also returned: which fraction of that mass, [n], the target has reached. A mass of zero is never
@@ -224,7 +224,7 @@ def chosen_columns(
     """
     block, fraction = best_block, None
     if fractions is not None and is_regular is not None:
-        drawn, fraction = _first_above(masses, fractions)
+        drawn, fraction = first_above(masses, fractions)
         block = torch.where(is_regular, drawn, best_block)
     values = block_logits(block).double()
     column = values.argmax(dim=-1)
@@ -232,7 +232,7 @@ def chosen_columns(
         weights = ((values - values.amax(dim=-1, keepdim=True)) / temperature).exp()
         if threshold is not None:
             weights = weights.masked_fill(values < threshold[:, None], 0.0)
-        column = torch.where(is_regular, _first_above(weights, fraction)[0], column)
+        column = torch.where(is_regular, first_above(weights, fraction)[0], column)
     return block * VOCABULARY_BLOCK + column, values.gather(1, column[:, None])[:, 0]
 
 
@@ -290,7 +290,7 @@ def choose_tokens(
     fraction, is_regular = None, None
     if temperature:
         rank_masses = (tempered * (shift / temperature).exp()).T
-        drawn_owner, fraction = _first_above(rank_masses, uniforms)
+        drawn_owner, fraction = first_above(rank_masses, uniforms)
         all_masses = rank_masses.sum(dim=-1)
         is_regular = all_masses.isfinite() & (all_masses > 0.0)
         owner = torch.where(is_regular, drawn_owner, owner)

@@ -50,7 +50,9 @@ class RolloutContext(Protocol):
     def publish(self, slot: int, end: int) -> None:
         """Positions below `end` are final after this forward, or computed earlier in it."""
 
-    def attention(self, starts: np.ndarray, ends: np.ndarray) -> Tensor | CachedAttention:
+    def attention(
+        self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray
+    ) -> Tensor | CachedAttention:
         """Attention of a forward over positions starts[r] to ends[r] - 1 of each slot r.
 
         Without slots: attention of a row with one token that belongs to no sequence.
@@ -58,6 +60,7 @@ class RolloutContext(Protocol):
         Args:
             starts: [R] int64.
             ends: [R] int64.
+            noisy_starts: [R] int64, see `ForwardPlan`.
         """
 
 
@@ -73,7 +76,8 @@ class CachedContext:
         groups: Process groups; ranks of a replica have equally many pages.
         lengths: Positions that each sequence of the rollout may have.
         num_slots: Sequences held at once.
-        block_size: Tokens of a block of the visibility rule; 1 is causal.
+        block_size: Tokens of a block in decoding; 1 for an autoregressive model.
+        context_block_size: Final tokens that see each other: `block_size`, or 1, which is causal.
         max_total_tokens: Most positions in the cache; None: what `num_slots` sequences need, as far
             as the device has memory for it.
 
@@ -89,6 +93,7 @@ class CachedContext:
         lengths: Sequence[int],
         num_slots: int,
         block_size: int,
+        context_block_size: int,
         max_total_tokens: int | None,
     ) -> None:
         config = model.config
@@ -113,7 +118,7 @@ class CachedContext:
                 "raise it or free memory, or lower --max-response-length or --max-prompt-length",
             )
         self.pool = PagePool(num_pages)
-        self._block_size = block_size
+        self._block_size, self._context_block_size = block_size, context_block_size
         # Zero is the null page.
         self._tables = np.zeros((num_slots, max(longest, default=0)), dtype=np.int64)
         self._num_pages = np.zeros(num_slots, dtype=np.int64)
@@ -132,11 +137,11 @@ class CachedContext:
 
     def admit(self, slot: int, token_ids: Tensor, length: int) -> bool:
         """See `RolloutContext`."""
-        # A causal model predicts from the prompt's last token, which is therefore computed.
         complete = len(token_ids) // self._block_size * self._block_size
-        if self._block_size == 1:
-            complete -= 1
-        keys = prefix_keys(token_ids, complete, self._block_size)
+        if self._context_block_size == 1:
+            # Causally predicts the prompt's last token, which is therefore computed.
+            complete = min(complete, len(token_ids) - 1)
+        keys = prefix_keys(token_ids, complete, self._context_block_size)
         pages: list[int] = []
         for key in keys:
             page = self.pool.share(key)
@@ -187,9 +192,19 @@ class CachedContext:
         for index, key in enumerate(self._keys[slot][: end // PAGE_SIZE]):
             self.pool.publish(int(self._tables[slot, index]), key)
 
-    def attention(self, starts: np.ndarray, ends: np.ndarray) -> CacheView:
+    def attention(
+        self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray
+    ) -> CacheView:
         """See `RolloutContext`; the keys of the forward's tokens are written into the cache."""
-        return CacheView(self._cache, self._tables[: len(starts)], starts, ends, self._block_size)
+        return CacheView(
+            self._cache,
+            self._tables[: len(starts)],
+            starts,
+            ends,
+            self._block_size,
+            context_block_size=self._context_block_size,
+            noisy_starts=noisy_starts,
+        )
 
 
 def _pages_in_memory(page_bytes: int, groups: ParallelGroups) -> int:
@@ -232,7 +247,7 @@ class CanvasContext:
     def publish(self, slot: int, end: int) -> None:
         """See `RolloutContext`; nothing is kept."""
 
-    def attention(self, starts: np.ndarray, ends: np.ndarray) -> Tensor:
+    def attention(self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray) -> Tensor:
         """See `RolloutContext`; a layout tensor, with the padding of the forward."""
         lengths = (ends - starts).tolist()
         # The same tensor as long as no sequence ends, so that its cached masks are reused.
@@ -268,11 +283,13 @@ def rollout_context(
     if generation.attention_pattern == "full":
         return CanvasContext(decoding_multiple(model))
     assert generation.block_size is not None
+    assert generation.context_block_size is not None
     return CachedContext(
         model,
         groups=groups,
         lengths=lengths,
         num_slots=num_slots,
         block_size=generation.block_size,
+        context_block_size=generation.context_block_size,
         max_total_tokens=generation.max_total_tokens,
     )

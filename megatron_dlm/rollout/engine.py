@@ -176,7 +176,7 @@ class RolloutEngine:
         """Trajectories of the prompts that the queue returns, in their order."""
         if max_response_length < 1:
             raise ValueError(f"max_response_length = {max_response_length} is below 1")
-        if self.generation.shifted:
+        if self.generation.shifted or self.generation.verifies:
             for prompt in prompts:
                 if len(prompt.token_ids) == 0:
                     raise ValueError(f"sample {prompt.sample_index} has no token to predict from")

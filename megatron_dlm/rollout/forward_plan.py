@@ -5,7 +5,7 @@ R: slots in use; S: tokens of a forward; n: draws.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +29,30 @@ class SettingGroup:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """Sequences of a forward whose drafts it verifies, decoded alike; V of them, B block columns.
+
+    Attributes:
+        generation: How.
+        slots: [V] int64.
+        rows: [V, B + 1] int64, index into S of the hidden state that predicts each column of the
+            block, and of the first one after it.
+        observed: [V] int64, columns that are final already.
+        limit: [V] int64, columns that are final or hold a draft to verify.
+        acceptance: [V, B] float64, the number that decides whether a draft is accepted.
+        draws: [V, B + 1] float64, the number of the draw where the first columns were accepted.
+    """
+
+    generation: GenerationConfig
+    slots: Tensor
+    rows: Tensor
+    observed: Tensor
+    limit: Tensor
+    acceptance: Tensor
+    draws: Tensor
+
+
+@dataclass(frozen=True)
 class ForwardPlan:
     """One forward pass over the slots and the draws that follow it.
 
@@ -37,6 +61,8 @@ class ForwardPlan:
     Attributes:
         starts: [R], first position of each slot in this forward; on the host, as `ends`.
         ends: [R], one past the last position; equal to the first where a prompt waits.
+        noisy_starts: [R] on the host, first position of the block in decoding; the last one
+            where there is none. Positions before it are final tokens.
         denoises: [R] bool on the host: slots that draw, whose prompt is prefilled.
         groups: Each sequence is in one of them.
         uniforms: [n] float64, the number of each draw.
@@ -45,12 +71,18 @@ class ForwardPlan:
         draw_rows: [n], index into S of the hidden state that each draw is made from.
         draw_slots: [n].
         draw_columns: [n], position of each draw within its block.
-        per_slot: [6, R]: whether it denoises, denoising step, masked positions at the block's
-            first step, start of the block, length of the prompt, end of the longest response.
+        per_slot: [7, R]: whether it denoises, whether what it commits are drafts, denoising step,
+            masked positions at the block's first step, start of the block, length of the prompt,
+            end of the longest response.
+        drafts: [m] int64, which draws are drafts; None: none.
+        verifications: Of sequences with a drafted block; they draw nothing else.
+        verified_slots: Theirs, [V] on the host, ascending.
+        verified_drafts: Drafts of each of these, [V] on the host.
     """
 
     starts: np.ndarray
     ends: np.ndarray
+    noisy_starts: np.ndarray
     denoises: np.ndarray
     groups: tuple[SettingGroup, ...]
     uniforms: Tensor
@@ -60,3 +92,7 @@ class ForwardPlan:
     draw_slots: Tensor
     draw_columns: Tensor
     per_slot: Tensor
+    drafts: Tensor | None = None
+    verifications: tuple[Verification, ...] = ()
+    verified_slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    verified_drafts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))

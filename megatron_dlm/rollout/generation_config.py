@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_dlm.config.schema import Config
     from megatron_dlm.models.attention_layout import Pattern
     from megatron_dlm.rollout.decoding_settings import DecodingSetting
-    from megatron_dlm.types.diffusion_kind import DiffusionKind
+    from megatron_dlm.types.diffusion_kind import ContextAttention, DiffusionKind
 
 # Settings of speed and memory: a rollout's tokens do not depend on them.
 DECIDE_NO_TOKEN = frozenset({"max_running_requests", "max_total_tokens", "chunked_prefill_size"})
@@ -52,6 +52,8 @@ class GenerationConfig(StrategyOptions):
             everything up to the longest response, MASK where no token is known yet (`full`), or
             earlier tokens (`causal`: an autoregressive model).
         shifted: Whether logits at position i predict token i + 1; always under `causal`.
+        context_attention: Under `block_causal`, what final tokens see of each other: all of their
+            block, or only the tokens before them (`DiffusionKind`).
 
     Raises:
         UserError: A value is out of range, or a combination cannot work.
@@ -66,6 +68,7 @@ class GenerationConfig(StrategyOptions):
     chunked_prefill_size: int = DecodingConfig.chunked_prefill_size
     attention_pattern: Pattern = "block_causal"
     shifted: bool = False
+    context_attention: ContextAttention = "block_causal"
 
     @classmethod
     def from_config(
@@ -84,6 +87,7 @@ class GenerationConfig(StrategyOptions):
             block_size=block_size,
             attention_pattern=diffusion_kind.attention_pattern,
             shifted=diffusion_kind.shifted,
+            context_attention=diffusion_kind.context_attention,
             **{name: getattr(rollout, name) for name in names},
         )
 
@@ -122,6 +126,22 @@ class GenerationConfig(StrategyOptions):
     def is_autoregressive(self) -> bool:
         """Whether tokens are decoded one by one, without MASK."""
         return self.attention_pattern == "causal"
+
+    @property
+    def _has_two_modes(self) -> bool:
+        return self.attention_pattern == "block_causal" and self.context_attention == "causal"
+
+    @property
+    def verifies(self) -> bool:
+        """Whether drafts are verified, so that a response is one of the autoregressive mode."""
+        return not self.is_autoregressive and self.strategy.verifies
+
+    @property
+    def context_block_size(self) -> int | None:
+        """Tokens that see each other once they are final; None: all (`full`)."""
+        if self.attention_pattern == "full":
+            return None
+        return 1 if self.context_attention == "causal" else self.block_size
 
     @property
     def strategy(self) -> Strategy:
@@ -223,6 +243,19 @@ class GenerationConfig(StrategyOptions):
                 f"does not divide the block size {block_size}",
                 "choose a divisor of it",
             )
+        require(
+            "remasking_strategy",
+            self.is_autoregressive or not self.strategy.verifies or self._has_two_modes,
+            "verifies drafts with the autoregressive mode that only models with a causal context "
+            "have (context_attention in config.json)",
+            "choose another strategy, or train the model with --context-attention causal",
+        )
+        require(
+            "block_size",
+            not self.verifies or block_size != 1,
+            f"leaves {self.remasking_strategy} nothing to draft",
+            "choose autoregressive decoding",
+        )
         if self.shifted and self.attention_pattern == "block_causal":
             raise bad_value(
                 "config.json: shifted",

@@ -142,15 +142,19 @@ class CacheView:
     """A `KVCache` for one forward pass, handed to the layers as Megatron's `attention_mask`.
 
     Implements `megatron_dlm.models.attention.CachedAttention`. Slot r contributes the tokens at
-    positions starts[r] to ends[r] - 1, slots in ascending order. A query at position i sees the
-    keys of its slot at positions below (i // block_size + 1) * block_size.
+    positions starts[r] to ends[r] - 1, slots in ascending order. Those from noisy_starts[r] on see
+    all keys of their slot below ends[r]; an earlier one, at position i, those at positions below
+    (i // c + 1) * c with c = context_block_size.
 
     Args:
         cache: The cache; every position below starts[r] must have been written before.
         tables: [R, pages of the longest sequence] int64, the page table of each slot.
-        starts: [R] int64, multiples of the block size.
-        ends: [R] int64, likewise.
-        block_size: Grid of the block-causal visibility, anchored at position 0; 1 is causal.
+        starts: [R] int64, multiples of the context's block size.
+        ends: [R] int64, of the block size.
+        block_size: Tokens of a block in decoding.
+        context_block_size: Grid of the context's visibility, anchored at position 0; 1 is causal.
+            None: `block_size`.
+        noisy_starts: [R] int64, first position of the block in decoding; None: there is none.
     """
 
     def __init__(
@@ -160,9 +164,14 @@ class CacheView:
         starts: np.ndarray,
         ends: np.ndarray,
         block_size: int,
+        *,
+        context_block_size: int | None = None,
+        noisy_starts: np.ndarray | None = None,
     ) -> None:
         self._cache = cache
         lengths = ends - starts
+        grid = context_block_size or block_size
+        noisy_starts = ends if noisy_starts is None else noisy_starts
         self.num_tokens = int(lengths.sum())
         self._calls: list[_Tiles] = []
         if self.num_tokens == 0:
@@ -196,8 +205,10 @@ class CacheView:
             tile = np.arange(len(slot)) - first[slot]
             query = tile[:, None] * num_queries + np.arange(num_queries)
             query = np.minimum(query, lengths[slot, None] - 1)
-            limits = ((starts[slot, None] + query) // block_size + 1) * block_size
-            num_keys.append(int(limits.max()))
+            at = starts[slot, None] + query
+            is_noisy = at >= noisy_starts[slot, None]
+            reach = np.where(is_noisy, ends[slot, None], (at // grid + 1) * grid)
+            num_keys.append(int(reach.max()))
             num_pages, num_rows = pages_for(num_keys[-1]), len(slot)
             if static:
                 num_pages = max(min(_bucket(num_pages, 2), tables.shape[1]), LEAST_PAGES)
@@ -209,7 +220,7 @@ class CacheView:
             arrays += [
                 np.pad(offsets[slot, None] + query, missing),
                 np.pad(row_pages, missing_pages, constant_values=NULL_PAGE),
-                np.pad(limits, missing, constant_values=1),  # a position of the null page
+                np.pad(reach, missing, constant_values=1),  # a position of the null page
             ]
             mine = chosen[slots]
             scatter[mine] = done + (first[slots] * num_queries + within)[mine]

@@ -59,7 +59,7 @@ class SampledTokens:
         return cls(token_ids.long(), confidence.float(), entropy.float())
 
 
-def _gather(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+def gather_from_ranks(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     """[...] of every rank as [tp, ...], in the order of ranks."""
     if tp_group is None or tp_group.size() == 1:
         return values[None]
@@ -79,7 +79,7 @@ def _passes(device: torch.device) -> DrawPasses:
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """The product of hidden states [n, h] with a shard [v, h] of the output layer, by chunks."""
 
     hidden: Tensor
@@ -90,6 +90,7 @@ class _Head:
 
     @property
     def columns(self) -> int:
+        """Columns of the logits, whole blocks."""
         return padded_columns(self.weight.shape[0])
 
     def _write(self, logits: Tensor, start: int) -> None:
@@ -182,14 +183,14 @@ def sample_tokens(
     passes = _passes(hidden.device)
 
     def gather(values: Tensor) -> Tensor:
-        return _gather(values, tp_group)
+        return gather_from_ranks(values, tp_group)
 
     packed = [hidden.new_empty(3, 0, dtype=torch.float64)]
     rows = max(1, MAX_LOGITS // columns)
     for part, numbers in zip(hidden.split(rows), uniforms.split(rows), strict=True):
         if len(part) == 0:
             continue
-        head = _Head(
+        head = Head(
             part,
             weight,
             vocab_start=vocab_start,

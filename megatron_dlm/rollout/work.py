@@ -12,7 +12,7 @@ class RolloutWork:
     Attributes:
         tokens: Tokens of the forward.
         pairs: Pairs of a query and a key that it sees.
-        logits: Tokens that were drawn.
+        logits: Tokens that were drawn, and those of blocks that were verified.
         keys: Keys and values that were read: the length of all sequences.
     """
 
@@ -21,24 +21,28 @@ class RolloutWork:
     logits: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
 
-    def add(self, plan: ForwardPlan, block_size: int | None) -> None:
+    def add(self, plan: ForwardPlan, context_block_size: int | None) -> None:
         """Add a forward.
 
         Args:
             plan: Its plan.
-            block_size: Grid of block-causal attention, 1 of causal; None: tokens see all of their
-                sequence.
+            context_block_size: Final tokens that see each other, 1 under a causal context; None:
+                tokens see all of their sequence.
         """
-        starts, ends = plan.starts, plan.ends
-        if block_size is None:
+        starts, noisy, ends = plan.starts, plan.noisy_starts, plan.ends
+        if context_block_size is None:
             pairs = (ends - starts) * ends
         else:
-            # A query sees the keys up to the end of its block; forwards hold whole ones.
-            first, last = starts // block_size, ends // block_size
-            pairs = block_size**2 * (last * (last + 1) - first * (first + 1)) // 2
+            # A final token sees the keys up to the end of its block, and forwards hold whole ones;
+            # the block in decoding sees all up to its own end.
+            size = context_block_size
+            first, last = starts // size, noisy // size
+            pairs = size**2 * (last * (last + 1) - first * (first + 1)) // 2
+            pairs += (ends - noisy) * ends
         self.tokens.append(int((ends - starts).sum()))
         self.pairs.append(int(pairs.sum()))
-        self.logits.append(len(plan.draw_rows))
+        verified = sum(verification.rows.numel() for verification in plan.verifications)
+        self.logits.append(len(plan.draw_rows) + verified)
         self.keys.append(int(ends.sum()))
 
     def take(self) -> "RolloutWork":

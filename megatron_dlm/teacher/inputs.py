@@ -62,6 +62,13 @@ def check_diffusion_student(config: Config, student: Architecture) -> DiffusionK
         raise bad_value(
             "--load", load, "states shifted logits of a block-causal model", "repair config.json"
         )
+    if kind.has_causal_context:
+        raise bad_value(
+            "--load",
+            load,
+            "has a causal context, and a model that teaches itself has a block-causal one",
+            "train it on with --objective opdlm, or start from a model without context_attention",
+        )
     block_size = hf_config.get("block_size", config.model.block_size)
     if block_size != config.model.block_size:
         raise bad_value(

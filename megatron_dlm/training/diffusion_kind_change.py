@@ -39,4 +39,7 @@ def _described(kind: DiffusionKind | None, block_size: int | None) -> str:
         return "an autoregressive model"
     logits = "shifted" if kind.shifted else "unshifted"
     blocks = "" if block_size is None else f", blocks of {block_size}"
-    return f"a diffusion model ({kind.attention_pattern} attention, {logits} logits{blocks})"
+    context = " with a causal context" if kind.has_causal_context else ""
+    return (
+        f"a diffusion model ({kind.attention_pattern} attention{context}, {logits} logits{blocks})"
+    )

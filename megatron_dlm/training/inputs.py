@@ -99,7 +99,7 @@ class RunInputs:
     def hf_config(self, config: Config) -> dict[str, Any]:
         """config.json of the trained model: a diffusion model names its kind and its MASK."""
         hf_config = dict(self.architecture.hf_config)
-        for key in ("attention_pattern", "shifted", "block_size"):
+        for key in ("attention_pattern", "shifted", "context_attention", "block_size"):
             hf_config.pop(key, None)
         if config.diffusion_kind is None and not config.traits.self_distillation:
             family = FAMILIES[self.architecture.family]
@@ -112,6 +112,8 @@ class RunInputs:
             "shifted": kind.shifted,
             "mask_token_id": self.special_tokens.mask_token_id,
         }
+        if kind.has_causal_context:
+            hf_config["context_attention"] = kind.context_attention
         # A model of full attention is decoded as a whole unless its rollouts went by blocks.
         if kind.attention_pattern == "block_causal" or config.uses_rollouts:
             hf_config["block_size"] = config.model.block_size

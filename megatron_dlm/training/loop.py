@@ -322,6 +322,7 @@ class _Training:
                 validation_loss=held_out_loss,
                 skipped_updates=progress.skipped_updates,
                 loss_by_position=result.loss_by_position,
+                causal_loss=result.causal_loss,
                 student_entropy=result.student_entropy,
                 tokens_by_step=collected.tokens_by_step,
                 response_lengths=collected.response_lengths,

@@ -96,7 +96,8 @@ class StepMetrics:
     Attributes:
         step: Optimizer updates done, from 1.
         rollout: Rollout (or data-set) batches begun, from 1.
-        loss: Per supervised token (or row, with `row_mean`).
+        loss: Per supervised token (or row, with `row_mean`), with the weighted loss of the
+            autoregressive mode where the context is causal.
         grad_norm: Before clipping.
         lr: Learning rate of this update by parameter group.
         supervised_tokens: In this update's global batch.
@@ -122,6 +123,8 @@ class StepMetrics:
             (`--on-divergence`); where loss or gradient norm is no finite number, files have null.
         loss_by_position: Mean unweighted loss of the supervised tokens in each of up to 16 equal
             stretches of a block, from its start; None without blocks.
+        causal_loss: Mean loss of the autoregressive mode, without its weight
+            (`--causal-loss-weight`); None without a causal context.
         student_entropy: In nats, mean over up to 64 supervised tokens of each data-parallel rank's
             first micro-batch.
         tokens_by_step: Mean tokens that the first, second, ... denoising forward of a block commits
@@ -152,6 +155,7 @@ class StepMetrics:
     validation_loss: float | None = None
     skipped_updates: int = 0
     loss_by_position: list[float | None] | None = None
+    causal_loss: float | None = None
     student_entropy: float | None = None
     tokens_by_step: list[float] | None = None
     response_lengths: LengthHistogram | None = None

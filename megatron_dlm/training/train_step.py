@@ -37,6 +37,7 @@ class StepResult:
         micro_batch_losses: The same of each of this rank's micro-batches alone; empty before the
             last pipeline stage. Not equal on all ranks.
         loss_by_position: See `StepMetrics`.
+        causal_loss: See `StepMetrics`.
         student_entropy: See `StepMetrics`.
     """
 
@@ -48,6 +49,7 @@ class StepResult:
     is_made: bool
     micro_batch_losses: list[float]
     loss_by_position: list[float | None] | None
+    causal_loss: float | None
     student_entropy: float | None
 
 
@@ -175,5 +177,6 @@ def train_step(
         is_made=is_made,
         micro_batch_losses=[part[0] / max(part[1], 1.0) for part in parts],
         loss_by_position=update_figures.loss_by_position(objective, figures),
+        causal_loss=update_figures.causal_loss(figures),
         student_entropy=update_figures.entropy(figures),
     )

@@ -1,8 +1,9 @@
-"""Figures about an update beside its loss: by position in a block, and the student's entropy.
+"""Figures about an update beside its loss: by position, of the causal mode, and entropy.
 
 They are sums on the device that travel with the loss, so that no rank waits for the device once
-more. A micro-batch's figures are a vector: the losses' sums, then their counts, by position; the
-sum and the count of entropies.
+more. A micro-batch's figures are a vector: the losses' sums, then their counts, by position; sum
+and count of the losses of the autoregressive mode, where the context is causal; sum and count of
+entropies. The first and the last are of MASKs, where the context is causal.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.distillation.vocab_parallel_entropy import vocab_parallel_entropy
+from megatron_dlm.models.attention_layout import CLEAN, Field
 from megatron_dlm.objectives.base import LossInputs, Objective
 
 POSITIONS = 16
@@ -20,7 +22,7 @@ POSITIONS = 16
 ENTROPIES = 64
 """Tokens of an update at which each data-parallel rank computes the student's entropy."""
 
-SIZE = 2 * POSITIONS + 2
+SIZE = 2 * POSITIONS + 4
 """Numbers of a micro-batch's figures."""
 
 
@@ -42,13 +44,23 @@ def measured(
         with_entropy: Whether to compute entropies of its tokens.
     """
     figures = per_token.new_zeros(SIZE, dtype=torch.float64)
-    stretches = _stretches(objective)
+    stretches, kind = _stretches(objective), objective.diffusion_kind
+    losses = per_token.detach().double()
+    counts = torch.ones_like(losses)
+    if kind.has_causal_context:
+        layout = batch.row.attention
+        assert isinstance(layout, Tensor)
+        # Where ranks share a row, keys of others precede its own tokens.
+        stream = layout[Field.STREAM, -len(batch.row.token_ids) :]
+        counts = (stream[batch.supervised] != CLEAN).double()
+        figures[-4] = (losses * (1 - counts)).sum()
+        figures[-3] = len(counts) - counts.sum()
     if stretches:
-        block_size, shifted = objective.config.model.block_size, objective.diffusion_kind.shifted
-        position = batch.row.position_ids[batch.supervised] + int(shifted)
+        block_size = objective.config.model.block_size
+        position = batch.row.position_ids[batch.supervised] + int(kind.shifted)
         place = position % block_size * stretches // block_size
-        figures.index_add_(0, place, per_token.detach().double())
-        figures.index_add_(0, place + POSITIONS, torch.ones_like(per_token, dtype=torch.float64))
+        figures.index_add_(0, place, losses * counts)
+        figures.index_add_(0, place + POSITIONS, counts)
     tokens = len(inputs.hidden)
     if with_entropy and tokens:
         chosen = slice(None, None, -(-tokens // ENTROPIES))
@@ -58,8 +70,8 @@ def measured(
             objective.vocab_size,
             inputs.tp_group,
         )
-        figures[-2] = entropies.sum()
-        figures[-1] = len(entropies)
+        figures[-2] = (entropies * counts[chosen]).sum()
+        figures[-1] = counts[chosen].sum()
     return figures
 
 
@@ -78,6 +90,12 @@ def loss_by_position(objective: Objective, sums: Sequence[float]) -> list[float 
     counts = sums[POSITIONS : POSITIONS + stretches]
     means = [total / count if count else None for total, count in zip(sums, counts, strict=False)]
     return means or None
+
+
+def causal_loss(sums: Sequence[float]) -> float | None:
+    """Mean loss of the autoregressive mode, of the sum of all figures; None without such losses."""
+    total, count = sums[-4:-2]
+    return total / count if count else None
 
 
 def entropy(sums: Sequence[float]) -> float | None:

@@ -77,6 +77,9 @@ class Trajectory:
             after the last decoded one included. None where no forward saw later blocks.
         denoising_forwards: Forwards that drew tokens for this sequence.
         total_forwards: The same plus its prefill and commit forwards.
+        drafted_tokens: Tokens that were drafted by diffusion and verified by the autoregressive
+            mode of the same weights; 0 under other strategies.
+        accepted_tokens: Those of them that it accepted.
         confidence: [L + T] float32, the probability of each token of response and tail when it was
             committed (`rollout.sampling.SampledTokens`); None where nobody asked for it.
         targets: The teacher's targets: for each of the L response tokens, on the last pipeline
@@ -101,6 +104,8 @@ class Trajectory:
     canvas_length: int | None = None
     denoising_forwards: int = 0
     total_forwards: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     confidence: Tensor | None = None
     targets: TeacherTargets | None = None
     correct: bool | None = None

@@ -22,6 +22,7 @@ from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
     FULL_ATTENTION,
+    SPECULATIVE,
     VOCAB_SIZE,
     load_model,
     make_engine,
@@ -114,6 +115,8 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
                 model, GenerationConfig.autoregressive(temperature=1.0, max_running_requests=3)
             ),
         ),
+        ("speculative", make_engine(model, **SPECULATIVE, draft_steps=2, top_k=20, top_p=0.95)),
+        ("greedy speculative", make_engine(model, **SPECULATIVE, temperature=0.0)),
         ("whole", make_engine(model, FULL_ATTENTION, shifted=True, denoising_steps_per_block=5)),
         ("canvas", make_engine(model, FULL_ATTENTION, **BY_BLOCKS)),
     ):

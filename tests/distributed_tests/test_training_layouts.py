@@ -64,7 +64,10 @@ SHARING_LAYOUTS: dict[str, Layout] = {
     "moe EP2 DP2": Layout(4, "moe", {EP: 2}),
 }
 CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "CP2": (Layout(2, "dense", {CP: 2}), ("budget", "off_policy_stored", "opdlm_partial")),
+    "CP2": (
+        Layout(2, "dense", {CP: 2}),
+        ("budget", "off_policy_stored", "opdlm_partial", "opdlm_causal_context"),
+    ),
     "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), ("opdlm", "scp")),
 }
 """Context parallelism beside the runs of `LAYOUTS`, with the runs of each."""
@@ -88,6 +91,9 @@ RUNS: dict[str, dict[str, Any]] = {
         eval_prompts="five.jsonl",
         eval_decodings=("dynamic:0.3", "static:2@8"),
         eval_max_response_length=4,
+    ),
+    "opdlm_causal_context": dict(
+        SHORT, context_attention="causal", micro_batch_size=2, recompute_granularity="full"
     ),
     "opdlm_bigger_teacher": SHORT,
     "opdlm_smaller_teacher": SHORT,
@@ -252,6 +258,9 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
             assert line[key] == expected[key], (name, key)
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
+        assert (line["causal_loss"] is None) == ("causal_context" not in name)
+        if line["causal_loss"] is not None:
+            assert line["causal_loss"] == pytest.approx(expected["causal_loss"], rel=1e-4), name
         is_due = "scp" in name and line["step"] in (2, 3)
         assert (line["validation_loss"] is not None) == is_due, name
         if is_due:

@@ -4,6 +4,7 @@ from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules import Refusals
 from megatron_dlm.config.schema import DATA_OPTIONS, Config
+from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.types.divergence_spec import DivergenceSpec
 
 
@@ -48,6 +49,9 @@ def combinations(config: Config) -> Refusals:
         if rollout.max_tries > 1 and value_of(config, name) == value:
             tries = f"all {rollout.max_tries} tries would be the same"
             yield f"{name}: {tries}; sample, or choose --max-tries 1"
+    if config.uses_rollouts and STRATEGIES[rollout.remasking_strategy].verifies:
+        problem = "writes the autoregressive mode's responses, without states to train on"
+        yield f"remasking_strategy: {problem}; choose another one, or name it in --eval-decodings"
     longest = config.data.max_prompt_length + rollout.max_response_length
     if config.traits.self_distillation and longest <= config.model.block_size:
         problem = f"holds all of prompt and response ({longest} tokens): no state has a later block"

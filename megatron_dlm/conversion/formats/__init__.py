@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dlm.conversion.formats.autoregressive import write_autoregressive
-from megatron_dlm.conversion.formats.diffusion_files import unfit_for_sdar
-from megatron_dlm.conversion.formats.masked_lm import write_a2d, write_rnd1
+from megatron_dlm.conversion.formats.diffusion_files import has_two_modes, unfit_for_sdar
+from megatron_dlm.conversion.formats.masked_lm import write_a2d, write_rnd1, write_two_mode
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.formats.sdar import write_sdar
 from megatron_dlm.models.architecture import Architecture
@@ -22,6 +22,11 @@ TARGET_FORMATS: dict[str, Callable[[ExportRequest, Path], None]] = {
         for family in FAMILIES
         if (format := f"a2d-{family}") in model_types()
     },
+    **{
+        format: partial(write_two_mode, family=family)
+        for family in FAMILIES
+        if (format := f"two-mode-{family}") in model_types()
+    },
     "rnd1": write_rnd1,
     "autoregressive": write_autoregressive,
 }
@@ -33,6 +38,8 @@ not: SGLang's loader looks it up in any case."""
 
 def default_format(architecture: Architecture) -> str:
     """The default format of a block-diffusion model: `sdar` where it fits, else its family's."""
+    if has_two_modes(architecture):
+        return f"two-mode-{architecture.family}"
     return "sdar" if unfit_for_sdar(architecture) is None else f"a2d-{architecture.family}"
 
 

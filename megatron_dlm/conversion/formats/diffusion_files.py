@@ -6,7 +6,11 @@ from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.self_contained_code import self_contained_code
 from megatron_dlm.conversion.tokenizer_files import copy_tokenizer, register_mask_token
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.architecture import (
+    Architecture,
+    read_diffusion_kind,
+    states_attention,
+)
 from megatron_dlm.models.rotary import attention_factor
 
 
@@ -87,12 +91,27 @@ def write_remote_code(name: str, folder: Path, renamed: tuple[str, str] | None =
         (folder / f"{rename(module)}.py").write_text(text, encoding="utf-8")
 
 
+def has_two_modes(architecture: Architecture) -> bool:
+    """Whether a model's context is causal, so that it has an autoregressive mode too."""
+    kind = (
+        read_diffusion_kind(architecture.hf_config)
+        if states_attention(architecture.hf_config)
+        else None
+    )
+    return kind is not None and kind.has_causal_context
+
+
 def unfit_for_sdar(architecture: Architecture) -> str | None:
     """What code that serves `sdar` would ignore in a network; None: nothing.
 
     That code has Qwen3's layers. It scales rotary embeddings as config.json says, but SGLang does
     not read YaRN's `attention_factor` and uses the default.
     """
+    if has_two_modes(architecture):
+        return (
+            "code that serves it lets the tokens of a finished block see each other, and this "
+            "model's context is causal"
+        )
     if not architecture.qk_norm or architecture.qkv_bias:
         return f"code that serves it has Qwen3's layers, and this is a {architecture.family} model"
     scaling = architecture.rope_scaling or {}
@@ -110,6 +129,10 @@ def suitable_format(request: ExportRequest) -> str:
         return "choose --target-format autoregressive"
     if kind.attention_pattern == "causal":
         return "choose --target-format autoregressive, which decodes it from left to right"
+    if kind.has_causal_context and not is_moe:
+        return f"choose --target-format two-mode-{request.architecture.family}"
+    if kind.has_causal_context:
+        return "keep it as --target-format megatron: no format expresses its blocks"
     if kind.attention_pattern == "full" and not is_moe:
         return a2d
     if kind.attention_pattern == "full" and kind.shifted:

@@ -1,9 +1,10 @@
-"""Target formats that load as masked language models: `a2d-<family>` (dense), `rnd1` (experts).
+"""Target formats of this project's code: `a2d-<family>`, `two-mode-<family>`, `rnd1` (experts).
 
 Tensor names are the family's and Qwen3-MoE's. The folder brings its own modelling code for plain
 transformers (`trust_remote_code`); its logits are returned as the network has them, and config.json
 says whether they are shifted. An `rnd1` folder has full attention; dllm's `a2d-<family>` folders
-may have either, and ours say which.
+may have either, and ours say which. A `two-mode-<family>` folder has a causal context, for which no
+other code has a name: it is decoded by blocks, from left to right, or speculatively.
 """
 
 from pathlib import Path
@@ -57,6 +58,9 @@ def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
     )
     kind = request.diffusion_kind
     assert kind is not None
+    if kind.has_causal_context:
+        problem = "its context is causal, and dllm lets tokens of finished blocks see each other"
+        raise bad_value("--target-format", format, problem, suitable_format(request))
     is_block_causal = kind.attention_pattern == "block_causal"
     if is_block_causal and kind.shifted:
         raise bad_value(
@@ -67,9 +71,7 @@ def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
         )
     if is_block_causal:
         check_block_size(request, format)
-    model_type = FAMILIES[family].autoregressive_type(is_moe=False)
-    assert model_type.architecture is not None
-    name = model_type.architecture.removesuffix("ForCausalLM")
+    name = _name_in_classes(family)
     configuration, model = (
         f"configuration_a2d_{family}.A2D{name}",
         f"modeling_a2d_{family}.A2D{name}",
@@ -95,6 +97,59 @@ def write_a2d(request: ExportRequest, folder: Path, family: str) -> None:
         },
     )
     write_remote_code("a2d_qwen3", folder, renamed=("Qwen3", name))
+
+
+def write_two_mode(request: ExportRequest, folder: Path, family: str) -> None:
+    """Write everything but the weights of a `two-mode-<family>` folder.
+
+    Args:
+        request: What to write.
+        folder: Folder to write.
+        family: Family that the format is for.
+
+    Raises:
+        UserError: The model is not a dense diffusion model of the family with a causal context, or
+            block size, MASK or tokenizer are missing.
+    """
+    format, architecture = f"two-mode-{family}", request.architecture
+    if architecture.family != family:
+        problem = f"this is a {architecture.family} model"
+        raise bad_value("--target-format", format, problem, suitable_format(request))
+    _check(request, format, ("block_causal",), "is a mixture of experts", not architecture.is_moe)
+    kind = request.diffusion_kind
+    assert kind is not None
+    if not kind.has_causal_context:
+        problem = "tokens of finished blocks see each other, so it has no autoregressive mode"
+        raise bad_value("--target-format", format, problem, suitable_format(request))
+    check_block_size(request, format)
+    name = _name_in_classes(family)
+    model = f"modeling_two_mode_{family}.TwoMode{name}"
+    _write(
+        request,
+        folder,
+        None,
+        {
+            "architectures": [f"TwoMode{name}LMHeadModel"],
+            "auto_map": {
+                "AutoConfig": f"configuration_two_mode_{family}.TwoMode{name}Config",
+                "AutoModel": f"{model}Model",
+                "AutoModelForCausalLM": f"{model}LMHeadModel",
+            },
+            "context_attention": kind.context_attention,
+            "model_type": format,
+            "qk_norm": architecture.qk_norm,
+            "qkv_bias": architecture.qkv_bias,
+            "use_cache": True,
+        },
+    )
+    write_remote_code("two_mode_qwen3", folder, renamed=("Qwen3", name))
+
+
+def _name_in_classes(family: str) -> str:
+    """Of a family, in transformers' names of classes: `Qwen3`."""
+    architecture = FAMILIES[family].autoregressive_type(is_moe=False).architecture
+    assert architecture is not None
+    return architecture.removesuffix("ForCausalLM")
 
 
 def write_rnd1(request: ExportRequest, folder: Path) -> None:
@@ -144,7 +199,8 @@ def _check(
     elif kind.attention_pattern == "causal":
         problem = "this model attends causally"
     elif kind.attention_pattern not in patterns:
-        problem = "this model attends by blocks"
+        is_by_blocks = kind.attention_pattern == "block_causal"
+        problem = f"this model attends {'by blocks' if is_by_blocks else 'to the whole sequence'}"
     elif not is_fit:
         problem = f"this model {otherwise}"
     if problem is not None:

@@ -21,6 +21,10 @@ class DiffusionConfig(PretrainedConfig):
         attention_pattern: `full`: every token sees every token; `block_causal`: it sees its own
             block and those before.
         shifted: Whether logits at position i predict token i + 1 instead of token i.
+        context_attention: Under `block_causal`, what tokens of finished blocks see of each other:
+            all of their block (`block_causal`), or only earlier tokens (`causal`). With a causal
+            context, logits at a token of a finished block are those of the next one, and the model
+            decodes token by token too.
         num_diffusion_steps: Default denoising steps of `generate`; None: one for each token.
     """
 
@@ -52,6 +56,7 @@ class DiffusionConfig(PretrainedConfig):
         mask_token_id: int | None = None,
         attention_pattern: str = "full",
         shifted: bool = False,
+        context_attention: str = "block_causal",
         num_diffusion_steps: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -85,6 +90,7 @@ class DiffusionConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.attention_pattern = attention_pattern
         self.shifted = shifted
+        self.context_attention = context_attention
         self.num_diffusion_steps = num_diffusion_steps
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,

@@ -137,7 +137,7 @@ class Denoising:
         positions, masked = self._block_positions(rows), self._block_masks(rows)
         starts = self._start[rows]
         ends = self._ends[rows] if settings.is_full else self._block_start[rows] + self._size
-        hidden = self._forward(starts, ends)
+        hidden = self._forward(starts, ends, self._block_start[rows])
 
         row, column = masked.nonzero(as_tuple=True)
         drawn_at = positions[row, column]
@@ -172,15 +172,22 @@ class Denoising:
         self._step[rows] = 1
         self._masked_at_start[rows] = self._block_masks(rows).sum(dim=-1)
 
-    def _forward(self, starts: Tensor, ends: Tensor) -> Tensor:
-        """Hidden states [r, S, h] of positions starts to ends - 1; undefined after these."""
+    def _forward(self, starts: Tensor, ends: Tensor, noisy: Tensor) -> Tensor:
+        """Hidden states [r, S, h] of positions starts to ends - 1; undefined after these.
+
+        With a causal context, positions from `noisy` [r] on see all of their block.
+        """
         positions = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
         within = positions.clamp(max=self.tokens.shape[1] - 1)
         token_ids = self.tokens[self._rows[:, None], within]
         seen = torch.arange(int(positions.max()) + 1, device=starts.device)
         mask = seen < ends[:, None, None]
         if not self._settings.is_full:
-            mask = mask & (seen // self._size <= positions[:, :, None] // self._size)
+            block_mask = seen // self._size <= positions[:, :, None] // self._size
+            if self._settings.has_causal_context:
+                at = positions[:, :, None]
+                block_mask = block_mask & ((at >= noisy[:, None, None]) | (seen <= at))
+            mask = mask & block_mask
         if self._cache is not None:
             self._cache.open(positions)
         mask = mask.expand(-1, positions.shape[1], -1)
@@ -194,16 +201,9 @@ class Denoising:
         settings, parts = self._settings, []
         chunk = max(1, MAX_LOGITS // settings.vocab_size)
         for part in torch.arange(len(rows), device=rows.device).split(chunk):
-            logits = self._head(hidden[part]).to(rows.device)
-            forbidden = torch.finfo(logits.dtype).min
-            logits[:, settings.mask_token_id] = forbidden
-            if settings.min_new_tokens:
-                length = positions[part] - self.prompt_lengths[rows[part]]
-                for token in settings.eos_token_ids:
-                    logits[length < settings.min_new_tokens, token] = forbidden
             parts.append(
                 draw_tokens(
-                    logits,
+                    self._logits(hidden[part], rows[part], positions[part]),
                     temperature=settings.temperature,
                     top_k=settings.top_k,
                     top_p=settings.top_p,
@@ -214,3 +214,15 @@ class Denoising:
             )
         tokens, confidence, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
         return tokens, confidence, entropy
+
+    def _logits(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits [n, V] of tokens at positions [n], from hidden states [n, h]."""
+        settings = self._settings
+        logits = self._head(hidden).to(rows.device)
+        forbidden = torch.finfo(logits.dtype).min
+        logits[:, settings.mask_token_id] = forbidden
+        if settings.min_new_tokens:
+            length = positions - self.prompt_lengths[rows]
+            for token in settings.eos_token_ids:
+                logits[length < settings.min_new_tokens, token] = forbidden
+        return logits

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, MaxTimeCriteria, StopStringCriteria
 
+from megatron_dlm.rollout.strategies import STRATEGIES
+
 from .denoising import Denoising
 from .generation_arguments import (
     DIFFUSION_OPTIONS,
@@ -21,6 +23,7 @@ from .generation_arguments import (
 )
 from .response_columns import ResponseColumns
 from .row_cache import RowCache
+from .speculation import Speculation
 
 
 class DiffusionGenerationMixin(GenerationMixin):
@@ -71,9 +74,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                   response as a whole;
                 - `remasking_strategy`: one of `STRATEGIES`. Default:
                   `low_confidence_dynamic`, and `entropy` under full attention;
-                - the option of that strategy: `dynamic_threshold`, `entropy_bound`, or
-                  `denoising_steps` (default: `num_diffusion_steps` of the config, else one for each
-                  token of a block);
+                - the option of that strategy: `dynamic_threshold`, `entropy_bound`, `draft_steps`,
+                  or `denoising_steps` (default: `num_diffusion_steps` of the config, else one for
+                  each token of a block);
                 - `mask_token_id`: default: the config's.
 
         Returns:
@@ -117,7 +120,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         input_ids = input_ids.repeat_interleave(copies, dim=0)
         is_token = is_token.repeat_interleave(copies, dim=0)
         prompts = [row[mask] for row, mask in zip(input_ids, is_token, strict=True)]
-        if settings.is_shifted and not all(map(len, prompts)):
+        needs_token = settings.is_shifted or STRATEGIES[settings.remasking_strategy].verifies
+        if needs_token and not all(map(len, prompts)):
             raise ValueError("a prompt needs a token to predict the first one from")
 
         fill = pad if pad is not None else (settings.eos_token_ids or [0])[0]
@@ -182,7 +186,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
             return outputs.last_hidden_state
 
-        denoising = Denoising(prompts, settings, seed, network, self.lm_head)
+        verifies = STRATEGIES[settings.remasking_strategy].verifies
+        decoding = Speculation if verifies else Denoising
+        denoising = decoding(prompts, settings, seed, network, self.lm_head)
         lengths = denoising.run(columns)
         if columns is not None:
             columns.finish()

@@ -1,8 +1,10 @@
 """A decoder as a diffusion model, for plain transformers.
 
 Under `block_causal` attention, tokens of a block see each other and all earlier blocks; blocks are
-counted from the first token of the sequence, prompt included. Under `full` attention every token
-sees every token. Logits at a position predict its own token or, where the config says `shifted`,
+counted from the first token of the sequence, prompt included. With a causal context that holds for
+blocks with a MASK only: tokens of other blocks see those before them, and their logits predict the
+next token, as those of an autoregressive model. Under `full` attention every token sees every
+token. Logits at a position predict its own token or, where the config says `shifted`,
 the next one; they are returned as the network has them.
 
 B: sequences; S: tokens of a forward; K: tokens in the cache and S; V: vocabulary.
@@ -84,7 +86,8 @@ class DiffusionModel(DiffusionPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is None or attention_mask.ndim == 2:
             size = None if is_full else block_size or self.config.block_size
-            mask, positions = self._visibility(input_ids, attention_mask, past, size)
+            is_causal = attention_pattern is None and self.config.context_attention == "causal"
+            mask, positions = self._visibility(input_ids, attention_mask, past, size, is_causal)
         else:
             mask = attention_mask if attention_mask.ndim == 4 else attention_mask[:, None]
             is_added = mask.is_floating_point() and not (mask > 0).any()
@@ -102,7 +105,12 @@ class DiffusionModel(DiffusionPreTrainedModel):
         )
 
     def _visibility(
-        self, input_ids: Tensor, attention_mask: Tensor | None, past: int, block_size: int | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        past: int,
+        block_size: int | None,
+        has_causal_context: bool,
     ) -> tuple[Tensor, Tensor]:
         """Mask [B, 1, S, K] and positions [B, S]; block_size None: everything but padding."""
         batch, length = input_ids.shape
@@ -113,7 +121,15 @@ class DiffusionModel(DiffusionPreTrainedModel):
         mask = is_token[:, None, :]  # [B, 1 or S, K]
         if block_size is not None:
             blocks = positions // block_size
-            mask = mask & (blocks[:, past:, None] >= blocks[:, None, :])
+            seen = blocks[:, past:, None] >= blocks[:, None, :]
+            if has_causal_context:
+                own = blocks[:, past:]
+                is_mask = (input_ids == self.config.mask_token_id) & is_token[:, past:]
+                masks = own.new_zeros(batch, int(blocks.max()) + 1)
+                masks.scatter_add_(1, own, is_mask.long())
+                is_noisy = masks.gather(1, own) > 0
+                seen &= is_noisy[..., None] | (positions[:, past:, None] >= positions[:, None, :])
+            mask = mask & seen
         # Padding sees itself: a softmax over no key would be NaN.
         mask = mask | torch.eye(past + length, dtype=torch.bool, device=mask.device)[past:]
         return mask[:, None], positions[:, past:]
@@ -154,7 +170,8 @@ class DiffusionLMHeadModel(DiffusionPreTrainedModel):
         """Logits [B, S, V], not moved to the positions that they predict.
 
         They are predictions where input_ids hold MASK. Tools for autoregressive models pass a clean
-        sequence and would compute a meaningless likelihood from its logits: such calls are refused.
+        sequence and would compute a meaningless likelihood from its logits: such calls are refused,
+        unless the context is causal and they are predictions of the next token.
         To get them anyway, for a prefill or a comparison, pass `attention_pattern`, `block_size` or
         a mask for each token.
 
@@ -177,6 +194,7 @@ class DiffusionLMHeadModel(DiffusionPreTrainedModel):
         has_visibility = attention_mask is not None and attention_mask.ndim > 2
         mask_token_id = self.config.mask_token_id
         is_clean = mask_token_id is None or not (input_ids == mask_token_id).any()
+        has_pattern |= self.config.context_attention == "causal"
         if labels is not None or (is_clean and not has_pattern and not has_visibility):
             raise ValueError(
                 f"{type(self).__name__} is a diffusion model, which predicts tokens where the "

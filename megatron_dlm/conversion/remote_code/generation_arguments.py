@@ -61,6 +61,7 @@ class DecodingSettings(NamedTuple):
     Attributes:
         is_full: Whether every forward sees the whole canvas and not only its block and those
             before.
+        has_causal_context: Whether tokens of finished blocks see only those before them.
         is_shifted: Whether logits at position i predict token i + 1.
         block_size: Blocks count from token 0; None: the response is one block.
         remasking_strategy: One of `STRATEGIES`.
@@ -77,6 +78,7 @@ class DecodingSettings(NamedTuple):
     """
 
     is_full: bool
+    has_causal_context: bool
     is_shifted: bool
     block_size: int | None
     remasking_strategy: str
@@ -159,6 +161,7 @@ def decoding_settings(
             raise ValueError(f"`{name}` (={value}) {remedy}")
 
     is_full = model_config.attention_pattern == "full"
+    has_causal_context = not is_full and model_config.context_attention == "causal"
     name = option("remasking_strategy", "entropy" if is_full else "low_confidence_dynamic")
     block_size = option("block_size", model_config.block_size)
     size = block_size or max_new_tokens
@@ -191,6 +194,16 @@ def decoding_settings(
         "must be at least 1",
     )
     strategy, strategy_value = STRATEGIES[name], None
+    require(
+        has_causal_context or not strategy.verifies,
+        "remasking_strategy",
+        name,
+        "verifies drafts with the autoregressive mode of models with a causal context; choose "
+        "another one",
+    )
+    require(
+        size > 1 or not strategy.verifies, "block_size", size, "leaves nothing to draft; choose 2"
+    )
     if strategy.option is not None:
         # An option without a default counts the steps of a block.
         default, argument = strategy.option.default, strategy.option.generate_argument
@@ -211,6 +224,7 @@ def decoding_settings(
         min_new_tokens = max((config.min_length or 0) - prompt_length, 0)
     return DecodingSettings(
         is_full=is_full,
+        has_causal_context=has_causal_context,
         is_shifted=bool(model_config.shifted),
         block_size=block_size,
         remasking_strategy=name,

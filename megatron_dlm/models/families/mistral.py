@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
+from megatron_dlm.types.diffusion_kind import TWO_MODES
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -36,6 +37,7 @@ register(
         model_types=(
             ModelType("mistral", "MistralForCausalLM"),
             ModelType("a2d-mistral", states_attention=False),
+            ModelType("two-mode-mistral", diffusion_kind=TWO_MODES),
         ),
         nulls=("sliding_window",),
         check=_check,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
-from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, RND1
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, RND1, TWO_MODES
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -45,6 +45,7 @@ register(
             ModelType("qwen3", "Qwen3ForCausalLM", defaults=_DENSE),
             ModelType("sdar", diffusion_kind=BLOCK_DIFFUSION, defaults=_DENSE),
             ModelType("a2d-qwen3", states_attention=False, defaults=_DENSE),
+            ModelType("two-mode-qwen3", diffusion_kind=TWO_MODES, defaults=_DENSE),
             ModelType("qwen3_moe", "Qwen3MoeForCausalLM", is_moe=True),
             ModelType("sdar_moe", is_moe=True, diffusion_kind=BLOCK_DIFFUSION),
             ModelType("rnd1", is_moe=True, diffusion_kind=RND1),

@@ -54,6 +54,8 @@ class Strategy:
         option: The only option that it reads; None: it reads none.
         help: What is kept, as a clause for `--help`.
         divides_block: Whether the option must divide the block size.
+        verifies: Whether committed tokens are a draft, which the model's autoregressive mode
+            verifies (`rollout.verification`).
     """
 
     name: str
@@ -62,6 +64,7 @@ class Strategy:
     option: StrategyOption | None
     help: str
     divides_block: bool = False
+    verifies: bool = False
 
     def fits_block(self, value: Any, block_size: int | None) -> bool:
         """Whether the option's value fits a block size; None: a response is one block."""

@@ -63,6 +63,7 @@ BROKEN = [
     Broken({"lora_rank": 8, "transformer_impl": "transformer_engine"}),
     Broken({"lora_rank": None}, D_OPSD),
     Broken({"temperature": 0}, D_OPSD),
+    Broken({"context_attention": "causal", "remasking_strategy": "speculative"}),
     Broken({"block_size": 256}, {**SHORT, **D_OPSD}),
     Broken({"empty_mask": "mask_one"}, SFT),
     Broken({"save": None}, OFF_POLICY),

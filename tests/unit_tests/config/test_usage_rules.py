@@ -56,6 +56,9 @@ ALL_GROUPED = {
 WITHOUT_DEFAULT = {**SCP, "param_groups": [{"pattern": "attention", **OWN}]}
 WITHOUT_OWN = {**SCP, "param_groups": [{"pattern": "attention"}, {"pattern": "default", **OWN}]}
 
+TWO_MODES = {**OPDLM, "context_attention": "causal"}
+DRAFTED = {**TWO_MODES, "eval_prompts": "e.jsonl", "eval_decodings": ["speculative"]}
+
 ON_EXAMPLES = (SFT, NEXT_TOKEN)
 ON_CORPUS = (SCP, NEXT_TOKEN_ON_CORPUS)
 ON_ROLLOUTS = (OPDLM, OPDLM_OFF, D_OPSD)
@@ -76,6 +79,16 @@ class Case(NamedTuple):
 
 
 CASES = [
+    Case(
+        "context_attention",
+        "causal",
+        (SCP, NEXT_TOKEN, D_OPSD),
+        (OPDLM, OPDLM_OFF, OFF_POLICY, SFT, SFT_ON_TEACHER),
+    ),
+    Case(
+        "causal_loss_weight", 0.5, (OPDLM, SCP), (TWO_MODES, {**SFT, "context_attention": "causal"})
+    ),
+    Case("draft_steps", 2, (OPDLM, STATIC, *NOT_ROLLOUTS), (DRAFTED,)),
     Case("prompts", "p.jsonl", (*ON_CORPUS, NEXT_TOKEN), (*ON_ROLLOUTS, *ON_TEACHER)),
     Case("train_data", "t.jsonl", (SCP, OFF_POLICY, *ON_ROLLOUTS), ON_EXAMPLES),
     Case("valid_data", "v.jsonl", (SCP, OFF_POLICY, *ON_ROLLOUTS), ON_EXAMPLES),

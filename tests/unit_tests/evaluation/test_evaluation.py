@@ -1,5 +1,6 @@
 """Answers are compared as numbers, and rates are sums divided once."""
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -84,6 +85,9 @@ def test_evaluate(tokenizer: PreTrainedTokenizerFast) -> None:
         trajectory(tokenizer, "#### 12", 12),  # 4 tokens, cut at the length limit
         trajectory(tokenizer, "7 +", "7"),  # 2 tokens, no answer
     ]
+    for i, drafted, accepted in ((1, 3, 2), (2, 1, 1)):
+        drafts = dict(drafted_tokens=drafted, accepted_tokens=accepted)
+        trajectories[i] = dataclasses.replace(trajectories[i], **drafts)
     result = evaluate(trajectories, tokenizer, REWARD)
     assert [len(t.response_ids) for t in trajectories] == [14, 4, 4, 2]
     assert result.to_json() == {
@@ -95,6 +99,7 @@ def test_evaluate(tokenizer: PreTrainedTokenizerFast) -> None:
         "tokens_per_total_forward": 24 / 20,
         "mean_response_length": 6.0,
         "eos_rate": 0.5,
+        "acceptance_rate": 0.75,
     }
     json.dumps(result.to_json())
 
@@ -108,6 +113,8 @@ def test_a_response_keeps_what_its_rates_need(tokenizer: PreTrainedTokenizerFast
         "denoising_forwards": 4,
         "total_forwards": 5,
         "finish_reason": "eos",
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
     }
     assert Response(**json.loads(json.dumps(kept.to_json()))) == kept
 

@@ -1,11 +1,18 @@
 """The visibility rule in words, attention by a dense softmax, and rows to try them on."""
 
 import math
+from typing import get_args
 
 import torch
 from hypothesis import strategies as st
 
-from megatron_dlm.models.attention_layout import DRAW_UNIT, clean_layout, pad_layout
+from megatron_dlm.models.attention_layout import (
+    DRAW_UNIT,
+    block_diffusion_block_ids,
+    clean_layout,
+    pad_layout,
+)
+from megatron_dlm.types.diffusion_kind import ContextAttention
 
 CLEAN = 0
 
@@ -54,6 +61,7 @@ def dense_attention(
 def layouts(draw: st.DrawFn) -> torch.Tensor:
     """Rows of documents with a clean stream and noisy streams of some of its blocks."""
     block_size = draw(st.integers(1, 5))
+    context = draw(st.sampled_from(get_args(ContextAttention)))
     parts = []
     for document in range(draw(st.integers(1, 4))):
         length = draw(st.integers(1, 13))
@@ -65,6 +73,7 @@ def layouts(draw: st.DrawFn) -> torch.Tensor:
             noisy = torch.cat([position[position // block_size == b] for b in blocks]).int()
             copy = (torch.zeros_like(noisy), noisy // block_size, noisy * 0 + stream, noisy)
             part = torch.cat((part, torch.stack(copy)), dim=1)
+        part[1] = block_diffusion_block_ids(part[3], part[2], block_size, context)
         part[0] = document
         parts.append(part)
     row = torch.cat(parts, dim=1)

@@ -18,6 +18,7 @@ BLOCKS = DiffusionKind("block_causal", shifted=False)
 UNSHIFTED = DiffusionKind("full", shifted=False)
 SHIFTED = DiffusionKind("full", shifted=True)
 CAUSAL = DiffusionKind("causal", shifted=True)
+TWO_MODES = DiffusionKind("block_causal", shifted=False, context_attention="causal")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,8 @@ CAUSAL = DiffusionKind("causal", shifted=True)
         ("rnd1", {"attention_pattern": "full"}, SHIFTED),
         ("rnd1", {"shifted": False}, UNSHIFTED),
         ("rnd1", {"attention_pattern": "block_causal", "shifted": False}, BLOCKS),
+        ("qwen3", {"block_size": 4, "context_attention": "block_causal"}, BLOCKS),
+        ("qwen3", {"block_size": 4, "context_attention": "causal"}, TWO_MODES),
     ],
 )
 def test_what_is_left_out_is_the_model_types(
@@ -53,6 +56,16 @@ def test_what_is_left_out_is_the_model_types(
         ({"attention_pattern": "causal"}, "here: attention_pattern = 'causal'"),
         ({"attention_pattern": "full", "shifted": "no"}, "here: shifted = 'no'"),
         ({"block_size": 4, "shifted": 1}, "here: shifted = 1"),
+        ({"context_attention": "causal"}, "here: attention_pattern = None"),
+        ({"block_size": 4, "context_attention": "full"}, "here: context_attention = 'full'"),
+        (
+            {"attention_pattern": "full", "context_attention": "causal"},
+            "here: context_attention = 'causal': a model of full attention has no blocks",
+        ),
+        (
+            {"block_size": 4, "shifted": True, "context_attention": "causal"},
+            "here: context_attention = 'causal': blocks are decoded from unshifted logits",
+        ),
         ({"model_type": "a2d-qwen3"}, "here: model_type = 'a2d-qwen3' does not say"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -15,12 +16,14 @@ from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_row, sd
 from megatron_dlm.models.attention_layout import (
     DRAW_UNIT,
     LayoutCache,
+    block_diffusion_block_ids,
     clean_layout,
     document_batches,
     pad_layout,
     pair_draws,
 )
 from megatron_dlm.models.block_mask import block_mask, tile_visibility
+from megatron_dlm.types.diffusion_kind import ContextAttention
 from tests.unit_tests.models.dense_attention import (
     dense_attention,
     dense_mask,
@@ -47,6 +50,36 @@ def test_patterns_are_block_ids(pattern: attention_layout.Pattern, expected) -> 
     layout = clean_layout([7], pattern, block_size=3)
     mask = attention_layout.visible(layout[:, :, None], layout[:, None, :])
     assert mask.tolist() == [[expected(q, k) for k in range(7)] for q in range(7)]
+
+
+@given(st.integers(1, 5), st.integers(1, 14), st.data())
+def test_a_causal_context_by_its_definition(
+    block_size: int, length: int, data: st.DataObject
+) -> None:
+    """By positions alone: clean tokens are causal, a noisy block sees those before it, and itself.
+
+    The other way to lay out the clean stream shows noisy blocks the same.
+    """
+    noisy = [i for i in range(length) if data.draw(st.booleans()) or i // block_size == 0]
+    noisy = [i for i in range(length) if i // block_size in {j // block_size for j in noisy}]
+    position = torch.tensor([*range(length), *noisy, *noisy]).int()
+    stream = torch.tensor([0] * length + [1] * len(noisy) + [2] * len(noisy)).int()
+    masks = {}
+    for context in get_args(ContextAttention):
+        block = block_diffusion_block_ids(position, stream, block_size, context)
+        layout = torch.stack((torch.zeros_like(block), block, stream, position))
+        masks[context] = attention_layout.visible(layout[:, :, None], layout[:, None, :])
+    for query, (i, s) in enumerate(zip(position.tolist(), stream.tolist(), strict=True)):
+        for key, (j, t) in enumerate(zip(position.tolist(), stream.tolist(), strict=True)):
+            if s == 0:
+                expected = t == 0 and j <= i
+            elif t == 0:
+                expected = j < i // block_size * block_size
+            else:
+                expected = s == t and j // block_size == i // block_size
+            assert masks["causal"][query, key] == expected, (i, s, j, t)
+            if s != 0:
+                assert masks["block_causal"][query, key] == expected
 
 
 def test_draws_of_pairs_are_uniform_and_independent() -> None:

@@ -155,25 +155,44 @@ def dense_loss(
     masked: Tensor,
     supervised: Tensor,
     token_loss: TokenLoss,
-) -> tuple[float, int]:
-    """Sum and number of token_loss(log p, log q, label, position) over supervised MASKs."""
+    causal_context: bool = False,
+) -> tuple[Tensor, int]:
+    """Sum and number of token_loss(log p, log q, label, position) over supervised MASKs.
+
+    The sum has a gradient for the student.
+    """
     full = full_sequence(trajectory)
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad():
         teacher = models.hf_teacher(full[None]).logits[0].log_softmax(-1)
-        for start in range(0, len(full), block_size):
-            end = min(start + block_size, len(full))
-            wanted = [i for i in range(start, end) if masked[i] and supervised[i]]
-            if not wanted:
-                continue
-            state_ids = full[:end].clone()
-            state_ids[start:end][masked[start:end]] = MASK
-            block = torch.arange(end) // block_size
-            visible = block[None, :] <= block[:, None]
-            bias = torch.zeros(end, end, dtype=torch.float64).masked_fill(~visible, -torch.inf)
-            student = models.hf_student(state_ids[None], attention_mask=bias[None, None]).logits[0]
-            q = student.log_softmax(-1)
-            for i in wanted:
-                total += float(token_loss(teacher[i - 1], q[i], int(full[i]), i))
-                count += 1
+    for start in range(0, len(full), block_size):
+        end = min(start + block_size, len(full))
+        wanted = [i for i in range(start, end) if masked[i] and supervised[i]]
+        if not wanted:
+            continue
+        state_ids = full[:end].clone()
+        state_ids[start:end][masked[start:end]] = MASK
+        block = torch.arange(end) // block_size
+        visible = block[None, :] <= block[:, None]
+        if causal_context:
+            visible[:start, :start] = torch.ones(start, start).tril().bool()
+        bias = torch.zeros(end, end, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+        student = models.hf_student(state_ids[None], attention_mask=bias[None, None]).logits[0]
+        q = student.log_softmax(-1)
+        for i in wanted:
+            total = total + token_loss(teacher[i - 1], q[i], int(full[i]), i)
+            count += 1
     return total, count
+
+
+def dense_causal_loss(
+    models: Models, trajectory: Trajectory, supervised: Tensor, token_loss: TokenLoss
+) -> tuple[Tensor, int]:
+    """The same of plain transformers' next-token predictions of x_0, over supervised tokens."""
+    full = full_sequence(trajectory)
+    with torch.no_grad():
+        p = models.hf_teacher(full[None]).logits[0].log_softmax(-1)
+    q = models.hf_student(full[None]).logits[0].log_softmax(-1)
+    wanted = supervised.nonzero()[:, 0].tolist()
+    losses = [token_loss(p[i - 1], q[i - 1], int(full[i]), i) for i in wanted if i > 0]
+    return sum(losses, torch.zeros((), dtype=torch.float64)), len(losses)

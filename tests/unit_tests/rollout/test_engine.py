@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config import Config, ParallelConfig
-from megatron_dlm.models.attention_layout import clean_layout
+from megatron_dlm.models.attention_layout import Field, clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import initialized
@@ -22,6 +22,7 @@ from tests.unit_tests.rollout.tiny_models import (
     EOS,
     GENERATION,
     MASK,
+    SPECULATIVE,
     VOCAB_SIZE,
     fields,
     load_model,
@@ -66,6 +67,9 @@ def draw_without_cache(
 ) -> SampledTokens:
     """Recompute the whole sequence, then draw at positions `target` from the hidden at `source`."""
     layout = clean_layout([len(tokens)], "block_causal", generation.block_size)
+    if generation.context_attention == "causal":  # but for the block in decoding, the last one
+        start = len(tokens) - generation.block_size
+        layout[Field.BLOCK] = layout[Field.POSITION].clamp(max=start)
     hidden = forward_hidden(model.eval(), [Row(tokens, torch.arange(len(tokens)), layout)])
     assert hidden is not None
     counters = (torch.full_like(target, sample_index), target, torch.full_like(target, step))
@@ -154,6 +158,9 @@ def decode_without_cache(
         {"block_size": 3, "denoising_steps_per_block": 3, "max_running_requests": 64},
         {"block_size": 8, "denoising_steps_per_block": 4, "dynamic_threshold": 0.3},
         {"block_size": 1, "denoising_steps_per_block": 1},
+        {"context_attention": "causal"},
+        {"context_attention": "causal", "temperature": 0.0, "chunked_prefill_size": 4},
+        {"context_attention": "causal", "block_size": 3, "denoising_steps_per_block": 3},
     ],
     ids=str,
 )
@@ -250,24 +257,31 @@ def test_forwards_are_those_of_the_model(
         assert trajectory.total_forwards == trajectory.denoising_forwards == calls
 
 
+@pytest.mark.parametrize("changes", [{}, {"context_attention": "causal"}, SPECULATIVE], ids=str)
 def test_results_do_not_depend_on_the_batch(
-    model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
+    model: DiffusionGPTModel, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = make_prompts(LENGTHS)
-    expected = [fields(t) for t in make_engine(model).generate(prompts, 14)]
+    prompts = make_prompts([*LENGTHS, 64])
+    prompts += [dataclasses.replace(prompts[-1], sample_index=100 + i) for i in range(3)]
+    expected = [fields(t) for t in make_engine(model, **changes).generate(prompts, 14)]
     for slots in (1, 5, 64):
-        engine = make_engine(model, max_running_requests=slots)
+        engine = make_engine(model, max_running_requests=slots, **changes)
         assert [fields(t) for t in engine.generate(prompts, 14)] == expected
-    backwards = make_engine(model).generate(prompts[::-1], 14)
+    backwards = make_engine(model, **changes).generate(prompts[::-1], 14)
     assert [fields(t) for t in backwards[::-1]] == expected
     monkeypatch.setattr(sampling, "MAX_LOGITS", 300)
-    assert [fields(t) for t in make_engine(model).generate(prompts, 14)] == expected
+    assert [fields(t) for t in make_engine(model, **changes).generate(prompts, 14)] == expected
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_pattern": "full"}, {"attention_pattern": "full", "block_size": None}],
-    ids=["block_causal", "full by blocks", "full as a whole"],
+    [
+        {},
+        {"attention_pattern": "full"},
+        {"attention_pattern": "full", "block_size": None},
+        SPECULATIVE,
+    ],
+    ids=["block_causal", "full by blocks", "full as a whole", "speculative"],
 )
 def test_a_prompt_may_have_a_limit_of_its_own(model: DiffusionGPTModel, changes: dict) -> None:
     """In a batch as alone, in a rollout that is limited for all."""

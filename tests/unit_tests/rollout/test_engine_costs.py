@@ -45,11 +45,13 @@ class Forwards:
         self.pages: list[int] = []
         attention = CachedContext.attention
 
-        def recorded(context: CachedContext, starts: np.ndarray, ends: np.ndarray) -> Any:
+        def recorded(
+            context: CachedContext, starts: np.ndarray, ends: np.ndarray, noisy: np.ndarray
+        ) -> Any:
             self.sequences.append(len(starts))
             self.tokens.append(int((ends - starts).sum()))
             self.pages.append(context.pool.num_pages - context.pool.num_free)
-            return attention(context, starts, ends)
+            return attention(context, starts, ends, noisy)
 
         monkeypatch.setattr(CachedContext, "attention", recorded)
 
@@ -181,6 +183,7 @@ def test_the_host_does_not_wait_between_plan_and_report(
     engine = make_engine(
         model,
         remasking_strategy=strategy,
+        context_attention="causal",
         top_k=9,
         chunked_prefill_size=4,
     )

@@ -194,7 +194,7 @@ def test_forwards_share_a_layout_while_no_sequence_ends(lengths: list[int]) -> N
     tokens = torch.zeros(max(sum(lengths), 1), dtype=torch.int64)
 
     def layout() -> torch.Tensor:
-        attention = pad_row(Row(tokens, tokens, context.attention(starts, ends)), 4).attention
+        attention = pad_row(Row(tokens, tokens, context.attention(starts, ends, ends)), 4).attention
         assert isinstance(attention, torch.Tensor)
         return attention
 

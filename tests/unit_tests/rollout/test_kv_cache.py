@@ -35,15 +35,19 @@ def new_cache(num_pages: int, backend: str = "sdpa") -> KVCache:
 
 
 def dense_attention(
-    query: Tensor, keys: Tensor, values: Tensor, start: int, block_size: int
+    query: Tensor, keys: Tensor, values: Tensor, start: int, block_size: int, noisy: int
 ) -> Tensor:
-    """Queries [L, n, d] from position `start` on, keys [K, g, d] of their sequence, in float64."""
+    """Queries [L, n, d] from position `start` on, keys [K, g, d] of their sequence, in float64.
+
+    Those from position `noisy` on see all keys.
+    """
     copies = HEADS // GROUPS
     scores = torch.einsum(
         "qhd,khd->hqk", query.double(), keys.double().repeat_interleave(copies, dim=1)
     )
     block_of_query = torch.arange(start, start + len(query)) // block_size
     hidden = torch.arange(len(keys)) // block_size > block_of_query[:, None]
+    hidden &= (torch.arange(start, start + len(query)) < noisy)[:, None]
     weights = (scores * SCALE).masked_fill(hidden, -torch.inf).softmax(-1)
     values = values.double().repeat_interleave(copies, dim=1)
     return torch.einsum("hqk,khd->qhd", weights, values).float()
@@ -62,11 +66,19 @@ def random_tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     block_size=st.sampled_from([1, 2, 4]),
     padding=st.integers(0, 3),
     kind=st.sampled_from([("sdpa", False), ("sdpa", True), ("flex", True)]),
+    grid=st.sampled_from([None, 1]),
 )
 def test_ragged_forwards_against_dense_attention(
-    data: st.DataObject, block_size: int, padding: int, kind: tuple[str, bool]
+    data: st.DataObject,
+    block_size: int,
+    padding: int,
+    kind: tuple[str, bool],
+    grid: int | None,
 ) -> None:
-    """Forwards of any mixture: prompts, single blocks, two blocks, rewritten blocks, idle slots."""
+    """Forwards of any mixture: prompts, single blocks, two blocks, rewritten blocks, idle slots.
+
+    With a causal context, forwards start anywhere, and some end with a noisy block.
+    """
     backend, is_static = kind
     num_slots, max_pages = data.draw(st.integers(1, 5)), 3
     max_blocks = max_pages * PAGE_SIZE // block_size
@@ -78,7 +90,7 @@ def test_ragged_forwards_against_dense_attention(
     keys, values = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     written = [0] * num_slots
     for _ in range(3):
-        starts, ends = [], []
+        starts, ends, noisy = [], [], []
         for slot in range(num_slots):
             first = data.draw(st.integers(0, written[slot]))
             written[slot] = data.draw(
@@ -87,9 +99,21 @@ def test_ragged_forwards_against_dense_attention(
             written[slot] = min(written[slot], max_blocks)
             starts.append(first * block_size)
             ends.append(written[slot] * block_size)
+            noisy.append(ends[-1])
+            if grid == 1 and ends[-1] > starts[-1]:
+                noisy[-1] -= block_size * data.draw(st.integers(0, 1))
+                starts[-1] = max(starts[-1] - data.draw(st.integers(0, block_size - 1)), 0)
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         with patch.object(kv_cache, "_has_static_shapes", lambda device: is_static):
-            view = CacheView(cache, tables, np.array(starts), np.array(ends), block_size)
+            view = CacheView(
+                cache,
+                tables,
+                np.array(starts),
+                np.array(ends),
+                block_size,
+                context_block_size=grid,
+                noisy_starts=np.array(noisy),
+            )
         for layer in range(2):
             query, key, value = random_tokens(sum(lengths) + padding, generator)
             token = 0
@@ -105,7 +129,8 @@ def test_ragged_forwards_against_dense_attention(
                         keys[layer, slot, : ends[slot]],
                         values[layer, slot, : ends[slot]],
                         starts[slot],
-                        block_size,
+                        grid or block_size,
+                        noisy[slot],
                     )
                 token += lengths[slot]
             context = view.attend(FIRST_LAYER + layer, query, key, value, SCALE)

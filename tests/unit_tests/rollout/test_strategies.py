@@ -20,6 +20,8 @@ CONFIG = GenerationConfig(
     top_p=1.0,
     max_running_requests=1,
     entropy_bound=0.4,
+    draft_steps=2,
+    context_attention="causal",
 )
 
 
@@ -48,6 +50,8 @@ def slow_commit(
         keep = masked_at_start * max(steps - step, 0) // steps
         certain = sorted(candidates, key=lambda position: (entropy[position], position))
         return set(certain[: max(len(candidates) - keep, 1)])
+    if strategy == "speculative":
+        return set(candidates[: max(-(-masked_at_start // CONFIG.draft_steps), 1)])
     accepted: list[int] = []
     for position in confident:
         values = [entropy[p] for p in [*accepted, position]]

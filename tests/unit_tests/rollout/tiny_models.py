@@ -98,6 +98,9 @@ GENERATION = GenerationConfig(
     max_running_requests=3,
 )
 
+SPECULATIVE = {"context_attention": "causal", "remasking_strategy": "speculative"}
+"""What a decoding setting is changed by."""
+
 FULL_ATTENTION = dataclasses.replace(
     GENERATION,
     attention_pattern="full",

@@ -91,6 +91,26 @@ def test_recomputation_changes_nothing(
     _check(recomputed, _reference(folder, references, model), rel=1e-6)
 
 
+def test_two_modes_train_alike_however_it_is_computed(folder: Path, tmp_path: Path) -> None:
+    options = dict(context_attention="causal", causal_loss_weight=0.5, num_rollouts=1)
+    lines = _run(folder, tmp_path / "plain", **options)
+    for name, changes in (
+        ("recomputed", dict(recompute_granularity="full")),
+        ("packed", dict(micro_batch_size=4)),
+    ):
+        others = _run(folder, tmp_path / name, **options, **changes)
+        _check(others, lines, rel=1e-5)
+        for line, other in zip(lines, others, strict=True):
+            assert other["causal_loss"] == pytest.approx(line["causal_loss"], rel=1e-5)
+            assert other["loss_by_position"] == pytest.approx(line["loss_by_position"], rel=1e-5)
+    # The first update: the mean over positions in a block is that of the MASKs alone.
+    without = _run(folder, tmp_path / "without", **{**options, "causal_loss_weight": 0.0})
+    assert without[0]["causal_loss"] is None
+    assert lines[0]["loss_by_position"] == pytest.approx(without[0]["loss_by_position"], rel=1e-5)
+    assert lines[0]["student_entropy"] > 0
+    assert lines[0]["loss"] > without[0]["loss"] > 0
+
+
 def test_dropout_of_adapters_is_the_same_however_it_is_computed(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +129,7 @@ def test_dropout_of_adapters_is_the_same_however_it_is_computed(
 
 UPDATES_OF: dict[str, dict[str, Any]] = {
     "opdlm": {},
+    "opdlm causal context": dict(context_attention="causal"),
     "opdlm all": dict(state_selection="all", loss_normalization="row_mean"),
     "opdlm_off": {},
     "off_policy": dict(train_iters=1),
