@@ -33,6 +33,13 @@ def wrapped(parts: Iterable[str], separator: str = " | ") -> str:
     return "\n".join(lines)
 
 
+def format_duration(seconds: float) -> str:
+    """Seconds as minutes and seconds, with hours where there are any."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 def escape_unknown_characters() -> None:
     """Have standard output write escapes for what its encoding lacks, as standard error does."""
     for stream in (sys.stdout, sys.stderr):

@@ -13,11 +13,12 @@ from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules.usage import is_used
 from megatron_dlm.data.arithmetic import Split, write_examples
 from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.token_shards import ALONE
 from megatron_dlm.evaluation.rewards import REWARDS, Record
 from megatron_dlm.parallel import ParallelGroups, from_rank_zero, initialized
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequest
-from megatron_dlm.training.inputs import RunInputs, read_inputs
+from megatron_dlm.training.inputs import RunInputs, joined_ranks, read_inputs
 from megatron_dlm.training.loop import train
 from megatron_dlm.training.run import build_run
 from megatron_dlm.training.run_start import decide_start
@@ -161,7 +162,8 @@ def run_training(config: Config, request: StopRequest | None = None) -> list[dic
     validate(config, world)
     start = from_rank_zero(lambda: decide_start(config))
     if not start.is_finished:
-        inputs = read_inputs(start.config, start.resumed)
+        ranks = joined_ranks() if world > 1 else ALONE
+        inputs = read_inputs(start.config, start.resumed, ranks)
         with initialized(start.config):
             groups = ParallelGroups.from_parallel_state()
             with StopAgreement(request or StopRequest(), groups) as stop:

@@ -158,6 +158,8 @@ class DataConfig:
     """Longest prompt in tokens, chat template included."""
     long_prompts: Annotated[LongPrompts, FIXED] = "error"
     """Longer prompts are an error, are left out (drop), or lose their beginning (truncate)."""
+    data_cache_path: str | None = None
+    """Folder that all processes see, for records that are tokenised once (default: none)."""
     seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
     shuffle: Annotated[bool, FIXED] = True

@@ -96,6 +96,10 @@ class Domains:
         )
 
 
+NO_DOMAINS = Domains()
+"""No setting depends on the domain."""
+
+
 def _appended(content: Any, suffix: str) -> Any:
     """Text or parts of text with the suffix appended."""
     if isinstance(content, str):

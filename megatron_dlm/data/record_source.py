@@ -77,3 +77,29 @@ class SelectedRecords(RecordSource):
     def record(self, index: int) -> Record:
         """Read one record."""
         return self._records.record(int(self._indices[index]))
+
+
+class KnownRecords(RecordSource):
+    """Records whose fingerprint is known already, which may take long to compute."""
+
+    def __init__(self, records: RecordSource, fingerprint: str) -> None:
+        """Add what another process has found."""
+        self.path = records.path
+        self._records = records
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what was given."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def where(self, index: int) -> str:
+        """Return the place of a record."""
+        return self._records.where(index)
+
+    def record(self, index: int) -> Record:
+        """Read one record."""
+        return self._records.record(index)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import orjson
 
-from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import write_file
 from megatron_dlm.types.special_tokens import SpecialTokens

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from megatron_dlm.data.prompts import TokenTable
 from megatron_dlm.data.shard_store import ShardStore
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import write_file
 from megatron_dlm.types.teacher_targets import TopKTargets

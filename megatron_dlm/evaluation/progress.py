@@ -2,8 +2,7 @@
 
 import time
 
-from megatron_dlm.terminal import say
-from megatron_dlm.training.metrics import format_duration
+from megatron_dlm.terminal import format_duration, say
 from megatron_dlm.types.trajectory import Trajectory
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.data.corpus import CorpusDataset
-from megatron_dlm.data.prompts import ExampleDataset, PromptDataset, TokenTable
+from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.models.model_provider import build_frozen_model

@@ -1,5 +1,6 @@
 """What a run reads before it builds a model: checked first, so that bad input costs seconds."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dlm.config import Config, validate_architecture, validate_length
 from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.data.domains import Domains
-from megatron_dlm.data.prompts import (
-    ExampleDataset,
-    PromptDataset,
-    read_examples,
-    read_prompts,
+from megatron_dlm.data.open_records import open_records
+from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
+from megatron_dlm.data.record_source import RecordSource
+from megatron_dlm.data.token_shards import (
+    ALONE,
+    Ranks,
+    TokenFiles,
+    read_shared_examples,
+    read_shared_prompts,
 )
 from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
+from megatron_dlm.data.tokenizing import ExampleReader, PromptReader
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.rewards import reward_of
@@ -147,40 +153,19 @@ def _check_mask_embedding(config: Config, source: ModelSource | None) -> None:
     )
 
 
-def _given_responses(
-    config: Config,
-    option: str,
-    tokenizer: PreTrainedTokenizerBase,
-    special_tokens: SpecialTokens,
-    architecture: Architecture,
-    *,
-    shuffle: bool,
-) -> "ExampleDataset | CorpusDataset":
-    """The data that an option names: examples, or windows of a corpus."""
-    path, field = value_of(config, option), flag_of(option)
-    if config.response_source == "corpus":
-        from megatron_dlm.data.corpus import CorpusDataset  # loads PyTorch and Megatron-Core
+def _corpus(
+    config: Config, option: str, special_tokens: SpecialTokens, *, shuffle: bool
+) -> "CorpusDataset":
+    """Windows of the corpus that an option names."""
+    from megatron_dlm.data.corpus import CorpusDataset  # loads PyTorch and Megatron-Core
 
-        return CorpusDataset(
-            path,
-            config.data.seq_length,
-            seed=config.data.seed,
-            shuffle=shuffle,
-            special_tokens=special_tokens,
-            field=field,
-        )
-    return read_examples(
-        path,
-        tokenizer,
-        special_tokens,
-        config.data.max_prompt_length,
-        config.rollout.max_response_length,
-        config.template.chat_template_kwargs,
-        field,
-        architecture.max_position_embeddings,
-        config.data.train_on,
-        domains=Domains.from_config(config),
-        long_prompts=config.data.long_prompts,
+    return CorpusDataset(
+        value_of(config, option),
+        config.data.seq_length,
+        seed=config.data.seed,
+        shuffle=shuffle,
+        special_tokens=special_tokens,
+        field=flag_of(option),
     )
 
 
@@ -204,17 +189,21 @@ def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") 
             held_out.sample(index, index)
 
 
-def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInputs:
-    """Read and check checkpoints' descriptions, tokenizer and data; loads no weights.
+@dataclass(frozen=True)
+class _Models:
+    """What a run reads before its data, by the names that it has in `RunInputs`."""
 
-    Args:
-        config: Of the run.
-        resumed: What it goes on from (`run_start.decide_start`); None for a new run.
+    source: ModelSource | None
+    original: ModelSource | None
+    teacher: TeacherInputs | None
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_folder: Path
+    special_tokens: SpecialTokens
 
-    Raises:
-        UserError: Anything that could not work, or a run that goes on was started with something
-            else.
-    """
+
+def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
+    """Descriptions of the models, and the tokenizer."""
     source = original = weights = teacher = None
     if resumed is not None:
         verify = config.model.verify_checkpoint
@@ -259,62 +248,151 @@ def read_inputs(config: Config, resumed: "Resumption | None" = None) -> RunInput
         )
         teacher = TeacherInputs(weights, weights.fingerprint())
     architecture = architecture.ending_at(special_tokens.eos_token_ids)
-    data: PromptDataset | ExampleDataset | CorpusDataset
-    held_out = None
-    if config.response_source in ("data", "corpus"):
-        data = _given_responses(
-            config,
-            config.data_option,
-            tokenizer,
-            special_tokens,
-            architecture,
-            shuffle=config.data.shuffle,
-        )
-        if config.validation_option is not None:
-            held_out = _given_responses(
+    return _Models(
+        source, original, teacher, architecture, tokenizer, tokenizer_folder, special_tokens
+    )
+
+
+_Records = dict[str, "RecordSource | CorpusDataset"]
+"""What a run is given, opened, by the option that names it."""
+
+
+def _open_data(config: Config, models: _Models) -> _Records:
+    """The data and what is held out of it: records that have to be tokenised, or corpora."""
+    options = [config.data_option]
+    if config.validation_option is not None:
+        options.append(config.validation_option)
+    if config.response_source == "corpus":
+        # Held-out documents of one kind often lie together: take some of all.
+        return {
+            option: _corpus(
                 config,
-                config.validation_option,
-                tokenizer,
-                special_tokens,
-                architecture,
-                shuffle=True,  # documents of one kind often lie together: take some of all
+                option,
+                models.special_tokens,
+                shuffle=config.data.shuffle or option != config.data_option,
             )
-            _check_held_out(config, held_out)
-    else:
-        assert config.data.prompts is not None
-        data = read_prompts(
-            config.data.prompts,
-            tokenizer,
-            special_tokens,
-            config.data.max_prompt_length,
-            config.template.chat_template_kwargs,
-            domains=Domains.from_config(config),
-            long_prompts=config.data.long_prompts,
-        )
+            for option in options
+        }
+    domain = config.template.domain_field
+    return {
+        option: open_records(str(value_of(config, option)), flag_of(option), domain)
+        for option in options
+    }
+
+
+def _read_data(
+    config: Config, models: _Models, records: _Records, files: TokenFiles | None
+) -> "dict[str, PromptDataset | ExampleDataset | CorpusDataset]":
+    """Tokenise records; collective over the processes of `files`."""
+    settings = (
+        models.tokenizer,
+        models.special_tokens,
+        config.data.max_prompt_length,
+        config.template.chat_template_kwargs,
+        Domains.from_config(config),
+        config.data.long_prompts,
+    )
+    read: dict[str, PromptDataset | ExampleDataset | CorpusDataset] = {}
+    for option, data in records.items():
+        if not isinstance(data, RecordSource):
+            read[option] = data
+        elif config.response_source == "data":
+            reader = ExampleReader(
+                *settings,
+                config.rollout.max_response_length,
+                models.architecture.max_position_embeddings,
+                config.data.train_on,
+            )
+            read[option] = read_shared_examples(data, reader, files)
+        else:
+            read[option] = read_shared_prompts(data, PromptReader(*settings), files)
+    return read
+
+
+def _token_files(config: Config, models: _Models, ranks: Ranks) -> TokenFiles | None:
+    """Where tokenised records are kept; None where that is nowhere, or nothing is to be written."""
+    folder = config.data.data_cache_path
+    if folder is None or config.dry_run:
+        return None
+    return TokenFiles(Path(folder), "--data-cache-path", models.tokenizer_folder, ranks)
+
+
+def joined_ranks() -> Ranks:
+    """All processes, which have joined (`parallel.joined`)."""
+    import torch
+
+    from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero  # loads Megatron-Core
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Ranks(rank, size, errors_on_all_ranks, from_rank_zero)
+
+
+def read_inputs(
+    config: Config, resumed: "Resumption | None" = None, ranks: Ranks = ALONE
+) -> RunInputs:
+    """Read and check checkpoints' descriptions, tokenizer and data; loads no weights.
+
+    Collective over the processes that read together.
+
+    Args:
+        config: Of the run.
+        resumed: What it goes on from (`run_start.decide_start`); None for a new run.
+        ranks: Who reads together.
+
+    Raises:
+        UserError: Anything that could not work, or a run that goes on was started with something
+            else; on all of them.
+    """
+    with ranks.errors_on_all():
+        models = _read_models(config, resumed)
+        records = _open_data(config, models)
+    files = _token_files(config, models, ranks)
+    with ranks.errors_on_all() if files is None else nullcontext():
+        read = _read_data(config, models, records, files)
+    with ranks.errors_on_all():
+        return _checked(config, models, read, resumed)
+
+
+def _checked(
+    config: Config,
+    models: _Models,
+    read: "dict[str, PromptDataset | ExampleDataset | CorpusDataset]",
+    resumed: "Resumption | None",
+) -> RunInputs:
+    """What was read, put together and compared."""
+    data, teacher = read[config.data_option], models.teacher
+    held_out = read.get(str(config.validation_option))
+    if held_out is not None:
+        assert not isinstance(held_out, PromptDataset)
+        _check_held_out(config, held_out)
+    if isinstance(data, PromptDataset):
         if config.traits.verifies:
             reward_of(config).check(data)
         if config.uses_teacher_responses:
             assert teacher is not None
-            store = response_store(config, teacher, data, special_tokens)
+            store = response_store(config, teacher, data, models.special_tokens)
             teacher = replace(teacher, responses=store)
     validate_length(config.of_data(len(data)))
-    kind = config.diffusion_kind or read_diffusion_kind(architecture.hf_config) or BLOCK_DIFFUSION
+    hf_config = models.architecture.hf_config
+    kind = config.diffusion_kind or read_diffusion_kind(hf_config) or BLOCK_DIFFUSION
     evaluation = None
     if config.evaluates:
-        evaluation = read_evaluation_inputs(config, tokenizer, special_tokens, architecture, kind)
+        evaluation = read_evaluation_inputs(
+            config, models.tokenizer, models.special_tokens, models.architecture, kind
+        )
     inputs = RunInputs(
-        source,
+        models.source,
         teacher,
-        architecture,
+        models.architecture,
         kind,
-        tokenizer,
-        tokenizer_folder,
-        special_tokens,
+        models.tokenizer,
+        models.tokenizer_folder,
+        models.special_tokens,
         data,
         held_out,
         evaluation,
         resumed,
-        load_fingerprint=None if original is None else original.fingerprint(),
+        load_fingerprint=None if models.original is None else models.original.fingerprint(),
     )
     if resumed is None:
         return inputs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.output_file import write_file
-from megatron_dlm.terminal import say, wrapped
+from megatron_dlm.terminal import format_duration, say, wrapped
 from megatron_dlm.training.metrics_file import MetricsFile
 
 
@@ -161,13 +161,6 @@ class StepMetrics:
     response_lengths: LengthHistogram | None = None
     staleness: Staleness | None = None
     evaluation: dict[str, dict[str, Any]] | None = None
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as minutes and seconds, with hours where there are any."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class MetricsLogger:

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_dlm.commands import main
 from megatron_dlm.data.json_records import RecordsInMemory
-from megatron_dlm.data.prompts import PromptDataset, TokenTable
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.extras import EXTRAS
 from tests.refusal import refusal

@@ -108,6 +108,7 @@ def _uses_of_objective(config: Config, evaluated: set[str]) -> Iterator[Use]:
         (source in ("rollout", "teacher"), "prompts"),
         (source == "data", "train_data train_on"),
         (corpus, "data_path seq_length"),
+        (not corpus, "data_cache_path"),
         (not corpus or evaluates, f"max_prompt_length long_prompts {TEMPLATE}"),
         (not corpus or (evaluates and length is None), "max_response_length"),
         (not corpus and not itself, "supervise_eos"),

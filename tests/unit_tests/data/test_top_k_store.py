@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dlm.data.prompts import TokenTable
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.teacher_targets import TeacherTargets, TopKTargets

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_dlm.data.json_records import RecordsInMemory
-from megatron_dlm.data.prompts import PromptDataset, TokenTable
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.rewards import REWARDS
 from megatron_dlm.evaluation.rewards.instructions import (

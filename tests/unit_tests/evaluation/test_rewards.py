@@ -7,7 +7,8 @@ import pytest
 
 from megatron_dlm.data.json_records import RecordsInMemory
 from megatron_dlm.data.open_records import open_records
-from megatron_dlm.data.prompts import PromptDataset, TokenTable
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.rewards import REWARDS, RIGHT, get_reward
 from megatron_dlm.evaluation.rewards.base import without_thinking

@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import pytest
 
-from megatron_dlm.data.prompts import PromptDataset, TokenTable
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.errors import UserError
 from megatron_dlm.evaluation.rewards import RIGHT, get_reward
 from megatron_dlm.evaluation.tasks import TASKS, get_task
