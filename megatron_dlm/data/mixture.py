@@ -14,6 +14,8 @@ sources:
     revision: 0a1b2c3
     domain: code
     only_prompts: true          # chats end before the assistant's last message
+    streaming: true             # take max_samples from a stream instead of downloading all
+    max_samples: 5000
 ```
 """
 
@@ -50,6 +52,7 @@ class SourceEntry(_Strict):
         fields: Stored fields to keep, by the names that they get; None keeps all.
         max_samples: Records of it, chosen at random; None for all.
         weight: How often each of these is seen in an epoch.
+        streaming: Take `max_samples` from a stream (`streamed`).
     """
 
     path: str | None = None
@@ -62,6 +65,7 @@ class SourceEntry(_Strict):
     fields: dict[str, str] | None = Field(default=None, min_length=1)
     max_samples: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
+    streaming: bool = False
 
     @model_validator(mode="after")
     def _names_one_source(self) -> "SourceEntry":
@@ -69,6 +73,8 @@ class SourceEntry(_Strict):
             raise ValueError("names both or neither of path and hub")
         if self.hub is None and (self.subset or self.revision):
             raise ValueError("has subset or revision, which are for hub")
+        if self.streaming and self.max_samples is None:
+            raise ValueError("is streaming without max_samples, the records to take")
         return self
 
     def choices(self) -> dict[str, Any]:

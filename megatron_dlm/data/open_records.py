@@ -10,7 +10,9 @@ from megatron_dlm.data.json_records import JsonLines, JsonList, is_json_list
 from megatron_dlm.data.mixture import SourceEntry, kept_indices, read_mixture
 from megatron_dlm.data.record_formats import StandardRecords
 from megatron_dlm.data.record_source import RecordSource
+from megatron_dlm.data.streamed import open_streamed
 from megatron_dlm.data.tables import (
+    BUILDERS,
     HUB,
     open_arrow,
     open_hub,
@@ -65,7 +67,9 @@ def _open_entry(
     if entry.fields is not None:
         columns = sorted({source.split(".")[0] for source in entry.fields.values()})
     records: RecordSource
-    if entry.hub is not None:
+    if entry.streaming:
+        records = _open_stream(entry, place, folder, columns, key)
+    elif entry.hub is not None:
         records = open_hub(
             entry.hub,
             f"{place}.hub",
@@ -75,12 +79,40 @@ def _open_entry(
             columns=columns,
         )
     else:
-        assert entry.path is not None
-        path = entry.path if entry.path.startswith(HUB) else str(folder / entry.path)
-        records = open_stored(path, f"{place}.path", entry.split, columns)
+        records = open_stored(_path(entry, folder), f"{place}.path", entry.split, columns)
     constants: Mapping[str, Any] = {} if entry.domain is None else {domain_field: entry.domain}
     records = records.select(kept_indices(len(records), entry, *key))
     return StandardRecords(records, entry.fields, constants, only_prompts=entry.only_prompts)
+
+
+def _path(entry: SourceEntry, folder: Path) -> str:
+    assert entry.path is not None
+    return entry.path if entry.path.startswith(HUB) else str(folder / entry.path)
+
+
+def _open_stream(
+    entry: SourceEntry,
+    place: str,
+    folder: Path,
+    columns: Sequence[str] | None,
+    key: tuple[int, int],
+) -> RecordSource:
+    """Records that a source's stream begins with."""
+    assert entry.max_samples is not None
+    if entry.hub is not None:
+        field, name = f"{place}.hub", f"{HUB}{entry.hub}"
+        source: dict[str, Any] = {"path": entry.hub, "name": entry.subset}
+        source |= {"split": entry.split or "train", "revision": entry.revision}
+    else:
+        field, name = f"{place}.path", _path(entry, folder)
+        _refuse_split(entry.split, field)
+        builder = BUILDERS.get(Path(name).suffix)
+        if builder is None:
+            problem, remedy = "is no format that is streamed", f"name {', '.join(BUILDERS)}"
+            raise bad_value(field, name, problem, remedy)
+        source = {"path": builder, "data_files": name, "split": "train"}
+    seed = key[0] + (key[1] << 32)  # of the mixture, and the source's place in it
+    return open_streamed(source, columns, name, field, entry.max_samples, seed)
 
 
 def is_one_file_of_lines(path: str) -> bool:

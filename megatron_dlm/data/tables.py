@@ -20,11 +20,12 @@ from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.extras import check_installed
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset
 
 HUB = "hf://datasets/"
 
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+"""Formats of `datasets` by suffix."""
 
 _ROWS = 256  # read at once where records are read one after the other
 
@@ -51,7 +52,7 @@ class TableRecords(RecordSource):
             UserError: It has no row.
         """
         if not len(dataset):
-            raise _no_row(field, path)
+            raise no_row(field, path)
         self.path = path
         self._table = dataset.with_format("arrow")
         self._files = list(files or {path: len(dataset)})
@@ -82,10 +83,7 @@ class TableRecords(RecordSource):
 
     def _rows(self, start: int, stop: int) -> list[Record]:
         rows: list[Record] = self._table[start : min(stop, len(self))].to_pylist()
-        return [
-            {name: _plain(value) for name, value in row.items() if value is not None}
-            for row in rows
-        ]
+        return [plain_row(row) for row in rows]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,6 +110,11 @@ def _fingerprint(rows: Iterable[Record]) -> str:
     for row in rows:
         digest.update(orjson.dumps(row, option=orjson.OPT_SORT_KEYS) + b"\n")
     return digest.hexdigest()
+
+
+def plain_row(row: Mapping[str, Any]) -> Record:
+    """A row of values of JSON's types, without those that are null."""
+    return {name: _plain(value) for name, value in row.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -156,10 +159,10 @@ def open_parquet(
         known = None if columns is None else list(columns)
         return datasets.Dataset.from_parquet(list(files), columns=known)
 
-    counts = {file: _opened(file, field, rows, file) for file in files}
+    counts = {file: opened(file, field, rows, file) for file in files}
     if not any(counts.values()):
-        raise _no_row(field, path)
-    return TableRecords(_opened(path, field, read), path, field, counts)
+        raise no_row(field, path)
+    return TableRecords(opened(path, field, read), path, field, counts)
 
 
 def open_arrow(
@@ -173,14 +176,14 @@ def open_arrow(
 
         return datasets.Dataset.from_file(file)
 
-    parts = {file: _opened(file, field, read, file) for file in files}
+    parts = {file: opened(file, field, read, file) for file in files}
 
     def joined() -> "Dataset":
         import datasets
 
         return datasets.concatenate_datasets(list(parts.values()))
 
-    table = _selected(_opened(path, field, joined), columns, path, field)
+    table = selected(opened(path, field, joined), columns, path, field)
     return TableRecords(table, path, field, {file: len(part) for file, part in parts.items()})
 
 
@@ -199,15 +202,15 @@ def open_saved(
 
         return datasets.load_from_disk(folder)
 
-    opened = _opened(folder, field, read)
-    if isinstance(opened, dict):
+    stored = opened(folder, field, read)
+    if isinstance(stored, dict):
         name = split or "train"
-        if name not in opened:
-            raise bad_value(field, folder, f"has no split {name!r}", f"choose {', '.join(opened)}")
-        opened = opened[name]
+        if name not in stored:
+            raise bad_value(field, folder, f"has no split {name!r}", f"choose {', '.join(stored)}")
+        stored = stored[name]
     elif split is not None:
         raise bad_value(field, folder, f"has no splits, so no {split!r}", "leave the split out")
-    return TableRecords(_selected(opened, columns, folder, field), folder, field)
+    return TableRecords(selected(stored, columns, folder, field), folder, field)
 
 
 def open_hub(
@@ -239,7 +242,7 @@ def open_hub(
 
         return datasets.load_dataset(name, subset, split=split, revision=revision)
 
-    table = _selected(_opened(name, field, read), columns, name, field)
+    table = selected(opened(name, field, read), columns, name, field)
     return TableRecords(table, f"{HUB}{name}", field)
 
 
@@ -255,36 +258,47 @@ def open_hub_files(url: str, field: str, columns: Sequence[str] | None = None) -
         UserError: They cannot be loaded, or the package is not installed.
     """
     check_installed("datasets", field, url)
-    builder = _BUILDERS.get(Path(url).suffix)
+    builder = BUILDERS.get(Path(url).suffix)
     if builder is None:
-        raise bad_value(field, url, "is no format that is read", f"name {', '.join(_BUILDERS)}")
+        raise bad_value(field, url, "is no format that is read", f"name {', '.join(BUILDERS)}")
 
     def read() -> "Dataset":
         import datasets
 
         return datasets.load_dataset(builder, data_files=url, split="train")
 
-    return TableRecords(_selected(_opened(url, field, read), columns, url, field), url, field)
+    return TableRecords(selected(opened(url, field, read), columns, url, field), url, field)
 
 
-def _selected(
-    dataset: "Dataset", columns: Sequence[str] | None, path: str, field: str
-) -> "Dataset":
+def selected(
+    dataset: "Dataset | IterableDataset", columns: Sequence[str] | None, path: str, field: str
+) -> "Dataset | IterableDataset":
+    """A data set with some of its columns, or all.
+
+    Raises:
+        UserError: It has no such column.
+    """
+    known = dataset.column_names  # of a stream None, where no record has been read
     if columns is None:
         return dataset
-    missing = [name for name in columns if name not in dataset.column_names]
+    missing = [name for name in columns if known is not None and name not in known]
     if missing:
-        known = ", ".join(dataset.column_names)
-        raise bad_value(field, path, f"has no column {missing[0]!r}", f"it has {known}")
+        problem = f"has no column {missing[0]!r}"
+        raise bad_value(field, path, problem, f"it has {', '.join(known)}")
     return dataset.select_columns(list(columns))
 
 
-def _no_row(field: str, path: str) -> UserError:
+def no_row(field: str, path: str) -> UserError:
+    """The error for a data set without records."""
     return bad_value(field, path, "has no row", "name another")
 
 
-def _opened(path: str, field: str, read: Callable[..., Any], *arguments: str) -> Any:
-    """What a function of `datasets` returns, with its errors as one line."""
+def opened(path: str, field: str, read: Callable[..., Any], *arguments: str) -> Any:
+    """What a function of `datasets` returns.
+
+    Raises:
+        UserError: Its error as one line.
+    """
     import datasets
 
     if rank():
@@ -296,9 +310,9 @@ def _opened(path: str, field: str, read: Callable[..., Any], *arguments: str) ->
     except Exception as error:  # of files, Arrow, the network and the hub: no common class
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines() or [""]
+        remedy = "check its name and format"
+        if isinstance(error, ConnectionError | TimeoutError):
+            remedy = "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or name a local copy"
         raise bad_value(
-            field,
-            path,
-            f"cannot be loaded ({type(cause).__name__}: {reason[0]})",
-            "check its name and format",
+            field, path, f"cannot be loaded ({type(cause).__name__}: {reason[0]})", remedy
         ) from error

@@ -73,19 +73,22 @@ def test_published_data_is_prepared_as_prompts(
     """The data sets' own columns, as the hub would give them; it cannot be reached from a test."""
 
     def load(
-        source: str,
-        subset: str | None = None,
+        path: str,
+        name: str | None = None,
         *,
         split: str,
         revision: str | None = None,
         data_files: str = "",
-    ) -> datasets.Dataset:
-        names = (f"{source} {subset} {split}", f"{source} {split}", f"{source} {split} ")
+        streaming: bool = False,
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        names = (f"{path} {name} {split}", f"{path} {split}", f"{path} {split} ")
         file = data_files.removeprefix("hf://datasets/")
         (rows,) = [ROWS[key] for key in (*names, file) if key in ROWS]
-        return datasets.Dataset.from_list(rows)
+        table = datasets.Dataset.from_list(rows)
+        return table.to_iterable_dataset() if streaming else table
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     out = tmp_path / "prompts.jsonl"
     arguments = ["--prompts", str(EXAMPLES / "data" / f"{name}.yaml"), "--output", str(out)]
     assert main(["data", "prepare", "--tokenizer", str(TOKENIZER), *arguments]) == 0
