@@ -3,8 +3,26 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 START, SAVE = "start", "save"
+
+
+@dataclass
+class Work:
+    """Work of known size, of this process.
+
+    Attributes:
+        unit: Name of what is counted.
+        total: How many there are.
+        done: How many of them are finished.
+        since: When it began, on the monotonic clock.
+    """
+
+    unit: str
+    total: int
+    done: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 class Activity:
@@ -17,12 +35,15 @@ class Activity:
         entered: When the phase began, likewise.
         forwards: Forward passes in this phase so far.
         usual: Forward passes of the last such phase that is over, by phase.
+        work: What is being worked through in this phase, if that is known: its unit, how many are
+            done and how many there are.
     """
 
     def __init__(self) -> None:
         self.phase, self.steps, self.since = START, 0, time.monotonic()
         self.entered, self.forwards = self.since, 0
         self.usual: dict[str, int] = {}
+        self.work: Work | None = None
 
     def step(self) -> None:
         """Something has been done."""
@@ -35,7 +56,21 @@ class Activity:
         self.usual[self.phase] = self.forwards
         self.phase = phase
         self.step()
-        self.entered, self.forwards = self.since, 0
+        self.entered, self.forwards, self.work = self.since, 0, None
+
+    @contextmanager
+    def working(self, unit: str, total: int) -> Iterator["Work"]:
+        """Around work of known size, which is to be counted in `Work.done`; the innermost counts.
+
+        Args:
+            unit: Its name, as a plural.
+            total: How many there are.
+        """
+        outer, self.work = self.work, Work(unit, total)
+        try:
+            yield self.work
+        finally:
+            self.work = outer
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

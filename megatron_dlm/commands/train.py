@@ -5,7 +5,6 @@ torchrun --nproc-per-node 8 -m megatron_dlm train --config examples/qwen3_8b/opd
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -34,27 +33,25 @@ def main(argv: Sequence[str]) -> int:
     with request.catching_signals(), owned_run_folder(config.logging.save):
         # Imported step by step, so that bad input is reported before PyTorch is loaded, where ranks
         # have no folder to agree on.
-        if world_size() == 1 or config.logging.save is None:
-            return _run(decide_start(config), nullcontext(), request)
-        from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero, joined
+        share_files = config.logging.save is not None or config.data.data_cache_path is not None
+        if world_size() == 1 or not share_files:
+            return _run(decide_start(config), request)
+        from megatron_dlm.parallel import from_rank_zero, joined
 
         with joined(config):
-            start = from_rank_zero(lambda: decide_start(config))
-            return _run(start, errors_on_all_ranks(), request)
+            return _run(from_rank_zero(lambda: decide_start(config)), request, have_joined=True)
 
 
-def _run(
-    start: RunStart, errors_of_reading: AbstractContextManager[None], request: StopRequest
-) -> int:
+def _run(start: RunStart, request: StopRequest, *, have_joined: bool = False) -> int:
     config, resumed = start.config, start.resumed
     if start.is_finished:
         _say(start.notice)
         _record_finished(start)
         return 0
-    from megatron_dlm.training.inputs import read_inputs
+    from megatron_dlm.data.token_shards import ALONE
+    from megatron_dlm.training.inputs import joined_ranks, read_inputs
 
-    with errors_of_reading:
-        inputs = read_inputs(config, resumed)
+    inputs = read_inputs(config, resumed, joined_ranks() if have_joined else ALONE)
     _say(start.notice)
     from megatron_dlm.training.start_summary import start_summary
 
@@ -62,6 +59,7 @@ def _run(
     from megatron_dlm.parallel import ParallelGroups, initialized
     from megatron_dlm.stop_agreement import StopAgreement
     from megatron_dlm.training.loop import train
+    from megatron_dlm.training.progress_display import progress_display
     from megatron_dlm.training.run import Run, build_run
 
     run: Run | None = None
@@ -70,7 +68,8 @@ def _run(
         timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
         with StopAgreement(request, groups, timeout) as stop:
             try:
-                run = build_run(config, inputs, stop)
+                with progress_display(rank() == 0):  # a teacher may answer prompts for hours
+                    run = build_run(config, inputs, stop)
                 train(run)
             except StopRequested as stopped:
                 _report_stop(stopped, config, run)

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from megatron.core.utils import unwrap_model
 
+from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.block_grid import sequence_length
@@ -209,22 +210,29 @@ class RolloutEngine:
 
         admit()
         works = batch.any_works(more=queue.may_have_more)
-        while works:
-            if self._stop is not None:
-                self._stop.check()
-            finished, works = batch.step(more=queue.may_have_more)
-            for request, trajectory in finished:
-                trajectories[request] = trajectory
-                if cutoff is not None:
-                    cutoff.finished(prompts[request], trajectory)
-                if on_finished is not None:
-                    on_finished(trajectory)
-            limit = None if cutoff is None else cutoff.limit()
-            if limit is not None:
-                for request, trajectory in batch.leave(limit, staying):
+        with ACTIVITY.working("responses", self._share(prompts, queue)) as work:
+            while works:
+                if self._stop is not None:
+                    self._stop.check()
+                finished, works = batch.step(more=queue.may_have_more)
+                for request, trajectory in finished:
                     trajectories[request] = trajectory
-            admit()
+                    work.done += 1
+                    if cutoff is not None:
+                        cutoff.finished(prompts[request], trajectory)
+                    if on_finished is not None:
+                        on_finished(trajectory)
+                limit = None if cutoff is None else cutoff.limit()
+                if limit is not None:
+                    for request, trajectory in batch.leave(limit, staying):
+                        trajectories[request] = trajectory
+                admit()
         return [trajectory for trajectory in trajectories if trajectory is not None]
+
+    def _share(self, prompts: Sequence[Prompt], queue: PromptQueue) -> int:
+        """Prompts that this rank is likely to decode."""
+        ranks = self.groups.dp_size if isinstance(queue, SharedPromptQueue) else 1
+        return -(-len(prompts) // ranks)
 
     def open(
         self, num_slots: int, lengths: Sequence[int], max_response_length: int

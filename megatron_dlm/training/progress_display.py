@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_dlm.activity import ACTIVITY, Activity
-from megatron_dlm.terminal import is_live, say, show_status
-from megatron_dlm.training.metrics import format_duration
+from megatron_dlm.terminal import format_duration, is_live, say, show_status
 
 LIVE_SECONDS = 0.5
 """Between two looks of a terminal's line."""
@@ -49,18 +48,28 @@ def _show(ended: threading.Event) -> None:
 
 
 def progress(activity: Activity, now: float) -> str:
-    """Phase, forward passes, their rate, time so far, and what is left if it is as the last one.
+    """Phase, what of it is done, forward passes, their rate, time so far, and what is left.
+
+    What is left is measured by the forward passes of the last such phase; where there was none, or
+    this one takes longer, by what is done of work of known size.
 
     Args:
         activity: Of the process.
         now: On the monotonic clock.
     """
-    done, usual = activity.forwards, activity.usual.get(activity.phase, 0)
-    seconds = max(now - activity.entered, 1e-9)
-    known = usual > done > 0
-    amount = f"{done} of about {usual}" if known else str(done)
-    left = f", about {format_duration(seconds / done * (usual - done))} left" if known else ""
-    return (
-        f"{activity.phase}: {amount} forwards, {done / seconds:.1f}/s, "
-        f"{format_duration(seconds)}{left}"
-    )
+    forwards, seconds = activity.forwards, max(now - activity.entered, 1e-9)
+    work, usual = activity.work, activity.usual.get(activity.phase, 0)
+    parts, left = [], None
+    if work is not None and work.total:
+        parts.append(f"{work.done:,} of {work.total:,} {work.unit}")
+        if 0 < work.done < work.total:
+            left = (now - work.since) / work.done * (work.total - work.done)
+    if usual > forwards > 0:
+        left = seconds / forwards * (usual - forwards)
+        parts.append(f"{forwards:,} of about {usual:,} forwards, {forwards / seconds:.1f}/s")
+    elif forwards:
+        parts.append(f"{forwards:,} forwards, {forwards / seconds:.1f}/s")
+    parts.append(format_duration(seconds))
+    if left is not None:
+        parts.append(f"about {format_duration(left)} left")
+    return f"{activity.phase}: {', '.join(parts)}"
