@@ -1,0 +1,60 @@
+"""The table of features says of this package what commands and tests show."""
+
+import re
+
+import pytest
+
+from megatron_dlm.commands import COMMANDS
+from megatron_dlm.config import Config
+from megatron_dlm.config.fields import flag_of, option_fields
+from megatron_dlm.evaluation.rewards import REWARDS
+from megatron_dlm.evaluation.tasks import TASKS
+from tests.tiny import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "comparison.md").read_text(encoding="utf-8")
+FLAGS = {flag_of(name) for name in option_fields(Config)}
+
+
+def _rows(heading: str) -> list[list[str]]:
+    """Cells of a table below a heading, without its own first lines."""
+    part = PAGE.split(heading, 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+FEATURES = _rows("# What others have")
+EVIDENCE = dict(_rows("## Our column"))
+
+
+def test_every_feature_has_evidence_and_all_cells() -> None:
+    assert {len(row) for row in FEATURES} == {8}
+    ours = {row[0] for row in FEATURES if row[1] not in ("no", "not yet")}
+    assert ours == set(EVIDENCE)
+    assert not [row for row in FEATURES if "" in row]
+
+
+@pytest.mark.parametrize("feature", EVIDENCE)
+def test_what_shows_a_feature_exists(feature: str) -> None:
+    named = re.findall(r"`([^`]+)`", EVIDENCE[feature])
+    assert any(name.startswith("tests/") for name in named)
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for name in named:
+        command, _, rest = name.partition(" ")
+        if name.startswith("tests/"):
+            assert "def test_" in (REPOSITORY / name).read_text()
+        elif command == "megatron-dlm":
+            assert rest in COMMANDS
+        elif command == "make":
+            assert f"\n{rest}:" in makefile
+        else:
+            assert command in FLAGS
+            option = next(o for o in option_fields(Config).values() if flag_of(o.name) == command)
+            if rest:
+                assert rest in str(option.type)
+
+
+def test_what_can_be_counted_is_right() -> None:
+    ours = {row[0]: row[1] for row in FEATURES}
+    assert ours["evaluation"].startswith(f"{len(set(TASKS) - set(REWARDS))} benchmarks")
+    splits_context = "--context-parallel-size" in FLAGS
+    assert (ours["context parallelism"] != "no") == splits_context
