@@ -1,4 +1,7 @@
-"""A resumed run equals the uninterrupted one, bit for bit; other layouts can resume it."""
+"""A resumed run equals the uninterrupted one, bit for bit; other layouts can resume it.
+
+Prompts come from a mixture of sources, with weights, caps, and suffixes and limits by domain.
+"""
 
 import json
 from pathlib import Path
@@ -22,9 +25,23 @@ from tests.tiny import (
 )
 
 COMMON = dict(lr_warmup_iters=2, log_interval=1)
-ROLLOUTS = dict(COMMON, num_rollouts=3, rollout_batch_size=8, max_response_length=8)
+MIXTURE = """
+sources:
+  - {path: math.jsonl, domain: math, weight: 1.5}
+  - {path: code.jsonl, domain: code, max_samples: 6}
+"""
+"""15 records of 10, and 6 of 20; rollouts visit them in a new order every 21 samples."""
+ROLLOUTS: dict[str, Any] = dict(
+    COMMON,
+    num_rollouts=3,
+    rollout_batch_size=8,
+    max_response_length=8,
+    prompts="mixture.yaml",
+    prompt_suffix_by_domain={"math": " 7", "default": ""},
+    max_response_length_by_domain={"code": 6, "default": 8},
+)
 GIVEN = dict(COMMON, train_iters=6)
-EPOCH = {**ROLLOUTS, "num_rollouts": None, "num_epochs": 1, "prompts": "21.jsonl"}
+EPOCH = {**ROLLOUTS, "num_rollouts": None, "num_epochs": 1}
 """Rollouts of 8, 8 and 5 prompts, updates of 4, 4, 4, 4, 4 and 1."""
 
 GROUPS = [
@@ -54,11 +71,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     prompts, _ = write_data(folder)
     lines = prompts.read_text().splitlines(keepends=True)
-    (folder / EPOCH["prompts"]).write_text("".join(lines[:21]))
+    (folder / "math.jsonl").write_text("".join(lines[:10]))
+    (folder / "code.jsonl").write_text("".join(lines[10:30]))
+    (folder / "mixture.yaml").write_text(MIXTURE)
     save_random_model(folder / "dense")
     save_random_model(folder / "moe", moe=True)
     declare_diffusion_kind(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
     return folder
+
+
+def _config(folder: Path, model: Path, **options: Any) -> Config:
+    """A run; the file of its prompts is in the folder."""
+    if "prompts" in options:
+        options["prompts"] = str(folder / options["prompts"])
+    return run_config(folder, model, **options)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +97,7 @@ def _whole(
     folder: Path, whole_runs: dict[str, Path], model: str, options: dict[str, Any]
 ) -> tuple[Path, list[dict[str, Any]]]:
     """The folder and the metrics of a run of one process."""
-    config = run_config(folder, folder / model, **options)
+    config = _config(folder, folder / model, **options)
     run = whole_runs.setdefault(config.to_yaml(), folder / f"whole_{len(whole_runs)}")
     with reward_every_third():
         return run, run_training(config.changed(save=str(run)))  # which may have ended already
@@ -152,13 +178,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     model: str,
     options: dict[str, Any],
 ) -> None:
-    if "prompts" in options:
-        options = {**options, "prompts": str(folder / options["prompts"])}
     whole, expected = _whole(folder, whole_runs, model, options)
     assert len(expected) == 6
     # Dies in the middle of the third batch; the newest checkpoint is that of the second.
     broken = str(tmp_path / "broken")
-    interrupted = run_config(folder, folder / model, **options, save=broken, save_interval=1)
+    interrupted = _config(folder, folder / model, **options, save=broken, save_interval=1)
     _interrupt_after(monkeypatch, 5, interrupted)
     run_training(interrupted)  # the same command
     check_same(Path(broken), whole)
@@ -169,12 +193,12 @@ def _start(rank: int, folder: Path, run: str, model: str, options: dict[str, Any
     first = {"num_rollouts": 2} if "num_rollouts" in options else {"train_iters": 4}
     options = {**options, **first, "lr_decay_iters": 6}
     with reward_every_third():
-        run_training(run_config(folder, folder / model, **options, save=run))
+        run_training(_config(folder, folder / model, **options, save=run))
 
 
 def _go_on(rank: int, folder: Path, run: str, model: str, options: dict[str, Any]) -> Any:
     with reward_every_third():
-        return run_training(run_config(folder, Path(run), **options, save=run))
+        return run_training(_config(folder, Path(run), **options, save=run))
 
 
 def _check_moved(
@@ -246,16 +270,16 @@ def test_a_run_goes_on_at_another_layout(
 
 def test_what_a_resumed_run_cannot_change_is_refused(folder: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    run_training(run_config(folder, folder / "dense", **ROLLOUTS, save=run))
-    changed = run_config(folder, folder / "dense", **{**ROLLOUTS, "seed": 7}, save=run)
+    run_training(_config(folder, folder / "dense", **ROLLOUTS, save=run))
+    changed = _config(folder, folder / "dense", **{**ROLLOUTS, "seed": 7}, save=run)
     with pytest.raises(UserError, match=r"--seed \(then 1234, now 7\).*--finetune"):
         run_training(changed)
 
 
 def test_finetune_starts_a_new_run_from_the_weights(folder: Path, tmp_path: Path) -> None:
     first = str(tmp_path / "first")
-    run_training(run_config(folder, folder / "dense", **ROLLOUTS, save=first))
-    second = run_config(
+    run_training(_config(folder, folder / "dense", **ROLLOUTS, save=first))
+    second = _config(
         folder,
         Path(first),
         **{**ROLLOUTS, "num_rollouts": 1, "lr_warmup_iters": 0, "seed": 7},

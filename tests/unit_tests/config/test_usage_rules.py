@@ -109,6 +109,7 @@ CASES = [
         (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS, EVALUATED_CORPUS),
     ),
     Case("long_prompts", "drop", ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
+    Case("data_cache_path", "d", ON_CORPUS, (*ON_EXAMPLES, *ON_TEACHER, *ON_ROLLOUTS)),
     Case("max_response_length_by_domain", {"a": 9}, ON_CORPUS, (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
     Case("prompt_suffix_by_domain", {"a": "b"}, ON_CORPUS, (SFT, *ON_TEACHER, *ON_ROLLOUTS)),
     Case(

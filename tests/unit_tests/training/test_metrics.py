@@ -1,8 +1,9 @@
 """metrics.jsonl survives starts and resumes."""
 
 import json
+import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,11 +251,33 @@ def test_an_evaluation_is_a_table_in_weights_and_biases(
     assert accuracies == [(2, 0.5), (3, 0.5)]
 
 
-def test_weights_and_biases_itself_keeps_the_table(
+def _wandb_records(file: Path) -> Iterator[Any]:
+    """Records of an offline run's file: LevelDB's log format, of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = file.read_bytes()
+    assert content[:4] == b":W&B"
+    place, block, parts = 7, 1 << 15, b""
+    while len(content) - place >= 7:
+        left = block - place % block
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        if left < 7 or not kind:  # the rest of a block
+            place += left
+            continue
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def test_weights_and_biases_itself_has_one_run_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The real package, offline: two starts of a run have one id, and one table of answers each."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     _evaluate(tmp_path, wandb_project="study", tensorboard=False)
     files = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/evaluation/*.table.json"))
     tables = [json.loads(file.read_text()) for file in files]
@@ -262,3 +285,19 @@ def test_weights_and_biases_itself_keeps_the_table(
     for table in tables:
         assert table["columns"] == ["step", *SAMPLES[0]]
         assert [row[1:] for row in table["data"]] == [list(s.values()) for s in SAMPLES]
+    run_id = (tmp_path / "wandb_run_id.txt").read_text().strip()
+    starts = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.stem for file in starts] == [f"run-{run_id}"] * 2
+    accuracies = []
+    for file in starts:
+        records = list(_wandb_records(file))
+        assert {r.run.run_id for r in records if r.WhichOneof("record_type") == "run"} == {run_id}
+        for record in records:
+            values = {
+                "/".join(item.nested_key) or item.key: item.value_json
+                for item in record.history.item
+            }
+            if "loss" in values or "evaluation/static/accuracy" in values:
+                accuracy = json.loads(values.get("evaluation/static/accuracy", "null"))
+                accuracies.append((json.loads(values["step"]), accuracy))
+    assert accuracies == [(1, None), (2, 0.25), (3, None), (3, 0.25)]
