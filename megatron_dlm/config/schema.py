@@ -1,6 +1,5 @@
 """The configuration of a run: all groups of options, and values derived from several of them."""
 
-import math
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -92,12 +91,6 @@ class Config:
         return self.held_out.eval_prompts is not None
 
     @property
-    def eval_temperature(self) -> float:
-        """Softmax temperature of an evaluation, default resolved."""
-        own = self.held_out.eval_temperature
-        return self.rollout.temperature if own is None else own
-
-    @property
     def decodes_left_to_right(self) -> bool:
         """Whether the trained model, as far as its objective tells, has no blocks to denoise."""
         kind, itself = self.diffusion_kind, self.traits.self_distillation
@@ -160,11 +153,6 @@ class Config:
         """Samples of a rollout on all ranks; without rollouts, of an update."""
         batch = self.training.global_batch_size
         return self.rollout.rollout_batch_size if self.uses_rollouts else batch
-
-    @property
-    def responses_in_decoding(self) -> int:
-        """Responses that a rollout begins with: those that it waits for, and more."""
-        return math.ceil(self.rollout_batch_size / self.rollout.partial_rollouts)
 
     def changed(self, **options: Any) -> Self:
         """The same configuration with other values of some options, by their flat names."""

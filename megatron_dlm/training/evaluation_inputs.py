@@ -111,7 +111,8 @@ def eval_decodings(config: Config, diffusion_kind: DiffusionKind) -> dict[str, G
         UserError: One is named twice, or is none for the model.
     """
     field = "--eval-decodings"
-    config = config.changed(temperature=config.eval_temperature)
+    if config.held_out.eval_temperature is not None:
+        config = config.changed(temperature=config.held_out.eval_temperature)
     left_to_right = config.decodes_left_to_right or diffusion_kind.attention_pattern == "causal"
     blocks = diffusion_kind.attention_pattern == "block_causal" or config.uses_rollouts
     # A model of full attention is decoded as a whole unless its rollouts go by blocks.

@@ -1,5 +1,6 @@
 """A rollout batch: the trajectories of the next samples, and figures over those of all ranks."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +91,8 @@ def collect(run: Run) -> Collected:
         return _described(run, trajectories, num_own, count)
     before = Leftovers.of(run.leftovers, config.rollout.max_response_rollouts)
     begun = [(sample, sampler.record_index(sample)) for sample in before.by_sample]
-    in_decoding = min(config.responses_in_decoding, config.num_samples - consumed)
+    in_decoding = math.ceil(config.rollout_batch_size / config.rollout.partial_rollouts)
+    in_decoding = min(in_decoding, config.num_samples - consumed)
     new = sampler.samples(consumed + len(begun), max(in_decoding - len(begun), 0))
     samples = begun + new
     held = run.source.trajectories(

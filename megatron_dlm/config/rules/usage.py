@@ -154,14 +154,14 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
         flag, is_given = flag_of(option), value_of(config, option) is not None
         yield Use(is_given, names, f"a run without {flag}", f"add {flag}")
     mixes, causal = config.uses_teacher_responses, config.objective.attention_pattern == "causal"
-    draws = rollout.temperature > 0 or (config.evaluates and config.eval_temperature > 0)
+    evaluation_draws = config.evaluates and (config.held_out.eval_temperature or 0) > 0
     has_jsd, cuts = "jsd" in distillation.divergence, distillation.divergence_top_k > 0
     keeps = config.logging.keep_checkpoints > 0
     rows = [
         (rollout.partial_rollouts < 1, "max_response_rollouts", "partial_rollouts", "below 1"),
         (mixes, "teacher_response_fraction_schedule", "teacher_response_fraction", "above 0"),
         (not causal, "attention_annealing_iters", "attention_pattern", "full"),
-        (draws, "top_k top_p", "temperature", "above 0"),
+        (rollout.temperature > 0 or evaluation_draws, "top_k top_p", "temperature", "above 0"),
         (has_jsd, "jsd_beta", "divergence", "jsd"),
         (cuts, "divergence_tail", "divergence_top_k", "16"),
         (keeps, "keep_checkpoint_every keep_best_checkpoint", "keep_checkpoints", "3"),
