@@ -210,8 +210,8 @@ class RolloutConfig(DecodingConfig):
     rollout_batch_size: Annotated[int, AT_LEAST_ONE, FIXED] = 128
     """Prompts per rollout, over all data-parallel processes."""
     shared_rollout_queue: bool = True
-    """Let replicas take prompts as they have room, not equal shares at once. Off, a run repeats
-    itself even where rounding depends on what is decoded together (bf16)."""
+    """Let replicas take prompts as they have room, not equal shares at once. Off, a run
+    repeats itself even in bf16, where rounding depends on what is decoded together."""
     partial_rollouts: Annotated[float, AT_LEAST_HALF] = 1.0
     """Share of the responses in decoding that a rollout waits for (1: all); the others go on in the
     next one, with its weights. It still trains on --rollout-batch-size responses."""

@@ -85,7 +85,8 @@ def read_diffusion_kind(
         raise bad_value(
             f"{where}: attention_pattern", pattern, "is unknown", "write block_causal or full"
         )
-    context = "block_causal" if implied is None else implied.context_attention
+    blocks = implied is not None and pattern == implied.attention_pattern and not shifted
+    context = implied.context_attention if implied is not None and blocks else "block_causal"
     context = hf_config.get("context_attention", context)
     return DiffusionKind(pattern, shifted, _context_attention(context, pattern, shifted, where))
 

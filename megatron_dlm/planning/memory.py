@@ -23,6 +23,7 @@ from megatron_dlm.planning.layouts import Layout
 from megatron_dlm.planning.parameters import ModelParts, Parameters, element_size
 from megatron_dlm.planning.workload import Lengths, row_of
 from megatron_dlm.rollout.context import MAX_MEMORY_SHARE
+from megatron_dlm.rollout.curriculum import responses_in_decoding
 from megatron_dlm.rollout.pages import PAGE_SIZE, pages_for
 from megatron_dlm.rollout.sampling import MAX_LOGITS
 
@@ -196,7 +197,7 @@ class MemoryModel:
         pages = pages_for(-(-(lengths.prompt + lengths.response) // block) * block)
         layers = a.num_layers // layout.pipeline
         token = layers * 2 * a.num_query_groups // layout.tensor * a.kv_channels * width
-        samples = -(-config.rollout_batch_size // layout.dense_copies)
+        samples = -(-responses_in_decoding(config) // layout.dense_copies)
         wanted = pages * min(rollout.max_running_requests, samples)
         if rollout.max_total_tokens is not None:
             wanted = min(wanted, rollout.max_total_tokens // PAGE_SIZE)
@@ -208,7 +209,7 @@ class MemoryModel:
     def _decoding(self, config: Config, layout: Layout, stage: int, width: int) -> float:
         """What passes through a forward of a rollout."""
         rollout, a, block = config.rollout, self._student, config.model.block_size
-        samples = -(-config.rollout_batch_size // layout.dense_copies)
+        samples = -(-responses_in_decoding(config) // layout.dense_copies)
         samples = min(rollout.max_running_requests, samples)
         prompts = min(rollout.chunked_prefill_size, samples * self._lengths.prompt)
         tokens = samples * 2 * block + prompts

@@ -68,7 +68,11 @@ class Lengths:
             states = max(1, round(block / self.tokens_per_forward))
         noisy = states * (-(-self.response // block) * block)
         pairs = causal + noisy * (self.prompt + self.response // 2 + block)
-        return Row(texts * whole, texts * noisy, texts * states * self.response, texts * pairs)
+        supervised = states * self.response
+        kind = config.diffusion_kind
+        if kind is not None and kind.has_causal_context and config.objective.causal_loss_weight > 0:
+            supervised += self.response  # clean tokens, which the autoregressive mode predicts
+        return Row(texts * whole, texts * noisy, texts * supervised, texts * pairs)
 
 
 def mean_lengths(

@@ -35,6 +35,11 @@ def dynamic_threshold_rollouts(config: Config) -> int:
     return config.rollout.dynamic_threshold_rollouts or left
 
 
+def responses_in_decoding(config: Config) -> int:
+    """Responses that a rollout begins with: those that it waits for, and more."""
+    return math.ceil(config.rollout_batch_size / config.rollout.partial_rollouts)
+
+
 def teacher_response_fraction(config: Config, rollout: int) -> float:
     """Share of a rollout step (from 0) whose responses are the teacher's, in [0, 1]."""
     options = config.rollout

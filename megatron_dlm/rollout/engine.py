@@ -226,12 +226,13 @@ class RolloutEngine:
                 if limit is not None:
                     for request, trajectory in batch.leave(limit, staying):
                         trajectories[request] = trajectory
+                        work.done += 1
                 admit()
         return [trajectory for trajectory in trajectories if trajectory is not None]
 
     def _share(self, prompts: Sequence[Prompt], queue: PromptQueue) -> int:
         """Prompts that this rank is likely to decode."""
-        ranks = self.groups.dp_size if isinstance(queue, SharedPromptQueue) else 1
+        ranks = self.groups.num_replicas if isinstance(queue, SharedPromptQueue) else 1
         return -(-len(prompts) // ranks)
 
     def open(

@@ -118,7 +118,7 @@ class RunInputs:
             "shifted": kind.shifted,
             "mask_token_id": self.special_tokens.mask_token_id,
         }
-        if kind.has_causal_context:
+        if read_diffusion_kind(hf_config) != kind:  # the model type implies the other context
             hf_config["context_attention"] = kind.context_attention
         # A model of full attention is decoded as a whole unless its rollouts went by blocks.
         if kind.attention_pattern == "block_causal" or config.uses_rollouts:

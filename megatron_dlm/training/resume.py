@@ -119,17 +119,20 @@ def option_differences(config: Config, saved: dict[str, Any]) -> list[Difference
 
     Args:
         config: Of this start, `of_data`.
-        saved: Flat configuration of the run. What it lacks did not exist then.
+        saved: Flat configuration of the run. What it lacks did not exist then, and was as the
+            default is.
     """
     found, now = [], resolved_options(config)
     for name, option in option_fields(Config).items():
-        if name in _ABOUT_THE_START or name not in saved or name not in now:
+        if name in _ABOUT_THE_START or name not in now or not is_used(config, name):
             continue
-        if saved[name] == now[name] or not is_used(config, name):
+        default = value_of(config, name) == option.default
+        then = saved.get(name, now[name] if default else plain_value(option.default))
+        if then == now[name]:
             continue
         stretched = name in (*SCHEDULE_LENGTHS, "lr_warmup_iters") and config.extend
         is_allowed = stretched or not option.fixed_on_resume
-        found.append(Difference(name, saved[name], now[name], is_allowed=is_allowed))
+        found.append(Difference(name, then, now[name], is_allowed=is_allowed))
     return found
 
 

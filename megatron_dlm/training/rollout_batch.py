@@ -1,11 +1,11 @@
 """A rollout batch: the trajectories of the next samples, and figures over those of all ranks."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from megatron_dlm import platform
+from megatron_dlm.rollout.curriculum import responses_in_decoding
 from megatron_dlm.training.metrics import LengthHistogram, Staleness
 from megatron_dlm.training.rollout_figures import RolloutFigures
 from megatron_dlm.training.rollout_selection import Leftovers, selected_and_shared, share_of
@@ -91,8 +91,7 @@ def collect(run: Run) -> Collected:
         return _described(run, trajectories, num_own, count)
     before = Leftovers.of(run.leftovers, config.rollout.max_response_rollouts)
     begun = [(sample, sampler.record_index(sample)) for sample in before.by_sample]
-    in_decoding = math.ceil(config.rollout_batch_size / config.rollout.partial_rollouts)
-    in_decoding = min(in_decoding, config.num_samples - consumed)
+    in_decoding = min(responses_in_decoding(config), config.num_samples - consumed)
     new = sampler.samples(consumed + len(begun), max(in_decoding - len(begun), 0))
     samples = begun + new
     held = run.source.trajectories(

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_dlm import platform
 from megatron_dlm.activity import ACTIVITY, SAVE
 from megatron_dlm.config import Config
+from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
@@ -159,6 +162,7 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
 
     groups = ParallelGroups.from_parallel_state()
     stop = stop or StopAgreement(StopRequest(), groups)
+    _check_same_data(config, inputs)
 
     @functools.cache
     def student_and_progress() -> _Started:
@@ -176,6 +180,14 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         stop=stop,
     )
     student, progress, trajectories = student_and_progress()
+    begun = progress.consumed_samples + len(trajectories.leftovers)
+    if trajectories.leftovers and begun > config.num_samples:
+        raise bad_value(
+            flag_of(config.length_option),
+            value_of(config, config.length_option),
+            f"that is {config.num_samples} samples, and the run has begun {begun}",
+            f"choose a length of {begun} samples or more",
+        )
     objective = OBJECTIVES[config.objective.objective](
         config,
         inputs.special_tokens.mask_token_id,
@@ -207,6 +219,26 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         ],
         _build_saver(config),
     )
+
+
+def _check_same_data(config: Config, inputs: RunInputs) -> None:
+    """Replicas decode each other's prompts, by their numbers; all ranks call this.
+
+    Raises:
+        UserError: On all ranks, if some of them read other data than rank 0.
+    """
+    ranks = torch.distributed.get_world_size()
+    read: list[tuple[str, int] | None] = [None] * ranks
+    own = inputs.data.file.fingerprint, len(inputs.data)
+    torch.distributed.all_gather_object(read, own)
+    others = [rank for rank in range(ranks) if read[rank] != read[0]]
+    if others:
+        raise bad_value(
+            flag_of(config.data_option),
+            value_of(config, config.data_option),
+            f"rank {others[0]} reads other records there than rank 0 ({len(others)} ranks do)",
+            "let all hosts read the same files",
+        )
 
 
 def _build_saver(config: Config) -> CheckpointSaver | None:

@@ -9,9 +9,10 @@ import pytest
 
 from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.errors import UserError
-from megatron_dlm.models.architecture import architecture_from_hf
+from megatron_dlm.models.architecture import architecture_from_hf, read_diffusion_kind
 from megatron_dlm.training.diffusion_kind_change import changed_diffusion_kind
 from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, RND1, TWO_MODES, DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.corpora import write_corpus
 from tests.families import FAMILIES
@@ -92,6 +93,26 @@ def test_a_kept_diffusion_kind_and_a_conversion_are_not(
     model = stating(folder, tmp_path / "model", **stated)
     config = run_config(folder, model, objective=objective, **options)
     assert changed_diffusion_kind(config, read_inputs(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "kind"),
+    [
+        ("sft", {}, BLOCK_DIFFUSION),
+        ("sft", {"context_attention": "causal"}, TWO_MODES),
+        ("scp", {}, RND1),
+    ],
+)
+def test_the_context_of_a_two_mode_model_is_what_it_is_trained_with(
+    folder: Path, tmp_path: Path, objective: str, options: dict[str, Any], kind: DiffusionKind
+) -> None:
+    """Its model type implies a causal context, which a run need not keep."""
+    stated = {"model_type": "two-mode-qwen3", "block_size": 8}
+    model = stating(folder, tmp_path / "model", **stated)
+    config = run_config(folder, model, objective=objective, block_size=8, **options)
+    inputs = read_inputs(config)
+    assert read_diffusion_kind(inputs.hf_config(config)) == inputs.diffusion_kind == kind
+    assert bool(changed_diffusion_kind(config, inputs)) == (kind != TWO_MODES)
 
 
 def test_it_is_said_once_and_not_again_when_the_run_goes_on(

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_dlm.errors import UserError
 from megatron_dlm.training import loop
 from megatron_dlm.training.rollout_batch import Collected
 from megatron_dlm.training.run import Run
@@ -71,3 +72,12 @@ def test_every_sample_is_trained_on_once(folder: Path, share: float, rollouts: i
     decoded = sum(batch.decoded_tokens for batch in batches)
     assert decoded == sum(len(t.response_ids) for t in trained)
     assert decoded == lines[-1]["response_tokens_total"]
+
+
+def test_a_resumed_run_is_long_enough_for_what_it_has_begun(folder: Path) -> None:
+    run = str(folder / "long")
+    options = {**PARTIAL, "save": run, "partial_rollouts": 0.5, "save_interval": 6}
+    run_training(run_config(folder, folder / "model", **options | {"num_epochs": 2}))
+    config = run_config(folder, Path(run) / "iter_0000006", **options)
+    with pytest.raises(UserError, match=r"--num-epochs = 1: that is 28 .* 32; .* 32 samples or"):
+        run_training(config)

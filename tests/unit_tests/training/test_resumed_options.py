@@ -59,6 +59,20 @@ def test_what_a_run_has_no_use_for_may_have_been_anything() -> None:
         check({"objective": "sft", "train_data": "t.jsonl"}, block_size=32)
 
 
+def test_an_option_that_is_newer_than_a_run_had_its_default() -> None:
+    given = {**COMMON, "train_data": "t.jsonl", "global_batch_size": 8}
+    saved = resuming.resumable_config(Config.from_dict(given), INPUTS)
+    for newer in ("lr_batch_size", "log_interval"):
+        del saved[newer]
+    again = Config.from_dict({**given, "log_interval": 3})
+    assert [d.option for d in resuming.check_resumable(again, INPUTS, resumption(saved))] == [
+        "log_interval"
+    ]
+    changed = Config.from_dict({**given, "lr_batch_size": 2})
+    with pytest.raises(UserError, match=r"--lr-batch-size \(then None, now 2\)"):
+        resuming.check_resumable(changed, INPUTS, resumption(saved))
+
+
 def test_all_differences_are_listed_with_what_is_allowed() -> None:
     changes = {"log_interval": 5, "save": "elsewhere", "tensor_model_parallel_size": 2}
     given = {"train_data": "t.jsonl"}
