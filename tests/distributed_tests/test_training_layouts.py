@@ -260,7 +260,9 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
         assert (line["causal_loss"] is None) == ("causal_context" not in name)
         if line["causal_loss"] is not None:
-            assert line["causal_loss"] == pytest.approx(expected["causal_loss"], rel=1e-4), name
+            # The student begins as the teacher: at first there is nothing but rounding.
+            causal_loss = pytest.approx(expected["causal_loss"], rel=1e-4, abs=1e-6)
+            assert line["causal_loss"] == causal_loss, name
         is_due = "scp" in name and line["step"] in (2, 3)
         assert (line["validation_loss"] is not None) == is_due, name
         if is_due:
