@@ -29,9 +29,9 @@ class Row:
     Attributes:
         token_ids: [S] int64.
         position_ids: [S] int64.
-        attention: Layout of 4 to 6 rows and S columns, which may include the row's padding already,
-            or with those of a share of a row (`context_parallel.Share`); or a `CachedAttention`,
-            which ignores the padding tokens after its own.
+        attention: Layout of 4 to 6 rows and S columns, or with those of a share of a row
+            (`context_parallel.Share`); or a `CachedAttention`, which ignores the padding tokens
+            after its own.
     """
 
     token_ids: Tensor

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_dlm import platform
+from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import ParallelGroups
@@ -224,10 +226,10 @@ class DecodingBatch:
         forward_hidden(
             self._model,
             [
-                Row(
-                    token_ids=torch.tensor([self._pad_token_id]),
-                    position_ids=torch.zeros(1, dtype=torch.int64),
-                    attention=self._context.attention(nothing, nothing, nothing),
+                _row(
+                    torch.tensor([self._pad_token_id]),
+                    torch.zeros(1, dtype=torch.int64),
+                    self._context.attention(nothing, nothing, nothing),
                 )
             ],
         )
@@ -236,7 +238,7 @@ class DecodingBatch:
         """One forward and one draw for all slots in use; what `SlotTable.commit` reports."""
         self._work.add(plan, self._generation.context_block_size)
         attention = self._context.attention(plan.starts, plan.ends, plan.noisy_starts)
-        row = Row(self._slots.tokens(plan), plan.position_ids, attention)
+        row = _row(self._slots.tokens(plan), plan.position_ids, attention)
         hidden = forward_hidden(self._model, [row])
         last = None if hidden is None else hidden[0]
         if len(plan.draw_rows):
@@ -248,3 +250,9 @@ class DecodingBatch:
             self._verifier.keep(last, plan)
         verified = self._verifier.verify(last, plan, self._slots.blocks(plan))
         return self._slots.commit(plan, drawn, verified)
+
+
+def _row(token_ids: Tensor, position_ids: Tensor, attention: Tensor | CachedAttention) -> Row:
+    """A row with as many padding tokens as its layout has."""
+    missing = attention.shape[1] - len(token_ids) if isinstance(attention, Tensor) else 0
+    return Row(pad(token_ids, (0, missing)), pad(position_ids, (0, missing)), attention)
