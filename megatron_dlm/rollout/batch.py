@@ -226,7 +226,7 @@ class DecodingBatch:
         forward_hidden(
             self._model,
             [
-                _row(
+                row_of_layout(
                     torch.tensor([self._pad_token_id]),
                     torch.zeros(1, dtype=torch.int64),
                     self._context.attention(nothing, nothing, nothing),
@@ -238,7 +238,7 @@ class DecodingBatch:
         """One forward and one draw for all slots in use; what `SlotTable.commit` reports."""
         self._work.add(plan, self._generation.context_block_size)
         attention = self._context.attention(plan.starts, plan.ends, plan.noisy_starts)
-        row = _row(self._slots.tokens(plan), plan.position_ids, attention)
+        row = row_of_layout(self._slots.tokens(plan), plan.position_ids, attention)
         hidden = forward_hidden(self._model, [row])
         last = None if hidden is None else hidden[0]
         if len(plan.draw_rows):
@@ -252,7 +252,9 @@ class DecodingBatch:
         return self._slots.commit(plan, drawn, verified)
 
 
-def _row(token_ids: Tensor, position_ids: Tensor, attention: Tensor | CachedAttention) -> Row:
+def row_of_layout(
+    token_ids: Tensor, position_ids: Tensor, attention: Tensor | CachedAttention
+) -> Row:
     """A row with as many padding tokens as its layout has."""
     missing = attention.shape[1] - len(token_ids) if isinstance(attention, Tensor) else 0
     return Row(pad(token_ids, (0, missing)), pad(position_ids, (0, missing)), attention)

@@ -102,8 +102,8 @@ def test_work_of_a_rollout_is_what_its_forwards_hold(
     seen: list[list[int]] = []
     create = CacheView.__init__
 
-    def created(self: CacheView, *args: Any) -> None:
-        create(self, *args)
+    def created(self: CacheView, *args: Any, **context: Any) -> None:
+        create(self, *args, **context)
         _, _, starts, ends, block_size = args
         spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
         pairs = [

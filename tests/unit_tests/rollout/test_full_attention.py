@@ -15,6 +15,7 @@ from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import batch as batch_module
+from megatron_dlm.rollout.batch import row_of_layout
 from megatron_dlm.rollout.context import CanvasContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -194,7 +195,8 @@ def test_forwards_share_a_layout_while_no_sequence_ends(lengths: list[int]) -> N
     tokens = torch.zeros(max(sum(lengths), 1), dtype=torch.int64)
 
     def layout() -> torch.Tensor:
-        attention = pad_row(Row(tokens, tokens, context.attention(starts, ends, ends)), 4).attention
+        row = row_of_layout(tokens, tokens, context.attention(starts, ends, ends))
+        attention = pad_row(row, 4).attention
         assert isinstance(attention, torch.Tensor)
         return attention
 
