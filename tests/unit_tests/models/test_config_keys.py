@@ -196,7 +196,7 @@ def test_the_base_of_the_rotary_embedding_is_that_of_transformers(rope: dict[str
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding_window = 4096"),
         ({"model_type": "mistral", "sliding_window": 63}, "sliding_window = 63"),
-        ({"model_type": "gpt2"}, "use one of llama, a2d-llama, mistral, "),
+        ({"model_type": "gpt2"}, "use one of llama, a2d-llama, two-mode-llama, mistral, "),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters = 'linear'"),
         ({"rope_parameters": {"full_attention": DEFAULT}}, "differ from layer to layer"),
         ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_parameters: rope_theta = '1e6'"),
