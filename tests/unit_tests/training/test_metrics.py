@@ -275,10 +275,11 @@ def test_weights_and_biases_itself_has_one_run_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real package, offline: two starts of a run have one id, and one table of answers each."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     _evaluate(tmp_path, wandb_project="study", tensorboard=False)
+    wandb.teardown()  # its process writes the end of a file after `finish`; wait for it
     files = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/evaluation/*.table.json"))
     tables = [json.loads(file.read_text()) for file in files]
     assert sorted(table["data"][0][0] for table in tables) == [2, 3]

@@ -120,15 +120,15 @@ def test_phases_hold_what_they_use_and_results_are_the_same(
         def hook(owner: Any, name: str, phase: str) -> None:
             original = getattr(owner, name)
 
-            def watched(*args: Any) -> Any:
-                result = original(*args)
+            def watched(*args: Any, **options: Any) -> Any:
+                result = original(*args, **options)
                 watch(phase, run)
                 return result
 
             monkeypatch.setattr(owner, name, watched)
 
         if run.source.engine is not None:
-            hook(run.source.engine, "generate", "rollout")
+            hook(run.source.engine, "generate_together", "rollout")
         hook(run.teacher, "annotate", "teacher")
         hook(loop, "train_step", "update")
         loop.train(run)
