@@ -26,7 +26,12 @@ from tests.unit_tests.conversion.diffusion_models import padded
 from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
-from tests.unit_tests.rollout.autoregressive_reference import FEW, chi_square, enumerated
+from tests.unit_tests.rollout.autoregressive_reference import (
+    FEW,
+    FEW_SIZES,
+    chi_square,
+    enumerated,
+)
 
 BLOCK_SIZE, MAX_NEW_TOKENS, EOS = 4, 14, 1
 PROMPTS = [random_tokens(length, seed=length) for length in (3, 8, 1, 5)]
@@ -172,16 +177,7 @@ def test_formats_whose_readers_show_finished_blocks_whole_are_refused(
 
 def test_samples_of_the_modelling_code_are_the_autoregressive_ones() -> None:
     torch.manual_seed(3)
-    sizes = dict(
-        vocab_size=6,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        rope_theta=10000.0,
-    )
+    sizes = dict(FEW_SIZES, rope_theta=10000.0)
     reference = Qwen3ForCausalLM(Qwen3Config(**sizes, initializer_range=0.4)).eval()
     ids = dict(mask_token_id=FEW.mask_token_id, eos_token_id=4, pad_token_id=0)
     model = TwoModeQwen3LMHeadModel(TwoModeQwen3Config(**sizes, **ids)).eval()
@@ -204,17 +200,7 @@ def test_samples_of_the_modelling_code_are_the_autoregressive_ones() -> None:
 
 
 def test_a_block_causal_folder_has_nothing_to_verify_with() -> None:
-    config = TwoModeQwen3Config(
-        vocab_size=6,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        mask_token_id=5,
-        context_attention="block_causal",
-    )
+    config = TwoModeQwen3Config(**FEW_SIZES, mask_token_id=5, context_attention="block_causal")
     model = TwoModeQwen3LMHeadModel(config)
     with pytest.raises(ValueError, match=r"`remasking_strategy` .*verifies drafts"):
         model.generate(torch.tensor([[1, 2]]), remasking_strategy="speculative", pad_token_id=0)

@@ -14,6 +14,16 @@ from megatron_dlm.types.special_tokens import SpecialTokens
 
 FEW = SpecialTokens(4, 0, 5, vocab_size=6)
 """Of a vocabulary of four tokens, EOS and MASK."""
+FEW_SIZES: dict[str, int] = dict(
+    vocab_size=6,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+"""Of a model of these tokens, as transformers names them."""
 
 
 def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -22,6 +22,7 @@ from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.unit_tests.rollout.autoregressive_reference import (
     FEW,
+    FEW_SIZES,
     chi_square,
     enumerated,
     filtered,
@@ -64,17 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 def _save_model_of_few_tokens(folder: Path) -> torch.nn.Module:
     torch.manual_seed(3)
-    config = Qwen3Config(
-        vocab_size=6,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
+    config = Qwen3Config(**FEW_SIZES, max_position_embeddings=64, initializer_range=0.4)
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     return model.eval()
