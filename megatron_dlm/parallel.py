@@ -169,13 +169,14 @@ def joined(config: Config) -> Iterator[None]:
 def _stores(config: Config) -> tuple[Store, Store]:
     """Where the processes of this attempt find each other, and those of the next one.
 
-    torchrun keeps one store through all restarts: without a name of its own, an attempt would find
-    the addresses of the dead ranks of the one before.
+    An agent of torchrun may keep one store through all restarts: without a name of its own, an
+    attempt would find the addresses of the dead ranks of the one before. Where rank 0 keeps it,
+    each attempt has a new one, and agents of several nodes may count their restarts differently.
     """
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
     store.set_timeout(timeout)
-    number = attempt()
+    number = attempt() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
     return PrefixStore(f"attempt_{number}", store), PrefixStore(f"attempt_{number + 1}", store)
 
 

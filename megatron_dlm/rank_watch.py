@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from torch.distributed import Store  # type: ignore[attr-defined] # documented, not listed
+from torch.distributed import DistNetworkError, Store  # type: ignore[attr-defined] # not listed
 
 from megatron_dlm.activity import ACTIVITY, SAVE, START
 from megatron_dlm.entry import USER_ERROR_STATUS
@@ -161,13 +161,16 @@ class RankWatch:
         Raises:
             UserError: Some did not start in time, or cannot be reached.
         """
-        self._store.set(_STARTED, "1")
-        self._store.set(f"{_STARTED}/{self._rank}", "1")
         deadline = time.monotonic() + self._limit_seconds
-        if self._rank == 0:
-            self._accept_all(deadline)
-        else:
-            self._connect(deadline)
+        try:
+            self._store.set(_STARTED, "1")
+            self._store.set(f"{_STARTED}/{self._rank}", "1")
+            if self._rank == 0:
+                self._accept_all(deadline)
+            else:
+                self._connect(deadline)
+        except DistNetworkError:
+            self._end("the process that keeps the store of the ranks died", DEATH_STATUS)
         ACTIVITY.step()
         self._thread.start()
         return self

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatron_dlm import rank_watch
 from megatron_dlm.activity import ACTIVITY
@@ -72,7 +72,9 @@ def _run_rank(
     sys.stderr = os.fdopen(2, "w", closefd=False)
     rank_watch.BEAT_SECONDS = 0.1
     rank_watch.GRACE_SECONDS = 0.5
-    store = FileStore(str(folder / "store"), WORLD_SIZE)
+    store: Store = FileStore(str(folder / "store"), WORLD_SIZE)
+    if (folder / "port").exists():
+        store = TCPStore("127.0.0.1", int((folder / "port").read_text()), is_master=False)
     watch = RankWatch(
         PrefixStore("attempt_0", store),
         PrefixStore("attempt_1", store),
@@ -209,6 +211,17 @@ def test_who_waits_for_a_rank_of_an_attempt_that_is_over_ends(ranks: Ranks) -> N
     ranks.start({}, ranks=range(2))  # the third died before it came this far
     store.set("started", "1")
     assert ranks.statuses() == [1, 1]
+
+
+def test_who_waits_where_the_store_dies_ends(ranks: Ranks) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (ranks.folder / "port").write_text(str(store.port))
+    ranks.start({}, ranks=range(2))  # the third would be the one that keeps it
+    store.wait([f"attempt_0/started/{rank}" for rank in range(2)])
+    del store
+    assert ranks.statuses() == [1, 1]
+    line = "error: the process that keeps the store of the ranks died"
+    assert [ranks.said(rank)[-1] for rank in range(2)] == [line, line]
 
 
 def test_a_rank_that_does_not_start_is_named(ranks: Ranks) -> None:
