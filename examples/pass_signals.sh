@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch.sh and slurm.sh.
 
 # Run a command in the background, pass the signals that ask a run to stop on to it, and end as it

@@ -68,14 +68,7 @@ class Job(RunningProcess):
 
     def ranks(self) -> dict[int, int]:
         """Processes of the ranks that live, by rank."""
-        found = {}
-        for child in _children(self.process.pid):
-            with contextlib.suppress(OSError):
-                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-                of_rank = [v for v in variables if v.startswith(b"RANK=")]
-                if of_rank:
-                    found[int(of_rank[0][5:])] = child
-        return found
+        return ranks_of(self.process.pid)
 
     def hit(self, target: str, number: signal.Signals = signal.SIGKILL) -> bool:
         """Send a signal to the launcher or to a rank ("launcher", "0", "1"); whether it was there.
@@ -91,6 +84,22 @@ class Job(RunningProcess):
         if number == signal.SIGKILL and target == "launcher":
             wait_gone(list(ranks.values()))
         return True
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Processes of the ranks that live below a launcher, by rank."""
+    found = {}
+    below = _children(launcher)
+    while below:
+        child = below.pop()
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            of_rank = [v for v in variables if v.startswith(b"RANK=")]
+            if of_rank:
+                found[int(of_rank[0][5:])] = child
+            else:
+                below += _children(child)
+    return found
 
 
 def wait_gone(processes: list[int]) -> float:

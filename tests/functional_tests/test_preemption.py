@@ -280,10 +280,11 @@ def _slurm(tmp_path: Path, status: int) -> tuple[int, Counter[str], str]:
         (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (bin_folder / name).chmod(0o755)
     job = RunningProcess(
-        ["bash", REPOSITORY / "examples" / "qwen3_8b" / "train.slurm", "--seed", "7"],
+        ["bash", REPOSITORY / "examples" / "train.slurm", "run.yaml", "--seed", "7"],
         tmp_path / "log",
         PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         SLURM_JOB_ID="17",
+        SLURM_JOB_NAME="run",
         SLURM_JOB_NUM_NODES="1",
         SLURM_JOB_NODELIST="node1",
     )
@@ -296,5 +297,6 @@ def _slurm(tmp_path: Path, status: int) -> tuple[int, Counter[str], str]:
 def test_a_slurm_job_is_queued_again_only_if_it_was_preempted(tmp_path: Path, status: int) -> None:
     ended, calls, output = _slurm(tmp_path, status)
     assert ended == status, output
-    assert calls["srun --kill-on-bad-exit=1 bash examples/qwen3_8b/train.sh --seed 7"] == 1
+    launched = "srun --kill-on-bad-exit=1 --cpu-bind=none bash examples/launch.sh run.yaml --seed 7"
+    assert calls[launched] == 1
     assert calls["scontrol requeue 17"] == (status == PREEMPTED_STATUS)
