@@ -7,7 +7,7 @@
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make soak        kill, signal, restart and damage small runs many times (an hour and more)
 # make docs        build the documentation site in docs/_build, warnings are errors
-# make lint        only ruff and mypy
+# make lint        only ruff, mypy and shellcheck
 # make format      let ruff rewrite what it can
 # make golden      rewrite the golden losses, after a change of method, data or tiny models
 
@@ -23,6 +23,9 @@ export OMP_NUM_THREADS ?= 1
 
 # In the order of tests/conftest.py, which begins with the files that take longest.
 THREE_FILES_AT_A_TIME := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+SHELL_SCRIPTS := .ci/run .ci/check-subjects $(wildcard benchmarks/*.sh examples/*.sh \
+	examples/*.slurm examples/*/*.sh docker/*.sh)
 
 # Options of the study, STUDY='--jobs 4' for one.
 STUDY ?=
@@ -68,6 +71,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 
 test-fast: setup
 	$(BIN)/pytest tests/unit_tests -m 'not slow' $(THREE_FILES_AT_A_TIME) --durations 5
