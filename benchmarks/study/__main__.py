@@ -73,7 +73,8 @@ def main() -> int:
         for cell in all_cells(sizes)
         if options.only is None or cell.recipe.name in options.only
     ]
-    trained = {cell.recipe.name: cell.recipe for cell in cells if cell.recipe.example is not None}
+    needed = [recipe for cell in cells for recipe in cell.recipe.with_models()]
+    trained = {recipe.name: recipe for recipe in needed if recipe.example is not None}
     write_problems(folders.data, sizes.heldout, trained.values())
     restore_results(published_results(output), cells, folders.results)
     run_cells(cells, folders, options.jobs)

@@ -51,25 +51,30 @@ class Cell:
         method, the generated problems or the models change. Those of rollouts mixed with the
         teacher's responses count only for recipes that mix them.
         """
-        documents = self.recipe.documents
-        data = (
-            {"num_documents": documents} if documents else {"num_prompts": self.recipe.num_prompts}
-        )
         specification = {
-            "training": self.recipe.training_options(self.seed),
-            **data,
+            **trained_by(self.recipe, self.seed),
             "num_heldout": self.num_heldout,
             "max_response_length": max_response_length(),
             "evaluations": [asdict(evaluation) for evaluation in self.recipe.evaluations],
-            "teacher": _teacher_digest(),
-            "problem_seeds": {"prompts": PROMPTS_SEED, "heldout": HELDOUT_SEED},
-            "golden_losses": _golden_digest(
-                self.recipe.objective, self.recipe.mixes_teacher_responses
-            ),
         }
         parsed = json.loads(json.dumps(specification))  # as read from the result
         assert isinstance(parsed, dict)
         return parsed
+
+
+def trained_by(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """The part of a specification that the trained model depends on."""
+    documents = recipe.documents
+    data = {"num_documents": documents} if documents else {"num_prompts": recipe.num_prompts}
+    models = {option: trained_by(model, seed) for option, model in recipe.models.items()}
+    return {
+        "training": recipe.training_options(seed),
+        **data,
+        **({"models": models} if models else {}),
+        "teacher": _teacher_digest(),
+        "problem_seeds": {"prompts": PROMPTS_SEED, "heldout": HELDOUT_SEED},
+        "golden_losses": _golden_digest(recipe.objective, recipe.mixes_teacher_responses),
+    }
 
 
 def all_cells(sizes: Sizes) -> list[Cell]:
@@ -172,6 +177,7 @@ def training_summary(metrics_file: Path) -> dict[str, Any]:
         "response_tokens": lines[-1]["response_tokens_total"],
         "trained_tokens": lines[-1]["trained_tokens_total"],
         "flops": lines[-1]["flops_total"],
+        "seconds": round(sum(sum(line["time"].values()) for line in lines), 1),
         "curves": curves,
     }
 

@@ -46,7 +46,8 @@ def training_data(folder: Path, recipe: Recipe) -> dict[str, Path]:
             "data_path": folder / f"corpus_{recipe.documents}",
             "valid_data_path": folder / "corpus_unseen",
         }
-    return {"prompts": folder / f"prompts_{recipe.num_prompts}.jsonl"}
+    option = "train_data" if recipe.objective == "next_token" else "prompts"
+    return {option: folder / f"prompts_{recipe.num_prompts}.jsonl"}
 
 
 def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) -> None:

@@ -2,13 +2,13 @@
 
 A recipe is a shipped example with a few options changed, so retuning the example retunes the study.
 All recipes see the same prompts equally often and take the same number of updates, unless their
-titles say otherwise.
+titles say otherwise. A recipe can start from models that others have trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -18,6 +18,7 @@ from benchmarks.environment import REPOSITORY
 TEACHER = "examples/tiny/qwen3"
 ROLLOUT_RECIPE = "examples/tiny/opdlm.yaml"
 SCP_RECIPE = "benchmarks/study/scp.yaml"
+NEXT_TOKEN = "examples/tiny/next_token.yaml"
 RND1_RATIO = 1e-8 / 3e-4
 """RND1's learning rate of all other parameters over that of attention."""
 TRAINED_BLOCK_SIZE = 4
@@ -36,6 +37,11 @@ class Sizes:
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
+        single_seeds: Runs of other block sizes, of self-distillation and of other teachers.
+        cold_start_seeds: Runs of each try against the cold start.
+        cold_start_rollouts: Rollouts of those tries, which then stop.
+        self_rollouts: Rollouts of self-distillation.
+        teacher_updates: Updates of an autoregressive model of another size.
         documents: Documents of the corpus that SCP is pretrained on.
         heldout: Held-out problems that each setting is evaluated on.
         pretraining_heldout: The same of each kind after SCP; fewer, as it decodes without a cache.
@@ -45,6 +51,11 @@ class Sizes:
     best_seeds: int = 3
     rollouts: int = 80
     best_rollouts: int = 160
+    single_seeds: int = 1
+    cold_start_seeds: int = 2
+    cold_start_rollouts: int = 25
+    self_rollouts: int = 20
+    teacher_updates: int = 1_000
     documents: int = 20_000
     heldout: int = 250
     pretraining_heldout: int = 64
@@ -75,11 +86,14 @@ class Recipe:
         name: Key, and name of its files.
         title: Its name in the report.
         example: YAML file that training starts from; None trains nothing.
-        options: Changes of its options.
         evaluations: Evaluations after training.
         seeds: Number of runs.
         rollouts: Length of training, as `Sizes.rollouts`.
         documents: Documents of its corpus, 0 where it trains on prompts.
+        options: Changes of the example's options.
+        models: Recipes whose trained models it starts from, by option (`load`, `teacher_load`).
+        train_iters: Updates where no rollouts say so.
+        kept: Whether its trained model stays, as other recipes start from it.
     """
 
     name: str
@@ -90,6 +104,9 @@ class Recipe:
     rollouts: int = 0
     documents: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, Recipe] = field(default_factory=dict)
+    train_iters: int = 0
+    kept: bool = False
 
     @property
     def objective(self) -> str:
@@ -102,27 +119,45 @@ class Recipe:
         options = {**self._example_options(), **self.options}
         return float(options.get("teacher_response_fraction", 0)) > 0
 
+    def with_models(self) -> Iterator[Recipe]:
+        """All recipes that it needs, itself last."""
+        for recipe in self.models.values():
+            yield from recipe.with_models()
+        yield self
+
     def _example_options(self) -> dict[str, Any]:
         return {} if self.example is None else read_yaml(self.example)
 
+    def _rollout_options(self) -> dict[str, Any]:
+        """Of its own rollouts; of those that it is compared with where it has none."""
+        own = self._example_options()
+        return own if "rollout_batch_size" in own else read_yaml(ROLLOUT_RECIPE)
+
     @property
     def num_prompts(self) -> int:
-        """Prompts in its file: each rollout takes new ones."""
-        return self.rollouts * int(read_yaml(ROLLOUT_RECIPE)["rollout_batch_size"])
+        """Prompts in its file: each rollout, or each update without any, takes new ones."""
+        if self.train_iters:
+            return self.train_iters * int(self._example_options()["global_batch_size"])
+        return self.rollouts * int(self._rollout_options()["rollout_batch_size"])
 
     @property
     def updates(self) -> int:
         """Optimizer steps."""
-        rollout_recipe = read_yaml(ROLLOUT_RECIPE)
-        visits = self.num_prompts * int(rollout_recipe.get("epochs_per_rollout", 1))
-        return visits // int(rollout_recipe["global_batch_size"])
+        options = self._rollout_options()
+        visits = self.num_prompts * int(options.get("epochs_per_rollout", 1))
+        return self.train_iters or visits // int(options["global_batch_size"])
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block in training."""
+        return int(self.options.get("block_size", TRAINED_BLOCK_SIZE))
 
     def training_options(self, seed: int) -> dict[str, Any] | None:
         """All options of training but paths."""
         if self.example is None:
             return None
         options = read_yaml(self.example)
-        for path in ("save", "prompts", "teacher_responses"):
+        for path in ("save", "prompts", "teacher_responses", "train_data", *self.models):
             options.pop(path, None)
         duration = (
             {"num_rollouts": self.rollouts}
@@ -195,8 +230,63 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             options,
         )
 
+    # Begins with one block, which a prompt alone decides, and is as long as it can be after 5/16.
+    growth = {
+        **on_policy,
+        "response_length_schedule": "linear",
+        "response_length_warmup_rollouts": max(1, sizes.rollouts * 5 // 16),
+        "micro_batch_size": 16,
+    }
+
+    def growing(name: str, title: str, **changes: Any) -> Recipe:
+        """On-policy distillation whose responses grow, with some options changed."""
+        size = int(changes.get("block_size", TRAINED_BLOCK_SIZE))
+        options = {**growth, "min_response_length": size, **changes}
+        return Recipe(
+            name,
+            title,
+            ROLLOUT_RECIPE,
+            (_BLOCKS[size],),
+            sizes.single_seeds,
+            sizes.rollouts,
+            options=options,
+        )
+
+    def beginning(recipe: Recipe, rollouts: int, **changes: Any) -> Recipe:
+        """The first rollouts of a longer run, with its learning rates, or as `changes` say."""
+        options = {**recipe.options, "lr_decay_iters": recipe.updates, **changes}
+        return replace(recipe, rollouts=max(1, min(rollouts, recipe.rollouts)), options=options)
+
+    def cold_start(name: str, title: str, **options: Any) -> Recipe:
+        """The beginning of `opdlm` with an option changed."""
+        whole = replace(opdlm, name=name, title=title, evaluations=blocks[:1])
+        short = beginning(whole, sizes.cold_start_rollouts, micro_batch_size=16, **options)
+        return replace(short, seeds=sizes.cold_start_seeds)
+
+    def autoregressive(name: str) -> Recipe:
+        """A next-token model of another size, of the configuration with its name."""
+        return Recipe(
+            name,
+            f"AR model {name}, not converted",
+            NEXT_TOKEN,
+            _AUTOREGRESSIVE[:1],
+            sizes.single_seeds,
+            train_iters=sizes.teacher_updates,
+            options={"model_config": f"benchmarks/study/{name}.json"},
+            kept=True,
+        )
+
     attention = float(read_yaml(SCP_RECIPE)["lr"])
     rnd1_groups = [{"pattern": "default", "lr": attention * RND1_RATIO}, {"pattern": "attention"}]
+    opdlm = conversion("opdlm", "OPDLM, states per block", "opdlm", **on_policy)
+    grown = growing("opdlm_grown", "OPDLM, responses grow from one block")
+    stopped = replace(
+        beginning(grown, sizes.rollouts * 3 // 8),
+        name="stopped",
+        title="the same, stopped after 3/8",
+        kept=True,
+    )
+    small, middle = autoregressive("qwen3_64"), autoregressive("qwen3_96")
     return [
         Recipe(
             "teacher",
@@ -209,7 +299,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         conversion("sft", "SFT on the teacher's responses", "off_policy", objective="sft"),
         conversion("off_policy", "off-policy distillation", "off_policy"),
         conversion("opdlm_off", "OPDLM, random states", "opdlm_off"),
-        conversion("opdlm", "OPDLM, states per block", "opdlm", **on_policy),
+        opdlm,
         conversion(
             "opdlm_global",
             "OPDLM, global states",
@@ -224,6 +314,39 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             blocks,
             sizes.best_seeds,
             sizes.best_rollouts,
+        ),
+        replace(grown, seeds=sizes.seeds),
+        cold_start("half_rate", "OPDLM, half the learning rate", lr=5e-4, min_lr=5e-5),
+        cold_start(
+            "long_warm_up",
+            "OPDLM, five times the warm-up",
+            lr_warmup_iters=max(1, opdlm.updates // 5),
+        ),
+        cold_start("cool", "OPDLM, temperature 0.5", temperature=0.5),
+        growing("blocks_8", "OPDLM, growing, blocks of 8", block_size=8),
+        growing("blocks_16", "OPDLM, growing, blocks of 16", block_size=16),
+        stopped,
+        Recipe(
+            "d_opsd",
+            "d-OPSD from there",
+            "examples/tiny/d_opsd.yaml",
+            blocks[:1],
+            sizes.single_seeds,
+            sizes.self_rollouts,
+            models={"load": stopped},
+        ),
+        small,
+        middle,
+        *(
+            replace(
+                growing(f"{small.name}_from_{teacher}", f"OPDLM, {small.name}, teacher {teacher}"),
+                models={"load": small, **models},
+            )
+            for teacher, models in (
+                (small.name, {"teacher_load": small}),
+                (middle.name, {"teacher_load": middle}),
+                ("qwen3", {}),
+            )
         ),
         pretraining("scp_one_lr", "SCP, one learning rate"),
         pretraining(

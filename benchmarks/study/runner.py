@@ -8,27 +8,38 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
 
 from benchmarks.environment import REPOSITORY, commit, machine
-from benchmarks.study.cells import Cell, finished_result, training_summary, write_result
+from benchmarks.study.cells import (
+    Cell,
+    finished_result,
+    trained_by,
+    training_summary,
+    write_result,
+)
 from benchmarks.study.problems import heldout_path, training_data
 from benchmarks.study.recipes import (
     TEACHER,
     Evaluation,
+    Recipe,
     max_response_length,
 )
 from megatron_dlm.output_file import write_file
 
 EVALUATION_UPDATES = 60
 """Updates that take about as long as one evaluation: the longest cells run first."""
+_LOCKS = defaultdict[Path, Lock](Lock)
+"""Of the run folders: several cells may start from one model at once."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,13 @@ class Folders:
         """One JSON file per finished cell."""
         return self.work / "cells"
 
-    def run(self, cell: Cell) -> Path:
-        """The run folder of a cell; its log is beside it."""
-        return self.work / "runs" / cell.name
+    def run(self, recipe: Recipe, seed: int) -> Path:
+        """The run folder of a recipe under a seed."""
+        return self.work / "runs" / f"{recipe.name}-seed{seed}"
+
+    def log(self, cell: Cell) -> Path:
+        """The log of a cell, beside its run folder."""
+        return self.work / "runs" / f"{cell.name}.log"
 
 
 def run_cells(cells: Sequence[Cell], folders: Folders, jobs: int) -> list[Cell]:
@@ -97,10 +112,8 @@ class CellFailed(Exception):
 def _run_cell(cell: Cell, folders: Folders) -> str:
     """Train, evaluate and write the result; returns its summary in one line."""
     started = time.perf_counter()
-    run = folders.run(cell)
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
-    log = run.with_suffix(".log")
+    log = folders.log(cell)
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     specification = cell.specification()
     measured: dict[str, Any] = {
@@ -108,33 +121,49 @@ def _run_cell(cell: Cell, folders: Folders) -> str:
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    options = cell.recipe.training_options(cell.seed)
-    if options is not None:
-        paths = {**training_data(folders.data, cell.recipe), "save": run}
-        configuration = run / "recipe.yaml"
-        text = yaml.safe_dump({**options, **{name: str(path) for name, path in paths.items()}})
-        write_file(configuration, text)
-        _call(log, "pretrain_opdlm.py", "--config", configuration)
-        measured["training"] = {
-            **training_summary(run / "metrics.jsonl"),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-    load = TEACHER if options is None else run
+    recipe, load = cell.recipe, Path(TEACHER)
+    if recipe.example is not None:
+        load = _trained_model(recipe, cell.seed, folders, log)
+        measured["training"] = training_summary(load / "metrics.jsonl")
     measured["evaluations"] = {
         evaluation.name: _evaluate(log, load, evaluation, cell, folders)
-        for evaluation in cell.recipe.evaluations
+        for evaluation in recipe.evaluations
     }
     measured["seconds"] = round(time.perf_counter() - started, 1)
     write_result(folders.results, cell, specification, measured)
-    shutil.rmtree(run)
+    if recipe.example is not None and not recipe.kept:
+        shutil.rmtree(load)
     return _headline(measured)
+
+
+def _trained_model(recipe: Recipe, seed: int, folders: Folders, log: Path) -> Path:
+    """Train a recipe, after the models that it starts from; returns the run folder.
+
+    An interrupted run of the same specification goes on; of a finished one nothing is left to do.
+    """
+    run, specification = folders.run(recipe, seed), json.dumps(trained_by(recipe, seed), indent=1)
+    with _LOCKS[run]:
+        paths = training_data(folders.data, recipe) | {
+            option: _trained_model(model, seed, folders, log)
+            for option, model in recipe.models.items()
+        }
+        begun = run / "specification.json"
+        if not begun.is_file() or begun.read_text(encoding="utf-8") != specification:
+            shutil.rmtree(run, ignore_errors=True)
+            run.mkdir(parents=True)
+            write_file(begun, specification)
+        texts = {name: str(path) for name, path in {**paths, "save": run}.items()}
+        options = {**(recipe.training_options(seed) or {}), **texts}
+        write_file(run / "recipe.yaml", yaml.safe_dump(options))
+        _call(log, "pretrain_opdlm.py", "--config", run / "recipe.yaml")
+    return run
 
 
 def _evaluate(
     log: Path, load: str | Path, evaluation: Evaluation, cell: Cell, folders: Folders
 ) -> dict[str, Any]:
     """The rates of each setting."""
-    output = folders.run(cell) / f"{evaluation.name}.json"
+    output = folders.log(cell).with_suffix(f".{evaluation.name}.json")
     arguments: list[object] = ["--load", load, "--output", output]
     arguments += ["--data", heldout_path(folders.data, evaluation.data)]
     arguments += ["--max-examples", cell.num_heldout]

@@ -39,6 +39,7 @@ def metrics(steps: int) -> str:
             "flops_total": 160 * step,
             "response_length": 10.0,
             "tokens_per_forward": None,
+            "time": {"rollout": 0.25, "student": 0.5},
         }
         for step in range(1, steps + 1)
     ]
