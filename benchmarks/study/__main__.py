@@ -2,7 +2,7 @@
 
     make study
     python -m benchmarks.study --jobs 4                 # the same with four cells at a time
-    python -m benchmarks.study --only opdlm sft         # some recipes' cells, and no report yet
+    python -m benchmarks.study --only opdlm sft         # run these, and report what there is
     python -m benchmarks.study --report-only            # the report again, from results.json
 
 What is finished is not run again: after an interruption, repeat the command. The cells of the
@@ -43,7 +43,7 @@ def parse_options() -> argparse.Namespace:
         "other sizes, WORK/report)",
     )
     names = [recipe.name for recipe in recipes(Sizes())]
-    parser.add_argument("--only", nargs="+", choices=names, help="run these recipes, no report")
+    parser.add_argument("--only", nargs="+", choices=names, help="run these recipes alone")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     for size in fields(Sizes):
         flag = "--" + size.name.replace("_", "-")
@@ -68,21 +68,17 @@ def main() -> int:
     if options.report_only:
         write_report(output)
         return 0
-    cells = [
-        cell
-        for cell in all_cells(sizes)
-        if options.only is None or cell.recipe.name in options.only
-    ]
+    study = all_cells(sizes)
+    cells = [cell for cell in study if options.only is None or cell.recipe.name in options.only]
     needed = [recipe for cell in cells for recipe in cell.recipe.with_models()]
     trained = {recipe.name: recipe for recipe in needed if recipe.example is not None}
     write_problems(folders.data, sizes.heldout, trained.values())
-    restore_results(published_results(output), cells, folders.results)
+    restore_results(published_results(output), study, folders.results)
     run_cells(cells, folders, options.jobs)
     missing = [cell.name for cell in cells if finished_result(folders.results, cell) is None]
-    if options.only is None:
-        collect(cells, folders.results, output, sizes)
-        write_report(output)
-        print(f"report: {output / 'report.md'}")
+    collect(study, folders.results, output, sizes)
+    write_report(output)
+    print(f"report: {output / 'report.md'}")
     if missing:
         print(f"missing, repeat the command to run them: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0

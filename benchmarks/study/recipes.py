@@ -254,7 +254,9 @@ def recipes(sizes: Sizes) -> list[Recipe]:
 
     def beginning(recipe: Recipe, rollouts: int, **changes: Any) -> Recipe:
         """The first rollouts of a longer run, with its learning rates, or as `changes` say."""
-        options = {**recipe.options, "lr_decay_iters": recipe.updates, **changes}
+        whole = recipe.training_options(1) or {}
+        schedule = {"lr_decay_iters": recipe.updates, "lr_warmup_iters": whole["lr_warmup_iters"]}
+        options = {**recipe.options, **schedule, **changes}
         return replace(recipe, rollouts=max(1, min(rollouts, recipe.rollouts)), options=options)
 
     def cold_start(name: str, title: str, **options: Any) -> Recipe:

@@ -1,4 +1,4 @@
-"""results.json from the cells, and report.md with its plots from results.json.
+"""results.json from the cells, and report.md, details.md and plots from results.json.
 
 The report also says which cells the study would run again today.
 """
@@ -14,26 +14,22 @@ from typing import Any
 
 from benchmarks.environment import versions
 from benchmarks.study.cells import Cell, all_cells, finished_result, outdated_results
-from benchmarks.study.claims import CLOSE_POINTS, SOLVING, papers_claims, plateau_claims
+from benchmarks.study.details import render_details
+from benchmarks.study.findings import findings
 from benchmarks.study.plots import plot_accuracy_against_speed, plot_forgetting, plot_rollout_speed
-from benchmarks.study.recipes import BLOCK_SIZES, TRAINED_BLOCK_SIZE, Recipe, Sizes, recipes
+from benchmarks.study.recipes import Recipe, Sizes, recipes
 from benchmarks.study.statistics import Result
-from benchmarks.study.tables import (
-    claims_table,
-    cost_table,
-    forgetting_table,
-    missing_list,
-    seeds_table,
-    settings_table,
-)
+from benchmarks.study.tables import overview_table
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import write_file
 
-RESULTS, REPORT = "results.json", "report.md"
+RESULTS, REPORT, DETAILS = "results.json", "report.md", "details.md"
 
 
 def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> None:
-    """Write results.json: what is finished of a study, and what it was measured on.
+    """Write results.json: what is measured of a study, and on what.
+
+    A cell that is not finished keeps its published result, of an earlier version.
 
     Args:
         cells: The whole study.
@@ -42,12 +38,16 @@ def collect(cells: Sequence[Cell], folder: Path, output: Path, sizes: Sizes) -> 
         sizes: Of the study.
     """
     output.mkdir(parents=True, exist_ok=True)
-    finished = [finished_result(folder, cell) for cell in cells]
+    published = {(cell["recipe"], cell["seed"]): cell for cell in published_results(output)}
+    measured = [
+        finished_result(folder, cell) or published.get((cell.recipe.name, cell.seed))
+        for cell in cells
+    ]
     study = {
         "versions": versions(),
         "sizes": asdict(sizes),
         "expected": Counter(cell.recipe.name for cell in cells),
-        "cells": [result for result in finished if result is not None],
+        "cells": [result for result in measured if result is not None],
     }
     text = json.dumps(study, indent=1) + "\n"
     write_file(output / RESULTS, text)
@@ -62,7 +62,7 @@ def published_results(output: Path) -> list[dict[str, Any]]:
 
 
 def write_report(output: Path) -> None:
-    """Write report.md and its plots from results.json, and say which cells are of earlier versions.
+    """Write report.md, details.md and their plots from results.json.
 
     Raises:
         UserError: There is no results.json.
@@ -77,93 +77,37 @@ def write_report(output: Path) -> None:
     plot_rollout_speed(study["cells"], known, output / "rollout_speed.png")
     plot_forgetting(study["cells"], known, output / "forgetting.png")
     write_file(output / REPORT, render(study, known, outdated))
+    write_file(output / DETAILS, render_details(study, known, outdated))
 
 
 def render(study: dict[str, Any], known: Sequence[Recipe], outdated: Sequence[str]) -> str:
-    """The report.
-
-    Args:
-        study: results.json.
-        known: The recipes that it can be about.
-        outdated: Cells that ran before recipe or method changed.
-    """
+    """The page of findings; see `render_details` for the arguments."""
     results: list[Result] = study["cells"]
-    incomplete = missing_list(results, study["expected"])
+    measured = {result["recipe"] for result in results}
+    absent = [recipe.title for recipe in known if recipe.name not in measured]
     sections = [
         "# The objectives side by side on the tiny model",
-        "Written by `make study` from [results.json](results.json); all numbers, means and "
-        "verdicts are computed.",
-        f"**Incomplete.** Missing cells: {incomplete}." if incomplete else "",
-        "**Of an earlier version.** Recipe or golden losses have changed since these cells ran, at "
-        f"the commits named below; `make study` runs them again: {', '.join(outdated)}."
+        "Written by `make study` from [results.json](results.json): all numbers are computed. "
+        "Settings, spreads, costs, plots and the papers' claims one by one are in the "
+        "[details](details.md).",
+        "## Findings",
+        "\n".join(f"- {finding}" for finding in findings(results)),
+        "## All recipes",
+        overview_table(results, known, outdated),
+        "Accuracies of each seed on held-out problems, in percent, greedy, at the block size of "
+        "training; of AR models, decoded from left to right. Tokens a forward are those of dynamic "
+        "0.9. A run has left the plateau when its loss on rollouts stays below 1.5 nats per token; "
+        "its rollouts are noise before.",
+        "† Measured before the recipe or the golden losses of its objective changed, so that "
+        "`make study` runs some of its cells again."
         if outdated
         else "",
-        _setup(study),
-        "## The papers' claims",
-        "Both sides are means ± sample standard deviation over seeds; accuracy and its losses in "
-        "points, speed in tokens per forward. A claim of *more* is supported if the first side "
-        "exceeds the second by more than one standard deviation over seeds (pooled), not "
-        "supported if it falls short by more, and not distinguishable in between. *Close* means "
-        f"within {CLOSE_POINTS:g} points; not distinguishable is what differs by less than one "
-        "standard deviation that is itself larger. Answers show no forgetting, and are not "
-        f"distinguishable, if no run of either side solves {SOLVING:g} % of the problems of the "
-        "kind that its corpus has. The papers' models are a thousand times larger and their "
-        "problems are others, so only directions are compared. Not measured here: training with "
-        "larger blocks (OPDLM figures 3b, 4 and 6) and larger teachers (tables 7 and 8).",
-        claims_table(papers_claims(results)),
-        "## Within reach of the teacher",
-        claims_table(plateau_claims(results)),
-        f"## Trained and decoded with blocks of {TRAINED_BLOCK_SIZE}",
-        settings_table(results, known, TRAINED_BLOCK_SIZE),
+        f"Not measured yet: {', '.join(absent)}." if absent else "",
         "![Accuracy against tokens per forward](accuracy_vs_speed.png)",
-        "Seed by seed; a mean hides runs that never improved:",
-        seeds_table(results, known),
-        f"## Trained with blocks of {TRAINED_BLOCK_SIZE}, decoded with larger ones",
-        "Not a claim of a paper: decoding with a block size that the model was not trained with.",
-    ]
-    for size in BLOCK_SIZES:
-        if size != TRAINED_BLOCK_SIZE:
-            sections += [f"Blocks of {size}:", settings_table(results, known, size)]
-    forgetting = forgetting_table(results, known)
-    if forgetting is not None:
-        sections += [
-            "## Forgetting in continual pretraining",
-            _FORGETTING.format(
-                problems=study["sizes"]["pretraining_heldout"],
-                teachers=study["sizes"]["heldout"],
-                block_size=TRAINED_BLOCK_SIZE,
-            ),
-            forgetting,
-            "![Losses of continual pretraining](forgetting.png)",
-        ]
-    sections += [
-        "## Tokens per forward over training",
-        "![Tokens per forward of rollouts](rollout_speed.png)",
-        "Mean over seeds and their range. Prefill and commits need no forwards of their own. SFT "
-        "and off-policy distillation have no rollouts.",
-        "## Cost of training",
-        cost_table(results, known),
-        "Response tokens are generated or read ones, counted once however often they are trained "
-        "on. Seconds are of one process beside other cells and other work, so they do not compare "
-        "speeds; they include the generation of the teacher's responses.",
+        "## Measured how",
+        _setup(study),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-_FORGETTING = (
-    "The corpus holds problems that add and subtract (seen) and none that multiply (unseen); the "
-    "AR model that training starts from solves both. Losses are the objective's, nats per token: "
-    "seen on the last twentieth of a corpus that is read once, unseen on held-out documents that "
-    "multiply, at the end of training. The order of documents and their masks follow from the "
-    "seed: the unseen loss of a seed is measured on the same states at all updates and under both "
-    "recipes. While it falls it shows learning; its rise above its own minimum shows forgetting. "
-    "Accuracies are on held-out problems of each "
-    "kind, decoded by diffusion (full attention and shifted, as trained; static, one token a step, "
-    "in blocks of {block_size}, which training does not have), and with the same weights read out "
-    "autoregressively under a causal mask. Both recipes train attention "
-    "at the same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
-    " Both kinds have {problems} problems each, {teachers} for the AR teacher."
-)
 
 
 def _setup(study: dict[str, Any]) -> str:
@@ -178,13 +122,10 @@ def _setup(study: dict[str, Any]) -> str:
     hours = sum(result["seconds"] for result in results) / 3600
     return "\n".join(
         [
-            f"- {sizes['seeds']} seeds a recipe, or as many as n says.",
             "- Every recipe sees the same prompts equally often in equally many updates, with the "
-            "same batch size and learning rates; not the long run and continual pretraining (see "
-            "the last table).",
-            f"- {sizes['heldout']} held-out problems, greedy, the same for all: the binomial "
-            f"standard error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} "
-            "points. tok/fwd counts response tokens and forwards that draw tokens.",
+            "same batch size and learning rates, where its row does not say otherwise.",
+            f"- {sizes['heldout']} held-out problems, greedy, the same for all: the standard "
+            f"error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} points.",
             f"- {machines}, no GPU used; {software}; commit {commits}; {span}; "
             f"{hours:.1f} core hours.",
         ]

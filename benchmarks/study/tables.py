@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.study.claims import Claim, Quantity, accuracy, final_loss, format_sample, speed
+from benchmarks.study.findings import by_seed, plateau_left
 from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
 from benchmarks.study.statistics import Result, sample
 
@@ -16,6 +17,63 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text:
     """A table whose first columns, `text` of them, are text and whose other columns are numbers."""
     rule = ["---"] * text + ["---:"] * (len(headings) - text)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
+
+
+def overview_table(
+    results: Sequence[Result], recipes: Sequence[Recipe], outdated: Sequence[str]
+) -> str:
+    """A row for each recipe that was measured: every seed, at the block size of training.
+
+    Args:
+        results: Of all cells.
+        recipes: Rows, in their order.
+        outdated: Cells of an earlier version, as "recipe seed n": their rows have a dagger.
+    """
+    old = {name.split()[0] for name in outdated}
+    rows = []
+    for recipe in recipes:
+        names = [each.name for each in recipe.evaluations]
+        block = f"block_{recipe.block_size}"
+        reads_on = "autoregressive" in names
+        seeds = [result for result in results if result["recipe"] == recipe.name]
+        if not seeds or recipe.documents:
+            continue
+        static = accuracy(*(("autoregressive",) * 2 if reads_on else (block, "static")))
+        fast = "dynamic_0.9"
+        converted: tuple[tuple[Quantity, int], ...] = (
+            (accuracy(block, fast), 1),
+            (speed(block, fast), 2),
+            (plateau_left, 0),
+        )
+        read = [sample(results, recipe.name, quantity) for quantity, _ in converted]
+        dynamic, faster, left = (None, None, None) if reads_on else read
+        updates = seeds[0].get("training", {}).get("updates")
+        rows.append(
+            [
+                recipe.title + (" †" if recipe.name in old else ""),
+                NOT_MEASURED if reads_on else str(recipe.block_size),
+                NOT_MEASURED if updates is None else f"{updates:,}",
+                *(
+                    NOT_MEASURED if value is None else by_seed(value, digits)
+                    for value, digits in (
+                        (sample(results, recipe.name, static), 1),
+                        (dynamic, 1),
+                    )
+                ),
+                NOT_MEASURED if faster is None else f"{faster.mean:.2f}",
+                NOT_MEASURED if left is None else by_seed(left, 0),
+            ]
+        )
+    headings = (
+        "",
+        "block",
+        "updates",
+        "static, %",
+        "dynamic 0.9, %",
+        "tokens a forward",
+        "plateau left at update",
+    )
+    return markdown_table(headings, rows)
 
 
 def settings_table(results: Sequence[Result], recipes: Sequence[Recipe], block_size: int) -> str:

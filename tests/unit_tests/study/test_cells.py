@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,20 +48,24 @@ def metrics(steps: int) -> str:
 
 
 class Scripts:
-    """Stands in for the processes of a cell: notes which cells ran, and fails where told to."""
+    """Stands in for the processes of a cell: notes what ran, and fails where told to."""
 
     def __init__(self, failing: str = "") -> None:
         self.failing, self.trained, self.evaluated = failing, list[str](), list[str]()
+        self.loaded = dict[str, str]()
 
     def __call__(self, log: Path, script: str, *arguments: object) -> None:
         cell = log.stem
         if cell == self.failing:
             raise CellFailed(f"{script} ended with status 1, see {log}")
         if script == "pretrain_opdlm.py":
-            self.trained.append(cell)
             [configuration] = [Path(str(value)) for value in arguments[1:]]
-            run = Path(yaml.safe_load(configuration.read_text())["save"])
-            (run / "metrics.jsonl").write_text(metrics(6))
+            options = yaml.safe_load(configuration.read_text())
+            run = Path(options["save"])
+            self.trained.append(run.name)
+            self.loaded[run.name] = Path(options.get("load", "")).name
+            with (run / "metrics.jsonl").open("a") as file:  # a run that goes on keeps its lines
+                file.write(metrics(6))
         else:
             self.evaluated.append(cell)
             output = Path(str(arguments[arguments.index("--output") + 1]))
@@ -129,9 +134,11 @@ def test_the_published_study_is_run_again_only_where_its_report_says_so(tmp_path
         for cell in study
         if finished_result(tmp_path, cell) is None
     }
-    report = (published / "report.md").read_text()
+    report = (published / "details.md").read_text()
     said = re.search(r"^\*\*Of an earlier version\.\*\* .* again: (.*)\.$", report, re.MULTILINE)
-    assert again == (set(said[1].split(", ")) if said else set())
+    missing = re.search(r"^\*\*Incomplete\.\*\* Missing cells: (.*)\.$", report, re.MULTILINE)
+    named = [names[1].split(", ") for names in (said, missing) if names]
+    assert again == {name for names in named for name in names}
 
 
 def test_published_results_replace_those_of_other_sizes(tmp_path: Path) -> None:
@@ -165,6 +172,8 @@ def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert result["training"]["updates"] == 6
     assert result["evaluations"]["block_4"]["dynamic_0.9"] == RATES
 
+    assert not folders.run(CELLS["sft-seed2"].recipe, 2).exists()  # nothing starts from it
+
     again = Scripts()
     monkeypatch.setattr(runner, "_call", again)
     assert run_cells(chosen("sft-seed1", "sft-seed2", "teacher-seed1"), folders, jobs=1) == []
@@ -188,6 +197,34 @@ def test_a_failed_cell_costs_no_other(
     monkeypatch.setattr(runner, "_call", Scripts())
     assert run_cells(some, folders, jobs=1) == []
     assert finished_result(folders.results, CELLS["opdlm-seed1"]) is not None
+
+
+def test_a_cell_trains_what_it_starts_from_and_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, scripts = Folders(tmp_path), Scripts()
+    monkeypatch.setattr(runner, "_call", scripts)
+    assert run_cells(chosen("d_opsd-seed1"), folders, jobs=1) == []
+    assert scripts.trained == ["stopped-seed1", "d_opsd-seed1"]
+    assert scripts.loaded["d_opsd-seed1"] == "stopped-seed1"
+    source = folders.run(CELLS["stopped-seed1"].recipe, 1)
+    assert len((source / "metrics.jsonl").read_text().splitlines()) == 6
+
+    assert run_cells(chosen("stopped-seed1"), folders, jobs=1) == []  # the run that is there
+    assert len((source / "metrics.jsonl").read_text().splitlines()) == 12
+    (source / "specification.json").write_text("of another recipe")
+    result_path(folders.results, CELLS["stopped-seed1"]).unlink()
+    assert run_cells(chosen("stopped-seed1"), folders, jobs=1) == []
+    assert len((source / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_changed_source_makes_what_starts_from_it_run_again(tmp_path: Path) -> None:
+    cell = CELLS["d_opsd-seed1"]
+    write_result(tmp_path, cell, cell.specification(), {"seconds": 1.0})
+    assert finished_result(tmp_path, cell) is not None
+    source = replace(cell.recipe.models["load"], options={"lr": 1.0})
+    changed = replace(cell, recipe=replace(cell.recipe, models={"load": source}))
+    assert finished_result(tmp_path, changed) is None
 
 
 @pytest.mark.parametrize("script", ["pretrain_opdlm.py", "tools/evaluate.py"])

@@ -27,6 +27,7 @@ from megatron_dlm.evaluation.options import (
 )
 
 SIZES = Sizes()
+TINY = Sizes(rollouts=1, best_rollouts=2, self_rollouts=1, teacher_updates=2)
 TRAINED = [recipe for recipe in recipes(SIZES) if recipe.example is not None]
 COMPARED = {"sft", "off_policy", "opdlm_off", "opdlm", "opdlm_global"}
 MAY_DIFFER = {
@@ -46,7 +47,8 @@ def config_of(recipe: Recipe, folder: Path = Path("run")) -> Config:
     options = recipe.training_options(seed=1)
     assert options is not None
     data = {name: str(path) for name, path in training_data(folder, recipe).items()}
-    return Config.from_dict({**options, **data, "save": str(folder)})
+    models = dict.fromkeys(recipe.models, TEACHER)
+    return Config.from_dict({**options, **data, **models, "save": str(folder)})
 
 
 def test_the_papers_objectives_are_there() -> None:
@@ -55,7 +57,7 @@ def test_the_papers_objectives_are_there() -> None:
 
 
 @pytest.mark.parametrize("recipe", TRAINED, ids=lambda recipe: recipe.name)
-@pytest.mark.parametrize("sizes", [SIZES, Sizes(rollouts=1, best_rollouts=2)], ids=["full", "tiny"])
+@pytest.mark.parametrize("sizes", [SIZES, TINY], ids=["full", "tiny"])
 def test_recipe_is_a_valid_configuration(recipe: Recipe, sizes: Sizes, tmp_path: Path) -> None:
     [same] = [each for each in recipes(sizes) if each.name == recipe.name]
     config = config_of(same, tmp_path / "run")
@@ -63,10 +65,10 @@ def test_recipe_is_a_valid_configuration(recipe: Recipe, sizes: Sizes, tmp_path:
     assert config.train_iters == same.updates
 
 
-ON_PROMPTS = [recipe for recipe in TRAINED if not recipe.documents]
+CONVERSIONS = [r for r in TRAINED if r.objective in {"sft", "off_policy", "opdlm", "opdlm_off"}]
 
 
-@pytest.mark.parametrize("recipe", ON_PROMPTS, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", CONVERSIONS, ids=lambda recipe: recipe.name)
 def test_every_prompt_is_visited_equally_often(recipe: Recipe) -> None:
     config = config_of(recipe)
     visits = config.train_iters * config.training.global_batch_size
@@ -82,6 +84,35 @@ def test_compared_recipes_differ_in_their_objective_only() -> None:
         different = {key for key in reference if flat[key] != reference[key]}
         rollout_only = {"rollout_batch_size", "train_iters"} if not config.uses_rollouts else set()
         assert different <= MAY_DIFFER | rollout_only, name
+
+
+def test_tries_against_the_cold_start_change_one_thing_and_begin_as_the_whole_run() -> None:
+    configs = {r.name: config_of(r).to_dict() for r in TRAINED}
+    whole, stops = configs["opdlm"], {"num_rollouts", "lr_decay_iters", "prompts"}
+    changed = {
+        "half_rate": {"lr", "min_lr"},
+        "long_warm_up": {"lr_warmup_iters"},
+        "cool": {"temperature"},
+    }
+    for name, options in changed.items():
+        config = configs[name]
+        different = {key for key in whole if config[key] != whole[key]}
+        assert different == options | stops | {"micro_batch_size"}
+        assert config["lr_decay_iters"] == 1280
+    growth = {"min_response_length", "response_length_schedule", "response_length_warmup_rollouts"}
+    grown = configs["opdlm_grown"]
+    different = {key for key in whole if grown[key] != whole[key]}
+    assert different == growth | {"micro_batch_size"}
+
+
+def test_models_that_recipes_start_from_are_rows_and_kept() -> None:
+    rows = {recipe.name: recipe for recipe in TRAINED}
+    sources = {r.name: r for recipe in TRAINED for r in recipe.models.values()}
+    assert set(sources) == {"stopped", "qwen3_64", "qwen3_96"}
+    for name, source in sources.items():
+        assert source == rows[name]
+        assert source.kept
+    assert sum(recipe.kept for recipe in TRAINED) == len(sources)
 
 
 def test_a_seed_changes_nothing_else() -> None:

@@ -8,12 +8,14 @@ import pytest
 
 from benchmarks.study.cells import all_cells, write_result
 from benchmarks.study.claims import RISING, SOLVING, Claim, papers_claims, plateau_claims
+from benchmarks.study.findings import findings, plateau_left
 from benchmarks.study.recipes import BLOCK_SIZES, SETTINGS, Sizes
 from benchmarks.study.report import collect, write_report
 from megatron_dlm.errors import UserError
 
 SIZES = Sizes(seeds=3, rollouts=2, best_rollouts=3, heldout=4)
 ACCURACY = {"sft": 0.80, "off_policy": 0.70, "opdlm_off": 0.88, "opdlm": 0.90, "opdlm_global": 0.6}
+AUTOREGRESSIVE = {"teacher": 0.98, "qwen3_64": 0.5, "qwen3_96": 0.75}
 JITTER = (-0.005, 0.0, 0.005)
 READINGS = {
     "decoded by diffusion": ("seen", "static"),
@@ -35,9 +37,12 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
         }
         for size in BLOCK_SIZES
     }
-    if recipe == "teacher":
-        return {"evaluations": {"autoregressive": {"autoregressive": {"accuracy": 0.98}}}}
+    if recipe in AUTOREGRESSIVE:
+        right = {"accuracy": AUTOREGRESSIVE[recipe]}
+        return {"evaluations": {"autoregressive": {"autoregressive": right}}}
     curve = {"step": [1, 2, 3, 4], "tokens_per_forward": [1.0, 2.0, 2.5, 2.6]}
+    if recipe != "sft":
+        curve |= {"loss": [3.0, 1.4, 1.3, 1.0] if seed < 3 else [3.0, 1.0, 1.6, 1.7]}
     if recipe.startswith("scp"):
         unseen = 1.5 if recipe == "scp_rnd1_groups" else 2.5
         curve |= {"loss": [3.0, 2.0, 1.0, 1.0 + 10 * JITTER[seed - 1]]}
@@ -199,18 +204,25 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     for file in cells.iterdir():
         file.unlink()
     write_report(output)
-    report = (output / "report.md").read_text()
+    page, report = ((output / name).read_text() for name in ("report.md", "details.md"))
     assert "Incomplete" not in report
     assert "earlier version" not in report
-    assert "| OPDLM, states per block | 87.5 / 88.0 / 88.5 | 85.5" in report
+    assert "†" not in page
+    assert "Not measured" not in page
+    assert len(page.splitlines()) < 70  # one page
+    assert (
+        "| OPDLM, states per block | 4 | 32 | 87.5 / 88.0 / 88.5 | 85.5 / 86.0 / 86.5 | 1.40 "
+        "| 2 / 2 / never |" in page
+    )
+    assert "| AR model qwen3_64, not converted | - | - | 50.0 | - | - | - |" in page
     assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
-    assert "- Abacus, 7 cores, no GPU used; " in report
-    assert "abc1234" in report
+    assert "- Abacus, 7 cores, no GPU used; " in page
+    assert "abc1234" in page
     assert "| SCP, one learning rate | 1.00 ± 0.05 | 2.50 ± 0.05 |" in report
     assert "| response tokens | tokens trained on | training FLOPs | seconds |" in report
     assert "| 32 | 100 | 128 | 3.20e+09 | 9 |" in report
     assert "| - | - | 9 |" in report
-    for line in report.splitlines():
+    for line in (page + report).splitlines():
         if line.startswith("!["):
             assert (output / line.partition("(")[2].rstrip(")")).stat().st_size > 1000
     raw = json.loads((output / "results.json").read_text())
@@ -223,7 +235,7 @@ def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:
     cells.mkdir()
     write_study(cells, output, without="sft-seed2")
     write_report(output)
-    report = (output / "report.md").read_text()
+    report = (output / "details.md").read_text()
     assert "Missing cells: sft seed 2." in report
     assert "| SFT on the teacher's responses | 2 |" in report
 
@@ -238,7 +250,67 @@ def test_report_names_the_cells_of_an_earlier_version(tmp_path: Path) -> None:
             cell["specification"]["golden_losses"] = "another method"
     (output / "results.json").write_text(json.dumps(study))
     write_report(output)
-    assert "again: sft seed 2, opdlm seed 3." in (output / "report.md").read_text()
+    assert "again: sft seed 2, opdlm seed 3." in (output / "details.md").read_text()
+    page = (output / "report.md").read_text()
+    assert "| SFT on the teacher's responses † |" in page
+    assert "| off-policy distillation |" in page
+    collect(all_cells(SIZES), cells, output, SIZES)  # a finished cell replaces the earlier one
+    write_report(output)
+    assert "†" not in (output / "report.md").read_text()
+
+
+def test_an_earlier_result_stays_until_its_cell_is_finished(tmp_path: Path) -> None:
+    cells, output = tmp_path / "cells", tmp_path / "output"
+    cells.mkdir()
+    write_study(cells, output)
+    (cells / "sft-seed2.json").unlink()
+    collect(all_cells(SIZES), cells, output, SIZES)
+    kept = json.loads((output / "results.json").read_text())["cells"]
+    assert ("sft", 2) in {(cell["recipe"], cell["seed"]) for cell in kept}
+    assert len(kept) == len(all_cells(SIZES))
+
+
+def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
+    text = "\n".join(findings(results))
+    assert "SFT reaches 78.0 ± 0.5 % static and 72.0 ± 0.5 % at dynamic 0.9" in text
+    assert "0 of 9 solve less than 50 %" in text
+    assert "get out of it at update 2 / 2 / never" in text
+    assert "temperature 0.5 at 2 / 2, responses that grow from one block at 2 / 2 / never" in text
+    assert "Growing responses, without any of the teacher's, end at 92.5 / 93.0 / 93.5 %" in text
+    assert "trained with 8 90.5 / 88.5 %, decoded so after blocks of 4 91.0 / 89.0 %" in text
+    assert "from 92.5 to 92.5 % static" in text
+    assert "qwen3_64 reaches 92.5 % from qwen3_64 (50.0 %), 92.5 % from qwen3_96 (75.0 %)" in text
+    assert "the best run solves 90.5 %" in text
+    for result in results:
+        if result["recipe"] == "opdlm_off":
+            result["evaluations"]["block_4"]["static"]["accuracy"] = 0.02
+    assert "3 of 9 solve less than 50 %" in "\n".join(findings(results))
+
+
+def test_a_finding_without_its_measurements_is_left_out(results: list[dict[str, Any]]) -> None:
+    whole = findings(results)
+    for recipe in ("off_policy", "opdlm_off", "opdlm_grown", "best", "d_opsd", "scp_one_lr"):
+        fewer = findings([result for result in results if result["recipe"] != recipe])
+        assert 1 <= len(whole) - len(fewer) <= 2
+    assert findings([]) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "update"),
+    [
+        ([3, 2, 1, 1, 1], 30),
+        ([1, 1, 1, 1, 1], 10),
+        ([3, 1, 2, 1, 1], float("inf")),  # two points below may be chance
+        ([3, 1, 1, 1, 2], float("inf")),
+    ],
+)
+def test_a_run_has_left_the_plateau_when_its_loss_stays_below(
+    loss: list[float], update: float
+) -> None:
+    curves = {"step": [10, 20, 30, 40, 50], "loss": loss, "tokens_per_forward": [1.0] * 5}
+    assert plateau_left({"training": {"curves": curves}}) == update
+    del curves["tokens_per_forward"]
+    assert plateau_left({"training": {"curves": curves}}) is None
 
 
 def test_no_report_without_results(tmp_path: Path) -> None:
