@@ -6,7 +6,8 @@ Distils the tiny teacher three times with `examples/tiny/off_policy.yaml`, on th
 same order and number of updates: with a block-causal context, with a causal one and the second loss
 that keeps the autoregressive mode, and with a causal one without that loss. Then answers held-out
 problems: by blocks, from left to right, and speculatively where there is a mode to verify with. The
-run is a small part of the recipe's length: accuracies are not those of a finished conversion.
+run is a small part of the recipe's length: accuracies are not those of a finished conversion. With
+`--work`, an interrupted measurement goes on: what an arm has trained or measured stays there.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ def run(*command: str) -> float:
 
 def measure(arm: str, folder: Path, updates: int, examples: int) -> dict[str, Any]:
     """Train one arm and evaluate it."""
-    save, results = folder / arm, folder / f"{arm}.json"
+    save, results, finished = (folder / f"{arm}{end}" for end in ("", ".json", ".measured.json"))
+    if finished.is_file():
+        measured = json.loads(finished.read_text())
+        assert isinstance(measured, dict)
+        return measured
+    goes_on = save.exists()  # then the time is not that of the whole training
     trained = run(
         "pretrain_opdlm.py",
         *("--config", RECIPE, "--prompts", str(folder / "data/prompts.jsonl")),
@@ -68,17 +74,19 @@ def measure(arm: str, folder: Path, updates: int, examples: int) -> dict[str, An
     lines = (save / "metrics.jsonl").read_text().splitlines()
     last = [json.loads(line) for line in lines[-40:]]
     found = json.loads(results.read_text())["settings"]
-    return {
+    measured = {
         "loss": sum(line["loss"] for line in last) / len(last),
         "causal_loss": None
         if last[0]["causal_loss"] is None
         else sum(line["causal_loss"] for line in last) / len(last),
-        "processor_seconds_of_training": round(trained, 1),
+        "processor_seconds_of_training": None if goes_on else round(trained, 1),
         "settings": {
             name: {key: round(rates[key], 4) for key in KEPT if rates[key] is not None}
             for name, rates in found.items()
         },
     }
+    write_file(finished, json.dumps(measured))
+    return measured
 
 
 def main() -> int:
@@ -90,9 +98,10 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--work", type=Path, help="folder that stays (default: a temporary one)")
     options = parser.parse_args()
     with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = (options.work or Path(temporary)).resolve()
         files = ("--only", "prompts.jsonl", "heldout.jsonl")
         run("examples/tiny/build_data.py", "--output", str(folder / "data"), *files)
         arms = {

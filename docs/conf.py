@@ -22,6 +22,7 @@ include_patterns = [
     "examples/README.md",
     "benchmarks/README.md",
     "benchmarks/results/**/report.md",
+    "benchmarks/results/study/details.md",
 ]
 exclude_patterns = [".*", "runs", "docs/_build"]
 html_theme = "furo"

@@ -13,7 +13,6 @@ from benchmarks.study.tables import (
     cost_table,
     forgetting_table,
     missing_list,
-    seeds_table,
     settings_table,
 )
 
@@ -54,8 +53,6 @@ def render_details(study: dict[str, Any], known: Sequence[Recipe], outdated: Seq
         f"## Decoded with blocks of {TRAINED_BLOCK_SIZE}",
         settings_table(results, known, TRAINED_BLOCK_SIZE),
         "![Accuracy against tokens per forward](accuracy_vs_speed.png)",
-        "Seed by seed; a mean hides runs that never improved:",
-        seeds_table(results, known),
         "## Decoded with larger blocks",
         f"Trained with blocks of {TRAINED_BLOCK_SIZE}, which no paper claims to work, where the "
         "recipe does not say otherwise.",

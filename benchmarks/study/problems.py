@@ -77,7 +77,8 @@ def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) ->
             write_corpus(data["data_path"], islice(seen, recipe.documents))
             write_corpus(data["valid_data_path"], heldout("unseen"))
         else:
-            write_jsonl(data["prompts"], islice(problems, recipe.num_prompts))
+            [path] = data.values()
+            write_jsonl(path, islice(problems, recipe.num_prompts))
 
 
 def write_jsonl(path: Path, problems: Iterable[dict[str, Any]]) -> None:

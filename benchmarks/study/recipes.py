@@ -285,7 +285,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
     stopped = replace(
         beginning(grown, sizes.rollouts * 3 // 8),
         name="stopped",
-        title="the same, stopped after 3/8",
+        title="OPDLM, growing, stopped at 3/8",
         kept=True,
     )
     small, middle = autoregressive("qwen3_64"), autoregressive("qwen3_96")
@@ -330,7 +330,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         stopped,
         Recipe(
             "d_opsd",
-            "d-OPSD from there",
+            "d-OPSD after that",
             "examples/tiny/d_opsd.yaml",
             blocks[:1],
             sizes.single_seeds,
@@ -341,7 +341,11 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         middle,
         *(
             replace(
-                growing(f"{small.name}_from_{teacher}", f"OPDLM, {small.name}, teacher {teacher}"),
+                growing(
+                    f"{small.name}_from_{teacher}",
+                    f"OPDLM, {small.name}, teacher {teacher}",
+                    finetune=True,  # its own run begins with the loaded weights
+                ),
                 models={"load": small, **models},
             )
             for teacher, models in (

@@ -99,10 +99,10 @@ def render(study: dict[str, Any], known: Sequence[Recipe], outdated: Sequence[st
         "0.9. A run has left the plateau when its loss on rollouts stays below 1.5 nats per token; "
         "its rollouts are noise before.",
         "† Measured before the recipe or the golden losses of its objective changed, so that "
-        "`make study` runs some of its cells again."
+        "`make study` runs some of its cells again; the findings have these numbers too."
         if outdated
         else "",
-        f"Not measured yet: {', '.join(absent)}." if absent else "",
+        f"Not measured yet: {'; '.join(absent)}." if absent else "",
         "![Accuracy against tokens per forward](accuracy_vs_speed.png)",
         "## Measured how",
         _setup(study),

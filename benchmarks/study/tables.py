@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.study.claims import Claim, Quantity, accuracy, final_loss, format_sample, speed
 from benchmarks.study.findings import by_seed, plateau_left
-from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
+from benchmarks.study.recipes import SETTINGS, Recipe
 from benchmarks.study.statistics import Result, sample
 
 NOT_MEASURED = "-"
@@ -92,20 +92,6 @@ def settings_table(results: Sequence[Result], recipes: Sequence[Recipe], block_s
             cells = (_cell(results, recipe, *column) for column in columns.values())
             rows.append([recipe.title, str(len(runs)), *cells])
     return markdown_table(headings, rows)
-
-
-def seeds_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str:
-    """Accuracy of each seed, in order, at the block size of training."""
-    evaluation = f"block_{TRAINED_BLOCK_SIZE}"
-    rows = []
-    for recipe in recipes:
-        samples = [sample(results, recipe.name, accuracy(evaluation, name)) for name in SETTINGS]
-        if samples[0] is not None and len(samples[0].values) > 1:
-            values = (s.values if s else () for s in samples)
-            rows.append(
-                [recipe.title, *(" / ".join(f"{v:.1f}" for v in seeds) for seeds in values)]
-            )
-    return markdown_table(["", *map(_label, SETTINGS)], rows)
 
 
 def forgetting_table(results: Sequence[Result], recipes: Sequence[Recipe]) -> str | None:
