@@ -7,15 +7,18 @@ IN_CONTAINER+='|SAVE_SECONDS|JOIN_SECONDS|NNODES|NODE_RANK|MASTER_|LOCAL_ADDR|RD
 IN_CONTAINER+='|SETUP_SCRIPT|VENV|CUDA_|NCCL_|GLOO_|UCX_|TORCH|PYTORCH_|OMP_|HF_|WANDB_|SLURM_JOB_ID|SLURM_NODEID'
 IN_CONTAINER+='|SLURM_RESTART_COUNT|SLURM_GPUS_ON_NODE)'
 
-# Run a command in CONTAINER_IMAGE, with this host's GPUs, network and current folder, and in place
-# of this shell: in_container COMMAND...
+# Run a command in CONTAINER_IMAGE, with this host's GPUs and network, the current folder and this
+# repository, and in place of this shell: in_container REPOSITORY COMMAND...
 in_container() {
-    local options name mount
-    options=(--rm --init --gpus all --network host --ipc host)
+    local repository=$1 options name mount
+    shift
+    options=(--rm --init --network host --ipc host)
+    ! command -v nvidia-smi >/dev/null || options+=(--gpus all)
     # NCCL registers memory with the network's devices; torch's kernels need deep stacks.
     options+=(--ulimit memlock=-1 --ulimit stack=67108864)
     [[ ! -d /dev/infiniband ]] || options+=(--device /dev/infiniband)
     options+=(--user "$(id -u):$(id -g)" --volume "$PWD:$PWD" --workdir "$PWD")
+    [[ $repository == "$PWD" ]] || options+=(--volume "$repository:$repository")
     for mount in ${CONTAINER_MOUNTS//,/ }; do
         options+=(--volume "$mount")
     done

@@ -51,7 +51,7 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     command -v "$CONTAINER_RUNTIME" >/dev/null ||
         bad_value CONTAINER_RUNTIME "is not installed on $(uname -n)" "install it, or unset CONTAINER_IMAGE"
     source "$repository/examples/container.sh"
-    in_container bash "$repository/examples/launch.sh" "$@"
+    in_container "$repository" bash "$repository/examples/launch.sh" "$@"
 fi
 
 if [[ -n ${SETUP_SCRIPT:-} ]]; then
@@ -175,6 +175,9 @@ PASS_AS=TERM pass_signals torchrun \
     "$repository/pretrain_opdlm.py" "${flags[@]}" "$@" || status=$?
 if ((status)) && [[ -s $MEGATRON_DLM_STATUS_FILE ]]; then
     status=$(<"$MEGATRON_DLM_STATUS_FILE")
+elif ((status == 1 && NNODES > 1)) && [[ $NODE_RANK != 0 ]] && ! master_answers; then
+    echo "error: MASTER_ADDR = '$MASTER_ADDR': torchrun of that node has ended or cannot be reached" \
+        "at port $MASTER_PORT; look at its output, and start all nodes again" >&2
 fi
 if ((status)) && [[ -n ${LOG_DIR:-} ]]; then
     echo "ended with status $status; logs of the ranks of $(uname -n): $LOG_DIR" >&2

@@ -52,6 +52,12 @@ check_port_is_free() {
     fi
 }
 
+# Whether somebody listens at MASTER_ADDR and MASTER_PORT.
+master_answers() {
+    # shellcheck disable=SC2016 # the other bash expands them
+    timeout 10 bash -c 'exec 3<>"/dev/tcp/$1/$2"' _ "$MASTER_ADDR" "$MASTER_PORT" 2>/dev/null
+}
+
 # End unless this host has the network interfaces in SOCKET_IFNAME.
 check_interfaces() {
     local name present

@@ -19,6 +19,7 @@ from tests.tiny import REPOSITORY
 from tests.two_hosts import INTERFACE, Host, two_hosts
 
 LAUNCH = str(REPOSITORY / "examples" / "launch.sh")
+UPDATES = 16
 
 
 class Job:
@@ -27,7 +28,7 @@ class Job:
     def __init__(self, folder: Path, run: Path, hosts: tuple[Host, Host]) -> None:
         self.folder, self.hosts, self.port = folder, hosts, free_port()
         self.file = folder / "run.yaml"
-        self.file.write_text(job_config(folder, run).to_yaml())
+        self.file.write_text(job_config(folder, run, UPDATES).to_yaml())
 
     def start(self, number: int, **environment: str) -> RunningProcess:
         """Start the launcher on a host."""
@@ -53,7 +54,7 @@ def test_a_job_of_two_hosts_that_is_killed_twice_ends_as_one_that_is_not(tmp_pat
     prepare(tmp_path)
     whole, run, unseen = tmp_path / "whole", tmp_path / "run", tmp_path / "unseen"
     file = tmp_path / "whole.yaml"
-    file.write_text(job_config(tmp_path, whole).to_yaml())
+    file.write_text(job_config(tmp_path, whole, UPDATES).to_yaml())
     assert run_ranks(2, "train", "--config", file).status == 0
 
     with two_hosts() as hosts:

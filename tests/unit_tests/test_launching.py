@@ -146,6 +146,7 @@ def test_software_of_the_user_comes_first(programs: Path, tmp_path: Path) -> Non
 
 def test_a_container_gets_devices_folders_and_variables(programs: Path, tmp_path: Path) -> None:
     image = {"CONTAINER_IMAGE": "megatron-dlm", "CONTAINER_MOUNTS": "/data:/data,/opt:/opt:ro"}
+    program(programs / "nvidia-smi", "")
     arguments = launched(programs, "--seed", "7", MODEL="m", HOME="/root", **image)
     assert arguments[:2] == ["docker", "run"]
     given = {name: arguments[i + 1] for i, name in enumerate(arguments) if name.startswith("--")}
@@ -157,7 +158,10 @@ def test_a_container_gets_devices_folders_and_variables(programs: Path, tmp_path
     assert sorted(variables) == ["MODEL", "NPROC_PER_NODE"]
     inside = ["megatron-dlm", "bash", str(EXAMPLES / "launch.sh"), RECIPE, "--seed", "7"]
     assert arguments[-6:] == inside
-    assert launched(programs, CONTAINER_RUNTIME="podman", **image)[0] == "podman"
+    (programs / "nvidia-smi").unlink()
+    arguments = launched(programs, CONTAINER_RUNTIME="podman", **image)
+    assert arguments[0] == "podman"
+    assert "--gpus" not in arguments
 
 
 SLURM = {
@@ -287,6 +291,22 @@ def test_a_port_in_use_is_named_on_the_node_that_needs_it(programs: Path) -> Non
         done = run(programs, "examples/launch.sh", RECIPE, NODE_RANK="0", **node)
         check_error(done, f"MASTER_PORT = '{node['MASTER_PORT']}': another process of ")
         assert launched(programs, NODE_RANK="1", **node)
+
+
+def test_a_node_says_that_the_first_one_is_gone(programs: Path) -> None:
+    program(programs / "torchrun", "exit 1")
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        node = {**FIRST, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first.getsockname()[1])}
+        done = run(programs, "examples/launch.sh", RECIPE, NODE_RANK="1", **node)
+        assert (done.returncode, done.stderr) == (1, "")
+    done = run(programs, "examples/launch.sh", RECIPE, NODE_RANK="1", **node)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: MASTER_ADDR = '127.0.0.1': torchrun of that node has ")
+    assert done.stderr.endswith("; look at its output, and start all nodes again\n")
+    # One whose ranks have left a status knows better.
+    program(programs / "torchrun", "echo 75 >$MEGATRON_DLM_STATUS_FILE; exit 1")
+    done = run(programs, "examples/launch.sh", RECIPE, NODE_RANK="1", **node)
+    assert (done.returncode, done.stderr) == (75, "")
 
 
 def commands() -> list[str]:
