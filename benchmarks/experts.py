@@ -21,13 +21,13 @@ import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import build_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.environment import commit, machine, versions
 from benchmarks.real_shapes import qwen3
 from megatron_dlm.config import Config
+from megatron_dlm.megatron_internals import spec_submodules
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.models.model_provider import transformer_config
 from megatron_dlm.models.moe_layer import GroupedMoELayer, TorchTopKRouter
@@ -101,9 +101,9 @@ def layers(num_experts: int) -> dict[str, MoELayer]:
 def sequential_layer(config: TransformerConfig) -> MoELayer:
     """Megatron's layer whose experts run one after the other."""
     spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
-    spec.submodules.router = TorchTopKRouter
-    layer: MoELayer = build_module(spec, config=config)
-    return layer
+    submodules = spec_submodules(spec)
+    submodules.router = TorchTopKRouter
+    return MoELayer(config, submodules)
 
 
 def _step(layer: MoELayer, hidden: torch.Tensor, training: bool) -> torch.Tensor:

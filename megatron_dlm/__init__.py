@@ -1,6 +1,7 @@
 """Autoregressive language models into block-diffusion models, on Megatron-Core."""
 
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ __all__ = ["Model", "Response", "__version__", "convert", "generate", "load", "l
 warnings.filterwarnings("ignore", module=r"megatron\.")
 # Its distributed checkpoints use interfaces that PyTorch is about to replace.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+# Of every model, 0.19 says that its class will have a successor.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 class _MegatronFinder:

@@ -306,6 +306,8 @@ def _patch_torch() -> None:
             setattr(random, name, answer)
     torch_: Any = torch
     torch_.compile = _compile
+    # A PyTorch that is built for CUDA would ask the driver.
+    torch_.accelerator.current_stream = answers["current_stream"]
     torch_._C._cuda_getDevice = lambda: DEVICE.index
     autograd: Any = torch.autograd
     run_backward = autograd._engine_run_backward
@@ -349,25 +351,6 @@ def balanced_routing() -> Iterator[None]:
         yield
     finally:
         dispatcher.token_dispatch, token_dispatch.read_sizes = exchange, read_sizes
-
-
-@contextmanager
-def rows_of_stages(tokens: int, hidden_size: int) -> Iterator[None]:
-    """Pipeline stages within get rows of so many tokens from their neighbours, who do not exist."""
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    communicator: Any = P2PCommunicator
-    tell = communicator._communicate_shapes
-
-    def told(self: Any, to_next: Any, to_previous: Any, previous: bool, following: bool) -> Any:
-        shape = [tokens, 1, hidden_size]
-        return shape if previous else [0, 0, 0], shape if following else [0, 0, 0]
-
-    communicator._communicate_shapes = told
-    try:
-        yield
-    finally:
-        communicator._communicate_shapes = tell
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
     get_expert_parallel_rng_tracker_name,
@@ -26,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_dlm.megatron_internals import weighted_swiglu
 from megatron_dlm.models.grouped_linear import grouped_linear
 from megatron_dlm.models.lora_layers import LowRankAdapter
 
@@ -176,10 +176,15 @@ class GroupedExperts(MegatronModule):
         num_local_experts: L.
         config: Of the model.
         pg_collection: Process groups.
+        name: Of the module, which newer versions of Megatron give it; not used.
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: Any
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: Any,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert config.moe_ffn_hidden_size is not None
@@ -229,8 +234,7 @@ class GroupedExperts(MegatronModule):
     def _activation(self, gate_and_up: Tensor, weights: Tensor) -> Tensor:
         """silu(gate) * up * weight: [N, 2 f] -> [N, f]."""
         if self.config.bias_activation_fusion:
-            fused: Tensor = weighted_bias_swiglu_impl(gate_and_up, None, weights)
-            return fused
+            return weighted_swiglu(gate_and_up, weights)
         gate, up = gate_and_up.chunk(2, dim=-1)
         return (F.silu(gate) * up * weights).to(gate_and_up.dtype)
 

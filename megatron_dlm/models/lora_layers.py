@@ -26,11 +26,11 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_dlm.megatron_internals import stored_by_halves
 from megatron_dlm.models.adapter_dropout import drop_inputs
 
 
@@ -192,9 +192,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear, LowRankAdapter):
         )
         key = f"{prefix}lora_b"
         if self._is_gate_and_up and key in state:
-            state[key] = apply_swiglu_sharded_factory(
-                state[key], sharded_offsets, metadata.get("singleton_local_shards", False)
-            )
+            state[key] = stored_by_halves(state[key], sharded_offsets, metadata)
         return state
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_block import (
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
+from megatron_dlm.megatron_internals import has_fused_rotary, spec_submodules
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import FLEX_TILE, DiffusionAttention
 from megatron_dlm.models.fp8 import check_fp8_sizes
@@ -110,7 +110,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=platform.is_cuda(),
-        apply_rope_fusion=platform.is_cuda() and fused_apply_rotary_pos_emb is not None,
+        apply_rope_fusion=platform.is_cuda() and has_fused_rotary(),
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -160,7 +160,7 @@ def _layer_spec(
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
         _make_adaptable(layer.submodules.self_attention.submodules)
         if config.num_moe_experts is None:
-            _make_adaptable(layer.submodules.mlp.submodules)
+            _make_adaptable(spec_submodules(layer.submodules.mlp))
         else:
             layer.submodules.mlp = GroupedMoELayer
     layer.submodules.self_attention.module = RotatedSelfAttention

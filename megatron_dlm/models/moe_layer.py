@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_dlm.megatron_internals import expert_groups
 from megatron_dlm.models.experts import GroupedExperts
 from megatron_dlm.models.token_dispatch import DeepEPTokenDispatcher, SortingTokenDispatcher
 
@@ -58,6 +58,7 @@ class GroupedMoELayer(MoELayer):
         config: Of the model.
         layer_number: Of the layer, from 1.
         pg_collection: Process groups; None: Megatron's.
+        further: What newer versions of Megatron give each layer, its name for one.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class GroupedMoELayer(MoELayer):
         config: TransformerConfig,
         layer_number: int | None = None,
         pg_collection: Any = None,
+        **further: Any,
     ) -> None:
-        groups = pg_collection or get_default_pg_collection()
+        groups = pg_collection or expert_groups()
         is_flex = config.moe_token_dispatcher_type == "flex"
         router = TorchTopKRouter if is_flex else SparseTopKRouter
         submodules = MoESubmodules(experts=GroupedExperts, router=router)
-        super().__init__(config, submodules, layer_number, groups)
+        super().__init__(config, submodules, layer_number, groups, **further)
         self.token_dispatcher = (DeepEPTokenDispatcher if is_flex else SortingTokenDispatcher)(
             self.num_local_experts, self.local_expert_indices, config, groups
         )

@@ -1,8 +1,8 @@
 """Megatron-Core on a CPU with gloo: stand-ins for the CUDA calls it makes unconditionally.
 
 Never imported on CUDA. Each stand-in does the same on the CPU: the current device is the CPU,
-streams order nothing, "the CUDA generator" is torch's default generator. Tested with megatron-core
-0.16.1. `torch.cuda.is_available()` still returns False.
+streams order nothing, "the CUDA generator" is torch's default generator.
+`torch.cuda.is_available()` still returns False.
 """
 
 import functools
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device  # PyTorch imports it with the first device context only
 
+from megatron_dlm.megatron_internals import replace_generator_state
 from megatron_dlm.platform.in_order import Event, Stream, on_stream
 
 # Megatron-Core's `jit_fuser` is torch.compile, whose fused kernels need a C++ compiler at run time
@@ -150,8 +151,6 @@ def _patch_collectives() -> None:
 
 
 def _patch_megatron() -> None:
-    from megatron.core.tensor_parallel import random as tp_random
-
     def get_state(
         device: Any = None, clone: bool = False, graph_safe: bool = False
     ) -> torch.Tensor:
@@ -160,8 +159,7 @@ def _patch_megatron() -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.default_generator.set_state(new_state)
 
-    tp_random._get_cuda_rng_state = get_state
-    tp_random._set_cuda_rng_state = set_state
+    replace_generator_state(get_state, set_state)
 
 
 def apply() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import utils
-from megatron.core.optimizer import clip_grads
 from torch import Tensor
+
+from megatron_dlm.megatron_internals import replace_multi_tensor
 
 
 def l2_norm(
@@ -31,6 +31,4 @@ def scale(
 
 def install_multi_tensor() -> None:
     """Replace Megatron-Core's substitutes, which it uses where there is no library with kernels."""
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = l2_norm
-        clip_grads.multi_tensor_scale_impl = scale
+    replace_multi_tensor(l2_norm, scale)

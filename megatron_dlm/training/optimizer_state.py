@@ -8,9 +8,6 @@ refuses. A checkpoint that was written in the first form is loaded like any othe
 Parameter groups are not taken from a checkpoint: which parameters they hold and at what rates is in
 the configuration, which a resumed run cannot change (options marked `FIXED`), and the current rates
 come from the schedule. Only tensors and the number of updates are loaded.
-
-The only place that reaches into Megatron's optimizers by private names. It calls what they have in
-an order in which it works; nothing of Megatron's is replaced.
 """
 
 import copy
@@ -25,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_dlm.megatron_internals import allocate_state, held_states, synchronize_steps
 from megatron_dlm.training.flat_shards import flat_shards
 
 
@@ -51,8 +49,7 @@ def sharded_optimizer_state(
         for value in nested_values(model_state)
         if isinstance(value, ShardedTensor | ShardedTensorFactory)
     }
-    if isinstance(built, ChainedOptimizer):
-        built._synchronize_steps()
+    synchronize_steps(built)
     states = [
         _distributed_state(part, parameters)
         if isinstance(part, DistributedOptimizer)
@@ -64,17 +61,13 @@ def sharded_optimizer_state(
 
 def _distributed_state(part: Any, parameters: dict[Any, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
-    for ranges_by_dtype in part.gbuf_ranges:
-        for buckets in ranges_by_dtype.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    values = part._get_main_param_and_optimizer_states(parameter)
-                    values.pop("step", None)  # one number for all, kept with the groups
-                    tensors[str(len(tensors))] = flat_shards(
-                        parameters[parameter],
-                        ranges["param"].start,
-                        {f"optimizer.state.{name}": tensor for name, tensor in values.items()},
-                    )
+    for parameter, start, values in held_states(part):
+        values.pop("step", None)  # one number for all, kept with the groups
+        tensors[str(len(tensors))] = flat_shards(
+            parameters[parameter],
+            start,
+            {f"optimizer.state.{name}": tensor for name, tensor in values.items()},
+        )
     return {**part.state_dict(), "param_state": tensors}
 
 
@@ -97,7 +90,7 @@ def loading_optimizer_state(built: MegatronOptimizer) -> Iterator[None]:
     """
     for part in _parts(built):
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
+            allocate_state(part)
     multipliers = [group["lr_mult"] for group in built.param_groups]
     for number, group in enumerate(built.param_groups):
         group["lr_mult"] = number
@@ -177,5 +170,4 @@ def load_optimizer_state(built: MegatronOptimizer, loaded: dict[Any, Any], saved
     states = _fit_to_layout(loaded, saved, built.state_dict())
     for part, state in zip(_parts(built), states, strict=True):
         _load_part(part, state)
-    if isinstance(built, ChainedOptimizer):
-        built._synchronize_steps()
+    synchronize_steps(built)

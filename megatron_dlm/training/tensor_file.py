@@ -18,12 +18,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -31,6 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from megatron_dlm import platform
 from megatron_dlm.errors import bad_value
+from megatron_dlm.megatron_internals import save_planner
 from megatron_dlm.output_file import write_file
 from megatron_dlm.training.checkpoint_metadata import METADATA_FILE
 from megatron_dlm.training.manifest import TENSOR_FILES, FileRecord
@@ -74,34 +69,32 @@ class WrittenFile:
     places: list[Place]
 
 
-class PlannedSave(SaveShardedStrategy):
+class PlannedSave:
     """Plans a save for `dist_checkpointing.save` and leaves the writing to `write_tensor_file`.
 
-    The format is PyTorch's distributed checkpoint, as Megatron-Core's own strategy writes it.
+    A strategy for `FullyParallelSaveStrategyWrapper`. The format is PyTorch's distributed
+    checkpoint, as Megatron-Core's own strategy writes it.
 
     Attributes:
+        backend: Name of the format.
+        version: Of the format.
+        can_handle_sharded_objects: Whether objects are saved as tensors are.
         content: What this rank writes, after `save`.
         metadata: On rank 0, the index of the whole checkpoint without places in files.
     """
 
+    backend = "torch_dist"
+    version = 1
+    can_handle_sharded_objects = True
+
     def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
         self.content: Content = []
         self.metadata: Metadata | None = None
 
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """See the parent."""
-        return True
-
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         """Agree with the other ranks on what each writes; collective."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, keep_only_main_replica=True
-        )
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        planner = MCoreSavePlanner(flatten_state_dict=False)
-        planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=rank == 0)
+        planner = save_planner(sharded_state_dict, is_coordinator=rank == 0)
         plan = planner.create_local_plan()
         plans: list[Any] | None = [None] * world if rank == 0 else None
         torch.distributed.gather_object(plan, plans)

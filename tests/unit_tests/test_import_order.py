@@ -14,7 +14,7 @@ ROOT = Path(megatron_dlm.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("regular_file", "launcher", "activity", "output_file", "terminal"),
+    ("regular_file", "launcher", "activity", "output_file", "terminal", "megatron_internals"),
     ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges"),
     ("platform", "rank_watch", "stop_request"),
     ("types", "sandbox"),

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_shapes import SHAPES
-from megatron_dlm.accounting.fake_cuda import balanced_routing, fake_cuda, rows_of_stages
+from megatron_dlm.accounting.fake_cuda import balanced_routing, fake_cuda
 from megatron_dlm.accounting.live_memory import LiveMemory
+from megatron_dlm.megatron_internals import neighbour_shapes
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         tokens = len(rows[0].row.token_ids)
         prepare = student.optimizer.prepare_grads
         parts = built.config.parallel.tensor_model_parallel_size
-        with rows_of_stages(tokens // parts, built.architecture.hidden_size):
+        with neighbour_shapes((tokens // parts, 1, built.architecture.hidden_size)):
             gc.collect()
             found["built"] = memory.now
             memory.begin()
@@ -84,7 +85,7 @@ def _teaching(case: dict[str, Any], built: Any, teacher: Any, memory: LiveMemory
     tokens = -(-(len(trajectories[0].token_ids) - 1) // multiple) * multiple
     memory.begin()
     parts = built.config.parallel.tensor_model_parallel_size
-    with rows_of_stages(tokens // parts, built.architecture.hidden_size):
+    with neighbour_shapes((tokens // parts, 1, built.architecture.hidden_size)):
         teacher.annotate(trajectories)
     return memory.begin()
 

@@ -1,0 +1,162 @@
+"""What this project uses of Megatron-Core that may change with any of its versions.
+
+Names with an underscore, module variables that are replaced, attributes that Megatron-Core keeps
+for itself, and functions under its public ones. They are named here and nowhere else, and `NAMES`
+lists them: a test looks for each in the installed version. Where versions differ, the difference
+stays in here. Tested with megatron-core 0.16.1 and 0.19.2.
+
+Imports are in the functions: a process imports only the parts that it uses.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+NAMES = (
+    "dist_checkpointing.strategies.torch: MCoreSavePlanner",
+    "dist_checkpointing.strategies.torch: _replace_state_dict_keys_with_sharded_keys",
+    "dist_checkpointing.strategies.torch: mcore_to_pyt_state_dict",
+    "fusions.fused_bias_swiglu: weighted_bias_swiglu_impl",
+    "models.common.embeddings.rope_utils: fused_apply_rotary_pos_emb",
+    "optimizer: ChainedOptimizer._synchronize_steps",
+    "optimizer.clip_grads: l2_norm_impl",
+    "optimizer.clip_grads: multi_tensor_scale_impl",
+    "optimizer.distrib_optimizer: DistributedOptimizer._get_main_param_and_optimizer_states",
+    "optimizer.distrib_optimizer: DistributedOptimizer._init_optimizer_states_with_dummy_values",
+    "optimizer.distrib_optimizer: DistributedOptimizer.gbuf_ranges",
+    "pipeline_parallel.p2p_communication: P2PCommunicator._communicate_shapes",
+    "tensor_parallel.random: _get_cuda_rng_state",
+    "tensor_parallel.random: _set_cuda_rng_state",
+    "transformer.mlp: apply_swiglu_sharded_factory",
+    "transformer.moe.moe_utils: get_default_pg_collection",
+    "utils: local_multi_tensor_l2_norm",
+)
+"""Modules below `megatron.core` and what is used of them; attributes of a class after a dot, where
+`__init__` may be what creates them."""
+
+
+def replace_generator_state(get: Callable[..., Tensor], set_: Callable[..., None]) -> None:
+    """Read and write the state of the device's random generator by these functions."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = get
+    random._set_cuda_rng_state = set_
+
+
+def replace_multi_tensor(l2_norm: Callable[..., Any], scale: Callable[..., None]) -> None:
+    """Clip gradients by these functions, unless a library with kernels for it is installed.
+
+    Args:
+        l2_norm: In place of `amp_C.multi_tensor_l2norm`.
+        scale: In place of `amp_C.multi_tensor_scale`.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
+        clip_grads.multi_tensor_scale_impl = scale
+
+
+def has_fused_rotary() -> bool:
+    """Whether a kernel for rotary embeddings is installed."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return rope_utils.fused_apply_rotary_pos_emb is not None
+
+
+def weighted_swiglu(gate_and_up: Tensor, weights: Tensor) -> Tensor:
+    """silu(gate) * up * weight in one kernel: [N, 2 f] and [N, 1] -> [N, f]."""
+    from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+
+    output: Tensor = weighted_bias_swiglu_impl(gate_and_up, None, weights)
+    return output
+
+
+def expert_groups() -> Any:
+    """The process groups of a layer with experts, from Megatron's global state."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    return get_default_pg_collection()
+
+
+def spec_submodules(spec: Any) -> Any:
+    """What a layer's part is built of; megatron-core 0.19 keeps it in a `partial`."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
+
+
+def stored_by_halves(sharded: Any, sharded_offsets: Any, metadata: dict[str, Any]) -> Any:
+    """A sharded tensor of gate and up whose halves are stored one after the other."""
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    singleton = metadata.get("singleton_local_shards", False)
+    return apply_swiglu_sharded_factory(sharded, sharded_offsets, singleton)
+
+
+def save_planner(sharded_state: dict[str, Any], is_coordinator: bool) -> Any:
+    """PyTorch's planner of a distributed checkpoint, set up with a rank's sharded state."""
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        _replace_state_dict_keys_with_sharded_keys,
+        mcore_to_pyt_state_dict,
+    )
+
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+        sharded_state, keep_only_main_replica=True
+    )
+    planner = MCoreSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=is_coordinator)
+    return planner
+
+
+def synchronize_steps(optimizer: Any) -> None:
+    """Give all optimizers of a chain the same number of updates."""
+    from megatron.core.optimizer import ChainedOptimizer
+
+    if isinstance(optimizer, ChainedOptimizer):
+        optimizer._synchronize_steps()
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Allocate the state of a distributed optimizer that has made no update."""
+    optimizer._init_optimizer_states_with_dummy_values()
+
+
+def held_states(optimizer: Any) -> Iterator[tuple[Any, int, dict[str, Tensor]]]:
+    """What a rank of a distributed optimizer holds of each parameter.
+
+    Args:
+        optimizer: Megatron's `DistributedOptimizer`.
+
+    Yields:
+        The model's parameter, the place in it (flattened) at which this rank's piece begins, and
+        tensors of the piece by name: fp32 values and the optimizer's state.
+    """
+    for ranges_by_dtype in optimizer.gbuf_ranges:
+        for buckets in ranges_by_dtype.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    values = optimizer._get_main_param_and_optimizer_states(parameter)
+                    yield parameter, ranges["param"].start, values
+
+
+@contextmanager
+def neighbour_shapes(shape: Sequence[int]) -> Iterator[None]:
+    """Pipeline stages within take every row to be of this shape, without asking a neighbour."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    communicator: Any = P2PCommunicator
+    ask = communicator._communicate_shapes
+
+    def told(self: Any, to_next: Any, to_previous: Any, previous: bool, following: bool) -> Any:
+        nothing = [0] * len(shape)
+        return list(shape) if previous else nothing, list(shape) if following else nothing
+
+    communicator._communicate_shapes = told
+    try:
+        yield
+    finally:
+        communicator._communicate_shapes = ask
