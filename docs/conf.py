@@ -19,6 +19,7 @@ root_doc = "docs/index"
 include_patterns = [
     "*.md",
     "docs/*.md",
+    "docker/README.md",
     "examples/README.md",
     "benchmarks/README.md",
     "benchmarks/results/**/report.md",

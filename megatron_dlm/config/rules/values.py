@@ -53,6 +53,11 @@ def combinations(config: Config) -> Refusals:
     if "layernorm" in model.recompute_modules and _is_missing("transformer_engine"):
         problem = "layernorm needs the package transformer_engine, which is not installed"
         yield f"recompute_modules: {problem}; install it (CUDA only) or leave layernorm out"
+    sharing = parallel.expert_model_parallel_size * config.expert_tensor_parallel_size
+    if parallel.moe_token_dispatcher_type == "flex" and sharing == 1:
+        problem = "flex exchanges tokens between processes that share experts, and there are none"
+        remedy = "add --expert-model-parallel-size, or choose alltoall"
+        yield f"moe_token_dispatcher_type: {problem}; {remedy}"
     if parallel.moe_token_dispatcher_type == "flex" and _is_missing("deep_ep"):
         problem = "the package deep_ep is not installed"
         yield f"moe_token_dispatcher_type: {problem}; install DeepEP (CUDA only) or choose alltoall"

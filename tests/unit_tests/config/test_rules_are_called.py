@@ -90,6 +90,7 @@ BROKEN = [
     Broken({"transformer_impl": "transformer_engine"}),
     Broken({"fp8_format": "hybrid"}),
     Broken({"moe_token_dispatcher_type": "flex"}),
+    Broken({"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}, world_size=2),
     Broken({"save": __file__}),
     Broken({"on_divergence": "skip"}),
     # Processes, batches and length.

@@ -285,7 +285,7 @@ def test_a_range_holds_its_numbers(allowed: Range, inside: tuple[float, ...], te
     ("changes", "package"),
     [
         ({"transformer_impl": "transformer_engine"}, "transformer_engine"),
-        ({"moe_token_dispatcher_type": "flex"}, "deep_ep"),
+        ({"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}, "deep_ep"),
         ({"wandb_project": "study", "save": "no_such_folder"}, "wandb"),
     ],
 )
@@ -295,9 +295,9 @@ def test_optional_package(
     config = config_with(OPDLM, **changes)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"package {package} is not installed"):
-        validate(config, 1)
+        validate(config, 2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert refusal(validate, config, 1) is None
+    assert refusal(validate, config, 2) is None
 
 
 def test_the_student_starts_as_the_teacher() -> None:
