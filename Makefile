@@ -16,7 +16,8 @@ CONSTRAINTS := requirements/constraints-cpu.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# Python compiles what it imports; all that is installed would take a minute more.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 # The tests start several processes on few cores: more threads each would only get in the way.
 export OMP_NUM_THREADS ?= 1
@@ -46,6 +47,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		echo "error: PYTHON = $(PYTHON): is missing or older than Python 3.11;" \
 			"choose one with make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# The pip that Python 3.11 brings takes twice as long to find the packages.
+	$(PIP) pip
 	@# PyTorch first and by its pinned version, so that nothing else decides which build is taken.
 	$(PIP) "$$(grep '^torch==' $(CONSTRAINTS))"
 	$(PIP) --editable '.[dev]'

@@ -26,7 +26,9 @@ def read_yaml_mapping(path: str, field: str, remedy: str) -> tuple[dict[str, Any
     place, problem = path, ""
     try:
         text = read_regular(path).decode("utf-8")
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
         if not isinstance(node, yaml.MappingNode | NoneType):
             problem = "is not a mapping of keys to values"
     except (OSError, UnicodeDecodeError) as error:
@@ -37,7 +39,8 @@ def read_yaml_mapping(path: str, field: str, remedy: str) -> tuple[dict[str, Any
         place = f"{path}:{mark.line + 1}" if mark else path
         cause = getattr(error, "problem", None) or "broken syntax"
         problem, remedy = f"is not YAML ({cause})", "correct that line"
-    except (RecursionError, ValueError) as error:  # nested deeply, numbers of thousands of digits
+    except (RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # Nested deeply, numbers of thousands of digits, tags that do not fit their values.
         problem = f"is not YAML ({error})"
     if problem:
         raise bad_value(field, place, problem, remedy)

@@ -4,6 +4,7 @@ megatron-dlm train --config examples/tiny/opdlm.yaml --prompts prompts.jsonl --s
 torchrun --nproc-per-node 8 -m megatron_dlm train --config examples/qwen3_8b/opdlm.yaml ...
 """
 
+import gc
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -70,10 +71,13 @@ def _run(start: RunStart, request: StopRequest, *, have_joined: bool = False) ->
             try:
                 with progress_display(rank() == 0):  # a teacher may answer prompts for hours
                     run = build_run(config, inputs, stop)
+                gc.freeze()  # what is there stays: no later collection need look at it
                 train(run)
             except StopRequested as stopped:
                 _report_stop(stopped, config, run)
                 return PREEMPTED_STATUS
+            finally:
+                gc.unfreeze()
     return 0
 
 

@@ -159,7 +159,8 @@ class DataConfig:
     long_prompts: Annotated[LongPrompts, FIXED] = "error"
     """Longer prompts are an error, are left out (drop), or lose their beginning (truncate)."""
     data_cache_path: str | None = None
-    """Folder that all processes see, for records that are tokenised once (default: none)."""
+    """Folder that all processes see, for records that are tokenised once (default: data_cache in
+    that of --save for several processes, else none)."""
     seed: Annotated[int, AT_LEAST_ZERO, FIXED] = 1234
     """Seed of everything random: weights, order of the data, sampling, state selection."""
     shuffle: Annotated[bool, FIXED] = True

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 import megatron_dlm
 from megatron_dlm.config import Config
@@ -50,9 +51,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, field: str) 
 
 def page(runs: Sequence[RunRecord]) -> str:
     """The page as HTML, with everything that it shows inside."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    source = files(megatron_dlm.report).joinpath("page.html").read_text("utf-8")
-    html = environment.from_string(source).render(
+    html = _template().render(
         title=", ".join(run.name for run in runs),
         version=megatron_dlm.__version__,
         written=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
@@ -67,6 +66,12 @@ def page(runs: Sequence[RunRecord]) -> str:
         versions=_versions(runs),
     )
     return html.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a character
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
 
 
 def _summary(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from megatron_dlm.data.corpus import CorpusDataset
     from megatron_dlm.training.resume import Difference, Resumption
 
+DATA_CACHE = "data_cache"
+"""Folder of tokenised records in that of a run of several processes."""
+
 
 @dataclass(frozen=True)
 class RunInputs:
@@ -310,11 +313,16 @@ def _read_data(
 
 
 def _token_files(config: Config, models: _Models, ranks: Ranks) -> TokenFiles | None:
-    """Where tokenised records are kept; None where that is nowhere, or nothing is to be written."""
-    folder = config.data.data_cache_path
+    """Where tokenised records are kept; None where that is nowhere, or nothing is to be written.
+
+    Several processes share them in any case, so that one of them tokenises a record.
+    """
+    folder, field, save = config.data.data_cache_path, "--data-cache-path", config.logging.save
+    if folder is None and save is not None and ranks.size > 1:
+        folder, field = str(Path(save) / DATA_CACHE), "--save"
     if folder is None or config.dry_run:
         return None
-    return TokenFiles(Path(folder), "--data-cache-path", models.tokenizer_folder, ranks)
+    return TokenFiles(Path(folder), field, models.tokenizer_folder, ranks)
 
 
 def joined_ranks() -> Ranks:

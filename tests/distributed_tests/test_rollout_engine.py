@@ -120,7 +120,7 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
         ("whole", make_engine(model, FULL_ATTENTION, shifted=True, denoising_steps_per_block=5)),
         ("canvas", make_engine(model, FULL_ATTENTION, **BY_BLOCKS)),
     ):
-        results[name] = [summary(trajectory) for trajectory in engine.generate(prompts, 9)]
+        results[name] = [summary(trajectory) for trajectory in engine.generate(prompts, 6)]
     return results | decoded_together(model)
 
 

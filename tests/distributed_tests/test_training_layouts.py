@@ -45,13 +45,8 @@ LAYOUTS: dict[str, Layout] = {
     "moe EP2": Layout(2, "moe", {EP: 2}, variants=True),
     "moe EP2 distributed optimizer": Layout(2, "moe", {EP: 2, **DISTRIBUTED_OPTIMIZER}),
     "moe TP2 SP": Layout(2, "moe", {TP: 2, **SP}),
-    "TP2 CP2 SP": Layout(4, "dense", {TP: 2, CP: 2, **SP}),
     "TP2 PP2 SP": Layout(4, "dense", {TP: 2, PP: 2, **SP}, variants=True),
-    "PP2 CP2 recomputation": Layout(
-        4, "dense", {PP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER, **RECOMPUTATION}
-    ),
     "moe EP2 PP2": Layout(4, "moe", {PP: 2, EP: 2}, variants=True),
-    "moe EP2 CP2 DP2": Layout(4, "moe", {EP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER}),
     "moe EP2 TP2 SP": Layout(4, "moe", {TP: 2, EP: 2, **SP}),
 }
 OTHER_TEACHER_LAYOUTS: dict[str, Layout] = {
@@ -69,6 +64,15 @@ CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
         ("budget", "off_policy_stored", "opdlm_partial", "opdlm_causal_context"),
     ),
     "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), ("opdlm", "scp")),
+    "TP2 CP2 SP": (Layout(4, "dense", {TP: 2, CP: 2, **SP}), ("opdlm", "sft", "scp", "d_opsd")),
+    "PP2 CP2 recomputation": (
+        Layout(4, "dense", {PP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER, **RECOMPUTATION}),
+        ("opdlm_off", "off_policy", "scp"),
+    ),
+    "moe EP2 CP2 DP2": (
+        Layout(4, "moe", {EP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER}),
+        ("opdlm", "off_policy", "next_token"),
+    ),
 }
 """Context parallelism beside the runs of `LAYOUTS`, with the runs of each."""
 GROUPS = [

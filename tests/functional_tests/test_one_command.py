@@ -16,6 +16,7 @@ from megatron_dlm.config import Config, parse_config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import from_rank_zero
 from megatron_dlm.training import loop, run_start
+from megatron_dlm.training.inputs import DATA_CACHE
 from megatron_dlm.training.run_folder import find_checkpoint, saved_iterations
 from megatron_dlm.training.run_history import events, last_event
 from megatron_dlm.training.run_start import decide_start
@@ -322,6 +323,7 @@ def test_the_script_goes_on_with_a_run_on_more_processes(
     paths = {"load": files / "dense", "prompts": files / "prompts.jsonl"}
     flags = [word for name, path in paths.items() for word in (f"--{name}", path)]
     assert call(PRETRAIN, "--config", recipe, *flags, "--num-rollouts", 1).status == 0
+    assert not (run / DATA_CACHE).exists()  # nobody to share with
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     done = subprocess.run(
@@ -349,6 +351,7 @@ def test_the_script_goes_on_with_a_run_on_more_processes(
     started, _, resumed, _ = events(run)
     assert started["load"] == resumed["load"] == str(files / "dense")
     assert [event["environment"]["world_size"] for event in (started, resumed)] == [1, 2]
+    assert len(list(run.glob(f"{DATA_CACHE}/*/*.safetensors"))) == 1  # two processes, one shard
 
 
 def test_weights_that_lie_in_the_run_folder_are_no_run(

@@ -21,10 +21,10 @@ def test_short_quickstart(tmp_path: Path) -> None:
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         PYTHONPATH=str(REPOSITORY),
         QUICKSTART_RUN=str(run),
-        MAX_EXAMPLES="20",
+        MAX_EXAMPLES="12",
     )
     command = ["bash", "examples/tiny/quickstart.sh", "--num-rollouts", "1"]
-    command += ["--lr-warmup-iters", "5"]
+    command += ["--rollout-batch-size", "48", "--eval-num-prompts", "8", "--lr-warmup-iters", "5"]
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

@@ -137,6 +137,10 @@ def test_bad_yaml_names_file_and_line(tmp_path: Path, text: str, line: int, word
     assert words in message
 
 
+def test_a_tag_that_does_not_fit_its_value_is_an_error(tmp_path: Path) -> None:
+    assert "is not YAML" in error_of(["--config", write(tmp_path, "lr: !!timestamp x\n")])
+
+
 def test_yaml_that_is_no_mapping(tmp_path: Path) -> None:
     assert "is not a mapping" in error_of(["--config", write(tmp_path, "- lr\n")])
 
