@@ -4,10 +4,11 @@
 # make study       measure all objectives side by side (hours; goes on where it was)
 # make test-fast   unit tests that are not marked slow (3 minutes on 2 cores)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
+# make test-core-latest   unit tests, golden losses and some layouts with the newest megatron-core
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make soak        kill, signal, restart and damage small runs many times (an hour and more)
 # make docs        build the documentation site in docs/_build, warnings are errors
-# make lint        only ruff, mypy and shellcheck
+# make lint        only ruff, mypy, shellcheck and hadolint
 # make format      let ruff rewrite what it can
 # make golden      rewrite the golden losses, after a change of method, data or tiny models
 
@@ -18,6 +19,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # Python compiles what it imports; all that is installed would take a minute more.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+# The newest megatron-core that is supported, on the oldest Python that it runs on.
+PYTHON_LATEST ?= $(shell command -v python3.12 || echo python3.12)
+LATEST_CONSTRAINTS := requirements/constraints-core-latest.txt
+LATEST := .venv-core-latest
+LATEST_STAMP := $(LATEST)/.setup-done
+LATEST_PIP := $(LATEST)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	--constraint $(LATEST)/constraints.txt
 
 # The tests start several processes on few cores: more threads each would only get in the way.
 export OMP_NUM_THREADS ?= 1
@@ -37,7 +46,10 @@ FUZZ ?=
 # Options of the soak, SOAK='--kills 5 --hours 1' for some.
 SOAK ?=
 
-.PHONY: setup quickstart quickstart-moe study test test-fast fuzz soak docs lint format golden
+# Tensor, pipeline, expert and context parallelism, and a sharded optimizer.
+LAYOUT := tests/distributed_tests/test_training_layouts.py::test_layout_trains_like_one_process
+
+.PHONY: setup quickstart quickstart-moe study test test-fast test-core-latest fuzz soak docs lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -54,6 +66,22 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PIP) --editable '.[dev]'
 	@# Environments that tests made on top of what was installed before.
 	@rm -rf $(VENV)/transformers-*
+	@touch $@
+
+$(LATEST_STAMP): pyproject.toml docker/versions.env $(CONSTRAINTS) $(LATEST_CONSTRAINTS)
+	@$(PYTHON_LATEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+		echo "error: PYTHON_LATEST = $(PYTHON_LATEST): is missing or older than Python 3.12;" \
+			"choose one with make $(MAKECMDGOALS) PYTHON_LATEST=/path/to/python3.12" >&2; exit 2; }
+	@test -x $(LATEST)/bin/python || $(PYTHON_LATEST) -m venv $(LATEST)
+	@# All versions are those of the other environment, except the ones in the second file.
+	@awk -F== 'NR == FNR { own[$$1]; print; next } !($$1 in own)' \
+		$(LATEST_CONSTRAINTS) $(CONSTRAINTS) > $(LATEST)/constraints.txt
+	$(LATEST_PIP) pip
+	$(LATEST_PIP) "$$(grep '^torch==' $(LATEST)/constraints.txt)"
+	$(LATEST_PIP) --editable '.[dev]'
+	@# The Python part of the image's Transformer Engine, for a test of shapes; not on Python's path.
+	@. ./docker/versions.env && $(LATEST)/bin/python -m pip install --quiet --no-deps --upgrade \
+		--target $(LATEST)/optional "transformer-engine==$$TRANSFORMER_ENGINE_VERSION"
 	@touch $@
 
 quickstart: setup
@@ -75,12 +103,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+	$(BIN)/hadolint docker/Dockerfile
 
 test-fast: setup
 	$(BIN)/pytest tests/unit_tests -m 'not slow' $(THREE_FILES_AT_A_TIME) --durations 5
 
 test: lint
 	$(BIN)/pytest $(THREE_FILES_AT_A_TIME) --durations 15
+
+test-core-latest: $(LATEST_STAMP)
+	$(LATEST)/bin/pytest $(THREE_FILES_AT_A_TIME) --durations 5 -m 'not slow' tests/unit_tests \
+		tests/functional_tests/test_golden.py tests/distributed_tests/test_checkpoint_saving.py \
+		'$(LAYOUT)[TP2 PP2 SP]' '$(LAYOUT)[moe EP2 CP2 DP2]'
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)
