@@ -120,22 +120,29 @@ def _cold_start(read: Reader) -> str:
 
 def _remedy(results: Sequence[Result]) -> str | None:
     titles = {
+        "opdlm": "as it is",
         "half_rate": "half the learning rate",
         "long_warm_up": "five times the warm-up",
         "cool": "temperature 0.5",
-        "opdlm_grown": "responses that grow from one block",
+        "stopped": "responses that grow from one block",
         "best": "the teacher's responses first",
     }
-    tried = {name: sample(results, name, plateau_left) for name in titles}
-    parts = [f"{titles[name]} at {by_seed(left, 0)}" for name, left in tried.items() if left]
-    grown = sample(results, "opdlm_grown", STATIC)
-    if grown is None or len(parts) < 2:
+    read = {name: sample(results, name, plateau_left) for name in titles}
+    left = [
+        f"{title} {by_seed(updates, 0)}"
+        for name, title in titles.items()
+        if (updates := read[name])
+    ]
+    reached = sample(results, "stopped", STATIC)
+    if reached is None:
         return None
-    return (
-        f"**The cause is tried out** by what ends the plateau, at which update: {', '.join(parts)} "
-        f"(the first three stop early, see the table). Growing responses, without any of the "
-        f"teacher's, end at {by_seed(grown)} %."
+    text = (
+        "**What ends the plateau** (update at which each seed leaves it; the tries stop early, see "
+        f"the table): {', '.join(left)}. Growing responses need none of the teacher's, and solve "
+        f"{by_seed(reached)} % when stopped at 3/8"
     )
+    whole = sample(results, "opdlm_grown", STATIC)
+    return f"{text}, {by_seed(whole)} % at the end." if whole else f"{text}."
 
 
 @_of_measured

@@ -37,7 +37,7 @@ class Sizes:
         best_seeds: Runs of the long recipe.
         rollouts: Rollouts of each run; prompts and updates of every recipe follow from them.
         best_rollouts: Rollouts of the long recipe, on as many more prompts.
-        single_seeds: Runs of other block sizes, of self-distillation and of other teachers.
+        single_seeds: Runs of other block sizes and of other teachers.
         cold_start_seeds: Runs of each try against the cold start.
         cold_start_rollouts: Rollouts of those tries, which then stop.
         self_rollouts: Rollouts of self-distillation.
@@ -286,6 +286,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         beginning(grown, sizes.rollouts * 3 // 8),
         name="stopped",
         title="OPDLM, growing, stopped at 3/8",
+        seeds=sizes.seeds,
         kept=True,
     )
     small, middle = autoregressive("qwen3_64"), autoregressive("qwen3_96")
@@ -333,7 +334,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             "d-OPSD after that",
             "examples/tiny/d_opsd.yaml",
             blocks[:1],
-            sizes.single_seeds,
+            sizes.seeds,
             sizes.self_rollouts,
             models={"load": stopped},
         ),
