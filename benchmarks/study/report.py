@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.environment import versions
 from benchmarks.study.cells import Cell, all_cells, finished_result, outdated_results
 from benchmarks.study.details import render_details
-from benchmarks.study.findings import findings
+from benchmarks.study.findings import LEARNING, findings
 from benchmarks.study.plots import plot_accuracy_against_speed, plot_forgetting, plot_rollout_speed
 from benchmarks.study.recipes import Recipe, Sizes, recipes
 from benchmarks.study.statistics import Result
@@ -94,10 +94,10 @@ def render(study: dict[str, Any], known: Sequence[Recipe], outdated: Sequence[st
         "\n".join(f"- {finding}" for finding in findings(results)),
         "## All recipes",
         overview_table(results, known, outdated),
-        "Accuracies of each seed on held-out problems, in percent, greedy, at the block size of "
-        "training; of AR models, decoded from left to right. Tokens a forward are those of dynamic "
-        "0.9. A run has left the plateau when its loss on rollouts stays below 1.5 nats per token; "
-        "its rollouts are noise before.",
+        "Of each seed, on held-out problems, greedy, at the block size of training; AR models are "
+        "decoded from left to right. Tokens a forward are those of dynamic 0.9. A run has left the "
+        f"plateau when its loss on rollouts stays below {LEARNING:g} nats per token; before that "
+        "its rollouts are noise.",
         "† Measured before the recipe or the golden losses of its objective changed, so that "
         "`make study` runs some of its cells again; the findings have these numbers too."
         if outdated

@@ -32,36 +32,29 @@ def overview_table(
     old = {name.split()[0] for name in outdated}
     rows = []
     for recipe in recipes:
-        names = [each.name for each in recipe.evaluations]
-        block = f"block_{recipe.block_size}"
-        reads_on = "autoregressive" in names
-        seeds = [result for result in results if result["recipe"] == recipe.name]
-        if not seeds or recipe.documents:
+        cells = [result for result in results if result["recipe"] == recipe.name]
+        if not cells or recipe.documents:
             continue
-        static = accuracy(*(("autoregressive",) * 2 if reads_on else (block, "static")))
-        fast = "dynamic_0.9"
-        converted: tuple[tuple[Quantity, int], ...] = (
-            (accuracy(block, fast), 1),
-            (speed(block, fast), 2),
+        block, left_to_right = f"block_{recipe.block_size}", ("autoregressive", "autoregressive")
+        quantities = [
+            (accuracy(block, "static"), 1),
+            (accuracy(block, "dynamic_0.9"), 1),
+            (speed(block, "dynamic_0.9"), 2),
             (plateau_left, 0),
-        )
-        read = [sample(results, recipe.name, quantity) for quantity, _ in converted]
-        dynamic, faster, left = (None, None, None) if reads_on else read
-        updates = seeds[0].get("training", {}).get("updates")
+        ]
+        is_converted = recipe.evaluations[0].block_size is not None
+        if not is_converted:
+            quantities = [(accuracy(*left_to_right), 1)]
+        values = [(sample(results, recipe.name, each), digits) for each, digits in quantities]
+        read = [by_seed(value, digits) if value else NOT_MEASURED for value, digits in values]
+        updates = cells[0].get("training", {}).get("updates")
         rows.append(
             [
                 recipe.title + (" †" if recipe.name in old else ""),
-                NOT_MEASURED if reads_on else str(recipe.block_size),
-                NOT_MEASURED if updates is None else f"{updates:,}",
-                *(
-                    NOT_MEASURED if value is None else by_seed(value, digits)
-                    for value, digits in (
-                        (sample(results, recipe.name, static), 1),
-                        (dynamic, 1),
-                    )
-                ),
-                NOT_MEASURED if faster is None else f"{faster.mean:.2f}",
-                NOT_MEASURED if left is None else by_seed(left, 0),
+                str(recipe.block_size) if is_converted else NOT_MEASURED,
+                f"{updates:,}" if updates else NOT_MEASURED,
+                *read,
+                *[NOT_MEASURED] * (4 - len(read)),
             ]
         )
     headings = (

@@ -211,8 +211,8 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     assert "Not measured" not in page
     assert len(page.splitlines()) < 70  # one page
     assert (
-        "| OPDLM, states per block | 4 | 32 | 87.5 / 88.0 / 88.5 | 85.5 / 86.0 / 86.5 | 1.40 "
-        "| 2 / 2 / never |" in page
+        "| OPDLM, states per block | 4 | 32 | 87.5 / 88.0 / 88.5 | 85.5 / 86.0 / 86.5 "
+        "| 1.40 / 1.40 / 1.40 | 2 / 2 / never |" in page
     )
     assert "| AR model qwen3_64, not converted | - | - | 50.0 | - | - | - |" in page
     assert "| OPDLM, states per block | 3 | 88.0 ± 0.5 | 1.00 ± 0.00 | 86.0 ± 0.5 |" in report
