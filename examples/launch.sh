@@ -166,8 +166,24 @@ source "$repository/examples/pass_signals.sh"
 MEGATRON_DLM_STATUS_FILE=$(mktemp)
 export MEGATRON_DLM_STATUS_FILE
 trap 'rm -f "$MEGATRON_DLM_STATUS_FILE"' EXIT
+
+# On several nodes torchrun would wait for all of them to start the ranks again: where they have
+# ended with a status that no restart changes, other nodes may never come.
+# shellcheck disable=SC2329 # pass_signals calls it
+run_torchrun() {
+    local torchrun=$BASHPID
+    while ((NNODES > 1)) && sleep 1 && kill -0 "$torchrun" 2>/dev/null; do
+        if grep -qsv '^0$' "$MEGATRON_DLM_STATUS_FILE"; then
+            sleep $((JOIN_SECONDS < 30 ? JOIN_SECONDS : 30)) # ranks may report until then
+            kill "$torchrun" 2>/dev/null || true
+            break
+        fi
+    done >/dev/null 2>&1 &
+    exec torchrun "$@"
+}
+
 status=0
-PASS_AS=TERM pass_signals torchrun \
+PASS_AS=TERM pass_signals run_torchrun \
     --nnodes "$NNODES" \
     --nproc-per-node "$NPROC_PER_NODE" \
     --max-restarts "$MAX_RESTARTS" \

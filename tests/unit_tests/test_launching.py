@@ -309,6 +309,13 @@ def test_a_node_says_that_the_first_one_is_gone(programs: Path) -> None:
     assert (done.returncode, done.stderr) == (75, "")
 
 
+def test_no_node_waits_for_others_once_its_ranks_have_stopped(programs: Path) -> None:
+    program(programs / "torchrun", "echo 75 >$MEGATRON_DLM_STATUS_FILE; exec sleep 500")
+    node = {**FIRST, "NODE_RANK": "0", "MASTER_PORT": str(free_port()), "JOIN_SECONDS": "1"}
+    done = run(programs, "examples/launch.sh", RECIPE, **node)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 def commands() -> list[str]:
     """Commands of the documentation that start one of the scripts."""
     found = []
