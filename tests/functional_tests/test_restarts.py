@@ -75,7 +75,7 @@ def test_a_job_of_two_hosts_that_is_killed_twice_ends_as_one_that_is_not(tmp_pat
         second.wait_until(lambda: checkpoints(run) > saved)
         rank = ranks_of(second.process.pid)[1]
         os.kill(rank, signal.SIGKILL)
-        assert (second.wait(), first.wait()) == (0, 0), first.output + second.output
+        assert (second.wait(300), first.wait(300)) == (0, 0), first.output + second.output
 
     assert f"error: rank 1 on host-b (process {rank}, " in first.output
     assert first.output.count("error: rank 1 on ") == 2
