@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.models.context_parallel import share_of_row, token_ranks
 from megatron_dlm.models.forward import Row, clean_row, forward_hidden, row_multiple
@@ -77,19 +78,21 @@ class FrozenTeacher:
         rows = self._packing.rows([len(text) for text in texts])
         rows += [[]] * (self._packing.agreed(len(rows)) - len(rows))
         self._kept, self._used, self.hidden = [], [0] * self._groups.cp_size, None
-        for start in range(0, len(rows), self._rows_at_once):
-            if self._stop is not None:
+        with ACTIVITY.working("rows", len(rows)) as work:
+            for start in range(0, len(rows), self._rows_at_once):
+                if self._stop is not None:
+                    if self._groups.cp is None:
+                        self._stop.check()
+                    else:  # ranks that share rows leave together, and all have as many rows
+                        self._stop.check_all()
+                chunk = rows[start : start + self._rows_at_once]
+                clean = [clean_row([texts[i] for i in row], "causal") for row in chunk]
+                of_rows = [[trajectories[i] for i in row] for row in chunk]
                 if self._groups.cp is None:
-                    self._stop.check()
-                else:  # ranks that share rows leave together, and all have as many rows
-                    self._stop.check_all()
-            chunk = rows[start : start + self._rows_at_once]
-            clean = [clean_row([texts[i] for i in row], "causal") for row in chunk]
-            of_rows = [[trajectories[i] for i in row] for row in chunk]
-            if self._groups.cp is None:
-                _set_targets(of_rows, forward_hidden(self.model, clean))
-            else:
-                self._share_targets(of_rows, clean)
+                    _set_targets(of_rows, forward_hidden(self.model, clean))
+                else:
+                    self._share_targets(of_rows, clean)
+                work.done += len(chunk)
         if self._kept:
             self.hidden, self._kept = torch.cat(self._kept), []
 

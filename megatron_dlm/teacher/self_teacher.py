@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.forward import clean_row, forward_hidden
@@ -96,11 +97,12 @@ class SelfTeacher:
         own = self._groups.part_of_shared(trajectories)
         most = -(-len(trajectories) // self._groups.cp_size)
         steps = self._packing.agreed(-(-most // size))
-        with own_view, torch.no_grad():
+        with own_view, torch.no_grad(), ACTIVITY.working("trajectories", len(own)) as work:
             for start in range(0, steps * size, size):
                 if self._stop is not None:
                     self._stop.check_all()  # replicas agree on their numbers of rows
                 self._annotate_some(own[start : start + size])
+                work.done = min(start + size, len(own))
         self.model.train(training)
         if self._groups.cp is not None:
             targets: list[list[Any]] = [[] for _ in range(self._groups.cp_size)]

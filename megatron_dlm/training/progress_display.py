@@ -68,7 +68,8 @@ def progress(activity: Activity, now: float) -> str:
         left = seconds / forwards * (usual - forwards)
         parts.append(f"{forwards:,} of about {usual:,} forwards, {forwards / seconds:.1f}/s")
     elif forwards:
-        parts.append(f"{forwards:,} forwards, {forwards / seconds:.1f}/s")
+        unit = "forward" if forwards == 1 else "forwards"
+        parts.append(f"{forwards:,} {unit}, {forwards / seconds:.1f}/s")
     parts.append(format_duration(seconds))
     if left is not None:
         parts.append(f"about {format_duration(left)} left")

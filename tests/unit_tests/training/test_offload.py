@@ -1,6 +1,8 @@
 """Offloading: idle storages are empty, shared ones stay intact, results are the same."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dlm.activity import ACTIVITY, Work
 from megatron_dlm.parallel import initialized
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.self_teacher import SelfTeacher
@@ -130,11 +133,24 @@ def test_phases_hold_what_they_use_and_results_are_the_same(
         if run.source.engine is not None:
             hook(run.source.engine, "generate_together", "rollout")
         hook(run.teacher, "annotate", "teacher")
+        works: list[Work] = []
+        working = ACTIVITY.working
+
+        @contextmanager
+        def kept(unit: str, total: int) -> Iterator[Work]:
+            with working(unit, total) as work:
+                works.append(work)
+                yield work
+
+        monkeypatch.setattr(ACTIVITY, "working", kept)
         hook(loop, "train_step", "update")
         loop.train(run)
     turns = ["rollout", "teacher", "update"] if config.uses_rollouts else ["teacher", "update"]
     assert [phase for phase, _ in groupby(seen)] == turns * 2
     assert seen.count("update") == config.train_iters
+    of_teacher = [w for w in works if w.unit in ("rows", "trajectories")]
+    assert len(of_teacher) == seen.count("teacher")
+    assert all(0 < work.done == work.total for work in works)
     lines = [json.loads(line) for line in (tmp_path / "moved" / "metrics.jsonl").open()]
     for line, other in zip(lines, expected, strict=True):
         timings = {"time": None, "throughput": None}

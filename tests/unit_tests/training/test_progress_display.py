@@ -36,7 +36,7 @@ def test_work_of_known_size_is_counted() -> None:
         work.done += 300
         now = work.since + 3.0
         doing.entered = work.since
-        expected = "rollout: 300 of 1,200 responses, 1 forwards, 0.3/s, 0:03, about 0:09 left"
+        expected = "rollout: 300 of 1,200 responses, 1 forward, 0.3/s, 0:03, about 0:09 left"
         assert progress(doing, now) == expected
         with doing.working("rows", 2):
             assert progress(doing, now).startswith("rollout: 0 of 2 rows, ")
