@@ -201,6 +201,9 @@ def _load(state: dict[str, Any], checkpoint: Path, field: str) -> dict[str, Any]
 
 
 def _load_common(checkpoint: Path, field: str) -> dict[str, Any]:
+    if not (checkpoint / "common.pt").is_file():
+        # megatron-core 0.19 keeps it among the tensors, and finds it by an index that may run code.
+        checked_metadata(checkpoint, field)
     try:
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(checkpoint))
     except (*UNREADABLE, RuntimeError) as error:

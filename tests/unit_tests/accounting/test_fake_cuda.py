@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -83,10 +84,12 @@ def test_an_update_waits_for_its_numbers_only(counts: dict[str, Any], shape: str
     # experts says how many tokens ranks exchange, and that of a teacher how long its rows are.
     experts = shape == "qwen3_30b_a3b"
     layers = 48 * experts
+    # 0.19 of Megatron-Core waits once less in the update and twice more in the optimizer.
+    update, optimizer = (2, 3) if megatron.core.__version__.startswith("0.16") else (1, 5)
     for phase, copies, waits in (
         ("teacher", 1 + experts, 0),
-        ("update", 2 + layers, 2),
-        ("optimizer", 1, 3),
+        ("update", 2 + layers, update),
+        ("optimizer", 1, optimizer),
     ):
         assert counts[shape][phase]["model"]["copies_to_host"] == copies, phase
         assert counts[shape][phase]["model"]["synchronisations"] == waits, phase

@@ -93,7 +93,7 @@ def test_every_file_is_in_the_manifest(run: Path) -> None:
         assert manifest is not None
         assert list(manifest) == files_of(checkpoint)
         names = set(manifest)
-        assert {".metadata", "common.pt", "metadata.json", "hf/config.json"} <= names
+        assert {".metadata", "metadata.json", "hf/config.json"} <= names
         assert any(name.endswith(".distcp") for name in names)
 
 
@@ -149,8 +149,8 @@ def test_a_damaged_manifest_is_found(run: Path, capsys: pytest.CaptureFixture[st
 
 def test_without_any_intact_checkpoint_there_is_one_line(run: Path) -> None:
     for checkpoint in run.glob("iter_*"):
-        (checkpoint / "common.pt").unlink()
-    with pytest.raises(UserError, match=r"none of its 3 checkpoints.*iter_0000003.*common\.pt"):
+        (checkpoint / "metadata.json").unlink()
+    with pytest.raises(UserError, match=r"none of its 3 checkpoints.*iter_0000003.*metadata\.json"):
         find_checkpoint(run)
 
 
@@ -264,7 +264,7 @@ def test_pruning_removes_only_what_the_run_wrote(run: Path, tmp_path: Path) -> N
         "iter_0000003",
         "iter_0000009",
     ]
-    assert (tmp_path / "elsewhere" / "common.pt").is_file()
+    assert (tmp_path / "elsewhere" / "metadata.json").is_file()
 
 
 def test_what_a_killed_process_left_is_tidied(run: Path) -> None:
