@@ -48,6 +48,7 @@ SOAK ?=
 
 # Tensor, pipeline, expert and context parallelism, and a sharded optimizer.
 LAYOUT := tests/distributed_tests/test_training_layouts.py::test_layout_trains_like_one_process
+SHARED_ROWS := tests/distributed_tests/test_training_layouts.py::test_shared_rows_train_like_whole_ones
 
 .PHONY: setup quickstart quickstart-moe study test test-fast test-core-latest fuzz soak docs lint format golden
 .DELETE_ON_ERROR:
@@ -114,7 +115,7 @@ test: lint
 test-core-latest: $(LATEST_STAMP)
 	$(LATEST)/bin/pytest $(THREE_FILES_AT_A_TIME) --durations 5 -m 'not slow' tests/unit_tests \
 		tests/functional_tests/test_golden.py tests/distributed_tests/test_checkpoint_saving.py \
-		'$(LAYOUT)[TP2 PP2 SP]' '$(LAYOUT)[moe EP2 CP2 DP2]'
+		'$(LAYOUT)[TP2 PP2 SP]' '$(SHARED_ROWS)[moe EP2 CP2 DP2]'
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)

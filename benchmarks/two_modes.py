@@ -51,10 +51,11 @@ def run(*command: str) -> float:
 def measure(arm: str, folder: Path, updates: int, examples: int) -> dict[str, Any]:
     """Train one arm and evaluate it."""
     save, results, finished = (folder / f"{arm}{end}" for end in ("", ".json", ".measured.json"))
+    of = {"updates": updates, "held_out_problems": examples, "options": ARMS[arm]}
     if finished.is_file():
         measured = json.loads(finished.read_text())
-        assert isinstance(measured, dict)
-        return measured
+        if {key: measured[key] for key in of} == of:
+            return dict(measured)
     goes_on = save.exists()  # then the time is not that of the whole training
     trained = run(
         "pretrain_opdlm.py",
@@ -75,6 +76,8 @@ def measure(arm: str, folder: Path, updates: int, examples: int) -> dict[str, An
     last = [json.loads(line) for line in lines[-40:]]
     found = json.loads(results.read_text())["settings"]
     measured = {
+        **of,
+        "commit": commit(),
         "loss": sum(line["loss"] for line in last) / len(last),
         "causal_loss": None
         if last[0]["causal_loss"] is None

@@ -94,9 +94,6 @@ check_choice RDZV_BACKEND c10d static
 check_number MAX_RESTARTS 0 1000
 check_number JOIN_SECONDS 1 100000
 check_number SAVE_SECONDS 1 100000
-[[ -z $NODE_RANK ]] || check_number NODE_RANK 0 $((NNODES - 1))
-[[ $RDZV_BACKEND == c10d || -n $NODE_RANK ]] ||
-    bad_value NODE_RANK "is not set" "number the nodes from 0, or leave RDZV_BACKEND at c10d"
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
     NPROC_PER_NODE=$(count_gpus)
     [[ $NPROC_PER_NODE != 0 ]] || NPROC_PER_NODE='' bad_value NPROC_PER_NODE \
@@ -110,6 +107,9 @@ if ((NNODES == 1)); then
     [[ $RDZV_BACKEND == c10d ]] || MASTER_PORT=${MASTER_PORT:-29500}
     NODE_RANK=0
 fi
+[[ -z $NODE_RANK ]] || check_number NODE_RANK 0 $((NNODES - 1))
+[[ $RDZV_BACKEND == c10d || -n $NODE_RANK ]] ||
+    bad_value NODE_RANK "is not set" "number the nodes from 0, or leave RDZV_BACKEND at c10d"
 [[ -n ${MASTER_ADDR:-} ]] ||
     bad_value MASTER_ADDR "is not set, of $NNODES nodes" "set it to the name of the first one, on all"
 if [[ -n ${MASTER_PORT:-} ]] || ((NNODES > 1)); then
@@ -126,7 +126,8 @@ else
     is_host=
     # torchrun would guess it from the host's names, which an address of another network is not among.
     [[ -z $NODE_RANK ]] || is_host=,is_host=$((NODE_RANK == 0))
-    place+=(--rdzv-conf "join_timeout=$JOIN_SECONDS$is_host")
+    # The first node may be the last to come: the others try to reach it as long.
+    place+=(--rdzv-conf "join_timeout=$JOIN_SECONDS,read_timeout=$JOIN_SECONDS$is_host")
     # A node that joins again counts its restarts from 0: each attempt needs a store of its own.
     ((NNODES == 1)) || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
@@ -172,10 +173,11 @@ trap 'rm -f "$MEGATRON_DLM_STATUS_FILE"' EXIT
 # shellcheck disable=SC2329 # pass_signals calls it
 run_torchrun() {
     local torchrun=$BASHPID
-    while ((NNODES > 1)) && sleep 1 && kill -0 "$torchrun" 2>/dev/null; do
+    # The file ends with this script: whoever has torchrun's number then is another process.
+    while ((NNODES > 1)) && sleep 1 && [[ -e $MEGATRON_DLM_STATUS_FILE ]]; do
         if grep -qsv '^0$' "$MEGATRON_DLM_STATUS_FILE"; then
             sleep $((JOIN_SECONDS < 30 ? JOIN_SECONDS : 30)) # ranks may report until then
-            kill "$torchrun" 2>/dev/null || true
+            [[ ! -e $MEGATRON_DLM_STATUS_FILE ]] || kill "$torchrun" 2>/dev/null || true
             break
         fi
     done >/dev/null 2>&1 &

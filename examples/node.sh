@@ -9,7 +9,7 @@ bad_value() {
 
 # End unless a variable is a whole number from LEAST to MOST: check_number NAME LEAST MOST
 check_number() {
-    if ! [[ ${!1} =~ ^[0-9]{1,6}$ ]] || ((10#${!1} < $2 || 10#${!1} > $3)); then
+    if ! [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((${!1} < $2 || ${!1} > $3)); then
         bad_value "$1" "is no whole number from $2 to $3" "choose one"
     fi
 }

@@ -12,7 +12,9 @@ train_and_requeue() {
     local status=0 container=() nodes
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export NNODES=$SLURM_JOB_NUM_NODES
-    export MASTER_ADDR=${MASTER_ADDR:-${nodes%%$'\n'*}}
+    # Of this job's nodes, whatever the shell of sbatch has: Slurm hands that on.
+    unset NODE_RANK LOCAL_ADDR
+    export MASTER_ADDR=${nodes%%$'\n'*}
     export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
     export RUN_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     export LOG_DIR=${LOG_DIR:-logs/$SLURM_JOB_NAME-$SLURM_JOB_ID}

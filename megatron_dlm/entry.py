@@ -5,6 +5,7 @@ Imports nothing slow, so that a mistyped flag is reported before PyTorch is load
 
 import errno
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from megatron_dlm.launcher import die_with_launcher, final_error, leave_error, l
 from megatron_dlm.terminal import end_standard_output, escape_unknown_characters, say
 
 P = ParamSpec("P")
+
+_USUAL_THRESHOLDS = gc.get_threshold()
 
 USER_ERROR_STATUS = 2
 
@@ -38,6 +41,20 @@ _REMEDIES = {
     errno.ELOOP: "the symbolic link leads to itself: choose another path",
 }
 """What to do where the system refuses a file, whichever step of a command met it."""
+
+
+def collect_garbage_rarely() -> None:
+    """Let Python look for garbage less often, until `collect_garbage_as_usual`.
+
+    Ten thousands of objects come with imports and stay: looking through them each time some are
+    added takes a tenth of a start.
+    """
+    gc.set_threshold(100_000, 50, 100)
+
+
+def collect_garbage_as_usual() -> None:
+    """From here on, what comes can hold tensors."""
+    gc.set_threshold(*_USUAL_THRESHOLDS)
 
 
 def world_size() -> int:

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
-from megatron_dlm.entry import rank, world_size
+from megatron_dlm.entry import collect_garbage_as_usual, rank, world_size
 from megatron_dlm.errors import UserError
 from megatron_dlm.launcher import attempt
 from megatron_dlm.rank_watch import RankWatch
@@ -275,6 +275,7 @@ def initialized(config: Config) -> Iterator[None]:
         return
     with nullcontext() if torch.distributed.is_initialized() else joined(config):
         initialize(config)
+        collect_garbage_as_usual()  # all that is large has been imported
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from benchmarks.study.claims import (
     rise,
     speed,
 )
+from benchmarks.study.recipes import Sizes, recipes
 from benchmarks.study.statistics import Result, Sample, sample
 
 LEARNING = 1.5
@@ -25,6 +26,7 @@ SOLVED = 50.0
 PURELY_ON_POLICY = ("opdlm", "opdlm_off", "opdlm_global")
 STUDENT = "qwen3_64"
 PAIR = ("stopped", "d_opsd")
+WITH_TEACHER_RESPONSES = {each.name for each in recipes(Sizes()) if each.mixes_teacher_responses}
 
 STATIC, DYNAMIC = accuracy("block_4", "static"), accuracy("block_4", "dynamic_0.9")
 
@@ -32,8 +34,11 @@ STATIC, DYNAMIC = accuracy("block_4", "static"), accuracy("block_4", "dynamic_0.
 def plateau_left(result: Result) -> float | None:
     """Update from which the loss on rollouts stays below `LEARNING`; infinite if it never does.
 
-    None for a run without rollouts.
+    None for a run without rollouts, or with responses of the teacher among them: its loss on those
+    tells nothing of what the student writes.
     """
+    if result["recipe"] in WITH_TEACHER_RESPONSES:
+        return None
     curves = result.get("training", {}).get("curves", {})
     if "tokens_per_forward" not in curves or "loss" not in curves:
         return None
@@ -125,7 +130,6 @@ def _remedy(results: Sequence[Result]) -> str | None:
         "long_warm_up": "five times the warm-up",
         "cool": "temperature 0.5",
         "stopped": "responses that grow from one block",
-        "best": "the teacher's responses first",
     }
     read = {name: sample(results, name, plateau_left) for name in titles}
     left = [

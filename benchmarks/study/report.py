@@ -127,7 +127,7 @@ def _setup(study: dict[str, Any]) -> str:
             f"- {sizes['heldout']} held-out problems, greedy, the same for all: the standard "
             f"error of one accuracy is at most {_largest_error(sizes['heldout']):.1f} points.",
             f"- {machines}, no GPU used; {software}; commit {commits}; {span}; "
-            f"{hours:.1f} core hours.",
+            f"{hours:.1f} hours of one process each, beside other work.",
         ]
     )
 

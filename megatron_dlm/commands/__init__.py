@@ -4,14 +4,13 @@ A command's module is imported when the command is run, and has a `main(argv)` t
 status. `pretrain_opdlm.py` and `tools/` run the same commands from a checkout.
 """
 
-import gc
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
 from megatron_dlm import __version__
-from megatron_dlm.entry import rank, report_user_errors
+from megatron_dlm.entry import collect_garbage_rarely, rank, report_user_errors
 from megatron_dlm.errors import bad_value, unknown_name
 from megatron_dlm.terminal import say
 
@@ -37,9 +36,6 @@ COMMANDS = {
 }
 """What each command does, in the order of the help text."""
 
-COLLECTION_THRESHOLDS = (100_000, 50, 100)
-"""Of `gc.set_threshold`: how much is made or survives before Python looks for garbage."""
-
 
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise _no_command(name)
-    # Ten thousands of objects come with imports and stay: looking for garbage among them each time
-    # some are added takes a tenth of the start.
-    gc.set_threshold(*COLLECTION_THRESHOLDS)
+    collect_garbage_rarely()
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     status: int = module.main(arguments[1:])
     return status

@@ -72,7 +72,7 @@ def value(arguments: list[str], option: str) -> str:
 
 
 def test_one_node_meets_at_a_free_port_of_its_own(programs: Path) -> None:
-    arguments = launched(programs, "--seed", "7")
+    arguments = launched(programs, "--seed", "7", SLURM_NODEID="1")  # by srun, each for itself
     assert arguments[0] == "torchrun"
     assert value(arguments, "--nnodes") == "1"
     assert value(arguments, "--nproc-per-node") == "2"
@@ -91,7 +91,7 @@ def test_several_nodes_meet_at_the_first(programs: Path, variable: str, number: 
     assert value(arguments, "--rdzv-endpoint") == f"node1:{place['MASTER_PORT']}"
     assert value(arguments, "--rdzv-id") == "17.0"
     is_host = int(number == "0")
-    assert value(arguments, "--rdzv-conf") == f"join_timeout=60,is_host={is_host}"
+    assert value(arguments, "--rdzv-conf") == f"join_timeout=60,read_timeout=60,is_host={is_host}"
     assert "--local-addr" not in arguments
 
 
@@ -228,6 +228,7 @@ FIRST = {**NODES, "MASTER_ADDR": "node1"}
         ("launch", {"NPROC_PER_NODE": "eight"}, "NPROC_PER_NODE = 'eight': is no whole number"),
         ("launch", {"CUDA_VISIBLE_DEVICES": ""}, "NPROC_PER_NODE = '': is not set, and "),
         ("launch", {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "NPROC_PER_NODE = '': is not set"),
+        ("launch", {"NNODES": "08"}, "NNODES = '08': is no whole number from 1"),
         ("launch", {"NNODES": "0"}, "NNODES = '0': is no whole number from 1"),
         ("launch", NODES, "MASTER_ADDR = '': is not set, of 2 nodes; set it to the name of the"),
         ("launch", {**FIRST, "NODE_RANK": "2"}, "NODE_RANK = '2': is no whole number from 0 to 1"),

@@ -308,9 +308,11 @@ def test_a_run_has_left_the_plateau_when_its_loss_stays_below(
     loss: list[float], update: float
 ) -> None:
     curves = {"step": [10, 20, 30, 40, 50], "loss": loss, "tokens_per_forward": [1.0] * 5}
-    assert plateau_left({"training": {"curves": curves}}) == update
+    result = {"recipe": "opdlm", "training": {"curves": curves}}
+    assert plateau_left(result) == update
+    assert plateau_left({**result, "recipe": "best"}) is None  # its loss is on the teacher's too
     del curves["tokens_per_forward"]
-    assert plateau_left({"training": {"curves": curves}}) is None
+    assert plateau_left(result) is None
 
 
 def test_no_report_without_results(tmp_path: Path) -> None:
