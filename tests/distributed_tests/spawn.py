@@ -5,7 +5,7 @@ import io
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -46,6 +46,19 @@ def run_distributed(
         AssertionError: A rank failed, died or did not end in time. The message holds its
             traceback; the other ranks, which would wait for it, are terminated.
     """
+    for _ in range(2):
+        with suppress(NoWorld):  # nothing has been called yet
+            return _run_world(fn, world_size, *args, timeout_seconds=timeout_seconds)
+    return _run_world(fn, world_size, *args, timeout_seconds=timeout_seconds)
+
+
+class NoWorld(AssertionError):
+    """The processes did not come together: on a busy machine gloo takes a connection for closed."""
+
+
+def _run_world(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float
+) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         ranks = {
             receiver: (rank, process)
@@ -72,6 +85,8 @@ def run_distributed(
                         raise AssertionError(
                             f"rank {rank} died with exit status {process.exitcode}"
                         ) from None
+                    if succeeded is None:
+                        raise NoWorld(f"rank {rank} found no others:\n{result}")
                     if not succeeded:
                         raise AssertionError(f"rank {rank} failed:\n{result}")
                     results[rank] = torch.load(io.BytesIO(result), weights_only=False)
@@ -157,6 +172,11 @@ def _run_rank(
     _join = join
     try:
         _join()
+        dist.barrier()
+    except RuntimeError:
+        sender.send((None, traceback.format_exc()))
+        return
+    try:
         # Serialised by value: torch would send tensors as handles to memory that dies with us.
         buffer = io.BytesIO()
         torch.save(fn(rank, *args), buffer)
