@@ -47,6 +47,11 @@ LONGEST_FIRST = (
     "unit_tests/conversion/test_full_attention_formats.py",
     "functional_tests/test_output_places.py",
     "distributed_tests/test_checkpoint_saving.py",
+    "functional_tests/test_critical_batch_size.py",
+    "functional_tests/test_new_strategy.py",
+    "functional_tests/test_preprocess_data.py",
+    "functional_tests/test_families.py",
+    "functional_tests/test_divergence.py",
 )
 """Files that take longest, in that order: none of them is left for one worker at the end."""
 
