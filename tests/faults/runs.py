@@ -76,9 +76,12 @@ class RunningProcess:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without the times; none before the first update."""
+    """The lines of a run's metrics, without the times; none before the first update.
+
+    A run that goes on may have written its last line in part.
+    """
     file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     return [
         {key: value for key, value in json.loads(line).items() if key not in ("time", "throughput")}
         for line in lines
@@ -87,7 +90,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def events(run: Path) -> list[str]:
     """What the run's history says, oldest first."""
-    lines = (run / "history.jsonl").read_text().splitlines()
+    lines = (run / "history.jsonl").read_text().split("\n")[:-1]
     return [json.loads(line)["event"] for line in lines]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_dlm.training.best_checkpoint import BEST
 from megatron_dlm.training.run_folder import latest_iteration, saved_iterations
 from megatron_dlm.training.stored_batch import LEFTOVERS, STORED_BATCH
 from tests.distributed_tests.spawn import run_distributed
+from tests.faults.jobs import free_port
 from tests.faults.moments import Moment
 from tests.faults.runs import RunningProcess, check_same, events, metrics
 from tests.tiny import (
@@ -236,12 +236,6 @@ def test_all_ranks_stop_where_one_was_asked_to(
     check_same(tmp_path / "run", tmp_path / "whole")
 
 
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
 def test_torchrun_and_the_launcher_pass_a_signal_on_and_say_how_the_run_ended(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +248,7 @@ def test_torchrun_and_the_launcher_pass_a_signal_on_and_say_how_the_run_ended(
         tmp_path / "log",
         SAVE=str(run),
         NPROC_PER_NODE="2",
-        MASTER_PORT=str(_free_port()),
+        MASTER_PORT=str(free_port()),
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     )
     started.wait_until(lambda: len(metrics(run)) >= 6)
