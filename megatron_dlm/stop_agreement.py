@@ -139,6 +139,24 @@ class StopAgreement:
         stop, save_now = self._highest(self.requested, int(save))
         return Decision(stop, bool(save_now))
 
+    def agree(self, waits: bool, has_failed: bool) -> tuple[bool, bool]:
+        """Where all ranks wait in step for something outside: whether any still does; all call it.
+
+        Args:
+            waits: Whether this rank does.
+            has_failed: Whether what it waits for never comes.
+
+        Returns:
+            Both, of any rank.
+
+        Raises:
+            StopRequested: On all ranks, if one wants to stop.
+        """
+        stop, waiting, failed = self._highest(self.requested, int(waits), int(has_failed))
+        if stop:
+            raise StopRequested(stop)
+        return bool(waiting), bool(failed)
+
     def _highest(self, *values: int) -> list[int]:
         """The largest of each value over all ranks."""
         highest = torch.tensor(values)

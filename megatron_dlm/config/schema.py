@@ -13,6 +13,7 @@ from megatron_dlm.config import objective_traits as objectives
 from megatron_dlm.config.coercion import build
 from megatron_dlm.config.fields import NOT_AN_OPTION, option_fields, value_of
 from megatron_dlm.config.parameter_groups import PARAM_GROUP_PRESETS, ParameterGroup
+from megatron_dlm.config.rollout_engine import RolloutEngineConfig
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 DATA_OPTIONS = {"data": "train_data", "corpus": "data_path"}
@@ -30,6 +31,7 @@ class Config:
     data: groups.DataConfig = field(default_factory=groups.DataConfig)
     template: groups.TemplateConfig = field(default_factory=groups.TemplateConfig)
     rollout: groups.RolloutConfig = field(default_factory=groups.RolloutConfig)
+    engine: RolloutEngineConfig = field(default_factory=RolloutEngineConfig)
     objective: groups.ObjectiveConfig = field(default_factory=groups.ObjectiveConfig)
     distillation: groups.DistillationConfig = field(default_factory=groups.DistillationConfig)
     self_distillation: groups.SelfDistillationConfig = field(
@@ -100,6 +102,11 @@ class Config:
     def uses_rollouts(self) -> bool:
         """Whether the objective trains on the student's own rollouts."""
         return self.response_source == "rollout"
+
+    @property
+    def decodes_itself(self) -> bool:
+        """Whether the training processes decode the rollouts, not servers."""
+        return self.uses_rollouts and self.engine.rollout_engine == "internal"
 
     @property
     def uses_teacher_responses(self) -> bool:

@@ -28,7 +28,11 @@ def validate(config: Config, world_size: int) -> None:
     """Check every rule that needs no model, for a run of so many processes."""
     needs, unused = objective.needs(config), usage.unused(config)
     # From here on, rules look only at options that are used.
-    combinations = objective.combinations(config), values.combinations(config)
+    combinations = (
+        objective.combinations(config),
+        objective.rollout_engine(config),
+        values.combinations(config),
+    )
     layout = model.processes(config, world_size), model.batches(config, world_size)
     _refuse(config, needs, unused, *combinations, *layout)
     validate_length(config)

@@ -71,13 +71,7 @@ def export_hf(
             finite.
     """
     target = Path(folder)
-    gatherer = ShardGatherer(
-        {
-            (local.mapping.megatron, local.shard): (local.parameter, local.num_shards)
-            for local in local_parameters(model, architecture)
-        }
-    )
-    head = TIED_EMBEDDING if architecture.tie_word_embeddings else None
+    tensors = model_tensors(model, architecture, format)
     if format in FORMATS_WITH_HEAD:
         architecture = replace(architecture, tie_word_embeddings=False)
     dtype = dtype or next(model.parameters()).dtype
@@ -123,11 +117,37 @@ def export_hf(
         writer = None
         if is_writer():
             writer = HFCheckpointWriter(temporary, shapes, dtype, max_shard_size)
-        for name, tensor in _gathered_tensors(architecture, gatherer, head):
+        for name, tensor in tensors:
             if writer is not None:
                 writer.add(name, tensor)
         if writer is not None:
             writer.close()
+
+
+def model_tensors(
+    model: torch.nn.Module, architecture: Architecture, format: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder in a format, one after the other; all ranks iterate to the end.
+
+    Args:
+        model: See `export_hf`.
+        architecture: Likewise.
+        format: Likewise.
+
+    Yields:
+        On rank 0, name and values, in the model's type; on other ranks, which send their shards
+        meanwhile, nothing.
+    """
+    gatherer = ShardGatherer(
+        {
+            (local.mapping.megatron, local.shard): (local.parameter, local.num_shards)
+            for local in local_parameters(model, architecture)
+        }
+    )
+    head = TIED_EMBEDDING if architecture.tie_word_embeddings else None
+    if format in FORMATS_WITH_HEAD:
+        architecture = replace(architecture, tie_word_embeddings=False)
+    return _gathered_tensors(architecture, gatherer, head)
 
 
 def _gathered_tensors(

@@ -24,7 +24,7 @@ from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.serving.api_error import ApiError, bad_field
 from megatron_dlm.serving.jobs import Event, Failed, Finished, Job, Started
 from megatron_dlm.serving.metrics import Metrics
-from megatron_dlm.serving.options import ServerConfig
+from megatron_dlm.serving.options import HttpConfig, ServerConfig
 from megatron_dlm.serving.prompts import PromptReader
 from megatron_dlm.serving.requests import (
     ChatRequest,
@@ -152,13 +152,13 @@ class Api:
         self._scheduler.submit(job)
         streams = False
         try:
-            started = await _unless_disconnected(request, running.next())
+            started = await unless_disconnected(request, running.next())
             assert isinstance(started, Started)
             answer = Answer(endpoint, body.model, num_choices, started.prompt_tokens)
             if body.stream:
                 streams = True
                 return _EventStream(_events(answer, running, body.includes_usage), release)
-            await _unless_disconnected(request, _complete(answer, running))
+            await unless_disconnected(request, _complete(answer, running))
             return JSONResponse(answer.body())
         finally:
             if not streams:
@@ -262,7 +262,7 @@ async def _events(answer: Answer, running: _Running, with_usage: bool) -> AsyncI
         yield stream_event(error.body())
 
 
-async def _unless_disconnected(request: Request, work: Any) -> Any:
+async def unless_disconnected(request: Request, work: Any) -> Any:
     """The result of a coroutine, which is cancelled if the client goes.
 
     Raises:
@@ -304,10 +304,18 @@ class Gate:
         app: What is behind it.
         options: The limits.
         metrics: Counters.
+        needs_key: Whether requests to a path have to carry the key.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        options: HttpConfig,
+        metrics: Metrics,
+        needs_key: Callable[[str], bool] = lambda path: path.startswith("/v1/"),
+    ) -> None:
         self._app = app
+        self._needs_key = needs_key
         self._max_bytes = options.max_request_bytes
         self._timeout_s = options.request_timeout_s
         key = options.key
@@ -357,7 +365,7 @@ class Gate:
                 raise
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._authorization is not None and path.startswith("/v1/"):
+        if self._authorization is not None and self._needs_key(path):
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._authorization):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
@@ -370,10 +378,8 @@ class Gate:
         return ApiError(413, text, code="request_too_large")
 
 
-def create_app(api: Api, options: ServerConfig, metrics: Metrics) -> ASGIApp:
-    """The application for an ASGI server."""
-    # Their pages load scripts from elsewhere.
-    app = FastAPI(title="megatron-dlm", docs_url=None, redoc_url=None)
+def answer_errors(app: FastAPI) -> None:
+    """Let an application answer every error in the form that OpenAI's clients read."""
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
@@ -387,6 +393,14 @@ def create_app(api: Api, options: ServerConfig, metrics: Metrics) -> ASGIApp:
     async def unrouted(request: Request, error: AnyHttpException) -> Response:
         text = f"{request.method} {request.url.path}: {error.detail}"
         return error_response(ApiError(error.status_code, text))
+
+
+def create_app(api: Api, options: ServerConfig, metrics: Metrics) -> ASGIApp:
+    """The application for an ASGI server."""
+    # Their pages load scripts from elsewhere.
+    app = FastAPI(title="megatron-dlm", docs_url=None, redoc_url=None)
+
+    answer_errors(app)
 
     @app.get("/health")
     async def health() -> Response:

@@ -14,7 +14,7 @@ API_KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class HttpConfig:
     """Server: where it listens, and its limits."""
 
     host: str = "127.0.0.1"
@@ -24,18 +24,9 @@ class ServerConfig:
     """Port to listen at; 0 takes a free one and prints it."""
 
     api_key: str | None = None
-    """Key that requests to /v1 have to carry (Authorization: Bearer KEY). Other users of the
-    machine see arguments of a command: the variable MEGATRON_DLM_API_KEY does the same unseen."""
-
-    served_model_name: str | None = None
-    """Name of the model in requests (default: the last part of --load)."""
-
-    max_waiting_requests: Annotated[int, AT_LEAST_ZERO] = 256
-    """Responses that may wait for a slot, beside --max-running-requests in decoding; further
-    requests are refused with status 429."""
-
-    max_choices: Annotated[int, AT_LEAST_ONE] = 16
-    """Most responses to one request: prompts times n."""
+    """Key that requests have to carry (Authorization: Bearer KEY), but for /health. Other users of
+    the machine see arguments of a command: the variable MEGATRON_DLM_API_KEY does the same
+    unseen."""
 
     max_request_bytes: Annotated[int, AT_LEAST_ONE] = 8 << 20
     """Longest body of a request."""
@@ -62,7 +53,40 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig(HttpConfig):
+    """Server: where it listens, and its limits."""
+
+    served_model_name: str | None = None
+    """Name of the model in requests (default: the last part of --load)."""
+
+    max_waiting_requests: Annotated[int, AT_LEAST_ZERO] = 256
+    """Responses that may wait for a slot, beside --max-running-requests in decoding; further
+    requests are refused with status 429."""
+
+    max_choices: Annotated[int, AT_LEAST_ONE] = 16
+    """Most responses to one request: prompts times n."""
+
+
+@dataclass(frozen=True)
+class RolloutServerConfig(HttpConfig):
+    """Server: where it listens, and its limits."""
+
+    port: Annotated[int, Range(0, 65535)] = 30000
+    """Port to listen at; 0 takes a free one and prints it."""
+
+    request_timeout_s: Annotated[float, ABOVE_ZERO] = 3600.0
+    """Seconds after which a request that is not answered is given up with status 504."""
+
+
+@dataclass(frozen=True)
 class ServeArguments(InferenceArguments):
     """Answer requests over HTTP."""
 
     server: ServerConfig = field(default_factory=ServerConfig)
+
+
+@dataclass(frozen=True)
+class RolloutServerArguments(InferenceArguments):
+    """Decode the rollouts of training runs over HTTP."""
+
+    server: RolloutServerConfig = field(default_factory=RolloutServerConfig)

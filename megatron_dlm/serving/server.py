@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
-from starlette.types import ASGIApp
 
 from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
-from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.generation import load_frozen_model
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.serving.app import Api, ServedModel, create_app
+from megatron_dlm.serving.http_process import answering, listening, stopping_at_signals
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.options import ServerConfig
 from megatron_dlm.serving.prompts import Limits, PromptReader
@@ -33,9 +23,6 @@ TOKENS_PER_SLOT = 4096
 """Positions in the KV cache for each response in decoding but one, which has those of the longest
 request, unless --max-total-tokens says otherwise. A response that needs more waits for others."""
 
-HANG_UP_SECONDS = 5
-"""That the last responses have to be sent, after all of them were decoded."""
-
 
 def serve(setup: InferenceSetup, options: ServerConfig) -> int:
     """Serve a model until SIGTERM or SIGINT; returns the exit status.
@@ -45,7 +32,7 @@ def serve(setup: InferenceSetup, options: ServerConfig) -> int:
     """
     [generation] = setup.settings().values()
     options.key  # noqa: B018 - refused before long work
-    with _listener(options) as listener:
+    with listening(options) as listener:
         tokenizer = load_tokenizer(setup.tokenizer_folder)
         special_tokens = special_tokens_of(
             tokenizer, setup.source.architecture, setup.tokenizer_folder
@@ -61,7 +48,9 @@ def serve(setup: InferenceSetup, options: ServerConfig) -> int:
                 groups=ParallelGroups.from_parallel_state(),
             )
             slots = generation.max_running_requests
-            batch = engine.open(slots, _lengths(generation, limits), limits.max_response_length)
+            batch = engine.open(
+                slots, cache_lengths(generation, limits), limits.max_response_length
+            )
 
             def decode(token_ids: list[int]) -> str:
                 return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -75,13 +64,13 @@ def serve(setup: InferenceSetup, options: ServerConfig) -> int:
             api = Api(model, scheduler, options, metrics)
             app = create_app(api, options, metrics)
             stop = scheduler.stop
-            with _stopping_at_signals(stop), _http(app, listener, stop), engine.evaluating():
+            with stopping_at_signals(stop), answering(app, listener, stop), engine.evaluating():
                 say(_greeting(name, options, listener.getsockname()[1]))
                 scheduler.run()
     return 0
 
 
-def _lengths(generation: GenerationConfig, limits: Limits) -> list[int]:
+def cache_lengths(generation: GenerationConfig, limits: Limits) -> list[int]:
     """Positions that the cache is made for, of as many sequences as there are slots."""
     longest = limits.max_prompt_length + limits.max_response_length
     if generation.block_size is not None:
@@ -89,85 +78,6 @@ def _lengths(generation: GenerationConfig, limits: Limits) -> list[int]:
         longest = min(blocks * generation.block_size, limits.positions)
     others = generation.max_running_requests - 1
     return [longest] + [min(longest, TOKENS_PER_SLOT)] * others
-
-
-def _listener(options: ServerConfig) -> socket.socket:
-    """A socket at the address; connections wait in it from now on.
-
-    Raises:
-        UserError: The address is unknown, or another program has the port.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        problem = f"is no address of this machine ({error})"
-        raise bad_value("--host", options.host, problem, "choose 127.0.0.1 or 0.0.0.0") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        problem = f"{options.host} cannot be listened at ({error.strerror})"
-        raise bad_value("--port", options.port, problem, "choose another one, or 0") from error
-    return listener
-
-
-@contextmanager
-def _http(app: ASGIApp, listener: socket.socket, on_end: Callable[[], None]) -> Iterator[None]:
-    """Answer HTTP in a thread of its own; on exit, what is being sent is sent to its end.
-
-    Raises:
-        RuntimeError: It could not be started; its thread has said why.
-    """
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=HANG_UP_SECONDS,
-    )
-    server = uvicorn.Server(config)
-
-    def run() -> None:
-        try:
-            server.run(sockets=[listener])
-        finally:
-            on_end()
-
-    thread = threading.Thread(target=run, name="http")
-    thread.start()
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join()
-    if not server.started:
-        raise RuntimeError("the HTTP server could not be started")
-
-
-@contextmanager
-def _stopping_at_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Have the first SIGTERM or SIGINT call `stop`; a second one ends the process."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        # Not `print`, which cannot be entered twice.
-        text = f"{signal.Signals(number).name}: finishing what runs; a second one ends it at once\n"
-        os.write(2, text.encode())
-        stop()
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _greeting(name: str, options: ServerConfig, port: int) -> str:

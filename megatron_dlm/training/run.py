@@ -24,6 +24,7 @@ from megatron_dlm.objectives.base import Objective
 from megatron_dlm.parallel import ParallelGroups, on_rank_zero
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.trajectory_engine import TrajectoryEngine
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequest
 from megatron_dlm.teacher.base import Teacher
@@ -200,7 +201,7 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         student,
         teacher,
         objective,
-        _build_source(config, inputs, student, examples, groups, stop),
+        _build_source(config, inputs, student, examples, groups, stop, progress),
         sampler,
         progress,
         build_offload(config, student, teacher),
@@ -290,21 +291,32 @@ def _build_source(
     examples: ExampleDataset | CorpusDataset | None,
     groups: ParallelGroups,
     stop: StopAgreement,
+    progress: Progress,
 ) -> TrajectorySource:
     """What turns samples into trajectories: the student, given responses, or both."""
     if not config.uses_rollouts:
         return TrajectorySource(config, examples=examples)
     assert isinstance(inputs.data, PromptDataset)
-    engine = RolloutEngine(
-        student.model,
-        generation=GenerationConfig.from_config(
-            config, inputs.diffusion_kind, config.model.block_size
-        ),
-        special_tokens=inputs.special_tokens,
-        seed=config.data.seed,
-        groups=groups,
-        stop=stop,
+    generation = GenerationConfig.from_config(
+        config, inputs.diffusion_kind, config.model.block_size
     )
+    engine: TrajectoryEngine
+    if config.decodes_itself:
+        engine = RolloutEngine(
+            student.model,
+            generation=generation,
+            special_tokens=inputs.special_tokens,
+            seed=config.data.seed,
+            groups=groups,
+            stop=stop,
+        )
+    else:
+        # Only runs with servers need a client of HTTP.
+        from megatron_dlm.training.rollout_servers import build_server_engine
+
+        engine = build_server_engine(
+            config, inputs, student, generation, groups, stop, lambda: progress.iteration
+        )
     verifier = None
     if config.traits.verifies:
         reward = reward_of(config)

@@ -15,8 +15,8 @@ from megatron_dlm.rollout.curriculum import (
     teacher_response_fraction,
 )
 from megatron_dlm.rollout.cutoff import Cutoff
-from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.replica_board import ReplicaBoard
+from megatron_dlm.rollout.trajectory_engine import TrajectoryEngine
 from megatron_dlm.teacher.given_responses import takes_given_response
 from megatron_dlm.training.rollout_selection import NO_LEFTOVERS, Leftovers
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
@@ -38,7 +38,7 @@ class TrajectorySource:
 
     config: Config
     prompts: PromptDataset | None = None
-    engine: RolloutEngine | None = None
+    engine: TrajectoryEngine | None = None
     examples: ExampleDataset | CorpusDataset | None = None
     verifier: Verifier | None = None
 

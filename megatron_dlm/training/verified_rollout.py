@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dlm import platform
 from megatron_dlm.evaluation.rewards import RIGHT, Reward
 from megatron_dlm.parallel import ParallelGroups, of_all_replicas
-from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.trajectory_engine import TrajectoryEngine
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 # Noise is keyed by the sample index: later tries use indices that no run ever reaches.
@@ -52,7 +52,7 @@ class Verifier:
 
 
 def generate_until_right(
-    engine: RolloutEngine,
+    engine: TrajectoryEngine,
     prompts: Sequence[Prompt],
     max_response_length: int,
     verifier: Verifier,

@@ -89,6 +89,8 @@ class Trajectory:
         tries: Responses generated for the prompt, this one included.
         rollouts: Rollouts from the one that began it to the one that it is trained on after, each
             with the weights of its time.
+        weight_version: Optimizer updates that had made the weights that generated it, of a response
+            by a server; else None.
         record: The prompt's JSON object.
         document_lengths: Tokens of each document of a corpus window, in order; they do not see each
             other. Empty where prompt and response are one document.
@@ -111,6 +113,7 @@ class Trajectory:
     correct: bool | None = None
     tries: int = 1
     rollouts: int = 1
+    weight_version: int | None = None
     record: dict[str, Any] = field(default_factory=dict)
     document_lengths: tuple[int, ...] = ()
 

@@ -27,6 +27,7 @@ SCRIPTS = {
     "tools/chat.py": "chat",
     "tools/show_trajectories.py": "trajectory",
     "tools/serve.py": "serve",
+    "tools/rollout_server.py": "rollout-server",
     "tools/convert_checkpoint.py": "convert",
     "tools/plan_run.py": "plan",
     "tools/report_runs.py": "report",

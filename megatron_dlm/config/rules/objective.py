@@ -1,11 +1,15 @@
 """Rules between an objective and its data, weights, adapters, teacher and states."""
 
+import re
+
 from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
 from megatron_dlm.config.rules import Refusals
 from megatron_dlm.config.schema import DATA_OPTIONS, Config
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.types.divergence_spec import DivergenceSpec
+
+_SERVER_URL = re.compile(r"https?://[^\s/?#]+")
 
 
 def needs(config: Config) -> Refusals:
@@ -81,3 +85,31 @@ def combinations(config: Config) -> Refusals:
     if distillation.offload_teacher and config.teaches_itself:
         problem = "the teacher is the student without its adapters"
         yield f"offload_teacher: {problem}; drop it, or name a frozen copy with --teacher-load"
+
+
+def rollout_engine(config: Config) -> Refusals:
+    """Servers that decode rollouts can do what the run asks for."""
+    rollout, servers = config.rollout, config.engine
+    if servers.rollout_engine == "internal":
+        return
+    engine = f"--rollout-engine {servers.rollout_engine}"
+    if not servers.rollout_engine_urls:
+        yield f"rollout_engine_urls: {engine} has no server; name one as http://HOST:PORT"
+    for url in servers.rollout_engine_urls:
+        if not _SERVER_URL.fullmatch(url):
+            yield f"rollout_engine_urls: {url!r} is no address; write http://HOST:PORT"
+    if len(set(servers.rollout_engine_urls)) < len(servers.rollout_engine_urls):
+        yield "rollout_engine_urls: names a server twice; name it once"
+    if rollout.partial_rollouts < 1:
+        problem = f"{engine} finishes every response"
+        yield f"partial_rollouts: {problem}; choose 1, or --rollout-engine internal"
+    if rollout.dynamic_threshold_schedule != "constant":
+        problem = f"{engine} decodes with the threshold that its servers were started with"
+        yield f"dynamic_threshold_schedule: {problem}; choose constant"
+    if config.lora.lora_rank is not None:
+        problem = f"{engine} is sent the weights of whole layers"
+        yield f"lora_rank: {problem}; drop it, or choose --rollout-engine internal"
+    by_disk = servers.rollout_engine_weights == "disk"
+    if by_disk and servers.rollout_engine_weights_path is None and config.logging.save is None:
+        problem = "the servers read weights from a folder, and there is no run folder"
+        yield f"rollout_engine_weights_path: {problem}; name one, or add --save"

@@ -21,9 +21,12 @@ LENGTH = "min_response_length response_length_warmup_rollouts"
 THRESHOLD = "final_dynamic_threshold dynamic_threshold_hold_rollouts dynamic_threshold_rollouts"
 TEMPLATE = "max_response_length_by_domain prompt_suffix_by_domain chat_template_kwargs"
 ROLLOUTS = "num_rollouts rollout_batch_size epochs_per_rollout response_length_schedule"
+SERVERS = "rollout_engine_urls rollout_engine_weights rollout_engine_concurrency"
 EVALUATION = "eval_prompts_interval eval_decodings eval_num_prompts eval_temperature"
 
 OF_VALUES = (
+    (f"{SERVERS} rollout_engine_timeout_s rollout_engine_retries", "rollout_engine", "sglang"),
+    ("rollout_engine_weights_path", "rollout_engine_weights", "disk"),
     ("dynamic_threshold_schedule", "remasking_strategy", "low_confidence_dynamic"),
     (LENGTH, "response_length_schedule", "linear or cosine"),
     (THRESHOLD, "dynamic_threshold_schedule", "linear or cosine"),
@@ -114,12 +117,11 @@ def _uses_of_objective(config: Config, evaluated: set[str]) -> Iterator[Use]:
         (not corpus and not itself, "supervise_eos"),
         (rollouts or block_diffusion, "block_size"),
         (generates or (evaluates and temperature is None), "temperature"),
-        (generates or evaluates, "top_k top_p max_running_requests max_total_tokens"),
-        (generates or evaluates, "chunked_prefill_size"),
+        (generates or evaluates, "top_k top_p"),
         (rollouts, f"{ROLLOUTS} {LENGTH} dynamic_threshold_schedule"),
         *((rollouts or n in evaluated, n) for n in ("remasking_strategy", *STRATEGY_OPTIONS)),
-        (rollouts or evaluates, "shared_rollout_queue"),
         (rollouts and not traits.verifies, "partial_rollouts"),
+        (rollouts, f"rollout_engine {SERVERS}"),
         (rollouts and not itself, f"teacher_response_fraction {FRACTION}"),
         (rollouts and not itself, "teacher_response_fraction_schedule"),
         (not rollouts, "train_iters"),
@@ -174,6 +176,13 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     by_domain = template.max_response_length_by_domain or template.prompt_suffix_by_domain
     reason, remedy = "a run without options by domain", "add --max-response-length-by-domain"
     yield Use(bool(by_domain), "domain_field", reason, remedy)
+    decodes = config.decodes_itself or config.evaluates or config.uses_teacher_responses
+    reason = _as_given(config, "rollout_engine")
+    if not config.uses_rollouts:
+        reason = f"{_as_given(config, 'objective')} on {flag_of(config.data_option)}"
+    yield Use(decodes, "max_running_requests max_total_tokens chunked_prefill_size", reason)
+    shares = config.decodes_itself or config.evaluates
+    yield Use(shares, "shared_rollout_queue", reason)
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     fixed, name = config.training.max_tokens_per_micro_batch is None, "max_tokens_per_micro_batch"
     yield Use(fixed, "micro_batch_size", _as_given(config, name), f"drop {flag_of(name)}")

@@ -49,6 +49,8 @@ LOWERED = {"dynamic_threshold_schedule": "linear", "final_dynamic_threshold": 0.
 FIVE = {"rollout_batch_size": 40, "global_batch_size": 10}
 ADAPTED = {"lora_rank": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 
+SERVED = {**SHORT, "rollout_engine": "sglang", "rollout_engine_urls": ["http://host:30000"]}
+
 BROKEN = [
     # Data, weights and duration.
     Broken({"prompts": None}),
@@ -72,6 +74,14 @@ BROKEN = [
     Broken({"cache_teacher_targets": True}, OFF_POLICY),
     Broken({**STORED, "offload_teacher": True}, OFF_POLICY),
     Broken({"offload_teacher": True}, D_OPSD),
+    # Servers that decode rollouts.
+    Broken({"rollout_engine_urls": []}, SERVED),
+    Broken({"rollout_engine_urls": ["ftp://host"]}, SERVED),
+    Broken({"rollout_engine_urls": ["http://host:1", "http://host:1"]}, SERVED),
+    Broken({"partial_rollouts": 0.5}, SERVED),
+    Broken({**LOWERED, "num_rollouts": 4}, SERVED),
+    Broken({"lora_rank": 4}, SERVED),
+    Broken({"rollout_engine_weights": "disk"}, SERVED),
     # Values that do not go together.
     Broken({"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 3}),
     Broken({"max_total_tokens": 128}),

@@ -28,6 +28,8 @@ STATIC = {**OPDLM, "remasking_strategy": "low_confidence_static"}
 ENTROPY = {**OPDLM, "remasking_strategy": "entropy"}
 ENTROPY_BOUNDED = {**OPDLM, "remasking_strategy": "entropy_bounded"}
 GREEDY = {**OPDLM, "temperature": 0}
+SERVED = {**OPDLM, "rollout_engine": "sglang", "rollout_engine_urls": ["http://host:30000"]}
+BY_DISK = {**SERVED, "rollout_engine_weights": "disk"}
 PARTIAL = {**OPDLM, "partial_rollouts": 0.75}
 GROWS = {**OPDLM, **GROWING, "min_response_length": 4}
 LOWERED = {**OPDLM, "dynamic_threshold_schedule": "cosine", "final_dynamic_threshold": 0.7}
@@ -129,12 +131,12 @@ CASES = [
         (*GIVEN, GREEDY),
         (*ON_TEACHER, *ON_ROLLOUTS, {**GREEDY, "eval_prompts": "e.jsonl", "eval_temperature": 0.5}),
     ),
-    Case("max_running_requests", 7, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
-    Case("max_total_tokens", 10**6, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
-    Case("chunked_prefill_size", 512, GIVEN, (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("max_running_requests", 7, (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("max_total_tokens", 10**6, (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("chunked_prefill_size", 512, (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
     Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
-    Case("shared_rollout_queue", False, (*GIVEN, *ON_TEACHER), (*ON_ROLLOUTS, EVALUATED)),
+    Case("shared_rollout_queue", False, (*GIVEN, *ON_TEACHER, SERVED), (*ON_ROLLOUTS, EVALUATED)),
     Case("partial_rollouts", 0.8, (*NOT_ROLLOUTS, D_OPSD), (OPDLM, PARTIAL)),
     Case("max_response_rollouts", 2, (OPDLM,), (PARTIAL,)),
     Case("epochs_per_rollout", 2, NOT_ROLLOUTS, ON_ROLLOUTS),
@@ -173,6 +175,13 @@ CASES = [
         (MIXED, {**WITH_FOLDER, "final_teacher_response_fraction": 0.1}),
     ),
     Case("teacher_response_fraction_rollouts", 3, (*NOT_ROLLOUTS, OPDLM, MIXED), (FADING,)),
+    Case("rollout_engine", "sglang", NOT_ROLLOUTS, ()),  # used: where servers are named
+    Case("rollout_engine_urls", ["http://host:1"], (OPDLM, *NOT_ROLLOUTS), (SERVED,)),
+    Case("rollout_engine_weights", "disk", (OPDLM, SCP), ({**SERVED, "save": "no_such_folder"},)),
+    Case("rollout_engine_weights_path", "folder", (SERVED, OPDLM), (BY_DISK,)),
+    Case("rollout_engine_concurrency", 3, (OPDLM, SCP), (SERVED,)),
+    Case("rollout_engine_timeout_s", 3.0, (OPDLM,), (SERVED,)),
+    Case("rollout_engine_retries", 3, (OPDLM,), (SERVED,)),
     Case("train_iters", 3, ON_ROLLOUTS, NOT_ROLLOUTS),
     Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
