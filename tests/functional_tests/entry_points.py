@@ -93,7 +93,7 @@ def run_process(
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     return Outcome(done.returncode, done.stdout or "", done.stderr)

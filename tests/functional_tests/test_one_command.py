@@ -341,7 +341,7 @@ def test_the_script_goes_on_with_a_run_on_more_processes(
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr
