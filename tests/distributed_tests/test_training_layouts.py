@@ -58,19 +58,32 @@ SHARING_LAYOUTS: dict[str, Layout] = {
     "DP4": Layout(4, "dense", {}),
     "moe EP2 DP2": Layout(4, "moe", {EP: 2}),
 }
+OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd")
+"""One run of three updates an objective, under every layout; test_adapter_layouts.py has more of
+`d_opsd`. The other runs, of two updates, run once under each kind of parallelism."""
+
 CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "CP2": (
         Layout(2, "dense", {CP: 2}),
-        ("budget", "off_policy_stored", "opdlm_partial", "opdlm_causal_context"),
+        (
+            "budget",
+            "off_policy_stored",
+            "opdlm_all",
+            "opdlm_bigger_teacher",
+            "opdlm_causal_context",
+            "opdlm_offloaded",
+            "opdlm_partial",
+            "mixture",
+        ),
     ),
-    "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), ("opdlm", "scp")),
+    "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), OBJECTIVES),
     "TP2 CP2 SP": (Layout(4, "dense", {TP: 2, CP: 2, **SP}), ("opdlm", "sft", "scp", "d_opsd")),
     "PP2 CP2 recomputation": (
         Layout(4, "dense", {PP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER, **RECOMPUTATION}),
         ("opdlm_off", "off_policy", "scp"),
     ),
     "moe EP2 CP2 DP2": (
-        Layout(4, "moe", {EP: 2, CP: 2, **DISTRIBUTED_OPTIMIZER}),
+        Layout(4, "moe", {EP: 2, CP: 2, **OVERLAP}),
         ("opdlm", "off_policy", "next_token"),
     ),
 }
@@ -136,10 +149,6 @@ RUNS: dict[str, dict[str, Any]] = {
         lora_target_modules=("linear_qkv", "linear_proj"),  # experts split by TP have no adapters
     ),
 }
-
-OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d_opsd")
-"""One run of three updates an objective, under every layout; test_adapter_layouts.py has more of
-`d_opsd`. The other runs, of two updates, run once under each kind of parallelism."""
 
 VARIANTS = tuple(run for run in RUNS if run not in OBJECTIVES)
 FOUR_PROCESS_VARIANTS = ("opdlm_all", "opdlm_partial", "short")
