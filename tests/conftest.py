@@ -64,10 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def light_process() -> None:
+def light_process() -> Iterator[None]:
     torch.set_num_threads(1)
     share_gloo_device()
     gc.freeze()  # modules: no collection need look at them
+    yield
+    gc.unfreeze()  # libraries would report what nobody collects as leaks
 
 
 @pytest.fixture(scope="module", autouse=True)
