@@ -36,6 +36,8 @@ class ParallelGroups:
         tp: Ranks that hold the other shards of the vocabulary.
         pp: Stages of this rank's pipeline.
         pp_last_rank: Global rank of the last of them.
+        decisions: The same ranks once more, for what the last stage decides: where messages of a
+            group go one after the other, it does not stand behind hidden states of other rows.
         is_last_stage: Whether this rank is on the last stage.
         model: All ranks that hold parts of the same replica of the model.
         replicas: Ranks that hold the same part in all replicas. In rollouts and evaluations each
@@ -56,6 +58,7 @@ class ParallelGroups:
     tp: ProcessGroup | None = None
     pp: ProcessGroup | None = None
     pp_last_rank: int = 0
+    decisions: ProcessGroup | None = None
     is_last_stage: bool = True
     model: ProcessGroup | None = None
     replicas: ProcessGroup | None = None
@@ -96,6 +99,7 @@ class ParallelGroups:
             tp=_unless_alone(parallel_state.get_tensor_model_parallel_group()),
             pp=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
             pp_last_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+            decisions=_decisions,
             is_last_stage=parallel_state.is_pipeline_last_stage(),
             model=_unless_alone(parallel_state.get_model_parallel_group()),
             replicas=_unless_alone(replicas),
@@ -109,6 +113,27 @@ class ParallelGroups:
             cp_size=parallel_state.get_context_parallel_world_size(),
             lockstep=lockstep,
         )
+
+
+_decisions: ProcessGroup | None = None
+"""See `ParallelGroups`; made and forgotten with Megatron-Core's groups."""
+
+
+def _make_decisions_group(timeout: timedelta) -> None:
+    """Make a second group of each pipeline; all ranks call this."""
+    global _decisions
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    _decisions = None
+    if stages == 1:
+        return
+    own = torch.distributed.get_process_group_ranks(
+        parallel_state.get_pipeline_model_parallel_group()
+    )
+    everyone = torch.distributed.get_world_size()
+    apart = everyone // stages  # stages are the outermost dimension of a layout
+    pipelines = [list(range(first, everyone, apart)) for first in range(apart)]
+    assert own in pipelines
+    _decisions, _ = torch.distributed.new_subgroups_by_enumeration(pipelines, timeout=timeout)
 
 
 def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
@@ -129,6 +154,7 @@ def initialize(config: Config) -> None:
         # Nothing here gathers over the host, and a second group for each takes long on many ranks.
         create_gloo_process_groups=False,
     )
+    _make_decisions_group(timedelta(minutes=parallel.distributed_timeout_minutes))
     _set_seeds(config)
 
 

@@ -7,11 +7,13 @@ of forwards, and only the ranks of a replica (with those that share its experts)
 - a rank that is asked to stop writes it into the store that the processes met at, and a thread of
   every rank looks there once a second, so that all replicas learn of it;
 - ranks in step reduce the wish once a forward, over gloo and while the forward runs: the device
-  never waits for it, and it takes effect one forward later;
+  never waits for it, and it takes effect one forward later, or as many as are in flight in the
+  stages of a pipeline, which do not wait for each other because of it;
 - who leaves meets the others at the end of what was left, where all ranks learn whether one did.
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,7 +61,7 @@ class StopAgreement:
         self._request = request
         self._seen = 0
         self._in_step: dist.ProcessGroup | None = None
-        self._pending: tuple[Tensor, Any] | None = None
+        self._pending: deque[tuple[Tensor, Any]] = deque()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._everyone: dist.ProcessGroup | None = None
@@ -80,18 +82,22 @@ class StopAgreement:
         """The wish as far as this rank knows; others may not know yet."""
         return self._request.code or self._seen
 
-    def check(self) -> None:
-        """Before a forward: leave if a rank in step with this one wanted to at the last check.
+    def check(self, in_flight: int = 1) -> None:
+        """Before a forward: leave if a rank in step with this one wanted to at an earlier check.
+
+        Args:
+            in_flight: Number of that check, counted back from this one; the same on all ranks in
+                step.
 
         Raises:
             StopRequested: On all ranks in step.
         """
         code = self.requested
         if self._in_step is not None:
-            code = self._result()
+            code = self._result(in_flight)
             flag = torch.tensor([self.requested])
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, self._in_step, async_op=True)
-            self._pending = (flag, work)
+            self._pending.append((flag, work))
         if code:
             raise StopRequested(code)
 
@@ -105,14 +111,14 @@ class StopAgreement:
         if code:
             raise StopRequested(code)
 
-    def _result(self) -> int:
-        """What the ranks in step wanted at the last check."""
-        if self._pending is None:
-            return 0
-        flag, work = self._pending
-        self._pending = None
-        work.wait()
-        return int(flag)
+    def _result(self, in_flight: int = 1) -> int:
+        """What the ranks in step wanted at all checks but the last `in_flight` - 1."""
+        code = 0
+        while len(self._pending) >= in_flight:
+            flag, work = self._pending.popleft()
+            work.wait()
+            code = max(code, int(flag))
+        return code
 
     @contextmanager
     def settled(self) -> Iterator[None]:

@@ -200,6 +200,9 @@ class DecodingConfig(StrategyOptions):
     wait for them (default: enough for --max-running-requests, up to 80 % of free GPU memory)."""
     chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = 8192
     """Most prompt tokens of a forward; longer ones are prefilled in pieces, while others decode."""
+    decoding_groups: Annotated[int | None, AT_LEAST_ONE] = None
+    """Groups that the sequences in decoding are split into, for stages of a pipeline to work on at
+    once; fewer than stages leave some idle (default: --pipeline-model-parallel-size)."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def row_multiple(model: torch.nn.Module) -> int:
     return math.lcm(decoding_multiple(model), bare.attention_tile)
 
 
-def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+def padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], bool]:
     """Rows as long as parallelism needs them, and whether they are as long on all ranks.
 
     Experts that are shared by ranks get short rows without any word to the host if these are
@@ -123,6 +123,27 @@ def _padded(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], boo
     return [pad_row(row, length) for row, length in zip(padded, lengths, strict=True)], True
 
 
+def forward_row(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
+    """Run the layers of this rank's stage on one row.
+
+    Args:
+        model: This rank's part of a `DiffusionGPTModel`; under Megatron's schedule as it passes it.
+        row: As `padded_rows` returns it, as the flag.
+        equally_long: Whether the ranks that share experts have rows of the same length.
+    """
+    attention = row.attention
+    if isinstance(attention, Tensor):
+        attention = attention.to(platform.device())
+    token_ids, position_ids = platform.to_device(row.token_ids, row.position_ids)
+    with rows_of_equal_length() if equally_long else nullcontext():
+        hidden: Tensor = model(
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            attention_mask=attention,
+        )
+    return hidden
+
+
 @torch.no_grad()
 def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] | None:
     """Final hidden states of packed rows, by Megatron's forward-only schedule.
@@ -139,38 +160,26 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         padding; on other stages None.
     """
     config = get_model_config(model)
-    device = platform.device()
-    padded, equally_long = _padded(model, rows)
+    padded, equally_long = padded_rows(model, rows)
 
     def forward_step(data_iterator: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        row = next(data_iterator)
-        attention = row.attention
-        if isinstance(attention, Tensor):
-            attention = attention.to(device)
-        token_ids, position_ids = platform.to_device(row.token_ids, row.position_ids)
-        hidden = model(
-            input_ids=token_ids[None],
-            position_ids=position_ids[None],
-            attention_mask=attention,
-        )
+        hidden = forward_row(model, next(data_iterator), equally_long)
         return hidden, lambda output, non_loss_data=True: output
 
-    with rows_of_equal_length() if equally_long else nullcontext():
-        if config.pipeline_model_parallel_size == 1 and len(padded) == 1:
-            # The schedule of one stage and one row, without its bookkeeping: decoding calls this
-            # often.
-            outputs = [forward_step(iter(padded), model)[0]]
-        else:
-            outputs = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(padded),
-                model=[model],
-                num_microbatches=len(padded),
-                seq_length=len(padded[0].token_ids),
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+    if config.pipeline_model_parallel_size == 1 and len(padded) == 1:
+        # The schedule of one stage and one row, without its bookkeeping.
+        outputs = [forward_row(model, padded[0], equally_long)]
+    else:
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(padded),
+            model=[model],
+            num_microbatches=len(padded),
+            seq_length=len(padded[0].token_ids),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     if not parallel_state.is_pipeline_last_stage():
         return None
     if config.sequence_parallel:

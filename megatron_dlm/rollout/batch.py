@@ -1,11 +1,18 @@
 """The sequences that one rank decodes together: prompts come and go between forwards.
 
+Where the layers are spread over pipeline stages, the sequences are spread over groups, and a stage
+runs the forward of the next group while later stages still have that of the one before. A group's
+next forward needs what the last stage has drawn from its last one. So with as many groups as stages
+no stage waits for another, if all take equally long; more groups make up for some of what they do
+not. All stages take the same turns in the same order, from what they all know: who starts, ends or
+moves never has to be told.
+
 R: slots in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,16 +22,13 @@ from torch.nn.functional import pad
 
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
-from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.forward import Row
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.stage import Stage
 from megatron_dlm.parallel import ParallelGroups
-from megatron_dlm.rollout.context import RolloutContext
-from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.sampling import SampledTokens
-from megatron_dlm.rollout.slots import SlotTable
-from megatron_dlm.rollout.verification import DraftVerifier
+from megatron_dlm.rollout.slot_group import SlotGroup
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -39,9 +43,7 @@ class DecodingBatch:
     Args:
         model: This rank's part of the model, in evaluation mode.
         generation: Block size and attention, and the settings of sequences without their own.
-        drawer: Draws tokens.
-        slots: State of the sequences, empty.
-        context: Their attention, empty.
+        slot_groups: The groups of sequences, empty; as many on all ranks.
         special_tokens: Padding fills forwards of ranks without work.
         groups: Process groups.
         work: Where the sizes of forwards are noted.
@@ -52,38 +54,33 @@ class DecodingBatch:
         model: DiffusionGPTModel,
         *,
         generation: GenerationConfig,
-        drawer: TokenDrawer,
-        slots: SlotTable,
-        context: RolloutContext,
+        slot_groups: Sequence[SlotGroup],
         special_tokens: SpecialTokens,
         groups: ParallelGroups,
         work: RolloutWork,
     ) -> None:
-        self._model = model
         self._generation = generation
-        self._drawer = drawer
-        self._slots = slots
-        self._context = context
+        self._slot_groups = slot_groups
+        self._turn = 0
         self._pad_token_id = special_tokens.pad_token_id
         self._groups = groups
         self._work = work
-        self._verifier = DraftVerifier(
-            model,
-            special_tokens=special_tokens,
-            groups=groups,
-            num_slots=slots.num_slots,
-            block_size=generation.block_size or 1,
-        )
+        self._stage = Stage(model, groups, rows_in_flight=len(slot_groups))
 
     @property
     def num_active(self) -> int:
         """Sequences in decoding."""
-        return self._slots.num_active
+        return sum(group.slots.num_active for group in self._slot_groups)
+
+    @property
+    def _next(self) -> SlotGroup:
+        """The group whose forward is the next one."""
+        return self._slot_groups[self._turn]
 
     @property
     def has_slot(self) -> bool:
-        """Whether a sequence can start, if the cache has room for it."""
-        return self._slots.num_active < self._slots.num_slots
+        """Whether a sequence can start with the next forward, if the cache has room for it."""
+        return self._next.has_slot
 
     def admit(
         self,
@@ -104,17 +101,7 @@ class DecodingBatch:
         Returns:
             False if it has to wait until others have ended.
         """
-        slots = self._slots
-        if not self.has_slot or not self._context.admit(
-            slots.num_active, prompt.known_ids, slots.length(prompt)
-        ):
-            return False
-        try:
-            slots.place(request, prompt, generation, seed)
-        except BaseException:  # the slot stays unused
-            self._context.release(slots.num_active)
-            raise
-        return True
+        return self._next.admit(request, prompt, generation, seed)
 
     def any_works(self, more: bool = False) -> bool:
         """Whether a rank that shares collectives with this one has something to do; all call this.
@@ -126,7 +113,9 @@ class DecodingBatch:
         return self._read(nothing, works=more or self.num_active > 0)[1]
 
     def step(self, more: bool = False) -> tuple[list[tuple[int, Trajectory]], bool]:
-        """One forward: a denoising step of every sequence.
+        """One forward, a denoising step of a group; then the results of the group that is next.
+
+        With one group, these are those of this forward.
 
         Args:
             more: Whether prompts wait on this rank.
@@ -134,22 +123,29 @@ class DecodingBatch:
         Returns:
             The sequences that have ended, with their numbers, and what `any_works` would return.
         """
-        slots = self._slots
-        if slots.num_active == 0:
-            if self._groups.lockstep is not None:
-                self._idle_forward()
+        group = self._next
+        if group.slots.num_active:
+            plan = group.slots.plan(group.context)
+            self._forward(plan)
+        elif self._groups.lockstep is not None:
+            self._idle_forward()
+        self._turn = (self._turn + 1) % len(self._slot_groups)
+        group = self._next
+        if group.in_flight is None:
             return [], self.any_works(more)
-        plan = slots.plan(self._context)
-        report, works = self._read(self._forward(plan), works=more)
-        finished = []
-        # From the last slot down: a sequence that moves into a freed slot is never finished itself.
-        for slot in reversed(slots.settle(plan, report)):
-            finished.append((slots.request(slot), slots.trajectory(slot)))
-            self._free(slot)
-        return finished, works
+        others = self.num_active > group.slots.num_active
+        report, works = self._read(group.report(), works=more or others)
+        return group.settle(report), works
+
+    def drain(self) -> None:
+        """Wait for all messages that are under way; nothing is decoded any more."""
+        for group in self._slot_groups:
+            if group.in_flight is not None:
+                group.in_flight.wait()
+        self._stage.settle()
 
     def leave(self, forwards: int, staying: Collection[int]) -> list[tuple[int, Trajectory]]:
-        """End sequences before their time; their whole blocks are kept.
+        """End sequences of the next forward before their time; their whole blocks are kept.
 
         Args:
             forwards: Denoising forwards after which a sequence ends.
@@ -158,19 +154,21 @@ class DecodingBatch:
         Returns:
             The unfinished sequences, with their numbers.
         """
-        slots, left = self._slots, []
-        # From the last slot down, as in `step`.
-        for slot in reversed(range(slots.num_active)):
-            request = slots.request(slot)
-            if slots.forwards(slot) >= forwards and request not in staying:
-                left.append((request, slots.unfinished(slot)))
-                self._free(slot)
-        return left
+        return self._next.leave(forwards, staying)
 
     def settled(self) -> Iterator[tuple[int, np.ndarray]]:
         """Number of each sequence, and the tokens [n] of its response in finished blocks."""
-        for slot in range(self.num_active):
-            yield self._slots.request(slot), self._slots.settled(slot)
+        for group in self._slot_groups:
+            for slot in range(group.slots.num_active):
+                yield group.slots.request(slot), group.slots.settled(slot)
+
+    def _place_of(self, request: int) -> tuple[SlotGroup, int]:
+        """Where a sequence in decoding is."""
+        for group in self._slot_groups:
+            slot = group.slots.slot_of(request)
+            if slot is not None:
+                return group, slot
+        raise KeyError(f"no sequence {request} in decoding")
 
     def block(self, request: int) -> tuple[np.ndarray, np.ndarray]:
         """The rest of a response's tokens that `settled` has not.
@@ -178,28 +176,24 @@ class DecodingBatch:
         Returns:
             Tokens [n] of the block in decoding, and which of them are MASK [n].
         """
-        slot = self._slots.slot_of(request)
-        assert slot is not None
-        return self._slots.block(slot)
+        group, slot = self._place_of(request)
+        return group.slots.block(slot)
 
     def cancel(self, request: int) -> int:
         """End a sequence before its time; what it holds is free for the next one.
 
         Returns:
             Forwards that drew tokens for it.
-        """
-        slot = self._slots.slot_of(request)
-        assert slot is not None
-        forwards = self._slots.forwards(slot)
-        self._free(slot)
-        return forwards
 
-    def _free(self, slot: int) -> None:
-        self._context.release(slot)
-        moved = self._slots.remove(slot)
-        if moved is not None:
-            self._context.move(moved, slot)
-            self._verifier.move(moved, slot)
+        Raises:
+            ValueError: Its forward is under way, as may be with several groups.
+        """
+        group, slot = self._place_of(request)
+        if group.in_flight is not None:
+            raise ValueError(f"sequence {request} is in a forward; cancel it in its group's turn")
+        forwards = group.slots.forwards(slot)
+        group.free(slot)
+        return forwards
 
     def _read(self, report: Tensor, works: bool) -> tuple[np.ndarray, bool]:
         """Wait for a forward: the only copy from the device in a step, and so the only wait.
@@ -223,33 +217,21 @@ class DecodingBatch:
     def _idle_forward(self) -> None:
         """Take part in the others' collectives with a token that belongs to no sequence."""
         nothing = np.empty(0, dtype=np.int64)
-        forward_hidden(
-            self._model,
-            [
-                row_of_layout(
-                    torch.tensor([self._pad_token_id]),
-                    torch.zeros(1, dtype=torch.int64),
-                    self._context.attention(nothing, nothing, nothing),
-                )
-            ],
+        self._stage.run(
+            row_of_layout(
+                torch.tensor([self._pad_token_id]),
+                torch.zeros(1, dtype=torch.int64),
+                self._next.context.attention(nothing, nothing, nothing),
+            )
         )
 
-    def _forward(self, plan: ForwardPlan) -> Tensor:
-        """One forward and one draw for all slots in use; what `SlotTable.commit` reports."""
+    def _forward(self, plan: ForwardPlan) -> None:
+        """One forward of all slots of the next group, and its draws."""
+        group = self._next
         self._work.add(plan, self._generation.context_block_size)
-        attention = self._context.attention(plan.starts, plan.ends, plan.noisy_starts)
-        row = row_of_layout(self._slots.tokens(plan), plan.position_ids, attention)
-        hidden = forward_hidden(self._model, [row])
-        last = None if hidden is None else hidden[0]
-        if len(plan.draw_rows):
-            drawn = self._drawer.draw(last, plan)
-        else:  # pieces of prompts, and drafts to verify
-            nothing = plan.draw_rows.float()
-            drawn = SampledTokens(plan.draw_rows, nothing, nothing)
-        if last is not None:
-            self._verifier.keep(last, plan)
-        verified = self._verifier.verify(last, plan, self._slots.blocks(plan))
-        return self._slots.commit(plan, drawn, verified)
+        attention = group.context.attention(plan.starts, plan.ends, plan.noisy_starts)
+        row = row_of_layout(group.slots.tokens(plan), plan.position_ids, attention)
+        group.launched(plan, self._stage.run(row))
 
 
 def row_of_layout(

@@ -1,5 +1,6 @@
 """Attention of a rollout's forwards: against a KV cache, or within the forward."""
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -119,10 +120,8 @@ class CachedContext:
             )
         self.pool = PagePool(num_pages)
         self._block_size, self._context_block_size = block_size, context_block_size
-        # Zero is the null page.
-        self._tables = np.zeros((num_slots, max(longest, default=0)), dtype=np.int64)
-        self._num_pages = np.zeros(num_slots, dtype=np.int64)
-        self._keys: list[list[bytes]] = [[] for _ in range(num_slots)]
+        self._pages_of_longest = max(longest, default=0)
+        self._open(num_slots)
         self._cache = KVCache(
             num_layers=len(layers),
             first_layer_number=layers[0].layer_number,
@@ -134,6 +133,23 @@ class CachedContext:
             device=platform.device(),
             backend=layers[0].self_attention.core_attention.backend_name,
         )
+
+    def _open(self, num_slots: int) -> None:
+        """Unused slots."""
+        # Zero is the null page.
+        self._tables = np.zeros((num_slots, self._pages_of_longest), dtype=np.int64)
+        self._num_pages = np.zeros(num_slots, dtype=np.int64)
+        self._keys: list[list[bytes]] = [[] for _ in range(num_slots)]
+
+    def with_slots(self, num_slots: int) -> "CachedContext":
+        """Slots of their own, with the pages and keys of this context.
+
+        Its forwards and those of this one run one after the other: what the earlier ones have
+        published is there for the later ones.
+        """
+        other = copy.copy(self)
+        other._open(num_slots)
+        return other
 
     def admit(self, slot: int, token_ids: Tensor, length: int) -> bool:
         """See `RolloutContext`."""
@@ -260,36 +276,37 @@ class CanvasContext:
         return self._layout
 
 
-def rollout_context(
+def rollout_contexts(
     model: DiffusionGPTModel,
     generation: GenerationConfig,
     *,
     groups: ParallelGroups,
-    num_slots: int,
+    num_slots: Sequence[int],
     lengths: Sequence[int],
-) -> RolloutContext:
-    """A new, empty context: no key in it is from older weights.
+) -> list[RolloutContext]:
+    """New, empty contexts: no key in them is from older weights.
 
     Args:
         model: This rank's part of the model.
         generation: Decoding settings.
         groups: Process groups.
-        num_slots: Sequences held at once.
+        num_slots: Sequences held at once in each; with a cache, all share its pages.
         lengths: Positions that each sequence of the rollout may have.
 
     Raises:
         UserError: The longest sequence does not fit into the cache.
     """
     if generation.attention_pattern == "full":
-        return CanvasContext(decoding_multiple(model))
+        return [CanvasContext(decoding_multiple(model)) for _ in num_slots]
     assert generation.block_size is not None
     assert generation.context_block_size is not None
-    return CachedContext(
+    context = CachedContext(
         model,
         groups=groups,
         lengths=lengths,
-        num_slots=num_slots,
+        num_slots=sum(num_slots),
         block_size=generation.block_size,
         context_block_size=generation.context_block_size,
         max_total_tokens=generation.max_total_tokens,
     )
+    return [context.with_slots(number) for number in num_slots]

@@ -1,16 +1,15 @@
-"""Draw tokens from the hidden states of a forward; the result is on every pipeline stage.
+"""Draw tokens from the hidden states of a forward.
 
 S: tokens of a forward; n: draws of a forward; h: hidden size.
 """
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
+from megatron_dlm.rollout.sampling import sample_tokens
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 
@@ -34,24 +33,19 @@ class TokenDrawer:
         self._special_tokens = special_tokens
         self._groups = groups
 
-    def draw(self, hidden: Tensor | None, plan: ForwardPlan) -> SampledTokens:
-        """Sample on the last stage from hidden states [S, h]; the result on every stage's device.
+    def draw(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
+        """Sample from the hidden states [S, h] of a forward, on the last stage.
 
         Args:
-            hidden: None on stages before the last.
+            hidden: Of the forward.
             plan: The plan of that forward.
-        """
-        if hidden is not None:
-            packed = self._sample(hidden, plan)
-        else:
-            packed = plan.uniforms.new_empty(3, len(plan.draw_rows))
-        if self._groups.pp is not None:
-            dist.broadcast(packed, src=self._groups.pp_last_rank, group=self._groups.pp)
-        return SampledTokens.unpack(packed)
 
-    def _sample(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
-        """Token ids, confidences and entropies of the draws, [3, n] float64 (exact for ids)."""
+        Returns:
+            Packed `SampledTokens`, [3, n] float64 (exact for ids).
+        """
         packed = plan.uniforms.new_empty(3, len(plan.draw_rows))
+        if not len(plan.draw_rows):  # pieces of prompts, and drafts to verify
+            return packed
         for group in plan.groups:
             if group.draws is None:
                 return self._sample_alike(hidden, plan.draw_rows, plan.uniforms, group.generation)

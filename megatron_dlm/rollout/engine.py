@@ -1,11 +1,12 @@
 """Rollouts: diffusion decoding with continuous batching (OPDLM, section 3; RND1; LLaDA).
 
-Every forward of the engine is a denoising step of every running sequence. Under block-causal
-attention there is a KV cache, and prefill and commits need no forwards of their own: the complete
-blocks of a new prompt are prefilled in the forward of its first step, and a finished block's clean
-keys are written in the forward of the next block's first step. Only a prompt of more than
-`chunked_prefill_size` tokens takes further forwards, in which the others denoise. Under full
-attention every forward holds the whole canvas of every sequence.
+Every forward of the engine is a denoising step of every running sequence, or of every sequence of
+a group where the stages of a pipeline work on several groups at once (see `DecodingBatch`). Under
+block-causal attention there is a KV cache, and prefill and commits need no forwards of their
+own: the complete blocks of a new prompt are prefilled in the forward of its first step, and a
+finished block's clean keys are written in the forward of the next block's first step. Only a prompt
+of more than `chunked_prefill_size` tokens takes further forwards, in which the others denoise.
+Under full attention every forward holds the whole canvas of every sequence.
 
 A step is planned on the host and computed on the device without a wait between forward and draw;
 then the host reads one small tensor: what was committed, and who is finished. No token depends on
@@ -24,15 +25,17 @@ from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.block_grid import sequence_length
-from megatron_dlm.rollout.context import rollout_context
+from megatron_dlm.rollout.context import rollout_contexts
 from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.prompt_queue import PromptQueue, SharedPromptQueue
 from megatron_dlm.rollout.replica_board import ReplicaBoard
+from megatron_dlm.rollout.slot_group import SlotGroup
 from megatron_dlm.rollout.slots import SlotTable
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -48,6 +51,17 @@ def _evaluation(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _drained(batch: DecodingBatch) -> Iterator[None]:
+    """Leave with no message under way, at the end or where all ranks in step stop."""
+    try:
+        yield
+    except StopRequested:
+        batch.drain()
+        raise
+    batch.drain()
 
 
 class RolloutEngine:
@@ -194,7 +208,8 @@ class RolloutEngine:
         cutoff: Cutoff | None,
     ) -> list[Trajectory]:
         lengths = [sequence_length(p, self.generation, max_response_length) for p in prompts]
-        batch = self.open(num_slots, lengths, max_response_length)
+        num_groups = self.num_groups
+        batch = self.open(num_slots, lengths, max_response_length, num_groups)
         staying = {
             request
             for request, prompt in enumerate(prompts)
@@ -210,10 +225,13 @@ class RolloutEngine:
 
         admit()
         works = batch.any_works(more=queue.may_have_more)
-        with ACTIVITY.working("responses", self._share(prompts, queue)) as work:
+        with (
+            ACTIVITY.working("responses", self._share(prompts, queue)) as work,
+            _drained(batch),
+        ):
             while works:
                 if self._stop is not None:
-                    self._stop.check()
+                    self._stop.check(in_flight=num_groups)
                 finished, works = batch.step(more=queue.may_have_more)
                 for request, trajectory in finished:
                     trajectories[request] = trajectory
@@ -235,8 +253,19 @@ class RolloutEngine:
         ranks = self.groups.num_replicas if isinstance(queue, SharedPromptQueue) else 1
         return -(-len(prompts) // ranks)
 
+    @property
+    def num_groups(self) -> int:
+        """Groups that the sequences in decoding are split into, the same on all ranks."""
+        stages = 1 if self.groups.pp is None else self.groups.pp.size()
+        wanted = self.generation.decoding_groups or stages
+        return min(wanted, self.generation.max_running_requests)
+
     def open(
-        self, num_slots: int, lengths: Sequence[int], max_response_length: int
+        self,
+        num_slots: int,
+        lengths: Sequence[int],
+        max_response_length: int,
+        num_groups: int = 1,
     ) -> DecodingBatch:
         """An empty batch, for callers that admit prompts as they come; see `evaluating`.
 
@@ -245,32 +274,43 @@ class RolloutEngine:
             lengths: Positions that each sequence to come may have, see `sequence_length`; as many
                 as there may be at once are enough.
             max_response_length: Tokens, at least 1; a prompt's own limit may be lower.
+            num_groups: Groups that these sequences are split into, as evenly as possible.
 
         Raises:
             UserError: The longest sequence does not fit into the KV cache.
         """
-        slots = SlotTable(
-            num_slots=num_slots,
-            max_length=max(lengths, default=0),
-            max_response_length=max_response_length,
-            config=self.generation,
-            special_tokens=self._special_tokens,
-            seed=self.seed,
-            keeps_confidence=self._keeps_confidence,
-        )
-        context = rollout_context(
+        sizes = [(num_slots + others) // num_groups for others in reversed(range(num_groups))]
+        contexts = rollout_contexts(
             self._model,
             self.generation,
             groups=self.groups,
-            num_slots=num_slots,
+            num_slots=sizes,
             lengths=lengths,
         )
+        slot_groups = [
+            SlotGroup(
+                self._model,
+                drawer=self._drawer,
+                slots=SlotTable(
+                    num_slots=size,
+                    max_length=max(lengths, default=0),
+                    max_response_length=max_response_length,
+                    config=self.generation,
+                    special_tokens=self._special_tokens,
+                    seed=self.seed,
+                    keeps_confidence=self._keeps_confidence,
+                ),
+                context=context,
+                special_tokens=self._special_tokens,
+                groups=self.groups,
+                block_size=self.generation.block_size,
+            )
+            for size, context in zip(sizes, contexts, strict=True)
+        ]
         return DecodingBatch(
             self._model,
             generation=self.generation,
-            drawer=self._drawer,
-            slots=slots,
-            context=context,
+            slot_groups=slot_groups,
             special_tokens=self._special_tokens,
             groups=self.groups,
             work=self.work,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from megatron_dlm.types.diffusion_kind import ContextAttention, DiffusionKind
 
 # Settings of speed and memory: a rollout's tokens do not depend on them.
-DECIDE_NO_TOKEN = frozenset({"max_running_requests", "max_total_tokens", "chunked_prefill_size"})
+DECIDE_NO_TOKEN = frozenset(
+    {"max_running_requests", "max_total_tokens", "chunked_prefill_size", "decoding_groups"}
+)
 
 
 _OF_EVERY_DECODING = (
@@ -29,6 +31,7 @@ _OF_EVERY_DECODING = (
     "max_running_requests",
     "max_total_tokens",
     "chunked_prefill_size",
+    "decoding_groups",
 )
 """Options that diffusion and next-token decoding both have."""
 
@@ -48,6 +51,8 @@ class GenerationConfig(StrategyOptions):
         max_running_requests: Sequences decoded at once on a data-parallel rank.
         max_total_tokens: Positions that the KV cache has room for; None: what those sequences need.
         chunked_prefill_size: Most prompt tokens of a forward.
+        decoding_groups: Groups that the sequences are split into; None: one for each pipeline
+            stage.
         attention_pattern: What a forward sees: earlier blocks and its own (`block_causal`),
             everything up to the longest response, MASK where no token is known yet (`full`), or
             earlier tokens (`causal`: an autoregressive model).
@@ -66,6 +71,7 @@ class GenerationConfig(StrategyOptions):
     max_running_requests: int
     max_total_tokens: int | None = None
     chunked_prefill_size: int = DecodingConfig.chunked_prefill_size
+    decoding_groups: int | None = None
     attention_pattern: Pattern = "block_causal"
     shifted: bool = False
     context_attention: ContextAttention = "block_causal"
@@ -101,6 +107,7 @@ class GenerationConfig(StrategyOptions):
         max_running_requests: int,
         max_total_tokens: int | None = None,
         chunked_prefill_size: int = DecodingConfig.chunked_prefill_size,
+        decoding_groups: int | None = None,
     ) -> GenerationConfig:
         """Settings of next-token decoding, which has nothing to remask."""
         return cls(
@@ -111,6 +118,7 @@ class GenerationConfig(StrategyOptions):
             max_running_requests=max_running_requests,
             max_total_tokens=max_total_tokens,
             chunked_prefill_size=chunked_prefill_size,
+            decoding_groups=decoding_groups,
             attention_pattern="causal",
             shifted=True,
         )

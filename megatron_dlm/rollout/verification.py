@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
@@ -93,27 +92,21 @@ class DraftVerifier:
         if self._drafted is not None:
             self._drafted[target] = self._drafted[source]
 
-    def verify(self, hidden: Tensor | None, plan: ForwardPlan, blocks: Tensor) -> list[Verified]:
-        """Accept drafts and draw the tokens after them; the same on every rank of the model.
+    def verify(self, hidden: Tensor, plan: ForwardPlan, blocks: Tensor) -> list[Tensor]:
+        """Accept drafts and draw the tokens after them, on the last pipeline stage.
 
         Args:
-            hidden: [S, h] of the forward; None on stages before the last.
+            hidden: [S, h] of the forward.
             plan: The plan of that forward.
             blocks: [R, B] int64, tokens of the block in decoding of each slot.
 
         Returns:
-            One for each of the plan's verifications.
+            For each of the plan's verifications the two rows of a `Verified`, [2, V] int64.
         """
-        results = []
-        for verification in plan.verifications:
-            if hidden is None:
-                packed = torch.empty_like(verification.slots).expand(2, -1).contiguous()
-            else:
-                packed = self._verify(hidden, verification, blocks[verification.slots])
-            if self._groups.pp is not None:
-                dist.broadcast(packed, src=self._groups.pp_last_rank, group=self._groups.pp)
-            results.append(Verified(*packed.unbind()))
-        return results
+        return [
+            self._verify(hidden, verification, blocks[verification.slots])
+            for verification in plan.verifications
+        ]
 
     def _verify(self, hidden: Tensor, verification: Verification, drafts: Tensor) -> Tensor:
         """`Verified` as a tensor [2, V], of drafts [V, B]."""

@@ -1,22 +1,26 @@
 """A rollout's tokens are the same under every parallel layout."""
 
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.parallel import initialize
+from megatron_dlm.parallel import ParallelGroups, initialize
 from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.replica_board import ReplicaBoard
+from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.training.rollout_selection import Leftovers, selected_and_shared
-from megatron_dlm.types.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, Layout
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
@@ -35,6 +39,8 @@ from tests.unit_tests.rollout.tiny_models import (
 LENGTHS = [5, 1, 8, 13, 2, 4, 11]
 SHARES = {1: [7], 2: [7, 0], 4: [4, 0, 1, 2]}
 TOGETHER = ("one queue", "partial")
+STATIC = {"remasking_strategy": "low_confidence_static"}
+DRAFTED = {**SPECULATIVE, "draft_steps": 2, "top_k": 20, "top_p": 0.95}
 BY_BLOCKS = {"block_size": 4, "remasking_strategy": "low_confidence_dynamic"}
 LAYOUTS: dict[str, Layout] = {
     "TP2": Layout(2, "dense", {TP: 2}),
@@ -96,6 +102,49 @@ def decoded_together(model: DiffusionGPTModel) -> dict[str, list[tuple]]:
     }
 
 
+class AskedLater(StopRequest):
+    """A process that is asked to stop at some look at its wish; 0: never."""
+
+    def __init__(self, look: int) -> None:
+        super().__init__()
+        self._left = look
+
+    @property
+    def code(self) -> int:
+        self._left -= 1
+        return signal.SIGTERM if self._left == 0 else 0
+
+
+def check_stop_in_flight(model: DiffusionGPTModel) -> None:
+    """Asked once, on the last stage alone, with forwards in flight: all leave at the same one."""
+    prompts = make_prompts(LENGTHS)
+    groups = ParallelGroups.from_parallel_state()
+    for number in (1, 4):
+        request = AskedLater(6 if groups.is_last_stage else 0)
+        with StopAgreement(request, groups) as stop:
+            engine = make_engine(model, decoding_groups=number, max_running_requests=6, stop=stop)
+            with pytest.raises(StopRequested):
+                engine.generate(prompts, 6)
+        forwards: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(forwards, len(engine.work.take().tokens))
+        assert len(set(forwards)) == 1
+        assert forwards[0] <= 6 + number
+
+
+def in_groups(model: DiffusionGPTModel, prompts: list[Prompt]) -> dict[str, list[tuple]]:
+    """Responses under all kinds of decoding, with few groups or many, in flight or not."""
+    results = {}
+    for name, changes in (
+        ("sampled", dict(top_k=20, top_p=0.95, decoding_groups=1)),
+        ("sampled", dict(top_k=20, top_p=0.95, decoding_groups=3)),
+        ("static", dict(STATIC, decoding_groups=4, max_running_requests=5)),
+        ("speculative", dict(DRAFTED, decoding_groups=4, max_running_requests=6)),
+    ):
+        engine = make_engine(model, **changes)
+        results[f"{name} {len(results)}"] = [*map(summary, engine.generate(prompts, 6))]
+    return results
+
+
 def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list[tuple]]:
     initialize(Config(parallel=ParallelConfig(device="cpu", **parallel)))
     model = load_model(folder, **parallel)
@@ -108,19 +157,23 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
     results: dict[str, list[tuple]] = {"data_parallel_rank": [(mine,)]}
     for name, engine in (
         ("sampled", make_engine(model, top_k=20, top_p=0.95)),
-        ("static", make_engine(model, remasking_strategy="low_confidence_static")),
+        ("static", make_engine(model, **STATIC)),
         (
             "autoregressive",
             make_engine(
                 model, GenerationConfig.autoregressive(temperature=1.0, max_running_requests=3)
             ),
         ),
-        ("speculative", make_engine(model, **SPECULATIVE, draft_steps=2, top_k=20, top_p=0.95)),
+        ("speculative", make_engine(model, **DRAFTED)),
         ("greedy speculative", make_engine(model, **SPECULATIVE, temperature=0.0)),
         ("whole", make_engine(model, FULL_ATTENTION, shifted=True, denoising_steps_per_block=5)),
         ("canvas", make_engine(model, FULL_ATTENTION, **BY_BLOCKS)),
     ):
         results[name] = [summary(trajectory) for trajectory in engine.generate(prompts, 6)]
+    if PP in parallel or not parallel:
+        results |= in_groups(model, prompts)
+    if parallel == {PP: 2}:
+        check_stop_in_flight(model)
     return results | decoded_together(model)
 
 
@@ -141,6 +194,14 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
     return made
 
 
+def test_groups_decide_no_token(references: dict[str, Reference]) -> None:
+    for reference in references.values():
+        names = [name for name in reference.results if name[-1].isdecimal()]
+        assert len(names) == 4
+        for name in names:
+            assert reference.results[name] == reference.results[name[:-2]], name
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_rolls_out_like_one_process(references: dict[str, Reference], name: str) -> None:
     layout = LAYOUTS[name]
@@ -148,7 +209,7 @@ def test_layout_rolls_out_like_one_process(references: dict[str, Reference], nam
     per_rank = run_distributed(
         rollout, layout.processes, reference.folder, layout.options, timeout_seconds=300
     )
-    for run in reference.results.keys() - {"data_parallel_rank"}:
+    for run in per_rank[0].keys() - {"data_parallel_rank"}:
         by_replica: dict[int, list[tuple]] = {}
         for results in per_rank:
             replica = results["data_parallel_rank"][0][0]

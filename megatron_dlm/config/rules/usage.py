@@ -180,9 +180,13 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     reason = _as_given(config, "rollout_engine")
     if not config.uses_rollouts:
         reason = f"{_as_given(config, 'objective')} on {flag_of(config.data_option)}"
-    yield Use(decodes, "max_running_requests max_total_tokens chunked_prefill_size", reason)
+    names = "max_running_requests max_total_tokens chunked_prefill_size decoding_groups"
+    yield Use(decodes, names, reason)
     shares = config.decodes_itself or config.evaluates
     yield Use(shares, "shared_rollout_queue", reason)
+    stages = "pipeline_model_parallel_size"
+    has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
+    yield Use(has_stages, "decoding_groups", _as_given(config, stages), remedy)
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     fixed, name = config.training.max_tokens_per_micro_batch is None, "max_tokens_per_micro_batch"
     yield Use(fixed, "micro_batch_size", _as_given(config, name), f"drop {flag_of(name)}")

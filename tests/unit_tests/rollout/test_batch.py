@@ -137,7 +137,7 @@ def test_the_cache_takes_no_more_memory_than_there_is(
     monkeypatch.setattr(context.platform, "available_memory", lambda: free)
     engine = engine_of(model, GENERATION, seed=1)
     batch = engine.open(3, [4 * PAGE_SIZE] * 3, MAX_RESPONSE_LENGTH)
-    assert batch._context.pool.num_pages == 5  # type: ignore[attr-defined]
+    assert batch._slot_groups[0].context.pool.num_pages == 5  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=f"--max-total-tokens.* holds {5 * PAGE_SIZE} tokens"):
         engine.open(3, [6 * PAGE_SIZE], MAX_RESPONSE_LENGTH)
 

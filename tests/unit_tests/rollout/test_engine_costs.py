@@ -1,12 +1,11 @@
 """What a rollout takes: pages, forwards, attention shapes, waits; no result depends on them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dlm.errors import UserError
@@ -16,6 +15,7 @@ from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.context import CachedContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.pages import PAGE_SIZE
+from megatron_dlm.rollout.slot_group import SlotGroup
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.types.special_tokens import SpecialTokens
 from tests.unit_tests.rollout.tiny_models import (
@@ -170,15 +170,18 @@ def test_the_host_does_not_wait_between_plan_and_report(
     model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     steps = 0
-    step = DecodingBatch._forward
 
-    def watched(*args: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        with NoWait():
-            return step(*args)
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            with NoWait():
+                return step(*args)
 
-    monkeypatch.setattr(DecodingBatch, "_forward", watched)
+        return call
+
+    for owner, step in ((DecodingBatch, "_forward"), (SlotGroup, "report")):
+        monkeypatch.setattr(owner, step, watched(getattr(owner, step)))
     monkeypatch.setattr(block_draws, "_host_computes", lambda device: False)  # as on a GPU
     engine = make_engine(
         model,
@@ -188,4 +191,4 @@ def test_the_host_does_not_wait_between_plan_and_report(
         chunked_prefill_size=4,
     )
     engine.generate(make_prompts([5, 1, 14, 2]), 9)
-    assert steps > 5
+    assert steps > 10

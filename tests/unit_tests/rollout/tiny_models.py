@@ -17,6 +17,7 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
@@ -116,6 +117,7 @@ def make_engine(
     groups: ParallelGroups | None = None,
     special_tokens: SpecialTokens = SPECIAL_TOKENS,
     keeps_confidence: bool = False,
+    stop: StopAgreement | None = None,
     **changes: Any,
 ) -> RolloutEngine:
     """An engine for a tiny model; `changes` are to the decoding settings."""
@@ -126,6 +128,7 @@ def make_engine(
         seed=SEED,
         groups=groups or ParallelGroups.from_parallel_state(),
         keeps_confidence=keeps_confidence,
+        stop=stop,
     )
 
 
