@@ -61,11 +61,11 @@ def train(options: dict[str, Any], heldout: Path | None = None) -> dict[str, Any
             work = run.source.engine.work
             add = work.add
 
-            def counting(plan: Any, context_block_size: int | None) -> None:
+            def counting(plan: Any, *of_forward: Any) -> None:
                 forwards.append(len(plan.starts))
-                add(plan, context_block_size)
+                add(plan, *of_forward)
 
-            work.add = counting  # type: ignore[method-assign]
+            work.add = counting  # type: ignore[method-assign, assignment]
         run_to_its_end(run)
         seconds = time.process_time() - started
         if heldout is None:

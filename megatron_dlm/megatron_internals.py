@@ -10,7 +10,7 @@ Imports are in the functions: a process imports only the parts that it uses.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,7 @@ NAMES = (
     "optimizer.distrib_optimizer: DistributedOptimizer._get_main_param_and_optimizer_states",
     "optimizer.distrib_optimizer: DistributedOptimizer._init_optimizer_states_with_dummy_values",
     "optimizer.distrib_optimizer: DistributedOptimizer.gbuf_ranges",
+    "pipeline_parallel.p2p_communication: P2PCommunicator._communicate",
     "pipeline_parallel.p2p_communication: P2PCommunicator._communicate_shapes",
     "tensor_parallel.random: _get_cuda_rng_state",
     "tensor_parallel.random: _set_cuda_rng_state",
@@ -141,6 +142,27 @@ def held_states(optimizer: Any) -> Iterator[tuple[Any, int, dict[str, Tensor]]]:
                 for parameter, ranges in bucket["param_map"].items():
                     values = optimizer._get_main_param_and_optimizer_states(parameter)
                     yield parameter, ranges["param"].start, values
+
+
+def observe_neighbours(waiting: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter a context around each exchange of Megatron's schedules with neighbouring stages.
+
+    Args:
+        waiting: Makes the context; always the same one.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    communicator: Any = P2PCommunicator
+    exchange = communicator._communicate
+    if hasattr(exchange, "__wrapped__"):  # since an earlier layout of this process
+        return
+
+    @functools.wraps(exchange)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        with waiting():
+            return exchange(*args, **kwargs)
+
+    communicator._communicate = observed
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from megatron_dlm import platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.entry import collect_garbage_as_usual, rank, world_size
 from megatron_dlm.errors import UserError
+from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.launcher import attempt
+from megatron_dlm.megatron_internals import observe_neighbours
 from megatron_dlm.rank_watch import RankWatch
 
 T = TypeVar("T")
@@ -126,6 +128,7 @@ def _make_decisions_group(timeout: timedelta) -> None:
     _decisions = None
     if stages == 1:
         return
+    observe_neighbours(NEIGHBOURS.waiting)
     own = torch.distributed.get_process_group_ranks(
         parallel_state.get_pipeline_model_parallel_group()
     )

@@ -51,6 +51,8 @@ _KINDS = (
     _Kind("throughput/mfu", "Model FLOPs utilisation", "%", 100),
     _Kind("throughput/peak_memory_gb", "Peak memory of rank 0", "GB"),
     _Kind("throughput/padding_share", "Padding in rows", "%", 100),
+    _Kind("throughput/rollout_stage_idle", "Idle pipeline stages in rollouts", "%", 100),
+    _Kind("throughput/student_stage_idle", "Idle pipeline stages in updates", "%", 100),
     _Kind("skipped_updates", "Updates that diverged and were left out", "updates"),
 )
 

@@ -228,7 +228,7 @@ class DecodingBatch:
     def _forward(self, plan: ForwardPlan) -> None:
         """One forward of all slots of the next group, and its draws."""
         group = self._next
-        self._work.add(plan, self._generation.context_block_size)
+        self._work.add(plan, self._generation.context_block_size, self._turn)
         attention = group.context.attention(plan.starts, plan.ends, plan.noisy_starts)
         row = row_of_layout(group.slots.tokens(plan), plan.position_ids, attention)
         group.launched(plan, self._stage.run(row))

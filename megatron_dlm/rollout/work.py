@@ -14,20 +14,23 @@ class RolloutWork:
         pairs: Pairs of a query and a key that it sees.
         logits: Tokens that were drawn, and those of blocks that were verified.
         keys: Keys and values that were read: the length of all sequences.
+        groups: Number of the group whose forward it was, from 0.
     """
 
     tokens: list[int] = field(default_factory=list)
     pairs: list[int] = field(default_factory=list)
     logits: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
 
-    def add(self, plan: ForwardPlan, context_block_size: int | None) -> None:
+    def add(self, plan: ForwardPlan, context_block_size: int | None, group: int = 0) -> None:
         """Add a forward.
 
         Args:
             plan: Its plan.
             context_block_size: Final tokens that see each other, 1 under a causal context; None:
                 tokens see all of their sequence.
+            group: Number of its group.
         """
         starts, noisy, ends = plan.starts, plan.noisy_starts, plan.ends
         if context_block_size is None:
@@ -44,9 +47,10 @@ class RolloutWork:
         verified = sum(verification.rows.numel() for verification in plan.verifications)
         self.logits.append(len(plan.draw_rows) + verified)
         self.keys.append(int(ends.sum()))
+        self.groups.append(group)
 
     def take(self) -> "RolloutWork":
         """What there is; what follows is added to nothing."""
-        taken = RolloutWork(self.tokens, self.pairs, self.logits, self.keys)
-        self.tokens, self.pairs, self.logits, self.keys = [], [], [], []
+        taken = RolloutWork(self.tokens, self.pairs, self.logits, self.keys, self.groups)
+        self.tokens, self.pairs, self.logits, self.keys, self.groups = [], [], [], [], []
         return taken

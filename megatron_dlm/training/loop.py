@@ -14,6 +14,7 @@ from megatron_dlm.data.packing import TrainingBatch, empty_row
 from megatron_dlm.data.tokenizer import unusable_tokens
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import TrainingDiverged
+from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.architecture import active_parameters
 from megatron_dlm.models.forward import row_multiple
 from megatron_dlm.models.row_packing import RowPacking
@@ -230,6 +231,7 @@ class _Training:
         if run.config.uses_rollouts:
             run.student.gather_weights()
         run.offload.enter("rollout")
+        NEIGHBOURS.take()
         is_new = not run.stored_batch
         try:
             collected = collect(run)
@@ -250,6 +252,7 @@ class _Training:
         if run.teacher is None:
             return
         run.offload.enter("teacher")
+        NEIGHBOURS.take()
         try:
             with run.stop.settled():
                 run.teacher.annotate(collected.trajectories)
@@ -318,7 +321,7 @@ class _Training:
                 accuracy=collected.accuracy,
                 solved_rate=collected.solved_rate,
                 time=times,
-                throughput=self._throughput.update(batches, times),
+                throughput=self._throughput.update(batches, times, result.stage_wait_seconds),
                 validation_loss=held_out_loss,
                 skipped_updates=progress.skipped_updates,
                 loss_by_position=result.loss_by_position,

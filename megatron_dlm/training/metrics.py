@@ -48,6 +48,10 @@ class Throughput:
             and memory bandwidth, as a share of the time it took; None likewise.
         peak_memory_gb: 10^9 bytes of this rank's tensors at their most; on a CPU of its process.
         padding_share: Tokens of the rows that belong to no document.
+        rollout_stage_idle: Share of the rollout's time that pipeline stages wait for others, mean
+            over all ranks; None without a pipeline.
+        teacher_stage_idle: The same of the teacher.
+        student_stage_idle: The same of forward and backward.
     """
 
     student_tflops: float
@@ -59,6 +63,9 @@ class Throughput:
     rollout_floor_share: float | None
     peak_memory_gb: float
     padding_share: float
+    rollout_stage_idle: float | None = None
+    teacher_stage_idle: float | None = None
+    student_stage_idle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -348,6 +355,13 @@ class MetricsLogger:
             parts.append(f"memory {speed.peak_memory_gb:.2f} GB")
             if speed.mfu is not None:
                 parts.append(f"MFU {speed.mfu:.1%}")
+            if speed.student_stage_idle is not None:
+                rollout = speed.rollout_stage_idle
+                parts.append(
+                    "stages idle "
+                    + ("" if rollout is None else f"rollout {rollout:.0%} ")
+                    + f"student {speed.student_stage_idle:.0%}"
+                )
         parts.append(
             f"rollout {window.rollout:.1f}s teacher {window.teacher:.1f}s "
             f"student {window.student:.1f}s"

@@ -11,6 +11,7 @@ from megatron_dlm import platform
 from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, causal_pairs, visible_pairs
 from megatron_dlm.accounting.machine import measured
 from megatron_dlm.data.packing import TrainingBatch
+from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.teacher.frozen import FrozenTeacher
@@ -32,6 +33,9 @@ class _Local:
         response_tokens: That it decoded.
         tokens: Of the rows of the update.
         padding: Tokens among them that belong to no document.
+        rollout_wait: Seconds that stages waited for others in the rollout.
+        teacher_wait: The same of the teacher.
+        student_wait: The same of forward and backward.
     """
 
     student: float = 0.0
@@ -41,6 +45,13 @@ class _Local:
     response_tokens: float = 0.0
     tokens: float = 0.0
     padding: float = 0.0
+    rollout_wait: float = 0.0
+    teacher_wait: float = 0.0
+    student_wait: float = 0.0
+
+
+WAITS = 3
+"""Fields at the end of `_Local` that differ between the stages of a replica."""
 
 
 class ThroughputMeter:
@@ -81,6 +92,7 @@ class ThroughputMeter:
         local.rollout += flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits))
         local.response_tokens += response_tokens
         local.rollout_floor += self._floor(work)
+        local.rollout_wait += NEIGHBOURS.take()
 
     def _floor(self, work: RolloutWork) -> float:
         """Seconds that forwards take at least: products, or reading weights and keys."""
@@ -102,14 +114,19 @@ class ThroughputMeter:
             lengths = [len(t.token_ids) - 1 for t in part]
             pairs = sum(causal_pairs(length) for length in lengths)
             self._local.teacher += self._teacher_flops.forward(sum(lengths), pairs, 0)
+            self._local.teacher_wait += NEIGHBOURS.take()
 
-    def update(self, batches: Sequence[TrainingBatch], times: PhaseTimes) -> Throughput:
+    def update(
+        self, batches: Sequence[TrainingBatch], times: PhaseTimes, stage_wait: float
+    ) -> Throughput:
         """The figures of an update and what came before it; all ranks call this.
 
         Args:
             batches: This rank's micro-batches.
             times: Seconds of the phases.
+            stage_wait: Seconds of the student's that this rank waited for other stages.
         """
+        self._local.student_wait += stage_wait
         for batch in batches:
             self._add(batch)
         done, self._local = self._reduced(), _Local()
@@ -129,6 +146,9 @@ class ThroughputMeter:
             else _rate(done.rollout_floor / self._run.groups.num_replicas, seconds),
             peak_memory_gb=peak_memory() / 1e9,
             padding_share=done.padding / done.tokens if done.tokens else 0.0,
+            rollout_stage_idle=self._idle(done.rollout_wait, seconds),
+            teacher_stage_idle=self._idle(done.teacher_wait, times.teacher if done.teacher else 0),
+            student_stage_idle=self._idle(done.student_wait, times.student),
         )
 
     def _add(self, batch: TrainingBatch) -> None:
@@ -144,13 +164,23 @@ class ThroughputMeter:
         if isinstance(batch.targets, HiddenTargets):
             local.student += self._teacher_flops.forward(0, 0, supervised)
 
+    def _idle(self, waited: float, seconds: float) -> float | None:
+        """Share of a phase's time that its stages waited; None without stages or the phase."""
+        groups = self._run.groups
+        if groups.pp is None:
+            return None
+        return _rate(waited, seconds * groups.num_replicas * groups.pp.size())
+
     def _reduced(self) -> _Local:
+        """The sum over replicas; waits are those of all stages."""
+        groups = self._run.groups
         values = torch.tensor(list(vars(self._local).values()), dtype=torch.float64)
-        if self._run.groups.replicas is not None:
-            values = values.to(platform.device())
-            torch.distributed.all_reduce(values, group=self._run.groups.replicas)
-            values = platform.to_host(values)
-        return _Local(*values.tolist())
+        values = values.to(platform.device())
+        if groups.pp is not None:
+            torch.distributed.all_reduce(values[-WAITS:], group=groups.pp)
+        if groups.replicas is not None:
+            torch.distributed.all_reduce(values, group=groups.replicas)
+        return _Local(*platform.to_host(values).tolist())
 
 
 def _rate(amount: float, seconds: float) -> float | None:

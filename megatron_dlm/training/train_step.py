@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, batch_to
+from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.model import full_hidden_states, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.parallel import ParallelGroups, on_all_ranks
@@ -32,6 +33,8 @@ class StepResult:
         supervised_tokens: In the global batch.
         student_seconds: Forward, backward and gradient reduction.
         optimizer_seconds: The optimizer's step.
+        stage_wait_seconds: What this rank waited for neighbouring pipeline stages, within
+            `student_seconds`; not equal on all ranks.
         is_made: Whether weights, optimizer and schedule were changed; they are not where loss or
             gradient norm is not finite.
         micro_batch_losses: The same of each of this rank's micro-batches alone; empty before the
@@ -46,6 +49,7 @@ class StepResult:
     supervised_tokens: int
     student_seconds: float
     optimizer_seconds: float
+    stage_wait_seconds: float
     is_made: bool
     micro_batch_losses: list[float]
     loss_by_position: list[float | None] | None
@@ -93,6 +97,7 @@ def train_step(
         teacher_head: The teacher's output layer shard on the last stage, or None.
         groups: Process groups of the student.
     """
+    NEIGHBOURS.take()
     started = time.perf_counter()
     config = get_model_config(model)
     device = platform.device()
@@ -174,6 +179,7 @@ def train_step(
         supervised_tokens=int(tokens),
         student_seconds=updating - started,
         optimizer_seconds=time.perf_counter() - updating,
+        stage_wait_seconds=NEIGHBOURS.take(),
         is_made=is_made,
         micro_batch_losses=[part[0] / max(part[1], 1.0) for part in parts],
         loss_by_position=update_figures.loss_by_position(objective, figures),

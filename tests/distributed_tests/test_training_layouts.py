@@ -283,6 +283,10 @@ def _check(name: str, lines: list[dict[str, Any]], reference: list[dict[str, Any
             assert line["validation_loss"] == held_out, name
         assert line.get("evaluation") == expected.get("evaluation"), name
         assert ("evaluation" in line) == ("opdlm_all" in name and line["step"] == 2)
+        idle = {k: v for k, v in line["throughput"].items() if k.endswith("_stage_idle")}
+        assert all(share is None or 0 < share < 1 for share in idle.values()), name
+        assert (idle["student_stage_idle"] is not None) == ("PP" in name), name
+        assert idle["rollout_stage_idle"] is None or "PP" in name
 
 
 def _check_layout(

@@ -17,7 +17,7 @@ ORDER = (
     ("regular_file", "launcher", "activity", "output_file", "terminal", "megatron_internals"),
     ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges"),
     ("platform", "rank_watch", "stop_request"),
-    ("types", "sandbox"),
+    ("types", "sandbox", "idle"),
     ("training.manifest", "training.run_folder", "training.run_history"),
     (
         "rollout.decoding_options",
