@@ -238,6 +238,7 @@ CASES = [
         "recompute_modules", ["mlp"], (OPDLM,), ({**OPDLM, "recompute_granularity": "selective"},)
     ),
     Case("fp8_recipe", "tensorwise", (OPDLM,), ({**OPDLM, "fp8_format": "hybrid"},)),
+    Case("decoding_groups", 4, (OPDLM,), ()),  # used: with processes for the stages
     Case("async_save", False, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval", 5, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval_minutes", 5.0, (OPDLM,), (WITH_FOLDER,)),
