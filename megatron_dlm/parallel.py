@@ -161,10 +161,35 @@ def initialize(config: Config) -> None:
     _set_seeds(config)
 
 
+@dataclass(frozen=True)
+class Side:
+    """The processes of a job that form one process group: student's, or teacher's.
+
+    Attributes:
+        holds_teacher: Whether they are those of `--teacher-ranks`.
+        rank: Of this process among them.
+        size: Number of them.
+    """
+
+    holds_teacher: bool
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Side":
+        """That of this process: the last ones of the job hold the teacher."""
+        teachers = config.teacher.teacher_ranks
+        students = world_size() - teachers
+        if rank() >= students:
+            return cls(True, rank() - students, teachers)
+        return cls(False, rank(), students)
+
+
 @contextmanager
-def joined(config: Config) -> Iterator[None]:
+def joined(config: Config) -> Iterator[Store]:
     """Join the process group on entry, before there is a layout, and leave it on exit.
 
+    With `--teacher-ranks` a job has two groups, which share the store that is yielded.
     Works under torchrun or Slurm (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`,
     `LOCAL_RANK`), where the ranks watch each other (`RankWatch`), and in a plain process, which
     becomes a group of one.
@@ -176,17 +201,21 @@ def joined(config: Config) -> Iterator[None]:
         store, next_store = _stores(config)
         if config.parallel.watch_ranks:
             watch = _rank_watch(config, store, next_store)
+    side = Side.of(config)
+    own = store
+    if config.teacher.teacher_ranks:
+        own = PrefixStore("teacher" if side.holds_teacher else "student", store)
     with watch:
         torch.distributed.init_process_group(
             backend=platform.collective_backend(),
-            store=store,
-            rank=rank(),
-            world_size=world_size(),
+            store=own,
+            rank=side.rank,
+            world_size=side.size,
             timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
             device_id=device if device.type == "cuda" else None,
         )
         try:
-            yield
+            yield store
         except BaseException as error:
             if isinstance(watch, RankWatch):
                 watch.leave(error)  # first: to leave the group may take the others

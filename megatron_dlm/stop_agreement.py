@@ -14,7 +14,7 @@ of forwards, and only the ranks of a replica (with those that share its experts)
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,25 +53,32 @@ class StopAgreement:
         request: The wish of this process.
         groups: Process groups of the run.
         timeout: How long a rank may wait for the others; None: what torch waits by default.
+        asked_elsewhere: What processes of the job that are not of this group were asked to
+            (`StopRequest.code`), looked at once a second; None: there are none.
     """
 
     def __init__(
-        self, request: StopRequest, groups: ParallelGroups, timeout: timedelta | None = None
+        self,
+        request: StopRequest,
+        groups: ParallelGroups,
+        timeout: timedelta | None = None,
+        asked_elsewhere: Callable[[], int] | None = None,
     ) -> None:
         self._request = request
+        self._asked_elsewhere = asked_elsewhere
         self._seen = 0
         self._in_step: dist.ProcessGroup | None = None
         self._pending: deque[tuple[Tensor, Any]] = deque()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._everyone: dist.ProcessGroup | None = None
-        if dist.get_world_size() == 1:
+        if dist.get_world_size() == 1 and asked_elsewhere is None:
             return
         is_gloo = dist.get_backend() == "gloo"
         self._everyone = (
             dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
         )
-        self._in_step = _ranks_in_step(groups, timeout)
+        self._in_step = ranks_in_step(groups, timeout)
         self._store = dist.distributed_c10d._get_default_store()
         self._key = f"megatron_dlm/stop/{next(_runs)}"
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -180,6 +187,9 @@ class StopAgreement:
                 if self._store.check([self._key]):
                     self._seen = int(self._store.get(self._key))
                     return
+                if self._asked_elsewhere is not None and (code := self._asked_elsewhere()):
+                    self._seen = code
+                    return
 
     def __enter__(self) -> "StopAgreement":
         """Close it at the end of the block."""
@@ -198,7 +208,7 @@ class StopAgreement:
             self._result()
 
 
-def _ranks_in_step(groups: ParallelGroups, timeout: timedelta | None) -> dist.ProcessGroup | None:
+def ranks_in_step(groups: ParallelGroups, timeout: timedelta | None) -> dist.ProcessGroup | None:
     """The ranks that make as many forwards as this one; None where it would be alone.
 
     Those of its replica, those that share experts with one of these, and so on; all ranks call

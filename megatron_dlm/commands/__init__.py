@@ -27,6 +27,7 @@ COMMANDS = {
     "trajectory": "Show on an HTML page how responses were decoded.",
     "serve": "Answer requests over HTTP with a checkpoint, as OpenAI's API does.",
     "rollout-server": "Decode the rollouts of training runs over HTTP, as SGLang does.",
+    "serve-teacher": "Give the most likely tokens of texts over HTTP, for runs with --teacher-url.",
     "convert": "Convert a checkpoint: Hugging Face to Megatron and back.",
     "plan": "Find the layout, memory and time of a run on so many GPUs.",
     "report": "Compare training runs on one HTML page.",

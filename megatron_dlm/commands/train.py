@@ -19,6 +19,7 @@ from megatron_dlm.training.run_lock import owned_run_folder
 from megatron_dlm.training.run_start import RunStart, decide_start
 
 if TYPE_CHECKING:
+    from megatron_dlm.teacher.job_line import JobLine
     from megatron_dlm.training.inputs import RunInputs
     from megatron_dlm.training.run import Run
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
         # Imported step by step, so that bad input is reported before PyTorch is loaded, where ranks
         # have no folder to agree on.
         share_files = config.logging.save is not None or config.data.data_cache_path is not None
+        if config.teacher.teacher_ranks:
+            return _one_side(config, request)
         if world_size() == 1 or not share_files:
             return _run(decide_start(config), request)
         from megatron_dlm.parallel import from_rank_zero, joined
@@ -43,7 +46,29 @@ def main(argv: Sequence[str]) -> int:
             return _run(from_rank_zero(lambda: decide_start(config)), request, have_joined=True)
 
 
-def _run(start: RunStart, request: StopRequest, *, have_joined: bool = False) -> int:
+def _one_side(config: Config, request: StopRequest) -> int:
+    """A job with ranks of the teacher: what this process does in it."""
+    from megatron_dlm.commands.teacher_ranks import ends_teacher, hold_teacher
+    from megatron_dlm.parallel import Side, from_rank_zero, joined
+    from megatron_dlm.teacher.job_line import JobLine
+
+    with joined(config) as store:
+        line = JobLine(store)
+        if Side.of(config).holds_teacher:
+            return hold_teacher(config, request, line)
+        with ends_teacher(config, line) as ended:
+            start = from_rank_zero(lambda: decide_start(config))
+            ended.status = _run(start, request, have_joined=True, line=line)
+        return ended.status
+
+
+def _run(
+    start: RunStart,
+    request: StopRequest,
+    *,
+    have_joined: bool = False,
+    line: "JobLine | None" = None,
+) -> int:
     config, resumed = start.config, start.resumed
     if start.is_finished:
         _say(start.notice)
@@ -56,9 +81,10 @@ def _run(start: RunStart, request: StopRequest, *, have_joined: bool = False) ->
     _say(start.notice)
     from megatron_dlm.training.start_summary import start_summary
 
-    _say("\n".join(start_summary(config, inputs, world_size())))
+    _say("\n".join(start_summary(config, inputs, config.student_ranks(world_size()))))
     from megatron_dlm.parallel import ParallelGroups, initialized
     from megatron_dlm.stop_agreement import StopAgreement
+    from megatron_dlm.teacher.job_line import ranks_client
     from megatron_dlm.training.loop import train
     from megatron_dlm.training.progress_display import progress_display
     from megatron_dlm.training.run import Run, build_run
@@ -67,10 +93,12 @@ def _run(start: RunStart, request: StopRequest, *, have_joined: bool = False) ->
     with initialized(config):
         groups = ParallelGroups.from_parallel_state()
         timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-        with StopAgreement(request, groups, timeout) as stop:
+        elsewhere = None if line is None else line.asked_to_stop
+        with StopAgreement(request, groups, timeout, elsewhere) as stop:
             try:
+                client = None if line is None else ranks_client(config, line)
                 with progress_display(rank() == 0):  # a teacher may answer prompts for hours
-                    run = build_run(config, inputs, stop)
+                    run = build_run(config, inputs, stop, client)
                 gc.freeze()  # what is there stays: no later collection need look at it
                 train(run)
             except StopRequested as stopped:
@@ -116,7 +144,8 @@ def _memory_notice(config: Config, inputs: "RunInputs") -> list[str]:
 
     own = inputs.teacher
     teacher = None if own is None else own.source.architecture
-    return memory_notice(config, inputs.architecture, teacher, world_size())
+    students = config.student_ranks(world_size())
+    return memory_notice(config, inputs.architecture, teacher, students)
 
 
 def format_length(config: Config) -> str:

@@ -16,3 +16,4 @@ from megatron_dlm.config.validation import validate_architecture as validate_arc
 from megatron_dlm.config.validation import validate_inference as validate_inference
 from megatron_dlm.config.validation import validate_layout as validate_layout
 from megatron_dlm.config.validation import validate_length as validate_length
+from megatron_dlm.config.validation import validate_teacher as validate_teacher

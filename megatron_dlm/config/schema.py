@@ -14,6 +14,7 @@ from megatron_dlm.config.coercion import build
 from megatron_dlm.config.fields import NOT_AN_OPTION, option_fields, value_of
 from megatron_dlm.config.parameter_groups import PARAM_GROUP_PRESETS, ParameterGroup
 from megatron_dlm.config.rollout_engine import RolloutEngineConfig
+from megatron_dlm.config.teacher_options import TeacherConfig, TeacherPrecision
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 DATA_OPTIONS = {"data": "train_data", "corpus": "data_path"}
@@ -34,6 +35,7 @@ class Config:
     engine: RolloutEngineConfig = field(default_factory=RolloutEngineConfig)
     objective: groups.ObjectiveConfig = field(default_factory=groups.ObjectiveConfig)
     distillation: groups.DistillationConfig = field(default_factory=groups.DistillationConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     self_distillation: groups.SelfDistillationConfig = field(
         default_factory=groups.SelfDistillationConfig
     )
@@ -126,6 +128,38 @@ class Config:
     def teaches_itself(self) -> bool:
         """Whether the teacher is the student without its adapters: no second model is needed."""
         return self.traits.self_distillation and self.distillation.teacher_load is None
+
+    @property
+    def has_remote_teacher(self) -> bool:
+        """Whether other processes than those of the student hold the teacher."""
+        return self.teacher.teacher_ranks > 0 or bool(self.teacher.teacher_url)
+
+    def student_ranks(self, world_size: int) -> int:
+        """Processes of a job of so many that hold the student."""
+        return world_size - self.teacher.teacher_ranks
+
+    @property
+    def teacher_precision(self) -> TeacherPrecision:
+        """Precision of a teacher with weights of its own, default resolved."""
+        return self.teacher.teacher_precision or ("bf16" if self.model.bf16 else "fp32")
+
+    def of_teacher(self) -> Self:
+        """The configuration that a teacher with weights of its own is built by.
+
+        Its precision, and with `teacher_ranks` its layout; nothing of it is trained.
+        """
+        own = self.teacher
+        changes: dict[str, Any] = {"bf16": self.teacher_precision != "fp32", "fp8_format": None}
+        if own.teacher_ranks:
+            changes |= dict(
+                tensor_model_parallel_size=own.teacher_tensor_model_parallel_size,
+                pipeline_model_parallel_size=own.teacher_pipeline_model_parallel_size,
+                expert_model_parallel_size=own.teacher_expert_model_parallel_size,
+                expert_tensor_parallel_size=own.teacher_expert_tensor_parallel_size,
+                context_parallel_size=1,
+                sequence_parallel=False,
+            )
+        return self.changed(**changes)
 
     @property
     def state_selection(self) -> objectives.StateSelection | None:

@@ -5,10 +5,13 @@ that a run that cannot work ends within seconds. Each check raises `UserError` f
 that is broken, with the values that would work.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 from megatron_dlm.config.fields import flag_of, value_of
-from megatron_dlm.config.rules import Refusals, model, objective, usage, values
+from megatron_dlm.config.rules import Refusals, model, objective, teacher, usage, values
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
@@ -28,13 +31,17 @@ def validate(config: Config, world_size: int) -> None:
     """Check every rule that needs no model, for a run of so many processes."""
     needs, unused = objective.needs(config), usage.unused(config)
     # From here on, rules look only at options that are used.
-    combinations = (
-        objective.combinations(config),
-        objective.rollout_engine(config),
-        values.combinations(config),
+    rules = (
+        objective.combinations,
+        objective.rollout_engine,
+        teacher.combinations,
+        values.combinations,
     )
-    layout = model.processes(config, world_size), model.batches(config, world_size)
-    _refuse(config, needs, unused, *combinations, *layout)
+    _refuse(config, needs, unused, *(rule(config) for rule in rules))
+    with _of_teacher(config):
+        _refuse(config, teacher.processes(config, world_size))
+    students = config.student_ranks(world_size)
+    _refuse(config, model.processes(config, students), model.batches(config, students))
     validate_length(config)
 
 
@@ -47,14 +54,37 @@ def validate_architecture(
     config: Config, student: ModelSizes, teacher: ModelSizes | None = None
 ) -> None:
     """Check every rule about the sizes of the model that is trained, and of its teacher."""
-    models = (student,) if teacher is None else (student, teacher)
+    models = (student,) if teacher is None or config.has_remote_teacher else (student, teacher)
     of_student = model.parts(config, student), model.architecture(config, student)
     _refuse(config, model.experts_exist(config, *models), *of_student)
+    if teacher is not None:
+        validate_teacher(config, teacher)
+
+
+def validate_teacher(config: Config, sizes: ModelSizes) -> None:
+    """Check every rule about the sizes of a teacher with weights of its own."""
     try:
-        for other in models[1:]:
-            _refuse(config, model.parts(config, other), model.positions(config, other))
+        with _of_teacher(config):
+            _refuse(config, teacher.architecture(config, sizes))
     except UserError as error:
-        raise UserError(f"--teacher-load {config.teacher_load}: {error}") from None
+        where, named = ("--teacher-load", config.teacher_load)
+        if config.teacher.teacher_url:
+            where, named = "--teacher-url", config.teacher.teacher_url[0]
+        raise UserError(f"{where} {named}: {error}") from None
+
+
+@contextmanager
+def _of_teacher(config: Config) -> Iterator[None]:
+    """Around rules of a layout that are asked of the teacher's own: errors name its options."""
+    try:
+        yield
+    except UserError as error:
+        if not config.teacher.teacher_ranks:
+            raise
+        raise UserError(_LAYOUT_FLAG.sub(r"--teacher-\1", str(error))) from None
+
+
+_LAYOUT_FLAG = re.compile(r"--((?:tensor-model|pipeline-model|expert-\w+)-parallel-size)")
 
 
 def validate_layout(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import (
     CONFIG_MAPPING,
@@ -124,9 +124,18 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def differing_token(
-    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
-) -> str | None:
+class HasVocabulary(Protocol):
+    """A tokenizer, or a description of one."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token."""
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """Tokens with an attribute `special`, by id."""
+
+
+def differing_token(tokenizer: HasVocabulary, other: HasVocabulary) -> str | None:
     """The first token that two tokenizers encode differently; None if they share a vocabulary.
 
     Either may have special tokens, such as MASK, under ids that are free in the other: a conversion

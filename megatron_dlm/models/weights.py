@@ -14,8 +14,8 @@ class ModelWeights(Protocol):
     """Describes a model on disk and loads it into memory; see `training.model_source`."""
 
     @property
-    def path(self) -> Path:
-        """The path that the user named."""
+    def path(self) -> Path | str:
+        """The path, or the address, that the user named."""
 
     @property
     def field(self) -> str:

@@ -147,6 +147,7 @@ class RolloutEngine:
         *,
         one_queue: bool,
         cutoff: Cutoff | None = None,
+        on_finished: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """Decode one response for each prompt, each on one of the data-parallel ranks.
 
@@ -158,6 +159,7 @@ class RolloutEngine:
             one_queue: Whether a data-parallel rank takes the next prompt when it has room for it;
                 else each has an equal share.
             cutoff: Says when sequences are left unfinished; None: never.
+            on_finished: Called with each trajectory that is complete, on the rank that decoded it.
 
         Returns:
             Trajectories of the prompts that this rank decoded, in their order.
@@ -173,7 +175,7 @@ class RolloutEngine:
             queue = PromptQueue(prompts, max_response_length)
             share = len(prompts)
         num_slots = min(self.generation.max_running_requests, share)
-        return self._generate(prompts, max_response_length, queue, num_slots, cutoff=cutoff)
+        return self._generate(prompts, max_response_length, queue, num_slots, on_finished, cutoff)
 
     def settled(self) -> AbstractContextManager[None]:
         """Around `generate`, called by all data-parallel ranks: if one of them leaves, all do."""

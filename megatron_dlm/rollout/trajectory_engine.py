@@ -6,7 +6,7 @@ weights in place, and `external.engine.ServerRolloutEngine`, which asks servers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +38,7 @@ class TrajectoryEngine(Protocol):
         *,
         one_queue: bool,
         cutoff: Cutoff | None = None,
+        on_finished: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """One response for each prompt, each on one replica; see `RolloutEngine`."""
 

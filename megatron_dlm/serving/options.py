@@ -6,6 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from megatron_dlm.config import CheckpointOptions, ParallelConfig
+from megatron_dlm.config.groups import TrainingConfig
+from megatron_dlm.config.teacher_options import TeacherPrecision
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments
 from megatron_dlm.ranges import ABOVE_ZERO, AT_LEAST_ONE, AT_LEAST_ZERO, Range
@@ -90,3 +93,43 @@ class RolloutServerArguments(InferenceArguments):
     """Decode the rollouts of training runs over HTTP."""
 
     server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
+
+
+@dataclass(frozen=True)
+class TeacherServerConfig(HttpConfig):
+    """Server: where it listens, and its limits."""
+
+    port: Annotated[int, Range(0, 65535)] = 8100
+    """Port to listen at; 0 takes a free one and prints it. Several replicas of the teacher listen
+    at this and the following ones."""
+
+    max_waiting_texts: Annotated[int, AT_LEAST_ONE] = 65536
+    """Texts that may wait for the teacher; further requests are refused with status 429."""
+
+
+@dataclass(frozen=True)
+class TeacherModelConfig(CheckpointOptions):
+    """Model: the teacher's weights, and how texts are laid into rows."""
+
+    teacher_precision: TeacherPrecision = "fp32"
+    """Precision that it computes in; fp8: weights of linear layers and experts in e4m3 with a scale
+    for each output, half of bf16's memory, the rest in bf16."""
+
+    micro_batch_size: Annotated[int, AT_LEAST_ONE] = TrainingConfig.micro_batch_size
+    """Texts of a row, the unit of a forward pass. With 1, results do not depend on what else is
+    asked."""
+
+    max_tokens_per_micro_batch: Annotated[int | None, AT_LEAST_ONE] = None
+    """Lay texts into as few rows of at most this many tokens as possible, instead."""
+
+    divergence_chunk_size: Annotated[int | None, AT_LEAST_ONE] = None
+    """Tokens whose logits are in memory at a time (default: as many as memory allows)."""
+
+
+@dataclass(frozen=True)
+class ServeTeacherArguments:
+    """Give the most likely tokens of texts over HTTP."""
+
+    model: TeacherModelConfig = field(default_factory=TeacherModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    server: TeacherServerConfig = field(default_factory=TeacherServerConfig)

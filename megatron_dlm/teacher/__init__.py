@@ -1,1 +1,1 @@
-"""Teachers: frozen, self, stored; their inputs, targets and responses."""
+"""Teachers: frozen, self, stored, remote; their inputs, targets and responses."""

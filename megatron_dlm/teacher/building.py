@@ -12,13 +12,15 @@ from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.teacher.base import Teacher
+from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.frozen import frozen_teacher
 from megatron_dlm.teacher.given_responses import given_records
-from megatron_dlm.teacher.inputs import TeacherInputs
+from megatron_dlm.teacher.inputs import TeacherInputs, weights_as_computed
+from megatron_dlm.teacher.loading import load_teacher
+from megatron_dlm.teacher.remote import RemoteTeacher
 from megatron_dlm.teacher.responses import generate_missing
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.teacher.stored import StoredTeacher
@@ -37,6 +39,7 @@ def build_teacher(
     groups: ParallelGroups,
     student: Callable[[], DiffusionGPTModel],
     stop: StopAgreement | None = None,
+    client: TeacherClient | None = None,
 ) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
     """Complete the teacher's stored responses and targets, and build it if training needs it.
 
@@ -53,6 +56,7 @@ def build_teacher(
         student: Builds the student on the first call. Called here only for a student that teaches
             itself: any other teacher should have the memory to itself while it answers prompts.
         stop: Checked before every forward for a request to stop; None: never.
+        client: Reaches a teacher that other processes hold; None: there is none.
 
     Returns:
         The teacher that annotates trajectories, None if training needs none; and the examples with
@@ -68,9 +72,7 @@ def build_teacher(
     @functools.cache
     def load() -> DiffusionGPTModel:
         assert inputs is not None
-        model = build_frozen_model(inputs.source.architecture, config)
-        inputs.source.load_into(model)
-        return model
+        return load_teacher(inputs.source, config)
 
     if config.traits.self_distillation:
         own = student()  # first: the order in which models are made decides random weights
@@ -83,6 +85,9 @@ def build_teacher(
             groups=groups,
             stop=stop,
         ), examples
+    if client is not None:
+        k = config.distillation.divergence_top_k
+        return RemoteTeacher(client, k, groups, stop), examples
     if inputs is None:
         return None, examples
     if config.uses_teacher_responses:
@@ -134,8 +139,8 @@ def _stored_top_k(
         prompt_tokens=prompts.fingerprint(),
         num_prompts=len(prompts),
         teacher=str(inputs.source.hf_folder.resolve()),
-        teacher_weights=inputs.fingerprint,
-        bf16=config.model.bf16,
+        teacher_weights=weights_as_computed(inputs.fingerprint, config),
+        bf16=config.teacher_precision != "fp32",
         k=k,
     )
     folder = Path(config.teacher_responses) / f"top_{k}"

@@ -128,9 +128,13 @@ def frozen_teacher(
     groups: ParallelGroups | None = None,
 ) -> FrozenTeacher:
     """The teacher of a run: rows packed as those of training, enough to fill the pipeline."""
+    return FrozenTeacher(model, RowPacking.of(config), rows_in_flight(config), stop, groups)
+
+
+def rows_in_flight(config: Config) -> int:
+    """Rows of a teacher's forward-only schedule: enough to fill its pipeline."""
     stages = config.parallel.pipeline_model_parallel_size
-    rows_at_once = 1 if stages == 1 else ROWS_PER_STAGE * stages
-    return FrozenTeacher(model, RowPacking.of(config), rows_at_once, stop, groups)
+    return 1 if stages == 1 else ROWS_PER_STAGE * stages
 
 
 def _set_targets(

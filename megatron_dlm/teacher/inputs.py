@@ -9,6 +9,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import (
+    HasVocabulary,
     differing_token,
     eos_token_ids,
     has_tokenizer,
@@ -17,6 +18,8 @@ from megatron_dlm.data.tokenizer import (
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, read_diffusion_kind
 from megatron_dlm.models.weights import ModelWeights
+from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.remote_weights import RemoteWeights
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
@@ -29,11 +32,13 @@ class TeacherInputs:
         source: Its weights.
         fingerprint: SHA-256 of the weights, read now: a checkpoint may be pruned later.
         responses: Store of its responses to the prompts; None if none are used.
+        client: Reaches its servers; None where it is no server's.
     """
 
     source: ModelWeights
     fingerprint: str
     responses: ResponseStore | None = None
+    client: TeacherClient | None = None
 
 
 def check_diffusion_student(config: Config, student: Architecture) -> DiffusionKind:
@@ -146,9 +151,15 @@ def check_tokenizer(
     Raises:
         UserError: The teacher's tokenizer has other ids.
     """
-    if teacher.hf_folder.resolve() == folder.resolve() or not has_tokenizer(teacher.hf_folder):
-        return
-    other = load_tokenizer(teacher.hf_folder, teacher.field)
+    other: HasVocabulary
+    if isinstance(teacher, RemoteWeights):
+        if teacher.identity.vocabulary is None:
+            return
+        other = teacher.identity.vocabulary
+    else:
+        if teacher.hf_folder.resolve() == folder.resolve() or not has_tokenizer(teacher.hf_folder):
+            return
+        other = load_tokenizer(teacher.hf_folder, teacher.field)
     text = differing_token(tokenizer, other)
     if text is None:
         return
@@ -175,6 +186,11 @@ def with_ends_of(
     return replace(special_tokens, eos_token_ids=(*special_tokens.eos_token_ids, *theirs))
 
 
+def weights_as_computed(fingerprint: str, config: Config) -> str:
+    """Fingerprint of the teacher's weights as they are multiplied: in fp8 they are others."""
+    return f"{fingerprint} in fp8" if config.teacher_precision == "fp8" else fingerprint
+
+
 def response_store(
     config: Config,
     teacher: TeacherInputs,
@@ -194,8 +210,8 @@ def response_store(
         num_prompts=len(prompts),
         # For a run folder: the checkpoint that it means now.
         teacher=str(teacher.source.hf_folder.resolve()),
-        teacher_weights=teacher.fingerprint,
-        bf16=config.model.bf16,
+        teacher_weights=weights_as_computed(teacher.fingerprint, config),
+        bf16=config.teacher_precision != "fp32",
         seed=config.data.seed,
         eos_token_ids=sorted(special_tokens.eos_token_ids),
         max_response_length=rollout.max_response_length,

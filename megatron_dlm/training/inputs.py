@@ -35,6 +35,7 @@ from megatron_dlm.teacher.inputs import (
     response_store,
     with_ends_of,
 )
+from megatron_dlm.teacher.remote_weights import RemoteWeights, remote_weights, url_client
 from megatron_dlm.training.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from megatron_dlm.training.model_source import ModelSource, open_model_source
 from megatron_dlm.training.run_folder import is_of_run
@@ -207,7 +208,8 @@ class _Models:
 
 def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
     """Descriptions of the models, and the tokenizer."""
-    source = original = weights = teacher = None
+    source = original = teacher = client = None
+    weights: ModelSource | RemoteWeights | None = None
     if resumed is not None:
         verify = config.model.verify_checkpoint
         source = open_model_source(str(resumed.checkpoint), resumed.field, verify)
@@ -228,7 +230,11 @@ def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
     self_taught = None
     if config.traits.self_distillation:
         self_taught = check_diffusion_student(config, architecture)
-    if config.needs_teacher:
+    if config.teacher.teacher_url:
+        client = url_client(config)
+        weights = remote_weights(config, client)
+        check_teacher(architecture, weights, self_taught)
+    elif config.needs_teacher:
         path = config.distillation.teacher_load or config.model.load
         assert path is not None
         field = "--teacher-load" if config.distillation.teacher_load else "--load"
@@ -249,7 +255,7 @@ def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
         special_tokens = with_ends_of(
             weights.architecture, tokenizer, tokenizer_folder, special_tokens
         )
-        teacher = TeacherInputs(weights, weights.fingerprint())
+        teacher = TeacherInputs(weights, weights.fingerprint(), client=client)
     architecture = architecture.ending_at(special_tokens.eos_token_ids)
     return _Models(
         source, original, teacher, architecture, tokenizer, tokenizer_folder, special_tokens

@@ -23,6 +23,7 @@ from megatron_dlm.parallel import from_rank_zero
 from megatron_dlm.report.page import REPORT, write_report
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.teacher.frozen import FrozenTeacher
+from megatron_dlm.teacher.remote import RemoteTeacher
 from megatron_dlm.training import divergence
 from megatron_dlm.training.best_checkpoint import (
     HeldOutFigure,
@@ -95,6 +96,8 @@ def train(run: Run) -> None:
     try:
         _train_with_history(run)
     finally:
+        if isinstance(run.teacher, RemoteTeacher):
+            run.teacher.close()
         _report(run)
 
 

@@ -29,6 +29,8 @@ from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequest
 from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.teacher.building import build_teacher
+from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.remote import RemoteTeacher
 from megatron_dlm.training.best_checkpoint import HeldOutFigure
 from megatron_dlm.training.checkpoint_saving import CheckpointSaver
 from megatron_dlm.training.checkpointing import (
@@ -135,7 +137,12 @@ def _prompt_of(sample: int, inputs: RunInputs, sampler: ShuffledSampler) -> Prom
     return prompt
 
 
-def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = None) -> Run:
+def build_run(
+    config: Config,
+    inputs: RunInputs,
+    stop: StopAgreement | None = None,
+    teacher_client: TeacherClient | None = None,
+) -> Run:
     """Build models, load weights, and go on from where the run was, if it was.
 
     Process groups must exist (`parallel`).
@@ -144,6 +151,7 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         config: Of the run.
         inputs: What it reads.
         stop: Agrees with the other ranks on an early end; None: nobody asks for one.
+        teacher_client: Reaches the teacher of `--teacher-ranks`; None without these.
 
     Raises:
         UserError: A checkpoint does not fit.
@@ -179,6 +187,9 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         groups,
         student=lambda: student_and_progress()[0].model,
         stop=stop,
+        client=teacher_client
+        if inputs.teacher is None
+        else inputs.teacher.client or teacher_client,
     )
     student, progress, trajectories = student_and_progress()
     begun = progress.consumed_samples + len(trajectories.leftovers)
@@ -201,7 +212,7 @@ def build_run(config: Config, inputs: RunInputs, stop: StopAgreement | None = No
         student,
         teacher,
         objective,
-        _build_source(config, inputs, student, examples, groups, stop, progress),
+        _build_source(config, inputs, student, teacher, examples, groups, stop, progress),
         sampler,
         progress,
         build_offload(config, student, teacher),
@@ -288,6 +299,7 @@ def _build_source(
     config: Config,
     inputs: RunInputs,
     student: Student,
+    teacher: Teacher | None,
     examples: ExampleDataset | CorpusDataset | None,
     groups: ParallelGroups,
     stop: StopAgreement,
@@ -321,4 +333,5 @@ def _build_source(
     if config.traits.verifies:
         reward = reward_of(config)
         verifier = Verifier(reward, inputs.tokenizer, config.rollout.max_tries, groups)
-    return TrajectorySource(config, inputs.data, engine, examples, verifier)
+    on_finished = teacher.send_ahead if isinstance(teacher, RemoteTeacher) else None
+    return TrajectorySource(config, inputs.data, engine, examples, verifier, on_finished)

@@ -98,7 +98,7 @@ def _memory(config: Config, inputs: RunInputs, world_size: int) -> str:
         if config.parallel.use_distributed_optimizer:
             state //= _replicas(config, world_size)
         parts += [f"gradients {_bytes(4 * own)}", f"optimizer {_bytes(state)}"]
-    if inputs.teacher is not None:
+    if inputs.teacher is not None and not config.has_remote_teacher:
         teacher = _of_process(inputs.teacher.source.architecture, config)
         parts.append(f"teacher {_bytes(width * teacher)}")
     return f"{', '.join(parts)} a process"

@@ -1,6 +1,6 @@
 """Where a run's trajectories come from: the student's rollout, given responses, or a mixture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +34,8 @@ class TrajectorySource:
         examples: The same records with given responses: a data set's, a corpus's windows, or the
             teacher's; None where every response is the student's.
         verifier: Repeats a rollout until the answer is right; None takes the first answer.
+        on_finished: Called with each trajectory when the student has finished it; None: nobody
+            waits for it before the rollout ends.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class TrajectorySource:
     engine: TrajectoryEngine | None = None
     examples: ExampleDataset | CorpusDataset | None = None
     verifier: Verifier | None = None
+    on_finished: Callable[[Trajectory], None] | None = None
 
     def trajectories(
         self,
@@ -119,7 +122,7 @@ class TrajectorySource:
             cutoff = Cutoff(wanted - len(leftovers.last_time), leftovers.last_time, board)
         with engine.settled():
             trajectories = engine.generate_together(
-                prompts, length, one_queue=one_queue, cutoff=cutoff
+                prompts, length, one_queue=one_queue, cutoff=cutoff, on_finished=self.on_finished
             )
         if cutoff is not None:
             cutoff.close()

@@ -28,6 +28,7 @@ SCRIPTS = {
     "tools/show_trajectories.py": "trajectory",
     "tools/serve.py": "serve",
     "tools/rollout_server.py": "rollout-server",
+    "tools/serve_teacher.py": "serve-teacher",
     "tools/convert_checkpoint.py": "convert",
     "tools/plan_run.py": "plan",
     "tools/report_runs.py": "report",

@@ -24,6 +24,11 @@ ROLLOUTS = "num_rollouts rollout_batch_size epochs_per_rollout response_length_s
 SERVERS = "rollout_engine_urls rollout_engine_weights rollout_engine_concurrency"
 EVALUATION = "eval_prompts_interval eval_decodings eval_num_prompts eval_temperature"
 
+TEACHER_LAYOUT = " ".join(
+    f"teacher_{name}_parallel_size"
+    for name in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+)
+
 OF_VALUES = (
     (f"{SERVERS} rollout_engine_timeout_s rollout_engine_retries", "rollout_engine", "sglang"),
     ("rollout_engine_weights_path", "rollout_engine_weights", "disk"),
@@ -132,6 +137,8 @@ def _uses_of_objective(config: Config, evaluated: set[str]) -> Iterator[Use]:
         (traits.chooses_attention, "attention_pattern attention_annealing_iters"),
         (traits.diffusion_kind is not None, "mask_embedding_init"),
         (config.needs_teacher, "teacher_load"),
+        (taught and not itself, "teacher_ranks teacher_url"),
+        (config.needs_teacher, "teacher_precision"),
         (config.uses_teacher_responses, "teacher_responses"),
         (taught, f"offload_teacher offload_optimizer cache_teacher_targets {DIVERGENCE}"),
     ):
@@ -158,7 +165,7 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     mixes, causal = config.uses_teacher_responses, config.objective.attention_pattern == "causal"
     evaluation_draws = config.evaluates and (config.held_out.eval_temperature or 0) > 0
     has_jsd, cuts = "jsd" in distillation.divergence, distillation.divergence_top_k > 0
-    keeps = config.logging.keep_checkpoints > 0
+    keeps, teacher = config.logging.keep_checkpoints > 0, config.teacher
     rows = [
         (rollout.partial_rollouts < 1, "max_response_rollouts", "partial_rollouts", "below 1"),
         (mixes, "teacher_response_fraction_schedule", "teacher_response_fraction", "above 0"),
@@ -167,6 +174,7 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
         (has_jsd, "jsd_beta", "divergence", "jsd"),
         (cuts, "divergence_tail", "divergence_top_k", "16"),
         (keeps, "keep_checkpoint_every keep_best_checkpoint", "keep_checkpoints", "3"),
+        (teacher.teacher_ranks > 0, TEACHER_LAYOUT, "teacher_ranks", "above 0"),
     ]
     for names, option, values in (*OF_VALUES, *OF_STRATEGIES):
         is_chosen = value_of(config, option) in values.split(" or ") or names in evaluated
@@ -188,6 +196,10 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
     yield Use(has_stages, "decoding_groups", _as_given(config, stages), remedy)
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
+    reason, remedy = "a teacher in memory", "add --teacher-ranks or --teacher-url"
+    remote = config.has_remote_teacher
+    yield Use(remote, "teacher_max_requests teacher_timeout_s", reason, remedy)
+    yield Use(not teacher.teacher_url, "teacher_load teacher_precision", "a run with --teacher-url")
     fixed, name = config.training.max_tokens_per_micro_batch is None, "max_tokens_per_micro_batch"
     yield Use(fixed, "micro_batch_size", _as_given(config, name), f"drop {flag_of(name)}")
     preset, param_groups = config.optimizer.param_group_preset, config.param_groups

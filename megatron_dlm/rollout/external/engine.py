@@ -7,7 +7,7 @@ the one before (`begin`): what comes back then is of the weights as they were at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -182,6 +182,7 @@ class ServerRolloutEngine:
         *,
         one_queue: bool,
         cutoff: Cutoff | None = None,
+        on_finished: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """See `TrajectoryEngine`; servers always share one queue.
 
@@ -196,9 +197,13 @@ class ServerRolloutEngine:
             self.begin(prompts, max_response_length)
         assert self._ahead is not None
         try:
-            return self._arrived(self._ahead[1])
+            trajectories = self._arrived(self._ahead[1])
         finally:
             self.give_up()
+        if on_finished is not None:
+            for trajectory in trajectories:
+                on_finished(trajectory)
+        return trajectories
 
     def settled(self) -> AbstractContextManager[None]:
         """Nothing to do: whatever ends `generate_together` does so on all ranks."""

@@ -16,7 +16,7 @@ from megatron_dlm.config import (
     validate_length,
     validation,
 )
-from megatron_dlm.config.rules import model, objective, usage, values
+from megatron_dlm.config.rules import model, objective, teacher, usage, values
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.model_sizes import ModelSizes
 from tests.unit_tests.config.configurations import (
@@ -47,6 +47,7 @@ class Broken:
 RND1 = {"param_group_preset": "rnd1", "param_groups": [{"pattern": "mlp"}]}
 LOWERED = {"dynamic_threshold_schedule": "linear", "final_dynamic_threshold": 0.7}
 FIVE = {"rollout_batch_size": 40, "global_batch_size": 10}
+ELSEWHERE = {"teacher_url": ["http://host:8100"], "divergence_top_k": 16}
 ADAPTED = {"lora_rank": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 SERVED = {**SHORT, "rollout_engine": "sglang", "rollout_engine_urls": ["http://host:30000"]}
@@ -82,6 +83,14 @@ BROKEN = [
     Broken({**LOWERED, "num_rollouts": 4}, SERVED),
     Broken({"lora_rank": 4}, SERVED),
     Broken({"rollout_engine_weights": "disk"}, SERVED),
+    # A teacher that other processes hold.
+    Broken({**ELSEWHERE, "teacher_ranks": 1}, world_size=2),
+    Broken({**ELSEWHERE, "teacher_response_fraction": 0.5, "save": "no_such_folder"}),
+    Broken({**ELSEWHERE, "divergence_top_k": 0}),
+    Broken({**ELSEWHERE, "offload_teacher": True}),
+    Broken({**ELSEWHERE, "teacher_url": ["host:8100"]}),
+    Broken({"teacher_precision": "fp8", "transformer_impl": "transformer_engine"}),
+    Broken({"teacher_ranks": 2, "divergence_top_k": 16}, world_size=2),
     # Values that do not go together.
     Broken({"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 3}),
     Broken({"max_total_tokens": 128}),
@@ -167,7 +176,7 @@ def check(subject: str, broken: Broken) -> None:
 
 Place = tuple[str, int]
 """File and line of a rule's `yield`."""
-MODULES = (model, objective, usage, values)
+MODULES = (model, objective, teacher, usage, values)
 
 
 def is_helper(code: str) -> bool:

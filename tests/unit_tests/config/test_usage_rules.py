@@ -58,6 +58,9 @@ ALL_GROUPED = {
 WITHOUT_DEFAULT = {**SCP, "param_groups": [{"pattern": "attention", **OWN}]}
 WITHOUT_OWN = {**SCP, "param_groups": [{"pattern": "attention"}, {"pattern": "default", **OWN}]}
 
+TOP_16_RANKS = {**TOP_16, "teacher_ranks": 2}
+TOP_16_ELSEWHERE = {**TOP_16, "teacher_url": ["http://host:8100"]}
+
 TWO_MODES = {**OPDLM, "context_attention": "causal"}
 DRAFTED = {**TWO_MODES, "eval_prompts": "e.jsonl", "eval_decodings": ["speculative"]}
 
@@ -78,6 +81,7 @@ class Case(NamedTuple):
     value: Any
     unused: tuple[Options, ...]
     used: tuple[Options, ...]
+    processes: int = 1
 
 
 CASES = [
@@ -201,10 +205,19 @@ CASES = [
         ({**SFT, "loss_weighting": "none"}, OFF_POLICY, OPDLM_OFF, MIXED),
     ),
     Case("mask_embedding_init", "mean", (NEXT_TOKEN, D_OPSD), (SCP, SFT, OFF_POLICY, OPDLM)),
-    Case("teacher_load", "t", GIVEN, (*ON_TEACHER, *ON_ROLLOUTS)),
+    Case("teacher_load", "t", (*GIVEN, TOP_16_ELSEWHERE), (*ON_TEACHER, *ON_ROLLOUTS)),
     Case("teacher_responses", "folder", (*GIVEN, *ON_ROLLOUTS), (*ON_TEACHER, MIXED)),
     Case("cache_teacher_targets", True, UNTAUGHT, ({**OFF_POLICY, "divergence_top_k": 16},)),
     Case("offload_teacher", True, UNTAUGHT, (OFF_POLICY, OPDLM)),
+    Case("teacher_ranks", 1, (*UNTAUGHT, D_OPSD), (TOP_16,), 2),
+    Case("teacher_url", ["http://host:8100"], (*UNTAUGHT, D_OPSD), (TOP_16,)),
+    Case("teacher_precision", "fp8", (*GIVEN, D_OPSD, TOP_16_ELSEWHERE), (OFF_POLICY, OPDLM)),
+    Case("teacher_max_requests", 2, (OPDLM,), (TOP_16_ELSEWHERE,)),
+    Case("teacher_timeout_s", 5.0, (OPDLM,), (TOP_16_ELSEWHERE,)),
+    Case("teacher_tensor_model_parallel_size", 2, (TOP_16,), (TOP_16_RANKS,), 3),
+    Case("teacher_pipeline_model_parallel_size", 2, (TOP_16,), (TOP_16_RANKS,), 3),
+    Case("teacher_expert_model_parallel_size", 2, (TOP_16,), (TOP_16_RANKS,), 3),
+    Case("teacher_expert_tensor_parallel_size", 2, (TOP_16,), (TOP_16_RANKS,), 3),
     Case("offload_optimizer", True, UNTAUGHT, (OFF_POLICY, *ON_ROLLOUTS)),
     Case("divergence", "jsd", (*UNTAUGHT, D_OPSD), (OFF_POLICY, OPDLM)),
     Case(
@@ -285,7 +298,7 @@ def test_an_option_with_a_use_is_accepted(case: Case, monkeypatch: pytest.Monkey
     monkeypatch.setattr(values, "_fp8", lambda config: iter(()))  # needs a GPU
     for run in case.used:
         config = config_with(run, **{case.name: case.value})
-        assert refusal(validate, config, 1) is None, run
+        assert refusal(validate, config, case.processes) is None, run
         assert is_used(config, case.name)
 
 

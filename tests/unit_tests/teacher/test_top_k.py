@@ -14,7 +14,7 @@ from megatron_dlm.data.top_k_store import TopKStore
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
-from megatron_dlm.teacher import building, top_k
+from megatron_dlm.teacher import loading, top_k
 from megatron_dlm.teacher.stored import StoredTeacher
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.run import Run, build_run
@@ -90,14 +90,14 @@ def test_the_teacher_is_gone_and_never_loaded_again(
 ) -> None:
     config = off_policy(folder, tmp_path)
     built_teachers: list[weakref.ref[DiffusionGPTModel]] = []
-    build = building.build_frozen_model
+    build = loading.build_frozen_model
 
     def watched(*args: Any) -> DiffusionGPTModel:
         model = build(*args)
         built_teachers.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(building, "build_frozen_model", watched)
+    monkeypatch.setattr(loading, "build_frozen_model", watched)
     assert isinstance(built(config).teacher, StoredTeacher)
     assert len(built_teachers) == 1
     gc.collect()
@@ -148,7 +148,7 @@ def test_a_teacher_that_moved_is_not_asked_again(
     save_random_model(tmp_path / "here")
     before = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "here")))
     (tmp_path / "here").rename(tmp_path / "moved")
-    monkeypatch.setattr(building, "build_frozen_model", None)  # cannot be called
+    monkeypatch.setattr(loading, "build_frozen_model", None)  # cannot be called
     after = annotated(off_policy(folder, tmp_path, teacher_load=str(tmp_path / "moved")))
     assert len(after) == len(before) > 0
     for trajectory, other in zip(after, before, strict=True):

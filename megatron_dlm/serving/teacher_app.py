@@ -1,0 +1,133 @@
+"""The HTTP side of a teacher's server: who it is, and targets of texts in binary bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.serving.api_error import ApiError
+from megatron_dlm.serving.app import Gate, error_response
+from megatron_dlm.serving.metrics import Metrics
+from megatron_dlm.serving.options import TeacherServerConfig
+from megatron_dlm.serving.teacher_queue import TeacherQueue
+from megatron_dlm.teacher.wire import (
+    FINGERPRINT_HEADER,
+    IDENTITY_PATH,
+    TARGETS_PATH,
+    TeacherIdentity,
+    TeacherText,
+    pack_targets,
+    unpack_texts,
+)
+
+
+class TeacherApi:
+    """Answers requests with a queue; all methods run in the thread of HTTP.
+
+    Args:
+        identity: Of the teacher.
+        architecture: Of the teacher.
+        queue: Where texts wait for it.
+        options: Limits.
+    """
+
+    def __init__(
+        self,
+        identity: TeacherIdentity,
+        architecture: Architecture,
+        queue: TeacherQueue,
+        options: TeacherServerConfig,
+    ) -> None:
+        self._identity, self._queue, self._options = identity, queue, options
+        self._vocab_size = architecture.vocab_size
+        self._positions = architecture.max_position_embeddings
+
+    def identity(self) -> dict[str, Any]:
+        """Who the teacher is."""
+        return self._identity.to_json()
+
+    def health(self) -> Response:
+        """200 while requests are taken, 503 while the server stops."""
+        if self._queue.stopping:
+            raise _stopping()
+        return Response()
+
+    async def targets(self, request: Request, ahead: bool) -> Response:
+        """The most likely tokens of texts; of those sent ahead only that they are known."""
+        if self._queue.stopping:
+            raise _stopping()
+        expected = request.headers.get(FINGERPRINT_HEADER, self._identity.fingerprint)
+        if expected != self._identity.fingerprint:
+            text = f"this server has the teacher {self._identity.name}, other weights"
+            raise ApiError(409, text, code="other_teacher")
+        try:
+            texts, k = await asyncio.to_thread(unpack_texts, await request.body())
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        self._check(texts, k)
+        if ahead:
+            self._queue.send_ahead(texts, k)
+            return Response(status_code=202)
+        if self._queue.waiting_texts > self._options.max_waiting_texts:
+            raise ApiError(429, "too many texts wait", code="queue_full", retry_after=1)
+        futures = [asyncio.wrap_future(future) for future in self._queue.ask(texts, k)]
+        try:
+            async with asyncio.timeout(self._options.request_timeout_s):
+                targets = await asyncio.gather(*futures)
+        except TimeoutError:
+            raise ApiError(504, "the request took too long", code="timeout") from None
+        body = await asyncio.to_thread(pack_targets, targets)
+        return Response(body, media_type="application/octet-stream")
+
+    def _check(self, texts: Sequence[TeacherText], k: int) -> None:
+        """Refuse what would end the process of the teacher."""
+        if not texts:
+            raise ApiError(400, "there is no text")
+        if not 0 < k < self._vocab_size:
+            problem = f"k = {k} is no proper part of a vocabulary of {self._vocab_size}"
+            raise ApiError(400, problem, param="k")
+        for text in texts:
+            if len(text.token_ids) > self._positions:
+                problem = f"a text of {len(text.token_ids)} tokens is longer than the teacher's "
+                raise ApiError(400, f"{problem}{self._positions} positions", param="lengths")
+            if int(text.token_ids.min()) < 0 or int(text.token_ids.max()) >= self._vocab_size:
+                problem = f"an id is outside the vocabulary of {self._vocab_size}"
+                raise ApiError(400, problem, param="token_ids")
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server stops", code="stopping", retry_after=10)
+
+
+def create_teacher_app(api: TeacherApi, options: TeacherServerConfig) -> ASGIApp:
+    """The application for an ASGI server."""
+    app = FastAPI(title="megatron-dlm teacher", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        return error_response(ApiError(error.status_code, text))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return api.health()
+
+    @app.get(IDENTITY_PATH)
+    async def identity() -> dict[str, Any]:
+        return api.identity()
+
+    @app.post(TARGETS_PATH)
+    async def targets(request: Request, ahead: bool = False) -> Response:
+        return await api.targets(request, ahead)
+
+    return Gate(app, options, Metrics())

@@ -1,0 +1,139 @@
+"""A teacher behind HTTP: the model in the main threads of its ranks, a server on some of them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.config import Config
+from megatron_dlm.data.tokenizer import has_tokenizer, load_tokenizer
+from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.serving.http_process import answering, listening
+from megatron_dlm.serving.options import TeacherServerConfig
+from megatron_dlm.serving.teacher_app import TeacherApi, create_teacher_app
+from megatron_dlm.serving.teacher_queue import TeacherQueue
+from megatron_dlm.stop_agreement import ranks_in_step
+from megatron_dlm.teacher.answering import TextTeacher
+from megatron_dlm.teacher.loading import load_teacher
+from megatron_dlm.teacher.wire import TeacherIdentity, TeacherText, Vocabulary
+from megatron_dlm.training.model_source import ModelSource
+
+TICK_SECONDS = 0.5
+"""How often ranks without work look whether they are to end."""
+
+
+def serve_teacher(
+    source: ModelSource,
+    config: Config,
+    options: TeacherServerConfig,
+    *,
+    address: str,
+    announce: Callable[[Sequence[str]], None],
+    is_over: Callable[[TeacherQueue], bool],
+    on_ranks: Callable[[TeacherQueue], ExitStack] | None = None,
+) -> None:
+    """Answer requests until the end; all ranks of the teacher call this, in its process groups.
+
+    The first of each set of ranks in step listens; these sets hold the same teacher.
+
+    Args:
+        source: Of the teacher.
+        config: That it is built by (`Config.of_teacher`).
+        options: Limits, and the first port.
+        address: That this rank's server is reached at.
+        announce: Called on the first rank with the servers' addresses once they answer.
+        is_over: Asked on all ranks, now and then; what those with a server say counts.
+        on_ranks: Entered with the queue around all work.
+
+    Raises:
+        UserError: The weights do not fit, or a port is taken; raised on all ranks.
+    """
+    groups = ParallelGroups.from_parallel_state()
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    in_step = ranks_in_step(groups, timeout)
+    first = dist.get_rank() if in_step is None else dist.get_process_group_ranks(in_step)[0]
+    firsts = [0] * dist.get_world_size()
+    dist.all_gather_object(firsts, first)
+    number, is_first = sorted(set(firsts)).index(first), first == dist.get_rank()
+    queue = TeacherQueue()
+    with ExitStack() as stack:
+        listener: socket.socket | None = None
+        with errors_on_all_ranks():
+            if is_first:
+                port = options.port and options.port + number
+                listener = stack.enter_context(listening(replace(options, port=port)))
+        identity = _identity(source, config)
+        teacher = TextTeacher(load_teacher(source, config), config, groups, in_step)
+        url = None
+        if on_ranks is not None:
+            stack.enter_context(on_ranks(queue))
+        if listener is not None:
+            api = TeacherApi(identity, source.architecture, queue, options)
+            app = create_teacher_app(api, options)
+
+            def stop() -> None:
+                queue.stopping = True
+
+            stack.enter_context(answering(app, listener, stop))
+            host = f"[{address}]" if ":" in address else address
+            url = f"http://{host}:{listener.getsockname()[1]}"
+        urls: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(urls, url)
+        if dist.get_rank() == 0:
+            announce([found for found in urls if found is not None])
+        _answer(teacher, queue, is_over)
+
+
+def _answer(
+    teacher: TextTeacher, queue: TeacherQueue, is_over: Callable[[TeacherQueue], bool]
+) -> None:
+    """Compute what waits, on all ranks in step, until it is over."""
+    try:
+        while True:
+            texts, k, ends = list[TeacherText](), 0, False
+            if teacher.is_first:
+                texts, k = queue.take(TICK_SECONDS)
+            ends = is_over(queue) and not texts
+            texts, k, ends = _from_first(teacher.in_step, (texts, k, ends))
+            ACTIVITY.step()
+            if ends:
+                return
+            targets = teacher.top_k(texts, k) if texts else []
+            if texts and teacher.is_first:
+                queue.answer(targets)
+    except Exception as error:
+        queue.fail(error)
+        raise
+
+
+def _from_first(in_step: dist.ProcessGroup | None, work: Any) -> Any:
+    """What the first of the ranks in step has, on all of them."""
+    if in_step is None:
+        return work
+    box = [work]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(in_step)[0], group=in_step)
+    return box[0]
+
+
+def _identity(source: ModelSource, config: Config) -> TeacherIdentity:
+    vocabulary = None
+    if has_tokenizer(source.hf_folder):
+        tokenizer = load_tokenizer(source.hf_folder, source.field)
+        added = tokenizer.added_tokens_decoder
+        special = tuple(token_id for token_id, token in added.items() if token.special)
+        vocabulary = Vocabulary(tokenizer.get_vocab(), special)
+    return TeacherIdentity(
+        fingerprint=source.fingerprint(),
+        name=str(source.path),
+        precision=config.teacher_precision,
+        hf_config=dict(source.architecture.hf_config),
+        generation_config=dict(source.architecture.generation_config),
+        vocabulary=vocabulary,
+    )

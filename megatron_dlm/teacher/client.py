@@ -1,0 +1,237 @@
+"""Asks servers of a teacher for the most likely tokens of texts, several requests at a time."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cached_property
+
+import httpx2
+
+from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.teacher.wire import (
+    FINGERPRINT_HEADER,
+    IDENTITY_PATH,
+    TARGETS_PATH,
+    TeacherIdentity,
+    TeacherText,
+    pack_texts,
+    unpack_targets,
+)
+from megatron_dlm.types.teacher_targets import TopKTargets
+
+KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
+"""Environment variable with the key that servers ask for."""
+
+TOKENS_PER_REQUEST = 32768
+"""A request has texts of about so many tokens, or one text."""
+
+POLL_SECONDS = 0.2
+"""How often the wait for answers looks whether the run is to stop."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
+"""Before a request is sent again; each pause is twice the one before."""
+
+
+class TeacherClient:
+    """A teacher behind one or several servers, which answer the same.
+
+    Args:
+        urls: Of the servers.
+        field: The option that names them, for errors.
+        max_requests: To each server at a time.
+        timeout_s: Until a request that failed each time is given up.
+        key: That the servers ask for (default: of `KEY_VARIABLE`).
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        field: str,
+        max_requests: int,
+        timeout_s: float,
+        key: str | None = None,
+    ) -> None:
+        self._urls = [url.rstrip("/") for url in urls]
+        self._field, self._timeout_s = field, timeout_s
+        key = os.environ.get(KEY_VARIABLE) if key is None else key
+        self._http = httpx2.Client(
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            limits=httpx2.Limits(max_connections=None),
+            trust_env=False,
+        )
+        self._threads = ThreadPoolExecutor(max_requests * len(self._urls), "teacher")
+        # What is sent ahead must not take the place of what is waited for.
+        self._ahead = ThreadPoolExecutor(len(self._urls), "teacher ahead")
+        self._closed = threading.Event()
+
+    @cached_property
+    def identity(self) -> TeacherIdentity:
+        """Who the teacher is; asked at first.
+
+        Raises:
+            UserError: A server does not answer, or they have different teachers.
+        """
+        found = [self._identity_of(url) for url in self._urls]
+        for url, other in zip(self._urls, found, strict=True):
+            if (other.fingerprint, other.precision) != (found[0].fingerprint, found[0].precision):
+                raise bad_value(
+                    self._field,
+                    url,
+                    f"has the teacher {other.name} ({other.precision}), and {self._urls[0]} has "
+                    f"{found[0].name} ({found[0].precision}), other weights",
+                    "name servers of one model",
+                )
+        return found[0]
+
+    def _identity_of(self, url: str) -> TeacherIdentity:
+        answer = self._answered([url], lambda u: self._http.get(u + IDENTITY_PATH))
+        try:
+            return TeacherIdentity.from_json(answer.json())
+        except ValueError as error:
+            raise self._no_teacher(url, str(error)) from error
+
+    def top_k(
+        self,
+        texts: Sequence[TeacherText],
+        k: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[TopKTargets]:
+        """The targets of texts, in their order.
+
+        Args:
+            texts: At least one prediction each.
+            k: Tokens of a distribution.
+            check: Called now and then while answers are waited for; what it raises ends the wait.
+
+        Raises:
+            UserError: A server refused a request, or none answered it in time.
+        """
+        of_server: dict[int, list[int]] = {}
+        for index, text in enumerate(texts):
+            of_server.setdefault(self._server_of(text), []).append(index)
+        asked: dict[Future[list[TopKTargets]], list[int]] = {}
+        for server, indices in of_server.items():
+            for part in _parts(indices, [len(text.token_ids) for text in texts]):
+                future = self._threads.submit(self._ask, server, [texts[i] for i in part], k)
+                asked[future] = part
+        found: dict[int, TopKTargets] = {}
+        pending = set(asked)
+        try:
+            while pending:
+                check()
+                done, pending = wait(pending, POLL_SECONDS, "FIRST_COMPLETED")
+                for future in done:
+                    found |= zip(asked[future], future.result(), strict=True)
+                    ACTIVITY.step()
+        finally:
+            for future in pending:
+                future.cancel()
+        return [found[index] for index in range(len(texts))]
+
+    def send_ahead(self, text: TeacherText, k: int) -> None:
+        """Let a server begin with a text that will be asked for; nothing is waited for.
+
+        Where this fails, the server begins when it is asked.
+        """
+        if self._closed.is_set():
+            return
+        url = self._urls[self._server_of(text)]
+
+        def send() -> None:
+            try:
+                self._post(url, [text], k, {"ahead": "1"})
+            except httpx2.HTTPError:
+                return
+
+        self._ahead.submit(send)
+
+    def close(self) -> None:
+        """Send nothing more; what is asked for is not waited for."""
+        self._closed.set()
+        for threads in (self._threads, self._ahead):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self._http.close()
+
+    def _server_of(self, text: TeacherText) -> int:
+        """The same on all ranks, so that each text is computed once."""
+        return int.from_bytes(text.digest[:8], "little") % len(self._urls)
+
+    def _post(
+        self, url: str, texts: Sequence[TeacherText], k: int, query: dict[str, str]
+    ) -> httpx2.Response:
+        return self._http.post(
+            url + TARGETS_PATH,
+            params=query,
+            content=pack_texts(texts, k),
+            headers={FINGERPRINT_HEADER: self.identity.fingerprint},
+        )
+
+    def _ask(self, server: int, texts: Sequence[TeacherText], k: int) -> list[TopKTargets]:
+        urls = self._urls[server:] + self._urls[:server]  # another one where this one fails
+        answer = self._answered(urls, lambda url: self._post(url, texts, k, {}))
+        try:
+            return unpack_targets(answer.content, [len(text) for text in texts], k)
+        except ValueError as error:
+            raise self._no_teacher(urls[0], str(error)) from error
+
+    def _answered(
+        self, urls: Sequence[str], send: Callable[[str], httpx2.Response]
+    ) -> httpx2.Response:
+        """The first good answer of the servers, asked in turn until the time is up."""
+        deadline = time.monotonic() + self._timeout_s
+        pause, tries = FIRST_PAUSE_SECONDS, 0
+        while True:
+            url = urls[tries % len(urls)]
+            tries += 1
+            try:
+                answer = send(url)
+                if answer.is_success:
+                    return answer
+                problem = f"status {answer.status_code}: {_message(answer)}"
+                if answer.status_code < 500 and answer.status_code != 429:
+                    raise self._no_teacher(url, problem)
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+                problem = f"{type(error).__name__}: {error}"
+                if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol):
+                    raise self._no_teacher(url, problem) from error
+            left = deadline - time.monotonic()
+            if left <= 0 or self._closed.wait(min(pause, left)):
+                raise bad_value(
+                    self._field,
+                    url,
+                    f"no answer in {self._timeout_s:g} s and {tries} tries ({problem})",
+                    "see that the teacher runs there and can be reached, or raise "
+                    "--teacher-timeout-s",
+                )
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _no_teacher(self, url: str, problem: str) -> UserError:
+        return bad_value(
+            self._field, url, problem, "name servers that megatron-dlm serve-teacher started"
+        )
+
+
+def _parts(indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Texts of one request each."""
+    parts: list[list[int]] = []
+    tokens = TOKENS_PER_REQUEST
+    for index in indices:
+        if tokens + lengths[index] > TOKENS_PER_REQUEST:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(index)
+        tokens += lengths[index]
+    return parts
+
+
+def _message(answer: httpx2.Response) -> str:
+    """What a server says of an error."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.reason_phrase

@@ -1,0 +1,83 @@
+"""The weights of a teacher behind servers, as far as a run that does not hold them asks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_dlm.config import Config
+from megatron_dlm.models.architecture import (
+    Architecture,
+    architecture_from_hf,
+    read_diffusion_kind,
+)
+from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.wire import TeacherIdentity
+from megatron_dlm.types.diffusion_kind import DiffusionKind
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class RemoteWeights:
+    """In the place of `ModelSource`.
+
+    Attributes:
+        path: The first server's address.
+        field: The flag it was named with.
+        identity: What the servers say of themselves.
+        architecture: From their config.json.
+    """
+
+    path: str
+    field: str
+    identity: TeacherIdentity
+    architecture: Architecture
+
+    is_megatron: bool = False
+
+    @property
+    def hf_folder(self) -> Path:
+        """On the server; nothing here reads it."""
+        return Path(self.identity.name)
+
+    @property
+    def diffusion_kind(self) -> DiffusionKind | None:
+        """Kind of diffusion model; None for an autoregressive model."""
+        return read_diffusion_kind(self.architecture.hf_config, self.path)
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether it is no diffusion model."""
+        return self.diffusion_kind is None
+
+    def fingerprint(self) -> str:
+        """That of the weights on the server."""
+        return self.identity.fingerprint
+
+    def load_into(self, model: "torch.nn.Module") -> NoReturn:
+        """A run with servers has no model of the teacher."""
+        raise NotImplementedError("the weights are on the server")
+
+
+def url_client(config: Config) -> TeacherClient:
+    """Reaches the servers in `--teacher-url`."""
+    own = config.teacher
+    return TeacherClient(
+        own.teacher_url,
+        field="--teacher-url",
+        max_requests=own.teacher_max_requests,
+        timeout_s=own.teacher_timeout_s,
+    )
+
+
+def remote_weights(config: Config, client: TeacherClient) -> RemoteWeights:
+    """What the servers in `--teacher-url` hold.
+
+    Raises:
+        UserError: They do not answer, or their model is not supported here.
+    """
+    url, identity = config.teacher.teacher_url[0], client.identity
+    where = f"{url}: config.json"
+    architecture = architecture_from_hf(identity.hf_config, where, identity.generation_config)
+    return RemoteWeights(url, "--teacher-url", identity, architecture)

@@ -1,0 +1,193 @@
+"""A teacher behind a server, and on ranks of its own: runs are those with the teacher at hand."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from megatron_dlm.config import Config
+from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.teacher.answering import TextTeacher
+from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.loading import load_teacher
+from megatron_dlm.teacher.remote_weights import url_client
+from megatron_dlm.teacher.wire import TARGETS_PATH, TeacherText, pack_texts
+from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.training.model_source import open_model_source
+from tests.faults.jobs import free_port
+from tests.functional_tests.entry_points import lines, options, run_ranks
+from tests.functional_tests.server_process import ServerProcess
+from tests.tiny import run_config, run_training, save_random_model, write_data
+
+K = 6
+BIGGER = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("remote")
+    write_data(folder, 16)
+    save_random_model(folder / "dense")
+    save_random_model(folder / "bigger", moe=True, seed=1, **BIGGER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    load = ("--load", folder / "bigger")
+    server = ServerProcess(folder / "log", "serve-teacher", *load)
+    yield server
+    assert server.stop() == 0, server.output
+
+
+def of_run(folder: Path, save: str, **changes: Any) -> Config:
+    values = dict(rollout_batch_size=8, num_rollouts=2, divergence_top_k=K) | changes
+    return run_config(folder, folder / "dense", save=str(folder / save), **values)
+
+
+@pytest.fixture(scope="module")
+def in_memory(folder: Path) -> list[dict[str, Any]]:
+    """The run with the teacher in memory."""
+    return run_training(of_run(folder, "in_memory", teacher_load=str(folder / "bigger")))
+
+
+def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    assert len(run) == len(other) == 4
+    for line, expected in zip(run, other, strict=True):
+        assert line["supervised_tokens"] == expected["supervised_tokens"]
+        # Chunks of other tokens, and parts of a sum, round otherwise.
+        assert line["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5)
+
+
+def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
+    folder: Path, server: ServerProcess, in_memory: list[dict[str, Any]]
+) -> None:
+    # The second server is not there: the first one answers for it.
+    config = of_run(folder, "served", teacher_url=(server.url,))
+    inputs = read_inputs(config)
+    assert inputs.teacher is not None
+    source = open_model_source(str(folder / "bigger"), "--load")
+    assert inputs.teacher.fingerprint == source.fingerprint()
+    check_same(run_training(config), in_memory)
+    # On resume the place of the teacher may change, as it is the same one.
+    longer = dict(num_rollouts=3, extend=True)
+    more = run_training(
+        of_run(folder, "served", teacher_load=str(folder / "bigger")).changed(**longer)
+    )
+    assert len(more) == 6
+
+
+def test_targets_are_those_of_the_model_bit_for_bit(folder: Path, server: ServerProcess) -> None:
+    config = of_run(folder, "unused", teacher_load=str(folder / "bigger"))
+    inputs = read_inputs(config)
+    assert isinstance(inputs.data, PromptDataset)
+    texts = [TeacherText(inputs.data.sample(i, i).token_ids, 3 * i) for i in range(5)]
+    served = url_client(of_run(folder, "unused", teacher_url=(server.url,)))
+    served.send_ahead(texts[0], K)
+    targets = served.top_k(texts, K)
+    served.close()
+    with initialized(config):
+        model = load_teacher(open_model_source(str(folder / "bigger"), "--load"), config)
+        own = TextTeacher(model, config, ParallelGroups(), None).top_k(texts, K)
+    for text, got, expected in zip(texts, targets, own, strict=True):
+        assert len(got) == len(text) > 0
+        assert torch.equal(got.token_ids, expected.token_ids)
+        assert torch.equal(got.log_probs, expected.log_probs)
+        assert got.log_rest is not None
+        assert expected.log_rest is not None
+        assert torch.equal(got.log_rest, expected.log_rest)
+
+
+def client(*urls: str, timeout_s: float = 0.6, key: str | None = None) -> TeacherClient:
+    return TeacherClient(urls, field="--teacher-url", max_requests=2, timeout_s=timeout_s, key=key)
+
+
+TEXT = TeacherText(torch.tensor([5, 6, 7]), 1)
+
+
+def test_what_a_server_cannot_answer_is_refused_in_one_line(
+    server: ServerProcess, folder: Path
+) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    for urls, text, k, fragments in (
+        ((nobody,), TEXT, K, (nobody, "no answer in 0.6 s", "--teacher-timeout-s")),
+        ((server.url,), TeacherText(torch.tensor([600]), 0), K, ("outside the vocabulary of 512",)),
+        ((server.url,), TeacherText(torch.zeros(300).long(), 0), K, ("256 positions",)),
+        ((server.url,), TEXT, 512, ("no proper part",)),
+        ((f"{server.url}/no",), TEXT, K, ("404", "serve-teacher")),
+        (("http://[::bad",), TEXT, K, ("http://[::bad",)),
+    ):
+        asking = client(*urls)
+        with pytest.raises(UserError) as refused:
+            asking.top_k([text], k)
+        asking.close()
+        message = str(refused.value)
+        assert "--teacher-url" in message
+        assert all(fragment in message for fragment in fragments), message
+    for body in (b"", b"no safetensors", pack_texts([TeacherText(TEXT.token_ids, 3)], K)):
+        assert httpx2.post(server.url + TARGETS_PATH, content=body).status_code == 400
+    # A server that was started again with other weights.
+    stale = client(server.url)
+    vars(stale)["identity"] = replace(stale.identity, fingerprint="other")
+    with pytest.raises(UserError, match="other weights"):
+        stale.top_k([TEXT], K)
+    stale.close()
+    # One server of two does not answer: the other one does.
+    both = client(server.url, server.url, timeout_s=30)
+    identity = both.identity
+    partly = client(nobody, server.url, timeout_s=30)
+    vars(partly)["identity"] = identity
+    texts = [TeacherText(torch.tensor([5, 6, last]), 1) for last in range(8)]
+    found = zip(both.top_k(texts, K), partly.top_k(texts, K), strict=True)
+    assert all(torch.equal(one.log_probs, other.log_probs) for one, other in found)
+    both.close()
+    partly.close()
+
+
+def test_another_tokenizer_is_found_before_anything_is_built(
+    folder: Path, server: ServerProcess
+) -> None:
+    other = folder / "other_tokenizer"
+    save_random_model(other)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    config = of_run(folder, "unused", teacher_url=(server.url,), load=str(other))
+    with pytest.raises(UserError, match="its tokenizer knows") as refused:
+        read_inputs(config)
+    assert f"--teacher-url = '{server.url}'" in str(refused.value)
+
+
+def test_ranks_of_the_teacher_and_another_layout_on_resume(
+    folder: Path, in_memory: list[dict[str, Any]]
+) -> None:
+    common = dict(
+        save=folder / "ranks",
+        teacher_load=folder / "bigger",
+        divergence_top_k=K,
+        rollout_batch_size=8,
+        max_response_length=16,
+        max_running_requests=7,
+        lr=1e-3,
+        min_lr=1e-4,
+        divergence_chunk_size=16,
+        num_epochs=None,
+    )
+    first = options(folder, **common, teacher_ranks=2, teacher_tensor_model_parallel_size=2)
+    outcome = run_ranks(3, "train", *first, "--lr-decay-iters", 4)
+    assert outcome.status == 0, outcome.stderr
+    more = dict(num_rollouts=2, teacher_ranks=2, teacher_expert_model_parallel_size=2)
+    outcome = run_ranks(4, "train", *options(folder, **common | more), "--lr-decay-iters", 4)
+    assert outcome.status == 0, outcome.stderr
+    check_same(lines(folder / "ranks" / "metrics.jsonl"), in_memory)

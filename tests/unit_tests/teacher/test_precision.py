@@ -1,0 +1,79 @@
+"""A teacher in bfloat16 or in 8-bit floats beside a student in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_dlm.config import Config
+from megatron_dlm.models.forward import clean_row, forward_hidden
+from megatron_dlm.models.fp8_weights import E4M3, to_fp8, weight_bytes
+from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.parallel import initialized
+from megatron_dlm.teacher.loading import load_teacher
+from megatron_dlm.training.model_source import open_model_source
+from tests.tiny import save_random_model
+
+TOKENS = torch.arange(3, 64)
+WIDE = dict(
+    initializer_range=0.09, hidden_size=128, intermediate_size=256, head_dim=32, vocab_size=512
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("precision")
+    for moe in (False, True):
+        # About 1 / sqrt(hidden size), as of trained models: larger weights amplify every rounding.
+        sizes: dict[str, Any] = dict(WIDE, moe_intermediate_size=64) if moe else WIDE
+        save_random_model(folder / ("moe" if moe else "dense"), moe=moe, **sizes)
+    return folder
+
+
+def teacher(folder: Path, precision: str) -> tuple[DiffusionGPTModel, Tensor]:
+    """A model, and its log-probabilities of the token after each, [S, V]."""
+    config = Config.from_dict({"teacher_precision": precision, "device": "cpu"})
+    with initialized(config):
+        model = load_teacher(open_model_source(str(folder), "--teacher-load"), config)
+        [hidden] = forward_hidden(model, [clean_row([TOKENS], "causal")]) or []
+        logits = hidden.float() @ head_weight(model)[: model.num_tokens].float().T
+    return model, logits.log_softmax(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """Mean KL(p || q) of the rows."""
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_less_precise_teachers_say_nearly_the_same_in_less_memory(folder: Path, kind: str) -> None:
+    original = AutoModelForCausalLM.from_pretrained(folder / kind).eval()
+    with torch.no_grad():
+        log_p = original(TOKENS[None]).logits[0].double().log_softmax(-1)
+    found = {name: teacher(folder / kind, name) for name in ("fp32", "bf16", "fp8")}
+    far = {name: divergence(log_p, log_q.double()) for name, (_, log_q) in found.items()}
+    assert abs(far["fp32"]) < 1e-7 < far["bf16"] < far["fp8"]
+    assert far["bf16"] < 1e-3
+    assert far["fp8"] < 2e-2
+
+    layers = {name: weight_bytes(model.decoder) for name, (model, _) in found.items()}
+    whole = {name: weight_bytes(model) for name, (model, _) in found.items()}
+    assert layers["bf16"] * 2 == layers["fp32"]
+    # A scale of 4 bytes for each output beside norms and router: little, but not of such layers.
+    assert layers["fp8"] < 0.56 * layers["bf16"]
+    assert whole["bf16"] - whole["fp8"] == layers["bf16"] - layers["fp8"]
+    kept = {buffer.dtype for buffer in found["fp8"][0].buffers()}
+    assert E4M3 in kept
+
+
+def test_every_value_is_as_near_as_stated() -> None:
+    weight = torch.randn(64, 300, dtype=torch.float64) * torch.logspace(-4, 2, 64)[:, None]
+    weight[3] = 0
+    values, scale = to_fp8(weight)
+    error = (values.double() * scale - weight).abs()
+    assert bool((error <= torch.maximum(weight.abs() / 16, scale.double() / 1024)).all())
+    assert values.dtype == E4M3
+    assert values.element_size() == 1
