@@ -25,7 +25,7 @@ SOLVED = 50.0
 """Percentage of problems that a run must solve to count as converted."""
 PURELY_ON_POLICY = ("opdlm", "opdlm_off", "opdlm_global")
 STUDENT = "qwen3_64"
-PAIR = ("stopped", "d_opsd")
+PAIR = ("opdlm_grown", "d_opsd")
 WITH_TEACHER_RESPONSES = {each.name for each in recipes(Sizes()) if each.mixes_teacher_responses}
 
 STATIC, DYNAMIC = accuracy("block_4", "static"), accuracy("block_4", "dynamic_0.9")
@@ -66,6 +66,7 @@ def findings(results: Sequence[Result]) -> list[str]:
         _self_distillation,
         _teachers,
         _forgetting,
+        _longer_pretraining,
         _claims,
     )
     return [text for text in (sentence(results) for sentence in sentences) if text]
@@ -129,7 +130,7 @@ def _remedy(results: Sequence[Result]) -> str | None:
         "half_rate": "half the learning rate",
         "long_warm_up": "five times the warm-up",
         "cool": "temperature 0.5",
-        "stopped": "responses that grow from one block",
+        "opdlm_grown": "responses that grow from one block",
     }
     read = {name: sample(results, name, plateau_left) for name in titles}
     left = [
@@ -137,16 +138,14 @@ def _remedy(results: Sequence[Result]) -> str | None:
         for name, title in titles.items()
         if (updates := read[name])
     ]
-    reached = sample(results, "stopped", STATIC)
+    reached = sample(results, "opdlm_grown", STATIC)
     if reached is None:
         return None
-    text = (
-        "**What ends the plateau** (update at which each seed leaves it; the tries stop early, see "
-        f"the table): {', '.join(left)}. Growing responses need none of the teacher's, and solve "
-        f"{by_seed(reached)} % when stopped at 3/8"
+    return (
+        "**What ends the plateau** (update at which each seed leaves it; but for the first and the "
+        f"last, runs stop early): {', '.join(left)}. Growing responses need none of the teacher's, "
+        f"and solve {by_seed(reached)} %."
     )
-    whole = sample(results, "opdlm_grown", STATIC)
-    return f"{text}, {by_seed(whole)} % at the end." if whole else f"{text}."
 
 
 @_of_measured
@@ -182,8 +181,8 @@ def _self_distillation(read: Reader) -> str:
     before, after = ([read(name, each) for each in (STATIC, DYNAMIC)] for name in PAIR)
     fast = [read(name, speed("block_4", "dynamic_0.9")).mean for name in PAIR]
     return (
-        f"**d-OPSD** takes a half-trained student from {before[0].mean:.1f} to {after[0].mean:.1f} "
-        f"% static, from {before[1].mean:.1f} to {after[1].mean:.1f} % at dynamic 0.9 and from "
+        f"**d-OPSD** takes the students of growing responses from {before[0].mean:.1f} to "
+        f"{after[0].mean:.1f} % static, from {before[1].mean:.1f} to {after[1].mean:.1f} % at dynamic 0.9 and from "
         f"{fast[0]:.2f} to {fast[1]:.2f} tokens a forward."
     )
 
@@ -216,6 +215,22 @@ def _forgetting(read: Reader) -> str:
         f"ends at most {highest:.2f} above its minimum, and the best run solves {max(solved):.1f} "
         "% of what its corpus has."
     )
+
+
+@_of_measured
+def _longer_pretraining(read: Reader) -> str:
+    parts = []
+    for data, title in (("seen", "what its corpus has"), ("unseen", "what this lacks")):
+        blocks = read("scp_long", accuracy(data, "static")).mean
+        before, after = (
+            read(name, accuracy(f"{data}_autoregressive", "autoregressive")).mean
+            for name in ("teacher", "scp_long")
+        )
+        parts.append(
+            f"{blocks:.1f} % of {title}, by blocks, and {after:.1f} % from left to right "
+            f"({before:.1f} % before)"
+        )
+    return f"**SCP, four times as long**, solves {' and '.join(parts)}."
 
 
 def _claims(results: Sequence[Result]) -> str | None:

@@ -281,11 +281,8 @@ def recipes(sizes: Sizes) -> list[Recipe]:
     attention = float(read_yaml(SCP_RECIPE)["lr"])
     rnd1_groups = [{"pattern": "default", "lr": attention * RND1_RATIO}, {"pattern": "attention"}]
     opdlm = conversion("opdlm", "OPDLM, states per block", "opdlm", **on_policy)
-    grown = growing("opdlm_grown", "OPDLM, responses grow from one block")
-    stopped = replace(
-        beginning(grown, sizes.rollouts * 3 // 8),
-        name="stopped",
-        title="OPDLM, growing, stopped at 3/8",
+    grown = replace(
+        growing("opdlm_grown", "OPDLM, responses grow from one block"),
         seeds=sizes.seeds,
         kept=True,
     )
@@ -318,7 +315,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             sizes.best_seeds,
             sizes.best_rollouts,
         ),
-        replace(grown, seeds=sizes.seeds),
+        grown,
         cold_start("half_rate", "OPDLM, half the learning rate", lr=5e-4, min_lr=5e-5),
         cold_start(
             "long_warm_up",
@@ -328,7 +325,6 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         cold_start("cool", "OPDLM, temperature 0.5", temperature=0.5),
         growing("blocks_8", "OPDLM, growing, blocks of 8", block_size=8),
         growing("blocks_16", "OPDLM, growing, blocks of 16", block_size=16),
-        stopped,
         Recipe(
             "d_opsd",
             "d-OPSD after that",
@@ -336,7 +332,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             blocks[:1],
             sizes.seeds,
             sizes.self_rollouts,
-            models={"load": stopped},
+            models={"load": grown},
         ),
         small,
         middle,
@@ -360,5 +356,11 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             "scp_rnd1_groups",
             "SCP, RND1's rates by parameter group",
             param_groups=rnd1_groups,
+        ),
+        replace(
+            pretraining("scp_long", "SCP, one learning rate, four times as long"),
+            seeds=sizes.single_seeds,
+            rollouts=max(1, sizes.rollouts * 2),
+            documents=4 * sizes.documents,
         ),
     ]

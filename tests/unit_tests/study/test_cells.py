@@ -205,16 +205,16 @@ def test_a_cell_trains_what_it_starts_from_and_an_interrupted_run_goes_on(
     folders, scripts = Folders(tmp_path), Scripts()
     monkeypatch.setattr(runner, "_call", scripts)
     assert run_cells(chosen("d_opsd-seed1"), folders, jobs=1) == []
-    assert scripts.trained == ["stopped-seed1", "d_opsd-seed1"]
-    assert scripts.loaded["d_opsd-seed1"] == "stopped-seed1"
-    source = folders.run(CELLS["stopped-seed1"].recipe, 1)
+    assert scripts.trained == ["opdlm_grown-seed1", "d_opsd-seed1"]
+    assert scripts.loaded["d_opsd-seed1"] == "opdlm_grown-seed1"
+    source = folders.run(CELLS["opdlm_grown-seed1"].recipe, 1)
     assert len((source / "metrics.jsonl").read_text().splitlines()) == 6
 
-    assert run_cells(chosen("stopped-seed1"), folders, jobs=1) == []  # the run that is there
+    assert run_cells(chosen("opdlm_grown-seed1"), folders, jobs=1) == []  # the run that is there
     assert len((source / "metrics.jsonl").read_text().splitlines()) == 12
     (source / "specification.json").write_text("of another recipe")
-    result_path(folders.results, CELLS["stopped-seed1"]).unlink()
-    assert run_cells(chosen("stopped-seed1"), folders, jobs=1) == []
+    result_path(folders.results, CELLS["opdlm_grown-seed1"]).unlink()
+    assert run_cells(chosen("opdlm_grown-seed1"), folders, jobs=1) == []
     assert len((source / "metrics.jsonl").read_text().splitlines()) == 6
 
 

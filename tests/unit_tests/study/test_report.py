@@ -276,7 +276,7 @@ def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert "0 of 9 solve less than 50 %" in text
     assert "get out of it at update 2 / 2 / never" in text
     assert "temperature 0.5 2 / 2, responses that grow from one block 2 / 2 / never" in text
-    assert "solve 92.5 / 93.0 / 93.5 % when stopped at 3/8, 92.5 / 93.0 / 93.5 % at the end" in text
+    assert "need none of the teacher's, and solve 92.5 / 93.0 / 93.5 %" in text
     assert "trained with 8 90.5 / 88.5 %, decoded so after blocks of 4 91.0 / 89.0 %" in text
     assert "from 93.0 to 93.0 % static" in text
     assert "qwen3_64 reaches 92.5 % from qwen3_64 (50.0 %), 92.5 % from qwen3_96 (75.0 %)" in text
@@ -289,7 +289,7 @@ def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
 
 def test_a_finding_without_its_measurements_is_left_out(results: list[dict[str, Any]]) -> None:
     whole = findings(results)
-    for recipe in ("off_policy", "opdlm_off", "stopped", "best", "d_opsd", "scp_one_lr"):
+    for recipe in ("off_policy", "opdlm_off", "opdlm_grown", "best", "d_opsd", "scp_one_lr"):
         fewer = findings([result for result in results if result["recipe"] != recipe])
         assert 1 <= len(whole) - len(fewer) <= 2
     assert findings([]) == []
