@@ -182,8 +182,8 @@ def _self_distillation(read: Reader) -> str:
     fast = [read(name, speed("block_4", "dynamic_0.9")).mean for name in PAIR]
     return (
         f"**d-OPSD** takes the students of growing responses from {before[0].mean:.1f} to "
-        f"{after[0].mean:.1f} % static, from {before[1].mean:.1f} to {after[1].mean:.1f} % at dynamic 0.9 and from "
-        f"{fast[0]:.2f} to {fast[1]:.2f} tokens a forward."
+        f"{after[0].mean:.1f} % static, from {before[1].mean:.1f} to {after[1].mean:.1f} % at "
+        f"dynamic 0.9 and from {fast[0]:.2f} to {fast[1]:.2f} tokens a forward."
     )
 
 
