@@ -99,7 +99,12 @@ def main(argv: Sequence[str]) -> int:
         mean_response=options.mean_response_length,
         tokens_per_forward=options.tokens_per_forward,
     )
-    plans = planner.all(options.gpus, larger_batch=options.larger_batch)
+    students = planner.config.student_ranks(options.gpus)
+    if students < 1:
+        problem = f"--teacher-ranks {arguments.teacher.teacher_ranks} leaves none to the student"
+        raise bad_value("--gpus", options.gpus, problem, "choose more, or fewer of the teacher")
+    plans = planner.all(students, larger_batch=options.larger_batch)
+    from megatron_dlm.planning.notice import teacher_lines
     from megatron_dlm.planning.output import parts_table, record, table
     from megatron_dlm.planning.plan import remedies
 
@@ -108,8 +113,10 @@ def main(argv: Sequence[str]) -> int:
         write_results("".join(f"{json.dumps(record(plan))}\n" for plan in plans))
     else:
         fitting = sum(plan.fits for plan in plans)
-        heading = f"{options.gpus} x {gpu.name} of {gpu.memory_gb:g} GB: {fitting} of {len(plans)}"
+        heading = f"{students} x {gpu.name} of {gpu.memory_gb:g} GB: {fitting} of {len(plans)}"
         say(f"{heading} layouts fit; GB of a GPU by phase, seconds of a sample")
+        for line in teacher_lines(planner.config, planner.teacher, gpu):
+            say(line)
         say("\n".join(table(plans[: options.rows])))
         say(f"\n{first.layout}: GB by part")
         say("\n".join(parts_table(first)))

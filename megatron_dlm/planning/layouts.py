@@ -148,7 +148,7 @@ def accepted(
         except UserError as error:
             refusal = error
     if not found:
-        validate(config, gpus)
+        validate(config, gpus + config.teacher.teacher_ranks)
         validate_architecture(config, student, teacher)
         assert refusal is not None
         raise refusal
@@ -172,4 +172,4 @@ def _checked(
 def _validate_one(found: list[tuple[Layout, Config]]) -> None:
     """Check the rest of the rules, which no layout changes."""
     for layout, config in found[:1]:
-        validate(config, layout.gpus)
+        validate(config, layout.gpus + config.teacher.teacher_ranks)

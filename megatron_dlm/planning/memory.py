@@ -20,7 +20,7 @@ from megatron_dlm.models.token_dispatch import can_gather
 from megatron_dlm.planning.activations import kept_in_update, layer_bytes
 from megatron_dlm.planning.gpus import Gpu
 from megatron_dlm.planning.layouts import Layout
-from megatron_dlm.planning.parameters import ModelParts, Parameters, element_size
+from megatron_dlm.planning.parameters import ModelParts, Parameters, Parts, element_size
 from megatron_dlm.planning.workload import Lengths, row_of
 from megatron_dlm.rollout.context import MAX_MEMORY_SHARE
 from megatron_dlm.rollout.curriculum import responses_in_decoding
@@ -80,6 +80,8 @@ class MemoryModel:
     def __init__(
         self, config: Config, student: Architecture, teacher: Architecture | None, lengths: Lengths
     ) -> None:
+        if config.has_remote_teacher:  # on other GPUs than the student
+            teacher = None
         self._student, self._teacher = student, teacher
         self._lengths = lengths
         self._parts = ModelParts(student, config)
@@ -110,11 +112,11 @@ class MemoryModel:
         weights = width * own.all
         gradients = FP32 * own.trained
         optimizer, largest = _optimizer(config, own, layout)
-        teacher, head = self._teacher_bytes(layout, stage, width)
+        teacher, head = self._teacher_bytes(config, layout, stage)
         moved = config.distillation.offload_teacher
         idle = 0.0 if config.optimizer.offload_optimizer else gradients + optimizer
         reserve = gpu.reserve_gb * 1e9
-        targets = self._targets(config, layout, stage, width)
+        targets = self._targets(config, layout, stage)
         phases: dict[PhaseName, dict[str, float]] = {}
         sequences = 0
         if config.uses_rollouts:
@@ -130,7 +132,7 @@ class MemoryModel:
                 "activations": passing,
                 "reserve": reserve,
             }
-        if config.traits.uses_teacher:
+        if config.traits.uses_teacher and not config.has_remote_teacher:
             phases["teacher"] = {
                 "weights": weights,
                 "teacher": teacher,
@@ -170,22 +172,22 @@ class MemoryModel:
         moments = optimizer * 8 / _bytes_of_state(config)
         return RankMemory(phases, sequences, host + (teacher if moved else 0.0), moments)
 
-    def _teacher_bytes(self, layout: Layout, stage: int, width: int) -> tuple[float, float]:
+    def _teacher_bytes(self, config: Config, layout: Layout, stage: int) -> tuple[float, float]:
         """Of the teacher's weights, and of its output layer among them."""
         if self._teacher is None or self._teacher_parts is None:
             return 0.0, 0.0
         parts = self._teacher_parts.of(layout)
-        whole = parts.stage(stage, layout.pipeline, self._teacher.num_layers)
-        head = parts.head.all or parts.embedding.all
-        return float(width * whole.all), float(width * head)
+        head = (parts.head.all or parts.embedding.all) * element_size(config.of_teacher())
+        return frozen_bytes(config, self._teacher, parts, layout, stage), float(head)
 
-    def _targets(self, config: Config, layout: Layout, stage: int, width: int) -> float:
+    def _targets(self, config: Config, layout: Layout, stage: int) -> float:
         """The teacher's hidden states at a rollout batch's responses, on the last stage."""
         if self._teacher is None or stage != layout.pipeline - 1:
             return 0.0
         if not config.traits.uses_teacher or config.traits.self_distillation:
             return 0.0
         samples = -(-config.rollout_batch_size // layout.dense_copies)
+        width = element_size(config.of_teacher())
         return float(samples * self._lengths.response * self._teacher.hidden_size * width)
 
     def _cache(self, config: Config, layout: Layout, width: int, free: float) -> tuple[float, int]:
@@ -279,6 +281,39 @@ class MemoryModel:
         # In the end the head's gradient in its own type.
         last = short * vocabulary * a.hidden_size if trains_head else 0.0
         return hidden + head + max(logits + product, last)
+
+
+def frozen_bytes(
+    config: Config, teacher: Architecture, parts: Parts, layout: Layout, stage: int
+) -> float:
+    """Bytes of the weights of a teacher with weights of its own, in its precision."""
+    whole = parts.stage(stage, layout.pipeline, teacher.num_layers)
+    total = float(element_size(config.of_teacher()) * whole.all)
+    if config.teacher_precision == "fp8":  # a byte instead of two, and a scale for each output
+        total -= parts.layer.all * (teacher.num_layers // layout.pipeline)
+    return total
+
+
+def teacher_rank_bytes(config: Config, teacher: Architecture, lengths: Lengths) -> dict[str, float]:
+    """Memory of a rank of `--teacher-ranks` by part, of that with the most.
+
+    Args:
+        config: Of the run.
+        teacher: Architecture of the teacher.
+        lengths: The longest of the run.
+    """
+    own = config.of_teacher()
+    layout, width = Layout.of(own, config.teacher.teacher_ranks), element_size(own)
+    parts = ModelParts(teacher, own, is_frozen=True).of(layout)
+    stages = {0, layout.pipeline - 1}
+    row, _ = row_of(config, lengths)
+    vocabulary = padded_vocab_size(teacher.vocab_size, layout.tensor) / layout.tensor
+    logits = min(float(CHUNK_BYTES), lengths.response * vocabulary * FP32)
+    layer = layer_bytes(teacher, layout, width).forward
+    return {
+        "weights": max(frozen_bytes(config, teacher, parts, layout, stage) for stage in stages),
+        "activations": row.clean * (layer + 2 * teacher.hidden_size * width) + logits,
+    }
 
 
 def _optimizer(config: Config, own: Parameters, layout: Layout) -> tuple[float, int]:

@@ -7,8 +7,9 @@ import torch
 from megatron_dlm.config import Config
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.planning.gpus import GPUS, Gpu
+from megatron_dlm.planning.memory import teacher_rank_bytes
 from megatron_dlm.planning.plan import Plan, Planner, remedies
-from megatron_dlm.planning.workload import mean_lengths
+from megatron_dlm.planning.workload import Lengths, mean_lengths
 
 
 def memory_notice(
@@ -36,6 +37,25 @@ def memory_notice(
     for gpu, plan in zip(known, plans, strict=True):
         if not plan.fits:
             lines.append(_warning(gpu, plan))
+        lines += teacher_lines(config, teacher, gpu)[0 if gpu is known[0] else 1 :]
+    return lines
+
+
+def teacher_lines(config: Config, teacher: Architecture | None, gpu: Gpu) -> list[str]:
+    """Lines on the memory of the GPUs of `--teacher-ranks`; none without these."""
+    if teacher is None or not config.teacher.teacher_ranks:
+        return []
+    lengths = Lengths.longest(config, mean_lengths(config).tokens_per_forward)
+    parts = teacher_rank_bytes(config, teacher, lengths)
+    needed = sum(parts.values()) + gpu.reserve_gb * 1e9
+    named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    lines = [f"GB of a GPU of --teacher-ranks {config.teacher.teacher_ranks}, planned: {named}"]
+    if needed > gpu.memory:
+        lines.append(
+            f"warning: the teacher needs {needed / 1e9:.1f} GB of each {gpu.name} with "
+            f"{gpu.memory_gb:g} GB; try --teacher-precision fp8, or more --teacher-ranks with a "
+            "larger --teacher-tensor-model-parallel-size"
+        )
     return lines
 
 

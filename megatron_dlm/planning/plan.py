@@ -56,9 +56,10 @@ class Planner:
 
     def _models(self) -> tuple[MemoryModel, TimeModel]:
         longest = Lengths.longest(self.config, self.mean.tokens_per_forward)
+        teacher = None if self.config.has_remote_teacher else self.teacher
         return (
-            MemoryModel(self.config, self.student, self.teacher, longest),
-            TimeModel(self.student, self.teacher, self.mean, longest, self.gpu),
+            MemoryModel(self.config, self.student, teacher, longest),
+            TimeModel(self.student, teacher, self.mean, longest, self.gpu),
         )
 
     def _plan(self, memory: MemoryModel, times: TimeModel, layout: Layout, config: Config) -> Plan:
@@ -70,7 +71,7 @@ class Planner:
         """Plans of all layouts that training accepts: those that fit by time, then by what lacks.
 
         Args:
-            gpus: Of the run.
+            gpus: Of the student.
             larger_batch: Whether a layout with more replicas than the batch has samples may have a
                 larger batch.
 

@@ -89,7 +89,7 @@ class TimeModel:
         rollout = teacher = 0.0
         if config.uses_rollouts:
             rollout = self._rollout(config, layout, own, sequences) / updates
-        if config.traits.uses_teacher:
+        if config.traits.uses_teacher and not config.has_remote_teacher:  # that works meanwhile
             teacher = self._teaching(config, layout) / updates
         return PhaseSeconds(
             rollout=rollout,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx2
 import pytest
@@ -21,12 +22,21 @@ from megatron_dlm.teacher.remote_weights import url_client
 from megatron_dlm.teacher.wire import TARGETS_PATH, TeacherText, pack_texts
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.model_source import open_model_source
+from megatron_dlm.training.run import Run
+from tests.distributed_tests.layouts import CP, PP, SP, TP
+from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.faults.jobs import free_port
 from tests.functional_tests.entry_points import lines, options, run_ranks
 from tests.functional_tests.server_process import ServerProcess
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 K = 6
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp": {TP: 2, **SP},
+    "pp": {PP: 2},
+    "cp": {CP: 2},
+    "dp": {},
+}
 BIGGER = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8)
 
 
@@ -167,6 +177,31 @@ def test_another_tokenizer_is_found_before_anything_is_built(
     with pytest.raises(UserError, match="its tokenizer knows") as refused:
         read_inputs(config)
     assert f"--teacher-url = '{server.url}'" in str(refused.value)
+
+
+def _train(rank: int, folder: Path, url: str) -> dict[str, list[dict[str, Any]]]:
+    """Two updates under each layout of two ranks."""
+    found = {}
+    for name, layout in LAYOUTS.items():
+        config = of_run(
+            folder, f"layout_{name}", teacher_url=(url,), num_rollouts=1, lr_decay_iters=4, **layout
+        )
+        with mock.patch.object(Run, "save"):
+            found[name] = run_training(config)
+        rejoin_world()
+    return found
+
+
+def test_every_layout_of_the_student_gets_the_same_targets(
+    folder: Path, server: ServerProcess, in_memory: list[dict[str, Any]]
+) -> None:
+    of_ranks = run_distributed(_train, 2, folder, server.url)
+    for found in of_ranks[0].values():
+        assert len(found) == 2
+        for line, expected in zip(found, in_memory, strict=False):
+            assert line["supervised_tokens"] == expected["supervised_tokens"]
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 def test_ranks_of_the_teacher_and_another_layout_on_resume(

@@ -19,7 +19,7 @@ from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.planning.activations import layer_bytes
 from megatron_dlm.planning.gpus import GPUS
 from megatron_dlm.planning.layouts import Layout, accepted
-from megatron_dlm.planning.memory import FP32, MemoryModel
+from megatron_dlm.planning.memory import FP32, MemoryModel, teacher_rank_bytes
 from megatron_dlm.planning.notice import memory_notice
 from megatron_dlm.planning.plan import Planner
 from megatron_dlm.planning.workload import Lengths, mean_lengths
@@ -214,6 +214,37 @@ def test_more_of_anything_is_no_more_memory_a_gpu_and_no_less_time() -> None:
         planner("b200"), config=planner("b200").config.changed(offload_teacher=True)
     )
     assert offloaded.stated(8).memory.most < more
+
+
+def test_a_teacher_elsewhere_takes_no_memory_of_the_students_gpus() -> None:
+    beside, model = planner("h100"), planner("h100").student
+    options = dict(teacher_ranks=4, divergence_top_k=16, teacher_expert_model_parallel_size=4)
+    apart = replace(beside, config=beside.config.changed(**options))
+    memory, other = apart.stated(8).memory, beside.stated(8).memory
+    assert set(other.phases) - set(memory.phases) == {"teacher"}
+    for phase, parts in memory.phases.items():
+        gone = other.phases[phase]["teacher"] + other.phases[phase].get("targets", 0)
+        assert not parts.get("teacher")
+        assert other.peak(phase) - memory.peak(phase) >= gone > 1e9
+    assert apart.all(8)[0].config.teacher.teacher_ranks == 4
+    assert refusal(validate, apart.all(8)[0].config, 12) is None
+
+    # 30.5 B parameters, 1.5 B of them outside of experts, which 4 ranks share.
+    def weights(**changes: Any) -> float:
+        lengths = Lengths(1024, 4096, 2)
+        config = apart.config.changed(**changes)
+        return teacher_rank_bytes(config, model, lengths)["weights"]
+
+    assert weights() == pytest.approx(2 * (1.54e9 + 28.99e9 / 4), rel=0.02)
+    embeddings = 4 * 151936 * 2048  # bytes of input and output, which stay in bf16
+    half = (weights() - embeddings) / 2 + embeddings
+    assert weights(teacher_precision="fp8") == pytest.approx(half, rel=0.01)
+    lines = memory_notice(apart.config, model, model, 8)
+    assert any(line.startswith("GB of a GPU of --teacher-ranks 4, planned: we") for line in lines)
+    alone = apart.config.changed(teacher_ranks=1, teacher_expert_model_parallel_size=1)
+    warnings = [line for line in memory_notice(alone, model, model, 8) if "the teacher" in line]
+    assert "try --teacher-precision fp8" in warnings[0]
+    assert "with 40 GB" in warnings[0]
 
 
 def test_a_larger_batch_has_rates_by_its_square_root() -> None:

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_dlm.config import Config
+from megatron_dlm.models import fp8_weights
 from megatron_dlm.models.forward import clean_row, forward_hidden
-from megatron_dlm.models.fp8_weights import E4M3, to_fp8, weight_bytes
+from megatron_dlm.models.fp8_weights import E4M3, Fp8ParallelLinear, to_fp8, weight_bytes
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.parallel import initialized
 from megatron_dlm.teacher.loading import load_teacher
@@ -77,3 +80,35 @@ def test_every_value_is_as_near_as_stated() -> None:
     assert bool((error <= torch.maximum(weight.abs() / 16, scale.double() / 1024)).all())
     assert values.dtype == E4M3
     assert values.element_size() == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_8_bits_are_as_near_as_their_rounding(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    """What GPUs multiply; PyTorch's CPU version of the same operation stands for them here."""
+    with initialized(Config.from_dict({"device": "cpu"})):
+        layer = ColumnParallelLinear(
+            96,
+            64,
+            config=ModelParallelConfig(params_dtype=torch.bfloat16),
+            init_method=torch.nn.init.normal_,
+            bias=bias,
+        )
+        inputs = (torch.randn(5, 1, 96) * torch.logspace(-3, 3, 5)[:, None, None]).bfloat16()
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(64, 96))
+            if bias:
+                layer.bias.copy_(torch.randn(64))
+        replacement = Fp8ParallelLinear(layer)
+        expected = inputs.double() @ layer.weight.double().T
+        expected += layer.bias.double() if bias else 0
+        widened, _ = replacement(inputs)
+        monkeypatch.setattr(fp8_weights, "_multiplies", lambda *_: True)
+        multiplied, rest = replacement(inputs)
+    assert rest is None
+    assert multiplied.dtype == torch.bfloat16
+    assert not torch.equal(multiplied, widened)  # it also rounds its inputs
+    size = inputs.double().norm(dim=-1, keepdim=True) * layer.weight.double().norm(dim=-1)
+    for output in (widened, multiplied):
+        assert bool(((output.double() - expected).abs() < 0.05 * size + 0.02).all())
