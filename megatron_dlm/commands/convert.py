@@ -51,7 +51,7 @@ class ConversionConfig(CheckpointOptions):
     target_format: TargetFormat | None = None
     """megatron (distributed checkpoint), sdar (block diffusion of Qwen3 for SGLang, lmdeploy and
     transformers; sdar_moe for mixtures of experts), a2d-FAMILY (dllm's: dense, full or block-causal
-    attention), two-mode-FAMILY (dense, with a causal context), rnd1 (full attention, shifted,
+    attention), two-mode-FAMILY (with a causal context), rnd1 (full attention, shifted,
     mixture of experts), autoregressive (also MoE) or peft (a LoRA run's adapters alone). Default:
     sdar, or a2d-FAMILY for networks that code for sdar does not compute, or two-mode-FAMILY."""
 

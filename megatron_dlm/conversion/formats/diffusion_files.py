@@ -129,10 +129,8 @@ def suitable_format(request: ExportRequest) -> str:
         return "choose --target-format autoregressive"
     if kind.attention_pattern == "causal":
         return "choose --target-format autoregressive, which decodes it from left to right"
-    if kind.has_causal_context and not is_moe:
-        return f"choose --target-format two-mode-{request.architecture.family}"
     if kind.has_causal_context:
-        return "keep it as --target-format megatron: no format expresses its blocks"
+        return f"choose --target-format two-mode-{request.architecture.family}"
     if kind.attention_pattern == "full" and not is_moe:
         return a2d
     if kind.attention_pattern == "full" and kind.shifted:

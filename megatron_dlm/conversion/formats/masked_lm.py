@@ -1,4 +1,4 @@
-"""Target formats of this project's code: `a2d-<family>`, `two-mode-<family>`, `rnd1` (experts).
+"""Target formats of this project's code: `a2d-<family>`, `two-mode-<family>`, `rnd1`.
 
 Tensor names are the family's and Qwen3-MoE's. The folder brings its own modelling code for plain
 transformers (`trust_remote_code`); its logits are returned as the network has them, and config.json
@@ -24,7 +24,7 @@ from megatron_dlm.conversion.formats.diffusion_files import (
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.data.tokenizer import DLLM_MASK_TOKEN
 from megatron_dlm.errors import bad_value
-from megatron_dlm.models.families import FAMILIES
+from megatron_dlm.models.families import FAMILIES, model_types
 
 NUM_DIFFUSION_STEPS = 256
 """Default denoising steps in an `rnd1` folder, as in the published one."""
@@ -108,22 +108,26 @@ def write_two_mode(request: ExportRequest, folder: Path, family: str) -> None:
         family: Family that the format is for.
 
     Raises:
-        UserError: The model is not a dense diffusion model of the family with a causal context, or
-            block size, MASK or tokenizer are missing.
+        UserError: The model is no diffusion model of the family with a causal context, or block
+            size, MASK or tokenizer are missing.
     """
     format, architecture = f"two-mode-{family}", request.architecture
     if architecture.family != family:
         problem = f"this is a {architecture.family} model"
         raise bad_value("--target-format", format, problem, suitable_format(request))
-    _check(request, format, ("block_causal",), "is a mixture of experts", not architecture.is_moe)
+    is_moe = architecture.is_moe
+    model_type = f"{format}_moe" if is_moe else format
+    _check(request, format, ("block_causal",), "has experts", model_type in model_types())
     kind = request.diffusion_kind
     assert kind is not None
     if not kind.has_causal_context:
         problem = "tokens of finished blocks see each other, so it has no autoregressive mode"
         raise bad_value("--target-format", format, problem, suitable_format(request))
     check_block_size(request, format)
-    name = _name_in_classes(family)
-    model = f"modeling_two_mode_{family}.TwoMode{name}"
+    name, module = _name_in_classes(family), f"two_mode_{family}"
+    if is_moe:
+        name, module = f"{name}Moe", f"{module}_moe"
+    model = f"modeling_{module}.TwoMode{name}"
     _write(
         request,
         folder,
@@ -131,18 +135,21 @@ def write_two_mode(request: ExportRequest, folder: Path, family: str) -> None:
         {
             "architectures": [f"TwoMode{name}LMHeadModel"],
             "auto_map": {
-                "AutoConfig": f"configuration_two_mode_{family}.TwoMode{name}Config",
+                "AutoConfig": f"configuration_{module}.TwoMode{name}Config",
                 "AutoModel": f"{model}Model",
                 "AutoModelForCausalLM": f"{model}LMHeadModel",
             },
             "context_attention": kind.context_attention,
-            "model_type": format,
+            "model_type": model_type,
             "qk_norm": architecture.qk_norm,
             "qkv_bias": architecture.qkv_bias,
             "use_cache": True,
         },
     )
-    write_remote_code("two_mode_qwen3", folder, renamed=("Qwen3", name))
+    if is_moe:
+        write_remote_code(module, folder)
+    else:
+        write_remote_code("two_mode_qwen3", folder, renamed=("Qwen3", name))
 
 
 def _name_in_classes(family: str) -> str:

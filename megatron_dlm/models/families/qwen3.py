@@ -48,6 +48,7 @@ register(
             ModelType("two-mode-qwen3", diffusion_kind=TWO_MODES, defaults=_DENSE),
             ModelType("qwen3_moe", "Qwen3MoeForCausalLM", is_moe=True),
             ModelType("sdar_moe", is_moe=True, diffusion_kind=BLOCK_DIFFUSION),
+            ModelType("two-mode-qwen3_moe", is_moe=True, diffusion_kind=TWO_MODES),
             ModelType("rnd1", is_moe=True, diffusion_kind=RND1),
         ),
         qk_norm=True,

@@ -60,3 +60,18 @@ def save_hf_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "5
 @torch.no_grad()
 def hf_logits(model: PreTrainedModel, tokens: torch.Tensor, **arguments) -> torch.Tensor:
     return model(input_ids=tokens[None], **arguments).logits[0]
+
+
+def two_mode_logits(
+    model: PreTrainedModel, tokens: torch.Tensor, noisy: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Logits of causal attention, but for tokens that are being denoised (`noisy`, [S] bool).
+
+    These see their block and all before it.
+    """
+    position = torch.arange(len(tokens))
+    block = position // block_size
+    visible = position[:, None] >= position
+    visible |= noisy[:, None] & (block[:, None] >= block)
+    bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    return hf_logits(model, tokens, attention_mask=bias[None, None])

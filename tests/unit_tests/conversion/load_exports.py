@@ -53,7 +53,13 @@ def load_and_run(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         assert not (response == model.config.mask_token_id).any()
         model.save_pretrained(folder / "again")
         again = model_class.from_pretrained(folder / "again", **REMOTE)
-        for name in ("block_size", "shifted", "attention_pattern", "rope_theta"):
+        for name in (
+            "block_size",
+            "shifted",
+            "attention_pattern",
+            "context_attention",
+            "rope_theta",
+        ):
             assert getattr(again.config, name) == getattr(model.config, name)
         generated = again.generate(prompt, max_new_tokens=NUM_MASKED)
         assert torch.equal(generated[0, prompt.shape[1] :], response)

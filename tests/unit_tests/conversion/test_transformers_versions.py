@@ -17,7 +17,7 @@ from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model_provider import build_model
 from tests.transformers_versions import python_with_transformers, supported_versions
-from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
+from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model, two_mode_logits
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, megatron_logits, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 
@@ -28,10 +28,12 @@ TOKENS = random_tokens()
 NUM_MASKED = 6
 TOKENS[-NUM_MASKED:] = MASK_TOKEN_ID
 BLOCKS, FULL = {"attention_pattern": "block_causal"}, {"attention_pattern": "full"}
+TWO_MODES = BLOCKS | {"context_attention": "causal", "shifted": False}
 QWEN3_FORMATS = [
     ("sdar", BLOCKS),
     ("a2d-qwen3", FULL),
     ("a2d-qwen3", BLOCKS),
+    ("two-mode-qwen3", TWO_MODES),
     ("autoregressive", {}),
 ]
 FAMILY_FORMATS = {
@@ -40,7 +42,12 @@ FAMILY_FORMATS = {
     "llama": ("a2d-llama", BLOCKS),
     "mistral": ("a2d-mistral", FULL),
 }
-MOE_FORMATS = [("sdar", BLOCKS), ("rnd1", FULL | {"shifted": True}), ("autoregressive", {})]
+MOE_FORMATS = [
+    ("sdar", BLOCKS),
+    ("two-mode-qwen3", TWO_MODES),
+    ("rnd1", FULL | {"shifted": True}),
+    ("autoregressive", {}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,11 @@ def exports(tmp_path_factory, single_process):
                 # several files
                 max_shard_size=100_000 if moe else 10**9,
             )
-            expected[out] = megatron_logits(model, TOKENS, pattern, 4)[:, :VOCAB_SIZE], head
+            logits = megatron_logits(model, TOKENS, pattern, 4)[:, :VOCAB_SIZE]
+            if stated == TWO_MODES:
+                noisy = torch.arange(len(TOKENS)) >= (len(TOKENS) - NUM_MASKED) // 4 * 4
+                logits = two_mode_logits(hf_model, TOKENS, noisy, 4)
+            expected[out] = logits, head
     return expected
 
 

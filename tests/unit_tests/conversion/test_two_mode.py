@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_dlm.config import Config
 from megatron_dlm.conversion.hf_import import load_hf_weights
@@ -23,7 +22,7 @@ from megatron_dlm.types.diffusion_kind import TWO_MODES
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.conversion.diffusion_models import padded
-from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model
+from tests.unit_tests.conversion.hf_models import random_hf_model, save_hf_model, two_mode_logits
 from tests.unit_tests.conversion.megatron_models import VOCAB_SIZE, random_tokens
 from tests.unit_tests.conversion.tokenizers import MASK_TOKEN_ID, save_tokenizer
 from tests.unit_tests.rollout.autoregressive_reference import (
@@ -44,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def two_mode_folder(folder: Path, family: str = "qwen3", **stated: Any) -> Path:
     """What a run's checkpoint says of a model with a causal context."""
-    save_tokenizer(save_hf_model(random_hf_model(family=family, tied=True), folder))
+    save_tokenizer(save_hf_model(_random(family), folder))
     config = json.loads((folder / "config.json").read_text())
     config |= dict(attention_pattern="block_causal", shifted=False, block_size=BLOCK_SIZE)
     config |= dict(context_attention="causal", mask_token_id=MASK_TOKEN_ID) | stated
@@ -52,19 +51,13 @@ def two_mode_folder(folder: Path, family: str = "qwen3", **stated: Any) -> Path:
     return folder
 
 
-@torch.no_grad()
-def dense_logits(model: torch.nn.Module, tokens: Tensor, noisy: Tensor) -> Tensor:
-    """By transformers: causal, but for blocks that are being denoised ([S] bool)."""
-    position = torch.arange(len(tokens))
-    block = position // BLOCK_SIZE
-    visible = position[:, None] >= position
-    visible |= noisy[:, None] & (block[:, None] >= block)
-    bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
-    return model(input_ids=tokens[None], attention_mask=bias[None, None]).logits[0]
+def _random(family: str) -> PreTrainedModel:
+    return random_hf_model(family=family, moe=family == "qwen3_moe", tied=True)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
 def test_there_and_back(tmp_path: Path, convert: Any, family: str) -> None:
+    """Every family is decoded by blocks, and Qwen3 in every setting."""
     source, exported = two_mode_folder(tmp_path / "run", family), tmp_path / "exported"
     assert convert("--load", source, "--save", exported) == (0, "")
     config = json.loads((exported / "config.json").read_text())
@@ -78,7 +71,7 @@ def test_there_and_back(tmp_path: Path, convert: Any, family: str) -> None:
     architecture = read_architecture(exported)
     assert read_diffusion_kind(architecture.hf_config) == TWO_MODES
 
-    reference = random_hf_model(family=family, tied=True)
+    reference = _random(family)
     before = load_file(source / "model.safetensors")
     for name, tensor in load_file(exported / "model.safetensors").items():
         assert torch.equal(tensor, before[name])
@@ -91,16 +84,15 @@ def test_there_and_back(tmp_path: Path, convert: Any, family: str) -> None:
         noisy = nothing.clone()
         noisy[4:8] = noisy[16:] = True
         found = remote(input_ids=tokens[None]).logits[0]
-    expected = dense_logits(reference, tokens, noisy)
+    expected = two_mode_logits(reference, tokens, noisy, BLOCK_SIZE)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-    if family != "qwen3":
-        return
-
     with initialized(Config()):
         model = build_model(architecture, Config())
         load_hf_weights(model, architecture, exported)
         rows, mask = padded(PROMPTS)
         for name, setting in SETTINGS.items():
+            if family != "qwen3" and name != "speculative":
+                continue
             expected = engine_responses(model, **setting)
             options = dict(setting, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=EOS, pad_token_id=0)
             if "draft_steps" not in setting and "dynamic_threshold" not in setting:

@@ -41,6 +41,7 @@ TWO_MODES = DiffusionKind("block_causal", shifted=False, context_attention="caus
         ("qwen3", {"block_size": 4, "context_attention": "block_causal"}, BLOCKS),
         ("qwen3", {"block_size": 4, "context_attention": "causal"}, TWO_MODES),
         ("two-mode-qwen3", {}, TWO_MODES),
+        ("two-mode-qwen3_moe", {}, TWO_MODES),
         ("two-mode-qwen3", {"context_attention": "block_causal"}, BLOCKS),
         ("two-mode-qwen3", {"attention_pattern": "full"}, UNSHIFTED),
         ("two-mode-qwen3", {"attention_pattern": "full", "shifted": True}, SHIFTED),
