@@ -1,9 +1,10 @@
 """Import Megatron-Core without what this process has no use for.
 
 While it is imported, Megatron-Core decorates its fused functions with `torch.compile`, for which
-PyTorch imports its whole compiler, and imports TensorBoard for a type. Both together take longer
-than the rest of Megatron-Core. Without a GPU nothing is compiled (see `megatron_dlm.platform.cpu`),
-so there the functions stay as they are; with one they are decorated as ever.
+PyTorch imports its whole compiler, and imports TensorBoard for a type and W&B for servers. Together
+they take longer than the rest of Megatron-Core. Without a GPU nothing is compiled (see
+`megatron_dlm.platform.cpu`), so there the functions stay as they are; with one they are decorated
+as ever.
 """
 
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-_TENSORBOARD = "torch.utils.tensorboard"
+_UNUSED = ("torch.utils.tensorboard", "wandb")
+"""Megatron-Core does without them where they are not installed."""
 
 
 def lean_spec(path: Sequence[str] | None) -> ModuleSpec | None:
@@ -32,20 +34,20 @@ def lean_spec(path: Sequence[str] | None) -> ModuleSpec | None:
 class _LeanLoader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the package's code, with PyTorch as it was before and after."""
-        with _without_tensorboard(), _without_compiler():
+        with _without_unused(), _without_compiler():
             super().exec_module(module)
 
 
 @contextmanager
-def _without_tensorboard() -> Iterator[None]:
-    absent = _TENSORBOARD not in sys.modules
-    if absent:
-        sys.modules[_TENSORBOARD] = None  # type: ignore[assignment]  # "not installed"
+def _without_unused() -> Iterator[None]:
+    absent = [name for name in _UNUSED if name not in sys.modules]
+    for name in absent:
+        sys.modules[name] = None  # type: ignore[assignment]  # "not installed"
     try:
         yield
     finally:
-        if absent:
-            del sys.modules[_TENSORBOARD]
+        for name in absent:
+            del sys.modules[name]
 
 
 @contextmanager

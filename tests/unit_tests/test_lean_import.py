@@ -24,12 +24,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Megatron-Core compiles")
-def test_compiler_and_tensorboard_are_not_imported() -> None:
+def test_compiler_and_loggers_are_not_imported() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LISTS], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     imported = set(json.loads(done.stdout))
     assert {"torch", "megatron.core", "transformers"} <= imported
-    unused = {"torch._dynamo", "torch._inductor.compile_fx", "tensorboard", "matplotlib"}
+    unused = {"torch._dynamo", "torch._inductor.compile_fx", "tensorboard", "matplotlib", "wandb"}
     assert not unused & imported
