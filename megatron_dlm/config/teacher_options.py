@@ -19,7 +19,7 @@ class TeacherConfig:
     in bf16. GPUs with 8-bit products use them (inputs get a scale for each token)."""
     teacher_ranks: Annotated[int, AT_LEAST_ZERO] = 0
     """The last so many processes of the job hold only the teacher, and work while the student's
-    roll out; the student's layout is that of the others. Needs --divergence-top-k."""
+    roll out; the student's layout is that of the others."""
     teacher_tensor_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Of --teacher-ranks, those that share every layer of the teacher."""
     teacher_pipeline_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
@@ -30,7 +30,7 @@ class TeacherConfig:
     """Of --teacher-ranks, those that share one expert (default: as many as share a layer)."""
     teacher_url: tuple[str, ...] = ()
     """Servers of the teacher (megatron-dlm serve-teacher), http://host:port, all of the same model,
-    in place of --teacher-load. Needs --divergence-top-k."""
+    in place of --teacher-load."""
     teacher_max_requests: Annotated[int, AT_LEAST_ONE] = 4
     """Requests that a process has with each of the teacher's servers at a time."""
     teacher_timeout_s: Annotated[float, ABOVE_ZERO] = 600.0

@@ -80,6 +80,7 @@ class MemoryModel:
     def __init__(
         self, config: Config, student: Architecture, teacher: Architecture | None, lengths: Lengths
     ) -> None:
+        self._remote = teacher if config.has_remote_teacher else None
         if config.has_remote_teacher:  # on other GPUs than the student
             teacher = None
         self._student, self._teacher = student, teacher
@@ -175,10 +176,19 @@ class MemoryModel:
     def _teacher_bytes(self, config: Config, layout: Layout, stage: int) -> tuple[float, float]:
         """Of the teacher's weights, and of its output layer among them."""
         if self._teacher is None or self._teacher_parts is None:
-            return 0.0, 0.0
+            head = self._remote_head(config, layout, stage)
+            return head, head
         parts = self._teacher_parts.of(layout)
         head = (parts.head.all or parts.embedding.all) * element_size(config.of_teacher())
         return frozen_bytes(config, self._teacher, parts, layout, stage), float(head)
+
+    def _remote_head(self, config: Config, layout: Layout, stage: int) -> float:
+        """Bytes of the output layer of a teacher elsewhere, whose hidden states it goes with."""
+        is_last = stage == layout.pipeline - 1
+        if self._remote is None or config.distillation.divergence_top_k or not is_last:
+            return 0.0
+        vocabulary = padded_vocab_size(self._remote.vocab_size, layout.tensor) / layout.tensor
+        return vocabulary * self._remote.hidden_size * element_size(config.of_teacher())
 
     def _targets(self, config: Config, layout: Layout, stage: int) -> float:
         """The teacher's hidden states at a rollout batch's responses, on the last stage."""
@@ -276,7 +286,9 @@ class MemoryModel:
             chunk = whole_tiles(int(CHUNK_BYTES / (vocabulary * (2 * FP32 + 2 * short))))
         # Logits of the student and of a teacher with a head, while one of them is cast; then the
         # derivative with its cast, and a part of the head's gradient.
-        logits = min(n, chunk) * vocabulary * (FP32 * (1 + (self._teacher is not None)) + short)
+        by_head = self._remote is not None and not config.distillation.divergence_top_k
+        has_other = self._teacher is not None or by_head
+        logits = min(n, chunk) * vocabulary * (FP32 * (1 + has_other) + short)
         product = PRODUCT_ELEMENTS * short if trains_head else 0
         # In the end the head's gradient in its own type.
         last = short * vocabulary * a.hidden_size if trains_head else 0.0

@@ -56,10 +56,10 @@ class Planner:
 
     def _models(self) -> tuple[MemoryModel, TimeModel]:
         longest = Lengths.longest(self.config, self.mean.tokens_per_forward)
-        teacher = None if self.config.has_remote_teacher else self.teacher
+        beside = None if self.config.has_remote_teacher else self.teacher
         return (
-            MemoryModel(self.config, self.student, teacher, longest),
-            TimeModel(self.student, teacher, self.mean, longest, self.gpu),
+            MemoryModel(self.config, self.student, self.teacher, longest),
+            TimeModel(self.student, beside, self.mean, longest, self.gpu),
         )
 
     def _plan(self, memory: MemoryModel, times: TimeModel, layout: Layout, config: Config) -> Plan:

@@ -18,10 +18,12 @@ from megatron_dlm.serving.options import TeacherServerConfig
 from megatron_dlm.serving.teacher_queue import TeacherQueue
 from megatron_dlm.teacher.wire import (
     FINGERPRINT_HEADER,
+    HEAD_PATH,
     IDENTITY_PATH,
     TARGETS_PATH,
     TeacherIdentity,
     TeacherText,
+    pack_head,
     pack_targets,
     unpack_texts,
 )
@@ -85,11 +87,20 @@ class TeacherApi:
         body = await asyncio.to_thread(pack_targets, targets)
         return Response(body, media_type="application/octet-stream")
 
+    async def head(self, first: int, last: int) -> Response:
+        """Rows of the output layer, for clients that ask for hidden states."""
+        if not 0 <= first < last <= self._vocab_size:
+            problem = f"rows {first} to {last} are not among {self._vocab_size}"
+            raise ApiError(400, problem, param="first")
+        whole = await asyncio.shield(asyncio.wrap_future(self._queue.ask_head()))
+        body = await asyncio.to_thread(pack_head, whole[first:last])
+        return Response(body, media_type="application/octet-stream")
+
     def _check(self, texts: Sequence[TeacherText], k: int) -> None:
         """Refuse what would end the process of the teacher."""
         if not texts:
             raise ApiError(400, "there is no text")
-        if not 0 < k < self._vocab_size:
+        if not 0 <= k < self._vocab_size:
             problem = f"k = {k} is no proper part of a vocabulary of {self._vocab_size}"
             raise ApiError(400, problem, param="k")
         for text in texts:
@@ -129,5 +140,9 @@ def create_teacher_app(api: TeacherApi, options: TeacherServerConfig) -> ASGIApp
     @app.post(TARGETS_PATH)
     async def targets(request: Request, ahead: bool = False) -> Response:
         return await api.targets(request, ahead)
+
+    @app.get(HEAD_PATH)
+    async def head(first: int, last: int) -> Response:
+        return await api.head(first, last)
 
     return Gate(app, options, Metrics())

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from megatron_dlm.teacher.wire import TeacherText
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets
 
 KEPT_BYTES = 1 << 30
 """Of targets that were computed and may be asked for, the latest."""
@@ -26,7 +28,7 @@ class _Work:
     """A text that waits for the teacher."""
 
     text: TeacherText
-    waiting: list[Future[TopKTargets]] = field(default_factory=list)
+    waiting: list[Future[TeacherTargets]] = field(default_factory=list)
 
 
 _Key = tuple[bytes, int]
@@ -46,9 +48,10 @@ class TeacherQueue:
         self._ahead_tokens = 0
         self._computed: OrderedDict[_Key, _Work] = OrderedDict()
         """Of the batch that the teacher works on."""
-        self._kept: OrderedDict[_Key, TopKTargets] = OrderedDict()
+        self._kept: OrderedDict[_Key, TeacherTargets] = OrderedDict()
         self._kept_bytes = 0
         self._error: Exception | None = None
+        self._head: Future[Tensor] | None = None
         self.stopping = False
 
     @property
@@ -62,13 +65,13 @@ class TeacherQueue:
         """Texts that somebody waits for and that are not begun."""
         return len(self._asked)
 
-    def ask(self, texts: Sequence[TeacherText], k: int) -> list[Future[TopKTargets]]:
+    def ask(self, texts: Sequence[TeacherText], k: int) -> list[Future[TeacherTargets]]:
         """The targets of texts, some time later."""
         futures = []
         with self._changed:
             for text in texts:
                 key = text.digest, k
-                future: Future[TopKTargets] = Future()
+                future: Future[TeacherTargets] = Future()
                 futures.append(future)
                 if self._error is not None:
                     future.set_exception(self._error)
@@ -84,6 +87,26 @@ class TeacherQueue:
             self._changed.notify()
         return futures
 
+    def ask_head(self) -> Future[Tensor]:
+        """The teacher's output layer [V, h], some time later."""
+        with self._changed:
+            if self._head is None:
+                self._head = Future()
+            if self._error is not None and not self._head.done():
+                self._head.set_exception(self._error)
+            self._changed.notify()
+            return self._head
+
+    @property
+    def wants_head(self) -> bool:
+        """Whether it was asked for and is not there."""
+        return self._head is not None and not self._head.done()
+
+    def give_head(self, head: Tensor) -> None:
+        """Answer all who asked for it, or will."""
+        assert self._head is not None
+        self._head.set_result(head)
+
     def send_ahead(self, texts: Sequence[TeacherText], k: int) -> None:
         """Compute texts when nobody waits for others."""
         with self._changed:
@@ -98,16 +121,16 @@ class TeacherQueue:
             self._changed.notify()
 
     def take(self, timeout_s: float) -> tuple[list[TeacherText], int]:
-        """The next batch, of one k, and that; empty if none comes in time."""
+        """The next batch, of one k, and that; empty if none comes in time, or sooner."""
         with self._changed:
-            if not self._asked and not self._ahead:
+            if not self._asked and not self._ahead and not self.wants_head:
                 self._changed.wait(timeout_s)
-            k, tokens = 0, 0
+            k, tokens = -1, 0
             for place in (self._asked, self._ahead):
                 for key, work in list(place.items()):
                     length = len(work.text.token_ids)
                     full = tokens and tokens + length > TOKENS_AT_ONCE
-                    if full or (k and key[1] != k):
+                    if full or k not in (-1, key[1]):
                         continue
                     k, tokens = key[1], tokens + length
                     self._computed[key] = work
@@ -117,7 +140,7 @@ class TeacherQueue:
                     break  # what nobody waits for does not hold up what somebody will ask next
             return [work.text for work in self._computed.values()], k
 
-    def answer(self, targets: Sequence[TopKTargets]) -> None:
+    def answer(self, targets: Sequence[TeacherTargets]) -> None:
         """Give the targets of the batch that was taken."""
         with self._changed:
             done, self._computed = self._computed, OrderedDict()
@@ -134,6 +157,9 @@ class TeacherQueue:
         """Give everybody who waits an error, and all who ask later."""
         with self._changed:
             self._error = error
+            if self.wants_head:
+                assert self._head is not None
+                self._head.set_exception(error)
             left = [*self._asked.values(), *self._computed.values()]
             self._asked.clear()
             self._computed.clear()
@@ -148,13 +174,12 @@ class TeacherQueue:
         return work
 
 
-def _size(targets: TopKTargets) -> int:
-    assert targets.log_rest is not None
-    tensors = targets.token_ids, targets.log_probs, targets.log_rest
+def _size(targets: TeacherTargets) -> int:
+    tensors = [tensor for tensor in vars(targets).values() if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _settle(future: Future[TopKTargets], result: TopKTargets | Exception) -> None:
+def _settle(future: Future[TeacherTargets], result: TeacherTargets | Exception) -> None:
     if not future.set_running_or_notify_cancel():
         return  # the client has gone
     if isinstance(result, Exception):

@@ -97,15 +97,17 @@ def _answer(
     """Compute what waits, on all ranks in step, until it is over."""
     try:
         while True:
-            texts, k, ends = list[TeacherText](), 0, False
+            texts, k = list[TeacherText](), 0
             if teacher.is_first:
                 texts, k = queue.take(TICK_SECONDS)
-            ends = is_over(queue) and not texts
-            texts, k, ends = _from_first(teacher.in_step, (texts, k, ends))
+            work = texts, k, queue.wants_head, is_over(queue) and not texts
+            texts, k, wants_head, ends = _from_first(teacher.in_step, work)
             ACTIVITY.step()
             if ends:
                 return
-            targets = teacher.top_k(texts, k) if texts else []
+            if wants_head and (head := teacher.head()) is not None:
+                queue.give_head(head)
+            targets = teacher.targets(texts, k) if texts else []
             if texts and teacher.is_first:
                 queue.answer(targets)
     except Exception as error:

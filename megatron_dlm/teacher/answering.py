@@ -1,10 +1,11 @@
-"""The most likely tokens after texts, by a teacher whose ranks run in step.
+"""The most likely tokens after texts, or hidden states, by a teacher whose ranks run in step.
 
 Ranks in step hold one replica of the teacher, or several that share experts. All of them get the
 same texts; each replica takes its share of the rows, and the first rank gets all targets.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.teacher.frozen import rows_in_flight
 from megatron_dlm.teacher.wire import TeacherText
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets
+
+T = TypeVar("T")
 
 
 class TextTeacher:
@@ -55,18 +58,18 @@ class TextTeacher:
         """Whether this is the first of the ranks in step, which has the results."""
         return self.in_step is None or self.in_step.rank() == 0
 
-    def top_k(self, texts: Sequence[TeacherText], k: int) -> list[TopKTargets]:
+    def targets(self, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
         """The targets of texts, on the CPU; empty on all ranks but the first.
 
         Args:
             texts: The same on all ranks.
-            k: Below the size of the vocabulary.
+            k: Tokens of a distribution, fewer than there are; 0: hidden states.
         """
         rows = self._packing.rows([len(text.token_ids) for text in texts])
         rounds = -(-len(rows) // self._replicas)
         own = rows[self._replica :: self._replicas]
         own += [[]] * (rounds - len(own))  # ranks that share experts run equally many rows
-        found: dict[int, TopKTargets] = {}
+        found: dict[int, TeacherTargets] = {}
         for start in range(0, rounds, self._rows_at_once):
             chunk = own[start : start + self._rows_at_once]
             clean = [clean_row([texts[i].token_ids for i in row], "causal") for row in chunk]
@@ -79,20 +82,22 @@ class TextTeacher:
 
     def _of_row(
         self, indices: Sequence[int], texts: Sequence[TeacherText], hidden: Tensor, k: int
-    ) -> dict[int, TopKTargets]:
+    ) -> dict[int, TeacherTargets]:
         """The targets of the texts of a row of hidden states [S, h]."""
         wanted, start = [], 0
         for text in texts:
             wanted.append(hidden[start + text.first : start + len(text.token_ids)])
             start += len(text.token_ids)
-        targets, _ = vocab_parallel_top_k(
-            torch.cat(wanted),
-            head_weight(self._model),
-            k,
-            self._model.num_tokens,
-            self._groups.tp,
-            self._chunk,
-        )
+        targets: TeacherTargets = HiddenTargets(torch.cat(wanted))
+        if k:
+            targets, _ = vocab_parallel_top_k(
+                torch.cat(wanted),
+                head_weight(self._model),
+                k,
+                self._model.num_tokens,
+                self._groups.tp,
+                self._chunk,
+            )
         targets = targets.to(torch.device("cpu"))
         found, start = {}, 0
         for index, text in zip(indices, texts, strict=True):
@@ -100,17 +105,28 @@ class TextTeacher:
             start += len(text)
         return found
 
-    def _gathered(self, found: dict[int, TopKTargets], number: int) -> list[TopKTargets]:
+    def _gathered(self, found: dict[int, TeacherTargets], number: int) -> list[TeacherTargets]:
         """All targets of the ranks in step, in order, on the first of them."""
-        parts: list[dict[int, TopKTargets]] = [found]
-        if self.in_step is not None:
-            speaks = self._groups.tp is None or self._groups.tp.rank() == 0
-            own = found if speaks else {}
-            parts = [{} for _ in range(self.in_step.size())]
-            first = dist.get_process_group_ranks(self.in_step)[0]
-            gathered = parts if self.is_first else None
-            dist.gather_object(own, gathered, dst=first, group=self.in_step)
+        speaks = self._groups.tp is None or self._groups.tp.rank() == 0
+        parts = self._on_first(found if speaks else {})
         if not self.is_first:
             return []
         whole = {index: targets for part in parts for index, targets in part.items()}
         return [whole[index] for index in range(number)]
+
+    def head(self) -> Tensor | None:
+        """The whole output layer [V, h], on the CPU of the first rank; None on the others."""
+        own = None
+        if self._replica == 0 and self._model.post_process:
+            own = head_weight(self._model).detach().cpu()
+        shards = [shard for shard in self._on_first(own) if shard is not None]  # by their ranks
+        return torch.cat(shards)[: self._model.num_tokens] if self.is_first else None
+
+    def _on_first(self, own: T) -> list[T]:
+        """What all ranks in step have, on the first of them; empty on the others."""
+        if self.in_step is None:
+            return [own]
+        gathered: list[Any] = [None] * self.in_step.size()
+        first = dist.get_process_group_ranks(self.in_step)[0]
+        dist.gather_object(own, gathered if self.is_first else None, first, self.in_step)
+        return gathered if self.is_first else []

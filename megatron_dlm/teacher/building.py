@@ -86,8 +86,11 @@ def build_teacher(
             stop=stop,
         ), examples
     if client is not None:
-        k = config.distillation.divergence_top_k
-        return RemoteTeacher(client, k, groups, stop), examples
+        assert inputs is not None
+        sizes, k = inputs.source.architecture, config.distillation.divergence_top_k
+        if k >= sizes.vocab_size:  # the whole vocabulary
+            k = 0
+        return RemoteTeacher(client, k, sizes, groups, stop), examples
     if inputs is None:
         return None, examples
     if config.uses_teacher_responses:

@@ -1,4 +1,4 @@
-"""Asks servers of a teacher for the most likely tokens of texts, several requests at a time."""
+"""Asks servers of a teacher for its targets of texts, several requests at a time."""
 
 import os
 import threading
@@ -8,19 +8,22 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 
 import httpx2
+from torch import Tensor
 
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.teacher.wire import (
     FINGERPRINT_HEADER,
+    HEAD_PATH,
     IDENTITY_PATH,
     TARGETS_PATH,
     TeacherIdentity,
     TeacherText,
     pack_texts,
+    unpack_head,
     unpack_targets,
 )
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import TeacherTargets
 
 KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
 """Environment variable with the key that servers ask for."""
@@ -95,17 +98,17 @@ class TeacherClient:
         except ValueError as error:
             raise self._no_teacher(url, str(error)) from error
 
-    def top_k(
+    def targets(
         self,
         texts: Sequence[TeacherText],
         k: int,
         check: Callable[[], None] = lambda: None,
-    ) -> list[TopKTargets]:
+    ) -> list[TeacherTargets]:
         """The targets of texts, in their order.
 
         Args:
             texts: At least one prediction each.
-            k: Tokens of a distribution.
+            k: Tokens of a distribution; 0: hidden states.
             check: Called now and then while answers are waited for; what it raises ends the wait.
 
         Raises:
@@ -114,12 +117,12 @@ class TeacherClient:
         of_server: dict[int, list[int]] = {}
         for index, text in enumerate(texts):
             of_server.setdefault(self._server_of(text), []).append(index)
-        asked: dict[Future[list[TopKTargets]], list[int]] = {}
+        asked: dict[Future[list[TeacherTargets]], list[int]] = {}
         for server, indices in of_server.items():
             for part in _parts(indices, [len(text.token_ids) for text in texts]):
                 future = self._threads.submit(self._ask, server, [texts[i] for i in part], k)
                 asked[future] = part
-        found: dict[int, TopKTargets] = {}
+        found: dict[int, TeacherTargets] = {}
         pending = set(asked)
         try:
             while pending:
@@ -132,6 +135,21 @@ class TeacherClient:
             for future in pending:
                 future.cancel()
         return [found[index] for index in range(len(texts))]
+
+    def head(self, first: int, last: int, hidden_size: int) -> Tensor:
+        """Rows of the teacher's output layer, [last - first, h], which hidden states go with.
+
+        Raises:
+            UserError: No server gave them in time.
+        """
+        rows = {"first": str(first), "last": str(last)}
+        answer = self._answered(
+            self._urls, lambda url: self._http.get(url + HEAD_PATH, params=rows)
+        )
+        try:
+            return unpack_head(answer.content, last - first, hidden_size)
+        except ValueError as error:
+            raise self._no_teacher(self._urls[0], str(error)) from error
 
     def send_ahead(self, text: TeacherText, k: int) -> None:
         """Let a server begin with a text that will be asked for; nothing is waited for.
@@ -171,7 +189,7 @@ class TeacherClient:
             headers={FINGERPRINT_HEADER: self.identity.fingerprint},
         )
 
-    def _ask(self, server: int, texts: Sequence[TeacherText], k: int) -> list[TopKTargets]:
+    def _ask(self, server: int, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
         urls = self._urls[server:] + self._urls[:server]  # another one where this one fails
         answer = self._answered(urls, lambda url: self._post(url, texts, k, {}))
         try:

@@ -5,47 +5,77 @@ Texts are sent ahead as soon as a rollout has finished them, so that the teacher
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.models.architecture import Architecture
+from megatron_dlm.models.model_provider import padded_vocab_size
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.wire import TeacherText
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 
 class RemoteTeacher:
-    """Annotates trajectories with the most likely tokens of a teacher that lies elsewhere.
+    """Annotates trajectories with the targets of a teacher that lies elsewhere.
 
     Args:
         client: Reaches it.
-        k: Tokens of a distribution.
+        k: Tokens of a distribution; 0 for hidden states, of which the student's ranks hold the
+            teacher's output layer.
+        sizes: Of the teacher.
         groups: Process groups of the student.
         stop: Whether the run is to stop is looked at while answers are waited for; None: never.
 
     Attributes:
         model: None.
-        head: None: targets are probabilities already.
     """
 
     model: None = None
-    head: None = None
 
     def __init__(
         self,
         client: TeacherClient,
         k: int,
+        sizes: Architecture,
         groups: ParallelGroups,
         stop: StopAgreement | None = None,
     ) -> None:
-        self._client, self._k, self._groups, self._stop = client, k, groups, stop
+        self._client, self._k, self._sizes = client, k, sizes
+        self._groups, self._stop = groups, stop
         is_first = groups.tp is None or groups.tp.rank() == 0
         self._asks = groups.is_last_stage and groups.cp_rank == 0 and is_first
+
+    @cached_property
+    def head(self) -> Tensor | None:
+        """The output layer's vocabulary shard [V/tp, h] on the last stage, for hidden states.
+
+        None with the most likely tokens: these are probabilities already.
+
+        Raises:
+            UserError: No server gave it.
+        """
+        if self._k or not self._groups.is_last_stage:
+            return None
+        tp = self._groups.tp
+        rank, ranks = (0, 1) if tp is None else (tp.rank(), tp.size())
+        rows = padded_vocab_size(self._sizes.vocab_size, ranks) // ranks
+        first = min(rank * rows, self._sizes.vocab_size)
+        last = min(first + rows, self._sizes.vocab_size)
+        width = self._sizes.hidden_size
+        if first == last:  # nothing but padding, which has no probability
+            own = self._client.head(0, 1, width)[:0]
+        else:
+            own = self._client.head(first, last, width)
+        padding = own.new_zeros(rows - len(own), width)
+        return torch.cat((own, padding)).to(platform.device())
 
     def send_ahead(self, trajectory: Trajectory) -> None:
         """Begin with a finished trajectory, which is annotated later; any rank may call this."""
@@ -61,9 +91,10 @@ class RemoteTeacher:
         """
         texts = [TeacherText.of(trajectory) for trajectory in trajectories]
         counts = [len(text) for text in texts]
-        found: TopKTargets | None = None
+        found: TeacherTargets | None = None
         stop_code = 0
         with errors_on_all_ranks():
+            _ = self.head  # the first time it is fetched
             if self._asks:
                 try:
                     found = self._asked(texts)
@@ -84,35 +115,37 @@ class RemoteTeacher:
         """Send nothing more."""
         self._client.close()
 
-    def _asked(self, texts: Sequence[TeacherText]) -> TopKTargets:
+    def _asked(self, texts: Sequence[TeacherText]) -> TeacherTargets:
         """The targets of texts, end to end."""
         asked = [text for text in texts if len(text)]
-        answers = self._client.top_k(asked, self._k, self._check)
-        none = TopKTargets(
-            torch.empty(0, self._k, dtype=torch.int32), torch.empty(0, self._k), torch.empty(0)
-        )
-        return TopKTargets.cat([none, *answers])
+        answers = self._client.targets(asked, self._k, self._check)
+        return TeacherTargets.cat([self._empty(0), *answers])
 
     def _check(self) -> None:
         if self._stop is not None and (code := self._stop.requested):
             raise StopRequested(code)
 
-    def _shared(self, found: TopKTargets | None, predictions: int) -> TopKTargets:
+    def _empty(self, predictions: int) -> TeacherTargets:
+        """Targets without values."""
+        if self.head is not None:
+            width = self._sizes.hidden_size
+            return HiddenTargets(torch.empty(predictions, width, dtype=self.head.dtype))
+        return TopKTargets(
+            torch.empty(predictions, self._k, dtype=torch.int32),
+            torch.empty(predictions, self._k),
+            torch.empty(predictions),
+        )
+
+    def _shared(self, found: TeacherTargets | None, predictions: int) -> TeacherTargets:
         """What the rank that asked has found, on all ranks of the last stage."""
-        device, k = platform.device(), self._k
         if found is None:
-            found = TopKTargets(
-                torch.empty(predictions, k, dtype=torch.int32),
-                torch.empty(predictions, k),
-                torch.empty(predictions),
-            )
+            found = self._empty(predictions)
         groups = [group for group in (self._groups.cp, self._groups.tp) if group is not None]
         if not groups:
             return found
-        found = found.to(device)
-        assert found.log_rest is not None
+        found = found.to(platform.device())
         for group in groups:
             first = dist.get_process_group_ranks(group)[0]
-            for tensor in (found.token_ids, found.log_probs, found.log_rest):
+            for tensor in vars(found).values():
                 dist.broadcast(tensor, src=first, group=group)
         return found.to(torch.device("cpu"))

@@ -6,8 +6,9 @@ N: tokens of all texts; n: predictions of all texts; k: tokens of a distribution
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -16,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from megatron_dlm.types.teacher_targets import TopKTargets
+from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
 IDENTITY_PATH = "/v1/teacher"
 TARGETS_PATH = "/v1/targets"
+HEAD_PATH = "/v1/head"
 FINGERPRINT_HEADER = "X-Teacher-Fingerprint"
 """Of a request for targets: the teacher that the client expects."""
 
@@ -56,7 +58,7 @@ class TeacherText:
 
 
 def pack_texts(texts: Sequence[TeacherText], k: int) -> bytes:
-    """The body of a request for the k most likely tokens of each prediction."""
+    """The body of a request for the k most likely tokens of each prediction; 0: hidden states."""
     return save(
         {
             "token_ids": torch.cat([text.token_ids for text in texts]).int(),
@@ -73,7 +75,11 @@ def unpack_texts(body: bytes) -> tuple[list[TeacherText], int]:
     Raises:
         ValueError: The body is none, or its numbers contradict each other.
     """
-    tensors = _loaded(body, {"token_ids": torch.int32, "lengths": torch.int64}, {"first", "k"})
+    tensors = _loaded(body)
+    kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+    expected = dict.fromkeys(("lengths", "first", "k"), torch.int64)
+    if kinds != {**expected, "token_ids": torch.int32}:
+        raise ValueError(f"tensors {kinds}")
     lengths, first, k = (tensors[name].tolist() for name in ("lengths", "first", "k"))
     tokens = tensors["token_ids"].long()
     if len(lengths) != len(first) or len(k) != 1:
@@ -86,47 +92,64 @@ def unpack_texts(body: bytes) -> tuple[list[TeacherText], int]:
     return [TeacherText(t, f) for t, f in zip(parts, first, strict=True)], k[0]
 
 
-def pack_targets(targets: Sequence[TopKTargets]) -> bytes:
-    """The body of an answer."""
-    parts: dict[str, Tensor] = {}
-    for name in ("token_ids", "log_probs", "log_rest"):
-        parts[name] = torch.cat([getattr(part, name) for part in targets])
-    return save(parts)
+def pack_targets(targets: Sequence[TeacherTargets]) -> bytes:
+    """The body of an answer; targets of one kind, at least one."""
+    whole = TeacherTargets.cat(targets)
+    return save({name: tensor.contiguous() for name, tensor in vars(whole).items()})
 
 
-def unpack_targets(body: bytes, counts: Sequence[int], k: int) -> list[TopKTargets]:
+def unpack_targets(body: bytes, counts: Sequence[int], k: int) -> list[TeacherTargets]:
     """The inverse of `pack_targets`.
 
     Args:
         body: The answer.
         counts: Predictions of each text that was sent.
-        k: That was sent.
+        k: That was sent; 0: the answer is hidden states.
 
     Raises:
         ValueError: The body does not answer these.
     """
-    kinds = {"token_ids": torch.int32, "log_probs": torch.float32, "log_rest": torch.float32}
-    tensors = _loaded(body, kinds)
     total = sum(counts)
-    shapes = [tuple(tensors[name].shape) for name in kinds]
-    if shapes != [(total, k), (total, k), (total,)]:
-        raise ValueError(f"targets of shapes {shapes} for {total} predictions of {k} tokens")
-    columns = (tensors[name].split(list(counts)) for name in kinds)
-    return [TopKTargets(*part) for part in zip(*columns, strict=True)]
+    tensors = _loaded(body)
+    found = {name: tuple(tensor.shape[:1]) for name, tensor in tensors.items()}
+    names = ("token_ids", "log_probs", "log_rest") if k else ("hidden",)
+    if found != dict.fromkeys(names, (total,)):
+        raise ValueError(f"targets {found} for {total} predictions of {k} tokens")
+    whole: TeacherTargets
+    if k == 0:
+        whole = HiddenTargets(tensors["hidden"])
+    else:
+        whole = TopKTargets(*(tensors[name] for name in names))
+        kinds = tuple(tensors[name].dtype for name in names)
+        of_each = tensors["token_ids"].shape[1:] + tensors["log_probs"].shape[1:]
+        if kinds != (torch.int32, torch.float32, torch.float32) or of_each != (k, k):
+            raise ValueError(f"targets of {kinds} and {tuple(of_each)} tokens, in place of {k}")
+    ends = list(accumulate(counts, initial=0))
+    return [whole[slice(*pair)] for pair in pairwise(ends)]
 
 
-def _loaded(
-    body: bytes, kinds: Mapping[str, torch.dtype], others: Collection[str] = ()
-) -> dict[str, Tensor]:
+def pack_head(head: Tensor) -> bytes:
+    """The body of an answer with rows of the output layer."""
+    return save({"head": head.contiguous()})
+
+
+def unpack_head(body: bytes, rows: int, hidden_size: int) -> Tensor:
+    """The inverse of `pack_head`.
+
+    Raises:
+        ValueError: The body is none, or has another shape.
+    """
+    head = _loaded(body).get("head")
+    if head is None or head.shape != (rows, hidden_size):
+        raise ValueError(f"no output layer of {rows} rows of {hidden_size}")
+    return head
+
+
+def _loaded(body: bytes) -> dict[str, Tensor]:
     try:
-        tensors = load(body)
+        return load(body)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"no safetensors ({error})") from error
-    expected = {**kinds, **dict.fromkeys(others, torch.int64)}
-    found = {name: tensor.dtype for name, tensor in tensors.items()}
-    if found != expected:
-        raise ValueError(f"tensors {found} in place of {expected}")
-    return tensors
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from megatron_dlm.teacher.wire import TARGETS_PATH, TeacherText, pack_texts
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import Run
+from megatron_dlm.types.teacher_targets import TopKTargets
 from tests.distributed_tests.layouts import CP, PP, SP, TP
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.faults.jobs import free_port
@@ -35,7 +36,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {TP: 2, **SP},
     "pp": {PP: 2},
     "cp": {CP: 2},
-    "dp": {},
+    "tp, whole vocabulary": {TP: 2, **SP, "divergence_top_k": 0},
+    "cp, whole vocabulary": {CP: 2, "divergence_top_k": 0},
 }
 BIGGER = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8)
 
@@ -63,9 +65,13 @@ def of_run(folder: Path, save: str, **changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def in_memory(folder: Path) -> list[dict[str, Any]]:
-    """The run with the teacher in memory."""
-    return run_training(of_run(folder, "in_memory", teacher_load=str(folder / "bigger")))
+def in_memory(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """The run with the teacher in memory, by `divergence_top_k`: of few tokens, or of all."""
+    teacher = str(folder / "bigger")
+    return {
+        k: run_training(of_run(folder, f"in_memory_{k}", teacher_load=teacher, divergence_top_k=k))
+        for k in (K, 0)
+    }
 
 
 def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
@@ -78,7 +84,7 @@ def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
-    folder: Path, server: ServerProcess, in_memory: list[dict[str, Any]]
+    folder: Path, server: ServerProcess, in_memory: dict[int, list[dict[str, Any]]]
 ) -> None:
     # The second server is not there: the first one answers for it.
     config = of_run(folder, "served", teacher_url=(server.url,))
@@ -86,7 +92,7 @@ def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
     assert inputs.teacher is not None
     source = open_model_source(str(folder / "bigger"), "--load")
     assert inputs.teacher.fingerprint == source.fingerprint()
-    check_same(run_training(config), in_memory)
+    check_same(run_training(config), in_memory[K])
     # On resume the place of the teacher may change, as it is the same one.
     longer = dict(num_rollouts=3, extend=True)
     more = run_training(
@@ -102,18 +108,16 @@ def test_targets_are_those_of_the_model_bit_for_bit(folder: Path, server: Server
     texts = [TeacherText(inputs.data.sample(i, i).token_ids, 3 * i) for i in range(5)]
     served = url_client(of_run(folder, "unused", teacher_url=(server.url,)))
     served.send_ahead(texts[0], K)
-    targets = served.top_k(texts, K)
+    targets = served.targets(texts, K)
     served.close()
     with initialized(config):
         model = load_teacher(open_model_source(str(folder / "bigger"), "--load"), config)
-        own = TextTeacher(model, config, ParallelGroups(), None).top_k(texts, K)
+        own = TextTeacher(model, config, ParallelGroups(), None).targets(texts, K)
     for text, got, expected in zip(texts, targets, own, strict=True):
         assert len(got) == len(text) > 0
-        assert torch.equal(got.token_ids, expected.token_ids)
-        assert torch.equal(got.log_probs, expected.log_probs)
-        assert got.log_rest is not None
-        assert expected.log_rest is not None
-        assert torch.equal(got.log_rest, expected.log_rest)
+        assert isinstance(got, TopKTargets)
+        for name, tensor in vars(expected).items():
+            assert torch.equal(vars(got)[name], tensor)
 
 
 def client(*urls: str, timeout_s: float = 0.6, key: str | None = None) -> TeacherClient:
@@ -137,7 +141,7 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
     ):
         asking = client(*urls)
         with pytest.raises(UserError) as refused:
-            asking.top_k([text], k)
+            asking.targets([text], k)
         asking.close()
         message = str(refused.value)
         assert "--teacher-url" in message
@@ -148,7 +152,7 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
     stale = client(server.url)
     vars(stale)["identity"] = replace(stale.identity, fingerprint="other")
     with pytest.raises(UserError, match="other weights"):
-        stale.top_k([TEXT], K)
+        stale.targets([TEXT], K)
     stale.close()
     # One server of two does not answer: the other one does.
     both = client(server.url, server.url, timeout_s=30)
@@ -156,8 +160,8 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
     partly = client(nobody, server.url, timeout_s=30)
     vars(partly)["identity"] = identity
     texts = [TeacherText(torch.tensor([5, 6, last]), 1) for last in range(8)]
-    found = zip(both.top_k(texts, K), partly.top_k(texts, K), strict=True)
-    assert all(torch.equal(one.log_probs, other.log_probs) for one, other in found)
+    found = zip(both.targets(texts, K), partly.targets(texts, K), strict=True)
+    assert all(torch.equal(vars(a)["log_probs"], vars(b)["log_probs"]) for a, b in found)
     both.close()
     partly.close()
 
@@ -184,7 +188,7 @@ def _train(rank: int, folder: Path, url: str) -> dict[str, list[dict[str, Any]]]
     found = {}
     for name, layout in LAYOUTS.items():
         config = of_run(
-            folder, f"layout_{name}", teacher_url=(url,), num_rollouts=1, lr_decay_iters=4, **layout
+            folder, name, teacher_url=(url,), num_rollouts=1, lr_decay_iters=4, **layout
         )
         with mock.patch.object(Run, "save"):
             found[name] = run_training(config)
@@ -193,24 +197,24 @@ def _train(rank: int, folder: Path, url: str) -> dict[str, list[dict[str, Any]]]
 
 
 def test_every_layout_of_the_student_gets_the_same_targets(
-    folder: Path, server: ServerProcess, in_memory: list[dict[str, Any]]
+    folder: Path, server: ServerProcess, in_memory: dict[int, list[dict[str, Any]]]
 ) -> None:
     of_ranks = run_distributed(_train, 2, folder, server.url)
-    for found in of_ranks[0].values():
+    for name, found in of_ranks[0].items():
         assert len(found) == 2
-        for line, expected in zip(found, in_memory, strict=False):
+        reference = in_memory[LAYOUTS[name].get("divergence_top_k", K)]
+        for line, expected in zip(found, reference, strict=False):
             assert line["supervised_tokens"] == expected["supervised_tokens"]
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 def test_ranks_of_the_teacher_and_another_layout_on_resume(
-    folder: Path, in_memory: list[dict[str, Any]]
+    folder: Path, in_memory: dict[int, list[dict[str, Any]]]
 ) -> None:
     common = dict(
         save=folder / "ranks",
         teacher_load=folder / "bigger",
-        divergence_top_k=K,
         rollout_batch_size=8,
         max_response_length=16,
         max_running_requests=7,
@@ -225,4 +229,4 @@ def test_ranks_of_the_teacher_and_another_layout_on_resume(
     more = dict(num_rollouts=2, teacher_ranks=2, teacher_expert_model_parallel_size=2)
     outcome = run_ranks(4, "train", *options(folder, **common | more), "--lr-decay-iters", 4)
     assert outcome.status == 0, outcome.stderr
-    check_same(lines(folder / "ranks" / "metrics.jsonl"), in_memory)
+    check_same(lines(folder / "ranks" / "metrics.jsonl"), in_memory[0])

@@ -19,9 +19,6 @@ def combinations(config: Config) -> Refusals:
         if config.uses_teacher_responses:
             problem = "answers no prompts, and the run uses the teacher's responses"
             yield f"{where}: {problem}; drop it, or choose responses of the student"
-        if distillation.divergence_top_k == 0:
-            problem = f"with {flag_of(where)} only the most likely tokens travel"
-            yield f"divergence_top_k: {problem}; choose e.g. 16"
         if distillation.offload_teacher:
             problem = f"with {flag_of(where)} no process of the student holds the teacher"
             yield f"offload_teacher: {problem}; drop it"

@@ -229,6 +229,10 @@ def test_a_teacher_elsewhere_takes_no_memory_of_the_students_gpus() -> None:
     assert apart.all(8)[0].config.teacher.teacher_ranks == 4
     assert refusal(validate, apart.all(8)[0].config, 12) is None
 
+    whole = replace(apart, config=apart.config.changed(divergence_top_k=0)).stated(8).memory
+    head = 2 * 151936 * 2048  # which goes with hidden states
+    assert whole.phases["rollout"]["teacher"] == pytest.approx(head, rel=0.01)
+
     # 30.5 B parameters, 1.5 B of them outside of experts, which 4 ranks share.
     def weights(**changes: Any) -> float:
         lengths = Lengths(1024, 4096, 2)

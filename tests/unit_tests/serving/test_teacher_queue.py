@@ -43,7 +43,7 @@ def test_who_waits_comes_first_and_each_text_is_computed_once() -> None:
     taken, k = queue.take(0)
     assert (tokens(taken), k) == ([1], 4)
     queue.answer([targets(10)])
-    assert queue.take(0) == ([], 0)
+    assert queue.take(0)[0] == []
     (kept,) = queue.ask([text(1)], 4)
     assert int(kept.result(0).token_ids) == 10
 
@@ -79,3 +79,19 @@ def test_a_client_that_has_gone_is_no_obstacle() -> None:
     queue.take(0)
     queue.answer([targets(1)])
     assert int(there.result(0).token_ids) == 1
+
+
+def test_the_output_layer_is_asked_for_once() -> None:
+    queue = TeacherQueue()
+    assert not queue.wants_head
+    first, again = queue.ask_head(), queue.ask_head()
+    assert queue.wants_head
+    head = torch.ones(3, 2)
+    queue.give_head(head)
+    assert not queue.wants_head
+    assert all(future.result(0) is head for future in (first, again, queue.ask_head()))
+    broken = TeacherQueue()
+    future = broken.ask_head()
+    broken.fail(RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        future.result(0)
