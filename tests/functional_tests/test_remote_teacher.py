@@ -86,13 +86,32 @@ def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
     folder: Path, server: ServerProcess, in_memory: dict[int, list[dict[str, Any]]]
 ) -> None:
-    # The second server is not there: the first one answers for it.
     config = of_run(folder, "served", teacher_url=(server.url,))
     inputs = read_inputs(config)
     assert inputs.teacher is not None
     source = open_model_source(str(folder / "bigger"), "--load")
     assert inputs.teacher.fingerprint == source.fingerprint()
-    check_same(run_training(config), in_memory[K])
+    sent: list[bytes] = []
+    asked: list[bytes] = []
+    send, ask = TeacherClient.send_ahead, TeacherClient.targets
+
+    def sending(self: TeacherClient, text: TeacherText, k: int) -> None:
+        sent.append(text.digest)
+        send(self, text, k)
+
+    def asking(self: TeacherClient, texts: list[TeacherText], *others: Any) -> Any:
+        # All of a rollout were on their way before it had ended.
+        assert {text.digest for text in texts} <= set(sent)
+        asked.extend(text.digest for text in texts)
+        return ask(self, texts, *others)
+
+    with (
+        mock.patch.object(TeacherClient, "send_ahead", sending),
+        mock.patch.object(TeacherClient, "targets", asking),
+    ):
+        check_same(run_training(config), in_memory[K])
+    assert sorted(sent) == sorted(asked)
+    assert len(sent) == 16
     # On resume the place of the teacher may change, as it is the same one.
     longer = dict(num_rollouts=3, extend=True)
     more = run_training(
