@@ -28,3 +28,6 @@ class RolloutEngineConfig:
     rollout_engine_retries: Annotated[int, AT_LEAST_ZERO] = 5
     """Further tries of a request that a server does not answer, 1, 2, 4, ... up to 30 seconds
     apart."""
+    max_rollout_staleness: Annotated[int, AT_LEAST_ZERO] = 0
+    """Optimizer updates by which the weights of a rollout may be behind at its first update: so
+    many before the end of a rollout batch, servers begin the next one (0: after the last)."""

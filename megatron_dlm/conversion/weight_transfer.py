@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,16 @@ class GroupTransfer:
         with errors_on_all_ranks():
             if error is not None:
                 raise error
+
+    def close(self, servers: Sequence[RolloutServer]) -> None:
+        """See `WeightSender`."""
+        if self._group is None:
+            return
+        self._group = None
+        for server in servers:
+            with suppress(UserError):  # it may have gone
+                body = {"group_name": self._name}
+                server.post("/destroy_weights_update_group", body, retries=0)
 
     def _buckets(self) -> Iterator[tuple[list[Named], bool]]:
         """Tensors that are sent together, on rank 0; and whether they are the last ones."""
@@ -269,6 +280,9 @@ class FolderTransfer:
         with errors_on_all_ranks():
             if is_writer():
                 self._announce(servers)
+
+    def close(self, servers: Sequence[RolloutServer]) -> None:
+        """See `WeightSender`."""
 
     def _announce(self, servers: Sequence[RolloutServer]) -> None:
         path = "/update_weights_from_disk"

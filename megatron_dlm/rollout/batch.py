@@ -179,6 +179,16 @@ class DecodingBatch:
         group, slot = self._place_of(request)
         return group.slots.block(slot)
 
+    def forget(self) -> None:
+        """After the weights were replaced, while nothing is in decoding: no old key is read again.
+
+        Raises:
+            ValueError: A sequence is in decoding.
+        """
+        if self.num_active:
+            raise ValueError(f"{self.num_active} sequences are in decoding")
+        self._context.forget()
+
     def cancel(self, request: int) -> int:
         """End a sequence before its time; what it holds is free for the next one.
 

@@ -51,6 +51,9 @@ class RolloutContext(Protocol):
     def publish(self, slot: int, end: int) -> None:
         """Positions below `end` are final after this forward, or computed earlier in it."""
 
+    def forget(self) -> None:
+        """Keys of finished sequences are of no use any more: the weights have changed."""
+
     def attention(
         self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray
     ) -> Tensor | CachedAttention:
@@ -208,6 +211,10 @@ class CachedContext:
         for index, key in enumerate(self._keys[slot][: end // PAGE_SIZE]):
             self.pool.publish(int(self._tables[slot, index]), key)
 
+    def forget(self) -> None:
+        """See `RolloutContext`."""
+        self.pool.forget()
+
     def attention(
         self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray
     ) -> CacheView:
@@ -261,6 +268,9 @@ class CanvasContext:
         return start
 
     def publish(self, slot: int, end: int) -> None:
+        """See `RolloutContext`; nothing is kept."""
+
+    def forget(self) -> None:
         """See `RolloutContext`; nothing is kept."""
 
     def attention(self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray) -> Tensor:

@@ -99,6 +99,11 @@ class PagePool:
             self._free.pop(page, None)
         return page
 
+    def forget(self) -> None:
+        """Share no page that was published so far: its content is of other weights."""
+        self._key_of.clear()
+        self._page_of.clear()
+
     def release(self, pages: Iterable[int]) -> None:
         """One user fewer for each page; those without a user are free."""
         for page in pages:

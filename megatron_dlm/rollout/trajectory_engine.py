@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from megatron_dlm.parallel import ParallelGroups
@@ -44,3 +44,27 @@ class TrajectoryEngine(Protocol):
 
     def settled(self) -> AbstractContextManager[None]:
         """Around `generate_together`: if one rank leaves it, all do."""
+
+
+@runtime_checkable
+class AheadEngine(TrajectoryEngine, Protocol):
+    """An engine that decodes a rollout while the student is trained; all ranks call each method."""
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a rollout was begun that nobody has waited for."""
+
+    def begin(self, prompts: Sequence[Prompt], max_response_length: int) -> None:
+        """Begin a rollout with the weights of now; the next `generate_together` waits for it."""
+
+    def ahead(self, *, waits: bool) -> list[Trajectory]:
+        """This replica's part of a rollout that was begun, if it has come; else none."""
+
+    def take_up(self, trajectories: Sequence[Trajectory], max_response_length: int) -> None:
+        """Take trajectories of all ranks for those of a rollout that was begun."""
+
+    def give_up(self) -> None:
+        """Forget the rollout that was begun, if there is one."""
+
+    def close(self) -> None:
+        """At the end of a run, however it ends; of this rank alone."""

@@ -202,6 +202,10 @@ class RolloutApi:
         """Leave a group."""
         await self.change(lambda: self._weights.leave(body.group_name))
 
+    async def flush(self) -> None:
+        """Forget keys and values of finished responses."""
+        await self.change(self._weights.flush)
+
     async def name_version(self, body: UpdateWeightVersion) -> None:
         """Give the weights another name."""
         self._abort_before(body.abort_all_requests)
@@ -351,7 +355,7 @@ def create_rollout_app(api: RolloutApi, options: RolloutServerConfig, metrics: M
 
     @app.api_route("/flush_cache", methods=both)
     async def flush_cache() -> Response:
-        # Keys and values of a response end with it: there is no cache of prefixes.
+        await api.flush()
         return PlainTextResponse("Cache flushed.\n")
 
     @app.post("/pause_generation")

@@ -48,7 +48,7 @@ def serve_rollouts(setup: InferenceSetup, options: RolloutServerConfig) -> int:
             batch = engine.open(
                 generation.max_running_requests, lengths, limits.max_response_length
             )
-            weights = ServedWeights(network, architecture)
+            weights = ServedWeights(network, architecture, batch.forget)
 
             def decode(token_ids: list[int]) -> str:
                 return str(tokenizer.decode(token_ids, skip_special_tokens=True))

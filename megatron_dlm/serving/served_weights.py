@@ -6,7 +6,7 @@ the model (queries, keys and values, say) may come in several buckets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
@@ -29,13 +29,17 @@ class ServedWeights:
     Args:
         model: The model.
         architecture: What it was built from.
+        on_change: Called before weights are written: what was computed with others is useless.
 
     Attributes:
         version: What the last update called itself.
     """
 
-    def __init__(self, model: torch.nn.Module, architecture: Architecture) -> None:
+    def __init__(
+        self, model: torch.nn.Module, architecture: Architecture, on_change: Callable[[], None]
+    ) -> None:
         self.version = "default"
+        self._on_change = on_change
         self._model = model
         self._architecture = architecture
         self._parameters: dict[str, LocalParameter] = {
@@ -73,8 +77,13 @@ class ServedWeights:
         if self._groups.pop(name, None) is None:
             raise ApiError(400, f"group_name: there is no {name!r}")
 
+    def flush(self) -> None:
+        """Forget what was computed with these weights."""
+        self._on_change()
+
     def load_folder(self, folder: str, version: str | None) -> None:
         """Read the weights of a Hugging Face folder."""
+        self._on_change()
         load_hf_weights(self._model, self._architecture, folder, "model_path")
         self._parts.clear()
         self._name(version)
@@ -95,6 +104,7 @@ class ServedWeights:
         if group not in self._groups:
             raise ApiError(400, f"group_name: there is no {group!r}; init_weights_update_group")
         tensors = self._groups[group].receive(bucket, flat=flat, device=platform.device())
+        self._on_change()
         self._load(tensors)
         self._name(version)
 

@@ -21,6 +21,7 @@ from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import from_rank_zero
 from megatron_dlm.report.page import REPORT, write_report
+from megatron_dlm.rollout.trajectory_engine import AheadEngine
 from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.teacher.remote import RemoteTeacher
@@ -41,6 +42,7 @@ from megatron_dlm.training.metrics import MetricsLogger, PhaseTimes, StepMetrics
 from megatron_dlm.training.optimizer import learning_rates
 from megatron_dlm.training.progress_display import progress_display
 from megatron_dlm.training.rate_precision import unseen_in_bf16
+from megatron_dlm.training.rollout_ahead import begin_if_due
 from megatron_dlm.training.rollout_batch import Collected, collect
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.run_folder import iteration_folder
@@ -177,6 +179,8 @@ def _train(run: Run) -> None:
             run.saver.leave(SAVING_SECONDS)
         raise
     finally:
+        if isinstance(run.source.engine, AheadEngine):
+            run.source.engine.close()
         logger.close()
 
 
@@ -217,10 +221,12 @@ class _Training:
         while run.progress.consumed_samples < run.config.num_samples:
             times = PhaseTimes()
             collected = self._collect(times)
+            updates = run.config.updates_of(collected.num_samples)
+            begin_if_due(run, collected, updates - run.progress.updates_of_batch)
             self._annotate(collected, times)
             run.offload.enter("update")
-            updates = run.config.updates_of(collected.num_samples)
             for update in range(run.progress.updates_of_batch, updates):
+                begin_if_due(run, collected, updates - update)
                 self._update(collected, update, times)
                 times = PhaseTimes()
                 if update + 1 == updates:
@@ -239,7 +245,7 @@ class _Training:
         try:
             collected = collect(run)
         except StopRequested:
-            self._save(None)  # what was rolled out is rolled out again, the same
+            self._save(None, stops=True)  # what was rolled out is rolled out again, the same
             raise
         platform.synchronize()
         times.rollout = time.perf_counter() - started
@@ -260,7 +266,7 @@ class _Training:
             with run.stop.settled():
                 run.teacher.annotate(collected.trajectories)
         except StopRequested:
-            self._save(collected)
+            self._save(collected, stops=True)
             raise
         platform.synchronize()
         times.teacher = time.perf_counter() - started
@@ -333,6 +339,9 @@ class _Training:
                 tokens_by_step=collected.tokens_by_step,
                 response_lengths=collected.response_lengths,
                 staleness=collected.staleness,
+                weight_lag=None
+                if collected.weight_version is None
+                else progress.iteration - 1 - collected.weight_version,
                 evaluation=None if answered is None else answered.to_json(),
             )
         )
@@ -417,11 +426,11 @@ class _Training:
         decision = run.stop.decide(is_due)
         is_finished = progress.consumed_samples >= run.config.num_samples
         if is_finished or decision.save or decision.stop:
-            self._save(batch)
+            self._save(batch, stops=bool(decision.stop))
         if decision.stop and (not is_finished or self._has_left_evaluation):
             raise StopRequested(decision.stop)
 
-    def _save(self, batch: Collected | None) -> None:
+    def _save(self, batch: Collected | None, *, stops: bool = False) -> None:
         """Save what has changed since the last checkpoint.
 
         Before the first update nothing is saved: there is no optimizer state yet, and a run that
@@ -436,9 +445,9 @@ class _Training:
             if by_loss and run.figure is None and run.validation is not None:
                 self._measure(run.validation)
             if batch is None or not run.config.uses_rollouts:
-                run.save()
+                run.save(stops=stops)
             else:
-                run.save(batch.own)
+                run.save(batch.own, stops=stops)
         self._saves.saved(run.progress.iteration)
 
     def _measure(self, validation: Validation) -> float:

@@ -138,6 +138,8 @@ class StepMetrics:
             in the current rollout, tail included; None without rollouts.
         response_lengths: Of the current rollout batch.
         staleness: Of the current rollout batch; None where every rollout finishes its responses.
+        weight_lag: Updates before this one that the weights which decoded the current rollout do
+            not have; None where the training processes decode.
         evaluation: Rates of the student's answers to held-out prompts after this update, by
             decoding setting (`EvaluationResult`); where it did not answer them, files have no such
             entry.
@@ -167,6 +169,7 @@ class StepMetrics:
     tokens_by_step: list[float] | None = None
     response_lengths: LengthHistogram | None = None
     staleness: Staleness | None = None
+    weight_lag: int | None = None
     evaluation: dict[str, dict[str, Any]] | None = None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm import platform
+from megatron_dlm.config import Config
 from megatron_dlm.rollout.curriculum import responses_in_decoding
 from megatron_dlm.training.metrics import LengthHistogram, Staleness
 from megatron_dlm.training.rollout_figures import RolloutFigures
@@ -33,6 +34,7 @@ class Collected:
         decoded_tokens: Response tokens that this replica has just decoded.
         tokens_by_step: See `StepMetrics`.
         response_lengths: See `StepMetrics`.
+        weight_version: See `Trajectory`; of this rank's, None if it has none.
     """
 
     shares: list[Share]
@@ -48,6 +50,7 @@ class Collected:
     decoded_tokens: int
     tokens_by_step: list[float] | None
     response_lengths: LengthHistogram
+    weight_version: int | None = None
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -64,6 +67,11 @@ class Collected:
         return self.shares[update % len(self.shares)]
 
 
+def samples_of_batch(config: Config, consumed: int) -> int:
+    """Samples of the rollout batch after so many."""
+    return min(config.rollout_batch_size, config.num_samples - consumed)
+
+
 def collect(run: Run) -> Collected:
     """Obtain the next rollout batch, or that of the checkpoint if it has more updates to serve.
 
@@ -77,7 +85,7 @@ def collect(run: Run) -> Collected:
     """
     config, groups, sampler = run.config, run.groups, run.sampler
     consumed = run.progress.consumed_samples
-    count = min(config.rollout_batch_size, config.num_samples - consumed)
+    count = samples_of_batch(config, consumed)
     if run.stored_batch:
         stored = {entry["sample_index"]: entry for entry in run.stored_batch}
         run.stored_batch = ()
@@ -152,6 +160,7 @@ def _described(
     )
     counts, trained = rest[: figures.SIZE], rest[figures.SIZE :]
     verifies = run.source.verifier is not None
+    versions = [t.weight_version for t in ours if t.weight_version is not None]
     if config.training.max_tokens_per_micro_batch is not None:
         shares = balanced(run, shares)
     return Collected(
@@ -170,6 +179,7 @@ def _described(
         decoded_tokens=decoded_tokens,
         tokens_by_step=figures.tokens_by_step(counts),
         response_lengths=figures.lengths(counts),
+        weight_version=min(versions, default=None),
     )
 
 

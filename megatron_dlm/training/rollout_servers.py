@@ -9,12 +9,14 @@ from megatron_dlm.config.objective_traits import VISITED
 from megatron_dlm.conversion.formats import default_format
 from megatron_dlm.conversion.weight_transfer import FolderTransfer, GroupTransfer
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.external.client import RolloutServer
 from megatron_dlm.rollout.external.engine import (
     ServerLimits,
     ServerRolloutEngine,
     WeightSender,
 )
+from megatron_dlm.rollout.external.replay import Replay
 from megatron_dlm.rollout.external.settings import described
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.stop_agreement import StopAgreement
@@ -68,6 +70,17 @@ def build_server_engine(
             concurrency=options.rollout_engine_concurrency,
             longest=-(-longest // block_size) * block_size,
             needs_steps=config.state_selection in VISITED,
+            is_on_policy=options.max_rollout_staleness == 0,
+        ),
+        replay=Replay(
+            RolloutEngine(
+                student.model,
+                generation=replace(generation, temperature=0.0),
+                special_tokens=inputs.special_tokens,
+                seed=config.data.seed,
+                groups=groups,
+                stop=stop,
+            )
         ),
         stop=stop,
     )

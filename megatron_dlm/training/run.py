@@ -22,9 +22,10 @@ from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.parallel import ParallelGroups, on_rank_zero
+from megatron_dlm.rollout.curriculum import response_length
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.trajectory_engine import TrajectoryEngine
+from megatron_dlm.rollout.trajectory_engine import AheadEngine, TrajectoryEngine
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequest
 from megatron_dlm.teacher.base import Teacher
@@ -81,17 +82,20 @@ class Run:
     figure: HeldOutFigure | None = None
     is_saved: bool = True
 
-    def save(self, batch: Sequence[Trajectory] | None = None) -> None:
+    def save(self, batch: Sequence[Trajectory] | None = None, *, stops: bool = False) -> None:
         """Start a checkpoint of the current progress in the run folder; see `saver.finish`.
 
         Args:
             batch: This rank's own trajectories of the rollout batch in work; None between two, and
                 where the data give them again.
+            stops: Whether the run ends then: a rollout that servers decode ahead is not waited for.
         """
         folder = self.config.logging.save
         self.is_saved = True
         if folder is None or self.saver is None:
             return
+        engine = self.source.engine
+        ahead = engine.ahead(waits=not stops) if isinstance(engine, AheadEngine) else []
         with ACTIVITY.during(SAVE):
             self.saver.finish()  # this may remove the checkpoint that holds the tokenizer
             self.saver.save(
@@ -104,7 +108,9 @@ class Run:
                 run_config=resumable_config(self.config, self.inputs),
                 figure=self.figure,
                 trajectories=StoredTrajectories(
-                    self._gathered(batch or ()), [stored(t) for t in self.leftovers]
+                    self._gathered(self.groups.part_of_shared(batch or ())),
+                    [stored(t) for t in self.leftovers],
+                    self._gathered(ahead),
                 ),
             )
 
@@ -117,10 +123,9 @@ class Run:
         if self.saver is not None:
             self.saver.finish()
 
-    def _gathered(self, batch: Sequence[Trajectory]) -> list[dict[str, Any]]:
-        """The stored trajectories of all ranks, on rank 0."""
-        groups = self.groups
-        own = groups.part_of_shared(batch) if groups.is_first_of_replica else []
+    def _gathered(self, own: Sequence[Trajectory]) -> list[dict[str, Any]]:
+        """The stored trajectories of all replicas, on rank 0."""
+        own = own if self.groups.is_first_of_replica else []
         return on_rank_zero([stored(trajectory) for trajectory in own])
 
     def _tokenizer_folder(self, run_folder: str) -> Path:
@@ -206,13 +211,22 @@ def build_run(
         inputs.architecture.vocab_size,
         inputs.diffusion_kind,
     )
+    source = _build_source(config, inputs, student, teacher, examples, groups, stop, progress)
+    if isinstance(source.engine, AheadEngine) and config.engine.max_rollout_staleness:
+        ahead = [
+            restored(entry, _prompt_of(entry["sample_index"], inputs, sampler))
+            for entry in trajectories.ahead
+        ]
+        if ahead:
+            rollout = progress.rollout + bool(trajectories.batch)
+            source.engine.take_up(ahead, response_length(config, rollout))
     return Run(
         config,
         inputs,
         student,
         teacher,
         objective,
-        _build_source(config, inputs, student, teacher, examples, groups, stop, progress),
+        source,
         sampler,
         progress,
         build_offload(config, student, teacher),

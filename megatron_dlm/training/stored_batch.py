@@ -1,4 +1,4 @@
-"""Trajectories in a checkpoint: of the rollout batch in work, and those that it left unfinished.
+"""Trajectories in a checkpoint: of the rollout batch in work, and for the next ones.
 
 The weights that rolled them out are gone when the run goes on. What a teacher says of them is not
 kept: its weights are still the same, and it says the same again.
@@ -17,6 +17,7 @@ from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 STORED_BATCH = "rollout_batch.jsonl"
 LEFTOVERS = "leftover_responses.jsonl"
+AHEAD = "next_rollout.jsonl"
 
 _OF_THE_DATA = ("prompt_ids", "record")
 _NOT_KEPT = (*_OF_THE_DATA, "targets", "confidence")
@@ -46,15 +47,20 @@ class StoredTrajectories(NamedTuple):
     Attributes:
         batch: Of the rollout batch that has updates to serve; none between two.
         leftovers: That the next rollout goes on with (`--partial-rollouts`).
+        ahead: Of the next rollout, where servers have decoded it (`--max-rollout-staleness`).
     """
 
     batch: Sequence[dict[str, Any]] = ()
     leftovers: Sequence[dict[str, Any]] = ()
+    ahead: Sequence[dict[str, Any]] = ()
+
+
+_FILES = (STORED_BATCH, LEFTOVERS, AHEAD)
 
 
 def write_trajectories(checkpoint: Path, trajectories: StoredTrajectories) -> None:
     """Put stored trajectories into a checkpoint, one a line; no file of none."""
-    for name, entries in zip((STORED_BATCH, LEFTOVERS), trajectories, strict=True):
+    for name, entries in zip(_FILES, trajectories, strict=True):
         if entries:
             lines = (json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
             (checkpoint / name).write_text("".join(lines))
@@ -62,6 +68,6 @@ def write_trajectories(checkpoint: Path, trajectories: StoredTrajectories) -> No
 
 def read_trajectories(checkpoint: Path) -> StoredTrajectories:
     """The stored trajectories of a checkpoint."""
-    files = (checkpoint / STORED_BATCH, checkpoint / LEFTOVERS)
+    files = (checkpoint / name for name in _FILES)
     texts = (file.read_text() if file.is_file() else "" for file in files)
     return StoredTrajectories(*(tuple(map(json.loads, text.splitlines())) for text in texts))

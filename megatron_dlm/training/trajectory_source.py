@@ -16,7 +16,7 @@ from megatron_dlm.rollout.curriculum import (
 )
 from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.replica_board import ReplicaBoard
-from megatron_dlm.rollout.trajectory_engine import TrajectoryEngine
+from megatron_dlm.rollout.trajectory_engine import AheadEngine, TrajectoryEngine
 from megatron_dlm.teacher.given_responses import takes_given_response
 from megatron_dlm.training.rollout_selection import NO_LEFTOVERS, Leftovers
 from megatron_dlm.training.verified_rollout import Verifier, generate_until_right
@@ -76,20 +76,8 @@ class TrajectorySource:
             with errors_on_all_ranks() if is_corpus else nullcontext():
                 trajectories = [self.examples.sample(record, sample) for sample, record in samples]
             return trajectories
-        assert self.prompts is not None
-        fraction = teacher_response_fraction(self.config, rollout)
         complete = {s for s, t in leftovers.by_sample.items() if t.is_finished}
-        given = {
-            sample: record
-            for sample, record in samples
-            if self.examples is not None
-            and takes_given_response(self.config.data.seed, sample, fraction)
-        }
-        prompts = [
-            replace(self.prompts.sample(record, sample), beginning=leftovers.by_sample.get(sample))
-            for sample, record in samples
-            if sample not in given and sample not in complete
-        ]
+        given, prompts = self._asked(samples, rollout, leftovers)
         number = len(prompts)
         if wanted is not None:
             number = wanted - len(given) - len(complete)
@@ -103,6 +91,40 @@ class TrajectorySource:
                 assert self.examples is not None
                 held[sample] = self.examples.sample(given[sample], sample)
         return [held[sample] for sample, _ in samples if sample in held]
+
+    def begin(self, samples: Sequence[tuple[int, int]], rollout: int) -> None:
+        """Let servers decode a rollout, which `trajectories` waits for then; all ranks call this.
+
+        Args:
+            samples: Of the rollout, as in `trajectories`.
+            rollout: Rollout step, from 0.
+
+        Raises:
+            UserError: On all ranks: a server does not take the weights.
+        """
+        assert isinstance(self.engine, AheadEngine)
+        _, prompts = self._asked(samples, rollout, NO_LEFTOVERS)
+        self.engine.begin(prompts, response_length(self.config, rollout))
+
+    def _asked(
+        self, samples: Sequence[tuple[int, int]], rollout: int, leftovers: Leftovers
+    ) -> tuple[dict[int, int], list[Prompt]]:
+        """Samples whose response is given, with their records, and prompts for the student."""
+        assert self.prompts is not None
+        fraction = teacher_response_fraction(self.config, rollout)
+        given = {
+            sample: record
+            for sample, record in samples
+            if self.examples is not None
+            and takes_given_response(self.config.data.seed, sample, fraction)
+        }
+        prompts = []
+        for sample, record in samples:
+            beginning = leftovers.by_sample.get(sample)
+            if sample not in given and not (beginning and beginning.is_finished):
+                prompt = self.prompts.sample(record, sample)
+                prompts.append(replace(prompt, beginning=beginning))
+        return given, prompts
 
     def _rolled_out(
         self, prompts: Sequence[Prompt], rollout: int, wanted: int, leftovers: Leftovers

@@ -1,11 +1,27 @@
 """Training with rollouts by a server of its own, against the same run that decodes itself."""
 
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_dlm.config import Config
+from megatron_dlm.errors import UserError
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.external import engine
+from megatron_dlm.rollout.external.client import RolloutServer
+from megatron_dlm.rollout.external.flight import Flight
+from megatron_dlm.stop_request import StopRequest, StopRequested
+from megatron_dlm.training import run
+from megatron_dlm.training.checkpoint_writing import write_latest
+from megatron_dlm.training.run import Run
+from megatron_dlm.training.stored_batch import AHEAD
+from megatron_dlm.types.trajectory import Prompt, Trajectory
+from tests.functional_tests.entry_points import lines
 from tests.functional_tests.server_process import ServerProcess
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
@@ -65,3 +81,134 @@ def test_a_server_trains_as_the_run_itself_does(
         assert [line[name] for line in lines] == [line[name] for line in internal]
     assert server.get("/model_info")["weight_version"] == "4"
     assert not (folder / weights / "rollout_weights").exists()
+
+
+class Early(RolloutEngine):
+    """An engine inside the run that decodes a rollout whole when it is begun."""
+
+    _early: list[Trajectory] | None = None
+    _version = -1
+
+    @property
+    def is_ahead(self) -> bool:
+        return self._early is not None
+
+    def begin(self, prompts: list[Prompt], max_response_length: int) -> None:
+        self._early = super().generate_together(prompts, max_response_length, one_queue=True)
+
+    def generate_together(self, prompts, max_response_length, *, one_queue, cutoff=None):
+        if self._early is None:
+            self.begin(prompts, max_response_length)
+        early, self._early = self._early, None
+        assert [t.sample_index for t in early] == [p.sample_index for p in prompts]
+        return early
+
+    def ahead(self, *, waits: bool) -> list[Trajectory]:
+        return []
+
+    def take_up(self, trajectories: list[Trajectory], max_response_length: int) -> None:
+        raise AssertionError
+
+    def give_up(self) -> None:
+        self._early = None
+
+    def close(self) -> None:
+        pass
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_a_rollout_ahead_is_of_the_weights_that_it_was_begun_with(
+    folder: Path, server: ServerProcess, internal: list[dict[str, Any]], staleness: int
+) -> None:
+    options = {
+        **SERVER,
+        "rollout_engine_urls": (server.url,),
+        "max_rollout_staleness": staleness,
+        "save_interval": 3,
+    }
+    save = folder / f"ahead_{staleness}"
+    config = run_config(folder, folder / "model", **options, save=str(save))
+    lines = run_training(config)
+    # Two updates a rollout: the first one is not ahead, then so many behind, and one more.
+    assert [line["weight_lag"] for line in lines] == [0, 1, *[staleness, staleness + 1] * 2]
+    with (
+        mock.patch.object(run, "RolloutEngine", Early),
+        mock.patch.object(Config, "decodes_itself", True),
+    ):
+        early = run_config(folder, folder / "model", **options, save=str(folder / "early"))
+        with mock.patch.object(Run, "save"):
+            expected = run_training(early)
+        shutil.rmtree(folder / "early")
+    assert losses(lines) == losses(expected)
+    assert losses(lines)[:3] != losses(internal)[:3] or losses(lines)[3:] != losses(internal)[3:]
+    # From the checkpoint after the second batch on, whose next rollout was ahead.
+    shutil.rmtree(save / "iter_0000006")
+    write_latest(str(save), 4)
+    assert (save / "iter_0000004" / AHEAD).is_file()
+    assert losses(run_training(config)) == losses(lines)
+
+
+def test_a_run_that_is_stopped_while_servers_decode_goes_on(
+    folder: Path, server: ServerProcess
+) -> None:
+    request = StopRequest()
+    options = {**SERVER, "rollout_engine_urls": (server.url,), "max_rollout_staleness": 1}
+    config = run_config(folder, folder / "model", **options, save=str(folder / "stopped"))
+    wait = Flight.wait
+
+    def wait_until_stopped(flight: Flight, seconds: float) -> None:
+        wait(flight, seconds)
+        metrics = folder / "stopped" / "metrics.jsonl"
+        if metrics.exists() and len(lines(metrics)) == 2:
+            request._handle(signal.SIGTERM, None)
+
+    with mock.patch.object(Flight, "wait", wait_until_stopped), pytest.raises(StopRequested):
+        run_training(config, request)
+    done = run_training(config)
+    assert [line["step"] for line in done] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= line["weight_lag"] <= 2 for line in done)
+
+
+def test_settings_that_differ_are_refused(folder: Path, server: ServerProcess) -> None:
+    for changes, named in (
+        ({"dynamic_threshold": 0.3}, ["dynamic_threshold is 0.2 there and 0.3", "--dynamic-thr"]),
+        ({"block_size": 8}, ["block_size is 4 there and 8 in the run", "--block-size"]),
+        ({"rollout_engine_urls": ("http://127.0.0.1:9",)}, ["is not answered", "start the server"]),
+    ):
+        options = {**SERVER, "rollout_engine_urls": (server.url,), **changes}
+        save = str(folder / "refused")
+        with pytest.raises(UserError) as refused:
+            run_training(run_config(folder, folder / "model", **options, save=save))
+        for part in ["--rollout-engine-urls = 'http://", *named]:
+            assert part in str(refused.value)
+
+
+def test_the_order_of_settling_is_found_where_a_server_does_not_say_it(
+    folder: Path, server: ServerProcess, internal: list[dict[str, Any]]
+) -> None:
+    decode = RolloutServer.decode
+
+    async def bare(self: RolloutServer, client: Any, body: dict[str, Any]) -> dict[str, Any]:
+        answer = await decode(self, client, body)
+        del answer["meta_info"]["denoising"]
+        return answer
+
+    options = {**SERVER, "rollout_engine_urls": (server.url,)}
+    with (
+        mock.patch.object(RolloutServer, "decode", bare),
+        mock.patch.object(engine, "check_settings", lambda *_: False),
+    ):
+        config = run_config(folder, folder / "model", **options, save=str(folder / "bare"))
+        lines = run_training(config)
+        ahead = run_config(
+            folder, folder / "model", **options, max_rollout_staleness=1, save=str(folder / "no")
+        )
+        with pytest.raises(UserError, match="does not say at which step.*opdlm_off"):
+            run_training(ahead)
+    assert losses(lines) == losses(internal)
+    for name in ("tokens_per_forward", "tokens_by_step"):
+        assert [line[name] for line in lines] == [line[name] for line in internal]

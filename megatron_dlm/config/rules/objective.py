@@ -106,6 +106,9 @@ def rollout_engine(config: Config) -> Refusals:
     if rollout.dynamic_threshold_schedule != "constant":
         problem = f"{engine} decodes with the threshold that its servers were started with"
         yield f"dynamic_threshold_schedule: {problem}; choose constant"
+    if servers.max_rollout_staleness and config.traits.verifies:
+        problem = f"{config.objective.objective} asks again, of weights that have changed meanwhile"
+        yield f"max_rollout_staleness: {problem}; choose 0"
     if config.lora.lora_rank is not None:
         problem = f"{engine} is sent the weights of whole layers"
         yield f"lora_rank: {problem}; drop it, or choose --rollout-engine internal"

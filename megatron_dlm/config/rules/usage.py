@@ -31,6 +31,7 @@ TEACHER_LAYOUT = " ".join(
 
 OF_VALUES = (
     (f"{SERVERS} rollout_engine_timeout_s rollout_engine_retries", "rollout_engine", "sglang"),
+    ("max_rollout_staleness", "rollout_engine", "sglang"),
     ("rollout_engine_weights_path", "rollout_engine_weights", "disk"),
     ("dynamic_threshold_schedule", "remasking_strategy", "low_confidence_dynamic"),
     (LENGTH, "response_length_schedule", "linear or cosine"),

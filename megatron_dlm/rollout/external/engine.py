@@ -20,16 +20,22 @@ from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks, from_rank
 from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.external.client import RolloutServer
 from megatron_dlm.rollout.external.flight import Flight
+from megatron_dlm.rollout.external.replay import Replay
 from megatron_dlm.rollout.external.responses import request, trajectory_of
 from megatron_dlm.rollout.external.settings import check_settings
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.stop_request import StopRequested
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 POLL_SECONDS = 0.2
 """Between two looks of all ranks at whether a rollout has come, and whether one shall stop."""
+
+
+_Key = tuple[tuple[int, ...], int]
+"""Samples of a rollout, and its longest response."""
 
 
 class WeightSender(Protocol):
@@ -46,6 +52,9 @@ class WeightSender(Protocol):
             UserError: On all ranks: a server does not take them.
         """
 
+    def close(self, servers: Sequence[RolloutServer]) -> None:
+        """Tell servers that no more weights come; of this rank alone, without errors."""
+
 
 @dataclass(frozen=True)
 class ServerLimits:
@@ -55,11 +64,13 @@ class ServerLimits:
         concurrency: Requests at once, of each replica for each server.
         longest: Tokens of the longest prompt and response, in whole blocks.
         needs_steps: Whether training goes back to the states that decoding visited.
+        is_on_policy: Whether responses are of the weights that the student has when they come.
     """
 
     concurrency: int
     longest: int
     needs_steps: bool
+    is_on_policy: bool
 
 
 class ServerRolloutEngine:
@@ -74,6 +85,7 @@ class ServerRolloutEngine:
         seed: Of the draws.
         groups: Process groups of the student.
         limits: What is asked for.
+        replay: Finds the steps at which tokens were kept, of servers that do not say them.
         stop: A request to stop ends a rollout; None: never.
 
     Attributes:
@@ -93,6 +105,7 @@ class ServerRolloutEngine:
         seed: int,
         groups: ParallelGroups,
         limits: ServerLimits,
+        replay: Replay,
         stop: StopAgreement | None = None,
     ) -> None:
         self.generation = generation
@@ -104,10 +117,12 @@ class ServerRolloutEngine:
         self._special_tokens = special_tokens
         self._seed = seed
         self._limits = limits
+        self._replay = replay
         self._stop = stop
         self._sent: int | None = None
         self._is_checked = False
-        self._ahead: tuple[list[tuple[int, int]], Flight] | None = None
+        self._replays = False
+        self._ahead: tuple[_Key, Flight] | None = None
 
     def check(self) -> None:
         """Compare every server's settings with the run's, once; all ranks call this.
@@ -116,20 +131,26 @@ class ServerRolloutEngine:
             UserError: On all ranks: one differs, or a server is not there.
         """
         if not self._is_checked:
-            from_rank_zero(self._check)
+            self._replays = from_rank_zero(self._check)
             self._is_checked = True
 
-    def _check(self) -> None:
+    def _check(self) -> bool:
+        """Whether steps have to be found."""
+        replays = False
         for server in self._servers:
             has_steps = check_settings(
                 server, self._description, self.generation.temperature, self._limits.longest
             )
-            if self._limits.needs_steps and not has_steps:
+            replays |= not has_steps
+            if self._limits.needs_steps and not has_steps and not self._limits.is_on_policy:
                 raise server.refuse(
-                    "does not say at which step a token was kept, and the objective trains on the "
-                    "states that decoding visited",
-                    "choose --objective opdlm_off, or take megatron-dlm rollout-server",
+                    "does not say at which step a token was kept, the objective trains on the "
+                    "states that decoding visited, and the weights that would show them are gone "
+                    "when a rollout ahead comes",
+                    "choose --max-rollout-staleness 0 or --objective opdlm_off, or take "
+                    "megatron-dlm rollout-server",
                 )
+        return replays and self._limits.is_on_policy
 
     def begin(self, prompts: Sequence[Prompt], max_response_length: int) -> None:
         """Send the weights if they have changed, and begin a rollout; all ranks call this.
@@ -164,16 +185,57 @@ class ServerRolloutEngine:
 
         self._ahead = key, Flight(self._servers, bodies, read, self._limits.concurrency)
 
+    def take_up(self, trajectories: Sequence[Trajectory], max_response_length: int) -> None:
+        """Take trajectories for those of a rollout that was begun; all ranks call this.
+
+        Args:
+            trajectories: Of all ranks.
+            max_response_length: Of that rollout.
+        """
+        samples = sorted(trajectory.sample_index for trajectory in trajectories)
+        by_sample = {trajectory.sample_index: trajectory for trajectory in trajectories}
+        own = samples[self.groups.replica :: self.groups.num_replicas]
+        flight = Flight.landed([by_sample[sample] for sample in own])
+        self._ahead = (tuple(samples), max_response_length), flight
+
     @property
     def is_ahead(self) -> bool:
         """Whether a rollout was begun that nobody has waited for."""
         return self._ahead is not None
+
+    def ahead(self, *, waits: bool) -> list[Trajectory]:
+        """This replica's part of the rollout that was begun, if it has come; all ranks call this.
+
+        Args:
+            waits: Wait for it.
+
+        Returns:
+            The trajectories, which `generate_together` has later still; none if there is no such
+            rollout, it has not come to all ranks, or it failed, as `generate_together` will say.
+        """
+        if self._ahead is None:
+            return []
+        flight = self._ahead[1]
+        try:
+            still, has_failed = self._state(flight)
+            while waits and still and not has_failed:
+                flight.wait(POLL_SECONDS)
+                ACTIVITY.step()
+                still, has_failed = self._state(flight)
+        except StopRequested:
+            return []
+        return [] if still or has_failed else flight.trajectories()
 
     def give_up(self) -> None:
         """Forget the rollout that was begun, if there is one."""
         if self._ahead is not None:
             self._ahead[1].cancel()
             self._ahead = None
+
+    def close(self) -> None:
+        """See `AheadEngine`: what is on its way is given up, and servers may forget the run."""
+        self.give_up()
+        self._weights.close(self._servers)
 
     def generate_together(
         self,
@@ -200,6 +262,8 @@ class ServerRolloutEngine:
             trajectories = self._arrived(self._ahead[1])
         finally:
             self.give_up()
+        if self._replays:
+            trajectories = self._replay.settled(trajectories)
         if on_finished is not None:
             for trajectory in trajectories:
                 on_finished(trajectory)
@@ -216,11 +280,7 @@ class ServerRolloutEngine:
                 flight.wait(POLL_SECONDS)
                 work.done = flight.done
                 ACTIVITY.step()  # a server that hangs has a timeout of its own
-                has_failed = flight.error is not None
-                if self._stop is None:
-                    waits = not flight.has_ended
-                else:
-                    waits, has_failed = self._stop.agree(not flight.has_ended, has_failed)
+                waits, has_failed = self._state(flight)
                 if has_failed or not waits:
                     break
         with errors_on_all_ranks():
@@ -232,6 +292,15 @@ class ServerRolloutEngine:
             raise RuntimeError("the rollout of another rank has failed")
         return self._on_all_ranks_of_replica(flight.trajectories())
 
+    def _state(self, flight: Flight) -> tuple[bool, bool]:
+        """Whether a rollout is on its way to any rank, and whether it has failed on any.
+
+        Raises:
+            StopRequested: On all ranks, if one wants to stop.
+        """
+        waits, has_failed = not flight.has_ended, flight.error is not None
+        return (waits, has_failed) if self._stop is None else self._stop.agree(waits, has_failed)
+
     def _on_all_ranks_of_replica(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         group = self.groups.model
         if group is None:
@@ -242,6 +311,6 @@ class ServerRolloutEngine:
         return received
 
 
-def _key(prompts: Sequence[Prompt], max_response_length: int) -> list[tuple[int, int]]:
-    """What tells a rollout from another one: samples and limits of responses."""
-    return [(p.sample_index, p.response_limit(max_response_length)) for p in prompts]
+def _key(prompts: Sequence[Prompt], max_response_length: int) -> _Key:
+    """What tells a rollout from another one."""
+    return tuple(prompt.sample_index for prompt in prompts), max_response_length

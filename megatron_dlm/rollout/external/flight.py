@@ -50,10 +50,18 @@ class Flight:
         else:
             self._ended.set()
 
+    @classmethod
+    def landed(cls, trajectories: Sequence[Trajectory]) -> Flight:
+        """One that has ended with these."""
+        flight = cls([], [], lambda *_: None, 0)  # type: ignore[arg-type]
+        flight._trajectories = list(trajectories)
+        flight.done = len(trajectories)
+        return flight
+
     @property
     def total(self) -> int:
         """Responses that were asked for."""
-        return len(self._bodies)
+        return len(self._trajectories)
 
     @property
     def has_ended(self) -> bool:

@@ -82,6 +82,7 @@ BROKEN = [
     Broken({"partial_rollouts": 0.5}, SERVED),
     Broken({**LOWERED, "num_rollouts": 4}, SERVED),
     Broken({"lora_rank": 4}, SERVED),
+    Broken({"max_rollout_staleness": 3}, {**D_OPSD, **SERVED}),
     Broken({"rollout_engine_weights": "disk"}, SERVED),
     # A teacher that other processes hold.
     Broken({**ELSEWHERE, "teacher_ranks": 1}, world_size=2),

@@ -186,6 +186,7 @@ CASES = [
     Case("rollout_engine_concurrency", 3, (OPDLM, SCP), (SERVED,)),
     Case("rollout_engine_timeout_s", 3.0, (OPDLM,), (SERVED,)),
     Case("rollout_engine_retries", 3, (OPDLM,), (SERVED,)),
+    Case("max_rollout_staleness", 3, (OPDLM,), (SERVED,)),
     Case("train_iters", 3, ON_ROLLOUTS, NOT_ROLLOUTS),
     Case("eval_interval", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),
     Case("eval_iters", 3, (SCP, SFT, NEXT_TOKEN, OPDLM), (HELD_OUT,)),

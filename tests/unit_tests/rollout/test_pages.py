@@ -21,7 +21,7 @@ def test_a_page_is_free_or_used_and_holds_what_its_key_says(num_pages: int, seed
     for _ in range(60):
         held = {page for pages in holders for page in pages}
         assert pool.num_free == num_pages - len(held)
-        action = choose.choice(["allocate", "share", "publish", "release"])
+        action = choose.choice(["allocate", "share", "publish", "release", "forget"])
         key = bytes([choose.randrange(4)])
         if action == "allocate":
             count = choose.randint(0, num_pages)
@@ -34,6 +34,9 @@ def test_a_page_is_free_or_used_and_holds_what_its_key_says(num_pages: int, seed
             assert set(pages) <= set(range(1, num_pages + 1))
             content = {page: key for page, key in content.items() if page not in pages}
             holders.append(pages)
+        elif action == "forget":
+            pool.forget()
+            content = {}
         elif action == "publish" and held:
             page = choose.choice(sorted(held))
             if key not in content.values() and page not in content:

@@ -46,13 +46,13 @@ def test_a_stored_batch_comes_back(
     batch: list[Trajectory], left: list[Trajectory], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder: Path = tmp_path_factory.mktemp("checkpoint")
-    assert read_trajectories(folder) == ((), ())
-    written = StoredTrajectories([*map(stored, batch)], [*map(stored, left)])
+    assert read_trajectories(folder) == ((), (), ())
+    written = StoredTrajectories([*map(stored, batch)], [*map(stored, left)], [*map(stored, left)])
     write_trajectories(folder, written)
     found = read_trajectories(folder)
     assert (len(found.batch), len(found.leftovers)) == (len(batch), len(left))
-    entries = [*found.batch, *found.leftovers]
-    for entry, expected in zip(entries, [*batch, *left], strict=True):
+    entries = [*found.batch, *found.leftovers, *found.ahead]
+    for entry, expected in zip(entries, [*batch, *left, *left], strict=True):
         prompt = Prompt(expected.sample_index, expected.prompt_ids, expected.record)
         values: dict[str, Any] = vars(restored(entry, prompt))
         for name, value in vars(expected).items():
