@@ -200,14 +200,14 @@ def test_the_order_of_settling_is_found_where_a_server_does_not_say_it(
     options = {**SERVER, "rollout_engine_urls": (server.url,)}
     with (
         mock.patch.object(RolloutServer, "decode", bare),
-        mock.patch.object(engine, "check_settings", lambda *_: False),
+        mock.patch.object(engine, "check_settings", return_value=False),
     ):
         config = run_config(folder, folder / "model", **options, save=str(folder / "bare"))
         lines = run_training(config)
         ahead = run_config(
             folder, folder / "model", **options, max_rollout_staleness=1, save=str(folder / "no")
         )
-        with pytest.raises(UserError, match="does not say at which step.*opdlm_off"):
+        with pytest.raises(UserError, match=r"does not say at which step.*opdlm_off"):
             run_training(ahead)
     assert losses(lines) == losses(internal)
     for name in ("tokens_per_forward", "tokens_by_step"):
