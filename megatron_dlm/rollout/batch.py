@@ -187,7 +187,8 @@ class DecodingBatch:
         """
         if self.num_active:
             raise ValueError(f"{self.num_active} sequences are in decoding")
-        self._context.forget()
+        for group in self._slot_groups:
+            group.context.forget()
 
     def cancel(self, request: int) -> int:
         """End a sequence before its time; what it holds is free for the next one.
