@@ -96,7 +96,7 @@ class Early(RolloutEngine):
     def begin(self, prompts: list[Prompt], max_response_length: int) -> None:
         self._early = super().generate_together(prompts, max_response_length, one_queue=True)
 
-    def generate_together(self, prompts, max_response_length, *, one_queue, cutoff=None):
+    def generate_together(self, prompts, max_response_length, **options):
         if self._early is None:
             self.begin(prompts, max_response_length)
         early, self._early = self._early, None
