@@ -76,6 +76,11 @@ class ExpertLinear(torch.nn.Module, LowRankAdapter):
         self._mark(self.weight)
         self._without_adapter()
 
+    @property
+    def splits_outputs(self) -> bool:
+        """Whether ranks have parts of the outputs; else of the inputs."""
+        return self._joins_gate_and_up
+
     def _mark(self, parameter: Parameter) -> None:
         """Tell Megatron how to reduce the gradient: each rank's values count, as shards."""
         parameter.allreduce = not self._expert_parallel  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dlm.models.experts import ExpertLinear
 from megatron_dlm.models.grouped_linear import grouped_linear
@@ -30,22 +31,35 @@ TILE = 16
 """Sizes of 8-bit products are multiples of this."""
 
 
-def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to e4m3 times a scale of their own: [..., i] -> [..., i], [..., 1] float32."""
+def to_fp8(values: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Round rows to e4m3 times a scale of their own: [..., i] -> [..., i], [..., 1] float32.
+
+    Args:
+        values: To round.
+        group: Ranks that have the other parts of the rows; None: there are none.
+    """
     values = values.float()
-    scale = (values.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float).tiny)
+    largest = values.abs().amax(-1, keepdim=True)
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    scale = (largest / LARGEST).clamp(min=torch.finfo(torch.float).tiny)
     return (values / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
 class _Fp8Weight(torch.nn.Module):
-    """A weight [..., o, i] in e4m3."""
+    """A weight [..., o, i] in e4m3.
+
+    Args:
+        weight: This rank's part.
+        group: Ranks that have the other inputs of the same outputs; None: there are none.
+    """
 
     values: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, group: ProcessGroup | None) -> None:
         super().__init__()
-        values, scale = to_fp8(weight.detach())
+        values, scale = to_fp8(weight.detach(), group)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
 
@@ -63,10 +77,10 @@ class Fp8ParallelLinear(torch.nn.Module):
 
     def __init__(self, layer: ColumnParallelLinear | RowParallelLinear) -> None:
         super().__init__()
-        self._weight = _Fp8Weight(layer.weight)
+        self._is_column = isinstance(layer, ColumnParallelLinear)
+        self._weight = _Fp8Weight(layer.weight, None if self._is_column else layer.tp_group)
         self.bias = layer.bias
         self._returns_bias = layer.skip_bias_add
-        self._is_column = isinstance(layer, ColumnParallelLinear)
         self._splits_sequence = layer.sequence_parallel
         self._group = layer.tp_group
 
@@ -103,7 +117,7 @@ class Fp8ExpertLinear(torch.nn.Module):
 
     def __init__(self, layer: ExpertLinear) -> None:
         super().__init__()
-        self._weight = _Fp8Weight(layer.weight)
+        self._weight = _Fp8Weight(layer.weight, None if layer.splits_outputs else layer.tp_group)
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """See `ExpertLinear`."""
@@ -121,6 +135,8 @@ def _multiplies(input_: Tensor, weight: Tensor) -> bool:
 
 def keep_in_fp8(model: torch.nn.Module) -> None:
     """Replace the linear layers of a frozen model's decoder by ones in 8-bit floats, one by one.
+
+    All ranks of the model call this. Values do not depend on how many these are.
 
     Embedding, output layer, norms and routers stay as they are.
     """

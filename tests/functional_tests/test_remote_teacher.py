@@ -32,13 +32,14 @@ from tests.functional_tests.server_process import ServerProcess
 from tests.tiny import run_config, run_training, save_random_model, write_data
 
 K = 6
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp": {TP: 2, **SP},
-    "pp": {PP: 2},
-    "cp": {CP: 2},
-    "tp, whole vocabulary": {TP: 2, **SP, "divergence_top_k": 0},
-    "cp, whole vocabulary": {CP: 2, "divergence_top_k": 0},
+WHOLE: dict[str, Any] = {"divergence_top_k": 0}
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pp": ("top_k", {PP: 2}),
+    "cp": ("top_k", {CP: 2}),
+    "tp whole": ("whole", {TP: 2, **SP, **WHOLE}),
+    "tp fp8": ("fp8", {TP: 2, **SP, "teacher_precision": "fp8"}),
 }
+"""Of two ranks, each with the run that it is compared with; fp8 has the teacher in memory."""
 BIGGER = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=8)
 
 
@@ -65,12 +66,17 @@ def of_run(folder: Path, save: str, **changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def in_memory(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """The run with the teacher in memory, by `divergence_top_k`: of few tokens, or of all."""
+def in_memory(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Runs with the teacher in memory: of few tokens, of all, and in less precision."""
     teacher = str(folder / "bigger")
+    options: dict[str, dict[str, Any]] = {
+        "top_k": {},
+        "whole": {"divergence_top_k": 0},
+        "fp8": {"teacher_precision": "fp8", "offload_teacher": True},
+    }
     return {
-        k: run_training(of_run(folder, f"in_memory_{k}", teacher_load=teacher, divergence_top_k=k))
-        for k in (K, 0)
+        name: run_training(of_run(folder, f"in_memory_{name}", teacher_load=teacher, **changes))
+        for name, changes in options.items()
     }
 
 
@@ -84,7 +90,7 @@ def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
-    folder: Path, server: ServerProcess, in_memory: dict[int, list[dict[str, Any]]]
+    folder: Path, server: ServerProcess, in_memory: dict[str, list[dict[str, Any]]]
 ) -> None:
     config = of_run(folder, "served", teacher_url=(server.url,))
     inputs = read_inputs(config)
@@ -109,7 +115,7 @@ def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
         mock.patch.object(TeacherClient, "send_ahead", sending),
         mock.patch.object(TeacherClient, "targets", asking),
     ):
-        check_same(run_training(config), in_memory[K])
+        check_same(run_training(config), in_memory["top_k"])
     assert sorted(sent) == sorted(asked)
     assert len(sent) == 16
     # On resume the place of the teacher may change, as it is the same one.
@@ -205,31 +211,42 @@ def test_another_tokenizer_is_found_before_anything_is_built(
 def _train(rank: int, folder: Path, url: str) -> dict[str, list[dict[str, Any]]]:
     """Two updates under each layout of two ranks."""
     found = {}
-    for name, layout in LAYOUTS.items():
-        config = of_run(
-            folder, name, teacher_url=(url,), num_rollouts=1, lr_decay_iters=4, **layout
-        )
+    for name, (reference, layout) in LAYOUTS.items():
+        teacher: dict[str, Any] = {"teacher_url": (url,)}
+        if reference == "fp8":
+            teacher = {"teacher_load": str(folder / "bigger")}
+        length = {"num_rollouts": 1, "lr_decay_iters": 4}
+        config = of_run(folder, name, **length, **teacher, **layout)
         with mock.patch.object(Run, "save"):
             found[name] = run_training(config)
         rejoin_world()
     return found
 
 
+def test_a_teacher_in_less_precision_trains_nearly_the_same(
+    in_memory: dict[str, list[dict[str, Any]]],
+) -> None:
+    exact, rounded = in_memory["top_k"][0], in_memory["fp8"][0]
+    assert rounded["supervised_tokens"] == exact["supervised_tokens"]
+    assert 0 < abs(rounded["loss"] - exact["loss"]) < 0.2 * exact["loss"]
+
+
 def test_every_layout_of_the_student_gets_the_same_targets(
-    folder: Path, server: ServerProcess, in_memory: dict[int, list[dict[str, Any]]]
+    folder: Path, server: ServerProcess, in_memory: dict[str, list[dict[str, Any]]]
 ) -> None:
     of_ranks = run_distributed(_train, 2, folder, server.url)
     for name, found in of_ranks[0].items():
         assert len(found) == 2
-        reference = in_memory[LAYOUTS[name].get("divergence_top_k", K)]
-        for line, expected in zip(found, reference, strict=False):
+        for line, expected in zip(found, in_memory[LAYOUTS[name][0]], strict=False):
             assert line["supervised_tokens"] == expected["supervised_tokens"]
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+            # Partial sums of tensor-parallel ranks are in bf16 where the teacher computes in it.
+            rel = 1e-2 if "fp8" in name else 1e-5
+            assert line["loss"] == pytest.approx(expected["loss"], rel=rel)
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=10 * rel)
 
 
 def test_ranks_of_the_teacher_and_another_layout_on_resume(
-    folder: Path, in_memory: dict[int, list[dict[str, Any]]]
+    folder: Path, in_memory: dict[str, list[dict[str, Any]]]
 ) -> None:
     common = dict(
         save=folder / "ranks",
@@ -248,4 +265,4 @@ def test_ranks_of_the_teacher_and_another_layout_on_resume(
     more = dict(num_rollouts=2, teacher_ranks=2, teacher_expert_model_parallel_size=2)
     outcome = run_ranks(4, "train", *options(folder, **common | more), "--lr-decay-iters", 4)
     assert outcome.status == 0, outcome.stderr
-    check_same(lines(folder / "ranks" / "metrics.jsonl"), in_memory[0])
+    check_same(lines(folder / "ranks" / "metrics.jsonl"), in_memory["whole"])
