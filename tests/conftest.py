@@ -36,6 +36,7 @@ LONGEST_FIRST = (
     "unit_tests/rollout/test_full_attention.py",
     "unit_tests/rollout/test_engine.py",
     "unit_tests/rollout/test_draw_kernels.py",
+    "functional_tests/test_remote_teacher.py",
     "functional_tests/test_serving.py",
     "functional_tests/test_harness.py",
     "unit_tests/report/test_trajectory_page.py",
