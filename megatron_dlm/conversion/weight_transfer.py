@@ -55,7 +55,6 @@ class GroupTransfer:
         architecture: Of the student.
         format: Target format of exports whose names the servers expect.
         iteration: Optimizer updates done.
-        bucket_bytes: See `BUCKET_BYTES`.
     """
 
     def __init__(
@@ -64,13 +63,11 @@ class GroupTransfer:
         architecture: Architecture,
         format: str,
         iteration: Callable[[], int],
-        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._model = model
         self._architecture = architecture
         self._format = format
         self._iteration = iteration
-        self._bucket_bytes = bucket_bytes
         self._name = f"megatron_dlm_{uuid.uuid4().hex}"
         self._group: WeightGroup | None = None
         self._store: Any = None  # the others meet there, so it has to stay
@@ -115,7 +112,9 @@ class GroupTransfer:
         bucket: list[Named] = []
         size = 0
         for name, tensor in model_tensors(self._model, self._architecture, self._format):
-            if bucket and size + tensor.nbytes > self._bucket_bytes:
+            # Bytes of one type stay aligned.
+            is_other = bool(bucket) and tensor.dtype != bucket[-1][1].dtype
+            if bucket and (is_other or size + tensor.nbytes > BUCKET_BYTES):
                 yield bucket, False
                 bucket, size = [], 0
             bucket.append((name, tensor))

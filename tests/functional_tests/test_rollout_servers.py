@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from megatron_dlm.config import Config
+from megatron_dlm.conversion import weight_transfer
 from megatron_dlm.errors import UserError
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.external import engine
@@ -21,6 +22,7 @@ from megatron_dlm.training.checkpoint_writing import write_latest
 from megatron_dlm.training.run import Run
 from megatron_dlm.training.stored_batch import AHEAD
 from megatron_dlm.types.trajectory import Prompt, Trajectory
+from tests.distributed_tests.spawn import run_distributed
 from tests.functional_tests.entry_points import lines
 from tests.functional_tests.server_process import ServerProcess
 from tests.tiny import run_config, run_training, save_random_model, write_data
@@ -212,3 +214,32 @@ def test_the_order_of_settling_is_found_where_a_server_does_not_say_it(
     assert losses(lines) == losses(internal)
     for name in ("tokens_per_forward", "tokens_by_step"):
         assert [line[name] for line in lines] == [line[name] for line in internal]
+
+
+def train_on_rank(rank: int, folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """On a rank of a world; bucket by bucket, so that there are several."""
+    with mock.patch.object(weight_transfer, "BUCKET_BYTES", 20_000):
+        return run_training(run_config(folder, folder / "model", **options))
+
+
+def test_ranks_share_servers_and_gather_the_weights(
+    folder: Path, server: ServerProcess, internal: list[dict[str, Any]]
+) -> None:
+    options = {
+        **SERVER,
+        "rollout_engine_urls": (server.url,),
+        "tensor_model_parallel_size": 2,
+        "save": str(folder / "ranks"),
+    }
+    for found in run_distributed(train_on_rank, 4, folder, options):
+        assert losses(found) == pytest.approx(losses(internal), rel=1e-4)
+        for name in ("response_lengths", "tokens_by_step", "eos_rate"):
+            assert [line[name] for line in found] == [line[name] for line in internal]
+
+
+def test_draws_are_those_of_a_rollout_inside_the_run(folder: Path, server: ServerProcess) -> None:
+    sampled = {"temperature": 1.0, "top_p": 0.9, "num_rollouts": 1}
+    own = run_config(folder, folder / "model", **GREEDY | sampled, save=str(folder / "drawn"))
+    options = {**SERVER, **sampled, "rollout_engine_urls": (server.url,)}
+    served = run_config(folder, folder / "model", **options, save=str(folder / "drawn_there"))
+    assert losses(run_training(served)) == losses(run_training(own))
