@@ -19,7 +19,7 @@ from megatron_dlm.errors import UserError
 from megatron_dlm.rollout.external import client
 from megatron_dlm.rollout.external.client import RolloutServer
 from megatron_dlm.rollout.external.flight import Flight
-from megatron_dlm.rollout.external.responses import trajectory_of
+from megatron_dlm.rollout.external.responses import request, trajectory_of
 from megatron_dlm.rollout.external.settings import check_settings, described
 from megatron_dlm.rollout.external.weight_group import (
     Bucket,
@@ -122,6 +122,14 @@ def test_the_model_of_sglang_is_compared(sglang: dict[str, Any], tmp_path: Path)
     masked_otherwise = described(architecture(), generation(), TOKENS)
     with pytest.raises(UserError, match="mask_token_id is 151669 there and 7 in the run"):
         check_settings(SERVER, masked_otherwise, 0.0, 200)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_schema_of_sglang_takes_requests(temperature: float) -> None:
+    schema = pytest.importorskip("sglang.api.v1.api_types")
+    prompt = Prompt(3, torch.tensor([1, 2, 3]))
+    body = request(prompt, 16, generation(temperature=temperature), TOKENS, seed=1)
+    assert schema.GenerateRequest.from_json_value(body)
 
 
 @contextmanager
