@@ -32,7 +32,7 @@ LATEST_PIP := $(LATEST)/bin/python -m pip install --quiet --no-compile --disable
 export OMP_NUM_THREADS ?= 1
 
 # In the order of tests/conftest.py, which begins with the files that take longest.
-THREE_FILES_AT_A_TIME := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+FILES_AT_A_TIME := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 SHELL_SCRIPTS := .ci/run .ci/check-subjects $(wildcard benchmarks/*.sh examples/*.sh \
 	examples/*.slurm examples/*/*.sh docker/*.sh)
@@ -107,13 +107,13 @@ lint: setup
 	$(BIN)/hadolint docker/Dockerfile
 
 test-fast: setup
-	$(BIN)/pytest tests/unit_tests -m 'not slow' $(THREE_FILES_AT_A_TIME) --durations 5
+	$(BIN)/pytest tests/unit_tests -m 'not slow' $(FILES_AT_A_TIME) --durations 5
 
 test: lint
-	$(BIN)/pytest $(THREE_FILES_AT_A_TIME) --durations 15
+	$(BIN)/pytest $(FILES_AT_A_TIME) --durations 15
 
 test-core-latest: $(LATEST_STAMP)
-	$(LATEST)/bin/pytest $(THREE_FILES_AT_A_TIME) --durations 5 -m 'not slow' tests/unit_tests \
+	$(LATEST)/bin/pytest $(FILES_AT_A_TIME) --durations 5 -m 'not slow' tests/unit_tests \
 		tests/functional_tests/test_golden.py tests/distributed_tests/test_checkpoint_saving.py \
 		'$(LAYOUT)[TP2 PP2 SP]' '$(SHARED_ROWS)[moe EP2 CP2 DP2]'
 
