@@ -63,6 +63,9 @@ def hold_teacher(config: Config, request: StopRequest, line: JobLine) -> int:
     field = "--teacher-load" if config.distillation.teacher_load else "--load"
     source = open_model_source(str(config.teacher_load), field, config.model.verify_checkpoint)
     validate_teacher(config, source.architecture)
+    if (status := from_rank_zero(line.ended)) is not None:  # nothing was left to do
+        line.leave(Side.of(config).rank)
+        return status
     own, side, key = config.of_teacher(), Side.of(config), from_rank_zero(new_key)
     address = _own_address()
     options = TeacherServerConfig(

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_dlm.config.fields import FIXED
 from megatron_dlm.ranges import ABOVE_ZERO, AT_LEAST_ONE, AT_LEAST_ZERO
 
 TeacherPrecision = Literal["fp32", "bf16", "fp8"]
@@ -13,7 +12,7 @@ TeacherPrecision = Literal["fp32", "bf16", "fp8"]
 class TeacherConfig:
     """Teacher: its precision, and processes or servers of its own."""
 
-    teacher_precision: Annotated[TeacherPrecision | None, FIXED] = None
+    teacher_precision: TeacherPrecision | None = None
     """Precision of a teacher with weights of its own (default: the student's). fp8: weights of
     linear layers and experts in e4m3 with a scale for each output, half of bf16's memory; the rest
     in bf16. GPUs with 8-bit products use them (inputs get a scale for each token)."""

@@ -28,6 +28,9 @@ from megatron_dlm.teacher.wire import (
     unpack_texts,
 )
 
+MOST_VALUES = 1 << 26
+"""Probabilities of an answer: the process that gives all of them holds them at once."""
+
 
 class TeacherApi:
     """Answers requests with a queue; all methods run in the thread of HTTP.
@@ -64,10 +67,7 @@ class TeacherApi:
         """The most likely tokens of texts; of those sent ahead only that they are known."""
         if self._queue.stopping:
             raise _stopping()
-        expected = request.headers.get(FINGERPRINT_HEADER, self._identity.fingerprint)
-        if expected != self._identity.fingerprint:
-            text = f"this server has the teacher {self._identity.name}, other weights"
-            raise ApiError(409, text, code="other_teacher")
+        self._check_teacher(request)
         try:
             texts, k = await asyncio.to_thread(unpack_texts, await request.body())
         except ValueError as error:
@@ -87,8 +87,16 @@ class TeacherApi:
         body = await asyncio.to_thread(pack_targets, targets)
         return Response(body, media_type="application/octet-stream")
 
-    async def head(self, first: int, last: int) -> Response:
+    def _check_teacher(self, request: Request) -> None:
+        """Refuse who expects another teacher."""
+        own = self._identity
+        if request.headers.get(FINGERPRINT_HEADER, own.computes) != own.computes:
+            text = f"this server has the teacher {own.name} in {own.precision}, another one"
+            raise ApiError(409, text, code="other_teacher")
+
+    async def head(self, request: Request, first: int, last: int) -> Response:
         """Rows of the output layer, for clients that ask for hidden states."""
+        self._check_teacher(request)
         if not 0 <= first < last <= self._vocab_size:
             problem = f"rows {first} to {last} are not among {self._vocab_size}"
             raise ApiError(400, problem, param="first")
@@ -102,6 +110,9 @@ class TeacherApi:
             raise ApiError(400, "there is no text")
         if not 0 <= k < self._vocab_size:
             problem = f"k = {k} is no proper part of a vocabulary of {self._vocab_size}"
+            raise ApiError(400, problem, param="k")
+        if k * sum(map(len, texts)) > MOST_VALUES:
+            problem = f"{k} tokens of each prediction are more than {MOST_VALUES} numbers together"
             raise ApiError(400, problem, param="k")
         for text in texts:
             if len(text.token_ids) > self._positions:
@@ -142,7 +153,7 @@ def create_teacher_app(api: TeacherApi, options: TeacherServerConfig) -> ASGIApp
         return await api.targets(request, ahead)
 
     @app.get(HEAD_PATH)
-    async def head(first: int, last: int) -> Response:
-        return await api.head(first, last)
+    async def head(request: Request, first: int, last: int) -> Response:
+        return await api.head(request, first, last)
 
     return Gate(app, options, Metrics())

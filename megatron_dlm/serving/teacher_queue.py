@@ -161,6 +161,7 @@ class TeacherQueue:
                 assert self._head is not None
                 self._head.set_exception(error)
             left = [*self._asked.values(), *self._computed.values()]
+            self._ahead.clear()
             self._asked.clear()
             self._computed.clear()
         for work in left:

@@ -97,13 +97,14 @@ def _answer(
     """Compute what waits, on all ranks in step, until it is over."""
     try:
         while True:
-            texts, k = list[TeacherText](), 0
-            if teacher.is_first:
+            texts, k, is_end = list[TeacherText](), 0, is_over(queue)
+            if teacher.is_first and not is_end:
                 texts, k = queue.take(TICK_SECONDS)
-            work = texts, k, queue.wants_head, is_over(queue) and not texts
+            work = texts, k, queue.wants_head, is_end
             texts, k, wants_head, ends = _from_first(teacher.in_step, work)
             ACTIVITY.step()
             if ends:
+                queue.fail(RuntimeError("the teacher's server has ended"))
                 return
             if wants_head and (head := teacher.head()) is not None:
                 queue.give_head(head)

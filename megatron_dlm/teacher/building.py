@@ -18,7 +18,7 @@ from megatron_dlm.teacher.base import Teacher
 from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.frozen import frozen_teacher
 from megatron_dlm.teacher.given_responses import given_records
-from megatron_dlm.teacher.inputs import TeacherInputs, weights_as_computed
+from megatron_dlm.teacher.inputs import TeacherInputs
 from megatron_dlm.teacher.loading import load_teacher
 from megatron_dlm.teacher.remote import RemoteTeacher
 from megatron_dlm.teacher.responses import generate_missing
@@ -142,8 +142,8 @@ def _stored_top_k(
         prompt_tokens=prompts.fingerprint(),
         num_prompts=len(prompts),
         teacher=str(inputs.source.hf_folder.resolve()),
-        teacher_weights=weights_as_computed(inputs.fingerprint, config),
-        bf16=config.teacher_precision != "fp32",
+        teacher_weights=inputs.computes(config),
+        bf16=config.model.bf16,
         k=k,
     )
     folder = Path(config.teacher_responses) / f"top_{k}"

@@ -1,16 +1,17 @@
 """Asks servers of a teacher for its targets of texts, several requests at a time."""
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import cached_property
+from typing import Any
 
 import httpx2
 from torch import Tensor
 
-from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.teacher.wire import (
     FINGERPRINT_HEADER,
@@ -32,7 +33,7 @@ TOKENS_PER_REQUEST = 32768
 """A request has texts of about so many tokens, or one text."""
 
 POLL_SECONDS = 0.2
-"""How often the wait for answers looks whether the run is to stop."""
+"""How often ranks that wait for answers look whether the run is to stop."""
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
 """Before a request is sent again; each pause is twice the one before."""
@@ -67,9 +68,9 @@ class TeacherClient:
             limits=httpx2.Limits(max_connections=None),
             trust_env=False,
         )
-        self._threads = ThreadPoolExecutor(max_requests * len(self._urls), "teacher")
+        self._threads = _Threads(max_requests * len(self._urls))
         # What is sent ahead must not take the place of what is waited for.
-        self._ahead = ThreadPoolExecutor(len(self._urls), "teacher ahead")
+        self._ahead = _Threads(len(self._urls))
         self._closed = threading.Event()
 
     @cached_property
@@ -81,7 +82,7 @@ class TeacherClient:
         """
         found = [self._identity_of(url) for url in self._urls]
         for url, other in zip(self._urls, found, strict=True):
-            if (other.fingerprint, other.precision) != (found[0].fingerprint, found[0].precision):
+            if other.computes != found[0].computes:
                 raise bad_value(
                     self._field,
                     url,
@@ -98,21 +99,12 @@ class TeacherClient:
         except ValueError as error:
             raise self._no_teacher(url, str(error)) from error
 
-    def targets(
-        self,
-        texts: Sequence[TeacherText],
-        k: int,
-        check: Callable[[], None] = lambda: None,
-    ) -> list[TeacherTargets]:
-        """The targets of texts, in their order.
+    def begin(self, texts: Sequence[TeacherText], k: int) -> "Asked":
+        """Ask for the targets of texts, without waiting.
 
         Args:
             texts: At least one prediction each.
             k: Tokens of a distribution; 0: hidden states.
-            check: Called now and then while answers are waited for; what it raises ends the wait.
-
-        Raises:
-            UserError: A server refused a request, or none answered it in time.
         """
         of_server: dict[int, list[int]] = {}
         for index, text in enumerate(texts):
@@ -122,19 +114,18 @@ class TeacherClient:
             for part in _parts(indices, [len(text.token_ids) for text in texts]):
                 future = self._threads.submit(self._ask, server, [texts[i] for i in part], k)
                 asked[future] = part
-        found: dict[int, TeacherTargets] = {}
-        pending = set(asked)
-        try:
-            while pending:
-                check()
-                done, pending = wait(pending, POLL_SECONDS, "FIRST_COMPLETED")
-                for future in done:
-                    found |= zip(asked[future], future.result(), strict=True)
-                    ACTIVITY.step()
-        finally:
-            for future in pending:
-                future.cancel()
-        return [found[index] for index in range(len(texts))]
+        return Asked(asked)
+
+    def targets(self, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
+        """The targets of texts, in their order; see `begin`.
+
+        Raises:
+            UserError: A server refused a request, or none answered it in time.
+        """
+        asked = self.begin(texts, k)
+        while not asked.has_ended:
+            asked.wait(POLL_SECONDS)
+        return asked.result()
 
     def head(self, first: int, last: int, hidden_size: int) -> Tensor:
         """Rows of the teacher's output layer, [last - first, h], which hidden states go with.
@@ -143,8 +134,9 @@ class TeacherClient:
             UserError: No server gave them in time.
         """
         rows = {"first": str(first), "last": str(last)}
+        expected = {FINGERPRINT_HEADER: self.identity.computes}
         answer = self._answered(
-            self._urls, lambda url: self._http.get(url + HEAD_PATH, params=rows)
+            self._urls, lambda url: self._http.get(url + HEAD_PATH, params=rows, headers=expected)
         )
         try:
             return unpack_head(answer.content, last - first, hidden_size)
@@ -172,7 +164,7 @@ class TeacherClient:
         """Send nothing more; what is asked for is not waited for."""
         self._closed.set()
         for threads in (self._threads, self._ahead):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
         self._http.close()
 
     def _server_of(self, text: TeacherText) -> int:
@@ -186,7 +178,7 @@ class TeacherClient:
             url + TARGETS_PATH,
             params=query,
             content=pack_texts(texts, k),
-            headers={FINGERPRINT_HEADER: self.identity.fingerprint},
+            headers={FINGERPRINT_HEADER: self.identity.computes},
         )
 
     def _ask(self, server: int, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
@@ -232,6 +224,92 @@ class TeacherClient:
         return bad_value(
             self._field, url, problem, "name servers that megatron-dlm serve-teacher started"
         )
+
+
+class Asked:
+    """Requests on their way.
+
+    Args:
+        parts: The texts of each request, by their numbers.
+    """
+
+    def __init__(self, parts: dict[Future[list[TeacherTargets]], list[int]]) -> None:
+        self._parts = parts
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all are answered or one never will be, but not for longer."""
+        wait(self._parts, seconds, "FIRST_EXCEPTION")
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why one is never answered."""
+        return next((f.exception() for f in self._parts if f.done() and f.exception()), None)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all are answered, or one never will be."""
+        return self.error is not None or all(future.done() for future in self._parts)
+
+    def cancel(self) -> None:
+        """Give up what is not sent yet."""
+        for future in self._parts:
+            future.cancel()
+
+    def result(self) -> list[TeacherTargets]:
+        """The targets of all texts, in their order.
+
+        Raises:
+            UserError: A server refused a request, or none answered it in time.
+        """
+        if self.error is not None:
+            self.cancel()
+            raise self.error
+        found = {
+            index: targets
+            for future, part in self._parts.items()
+            for index, targets in zip(part, future.result(), strict=True)
+        }
+        return [found[index] for index in range(len(found))]
+
+
+class _Threads:
+    """Threads for requests, which no end of the process waits for, unlike those of an executor.
+
+    Args:
+        number: Of requests at a time.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]
+        self._work = queue.SimpleQueue()
+        self._number = number
+        self._threads: list[threading.Thread] = []
+        self._is_closed = False
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call a function in one of them, later."""
+        future: Future[Any] = Future()
+        self._work.put((future, function, arguments))
+        if len(self._threads) < self._number:
+            thread = threading.Thread(target=self._run, name="teacher", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._is_closed = True
+
+    def _run(self) -> None:
+        while True:
+            future, function, arguments = self._work.get()
+            if self._is_closed or not future.set_running_or_notify_cancel():
+                future.cancel()
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # raised again where the result is waited for
+                future.set_exception(error)
 
 
 def _parts(indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.config import Config
+from megatron_dlm.config.teacher_options import TeacherPrecision
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.response_store import ResponseHeader, ResponseStore
 from megatron_dlm.data.tokenizer import (
@@ -33,12 +34,22 @@ class TeacherInputs:
         fingerprint: SHA-256 of the weights, read now: a checkpoint may be pruned later.
         responses: Store of its responses to the prompts; None if none are used.
         client: Reaches its servers; None where it is no server's.
+        precision: That it computes in.
     """
 
     source: ModelWeights
     fingerprint: str
     responses: ResponseStore | None = None
     client: TeacherClient | None = None
+    precision: TeacherPrecision = "fp32"
+
+    def computes(self, config: Config) -> str:
+        """Tells what it says from what other weights or another precision do.
+
+        The fingerprint alone where the precision is the student's.
+        """
+        usual = "bf16" if config.model.bf16 else "fp32"
+        return self.fingerprint + ("" if self.precision == usual else f" in {self.precision}")
 
 
 def check_diffusion_student(config: Config, student: Architecture) -> DiffusionKind:
@@ -186,11 +197,6 @@ def with_ends_of(
     return replace(special_tokens, eos_token_ids=(*special_tokens.eos_token_ids, *theirs))
 
 
-def weights_as_computed(fingerprint: str, config: Config) -> str:
-    """Fingerprint of the teacher's weights as they are multiplied: in fp8 they are others."""
-    return f"{fingerprint} in fp8" if config.teacher_precision == "fp8" else fingerprint
-
-
 def response_store(
     config: Config,
     teacher: TeacherInputs,
@@ -210,8 +216,8 @@ def response_store(
         num_prompts=len(prompts),
         # For a run folder: the checkpoint that it means now.
         teacher=str(teacher.source.hf_folder.resolve()),
-        teacher_weights=weights_as_computed(teacher.fingerprint, config),
-        bf16=config.teacher_precision != "fp32",
+        teacher_weights=teacher.computes(config),
+        bf16=config.model.bf16,
         seed=config.data.seed,
         eos_token_ids=sorted(special_tokens.eos_token_ids),
         max_response_length=rollout.max_response_length,

@@ -48,7 +48,8 @@ class JobLine:
 
     def ask_to_stop(self, code: int) -> None:
         """Let the student's ranks stop: a rank of the teacher was asked to."""
-        self._store.set(_STOP, str(code))
+        with suppress(RuntimeError):
+            self._store.set(_STOP, str(code))
 
     def asked_to_stop(self) -> int:
         """What a rank of the teacher was asked to; 0: nothing."""
@@ -64,8 +65,15 @@ class JobLine:
                 time.sleep(POLL_SECONDS)
 
     def ended(self) -> int | None:
-        """The status that the student's ranks ended with; None while they run."""
-        return int(self._store.get(_END)) if self._store.check([_END]) else None
+        """The status that the student's ranks ended with; None while they run.
+
+        0 where the store is gone with the rank that kept it: had that failed, the watch over all
+        ranks, or the launcher, would have ended this one.
+        """
+        try:
+            return int(self._store.get(_END)) if self._store.check([_END]) else None
+        except RuntimeError:
+            return 0
 
     def leave(self, rank: int) -> None:
         """Say that a rank of the teacher has seen the end."""

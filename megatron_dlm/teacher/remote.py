@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm import platform
+from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import padded_vocab_size
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
-from megatron_dlm.stop_request import StopRequested
-from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.client import POLL_SECONDS, Asked, TeacherClient
 from megatron_dlm.teacher.wire import TeacherText
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
@@ -91,19 +92,18 @@ class RemoteTeacher:
         """
         texts = [TeacherText.of(trajectory) for trajectory in trajectories]
         counts = [len(text) for text in texts]
-        found: TeacherTargets | None = None
-        stop_code = 0
         with errors_on_all_ranks():
             _ = self.head  # the first time it is fetched
-            if self._asks:
-                try:
-                    found = self._asked(texts)
-                except StopRequested as stop:
-                    stop_code = stop.code
-        if self._stop is not None:
-            with self._stop.settled():
-                if stop_code:
-                    raise StopRequested(stop_code)
+        asks = texts if self._asks else []
+        asked = self._client.begin([text for text in asks if len(text)], self._k)
+        try:
+            self._await(asked)
+            with errors_on_all_ranks():
+                if isinstance(asked.error, UserError):
+                    raise asked.error
+        finally:
+            asked.cancel()
+        found = TeacherTargets.cat([self._empty(0), *asked.result()]) if self._asks else None
         if not self._groups.is_last_stage:
             return
         start, targets = 0, self._shared(found, sum(counts))
@@ -115,15 +115,19 @@ class RemoteTeacher:
         """Send nothing more."""
         self._client.close()
 
-    def _asked(self, texts: Sequence[TeacherText]) -> TeacherTargets:
-        """The targets of texts, end to end."""
-        asked = [text for text in texts if len(text)]
-        answers = self._client.targets(asked, self._k, self._check)
-        return TeacherTargets.cat([self._empty(0), *answers])
+    def _await(self, asked: Asked) -> None:
+        """Wait for all ranks' answers in step: a teacher may take longer than a collective waits.
 
-    def _check(self) -> None:
-        if self._stop is not None and (code := self._stop.requested):
-            raise StopRequested(code)
+        Raises:
+            StopRequested: On all ranks.
+        """
+        waits, has_failed = True, False
+        while waits and not has_failed:
+            asked.wait(POLL_SECONDS)
+            ACTIVITY.step()  # a server that hangs has a timeout of its own
+            waits, has_failed = not asked.has_ended, asked.error is not None
+            if self._stop is not None:
+                waits, has_failed = self._stop.agree(waits, has_failed)
 
     def _empty(self, predictions: int) -> TeacherTargets:
         """Targets without values."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from megatron_dlm.config.teacher_options import TeacherPrecision
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -189,10 +190,15 @@ class TeacherIdentity:
 
     fingerprint: str
     name: str
-    precision: str
+    precision: TeacherPrecision
     hf_config: dict[str, Any]
     generation_config: dict[str, Any]
     vocabulary: Vocabulary | None
+
+    @property
+    def computes(self) -> str:
+        """Tells it from other weights, and from the same in another precision."""
+        return f"{self.fingerprint} in {self.precision}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; the inverse of `from_json`."""

@@ -94,7 +94,7 @@ def resumable_config(config: Config, inputs: "RunInputs") -> dict[str, Any]:
     return resolved_options(config) | {
         DATA_FINGERPRINT: inputs.data.file.fingerprint,
         "num_records": config.num_records,
-        TEACHER_FINGERPRINT: None if inputs.teacher is None else inputs.teacher.fingerprint,
+        TEACHER_FINGERPRINT: None if inputs.teacher is None else inputs.teacher.computes(config),
         LOAD_FINGERPRINT: load_fingerprint,
     }
 
@@ -191,10 +191,14 @@ def _input_differences(
         then, records = saved["num_records"], now["num_records"]
         found.append(Difference("max_prompt_length", then, records, "records that it leaves"))
     if differs(TEACHER_FINGERPRINT):
-        then = saved[TEACHER_FINGERPRINT] and (saved["teacher_load"] or saved["load"])
-        teacher = now[TEACHER_FINGERPRINT] and config.teacher_load
-        about = "another teacher" if then and teacher else "whether it teaches itself"
-        found.append(Difference("teacher_load", then, teacher, about))
+        urls = config.teacher.teacher_url
+        before, after = saved[TEACHER_FINGERPRINT], now[TEACHER_FINGERPRINT]
+        then = before and (saved["teacher_load"] or saved["load"])
+        teacher = after and (urls[0] if urls else config.teacher_load)
+        about = "another teacher" if before and after else "whether it teaches itself"
+        if before and after and before.split()[0] == after.split()[0]:
+            about = "the teacher in another precision"
+        found.append(Difference("teacher_url" if urls else "teacher_load", then, teacher, about))
     load, named = saved["load"], config.model.load
     fingerprints = saved.get(LOAD_FINGERPRINT), now[LOAD_FINGERPRINT]
     if named not in (load, resumed.path) and None not in fingerprints:

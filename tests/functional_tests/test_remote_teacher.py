@@ -19,7 +19,7 @@ from megatron_dlm.teacher.answering import TextTeacher
 from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.loading import load_teacher
 from megatron_dlm.teacher.remote_weights import url_client
-from megatron_dlm.teacher.wire import TARGETS_PATH, TeacherText, pack_texts
+from megatron_dlm.teacher.wire import TARGETS_PATH, TeacherIdentity, TeacherText, pack_texts
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import Run
@@ -89,6 +89,13 @@ def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5)
 
 
+FROM_JSON = TeacherIdentity.from_json
+
+
+def fp8_identity(values: dict[str, Any]) -> TeacherIdentity:
+    return FROM_JSON({**values, "precision": "fp8"})
+
+
 def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
     folder: Path, server: ServerProcess, in_memory: dict[str, list[dict[str, Any]]]
 ) -> None:
@@ -99,25 +106,31 @@ def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
     assert inputs.teacher.fingerprint == source.fingerprint()
     sent: list[bytes] = []
     asked: list[bytes] = []
-    send, ask = TeacherClient.send_ahead, TeacherClient.targets
+    send, ask = TeacherClient.send_ahead, TeacherClient.begin
 
     def sending(self: TeacherClient, text: TeacherText, k: int) -> None:
         sent.append(text.digest)
         send(self, text, k)
 
-    def asking(self: TeacherClient, texts: list[TeacherText], *others: Any) -> Any:
+    def asking(self: TeacherClient, texts: list[TeacherText], k: int) -> Any:
         # All of a rollout were on their way before it had ended.
         assert {text.digest for text in texts} <= set(sent)
         asked.extend(text.digest for text in texts)
-        return ask(self, texts, *others)
+        return ask(self, texts, k)
 
     with (
         mock.patch.object(TeacherClient, "send_ahead", sending),
-        mock.patch.object(TeacherClient, "targets", asking),
+        mock.patch.object(TeacherClient, "begin", asking),
     ):
         check_same(run_training(config), in_memory["top_k"])
     assert sorted(sent) == sorted(asked)
     assert len(sent) == 16
+    # A server of the same weights in another precision is another teacher.
+    with (
+        mock.patch.object(TeacherIdentity, "from_json", fp8_identity),
+        pytest.raises(UserError, match=f"--teacher-url.*precision.*{server.url}"),
+    ):
+        run_training(config.changed(num_rollouts=3, extend=True))
     # On resume the place of the teacher may change, as it is the same one.
     longer = dict(num_rollouts=3, extend=True)
     more = run_training(
@@ -173,12 +186,15 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
         assert all(fragment in message for fragment in fragments), message
     for body in (b"", b"no safetensors", pack_texts([TeacherText(TEXT.token_ids, 3)], K)):
         assert httpx2.post(server.url + TARGETS_PATH, content=body).status_code == 400
-    # A server that was started again with other weights.
-    stale = client(server.url)
-    vars(stale)["identity"] = replace(stale.identity, fingerprint="other")
-    with pytest.raises(UserError, match="other weights"):
-        stale.targets([TEXT], K)
-    stale.close()
+    # A server that was started again with other weights, or in another precision.
+    for changes in ({"fingerprint": "other"}, {"precision": "fp8"}):
+        stale = client(server.url)
+        vars(stale)["identity"] = replace(stale.identity, **changes)
+        with pytest.raises(UserError, match="another one"):
+            stale.targets([TEXT], K)
+        with pytest.raises(UserError, match="another one"):
+            stale.head(0, 1, 64)
+        stale.close()
     # One server of two does not answer: the other one does.
     both = client(server.url, server.url, timeout_s=30)
     identity = both.identity
