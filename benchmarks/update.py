@@ -32,6 +32,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.attention_layout import visible
+from megatron_dlm.models.model import head_weight
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.output_file import write_file
@@ -116,7 +117,7 @@ def ours(folder: Path, config: Config, case: str) -> Callable[[], tuple[float, f
     open_model_source(str(folder), "--load").load_into(model)
     student = build_student(model, config)
     objective = OBJECTIVES["opdlm_off"](config, MASK, VOCAB_SIZE)
-    rows, head = packed(config, case), teacher_head().to(model.decoder.final_layernorm.weight)
+    rows, head = packed(config, case), teacher_head().to(head_weight(model))
 
     def update() -> tuple[float, float]:
         result = train_step(

@@ -40,7 +40,7 @@ from megatron_dlm.evaluation.generation import (
     read_inference_inputs,
 )
 from megatron_dlm.evaluation.options import InferenceArguments, InferenceSetup, resolve_inference
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.objectives import OBJECTIVES
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.training.validation import Validation
@@ -122,13 +122,13 @@ class Model:
         self._closing = weakref.finalize(self, _GROUPS.leave)
         try:
             with torch.random.fork_rng():
-                self._module: DiffusionGPTModel | None = load_frozen_model(setup)
+                self._module: StageModel | None = load_frozen_model(setup)
         except BaseException:
             self._closing()
             raise
 
     @property
-    def module(self) -> DiffusionGPTModel:
+    def module(self) -> StageModel:
         """The PyTorch module.
 
         Raises:

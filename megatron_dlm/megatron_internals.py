@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NAMES = (
@@ -163,6 +164,40 @@ def observe_neighbours(waiting: Callable[[], AbstractContextManager[None]]) -> N
             return exchange(*args, **kwargs)
 
     communicator._communicate = observed
+
+
+def tell_shapes_in_order() -> None:
+    """Let two stages that are each other's next and previous one tell each other shapes in order.
+
+    Under virtual stages both messages may go between them at once. Megatron-Core sends that to the
+    previous stage first, and receives that of the previous stage first, where it is the second.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    def exchanged(self: Any, to_next: Any, to_previous: Any, previous: bool, following: bool) -> Any:
+        def shape_of(tensor: Tensor | None) -> Tensor:
+            sizes = [0, 0, 0] if tensor is None else list(tensor.shape)
+            return torch.tensor(sizes, device=torch.cuda.current_device())
+
+        of_previous, of_next = shape_of(None), shape_of(None)
+        send, receive = torch.distributed.isend, torch.distributed.irecv
+        messages = [
+            (to_next is not None, send, shape_of(to_next), self.next_rank),
+            (previous, receive, of_previous, self.prev_rank),
+            (to_previous is not None, send, shape_of(to_previous), self.prev_rank),
+            (following, receive, of_next, self.next_rank),
+        ]
+        operations = [
+            torch.distributed.P2POp(operation, shape, rank, self.pp_group)
+            for is_due, operation, shape, rank in messages
+            if is_due
+        ]
+        for work in torch.distributed.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return of_previous.tolist(), of_next.tolist()
+
+    communicator: Any = P2PCommunicator
+    communicator._communicate_shapes = exchanged
 
 
 @contextmanager

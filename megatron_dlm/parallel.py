@@ -24,7 +24,7 @@ from megatron_dlm.entry import collect_garbage_as_usual, rank, world_size
 from megatron_dlm.errors import UserError
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.launcher import attempt
-from megatron_dlm.megatron_internals import observe_neighbours
+from megatron_dlm.megatron_internals import observe_neighbours, tell_shapes_in_order
 from megatron_dlm.rank_watch import RankWatch
 
 T = TypeVar("T")
@@ -40,6 +40,8 @@ class ParallelGroups:
         pp_last_rank: Global rank of the last of them.
         decisions: The same ranks once more, for what the last stage decides: where messages of a
             group go one after the other, it does not stand behind hidden states of other rows.
+        way_back: The same ranks once more, for hidden states that the last stage hands to the next
+            model chunk of the first, likewise; None without virtual stages.
         is_last_stage: Whether this rank is on the last stage.
         model: All ranks that hold parts of the same replica of the model.
         replicas: Ranks that hold the same part in all replicas. In rollouts and evaluations each
@@ -61,6 +63,7 @@ class ParallelGroups:
     pp: ProcessGroup | None = None
     pp_last_rank: int = 0
     decisions: ProcessGroup | None = None
+    way_back: ProcessGroup | None = None
     is_last_stage: bool = True
     model: ProcessGroup | None = None
     replicas: ProcessGroup | None = None
@@ -102,6 +105,7 @@ class ParallelGroups:
             pp=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
             pp_last_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
             decisions=_decisions,
+            way_back=_way_back,
             is_last_stage=parallel_state.is_pipeline_last_stage(),
             model=_unless_alone(parallel_state.get_model_parallel_group()),
             replicas=_unless_alone(replicas),
@@ -118,14 +122,20 @@ class ParallelGroups:
 
 
 _decisions: ProcessGroup | None = None
+_way_back: ProcessGroup | None = None
 """See `ParallelGroups`; made and forgotten with Megatron-Core's groups."""
 
 
-def _make_decisions_group(timeout: timedelta) -> None:
-    """Make a second group of each pipeline; all ranks call this."""
-    global _decisions
+def _make_pipeline_groups(chunks: int, timeout: timedelta) -> None:
+    """Make further groups of each pipeline; all ranks call this.
+
+    Args:
+        chunks: Model chunks of a stage.
+        timeout: Of their messages.
+    """
+    global _decisions, _way_back
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    _decisions = None
+    _decisions = _way_back = None
     if stages == 1:
         return
     observe_neighbours(NEIGHBOURS.waiting)
@@ -137,6 +147,9 @@ def _make_decisions_group(timeout: timedelta) -> None:
     pipelines = [list(range(first, everyone, apart)) for first in range(apart)]
     assert own in pipelines
     _decisions, _ = torch.distributed.new_subgroups_by_enumeration(pipelines, timeout=timeout)
+    if chunks > 1:
+        tell_shapes_in_order()
+        _way_back, _ = torch.distributed.new_subgroups_by_enumeration(pipelines, timeout=timeout)
 
 
 def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
@@ -147,9 +160,11 @@ def initialize(config: Config) -> None:
     """Select the device, split the process group of all ranks by the layout, and set seeds."""
     platform.select(config.parallel.device)
     parallel = config.parallel
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -157,7 +172,7 @@ def initialize(config: Config) -> None:
         # Nothing here gathers over the host, and a second group for each takes long on many ranks.
         create_gloo_process_groups=False,
     )
-    _make_decisions_group(timedelta(minutes=parallel.distributed_timeout_minutes))
+    _make_pipeline_groups(chunks, timedelta(minutes=parallel.distributed_timeout_minutes))
     _set_seeds(config)
 
 

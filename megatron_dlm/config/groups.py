@@ -111,6 +111,9 @@ class ParallelConfig:
     """Processes that share every layer (TP)."""
     pipeline_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Pipeline stages that share the layers (PP)."""
+    num_virtual_stages_per_pipeline_rank: Annotated[int, AT_LEAST_ONE] = 1
+    """Model chunks of a pipeline stage (virtual stages): a row passes all stages once for each, so
+    that less of an update goes by while the pipeline fills and drains."""
     context_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share the tokens of each row of an update and of the teacher (CP), for long
     responses; rollouts and evaluations share texts instead."""

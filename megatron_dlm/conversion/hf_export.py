@@ -49,7 +49,7 @@ def export_hf(
     The folder is filled under a temporary name and renamed, so it is complete or absent.
 
     Args:
-        model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
+        model: This rank's part of a `StageModel`, possibly wrapped for training.
         architecture: Architecture of the model; its config.json has the kind of diffusion model.
         folder: Folder to write.
         format: `sdar` (block diffusion; `sdar_moe` for mixtures of experts), `a2d-<family>`

@@ -25,7 +25,7 @@ def load_hf_weights(
     all ranks check the whole checkpoint, with the same result.
 
     Args:
-        model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training. Master
+        model: This rank's part of a `StageModel`, possibly wrapped for training. Master
             weights of an existing optimizer are not updated.
         architecture: Architecture of the model.
         folder: Hugging Face folder with safetensors.

@@ -12,7 +12,7 @@ from megatron_dlm.data.json_records import RecordsInMemory
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.generation import InferenceInputs, read_inference_inputs
 from megatron_dlm.evaluation.options import InferenceSetup
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.block_grid import sequence_length
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -58,7 +58,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         setup: InferenceSetup,
         generation: GenerationConfig,
         tokenizer: PreTrainedTokenizerBase,

@@ -17,7 +17,7 @@ from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.data.tokenizer import special_tokens_of
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -122,7 +122,7 @@ def _response_length(setup: InferenceSetup, prompts: PromptDataset) -> int:
     return length
 
 
-def load_frozen_model(setup: InferenceSetup) -> DiffusionGPTModel:
+def load_frozen_model(setup: InferenceSetup) -> StageModel:
     """The model with its weights, this process's part of the layout; process groups must exist.
 
     Raises:
@@ -149,7 +149,7 @@ class Generator:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         setup: InferenceSetup,
         inputs: InferenceInputs,
         groups: ParallelGroups,

@@ -29,7 +29,7 @@ from megatron_dlm.data.packing import batch_to, pack
 from megatron_dlm.distillation.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from megatron_dlm.models.attention_layout import CLEAN
 from megatron_dlm.models.forward import forward_hidden, most_rows, row_multiple
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import texts_of_rows
 from megatron_dlm.objectives.block_diffusion import (
     block_diffusion_document,
@@ -64,7 +64,7 @@ class Likelihoods:
         seed: Of these orders.
     """
 
-    model: DiffusionGPTModel
+    model: StageModel
     generation: GenerationConfig
     special_tokens: SpecialTokens
     groups: ParallelGroups

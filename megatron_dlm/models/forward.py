@@ -17,7 +17,7 @@ from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import Field, Pattern, clean_layout, pad_layout
 from megatron_dlm.models.fp8 import fp8_multiple
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import ModelChunks, chunks_of
 from megatron_dlm.models.token_dispatch import can_gather, rows_of_equal_length
 from megatron_dlm.parallel import ParallelGroups
 
@@ -92,8 +92,7 @@ def decoding_multiple(model: torch.nn.Module) -> int:
 
 def row_multiple(model: torch.nn.Module) -> int:
     """Rows with a layout are padded to a multiple of this: whole tiles of the attention kernel."""
-    bare: DiffusionGPTModel = unwrap_model(model)
-    return math.lcm(decoding_multiple(model), bare.attention_tile)
+    return math.lcm(decoding_multiple(model), chunks_of(model)[0].attention_tile)
 
 
 def padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row], bool]:
@@ -123,11 +122,26 @@ def padded_rows(model: torch.nn.Module, rows: Sequence[Row]) -> tuple[list[Row],
     return [pad_row(row, length) for row, length in zip(padded, lengths, strict=True)], True
 
 
+def rows_of_rounds(model: torch.nn.Module, count: int) -> int:
+    """So many rows, or more: under virtual stages Megatron's schedule takes one a stage at once."""
+    chunks = unwrap_model(model)
+    if not isinstance(chunks, ModelChunks):
+        return count
+    stages = int(chunks.config.pipeline_model_parallel_size)
+    return -(-count // stages) * stages
+
+
+def whole_rounds(model: torch.nn.Module, rows: Sequence[Row]) -> list[Row]:
+    """The rows, and behind them rows without tokens, see `rows_of_rounds`."""
+    missing = rows_of_rounds(model, len(rows)) - len(rows)
+    return [*rows, *[clean_row([], "causal") for _ in range(missing)]]
+
+
 def forward_row(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
     """Run the layers of this rank's stage on one row.
 
     Args:
-        model: This rank's part of a `DiffusionGPTModel`; under Megatron's schedule as it passes it.
+        model: This rank's part of a `StageModel`; under Megatron's schedule as it passes it.
         row: As `padded_rows` returns it, as the flag.
         equally_long: Whether the ranks that share experts have rows of the same length.
     """
@@ -152,7 +166,7 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
     that share expert-parallel collectives with the same number of rows.
 
     Args:
-        model: This rank's part of a `DiffusionGPTModel` in evaluation mode.
+        model: This rank's part of a `StageModel` in evaluation mode.
         rows: The rows; each is padded to what sequence parallelism and the attention kernel need.
 
     Returns:
@@ -160,7 +174,7 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         padding; on other stages None.
     """
     config = get_model_config(model)
-    padded, equally_long = padded_rows(model, rows)
+    padded, equally_long = padded_rows(model, whole_rounds(model, rows))
 
     def forward_step(data_iterator: Iterator[Row], model: torch.nn.Module) -> tuple[Tensor, Any]:
         hidden = forward_row(model, next(data_iterator), equally_long)
@@ -170,10 +184,12 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         # The schedule of one stage and one row, without its bookkeeping.
         outputs = [forward_row(model, padded[0], equally_long)]
     else:
+        chunks = chunks_of(model)
+        iterators = [iter(padded) for _ in chunks]
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(padded),
-            model=[model],
+            data_iterator=iterators if isinstance(model, ModelChunks) else iterators[0],
+            model=chunks,
             num_microbatches=len(padded),
             seq_length=len(padded[0].token_ids),
             micro_batch_size=1,
@@ -184,4 +200,4 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         return None
     if config.sequence_parallel:
         outputs = [gather_from_sequence_parallel_region(output) for output in outputs]
-    return [output[: len(row.token_ids), 0] for output, row in zip(outputs, rows, strict=True)]
+    return [output[: len(row.token_ids), 0] for output, row in zip(outputs, rows, strict=False)]

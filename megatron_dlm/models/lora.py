@@ -3,25 +3,32 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_dlm.models.attention_layout import Field
 from megatron_dlm.models.experts import ExpertLinear
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LowRankAdapter
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import DiffusionGPTModel, chunks_of
 from megatron_dlm.models.model_parameters import ADAPTER_PARAMETER, global_name, parts_by_expert
 from megatron_dlm.seeding import keyed_generator
 
 
+def _modules(
+    model: torch.nn.Module,
+) -> Iterator[tuple[DiffusionGPTModel, str, torch.nn.Module]]:
+    """Model chunks with the name of each module in the chunk, and the module."""
+    for chunk in chunks_of(model):
+        for name, module in chunk.named_modules():
+            yield chunk, name, module
+
+
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
     """Layers that can have an adapter, by their names in the whole model."""
-    part = cast(DiffusionGPTModel, unwrap_model(model))
-    for name, module in part.named_modules():
+    for part, name, module in _modules(model):
         if isinstance(module, LowRankAdapter):
             yield global_name(part, name), module
 
@@ -30,8 +37,7 @@ def _adapters(
     model: torch.nn.Module,
 ) -> Iterator[tuple[LowRankAdapter, list[str]]]:
     """Layers that can have an adapter, with the names of what it adapts: one, or one an expert."""
-    part = cast(DiffusionGPTModel, unwrap_model(model))
-    for name, module in part.named_modules():
+    for part, name, module in _modules(model):
         if isinstance(module, LowRankAdapter):
             weights = parts_by_expert(part, name, module.weight)
             yield module, [whole_name for whole_name, _ in weights]
@@ -80,7 +86,7 @@ def drop_out_adapter_inputs(model: torch.nn.Module, dropout: float, seed: int) -
         layer.lora_dropout = dropout
         generator = keyed_generator(seed, name, "dropout")
         layer.dropout_salt = int(torch.randint(0, 2**31 - 1, (), generator=generator))
-    for module in unwrap_model(model).modules():
+    for _, _, module in _modules(model):
         if isinstance(module, TransformerLayer):
             _keep_keys_at_hand(module)
 
@@ -111,7 +117,7 @@ def train_adapters_only(model: torch.nn.Module) -> None:
     """Freeze everything but the adapters."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(ADAPTER_PARAMETER.search(name) is not None)
-    part = cast(DiffusionGPTModel, unwrap_model(model))
+    part = chunks_of(model)[0]
     if part.pre_process:
         # Recomputed layers only have a gradient if their input asks for one, and the output of
         # frozen embeddings does not.

@@ -3,12 +3,16 @@
 S: tokens of a packed row; h: hidden size; V: padded vocabulary; tp: tensor-parallel size.
 """
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -75,9 +79,73 @@ class DiffusionGPTModel(GPTModel):
         return rotation(angles, self.config.params_dtype)
 
 
+class ModelChunks(torch.nn.Module):
+    """The model chunks of a rank under virtual pipeline stages, as one module.
+
+    Chunk i of stage s has the layers of the i-th round through the pipeline: a row goes through the
+    first chunks of all stages, then through the second ones, and so on.
+
+    Args:
+        chunks: In the order of their layers, at least one.
+    """
+
+    def __init__(self, chunks: Sequence[DiffusionGPTModel]) -> None:
+        super().__init__()
+        self.chunks = torch.nn.ModuleList(chunks)
+
+    def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
+        """Megatron's sharded state of all chunks, whose names in a checkpoint know no chunks.
+
+        Args:
+            prefix: Before this rank's names.
+            options: For Megatron.
+        """
+        return {
+            f"{prefix}chunks.{number}.{name}": value
+            for number, chunk in enumerate(chunks_of(self))
+            for name, value in chunk.sharded_state_dict(**options).items()
+        }
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of all chunks."""
+        config: TransformerConfig = chunks_of(self)[0].config
+        return config
+
+    @property
+    def pre_process(self) -> bool:
+        """Whether the input embedding is here."""
+        return bool(chunks_of(self)[0].pre_process)
+
+    @property
+    def post_process(self) -> bool:
+        """Whether the output layer is here."""
+        return bool(chunks_of(self)[-1].post_process)
+
+
+StageModel: TypeAlias = DiffusionGPTModel | ModelChunks
+"""A rank's part of a model."""
+
+
+def chunks_of(model: torch.nn.Module) -> list[DiffusionGPTModel]:
+    """The model chunks of a rank, in the order of their layers; one without virtual stages.
+
+    Args:
+        model: A `StageModel`, or a chunk that is wrapped for training.
+    """
+    bare = unwrap_model(model)
+    chunks = list(bare.chunks) if isinstance(bare, ModelChunks) else [bare]
+    return cast(list[DiffusionGPTModel], chunks)
+
+
+def local_layers(model: torch.nn.Module) -> list[Any]:
+    """Megatron's layers of a rank, in their order."""
+    return [layer for chunk in chunks_of(model) for layer in chunk.decoder.layers]
+
+
 def head_weight(model: torch.nn.Module) -> Tensor:
     """This rank's vocabulary shard of the output layer, [V / tp, h]; on the last stage only."""
-    bare: DiffusionGPTModel = unwrap_model(model)
+    bare = chunks_of(model)[-1]
     if bare.share_embeddings_and_output_weights:
         return bare.shared_embedding_or_output_weight()
     weight: Tensor = bare.output_layer.weight

@@ -3,16 +3,14 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
 from megatron_dlm.models.families.parameters import ParameterMapping
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import DiffusionGPTModel, chunks_of
 from megatron_dlm.models.parameter_layout import Replicated
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
@@ -93,8 +91,7 @@ def local_parameters(
         by_name[mapping.megatron] = mapping
         if mapping.transformer_engine:
             by_name[mapping.transformer_engine] = mapping
-    part = cast(DiffusionGPTModel, unwrap_model(model))
-    for name, parameter in part.named_parameters():
+    for part, name, parameter in _by_chunk(model):
         if except_adapters and ADAPTER_PARAMETER.search(name):
             continue
         for whole_name, values in parts_by_expert(part, name, parameter):
@@ -115,13 +112,19 @@ def global_names(model: torch.nn.Module) -> dict[Tensor, str]:
     Args:
         model: A `DiffusionGPTModel`, possibly wrapped for training.
     """
-    part = cast(DiffusionGPTModel, unwrap_model(model))
     return {
         parameter: TIED_EMBEDDING
         if getattr(parameter, "shared_embedding", False)
         else global_name(part, name)
-        for name, parameter in part.named_parameters()
+        for part, name, parameter in _by_chunk(model)
     }
+
+
+def _by_chunk(model: torch.nn.Module) -> Iterator[tuple[DiffusionGPTModel, str, Tensor]]:
+    """Model chunks with the name of each parameter in the chunk, and the parameter."""
+    for chunk in chunks_of(model):
+        for name, parameter in chunk.named_parameters():
+            yield chunk, name, parameter
 
 
 def global_name(model: DiffusionGPTModel, name: str) -> str:

@@ -24,7 +24,7 @@ from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import FLEX_TILE, DiffusionAttention
 from megatron_dlm.models.fp8 import check_fp8_sizes
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import DiffusionGPTModel, ModelChunks, StageModel
 from megatron_dlm.models.moe_layer import GroupedMoELayer
 from megatron_dlm.models.rms_norm import RMSNorm
 from megatron_dlm.models.rotary import attention_factor, scaled_frequencies
@@ -40,6 +40,12 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     for multiple in (VOCABULARY_MULTIPLE, tensor_model_parallel_size):
         vocab_size = -(-vocab_size // multiple) * multiple
     return vocab_size
+
+
+def virtual_stages(config: Config) -> int | None:
+    """Model chunks of a rank as Megatron counts them; None: all of its layers are one."""
+    chunks = config.parallel.num_virtual_stages_per_pipeline_rank
+    return chunks if chunks > 1 else None
 
 
 def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
@@ -114,9 +120,11 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(config),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,  # rows differ in length
-        batch_p2p_comm=platform.is_cuda(),
+        # Batched, two messages between the same two virtual stages would be taken for each other.
+        batch_p2p_comm=platform.is_cuda() and virtual_stages(config) is None,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         calculate_per_token_loss=True,
         **moe,
@@ -134,7 +142,7 @@ def _softmax_scale(architecture: Architecture) -> float | None:
 
 
 def _layer_spec(
-    config: TransformerConfig, transformer_impl: str, attention_backend: str
+    config: TransformerConfig, transformer_impl: str, attention_backend: str, chunk: int | None
 ) -> TransformerBlockSubmodules:
     if transformer_impl == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(
@@ -168,7 +176,7 @@ def _layer_spec(
         module=DiffusionAttention, params={"backend": attention_backend}
     )
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=layer_norm
+        layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=layer_norm
     )
 
 
@@ -190,7 +198,7 @@ def attention_backend(config: Config) -> str:
     return "flex" if platform.is_cuda() else "sdpa"
 
 
-def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel:
+def build_model(architecture: Architecture, config: Config) -> StageModel:
     """Build this rank's part of a model, with random weights, on the platform's device.
 
     Args:
@@ -198,21 +206,38 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
         config: Parallelism, precision, kernels. Model-parallel groups must exist.
     """
     megatron_config = transformer_config(architecture, config)
+    chunks = virtual_stages(config)
+    if chunks is None:
+        return _build_chunk(architecture, config, megatron_config, None)
+    return ModelChunks(
+        [_build_chunk(architecture, config, megatron_config, chunk) for chunk in range(chunks)]
+    )
+
+
+def _build_chunk(
+    architecture: Architecture,
+    config: Config,
+    megatron_config: TransformerConfig,
+    chunk: int | None,
+) -> DiffusionGPTModel:
+    """Build one model chunk of this rank; without virtual stages (None), all that it has."""
+    stage: dict[str, Any] = dict(ignore_virtual=chunk is None, vp_stage=chunk)
     with platform.device():
         model = DiffusionGPTModel(
             config=megatron_config,
             transformer_layer_spec=_layer_spec(
-                megatron_config, config.model.transformer_impl, attention_backend(config)
+                megatron_config, config.model.transformer_impl, attention_backend(config), chunk
             ),
             vocab_size=padded_vocab_size(
                 architecture.vocab_size, config.parallel.tensor_model_parallel_size
             ),
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
+            vp_stage=chunk,
         )
     model.num_tokens = architecture.vocab_size
     model.attention_tile = FLEX_TILE if attention_backend(config) == "flex" else 1
@@ -223,7 +248,7 @@ def build_model(architecture: Architecture, config: Config) -> DiffusionGPTModel
     return model
 
 
-def build_frozen_model(architecture: Architecture, config: Config) -> DiffusionGPTModel:
+def build_frozen_model(architecture: Architecture, config: Config) -> StageModel:
     """Build a frozen model: evaluation mode, no gradients or FP8, outside DDP and the optimizer."""
     model = build_model(architecture, config.changed(fp8_format=None))
     model.requires_grad_(False)

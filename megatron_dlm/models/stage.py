@@ -4,60 +4,87 @@ S: tokens of a row; h: hidden size; tp: ranks that a row is split over under seq
 """
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dlm import platform
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.forward import Row, forward_row, padded_rows
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel, chunks_of
 from megatron_dlm.parallel import ParallelGroups
+
+
+@dataclass(frozen=True)
+class PaddedRow:
+    """A row as the layers take it; see `Stage.prepared`.
+
+    Attributes:
+        row: With padding.
+        length: Tokens without it.
+        equally_long: Whether the ranks that share experts have rows of the same length.
+    """
+
+    row: Row
+    length: int
+    equally_long: bool
 
 
 class Stage:
     """Takes rows from the stage before, runs its own layers, and hands them to the next stage.
 
     What is sent travels while this stage computes the next row. All stages run the same rows in the
-    same order, so that neither shapes nor names of rows have to travel.
+    same order, so that neither shapes nor names of rows have to travel. Under virtual stages a row
+    comes by once for each model chunk, from the last stage to the first in between.
 
     Args:
-        model: This rank's part of a `DiffusionGPTModel` in evaluation mode.
+        model: This rank's part of a model in evaluation mode.
         groups: Process groups.
         rows_in_flight: Rows of which what was sent may not have arrived yet.
+
+    Attributes:
+        num_chunks: Model chunks of each stage.
     """
 
-    def __init__(
-        self, model: DiffusionGPTModel, groups: ParallelGroups, rows_in_flight: int = 1
-    ) -> None:
+    def __init__(self, model: StageModel, groups: ParallelGroups, rows_in_flight: int = 1) -> None:
         self._model = model
-        self._pp = groups.pp
-        self._rows_in_flight = rows_in_flight
+        self._chunks = chunks_of(model)
+        self.num_chunks = len(self._chunks)
+        self._pp, self._way_back = groups.pp, groups.way_back
+        self._most_sent = rows_in_flight * self.num_chunks
         self._sent: deque[tuple[Any, Tensor]] = deque()
 
+    def prepared(self, row: Row) -> PaddedRow:
+        """A row, padded as sequence parallelism and the attention kernel need it."""
+        (padded,), equally_long = padded_rows(self._model, [row])
+        return PaddedRow(padded, len(row.token_ids), equally_long)
+
     @torch.no_grad()
-    def run(self, row: Row) -> Tensor | None:
-        """Run one row through the layers of this stage.
+    def run(self, row: PaddedRow, chunk: int = 0) -> Tensor | None:
+        """Run one row through the layers of a model chunk.
 
         Args:
-            row: Padded here as sequence parallelism and the attention kernel need it.
+            row: The row.
+            chunk: Number of the chunk.
 
         Returns:
-            On the last stage the row's hidden states [S, h], without the padding; else None.
+            After the last layers the row's hidden states [S, h], without the padding; else None.
         """
-        (padded,), equally_long = padded_rows(self._model, [row])
-        if self._pp is not None and not self._model.pre_process:
-            self._model.set_input_tensor(self._received(len(padded.token_ids)))
-        output = forward_row(self._model, padded, equally_long)
-        if not self._model.post_process:
+        model = self._chunks[chunk]
+        if not model.pre_process:
+            model.set_input_tensor(self._received(len(row.row.token_ids)))
+        output = forward_row(model, row.row, row.equally_long)
+        if not model.post_process:
             self._send(output)
             return None
-        if self._model.config.sequence_parallel:
+        if model.config.sequence_parallel:
             output = gather_from_sequence_parallel_region(output)
-        return output[: len(row.token_ids), 0]
+        return output[: row.length, 0]
 
     def settle(self) -> None:
         """Wait until all that was sent has arrived."""
@@ -66,7 +93,6 @@ class Stage:
 
     def _received(self, length: int) -> Tensor:
         """What the stage before made of a row of some length, [S / tp, 1, h]."""
-        assert self._pp is not None
         config = self._model.config
         parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
         hidden = torch.empty(
@@ -74,16 +100,25 @@ class Stage:
             dtype=config.pipeline_dtype,
             device=platform.device(),
         )
+        group, rank = self._neighbour(-1)
         with NEIGHBOURS.waiting():
-            _wait(dist.irecv(hidden, group=self._pp, group_src=self._pp.rank() - 1))
+            _wait(dist.irecv(hidden, group=group, group_src=rank))
         return hidden
 
     def _send(self, hidden: Tensor) -> None:
-        assert self._pp is not None
-        while len(self._sent) >= self._rows_in_flight:
+        while len(self._sent) >= self._most_sent:
             _wait(self._sent.popleft()[0])
-        work = dist.isend(hidden, group=self._pp, group_dst=self._pp.rank() + 1)
-        self._sent.append((work, hidden))
+        group, rank = self._neighbour(1)
+        self._sent.append((dist.isend(hidden, group=group, group_dst=rank), hidden))
+
+    def _neighbour(self, step: int) -> tuple[ProcessGroup, int]:
+        """The next stage (1) or the one before (-1): group of the messages, and its rank there."""
+        assert self._pp is not None
+        rank, stages = self._pp.rank() + step, self._pp.size()
+        if 0 <= rank < stages:
+            return self._pp, rank
+        assert self._way_back is not None
+        return self._way_back, rank % stages
 
 
 def _wait(work: Any) -> None:

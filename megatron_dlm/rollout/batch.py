@@ -7,6 +7,9 @@ no stage waits for another, if all take equally long; more groups make up for so
 not. All stages take the same turns in the same order, from what they all know: who starts, ends or
 moves never has to be told.
 
+Where a stage has several model chunks (virtual stages), as many groups as stages form a round: each
+goes through the first chunks of all stages, then each through the second ones, and so on.
+
 R: slots in use.
 """
 
@@ -23,8 +26,8 @@ from torch.nn.functional import pad
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.forward import Row
-from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.models.stage import Stage
+from megatron_dlm.models.model import StageModel
+from megatron_dlm.models.stage import PaddedRow, Stage
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -51,7 +54,7 @@ class DecodingBatch:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         *,
         generation: GenerationConfig,
         slot_groups: Sequence[SlotGroup],
@@ -66,6 +69,8 @@ class DecodingBatch:
         self._groups = groups
         self._work = work
         self._stage = Stage(model, groups, rows_in_flight=len(slot_groups))
+        self._stages = 1 if groups.pp is None else groups.pp.size()
+        self._round: list[tuple[PaddedRow, SlotGroup | None, ForwardPlan | None]] = []
 
     @property
     def num_active(self) -> int:
@@ -130,6 +135,8 @@ class DecodingBatch:
         elif self._groups.lockstep is not None:
             self._idle_forward()
         self._turn = (self._turn + 1) % len(self._slot_groups)
+        if self._turn % self._stages == 0:
+            self._end_round()
         group = self._next
         if group.in_flight is None:
             return [], self.any_works(more)
@@ -139,6 +146,7 @@ class DecodingBatch:
 
     def drain(self) -> None:
         """Wait for all messages that are under way; nothing is decoded any more."""
+        self._end_round()
         for group in self._slot_groups:
             if group.in_flight is not None:
                 group.in_flight.wait()
@@ -228,21 +236,50 @@ class DecodingBatch:
     def _idle_forward(self) -> None:
         """Take part in the others' collectives with a token that belongs to no sequence."""
         nothing = np.empty(0, dtype=np.int64)
-        self._stage.run(
-            row_of_layout(
-                torch.tensor([self._pad_token_id]),
-                torch.zeros(1, dtype=torch.int64),
-                self._next.context.attention(nothing, nothing, nothing),
-            )
+        row = row_of_layout(
+            torch.tensor([self._pad_token_id]),
+            torch.zeros(1, dtype=torch.int64),
+            self._next.context.attention(nothing, nothing, nothing),
         )
+        self._begin(row, None, None)
 
     def _forward(self, plan: ForwardPlan) -> None:
-        """One forward of all slots of the next group, and its draws."""
+        """One forward of all slots of the next group, and its draws; see `_begin`."""
         group = self._next
         self._work.add(plan, self._generation.context_block_size, self._turn)
         attention = group.context.attention(plan.starts, plan.ends, plan.noisy_starts)
         row = row_of_layout(group.slots.tokens(plan), plan.position_ids, attention)
-        group.launched(plan, self._stage.run(row))
+        self._begin(row, group, plan)
+
+    def _begin(self, row: Row, group: SlotGroup | None, plan: ForwardPlan | None) -> None:
+        """Run a row through the first model chunk; the others wait for the end of the round.
+
+        Args:
+            row: The row.
+            group: Whose it is; None: nobody's.
+            plan: Of its forward.
+        """
+        padded = self._stage.prepared(row)
+        self._round.append((padded, group, plan))
+        self._run(padded, group, plan, 0)
+
+    def _end_round(self) -> None:
+        """Run the rows of a round through the other model chunks, one chunk after the other.
+
+        A round has a row for each stage: when the first stage has run the last row through a chunk,
+        the first row comes from the last stage, for the next chunk.
+        """
+        for chunk in range(1, self._stage.num_chunks):
+            for padded, group, plan in self._round:
+                self._run(padded, group, plan, chunk)
+        self._round.clear()
+
+    def _run(
+        self, row: PaddedRow, group: SlotGroup | None, plan: ForwardPlan | None, chunk: int
+    ) -> None:
+        hidden = self._stage.run(row, chunk)
+        if group is not None and plan is not None and chunk == self._stage.num_chunks - 1:
+            group.launched(plan, hidden)
 
 
 def row_of_layout(

@@ -14,7 +14,7 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.attention_layout import clean_layout, pad_layout
 from megatron_dlm.models.forward import decoding_multiple
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel, local_layers
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.kv_cache import CacheView, KVCache
@@ -91,7 +91,7 @@ class CachedContext:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         *,
         groups: ParallelGroups,
         lengths: Sequence[int],
@@ -101,7 +101,7 @@ class CachedContext:
         max_total_tokens: int | None,
     ) -> None:
         config = model.config
-        layers = model.decoder.layers
+        layers = local_layers(model)
         tp_size = groups.tp.size() if groups.tp is not None else 1
         num_query_groups = config.num_query_groups // tp_size
         element_size = torch.empty(0, dtype=config.params_dtype).element_size()
@@ -126,8 +126,7 @@ class CachedContext:
         self._pages_of_longest = max(longest, default=0)
         self._open(num_slots)
         self._cache = KVCache(
-            num_layers=len(layers),
-            first_layer_number=layers[0].layer_number,
+            layer_numbers=[layer.layer_number for layer in layers],
             num_pages=num_pages,
             num_attention_heads_per_partition=config.num_attention_heads // tp_size,
             num_query_groups_per_partition=num_query_groups,
@@ -287,7 +286,7 @@ class CanvasContext:
 
 
 def rollout_contexts(
-    model: DiffusionGPTModel,
+    model: StageModel,
     generation: GenerationConfig,
     *,
     groups: ParallelGroups,

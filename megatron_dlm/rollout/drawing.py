@@ -5,7 +5,7 @@ S: tokens of a forward; n: draws of a forward; h: hidden size.
 
 from torch import Tensor
 
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -24,7 +24,7 @@ class TokenDrawer:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         *,
         special_tokens: SpecialTokens,
         groups: ParallelGroups,

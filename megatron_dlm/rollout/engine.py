@@ -68,7 +68,7 @@ class RolloutEngine:
     """Decodes prompts with the weights that a model holds at the time of the call.
 
     Args:
-        model: This rank's part of a `DiffusionGPTModel`, possibly wrapped for training.
+        model: This rank's part of a `StageModel`, possibly wrapped for training.
         generation: Decoding settings.
         special_tokens: EOS ends a response, MASK stands for tokens not committed yet (it is never
             drawn, nor are ids from the vocabulary's size on, its padding), padding fills forwards

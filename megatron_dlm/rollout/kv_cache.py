@@ -19,6 +19,7 @@ rank; d: head size; Q: queries of a row; K: keys of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +56,7 @@ class KVCache:
     """Keys and values of the layers of this pipeline stage.
 
     Args:
-        num_layers: Layers of this stage.
-        first_layer_number: Megatron's number of the first of them.
+        layer_numbers: Megatron's numbers of the layers of this stage.
         num_pages: Pages for sequences; page 0 comes in addition.
         num_attention_heads_per_partition: n.
         num_query_groups_per_partition: g.
@@ -70,8 +70,7 @@ class KVCache:
     def __init__(
         self,
         *,
-        num_layers: int,
-        first_layer_number: int,
+        layer_numbers: Sequence[int],
         num_pages: int,
         num_attention_heads_per_partition: int,
         num_query_groups_per_partition: int,
@@ -83,15 +82,16 @@ class KVCache:
         self.heads_per_group = num_attention_heads_per_partition // num_query_groups_per_partition
         self.dtype, self.device, self.backend = dtype, device, backend
         self.num_pages = num_pages
-        self._first_layer_number = first_layer_number
         shape = (2, (num_pages + 1) * PAGE_SIZE, num_query_groups_per_partition, head_size)
         # A tensor for each layer: compiled kernels are made for the offset of a view. Zeros, not
         # uninitialised memory: a masked key has weight 0, and 0 * NaN would be NaN.
-        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._layers = {
+            number: torch.zeros(shape, dtype=dtype, device=device) for number in layer_numbers
+        }
 
     def layer(self, layer_number: int) -> Tensor:
         """Keys and values of one layer, [2, pages * PAGE_SIZE, g, d]."""
-        return self._layers[layer_number - self._first_layer_number]
+        return self._layers[layer_number]
 
 
 @dataclass(frozen=True)

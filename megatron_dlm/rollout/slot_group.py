@@ -10,7 +10,7 @@ from collections.abc import Collection
 import numpy as np
 from torch import Tensor
 
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.context import RolloutContext
 from megatron_dlm.rollout.decisions import Decisions
@@ -43,7 +43,7 @@ class SlotGroup:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         *,
         drawer: TokenDrawer,
         slots: SlotTable,

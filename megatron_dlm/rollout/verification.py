@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.block_draws import draw_from_logits, padded_columns
 from megatron_dlm.rollout.forward_plan import ForwardPlan, Verification
@@ -56,7 +56,7 @@ class DraftVerifier:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         *,
         special_tokens: SpecialTokens,
         groups: ParallelGroups,

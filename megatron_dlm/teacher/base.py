@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.types.trajectory import Trajectory
 
 
@@ -13,7 +13,7 @@ class Teacher(Protocol):
     """Adds its predictions to the trajectories of a rollout batch."""
 
     @property
-    def model(self) -> DiffusionGPTModel | None:
+    def model(self) -> StageModel | None:
         """This rank's part of the model; None for a teacher that is not in memory."""
 
     @property

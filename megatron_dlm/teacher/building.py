@@ -11,7 +11,7 @@ from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
 from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.teacher.base import Teacher
@@ -37,7 +37,7 @@ def build_teacher(
     special_tokens: SpecialTokens,
     diffusion_kind: DiffusionKind,
     groups: ParallelGroups,
-    student: Callable[[], DiffusionGPTModel],
+    student: Callable[[], StageModel],
     stop: StopAgreement | None = None,
     client: TeacherClient | None = None,
 ) -> tuple[Teacher | None, ExampleDataset | CorpusDataset | None]:
@@ -70,7 +70,7 @@ def build_teacher(
     examples = None if isinstance(data, PromptDataset) else data
 
     @functools.cache
-    def load() -> DiffusionGPTModel:
+    def load() -> StageModel:
         assert inputs is not None
         return load_teacher(inputs.source, config)
 
@@ -131,7 +131,7 @@ def _stored_top_k(
     responses: TokenTable,
     examples: ExampleDataset,
     wanted: Sequence[int],
-    load: Callable[[], DiffusionGPTModel],
+    load: Callable[[], StageModel],
     vocab_size: int,
     groups: ParallelGroups,
     stop: StopAgreement | None,

@@ -12,7 +12,7 @@ from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.models.context_parallel import share_of_row, token_ranks
 from megatron_dlm.models.forward import Row, clean_row, forward_hidden, row_multiple
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.stop_agreement import StopAgreement
@@ -43,7 +43,7 @@ class FrozenTeacher:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         packing: RowPacking,
         rows_at_once: int = 1,
         stop: StopAgreement | None = None,
@@ -122,7 +122,7 @@ class FrozenTeacher:
 
 
 def frozen_teacher(
-    model: DiffusionGPTModel,
+    model: StageModel,
     config: Config,
     stop: StopAgreement | None,
     groups: ParallelGroups | None = None,

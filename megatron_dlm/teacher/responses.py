@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.response_store import ResponseStore
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -28,7 +28,7 @@ def generate_missing(
     store: ResponseStore,
     prompts: Sequence[Prompt],
     wanted: Iterable[int],
-    teacher: Callable[[], DiffusionGPTModel],
+    teacher: Callable[[], StageModel],
     special_tokens: SpecialTokens,
     groups: ParallelGroups,
     prompts_per_shard: int = PROMPTS_PER_SHARD,

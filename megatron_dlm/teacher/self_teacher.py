@@ -24,7 +24,7 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.lora import adapters_disabled
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.visited_states import (
@@ -59,7 +59,7 @@ class SelfTeacher:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         config: Config,
         *,
         mask_token_id: int,

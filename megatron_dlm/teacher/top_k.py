@@ -11,7 +11,7 @@ import torch
 from megatron_dlm.config import Config
 from megatron_dlm.data.top_k_store import TopKStore
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.teacher.frozen import FrozenTeacher, frozen_teacher
@@ -30,7 +30,7 @@ def compute_missing(
     store: TopKStore,
     examples: Sequence[Trajectory],
     wanted: Iterable[int],
-    model: Callable[[], DiffusionGPTModel],
+    model: Callable[[], StageModel],
     vocab_size: int,
     groups: ParallelGroups,
     prompts_per_shard: int = PROMPTS_PER_SHARD,

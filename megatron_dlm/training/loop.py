@@ -16,7 +16,7 @@ from megatron_dlm.entry import warn
 from megatron_dlm.errors import TrainingDiverged
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.architecture import active_parameters
-from megatron_dlm.models.forward import row_multiple
+from megatron_dlm.models.forward import row_multiple, rows_of_rounds
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import from_rank_zero
@@ -83,7 +83,8 @@ def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingB
     planned = len(rows)
     if packing.max_tokens is None:
         planned = len(packing.rows([0] * len(share.trajectories)))
-    rows += [empty] * (packing.agreed(planned) - len(rows))
+    agreed = rows_of_rounds(run.student.model, packing.agreed(planned))
+    rows += [empty] * (agreed - len(rows))
     teacher_hidden = run.teacher.hidden if isinstance(run.teacher, FrozenTeacher) else None
     return own_shares(rows, run.groups, row_multiple(run.student.model), teacher_hidden)
 

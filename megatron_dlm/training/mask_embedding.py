@@ -9,12 +9,12 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.groups import MaskEmbeddingInit
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel, chunks_of, head_weight
 
 
 @torch.no_grad()
 def initialize_mask_embedding(
-    model: DiffusionGPTModel,
+    model: StageModel,
     mask_token_id: int,
     vocab_size: int,
     init: MaskEmbeddingInit,
@@ -34,10 +34,12 @@ def initialize_mask_embedding(
     """
     if init == "keep":
         return
+    first = chunks_of(model)[0]
     if model.pre_process:
-        _fill_row(model.embedding.word_embeddings.weight, mask_token_id, vocab_size, tp_group)
-    elif model.post_process and model.share_embeddings_and_output_weights:
-        _fill_row(model.shared_embedding_or_output_weight(), mask_token_id, vocab_size, tp_group)
+        table = first.embedding.word_embeddings.weight
+        _fill_row(table, mask_token_id, vocab_size, tp_group)
+    elif model.post_process and first.share_embeddings_and_output_weights:
+        _fill_row(head_weight(model), mask_token_id, vocab_size, tp_group)
 
 
 def _fill_row(

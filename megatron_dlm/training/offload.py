@@ -10,7 +10,7 @@ Of Megatron-Core's own helpers only the one for gradients serves: that for the o
 float32 parameters, which are their own main weights, away from the rollout as well.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -76,16 +76,18 @@ class HostedTensors:
 class _Gradients:
     """Gradient buffers, whose content no phase but the update needs."""
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self._ddp = ddp
+    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        self._chunks = chunks
 
     def offload(self) -> None:
         """Free them."""
-        self._ddp.offload_grad_buffers(empty_cache=False)
+        for chunk in self._chunks:
+            chunk.offload_grad_buffers(empty_cache=False)
 
     def restore(self) -> None:
         """Take their memory again, zeroed."""
-        self._ddp.restore_grad_buffers()
+        for chunk in self._chunks:
+            chunk.restore_grad_buffers()
 
 
 class PhaseOffload:

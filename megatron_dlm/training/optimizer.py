@@ -126,8 +126,15 @@ def _overrides(
     return overrides
 
 
-def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer:
-    """Build Megatron's optimizer for a model wrapped in DDP.
+def build_optimizer(
+    config: Config, model: torch.nn.Module, wrapped: Sequence[torch.nn.Module]
+) -> MegatronOptimizer:
+    """Build Megatron's optimizer for a model.
+
+    Args:
+        config: Of the run.
+        model: This rank's part.
+        wrapped: Its chunks, wrapped in DDP.
 
     Raises:
         UserError: See `check_groups`.
@@ -155,7 +162,7 @@ def build_optimizer(config: Config, model: torch.nn.Module) -> MegatronOptimizer
     install_multi_tensor()
     return get_megatron_optimizer(
         optimizer_config,
-        [model],
+        list(wrapped),
         config_overrides=_overrides(config, optimizer_config, names),
         use_gloo_process_groups=False,
     )

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megatron_dlm.config.schema import Config
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel, chunks_of
 from megatron_dlm.training.optimizer import build_optimizer, build_scheduler
 
 
@@ -23,13 +23,14 @@ class Student:
 
     Attributes:
         model: This rank's part, bare; rollouts run it.
-        ddp: The same wrapped in Megatron's `DistributedDataParallel`; training runs it.
+        ddp: Its chunks, one without virtual stages, wrapped in Megatron's
+            `DistributedDataParallel`; training runs them.
         optimizer: Megatron's optimizer of its parameters.
         scheduler: Megatron's learning-rate schedule.
     """
 
-    model: DiffusionGPTModel
-    ddp: DistributedDataParallel
+    model: StageModel
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -39,31 +40,39 @@ class Student:
         With `--overlap-param-gather` an update leaves each rank with its own shard of the new
         weights; the next forward in training gathers the rest. All ranks call this.
         """
-        if self.ddp.use_forward_hook:
-            self.ddp.start_param_sync(force_sync=True)
+        for chunk in self.ddp:
+            if chunk.use_forward_hook:
+                chunk.start_param_sync(force_sync=True)
 
 
-def build_student(model: DiffusionGPTModel, config: Config) -> Student:
+def build_student(model: StageModel, config: Config) -> Student:
     """Wrap a model, whose weights are loaded, for training.
 
     Raises:
         UserError: A parameter group matches nothing (see `optimizer.check_groups`).
     """
     megatron_config = get_model_config(model)
-    ddp = DistributedDataParallel(
-        config=megatron_config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        ),
-        module=model,
-    )
+    ddp = [
+        DistributedDataParallel(
+            config=megatron_config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+                overlap_param_gather=config.parallel.overlap_param_gather,
+                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            ),
+            module=chunk,
+        )
+        for chunk in chunks_of(model)
+    ]
     if torch.distributed.get_world_size() > 1:
-        ddp.broadcast_params()
+        for chunk in ddp:
+            chunk.broadcast_params()
     megatron_config.finalize_model_grads_func = finalize_model_grads
-    megatron_config.no_sync_func = ddp.no_sync if config.parallel.overlap_grad_reduce else None
-    optimizer = build_optimizer(config, ddp)
+    megatron_config.no_sync_func = None
+    if config.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in ddp]
+        megatron_config.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
+    optimizer = build_optimizer(config, model, ddp)
     megatron_config.grad_scale_func = optimizer.scale_loss
     return Student(model, ddp, optimizer, build_scheduler(config, optimizer))

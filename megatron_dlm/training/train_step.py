@@ -76,7 +76,7 @@ def reduce_sums(local: list[Tensor], groups: ParallelGroups, size: int = 3) -> T
 
 
 def train_step(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     objective: Objective,
@@ -89,17 +89,19 @@ def train_step(
     Where the loss or the gradient is not finite on any rank, nothing is updated on all of them.
 
     Args:
-        model: The student, wrapped in Megatron's DDP.
+        chunks: The student's model chunks of this rank, wrapped in Megatron's DDP; one without
+            virtual stages.
         optimizer: Its optimizer.
         scheduler: Its learning-rate schedule, advanced by one.
         objective: Computes the loss on the last pipeline stage.
-        batches: This rank's micro-batches; every data-parallel rank passes the same number.
+        batches: This rank's micro-batches; every data-parallel rank passes the same number, under
+            virtual stages a multiple of the stages.
         teacher_head: The teacher's output layer shard on the last stage, or None.
         groups: Process groups of the student.
     """
     NEIGHBOURS.take()
     started = time.perf_counter()
-    config = get_model_config(model)
+    config = get_model_config(chunks[0])
     device = platform.device()
 
     def forward_step(
@@ -141,13 +143,15 @@ def train_step(
 
         return output, loss_func
 
-    model.train()
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    iterators = [iter(batches) for _ in chunks]
     measured = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
         num_microbatches=len(batches),
         seq_length=len(batches[0].row.token_ids),
         micro_batch_size=1,
@@ -171,7 +175,8 @@ def train_step(
     if is_made:
         optimizer.step()
         scheduler.step(increment=1)
-        model.set_is_first_microbatch()  # the next forward converts the new weights to FP8 again
+        for chunk in chunks:
+            chunk.set_is_first_microbatch()  # the next forward converts the new weights to FP8
     platform.synchronize()
     return StepResult(
         loss=loss,

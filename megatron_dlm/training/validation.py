@@ -17,7 +17,7 @@ from megatron_dlm.data.corpus import CorpusDataset
 from megatron_dlm.data.packing import TrainingBatch, batch_to, empty_row
 from megatron_dlm.data.prompts import ExampleDataset
 from megatron_dlm.models.forward import forward_hidden, row_multiple
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.parallel import ParallelGroups
@@ -54,7 +54,7 @@ class Validation:
         return iteration == self.config.train_iters or bool(interval and iteration % interval == 0)
 
     @torch.no_grad()
-    def loss(self, model: DiffusionGPTModel) -> float:
+    def loss(self, model: StageModel) -> float:
         """Loss sum over the held-out samples divided by its count; all ranks call this.
 
         Args:
@@ -97,9 +97,7 @@ class Validation:
             rows += [empty_row(rows[0])] * (packing.agreed(len(rows)) - len(rows))
             yield from own_shares(rows, self.groups, multiple)
 
-    def _sums(
-        self, model: DiffusionGPTModel, batch: TrainingBatch, hidden: torch.Tensor
-    ) -> torch.Tensor:
+    def _sums(self, model: StageModel, batch: TrainingBatch, hidden: torch.Tensor) -> torch.Tensor:
         """Loss sum, loss count and supervised tokens of one row, as training measures them."""
         batch = batch_to(batch, platform.device())
         loss_sum, _ = self.objective.loss(

@@ -58,7 +58,7 @@ def _run(folder: Path, model: Path, save: str, **options: Any) -> Iterator[Run]:
 
 def _update(run: Run, seed: int) -> None:
     """An optimizer update with random gradients, the same on all data-parallel ranks."""
-    parameters = dict(run.student.ddp.named_parameters())
+    parameters = dict(run.student.model.named_parameters())
     for number, name in enumerate(sorted(parameters)):
         generator = torch.Generator().manual_seed(1000 * seed + number)
         gradient = parameters[name].main_grad  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from megatron_dlm.errors import bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+VIRTUAL = "num_virtual_stages_per_pipeline_rank"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 CP = "context_parallel_size"
 
@@ -91,7 +92,8 @@ def parts(config: Config, model: ModelSizes) -> Refusals:
     remedy = f"choose {divisors(math.gcd(*shared.values()))}"
     for items, number in shared.items():
         yield from _divide(config, number, f"the model's {{}} {items}", TP, remedy=remedy)
-    yield from _divide(config, model.num_layers, "the model's {} layers", PP)
+    stages = (PP, VIRTUAL) if value_of(config, VIRTUAL) > 1 else (PP,)
+    yield from _divide(config, model.num_layers, "the model's {} layers", *stages)
     yield from _divide(config, model.num_moe_experts, "the model's {} experts", EP)
     yield from _divide(config, model.moe_ffn_hidden_size, "the {} units of an expert", ETP)
 
@@ -121,9 +123,10 @@ def architecture(config: Config, model: ModelSizes) -> Refusals:
     if is_moe and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         remedy = "add --sequence-parallel or choose --tensor-model-parallel-size 1"
         yield f"sequence_parallel: experts under tensor parallelism need it; {remedy}"
-    stage = model.num_layers // parallel.pipeline_model_parallel_size
+    stage = model.num_layers // _product(config, PP, VIRTUAL)
     if recompute.recompute_granularity == "full" and recompute.recompute_num_layers > stage:
-        yield f"recompute_num_layers: a stage has {stage} layers; choose 1 to {stage}"
+        problem = f"a stage (or each of its virtual stages) has {stage} layers"
+        yield f"recompute_num_layers: {problem}; choose 1 to {stage}"
     missing, other = ("mlp", "moe") if is_moe else ("moe", "mlp")
     if missing in recompute.recompute_modules:
         yield f"recompute_modules: no layer of the model has {missing}; choose {other} instead"

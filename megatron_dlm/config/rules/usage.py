@@ -195,7 +195,8 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     yield Use(shares, "shared_rollout_queue", reason)
     stages = "pipeline_model_parallel_size"
     has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
-    yield Use(has_stages, "decoding_groups", _as_given(config, stages), remedy)
+    of_stages = "decoding_groups num_virtual_stages_per_pipeline_rank"
+    yield Use(has_stages, of_stages, _as_given(config, stages), remedy)
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     reason, remedy = "a teacher in memory", "add --teacher-ranks or --teacher-url"
     remote = config.has_remote_teacher

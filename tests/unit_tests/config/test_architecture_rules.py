@@ -39,6 +39,11 @@ def test_layout_that_divides_the_model_passes(is_moe: bool, changes: dict[str, o
         (False, {"tensor_model_parallel_size": 3}, ["= 3", "4 query groups", "1, 2 or 4"]),
         (False, {"tensor_model_parallel_size": 8}, ["= 8", "12 attention heads", "1, 2 or 4"]),
         (False, {"pipeline_model_parallel_size": 4}, ["= 4", "6 layers", "1, 2, 3 or 6"]),
+        (
+            False,
+            {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+            ["--num-virtual-stages-per-pipeline-rank = 4", "6 layers", "1, 2, 3 or 6"],
+        ),
         (False, {"expert_model_parallel_size": 2}, ["= 2", "no experts", "choose 1"]),
         (False, {"expert_tensor_parallel_size": 1}, ["= 1", "no experts", "leave it out"]),
         (True, {"expert_model_parallel_size": 4}, ["= 4", "6 experts", "1, 2, 3 or 6"]),

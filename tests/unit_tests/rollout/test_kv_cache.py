@@ -22,8 +22,7 @@ SCALE = 1 / math.sqrt(HEAD_SIZE)
 
 def new_cache(num_pages: int, backend: str = "sdpa") -> KVCache:
     return KVCache(
-        num_layers=2,
-        first_layer_number=FIRST_LAYER,
+        layer_numbers=(FIRST_LAYER, FIRST_LAYER + 1),
         num_pages=num_pages,
         num_attention_heads_per_partition=HEADS,
         num_query_groups_per_partition=GROUPS,

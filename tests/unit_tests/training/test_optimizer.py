@@ -97,7 +97,7 @@ def test_all_rates_grow_by_the_square_root_of_the_batch(tmp_path: Path) -> None:
 
 
 def _weight_decay(student: Student) -> dict[str, float]:
-    by_id = {id(param): name for name, param in student.ddp.named_parameters()}
+    by_id = {id(param): name for name, param in student.model.named_parameters()}
     return {
         by_id[id(param)]: group["weight_decay"]
         for group in student.optimizer.param_groups
@@ -116,7 +116,7 @@ def test_the_preset_of_rnd1(tmp_path: Path, moe: bool) -> None:
         for group in student.optimizer.param_groups
         for param in group["params"]
     }
-    for name, param in student.ddp.named_parameters():
+    for name, param in student.model.named_parameters():
         projection = "linear_qkv.weight" in name or "linear_proj.weight" in name
         assert rate[id(param)] == (3e-4 if projection else 1e-8), name
     for name, decay in _weight_decay(student).items():
@@ -156,7 +156,7 @@ def test_a_tiny_rate_moves_fp32_master_weights_of_a_bf16_model(tmp_path: Path) -
     weight = student.model.decoder.layers[0].mlp.linear_fc1.weight
     assert weight.dtype == torch.bfloat16
     before = weight.detach().clone()
-    for param in student.ddp.parameters():
+    for param in student.model.parameters():
         param.main_grad.fill_(1.0)
     student.optimizer.step()
     master = weight.main_param

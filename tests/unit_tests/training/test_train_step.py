@@ -153,7 +153,7 @@ def test_a_budget_of_tokens_changes_no_gradient(
     def watched(*arguments: Any) -> Any:
         result = train_step(*arguments)
         lengths.append([len(batch.row.token_ids) for batch in arguments[4]])
-        parameters = [p for p in arguments[0].parameters() if p.requires_grad]
+        parameters = [p for chunk in arguments[0] for p in chunk.parameters() if p.requires_grad]
         gradients.append(torch.cat([p.main_grad.flatten() for p in parameters]))
         return result
 
