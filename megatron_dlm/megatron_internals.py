@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 NAMES = (
@@ -30,6 +31,7 @@ NAMES = (
     "optimizer.distrib_optimizer: DistributedOptimizer.gbuf_ranges",
     "pipeline_parallel.p2p_communication: P2PCommunicator._communicate",
     "pipeline_parallel.p2p_communication: P2PCommunicator._communicate_shapes",
+    "pipeline_parallel.p2p_communication: _p2p_ops",
     "tensor_parallel.random: _get_cuda_rng_state",
     "tensor_parallel.random: _set_cuda_rng_state",
     "transformer.mlp: apply_swiglu_sharded_factory",
@@ -166,38 +168,93 @@ def observe_neighbours(waiting: Callable[[], AbstractContextManager[None]]) -> N
     communicator._communicate = observed
 
 
-def tell_shapes_in_order() -> None:
-    """Let two stages that are each other's next and previous one tell each other shapes in order.
+_exchange: list[Any] = []
+"""Megatron-Core's own `_p2p_ops` and `_communicate_shapes`, where others stand in for them."""
 
-    Under virtual stages both messages may go between them at once. Megatron-Core sends that to the
-    previous stage first, and receives that of the previous stage first, where it is the second.
+
+def exchange_apart(gradients: Any) -> None:
+    """Let schedules exchange gradients in a process group of their own, or as Megatron-Core does.
+
+    Under virtual stages the last stage's next one is the first. Two stages then send each other
+    hidden states and gradients that nothing but their order would tell apart, and they need not
+    exchange them in calls of the same kinds: in the schedule's ends one stage's call has both.
+
+    Args:
+        gradients: The group of the pipeline's stages that gradients go through; None: no others
+            stand in for Megatron-Core's functions.
     """
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.pipeline_parallel import p2p_communication as module
 
-    def exchanged(self: Any, to_next: Any, to_previous: Any, previous: bool, following: bool) -> Any:
+    communicator: Any = module.P2PCommunicator
+    internals: Any = module
+    if not _exchange:
+        _exchange.extend((internals._p2p_ops, communicator._communicate_shapes))
+    internals._p2p_ops, communicator._communicate_shapes = _exchange
+    if gradients is None:
+        return
+
+    def post(through: Any, sent: Any, to: int, received: Any, of: int) -> tuple[list[Any], ...]:
+        """Start messages in one group: works that end with what is received, and the others."""
+        operations = []
+        if sent is not None:
+            operations.append(dist.P2POp(dist.isend, sent, to, through))
+        if received is not None:
+            operations.append(dist.P2POp(dist.irecv, received, of, through))
+        works = dist.batch_isend_irecv(operations) if operations else []
+        if received is None:
+            return [], works
+        return works[-1:], works[:-1]
+
+    def exchanged(
+        *,
+        tensor_send_prev: Tensor | None,
+        tensor_recv_prev: Tensor | None,
+        tensor_send_next: Tensor | None,
+        tensor_recv_next: Tensor | None,
+        group: Any,
+        prev_pipeline_rank: int,
+        next_pipeline_rank: int,
+    ) -> dict[str, Any]:
+        before, after = prev_pipeline_rank, next_pipeline_rank
+        received, sent = post(group, tensor_send_next, after, tensor_recv_prev, before)
+        more_received, more_sent = post(
+            gradients, tensor_send_prev, before, tensor_recv_next, after
+        )
+        return {
+            **{f"receive_{i}": work for i, work in enumerate(received + more_received)},
+            **{f"send_{i}": work for i, work in enumerate(sent + more_sent)},
+        }
+
+    under_way: list[Any] = []
+
+    def shapes(self: Any, to_next: Any, to_previous: Any, previous: bool, following: bool) -> Any:
         def shape_of(tensor: Tensor | None) -> Tensor:
             sizes = [0, 0, 0] if tensor is None else list(tensor.shape)
             return torch.tensor(sizes, device=torch.cuda.current_device())
 
-        of_previous, of_next = shape_of(None), shape_of(None)
-        send, receive = torch.distributed.isend, torch.distributed.irecv
-        messages = [
-            (to_next is not None, send, shape_of(to_next), self.next_rank),
-            (previous, receive, of_previous, self.prev_rank),
-            (to_previous is not None, send, shape_of(to_previous), self.prev_rank),
-            (following, receive, of_next, self.next_rank),
-        ]
-        operations = [
-            torch.distributed.P2POp(operation, shape, rank, self.pp_group)
-            for is_due, operation, shape, rank in messages
-            if is_due
-        ]
-        for work in torch.distributed.batch_isend_irecv(operations) if operations else ():
+        for work, _ in under_way:  # what followed these has been received
             work.wait()
+        under_way.clear()
+        told = [None if tensor is None else shape_of(tensor) for tensor in (to_next, to_previous)]
+        of_previous, of_next = shape_of(None), shape_of(None)
+        works = exchanged(
+            tensor_send_prev=told[1],
+            tensor_recv_prev=of_previous if previous else None,
+            tensor_send_next=told[0],
+            tensor_recv_next=of_next if following else None,
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        )
+        for name, work in works.items():
+            # A stage that waited for its shapes to arrive would not receive what has to come first.
+            if name.startswith("receive"):
+                work.wait()
+            else:
+                under_way.append((work, told))
         return of_previous.tolist(), of_next.tolist()
 
-    communicator: Any = P2PCommunicator
-    communicator._communicate_shapes = exchanged
+    internals._p2p_ops, communicator._communicate_shapes = exchanged, shapes
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from megatron_dlm.entry import collect_garbage_as_usual, rank, world_size
 from megatron_dlm.errors import UserError
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.launcher import attempt
-from megatron_dlm.megatron_internals import observe_neighbours, tell_shapes_in_order
+from megatron_dlm.megatron_internals import exchange_apart, observe_neighbours
 from megatron_dlm.rank_watch import RankWatch
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class ParallelGroups:
         decisions: The same ranks once more, for what the last stage decides: where messages of a
             group go one after the other, it does not stand behind hidden states of other rows.
         way_back: The same ranks once more, for hidden states that the last stage hands to the next
-            model chunk of the first, likewise; None without virtual stages.
+            model chunk of the first, and for gradients, likewise; None without virtual stages.
         is_last_stage: Whether this rank is on the last stage.
         model: All ranks that hold parts of the same replica of the model.
         replicas: Ranks that hold the same part in all replicas. In rollouts and evaluations each
@@ -148,8 +148,8 @@ def _make_pipeline_groups(chunks: int, timeout: timedelta) -> None:
     assert own in pipelines
     _decisions, _ = torch.distributed.new_subgroups_by_enumeration(pipelines, timeout=timeout)
     if chunks > 1:
-        tell_shapes_in_order()
         _way_back, _ = torch.distributed.new_subgroups_by_enumeration(pipelines, timeout=timeout)
+    exchange_apart(_way_back)
 
 
 def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
