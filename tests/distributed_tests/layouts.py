@@ -2,9 +2,10 @@
 
 from typing import Any, NamedTuple
 
-TP, PP, CP, EP, ETP = (
+TP, PP, VIRTUAL, CP, EP, ETP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
     "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",

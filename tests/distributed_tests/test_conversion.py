@@ -29,6 +29,7 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    virtual: int = 1
     ep: int = 1
     expert_tp: int | None = None
     sequence_parallel: bool = False
@@ -42,6 +43,7 @@ class Layout:
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tp,
                 pipeline_model_parallel_size=self.pp,
+                num_virtual_stages_per_pipeline_rank=self.virtual,
                 expert_model_parallel_size=self.ep,
                 expert_tensor_parallel_size=self.expert_tp,
                 sequence_parallel=self.sequence_parallel,
@@ -49,7 +51,7 @@ class Layout:
         )
 
     def source(self, folder: str) -> Path:
-        return Path(folder, f"source_{self.family}_{self.moe}_{self.tied}")
+        return Path(folder, f"source_{self.family}_{self.moe}_{self.tied}_{self.virtual}")
 
 
 # In a world of four, the processes that a layout leaves over are data-parallel replicas.
@@ -59,6 +61,7 @@ LAYOUTS = [
     Layout(tp=2, tied=True),
     Layout(pp=2),
     Layout(pp=2, tied=True),
+    Layout(pp=2, virtual=2, tied=True),
     Layout(tp=2, pp=2, tied=True),
     Layout(ep=2, moe=True),
     Layout(ep=2, pp=2, moe=True, tied=True),
@@ -133,7 +136,12 @@ def test_layouts(tmp_path):
     for layout in LAYOUTS:
         source = layout.source(str(tmp_path))
         if source not in expected:
-            hf_model = random_hf_model(moe=layout.moe, family=layout.family, tied=layout.tied)
+            hf_model = random_hf_model(
+                moe=layout.moe,
+                family=layout.family,
+                tied=layout.tied,
+                num_hidden_layers=2 * layout.virtual,
+            )
             save_hf_model(hf_model, source)
             expected[source] = hf_logits(hf_model, random_tokens())
     results = run_distributed(run_layouts, WORLD_SIZE, str(tmp_path))

@@ -21,7 +21,7 @@ from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.training.rollout_selection import Leftovers, selected_and_shared
 from megatron_dlm.types.trajectory import Prompt, Trajectory
-from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, Layout
+from tests.distributed_tests.layouts import EP, ETP, PP, SP, TP, VIRTUAL, Layout
 from tests.distributed_tests.spawn import run_distributed
 from tests.unit_tests.rollout.tiny_models import (
     EOS,
@@ -46,6 +46,8 @@ LAYOUTS: dict[str, Layout] = {
     "TP2": Layout(2, "dense", {TP: 2}),
     "TP2 SP": Layout(2, "dense", {TP: 2, **SP}),
     "PP2": Layout(2, "dense", {PP: 2}),
+    "PP2 V2": Layout(2, "dense", {PP: 2, VIRTUAL: 2}),
+    "PP4": Layout(4, "dense", {PP: 4}),
     "DP2": Layout(2, "dense", {}),
     "TP2 PP2": Layout(4, "dense", {TP: 2, PP: 2}),
     "moe EP2": Layout(2, "moe", {EP: 2}),
@@ -172,7 +174,7 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
         results[name] = [summary(trajectory) for trajectory in engine.generate(prompts, 6)]
     if PP in parallel or not parallel:
         results |= in_groups(model, prompts)
-    if parallel == {PP: 2}:
+    if parallel in ({PP: 2}, {PP: 2, VIRTUAL: 2}):
         check_stop_in_flight(model)
     return results | decoded_together(model)
 
@@ -189,7 +191,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
     made = {}
     for model in ("dense", "moe"):
         folder = tmp_path_factory.mktemp(model)
-        save_tiny_model(folder, moe=model == "moe")
+        save_tiny_model(folder, moe=model == "moe", layers=2 if model == "moe" else 4)
         made[model] = Reference(folder, run_distributed(rollout, 1, folder, {})[0])
     return made
 

@@ -19,6 +19,7 @@ from tests.distributed_tests.layouts import (
     RECOMPUTATION,
     SP,
     TP,
+    VIRTUAL,
     Layout,
 )
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
@@ -88,6 +89,9 @@ CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     ),
 }
 """Context parallelism beside the runs of `LAYOUTS`, with the runs of each."""
+VIRTUAL_STAGES = Layout(2, "deep", {PP: 2, VIRTUAL: 2})
+VIRTUAL_RUNS = ("opdlm_partial", "budget", "sft", "d_opsd")
+"""Virtual stages need four layers. Of two updates of `budget` one has fewer rows than stages."""
 GROUPS = [
     {"pattern": "embedding", "lr": 1e-2},
     {"pattern": r"layers\.1\.", "lr": 0.0, "min_lr": 0.0},
@@ -223,6 +227,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
             of_experts = moe != (size == "other")
             save_random_model(folder / f"{model}_{size}", moe=of_experts, seed=seed, **changes)
+    for name in ("deep", "deep_diffusion"):
+        save_random_model(folder / name, num_hidden_layers=4)
+    declare_diffusion_kind(folder / "deep_diffusion", "block_causal", shifted=False)
     for family in OTHER_FAMILIES:
         save_random_model(folder / family, family=family)
         bigger = folder / f"{family}_bigger"
@@ -236,7 +243,12 @@ def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
         (f"single {model} {run}", folder / model, _options(folder, model, run))
         for model in ("dense", "moe")
         for run in RUNS
-    ] + _family_runs(folder, "single", {})
+    ]
+    deep = [
+        (f"single deep {run}", folder / "deep", _options(folder, "deep", run))
+        for run in VIRTUAL_RUNS
+    ]
+    runs += deep + _family_runs(folder, "single", {})
     return run_distributed(_train, 1, folder, runs, timeout_seconds=600)[0]
 
 
@@ -317,6 +329,10 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
     more = VARIANTS if layout.processes == 2 else FOUR_PROCESS_VARIANTS
     runs = (*OBJECTIVES, *(more if layout.variants else ()))
     _check_layout(folder, single, name, layout, runs)
+
+
+def test_virtual_stages_train_like_one_process(folder: Path, single: dict[str, Any]) -> None:
+    _check_layout(folder, single, "PP2 V2", VIRTUAL_STAGES, VIRTUAL_RUNS)
 
 
 @pytest.mark.parametrize("name", CONTEXT_LAYOUTS)

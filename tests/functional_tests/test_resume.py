@@ -31,6 +31,7 @@ sources:
   - {path: code.jsonl, domain: code, max_samples: 6}
 """
 """15 records of 10, and 6 of 20; rollouts visit them in a new order every 21 samples."""
+VIRTUAL_STAGES = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
 ROLLOUTS: dict[str, Any] = dict(
     COMMON,
     num_rollouts=3,
@@ -75,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "code.jsonl").write_text("".join(lines[10:30]))
     (folder / "mixture.yaml").write_text(MIXTURE)
     save_random_model(folder / "dense")
-    save_random_model(folder / "moe", moe=True)
+    save_random_model(folder / "moe", moe=True, num_hidden_layers=4)
     declare_diffusion_kind(save_random_model(folder / "diffusion"), "block_causal", shifted=False)
     return folder
 
@@ -235,10 +236,10 @@ def test_every_objective_goes_on_at_another_layout(
     ("model", "before", "after", "options"),
     [
         ("dense", {"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}, {}),
-        ("moe", {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}),
+        ("moe", {"expert_model_parallel_size": 2}, VIRTUAL_STAGES, {}),
         (
             "moe",
-            {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
+            {**VIRTUAL_STAGES, "use_distributed_optimizer": True},
             {"expert_model_parallel_size": 2},
             {},
         ),
@@ -247,8 +248,8 @@ def test_every_objective_goes_on_at_another_layout(
     ],
     ids=[
         "DP2 distributed to TP2",
-        "EP2 to PP2",
-        "PP2 to EP2 distributed",
+        "EP2 to PP2 V2",
+        "PP2 V2 to EP2 distributed",
         "adapters TP2 to DP2",
         "adapters EP2 to PP2",
     ],

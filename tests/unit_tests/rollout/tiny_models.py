@@ -29,14 +29,14 @@ SEED = 11
 INITIALIZER_RANGE = 0.2
 
 
-def save_tiny_model(folder: Path, moe: bool = False) -> torch.nn.Module:
+def save_tiny_model(folder: Path, moe: bool = False, layers: int = 2) -> torch.nn.Module:
     """Write a Hugging Face folder with random weights; returns the `transformers` model."""
     torch.manual_seed(24)
     sizes: dict[str, Any] = dict(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
