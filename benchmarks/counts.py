@@ -7,10 +7,10 @@ alike, so the difference of the two is a layer.
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -140,18 +140,20 @@ def _one_token_a_step(steps: int) -> Iterator[None]:
     """The host reads, of tensors without values, that each sequence committed one more token."""
     from megatron_dlm.rollout.batch import DecodingBatch
 
-    read, step = DecodingBatch._read, count(1)
+    read = DecodingBatch._read
+    taken: dict[int, int] = defaultdict(int)  # steps of each group
 
     def made_up(batch: DecodingBatch, report: Any, works: bool) -> tuple[Any, bool]:
         host, _ = read(batch, report, works)
         if len(host) == 0:
             return host, works
-        now = next(step)
+        taken[batch._turn] += 1
+        now = taken[batch._turn]
         first = now % BLOCK_SIZE
         host[:] = 0
         host[:, 2 * BLOCK_SIZE + first : 3 * BLOCK_SIZE] = 1  # masks of the next forward
         host[:, -2], host[:, -1] = first == 0, now == steps
-        return host, now < steps
+        return host, works or now < steps
 
     with patch.object(DecodingBatch, "_read", made_up):
         yield

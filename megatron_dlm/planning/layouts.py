@@ -164,7 +164,10 @@ def _checked(
     Raises:
         UserError: Training does not accept it.
     """
-    changed = config.changed(**layout.options(is_moe=student.num_moe_experts is not None))
+    options = layout.options(is_moe=student.num_moe_experts is not None)
+    if layout.pipeline == 1:  # there are no stages that could have several chunks or groups
+        options |= {"num_virtual_stages_per_pipeline_rank": 1, "decoding_groups": None}
+    changed = config.changed(**options)
     validate_layout(changed, layout.gpus, student, teacher)
     return layout, changed
 

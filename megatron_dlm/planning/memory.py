@@ -264,7 +264,11 @@ class MemoryModel:
             vocabulary = padded_vocab_size(a.vocab_size, layout.tensor) / layout.tensor
             passing = max(passing, (vocabulary + tokens) * a.hidden_size * width - kept)
         rows = -(-config.training.global_batch_size / (layout.replicas * texts) // 1)
-        in_flight = min(layout.pipeline - stage, max(rows, 1))
+        in_flight = min(float(layout.pipeline - stage), max(rows, 1))
+        chunks = config.parallel.num_virtual_stages_per_pipeline_rank
+        if chunks > 1:  # a share of the layers each: see Megatron's interleaved schedule
+            begun = 2 * (layout.pipeline - stage - 1) + (chunks - 1) * layout.pipeline + 1
+            in_flight = min(begun / chunks, max(rows, layout.pipeline))
         if stage != layout.pipeline - 1:
             return kept * in_flight, passing, 0.0
         return kept * in_flight, passing, self._loss(config, layout, row.supervised, tokens, width)

@@ -113,6 +113,9 @@ class TimeModel:
         steps = self._longest.response / self._lengths.tokens_per_forward
         steps *= max(1.0, samples / at_once * self._lengths.response / self._longest.response)
         length = self._lengths.prompt + self._lengths.response / 2
+        # A stage has one group's forward at a time; without as many groups as stages it is idle.
+        groups = min(config.rollout.decoding_groups or layout.pipeline, at_once)
+        turns, at_once = max(groups, layout.pipeline), -(-at_once // groups)
         tokens = at_once * (length if full else 2 * config.model.block_size)
         pairs = tokens * length
         flops = self._flops.forward(int(tokens), int(pairs), at_once * config.model.block_size)
@@ -126,7 +129,7 @@ class TimeModel:
             (layers * kernels + KERNELS_OF_STEP / layout.pipeline) * gpu.launch_us * 1e-6,
         )
         exchanged = layers * self._exchange(layout, tokens, width, passes=1)
-        return steps * layout.pipeline * (stage + exchanged)
+        return steps * turns * (stage + exchanged)
 
     def _teaching(self, config: Config, layout: Layout) -> float:
         teacher = self._teacher or self._student
@@ -168,8 +171,9 @@ class TimeModel:
                 a.num_layers / layout.pipeline * share / self._link(layout.tensor * layout.context)
             )
         one = flops / ranks / self._rate(a) + exchanged
-        # Filling and draining the pipeline.
-        seconds = (rows + layout.pipeline - 1) * one
+        # Filling and draining the pipeline, which virtual stages make shorter.
+        chunks = config.parallel.num_virtual_stages_per_pipeline_rank
+        seconds = (rows + (layout.pipeline - 1) / chunks) * one
         reduced = 0.0
         for elements, copies in (
             (own.trained_dense, layout.dense_copies),

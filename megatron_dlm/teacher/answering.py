@@ -15,7 +15,7 @@ from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
 from megatron_dlm.models.forward import clean_row, forward_hidden
-from megatron_dlm.models.model import DiffusionGPTModel, head_weight
+from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.teacher.frozen import rows_in_flight
@@ -37,7 +37,7 @@ class TextTeacher:
 
     def __init__(
         self,
-        model: DiffusionGPTModel,
+        model: StageModel,
         config: Config,
         groups: ParallelGroups,
         in_step: dist.ProcessGroup | None,

@@ -3,12 +3,12 @@
 from megatron_dlm import platform
 from megatron_dlm.config import Config
 from megatron_dlm.models.fp8_weights import keep_in_fp8
-from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.models.weights import ModelWeights
 
 
-def load_teacher(weights: ModelWeights, config: Config) -> DiffusionGPTModel:
+def load_teacher(weights: ModelWeights, config: Config) -> StageModel:
     """This rank's part of a teacher, frozen; all ranks that hold the model call this.
 
     Args:
