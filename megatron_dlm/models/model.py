@@ -113,6 +113,11 @@ class ModelChunks(torch.nn.Module):
         return config
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the vocabulary, see `DiffusionGPTModel`."""
+        return chunks_of(self)[0].num_tokens
+
+    @property
     def pre_process(self) -> bool:
         """Whether the input embedding is here."""
         return bool(chunks_of(self)[0].pre_process)
