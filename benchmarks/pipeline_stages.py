@@ -5,8 +5,10 @@
 The tiny example's model decodes 32 prompts on 2 and on 4 stages, each a
 process, with groups in flight, in turns within one run. `computing` is what it says; where stages
 are more than the machine's cores, they wait for these, too. In `sleeping` each forward of a stage
-also sleeps for a while, in equal shares of a whole model's forward, as a stage that computes
-elsewhere would: its waits are those of the schedule. Idle slots are counted, not measured: see
+also sleeps, by its tokens and in equal shares of a whole model's forward, as a stage would that
+computes elsewhere and is busy with products: its waits are those of the schedule. A forward whose
+time does not depend on its tokens gains nothing from groups, which are more and smaller forwards:
+so it is with `computing` at this size. Idle slots are counted, not measured: see
 `megatron_dlm.accounting.stage_slots`.
 """
 
@@ -37,7 +39,7 @@ from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.models.stage import Stage
+from megatron_dlm.models.stage import PaddedRow, Stage
 from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -81,9 +83,9 @@ def _measure(
     config = Config(parallel=ParallelConfig(device="cpu", pipeline_model_parallel_size=stages))
     run = Stage.run
 
-    def slower(stage: Stage, *arguments: Any) -> Tensor | None:
-        time.sleep(sleep / stages)
-        return run(stage, *arguments)
+    def slower(stage: Stage, row: PaddedRow, *arguments: Any) -> Tensor | None:
+        time.sleep(sleep / stages * row.length / (SEQUENCES * PLAIN["block_size"]))
+        return run(stage, row, *arguments)
 
     figures: dict[str, Any] = {}
     with initialized(config):
@@ -144,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--sleep", type=float, default=0.04, help="seconds of a model's forward")
+    parser.add_argument("--sleep", type=float, default=0.2, help="seconds of a model's forward")
     arguments = parser.parse_args()
     report = {
         "date": datetime.now(UTC).date().isoformat(),

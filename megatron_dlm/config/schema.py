@@ -154,6 +154,7 @@ class Config:
             changes |= dict(
                 tensor_model_parallel_size=own.teacher_tensor_model_parallel_size,
                 pipeline_model_parallel_size=own.teacher_pipeline_model_parallel_size,
+                num_virtual_stages_per_pipeline_rank=1,
                 expert_model_parallel_size=own.teacher_expert_model_parallel_size,
                 expert_tensor_parallel_size=own.teacher_expert_tensor_parallel_size,
                 context_parallel_size=1,

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dlm.models.experts import ExpertLinear
 from megatron_dlm.models.grouped_linear import grouped_linear
+from megatron_dlm.models.model import chunks_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -140,7 +141,8 @@ def keep_in_fp8(model: torch.nn.Module) -> None:
 
     Embedding, output layer, norms and routers stay as they are.
     """
-    for parent in list(model.decoder.modules()):  # type: ignore[union-attr]
+    modules = [module for chunk in chunks_of(model) for module in chunk.decoder.modules()]
+    for parent in modules:
         for name, child in list(parent.named_children()):
             if isinstance(child, ColumnParallelLinear | RowParallelLinear):
                 setattr(parent, name, Fp8ParallelLinear(child))

@@ -90,7 +90,7 @@ CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
 }
 """Context parallelism beside the runs of `LAYOUTS`, with the runs of each."""
 VIRTUAL_STAGES = Layout(2, "deep", {PP: 2, VIRTUAL: 2})
-VIRTUAL_RUNS = ("opdlm_partial", "budget", "sft", "d_opsd")
+VIRTUAL_RUNS = ("opdlm_partial", "opdlm_fp8", "budget", "sft", "d_opsd")
 """Virtual stages need four layers. Of two updates of `budget` one has fewer rows than stages."""
 GROUPS = [
     {"pattern": "embedding", "lr": 1e-2},
@@ -163,6 +163,8 @@ OF_TEACHER = ("mixture", "off_policy", "off_policy_stored", "sft_of_teacher")
 
 FAMILY_RUNS = {"opdlm_self_teacher": SHORT, "opdlm_bigger_teacher": SHORT}
 """What other families run: the model's own weights as teacher, and those of a larger one."""
+DEEP_RUNS = {"opdlm_fp8": dict(SHORT, teacher_precision="fp8")}
+"""What only a model of four layers runs."""
 FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {"TP2 SP": {TP: 2, **SP}, "PP2": {PP: 2}}
 """Of two processes."""
 
@@ -187,7 +189,7 @@ KEYS = (
 
 def _options(folder: Path, model: str, run: str) -> dict[str, Any]:
     """What a run is started with besides its layout."""
-    options = dict((RUNS | FAMILY_RUNS)[run])
+    options = dict((RUNS | FAMILY_RUNS | DEEP_RUNS)[run])
     for name in {"prompts", "eval_prompts"} & options.keys():
         options[name] = str(folder / options[name])
     size = run.removeprefix("opdlm_").removesuffix("_teacher")

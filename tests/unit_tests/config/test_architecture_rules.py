@@ -135,3 +135,12 @@ def test_a_teacher_that_does_not_fit_is_named(
     message = refusal(validate_architecture, config, student, teacher) or ""
     assert message.startswith("--teacher-load big: --")
     assert all(words in message for words in named), message
+
+
+def test_a_teacher_on_ranks_of_its_own_has_no_virtual_stages() -> None:
+    stages = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    student = config_with(SHORT, **stages)
+    assert student.of_teacher().parallel.num_virtual_stages_per_pipeline_rank == 2
+    apart = student.changed(teacher_ranks=1).of_teacher().parallel
+    assert apart.pipeline_model_parallel_size == 1
+    assert apart.num_virtual_stages_per_pipeline_rank == 1
