@@ -36,10 +36,11 @@ from megatron_dlm.accounting.stage_slots import stage_slots
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.idle import NEIGHBOURS
+from megatron_dlm.models import stage
 from megatron_dlm.models.architecture import read_architecture
+from megatron_dlm.models.forward import Row
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_model
-from megatron_dlm.models.stage import PaddedRow, Stage
 from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.engine import RolloutEngine
@@ -81,11 +82,12 @@ def _measure(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=stages)
     config = Config(parallel=ParallelConfig(device="cpu", pipeline_model_parallel_size=stages))
-    run = Stage.run
+    forward = stage.forward_row
 
-    def slower(stage: Stage, row: PaddedRow, *arguments: Any) -> Tensor | None:
-        time.sleep(sleep / stages * row.length / (SEQUENCES * PLAIN["block_size"]))
-        return run(stage, row, *arguments)
+    def slower(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
+        # After what it waits for has come.
+        time.sleep(sleep / stages * len(row.token_ids) / (SEQUENCES * PLAIN["block_size"]))
+        return forward(model, row, equally_long)
 
     figures: dict[str, Any] = {}
     with initialized(config):
@@ -100,7 +102,8 @@ def _measure(
                     dist.barrier()
                     NEIGHBOURS.take()
                     began = time.perf_counter()
-                    with patch.object(Stage, "run", slower if kind == "sleeping" else run):
+                    used = slower if kind == "sleeping" else forward
+                    with patch.object(stage, "forward_row", used):
                         got = responses(engine.generate(prompts(), RESPONSE))
                     seconds = time.perf_counter() - began
                     waited = NEIGHBOURS.take()
@@ -146,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--sleep", type=float, default=0.2, help="seconds of a model's forward")
+    parser.add_argument("--sleep", type=float, default=0.1, help="seconds of a model's forward")
     arguments = parser.parse_args()
     report = {
         "date": datetime.now(UTC).date().isoformat(),
