@@ -38,7 +38,7 @@ from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models import stage
 from megatron_dlm.models.architecture import read_architecture
-from megatron_dlm.models.forward import Row
+from megatron_dlm.models.forward import Row, forward_row
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.output_file import write_file
@@ -82,7 +82,7 @@ def _measure(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=stages)
     config = Config(parallel=ParallelConfig(device="cpu", pipeline_model_parallel_size=stages))
-    forward = stage.forward_row
+    forward = forward_row
 
     def slower(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
         # After what it waits for has come.
