@@ -78,14 +78,15 @@ def check(name: str, actual: list[dict[str, Any]]) -> None:
     """Compare with the golden losses."""
     expected = json.loads(GOLDEN.read_text())[name]
     assert len(actual) == len(expected) >= 5
-    for line, golden in zip(actual, expected, strict=True):
+    for update, (line, golden) in enumerate(zip(actual, expected, strict=True)):
         assert line["supervised_tokens"] == golden["supervised_tokens"]
         assert line["response_tokens_total"] == golden["response_tokens_total"]
-        # Processors round differently, and five updates amplify it. From an AMD EPYC to an Intel
-        # Xeon, two runs differ by more than 1e-3: d_opsd where its terms cancel to a loss of 3e-4
-        # (by 3e-7), and the gradient norm of reverse KL, which is large (by 2e-3).
+        # Processors round differently, and updates amplify it: from one AMD EPYC to the next, the
+        # gradient norm of off_policy by 4e-5 in the fourth and 5e-3 in the fifth. From an EPYC to
+        # an Intel Xeon, two runs differ more: d_opsd where its terms cancel to a loss of 3e-4 (by
+        # 3e-7), and the gradient norm of reverse KL, which is large (by 2e-3).
         assert line["loss"] == pytest.approx(golden["loss"], rel=1e-3, abs=1e-6)
-        rel = 5e-3 if "reverse_kl" in name else 1e-3
+        rel = 1e-2 if update >= 4 else 5e-3 if "reverse_kl" in name else 1e-3
         assert line["grad_norm"] == pytest.approx(golden["grad_norm"], rel=rel)
 
 
