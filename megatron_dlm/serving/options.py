@@ -37,10 +37,6 @@ class HttpConfig:
     request_timeout_s: Annotated[float, ABOVE_ZERO] = 600.0
     """Seconds after which a request that is not answered is given up with status 504."""
 
-    shutdown_timeout_s: Annotated[float, AT_LEAST_ZERO] = 60.0
-    """Seconds that requests in decoding have after SIGTERM or SIGINT; new ones are refused with
-    status 503 meanwhile."""
-
     @property
     def key(self) -> str | None:
         """The key that requests need; None: none.
@@ -56,7 +52,16 @@ class HttpConfig:
 
 
 @dataclass(frozen=True)
-class ServerConfig(HttpConfig):
+class DecodingServerConfig(HttpConfig):
+    """Server: where it listens, and its limits."""
+
+    shutdown_timeout_s: Annotated[float, AT_LEAST_ZERO] = 60.0
+    """Seconds that requests in decoding have after SIGTERM or SIGINT; new ones are refused with
+    status 503 meanwhile."""
+
+
+@dataclass(frozen=True)
+class ServerConfig(DecodingServerConfig):
     """Server: where it listens, and its limits."""
 
     served_model_name: str | None = None
@@ -71,7 +76,7 @@ class ServerConfig(HttpConfig):
 
 
 @dataclass(frozen=True)
-class RolloutServerConfig(HttpConfig):
+class RolloutServerConfig(DecodingServerConfig):
     """Server: where it listens, and its limits."""
 
     port: Annotated[int, Range(0, 65535)] = 30000
