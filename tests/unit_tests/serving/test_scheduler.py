@@ -100,8 +100,11 @@ def test_an_error_in_one_job_leaves_the_others_alone(
     other.scheduler.stop()
     other.run()
     assert events["good"] == events["alone"]
-    pool = decoding.batch._context.pool  # type: ignore[attr-defined]
-    assert pool.num_free == other.batch._context.pool.num_free  # type: ignore[attr-defined]
+    free, expected = (
+        [group.context.pool.num_free for group in each.batch._slot_groups]  # type: ignore[attr-defined]
+        for each in (decoding, other)
+    )
+    assert free == expected
 
 
 def test_n_does_not_change_the_first_responses(model: DiffusionGPTModel) -> None:
