@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,9 @@ BUCKET_BYTES = 512 << 20
 """Bytes of tensors that are sent together, but for a larger one, which goes alone."""
 
 GROUP_TIMEOUT = timedelta(minutes=10)
+
+LEAVE_SECONDS = 10.0
+"""That a server has to leave a group."""
 
 Named = tuple[str, Tensor]
 
@@ -80,32 +85,39 @@ class GroupTransfer:
     def send(self, servers: Sequence[RolloutServer]) -> None:
         """See `WeightSender`."""
         error: UserError | None = None
-        buckets = self._buckets()
-        with ThreadPoolExecutor(len(servers)) as threads:
-            while True:
-                # Other ranks send their shards in here, whatever the servers say.
-                bucket = next(buckets, None)
-                if bucket is None:
-                    break
-                if error is None:
-                    tensors, is_last = bucket
-                    try:
-                        self._send(threads, servers, tensors, is_last)
-                    except UserError as refused:
-                        error = refused
+        buckets, threads = self._buckets(), ThreadPoolExecutor(len(servers))
+        while True:
+            # Other ranks send their shards in here, whatever the servers say.
+            bucket = next(buckets, None)
+            if bucket is None:
+                break
+            if error is None:
+                tensors, is_last = bucket
+                try:
+                    self._send(threads, servers, tensors, is_last)
+                except UserError as refused:
+                    error = refused
+                except RuntimeError as failed:
+                    problem = f"the weights have not arrived ({failed})"
+                    error = servers[0].refuse(problem, "see the log of each server")
+        threads.shutdown(wait=False)
         with errors_on_all_ranks():
             if error is not None:
                 raise error
 
     def close(self, servers: Sequence[RolloutServer]) -> None:
         """See `WeightSender`."""
-        if self._group is None:
-            return
-        self._group = None
+        if self._group is not None:
+            self._group = None
+            self._dissolve(servers)
+
+    def _dissolve(self, servers: Sequence[RolloutServer]) -> None:
+        """Have all servers leave the group."""
         for server in servers:
             with suppress(UserError):  # it may have gone
                 body = {"group_name": self._name}
-                server.post("/destroy_weights_update_group", body, retries=0)
+                leaving = replace(server, timeout_s=min(server.timeout_s, LEAVE_SECONDS))
+                leaving.post("/destroy_weights_update_group", body, retries=0)
 
     def _buckets(self) -> Iterator[tuple[list[Named], bool]]:
         """Tensors that are sent together, on rank 0; and whether they are the last ones."""
@@ -146,7 +158,12 @@ class GroupTransfer:
         path = "/update_weights_from_distributed"
         answers = [threads.submit(server.post, path, body, retries=0) for server in servers]
         work = group.begin_broadcast(flattened(tensors))
-        _wait(work.is_completed, answers)
+        try:
+            _wait(work.is_completed, answers)
+        except UserError:
+            # What was begun ends when the others leave; else it would for as long as its timeout.
+            self._dissolve(servers)
+            raise
         work.wait()
         for server, answer in zip(servers, answers, strict=True):
             _check_success(server, path, answer.result())
@@ -175,20 +192,29 @@ class GroupTransfer:
             }
             answers.append(threads.submit(server.post, path, body, retries=0))
             first += count
-        with ThreadPoolExecutor(1) as meeting:
-            met = meeting.submit(
-                weight_group,
-                self._store,
-                self._name,
-                rank=0,
-                size=size,
-                backend=platform.collective_backend(),
-                timeout=GROUP_TIMEOUT,
-            )
-            _wait(met.done, answers)
-            for server, answer in zip(servers, answers, strict=True):
-                _check_success(server, path, answer.result())
-            return met.result()
+        met: Future[WeightGroup] = Future()
+        backend = platform.collective_backend()
+
+        def meet() -> None:
+            try:
+                group = weight_group(
+                    self._store,
+                    self._name,
+                    rank=0,
+                    size=size,
+                    backend=backend,
+                    timeout=GROUP_TIMEOUT,
+                )
+                met.set_result(group)
+            except RuntimeError as error:
+                met.set_exception(error)
+
+        # A thread that nobody waits for: where a server refuses, the others do not come.
+        threading.Thread(target=meet, name="weight group", daemon=True).start()
+        _wait(met.done, answers)
+        for server, answer in zip(servers, answers, strict=True):
+            _check_success(server, path, answer.result())
+        return met.result()
 
 
 def _ranks_of(server: RolloutServer) -> int:

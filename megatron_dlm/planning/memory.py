@@ -120,7 +120,7 @@ class MemoryModel:
         targets = self._targets(config, layout, stage)
         phases: dict[PhaseName, dict[str, float]] = {}
         sequences = 0
-        if config.uses_rollouts:
+        if config.decodes_itself:
             resident = weights + (0 if moved else teacher) + idle + reserve
             passing = self._decoding(config, layout, stage, width)
             cache, sequences = self._cache(config, layout, width, gpu.memory - resident)

@@ -87,7 +87,7 @@ class TimeModel:
         batch = config.training.global_batch_size
         updates = max(1, config.rollout_batch_size // batch * config.training.epochs_per_rollout)
         rollout = teacher = 0.0
-        if config.uses_rollouts:
+        if config.decodes_itself:
             rollout = self._rollout(config, layout, own, sequences) / updates
         if config.traits.uses_teacher and not config.has_remote_teacher:  # that works meanwhile
             teacher = self._teaching(config, layout) / updates

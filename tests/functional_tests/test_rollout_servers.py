@@ -243,3 +243,28 @@ def test_draws_are_those_of_a_rollout_inside_the_run(folder: Path, server: Serve
     options = {**SERVER, **sampled, "rollout_engine_urls": (server.url,)}
     served = run_config(folder, folder / "model", **options, save=str(folder / "drawn_there"))
     assert losses(run_training(served)) == losses(run_training(own))
+
+
+def test_a_server_that_refuses_the_weights_ends_the_run_at_once(
+    folder: Path, server: ServerProcess
+) -> None:
+    """Neither the other ranks nor a group that never comes together are waited for."""
+    post = RolloutServer.post
+    for refused in ("/init_weights_update_group", "/update_weights_from_distributed"):
+
+        def refusing(
+            self: RolloutServer,
+            path: str,
+            body: dict[str, Any],
+            refused: str = refused,
+            **more: Any,
+        ) -> Any:
+            return post(self, path, {} if path == refused else body, **more)
+
+        options = {**SERVER, "rollout_engine_urls": (server.url,)}
+        config = run_config(folder, folder / "model", **options, save=str(folder / "refusing"))
+        with (
+            mock.patch.object(RolloutServer, "post", refusing),
+            pytest.raises(UserError, match=f"{refused} is refused .* is missing"),
+        ):
+            run_training(config)
