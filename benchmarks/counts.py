@@ -172,7 +172,7 @@ class _EachStep:
             self._counter.__exit__(None, None, None)
             self._counter = None
 
-    def check(self) -> None:
+    def check(self, in_flight: int = 1) -> None:
         """Begin to count a step."""
         self.end()
         self._counter = OperationCounter()

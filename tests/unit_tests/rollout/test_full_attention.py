@@ -13,8 +13,8 @@ from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.forward import Row, pad_row
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.models.stage import PaddedRow, Stage
 from megatron_dlm.parallel import initialized
-from megatron_dlm.rollout import batch as batch_module
 from megatron_dlm.rollout.batch import row_of_layout
 from megatron_dlm.rollout.context import CanvasContext
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -121,13 +121,13 @@ def test_trajectories_say_what_the_network_saw(
 ) -> None:
     """Prompt, tokens, steps, canvas and block size give back every canvas that was forwarded."""
     seen: list[list[int]] = []
-    forward_hidden = batch_module.forward_hidden
+    prepared = Stage.prepared
 
-    def record(model: torch.nn.Module, rows: list[Row]) -> list[torch.Tensor] | None:
-        seen.extend(row.token_ids.tolist() for row in rows)
-        return forward_hidden(model, rows)
+    def record(stage: Stage, row: Row) -> PaddedRow:
+        seen.append(row.token_ids.tolist())
+        return prepared(stage, row)
 
-    monkeypatch.setattr(batch_module, "forward_hidden", record)
+    monkeypatch.setattr(Stage, "prepared", record)
     rebuilt, lengths = [], []
     for prompt in make_prompts([6, 3, 9, 2, 5]):
         (trajectory,) = generate(

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is saved: a checkpoint takes longer than an update."""
-    monkeypatch.setattr(Run, "save", lambda *_: None)
+    monkeypatch.setattr(Run, "save", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_two_modes_train_alike_however_it_is_computed(folder: Path, tmp_path: Pa
         others = _run(folder, tmp_path / name, **options, **changes)
         _check(others, lines, rel=1e-5)
         for line, other in zip(lines, others, strict=True):
-            assert other["causal_loss"] == pytest.approx(line["causal_loss"], rel=1e-5)
+            # The student begins as the teacher: at first there is nothing but rounding.
+            assert other["causal_loss"] == pytest.approx(line["causal_loss"], rel=1e-5, abs=1e-7)
             assert other["loss_by_position"] == pytest.approx(line["loss_by_position"], rel=1e-5)
     # The first update: the mean over positions in a block is that of the MASKs alone.
     without = _run(folder, tmp_path / "without", **{**options, "causal_loss_weight": 0.0})
