@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import Config, validate_inference
-from megatron_dlm.entry import warn, world_size
+from megatron_dlm.entry import world_size
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
 from megatron_dlm.serving.options import ServeTeacherArguments as Arguments
@@ -34,8 +34,6 @@ def main(argv: Sequence[str]) -> int:
         check_installed(package, "command", "serve-teacher")
     config, source = _resolved(arguments)
     options = arguments.server
-    if options.key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-        warn(f"--host {options.host}: who reaches it can ask the teacher; add --api-key")
     # Imported only now, because it takes seconds.
     from megatron_dlm.parallel import initialized
     from megatron_dlm.serving.http_process import stopping_at_signals

@@ -20,7 +20,8 @@ class RolloutEngineConfig:
     """How weights come to the servers: broadcast from rank 0 in a process group with them
     (distributed), or written to a folder that they read (disk)."""
     rollout_engine_weights_path: str | None = None
-    """That folder, on a disk that all hosts see (default: rollout_weights in the run folder)."""
+    """Where that folder is made and removed again, on a disk that all hosts see (default: the run
+    folder)."""
     rollout_engine_concurrency: Annotated[int, AT_LEAST_ONE] = 64
     """Requests of each data-parallel process to each server at once."""
     rollout_engine_timeout_s: Annotated[float, ABOVE_ZERO] = 1800.0

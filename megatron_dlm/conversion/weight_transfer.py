@@ -275,7 +275,7 @@ class FolderTransfer:
     Args:
         model: This rank's part of the student.
         architecture: Of the student, with the config.json that exports get.
-        folder: That all hosts see; what is in it is replaced.
+        folder: That all hosts see; it is replaced, and removed once the servers have read it.
         iteration: Optimizer updates done.
         export: Other arguments of `export_hf`.
     """

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from megatron_dlm.entry import warn
 from megatron_dlm.errors import bad_value
 from megatron_dlm.serving.options import HttpConfig
 
@@ -22,6 +23,8 @@ HANG_UP_SECONDS = 5
 
 def listening(options: HttpConfig) -> socket.socket:
     """A socket at the address; connections wait in it from now on.
+
+    Warns of an address that others reach, where requests need no key.
 
     Raises:
         UserError: The address is unknown, or another program has the port.
@@ -42,6 +45,8 @@ def listening(options: HttpConfig) -> socket.socket:
         listener.close()
         problem = f"{options.host} cannot be listened at ({error.strerror})"
         raise bad_value("--port", options.port, problem, "choose another one, or 0") from error
+    if options.key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+        warn(f"--host {options.host}: whoever reaches it is answered; add --api-key")
     return listener
 
 

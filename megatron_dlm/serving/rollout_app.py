@@ -62,7 +62,6 @@ class RolloutModel:
     Attributes:
         path: The folder it was loaded from.
         description: What decides the tokens of a response (`megatron_dlm` of `/server_info`).
-        dtype: Of the weights, as torch calls it.
         generation: Settings of requests.
         special_tokens: Of the model.
         limits: Of prompts and responses.
@@ -71,7 +70,6 @@ class RolloutModel:
 
     path: str
     description: dict[str, Any]
-    dtype: str
     generation: GenerationConfig
     special_tokens: SpecialTokens
     limits: Limits
@@ -117,7 +115,7 @@ class RolloutApi:
         generation, limits = self._model.generation, self._model.limits
         return {
             "model_path": self._model.path,
-            "dtype": self._model.dtype,
+            "dtype": self._model.description["dtype"],
             "tp_size": 1,
             "dp_size": 1,
             "pp_size": 1,

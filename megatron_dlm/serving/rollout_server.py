@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
 from megatron_dlm.evaluation.generation import load_frozen_model
@@ -53,13 +52,11 @@ def serve_rollouts(setup: InferenceSetup, options: RolloutServerConfig) -> int:
             def decode(token_ids: list[int]) -> str:
                 return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
-            description: dict[str, Any] = described(
-                architecture, generation, special_tokens, setup.source.diffusion_kind
-            )
+            dtype = next(network.parameters()).dtype
+            description = described(architecture, generation, special_tokens, dtype)
             model = RolloutModel(
                 path=str(Path(str(setup.options.load)).resolve()),
                 description=description,
-                dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
                 generation=generation,
                 special_tokens=special_tokens,
                 limits=limits,

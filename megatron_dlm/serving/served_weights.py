@@ -22,6 +22,9 @@ from megatron_dlm.serving.api_error import ApiError
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 
+INCOMPLETE = "incomplete"
+"""Version of weights that are partly those of one update and partly of the next."""
+
 
 class ServedWeights:
     """The weights of a model on one rank; but for the groups, of the decoding thread only.
@@ -32,7 +35,7 @@ class ServedWeights:
         on_change: Called before weights are written: what was computed with others is useless.
 
     Attributes:
-        version: What the last update called itself.
+        version: What the last update called itself; `INCOMPLETE` until its last bucket.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ServedWeights:
     def load_folder(self, folder: str, version: str | None) -> None:
         """Read the weights of a Hugging Face folder."""
         self._on_change()
+        self.version = INCOMPLETE
         load_hf_weights(self._model, self._architecture, folder, "model_path")
         self._parts.clear()
         self._name(version)
@@ -105,7 +109,12 @@ class ServedWeights:
             raise ApiError(400, f"group_name: there is no {group!r}; init_weights_update_group")
         tensors = self._groups[group].receive(bucket, flat=flat, device=platform.device())
         self._on_change()
-        self._load(tensors)
+        self.version = INCOMPLETE
+        try:
+            self._load(tensors)
+        except ApiError:
+            self._parts.clear()
+            raise
         self._name(version)
 
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

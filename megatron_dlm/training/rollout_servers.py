@@ -1,8 +1,11 @@
 """Puts together what a run needs to have its rollouts decoded by servers."""
 
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_dlm.config import Config
 from megatron_dlm.config.objective_traits import VISITED
@@ -61,7 +64,12 @@ def build_server_engine(
     engine = ServerRolloutEngine(
         servers,
         _weight_sender(config, inputs, student, iteration),
-        description=described(inputs.architecture, generation, inputs.special_tokens),
+        description=described(
+            inputs.architecture,
+            generation,
+            inputs.special_tokens,
+            next(student.model.parameters()).dtype,
+        ),
         generation=generation,
         special_tokens=inputs.special_tokens,
         seed=config.data.seed,
@@ -96,7 +104,13 @@ def _weight_sender(
     if config.engine.rollout_engine_weights == "distributed":
         return GroupTransfer(student.model, architecture, format, iteration)
     path = config.engine.rollout_engine_weights_path
-    folder = Path(str(config.logging.save)) / WEIGHTS_FOLDER if path is None else Path(path)
+    if path is None:
+        folder = Path(str(config.logging.save)) / WEIGHTS_FOLDER
+    else:
+        # A folder of this start: what else lies there stays, and other runs may use the place too.
+        name = [uuid.uuid4().hex]
+        dist.broadcast_object_list(name)
+        folder = Path(path) / f"{WEIGHTS_FOLDER}_{name[0]}"
     return FolderTransfer(
         student.model,
         architecture,

@@ -67,14 +67,22 @@ def internal(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("weights", ["distributed", "disk"])
 def test_a_server_trains_as_the_run_itself_does(
-    folder: Path, server: ServerProcess, internal: list[dict[str, Any]], weights: str
+    folder: Path,
+    tmp_path: Path,
+    server: ServerProcess,
+    internal: list[dict[str, Any]],
+    weights: str,
 ) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "thesis.txt").write_text("of somebody else")
     config = run_config(
         folder,
         folder / "model",
         **SERVER,
         rollout_engine_urls=(server.url,),
         rollout_engine_weights=weights,
+        rollout_engine_weights_path=str(shared) if weights == "disk" else None,
         save=str(folder / weights),
     )
     lines = run_training(config)
@@ -82,7 +90,7 @@ def test_a_server_trains_as_the_run_itself_does(
     for name in ("tokens_per_forward", "response_lengths", "tokens_by_step", "eos_rate"):
         assert [line[name] for line in lines] == [line[name] for line in internal]
     assert server.get("/model_info")["weight_version"] == "4"
-    assert not (folder / weights / "rollout_weights").exists()
+    assert [path.name for path in shared.iterdir()] == ["thesis.txt"]
 
 
 class Early(RolloutEngine):

@@ -60,7 +60,8 @@ class RolloutServer:
 
     def _request(self, send: Callable[[Any], Any], path: str, retries: int | None = None) -> Any:
         tries = _Tries(self, path, self.retries if retries is None else retries)
-        with httpx2.Client(timeout=self._timeout, headers=headers()) as client:
+        # Servers of a job are not behind the proxy that the way out may need.
+        with httpx2.Client(timeout=self._timeout, headers=headers(), trust_env=False) as client:
             while True:
                 try:
                     answer = send(client)
@@ -105,6 +106,7 @@ class RolloutServer:
         return httpx2.AsyncClient(
             timeout=self._timeout,
             headers=headers(),
+            trust_env=False,
             limits=httpx2.Limits(
                 max_connections=connections, max_keepalive_connections=connections
             ),

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.rollout.external.client import RolloutServer
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.types.diffusion_kind import DiffusionKind
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 SGLANG_MODELS = {
@@ -46,7 +46,7 @@ def described(
     architecture: Architecture,
     generation: GenerationConfig,
     special_tokens: SpecialTokens,
-    diffusion_kind: DiffusionKind | None = None,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Everything that decides which tokens a model gives, but its weights, prompts and draws.
 
@@ -54,7 +54,7 @@ def described(
         architecture: Of the model.
         generation: How it decodes.
         special_tokens: Of the model.
-        diffusion_kind: Of its config.json.
+        dtype: Of its weights.
 
     Returns:
         A flat object as JSON knows it, but for `hf_config`, the names that config.json has.
@@ -68,6 +68,7 @@ def described(
         "context_attention": generation.context_attention,
         "mask_token_id": special_tokens.mask_token_id,
         "eos_token_ids": sorted(special_tokens.eos_token_ids),
+        "dtype": str(dtype).removeprefix("torch."),
         "remasking_strategy": generation.remasking_strategy,
     }
     if option is not None:
@@ -120,6 +121,8 @@ def _differs(server: RolloutServer, name: str, theirs: Any, ours: Any) -> Except
     if name in flags or "entropy" in name:
         flag = "--" + name.replace("_", "-")
         remedy = f"start the server with {flag} {ours}, or the run with {flag} {theirs}"
+    elif name == "dtype":
+        remedy = "start the server and the run both with --bf16, or both without"
     else:
         remedy = "start the server with the run's model and tokenizer"
     return server.refuse(f"{name} is {theirs!r} there and {ours!r} in the run", remedy)

@@ -45,7 +45,7 @@ def generation(**changes: Any) -> GenerationConfig:
 
 
 def of_run(is_moe: bool = False, **changes: Any) -> dict[str, Any]:
-    return described(architecture(is_moe=is_moe), generation(**changes), MASKS)
+    return described(architecture(is_moe=is_moe), generation(**changes), MASKS, torch.float32)
 
 
 @pytest.fixture
@@ -119,9 +119,17 @@ def test_the_model_of_sglang_is_compared(sglang: dict[str, Any], tmp_path: Path)
         check_settings(SERVER, of_run(), 0.0, 200)
     with pytest.raises(UserError, match="architectures is 'SDARForCausalLM' there and 'SDARMoe"):
         check_settings(SERVER, of_run(is_moe=True), 0.0, 200)
-    masked_otherwise = described(architecture(), generation(), TOKENS)
+    masked_otherwise = described(architecture(), generation(), TOKENS, torch.float32)
     with pytest.raises(UserError, match="mask_token_id is 151669 there and 7 in the run"):
         check_settings(SERVER, masked_otherwise, 0.0, 200)
+
+
+def test_the_precision_of_a_server_is_compared(sglang: dict[str, Any]) -> None:
+    sglang["/server_info"]["megatron_dlm"] = of_run() | {"dtype": "bfloat16"}
+    with pytest.raises(
+        UserError, match=r"dtype is 'bfloat16' there and 'float32' in the run; .*bf16"
+    ):
+        check_settings(SERVER, of_run(), 0.0, 200)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
