@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from megatron_dlm.api_key import API_KEY_VARIABLE, key_of_environment
 from megatron_dlm.config import CheckpointOptions, ParallelConfig
 from megatron_dlm.config.groups import TrainingConfig
 from megatron_dlm.config.teacher_options import TeacherPrecision
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceArguments
 from megatron_dlm.ranges import ABOVE_ZERO, AT_LEAST_ONE, AT_LEAST_ZERO, Range
-
-API_KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class HttpConfig:
         Raises:
             UserError: It is empty.
         """
-        key = os.environ.get(API_KEY_VARIABLE) if self.api_key is None else self.api_key
+        key = key_of_environment() if self.api_key is None else self.api_key
         if key == "":
             source = API_KEY_VARIABLE if self.api_key is None else "--api-key"
             raise bad_value(source, key, "is empty", "write a key, or leave it out")

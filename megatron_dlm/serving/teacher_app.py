@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.serving.api_error import ApiError
-from megatron_dlm.serving.app import Gate, error_response
+from megatron_dlm.serving.app import Gate, answer_errors
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.options import TeacherServerConfig
 from megatron_dlm.serving.teacher_queue import TeacherQueue
@@ -131,14 +130,7 @@ def create_teacher_app(api: TeacherApi, options: TeacherServerConfig) -> ASGIApp
     """The application for an ASGI server."""
     app = FastAPI(title="megatron-dlm teacher", docs_url=None, redoc_url=None)
 
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
-        return error_response(error)
-
-    @app.exception_handler(HTTPException)
-    async def unrouted(request: Request, error: HTTPException) -> Response:
-        text = f"{request.method} {request.url.path}: {error.detail}"
-        return error_response(ApiError(error.status_code, text))
+    answer_errors(app)
 
     @app.get("/health")
     async def health() -> Response:

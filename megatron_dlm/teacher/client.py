@@ -1,6 +1,5 @@
 """Asks servers of a teacher for its targets of texts, several requests at a time."""
 
-import os
 import queue
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import httpx2
 from torch import Tensor
 
+from megatron_dlm.api_key import authorization, key_of_environment
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.teacher.wire import (
     FINGERPRINT_HEADER,
@@ -25,9 +25,6 @@ from megatron_dlm.teacher.wire import (
     unpack_targets,
 )
 from megatron_dlm.types.teacher_targets import TeacherTargets
-
-KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
-"""Environment variable with the key that servers ask for."""
 
 TOKENS_PER_REQUEST = 32768
 """A request has texts of about so many tokens, or one text."""
@@ -47,7 +44,7 @@ class TeacherClient:
         field: The option that names them, for errors.
         max_requests: To each server at a time.
         timeout_s: Until a request that failed each time is given up.
-        key: That the servers ask for (default: of `KEY_VARIABLE`).
+        key: That the servers ask for (default: of `API_KEY_VARIABLE`).
     """
 
     def __init__(
@@ -61,9 +58,8 @@ class TeacherClient:
     ) -> None:
         self._urls = [url.rstrip("/") for url in urls]
         self._field, self._timeout_s = field, timeout_s
-        key = os.environ.get(KEY_VARIABLE) if key is None else key
         self._http = httpx2.Client(
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            headers=authorization(key_of_environment() if key is None else key),
             timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             limits=httpx2.Limits(max_connections=None),
             trust_env=False,

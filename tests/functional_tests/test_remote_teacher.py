@@ -186,6 +186,9 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
         assert all(fragment in message for fragment in fragments), message
     for body in (b"", b"no safetensors", pack_texts([TeacherText(TEXT.token_ids, 3)], K)):
         assert httpx2.post(server.url + TARGETS_PATH, content=body).status_code == 400
+    unclear = httpx2.post(server.url + TARGETS_PATH, params={"ahead": "x"}, content=b"")
+    assert unclear.status_code == 400
+    assert "ahead" in str(unclear.json()["error"])
     # A server that was started again with other weights, or in another precision.
     for changes in ({"fingerprint": "other"}, {"precision": "fp8"}):
         stale = client(server.url)

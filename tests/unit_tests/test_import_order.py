@@ -15,7 +15,7 @@ ROOT = Path(megatron_dlm.__file__).parent
 ORDER = (
     ("errors",),
     ("regular_file", "launcher", "activity", "output_file", "terminal", "megatron_internals"),
-    ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges"),
+    ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges", "api_key"),
     ("platform", "rank_watch", "stop_request"),
     ("types", "sandbox", "idle"),
     ("training.manifest", "training.run_folder", "training.run_history"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 import httpx2
 
+from megatron_dlm.api_key import authorization, key_of_environment
 from megatron_dlm.errors import UserError, bad_value
 
 FIELD = "--rollout-engine-urls"
-API_KEY_VARIABLE = "MEGATRON_DLM_API_KEY"
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
 """Seconds between two tries at most; the first pause is of one second, each other twice as long."""
@@ -123,8 +122,7 @@ class RolloutServer:
 
 def headers() -> dict[str, str]:
     """Of every request: the key in MEGATRON_DLM_API_KEY, if there is one."""
-    key = os.environ.get(API_KEY_VARIABLE)
-    return {} if not key else {"Authorization": f"Bearer {key}"}
+    return authorization(key_of_environment())
 
 
 def finish_reason(answer: Any) -> str | None:
