@@ -17,7 +17,7 @@ CONSTRAINTS := requirements/constraints-cpu.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-# Python compiles what it imports; all that is installed would take a minute more.
+# Compiling all that is installed would take a minute: see COMPILE_IMPORTS.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 # The newest megatron-core that is supported, on the oldest Python that it runs on.
@@ -30,6 +30,13 @@ LATEST_PIP := $(LATEST)/bin/python -m pip install --quiet --no-compile --disable
 
 # The tests start several processes on few cores: more threads each would only get in the way.
 export OMP_NUM_THREADS ?= 1
+
+# Where it is set, as in many containers, each start would compile all its imports anew: 6 s.
+unexport PYTHONDONTWRITEBYTECODE
+# What commands import, compiled once, also for later starts where it is set.
+COMPILE_IMPORTS := python -c 'import importlib, pkgutil; import megatron_dlm.commands as commands; \
+	[importlib.import_module(f"{commands.__name__}.{each.name}") \
+	for each in pkgutil.iter_modules(commands.__path__)]'
 
 # In the order of tests/conftest.py, which begins with the files that take longest.
 FILES_AT_A_TIME := --numprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -67,6 +74,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PIP) --editable '.[dev]'
 	@# Environments that tests made on top of what was installed before.
 	@rm -rf $(VENV)/transformers-*
+	@$(BIN)/$(COMPILE_IMPORTS)
 	@touch $@
 
 $(LATEST_STAMP): pyproject.toml docker/versions.env $(CONSTRAINTS) $(LATEST_CONSTRAINTS)
@@ -83,6 +91,7 @@ $(LATEST_STAMP): pyproject.toml docker/versions.env $(CONSTRAINTS) $(LATEST_CONS
 	@# The Python part of the image's Transformer Engine, for a test of shapes; not on Python's path.
 	@. ./docker/versions.env && $(LATEST)/bin/python -m pip install --quiet --no-deps --upgrade \
 		--target $(LATEST)/optional "transformer-engine==$$TRANSFORMER_ENGINE_VERSION"
+	@$(LATEST)/bin/$(COMPILE_IMPORTS)
 	@touch $@
 
 quickstart: setup
