@@ -40,6 +40,24 @@ FLEX_TILE = 128
 _document_batches = LayoutCache(document_batches)
 
 
+def _document_biases(
+    layout: Tensor, queries: int, keys: int, dtype: torch.dtype
+) -> list[tuple[DocumentBatch, Tensor]]:
+    """Each batch of documents of a row and what is added to its scores: [D, 1, L, K], 0 or -inf.
+
+    PyTorch's kernels take no other masks. Made of a boolean one in each layer, each would be kept
+    for backward: S^2 numbers a layer.
+    """
+    return [
+        (batch, torch.zeros_like(batch.mask, dtype=dtype).masked_fill_(~batch.mask, -math.inf))
+        for batch in _document_batches(layout, queries, keys).batches
+    ]
+
+
+# Of one row: they are many times as large as what they are made of.
+_document_biases_of_row = LayoutCache(_document_biases, capacity=1)
+
+
 @runtime_checkable
 class CachedAttention(Protocol):
     """Attention against a KV cache, implemented by `megatron_dlm.rollout.kv_cache`."""
@@ -70,8 +88,8 @@ def sdpa_attention(
     if not row.batches:  # a row of padding only: the rank just takes part in collectives
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
 
-    def attend(batch: DocumentBatch) -> Tensor:  # -> [D * L, n, d]
-        documents = len(batch.mask)
+    def attend(batch: DocumentBatch, bias: Tensor) -> Tensor:  # -> [D * L, n, d]
+        documents = len(bias)
 
         def by_document(x: Tensor, tokens: Tensor) -> Tensor:  # -> [D, heads, L or K, d]
             return x[:, 0].index_select(0, tokens).unflatten(0, (documents, -1)).transpose(1, 2)
@@ -80,13 +98,14 @@ def sdpa_attention(
             by_document(query, batch.queries),
             by_document(key, batch.keys),
             by_document(value, batch.keys),
-            attn_mask=batch.mask,
+            attn_mask=bias,
             scale=softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return context.transpose(1, 2).flatten(0, 1)
 
-    context = torch.cat([attend(batch) for batch in row.batches]).index_select(0, row.scatter)
+    biases = _document_biases_of_row(layout, len(query), len(key), query.dtype)
+    context = torch.cat([attend(*each) for each in biases]).index_select(0, row.scatter)
     if row.is_padding is not None:
         context = context.masked_fill(row.is_padding, 0.0)
     return context[:, None]

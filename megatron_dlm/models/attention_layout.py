@@ -23,7 +23,7 @@ S: tokens of a packed row. D: documents. L: longest document.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -369,18 +369,18 @@ class LayoutCache(Generic[T]):
     def __init__(self, derive: Callable[..., T], capacity: int = 16) -> None:
         self._derive = derive
         self._capacity = capacity
-        self._entries: OrderedDict[tuple[int, ...], tuple[Tensor, T]] = OrderedDict()
+        self._entries: OrderedDict[tuple[Hashable, ...], tuple[Tensor, T]] = OrderedDict()
 
-    def __call__(self, layout: Tensor, *sizes: int) -> T:
+    def __call__(self, layout: Tensor, *further: Hashable) -> T:
         """The derived value of this layout, computed at most once while it is among the newest.
 
         Args:
             layout: First argument of the derivation.
-            sizes: Its other ones.
+            further: Its other ones.
         """
-        key = (layout.data_ptr(), layout.shape[1], *sizes)
+        key = (layout.data_ptr(), layout.shape[1], *further)
         if key not in self._entries:
-            self._entries[key] = (layout, self._derive(layout, *sizes))
+            self._entries[key] = (layout, self._derive(layout, *further))
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import (
@@ -28,6 +27,7 @@ from torch.nn import Parameter
 from megatron_dlm.megatron_internals import weighted_swiglu
 from megatron_dlm.models.grouped_linear import grouped_linear
 from megatron_dlm.models.lora_layers import LowRankAdapter
+from megatron_dlm.models.swiglu import swiglu
 
 
 class ExpertLinear(torch.nn.Module, LowRankAdapter):
@@ -240,8 +240,7 @@ class GroupedExperts(MegatronModule):
         """silu(gate) * up * weight: [N, 2 f] -> [N, f]."""
         if self.config.bias_activation_fusion:
             return weighted_swiglu(gate_and_up, weights)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return (F.silu(gate) * up * weights).to(gate_and_up.dtype)
+        return (swiglu(gate_and_up) * weights).to(gate_and_up.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -29,6 +29,7 @@ from megatron_dlm.models.moe_layer import GroupedMoELayer
 from megatron_dlm.models.rms_norm import RMSNorm
 from megatron_dlm.models.rotary import attention_factor, scaled_frequencies
 from megatron_dlm.models.self_attention import RotatedSelfAttention
+from megatron_dlm.models.swiglu import SwiGLU
 
 # The padded vocabulary is a multiple of this, as in Megatron: checkpoints then keep their shape
 # when the tensor-parallel size changes.
@@ -116,6 +117,8 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=platform.is_cuda(),
+        # That of the layer spec, which is ours.
+        use_te_activation_func=model.transformer_impl == "local" and not platform.is_cuda(),
         apply_rope_fusion=platform.is_cuda() and has_fused_rotary(),
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -169,6 +172,7 @@ def _layer_spec(
         _make_adaptable(layer.submodules.self_attention.submodules)
         if config.num_moe_experts is None:
             _make_adaptable(spec_submodules(layer.submodules.mlp))
+            spec_submodules(layer.submodules.mlp).activation_func = SwiGLU
         else:
             layer.submodules.mlp = GroupedMoELayer
     layer.submodules.self_attention.module = RotatedSelfAttention

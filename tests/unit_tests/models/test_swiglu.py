@@ -1,0 +1,76 @@
+"""SwiGLU against its formula, and what a layer keeps for backward on a CPU."""
+
+from collections import Counter
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+
+from megatron_dlm.config import Config
+from megatron_dlm.models.architecture import architecture_from_hf
+from megatron_dlm.models.attention_layout import clean_layout
+from megatron_dlm.models.forward import Row, forward_row, padded_rows
+from megatron_dlm.models.model_provider import build_model
+from megatron_dlm.models.swiglu import swiglu
+from tests.tiny import DENSE, MOE
+
+TOKENS = 40
+
+
+@given(
+    rows=st.integers(0, 7),
+    inner=st.integers(1, 33),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_swiglu_is_its_formula(rows: int, inner: int, dtype: torch.dtype, seed: int) -> None:
+    """Values and gradients, bit for bit those of PyTorch's own operations."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 1, 2 * inner, generator=generator).mul_(4).to(dtype).requires_grad_()
+    gradient = torch.randn(rows, 1, inner, generator=generator).to(dtype)
+    gate, up = x.chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    (of_expected,) = torch.autograd.grad(expected, x, gradient)
+    actual = swiglu(x)
+    (of_actual,) = torch.autograd.grad(actual, x, gradient)
+    assert torch.equal(actual, expected)
+    assert torch.equal(of_actual, of_expected)
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_what_is_kept_for_backward(kind: str) -> None:
+    """One mask for all layers; of the feed-forward layer what goes into and out of its activation.
+
+    A mask of numbers in each layer is S^2 of them a layer, more than all else at 4k tokens.
+    """
+    inner, layers = 24, 3
+    if kind == "moe":
+        sizes = {**MOE, "model_type": "qwen3_moe", "moe_intermediate_size": inner}
+    else:
+        sizes = {**DENSE, "model_type": "qwen3", "intermediate_size": inner}
+    sizes |= {"num_hidden_layers": layers, "rope_theta": 1e4}
+    architecture = architecture_from_hf(sizes, "config.json")
+    model = build_model(architecture, Config.from_dict({"device": "cpu"})).train()
+    tokens = torch.arange(TOKENS)
+    rows, equally_long = padded_rows(
+        model, [Row(tokens, tokens, clean_layout([TOKENS], "causal", 1))]
+    )
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = forward_row(model, rows[0], equally_long)
+    assert hidden.requires_grad
+    masks = [tensor for tensor in kept.values() if tensor.shape[-2:] == (TOKENS, TOKENS)]
+    assert len(masks) == 1
+    activations = [tensor for tensor in kept.values() if tensor.grad_fn is not None]
+    widths = Counter(tensor.shape[-1] for tensor in activations)
+    assert widths[2 * inner] == layers
+    # The router's weight of each expert's row is multiplied in afterwards.
+    assert widths[inner] == (2 if kind == "moe" else 1) * layers
