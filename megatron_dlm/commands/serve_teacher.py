@@ -1,4 +1,4 @@
-"""Give a teacher's most likely tokens over HTTP, for runs with --teacher-url.
+"""Give a teacher's most likely tokens and responses over HTTP, for runs with --teacher-url.
 
 megatron-dlm serve-teacher --load Qwen/Qwen3-32B --teacher-precision bf16 --host 0.0.0.0
 torchrun --nproc-per-node 8 -m megatron_dlm serve-teacher --load hf/teacher \
@@ -83,6 +83,9 @@ def _resolved(arguments: Arguments) -> tuple[Config, ModelSource]:
         micro_batch_size=model.micro_batch_size,
         max_tokens_per_micro_batch=model.max_tokens_per_micro_batch,
         divergence_chunk_size=model.divergence_chunk_size,
+        max_running_requests=model.max_running_requests,
+        max_total_tokens=model.max_total_tokens,
+        chunked_prefill_size=model.chunked_prefill_size,
     )
     config = config.of_teacher()
     validate_inference(config, world_size(), source.architecture)

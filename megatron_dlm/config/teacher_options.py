@@ -29,8 +29,9 @@ class TeacherConfig:
     """Of --teacher-ranks, those that share one expert (default: as many as share a layer)."""
     teacher_url: tuple[str, ...] = ()
     """Servers of the teacher (megatron-dlm serve-teacher), http://host:port, all of the same model,
-    in place of --teacher-load."""
+    in place of --teacher-load: for distributions, and for the teacher's responses."""
     teacher_max_requests: Annotated[int, AT_LEAST_ONE] = 4
     """Requests that a process has with each of the teacher's servers at a time."""
     teacher_timeout_s: Annotated[float, ABOVE_ZERO] = 600.0
-    """Seconds until a request to the teacher that failed each time ends the run."""
+    """Seconds that a request to the teacher may take, with all its tries, until the run ends; they
+    begin anew while a server that answers prompts says that it has come further."""

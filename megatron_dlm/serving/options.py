@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from megatron_dlm.api_key import API_KEY_VARIABLE, key_of_environment
-from megatron_dlm.config import CheckpointOptions, ParallelConfig
+from megatron_dlm.config import CheckpointOptions, DecodingConfig, ParallelConfig
 from megatron_dlm.config.groups import TrainingConfig
 from megatron_dlm.config.teacher_options import TeacherPrecision
 from megatron_dlm.errors import bad_value
@@ -107,7 +107,8 @@ class TeacherServerConfig(HttpConfig):
     at this and the following ones."""
 
     max_waiting_texts: Annotated[int, AT_LEAST_ONE] = 65536
-    """Texts that may wait for the teacher; further requests are refused with status 429."""
+    """Texts and prompts that may wait for the teacher; further requests are refused with status
+    429."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,21 @@ class TeacherModelConfig(CheckpointOptions):
     divergence_chunk_size: Annotated[int | None, AT_LEAST_ONE] = None
     """Tokens whose logits are in memory at a time (default: as many as memory allows)."""
 
+    max_running_requests: Annotated[int, AT_LEAST_ONE] = DecodingConfig.max_running_requests
+    """Prompts that a replica answers at once, if the KV cache has room for them; it is there only
+    while prompts are answered."""
+
+    max_total_tokens: Annotated[int | None, AT_LEAST_ONE] = None
+    """Tokens that this KV cache has room for (default: enough for --max-running-requests, up to
+    80 % of free GPU memory)."""
+
+    chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = DecodingConfig.chunked_prefill_size
+    """Most prompt tokens of a forward that answers prompts."""
+
 
 @dataclass(frozen=True)
 class ServeTeacherArguments:
-    """Give the most likely tokens of texts over HTTP."""
+    """Give the most likely tokens of texts, and responses to prompts, over HTTP."""
 
     model: TeacherModelConfig = field(default_factory=TeacherModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

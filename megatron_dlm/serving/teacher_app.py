@@ -1,27 +1,33 @@
-"""The HTTP side of a teacher's server: who it is, and targets of texts in binary bodies."""
+"""The HTTP side of a teacher's server: who it is, targets of texts, responses to prompts."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
 
+from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.serving.api_error import ApiError
 from megatron_dlm.serving.app import Gate, answer_errors
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.options import TeacherServerConfig
-from megatron_dlm.serving.teacher_queue import TeacherQueue
+from megatron_dlm.serving.teacher_queue import Item, TeacherQueue, Wanted
+from megatron_dlm.serving.teacher_requests import ResponsesRequest
 from megatron_dlm.teacher.wire import (
     FINGERPRINT_HEADER,
     HEAD_PATH,
     IDENTITY_PATH,
+    RESPONSES_PATH,
     TARGETS_PATH,
     TeacherIdentity,
-    TeacherText,
+    TeacherRow,
     pack_head,
     pack_targets,
     unpack_texts,
@@ -29,6 +35,9 @@ from megatron_dlm.teacher.wire import (
 
 MOST_VALUES = 1 << 26
 """Probabilities of an answer: the process that gives all of them holds them at once."""
+
+WaitSeconds = Annotated[float | None, Query(ge=0)]
+"""How long a client waits for an answer; then it hears that the teacher is at work."""
 
 
 class TeacherApi:
@@ -62,29 +71,70 @@ class TeacherApi:
             raise _stopping()
         return Response()
 
-    async def targets(self, request: Request, ahead: bool) -> Response:
+    async def targets(self, request: Request, ahead: bool, wait_s: float | None) -> Response:
         """The most likely tokens of texts; of those sent ahead only that they are known."""
-        if self._queue.stopping:
-            raise _stopping()
         self._check_teacher(request)
         try:
-            texts, k = await asyncio.to_thread(unpack_texts, await request.body())
+            rows, k = await asyncio.to_thread(unpack_texts, await request.body())
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        self._check(texts, k)
+        self._check(rows, k)
         if ahead:
-            self._queue.send_ahead(texts, k)
+            if not self._queue.stopping:
+                self._queue.send_ahead(rows, k)
             return Response(status_code=202)
-        if self._queue.waiting_texts > self._options.max_waiting_texts:
-            raise ApiError(429, "too many texts wait", code="queue_full", retry_after=1)
-        futures = [asyncio.wrap_future(future) for future in self._queue.ask(texts, k)]
-        try:
-            async with asyncio.timeout(self._options.request_timeout_s):
-                targets = await asyncio.gather(*futures)
-        except TimeoutError:
-            raise ApiError(504, "the request took too long", code="timeout") from None
+        targets = await self._computed(rows, k, wait_s)
+        if targets is None:
+            return self._at_work()
         body = await asyncio.to_thread(pack_targets, targets)
         return Response(body, media_type="application/octet-stream")
+
+    async def responses(
+        self, request: Request, body: ResponsesRequest, wait_s: float | None
+    ) -> Response:
+        """Responses to prompts."""
+        self._check_teacher(request)
+        prompts, drawing = body.read(self._vocab_size, self._positions)
+        responses = await self._computed(prompts, drawing, wait_s)
+        return self._at_work() if responses is None else JSONResponse({"responses": responses})
+
+    async def _computed(
+        self, items: Sequence[Item], wanted: Wanted, wait_s: float | None
+    ) -> list[Any] | None:
+        """What the teacher makes of this; None if that takes longer than the client waits.
+
+        A server that stops lets nobody go without an answer that it has begun with.
+        """
+        queue, most = self._queue, self._options.request_timeout_s
+        if queue.stopping and not queue.knows(items, wanted):
+            raise _stopping()
+        if queue.waiting > self._options.max_waiting_texts:
+            raise ApiError(429, "too many texts wait", code="queue_full", retry_after=1)
+        futures = [asyncio.wrap_future(future) for future in queue.ask(items, wanted)]
+        began = time.monotonic()
+        try:
+            while True:
+                left = began + most - time.monotonic()
+                waits = left if wait_s is None else min(wait_s, left)
+                await asyncio.wait(futures, timeout=waits, return_when=asyncio.FIRST_EXCEPTION)
+                if all(future.done() for future in futures):
+                    return [future.result() for future in futures]
+                for future in futures:
+                    if future.done():
+                        future.result()  # an error of one is that of all
+                if time.monotonic() - began >= most:
+                    raise ApiError(504, "the request took too long", code="timeout")
+                if not queue.stopping:
+                    return None
+        except UserError as error:
+            raise ApiError(400, str(error)) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _at_work(self) -> Response:
+        """The same request again gives the answer, later; how far the teacher is until then."""
+        return JSONResponse({"progress": ACTIVITY.steps}, status_code=202)
 
     def _check_teacher(self, request: Request) -> None:
         """Refuse who expects another teacher."""
@@ -103,8 +153,9 @@ class TeacherApi:
         body = await asyncio.to_thread(pack_head, whole[first:last])
         return Response(body, media_type="application/octet-stream")
 
-    def _check(self, texts: Sequence[TeacherText], k: int) -> None:
+    def _check(self, rows: Sequence[TeacherRow], k: int) -> None:
         """Refuse what would end the process of the teacher."""
+        texts = [text for row in rows for text in row.texts]
         if not texts:
             raise ApiError(400, "there is no text")
         if not 0 <= k < self._vocab_size:
@@ -141,8 +192,16 @@ def create_teacher_app(api: TeacherApi, options: TeacherServerConfig) -> ASGIApp
         return api.identity()
 
     @app.post(TARGETS_PATH)
-    async def targets(request: Request, ahead: bool = False) -> Response:
-        return await api.targets(request, ahead)
+    async def targets(
+        request: Request, ahead: bool = False, wait_s: WaitSeconds = None
+    ) -> Response:
+        return await api.targets(request, ahead, wait_s)
+
+    @app.post(RESPONSES_PATH)
+    async def responses(
+        request: Request, body: ResponsesRequest, wait_s: WaitSeconds = None
+    ) -> Response:
+        return await api.responses(request, body, wait_s)
 
     @app.get(HEAD_PATH)
     async def head(request: Request, first: int, last: int) -> Response:

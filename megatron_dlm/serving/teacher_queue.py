@@ -3,87 +3,126 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from megatron_dlm.teacher.wire import TeacherText
+from megatron_dlm.teacher.wire import Drawing, TeacherPrompt, TeacherRow
 from megatron_dlm.types.teacher_targets import TeacherTargets
 
 KEPT_BYTES = 1 << 30
-"""Of targets that were computed and may be asked for, the latest."""
+"""Of results that were computed and may be asked for. Where as much was not asked for yet, nothing
+more is computed ahead; what was asked for makes room first."""
+
+KEPT_SECONDS = 3600.0
+"""After which nobody is expected to ask for a result."""
 
 TOKENS_AT_ONCE = 65536
-"""A batch for the teacher has about so many tokens, or one text."""
+"""A batch of texts for the teacher has about so many tokens, or one row."""
 
 AHEAD_TOKENS = 1 << 22
 """Texts sent ahead that wait have no more tokens together; later ones are computed when asked."""
 
+Item = TeacherRow | TeacherPrompt
+"""What waits for the teacher."""
+
+Wanted = int | Drawing
+"""What is wanted of it: the k most likely tokens, 0 for hidden states, or a response."""
+
+Result = TeacherTargets | list[int]
+
 
 @dataclass
 class _Work:
-    """A text that waits for the teacher."""
+    """Something that waits for the teacher."""
 
-    text: TeacherText
-    waiting: list[Future[TeacherTargets]] = field(default_factory=list)
+    item: Item
+    waiting: list[Future[Any]] = field(default_factory=list)
 
 
-_Key = tuple[bytes, int]
-"""Digest of a text, and k."""
+@dataclass
+class _Kept:
+    """A result, and whether somebody got it."""
+
+    result: Result
+    num_bytes: int
+    was_given: bool
+    since: float
+
+
+_Key = tuple[bytes, Wanted]
+"""Digest, and what is wanted."""
 
 
 class TeacherQueue:
-    """Texts wait here in order, those that somebody waits for first; each is computed once.
+    """Texts and prompts wait here in order; each is computed once.
 
+    Texts that somebody waits for come first, then prompts, then texts that somebody will ask for.
     The thread of HTTP adds, the one of the teacher takes and answers.
+
+    Args:
+        prompts_at_once: Most prompts of a batch: texts wait until all of it are answered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prompts_at_once: int = 256) -> None:
+        self._prompts_at_once = prompts_at_once
         self._changed = threading.Condition()
         self._asked: OrderedDict[_Key, _Work] = OrderedDict()
+        self._prompts: OrderedDict[_Key, _Work] = OrderedDict()
         self._ahead: OrderedDict[_Key, _Work] = OrderedDict()
         self._ahead_tokens = 0
         self._computed: OrderedDict[_Key, _Work] = OrderedDict()
         """Of the batch that the teacher works on."""
-        self._kept: OrderedDict[_Key, TeacherTargets] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
         self._error: Exception | None = None
         self._head: Future[Tensor] | None = None
         self.stopping = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody waits for a text."""
+        """Whether nobody waits for anything."""
         with self._changed:
-            return not self._asked and not any(w.waiting for w in self._computed.values())
+            waits = any(work.waiting for work in self._computed.values())
+            return not (self._asked or self._prompts or waits)
 
     @property
-    def waiting_texts(self) -> int:
-        """Texts that somebody waits for and that are not begun."""
-        return len(self._asked)
+    def waiting(self) -> int:
+        """What somebody waits for and is not begun."""
+        return len(self._asked) + len(self._prompts)
 
-    def ask(self, texts: Sequence[TeacherText], k: int) -> list[Future[TeacherTargets]]:
-        """The targets of texts, some time later."""
-        futures = []
+    def knows(self, items: Sequence[Item], wanted: Wanted) -> bool:
+        """Whether all of this was asked for before, and is not forgotten."""
+        places = (self._kept, self._computed, self._asked, self._prompts)
         with self._changed:
-            for text in texts:
-                key = text.digest, k
-                future: Future[TeacherTargets] = Future()
+            return all(any((i.digest, wanted) in p for p in places) for i in items)
+
+    def ask(self, items: Sequence[Item], wanted: Wanted) -> list[Future[Any]]:
+        """The targets of rows, or responses to prompts, some time later."""
+        futures = []
+        place = self._prompts if isinstance(wanted, Drawing) else self._asked
+        with self._changed:
+            for item in items:
+                key = item.digest, wanted
+                future: Future[Any] = Future()
                 futures.append(future)
                 if self._error is not None:
                     future.set_exception(self._error)
                 elif key in self._kept:
+                    kept = self._kept[key]
+                    kept.was_given, kept.since = True, time.monotonic()
                     self._kept.move_to_end(key)
-                    future.set_result(self._kept[key])
+                    future.set_result(kept.result)
                 elif key in self._computed:
                     self._computed[key].waiting.append(future)
                 else:
-                    work = self._asked.get(key) or self._taken_ahead(key) or _Work(text)
+                    work = place.get(key) or self._taken_ahead(key) or _Work(item)
                     work.waiting.append(future)
-                    self._asked[key] = work
+                    place[key] = work
             self._changed.notify()
         return futures
 
@@ -107,51 +146,67 @@ class TeacherQueue:
         assert self._head is not None
         self._head.set_result(head)
 
-    def send_ahead(self, texts: Sequence[TeacherText], k: int) -> None:
-        """Compute texts when nobody waits for others."""
+    def send_ahead(self, rows: Sequence[TeacherRow], k: int) -> None:
+        """Compute rows when nobody waits for anything else, and while there is room for them."""
         with self._changed:
-            for text in texts:
-                key, tokens = (text.digest, k), len(text.token_ids)
+            for row in rows:
+                key, tokens = (row.digest, k), row.num_tokens
                 known = (self._kept, self._computed, self._asked, self._ahead)
                 if any(key in place for place in known):
                     continue
                 if self._ahead_tokens + tokens <= AHEAD_TOKENS:
-                    self._ahead[key] = _Work(text)
+                    self._ahead[key] = _Work(row)
                     self._ahead_tokens += tokens
             self._changed.notify()
 
-    def take(self, timeout_s: float) -> tuple[list[TeacherText], int]:
-        """The next batch, of one k, and that; empty if none comes in time, or sooner."""
+    def take(self, timeout_s: float) -> tuple[list[Any], Wanted]:
+        """The next batch, all of which the same is wanted of; empty if none comes in time."""
         with self._changed:
-            if not self._asked and not self._ahead and not self.wants_head:
+            self._forget()
+            if not any(self._places) and not self.wants_head:
                 self._changed.wait(timeout_s)
-            k, tokens = -1, 0
-            for place in (self._asked, self._ahead):
+            wanted: Wanted | None = None
+            used = 0
+            for place in self._places:
                 for key, work in list(place.items()):
-                    length = len(work.text.token_ids)
-                    full = tokens and tokens + length > TOKENS_AT_ONCE
-                    if full or k not in (-1, key[1]):
+                    is_prompt = isinstance(key[1], Drawing)
+                    cost = 1 if is_prompt else work.item.num_tokens
+                    most = self._prompts_at_once if is_prompt else TOKENS_AT_ONCE
+                    if (used and used + cost > most) or wanted not in (None, key[1]):
                         continue
-                    k, tokens = key[1], tokens + length
+                    wanted, used = key[1], used + cost
                     self._computed[key] = work
                     del place[key]
-                    self._ahead_tokens -= length if place is self._ahead else 0
+                    self._ahead_tokens -= cost if place is self._ahead else 0
                 if self._computed:
                     break  # what nobody waits for does not hold up what somebody will ask next
-            return [work.text for work in self._computed.values()], k
+            items = [work.item for work in self._computed.values()]
+            return items, 0 if wanted is None else wanted
 
-    def answer(self, targets: Sequence[TeacherTargets]) -> None:
-        """Give the targets of the batch that was taken."""
+    @property
+    def _places(self) -> list[OrderedDict[_Key, _Work]]:
+        """Where there may be something to do, what is most urgent first."""
+        not_given = sum(kept.num_bytes for kept in self._kept.values() if not kept.was_given)
+        ahead = [self._ahead] if not_given < KEPT_BYTES else []
+        return [self._asked, self._prompts, *ahead]
+
+    def answer(self, results: Sequence[Result]) -> None:
+        """Give the results of the batch that was taken."""
+        now = time.monotonic()
         with self._changed:
             done, self._computed = self._computed, OrderedDict()
-            for (key, _), found in zip(done.items(), targets, strict=True):
-                self._kept[key] = found
-                self._kept_bytes += _size(found)
-            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._kept_bytes -= _size(self._kept.popitem(last=False)[1])
-        for work, found in zip(done.values(), targets, strict=True):
+            for (key, work), result in zip(done.items(), results, strict=True):
+                given = [_settle(future, result) for future in work.waiting]
+                self._kept[key] = _Kept(result, _size(result), any(given), now)
+            self._forget()
+
+    def refuse(self, error: Exception) -> None:
+        """Give those who wait for the batch that was taken an error; others are answered."""
+        with self._changed:
+            done, self._computed = self._computed, OrderedDict()
+        for work in done.values():
             for future in work.waiting:
-                _settle(future, found)
+                _settle(future, error)
 
     def fail(self, error: Exception) -> None:
         """Give everybody who waits an error, and all who ask later."""
@@ -160,30 +215,43 @@ class TeacherQueue:
             if self.wants_head:
                 assert self._head is not None
                 self._head.set_exception(error)
-            left = [*self._asked.values(), *self._computed.values()]
-            self._ahead.clear()
-            self._asked.clear()
-            self._computed.clear()
+            places = (self._asked, self._prompts, self._computed)
+            left = [work for place in places for work in place.values()]
+            for place in (*places, self._ahead):
+                place.clear()
         for work in left:
             for future in work.waiting:
                 _settle(future, error)
 
+    def _forget(self) -> None:
+        """Make room: of what is old, and of what was given, the earliest first."""
+        used, latest = sum(k.num_bytes for k in self._kept.values()), time.monotonic()
+        for key, kept in list(self._kept.items()):
+            is_old = latest - kept.since > KEPT_SECONDS
+            if is_old or (kept.was_given and used > KEPT_BYTES):
+                used -= kept.num_bytes
+                del self._kept[key]
+
     def _taken_ahead(self, key: _Key) -> _Work | None:
         work = self._ahead.pop(key, None)
         if work is not None:
-            self._ahead_tokens -= len(work.text.token_ids)
+            self._ahead_tokens -= work.item.num_tokens
         return work
 
 
-def _size(targets: TeacherTargets) -> int:
-    tensors = [tensor for tensor in vars(targets).values() if tensor is not None]
+def _size(result: Result) -> int:
+    if isinstance(result, list):
+        return 8 * len(result)
+    tensors = [tensor for tensor in vars(result).values() if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _settle(future: Future[TeacherTargets], result: TeacherTargets | Exception) -> None:
+def _settle(future: Future[Any], result: Result | Exception) -> bool:
+    """Give somebody a result; whether anybody gets it."""
     if not future.set_running_or_notify_cancel():
-        return  # the client has gone
+        return False  # the client has gone
     if isinstance(result, Exception):
         future.set_exception(result)
     else:
         future.set_result(result)
+    return True

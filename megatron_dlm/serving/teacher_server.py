@@ -14,19 +14,23 @@ import torch.distributed as dist
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.data.tokenizer import has_tokenizer, load_tokenizer
+from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.serving.http_process import answering, listening
 from megatron_dlm.serving.options import TeacherServerConfig
 from megatron_dlm.serving.teacher_app import TeacherApi, create_teacher_app
-from megatron_dlm.serving.teacher_queue import TeacherQueue
+from megatron_dlm.serving.teacher_queue import Result, TeacherQueue, Wanted
 from megatron_dlm.stop_agreement import ranks_in_step
 from megatron_dlm.teacher.answering import TextTeacher
 from megatron_dlm.teacher.loading import load_teacher
-from megatron_dlm.teacher.wire import TeacherIdentity, TeacherText, Vocabulary
+from megatron_dlm.teacher.wire import Drawing, TeacherIdentity, Vocabulary
 from megatron_dlm.training.model_source import ModelSource
 
 TICK_SECONDS = 0.5
 """How often ranks without work look whether they are to end."""
+
+BATCHES_OF_PROMPTS = 4
+"""So many times the sequences that are decoded at once are answered before texts are read again."""
 
 
 def serve_teacher(
@@ -62,7 +66,7 @@ def serve_teacher(
     firsts = [0] * dist.get_world_size()
     dist.all_gather_object(firsts, first)
     number, is_first = sorted(set(firsts)).index(first), first == dist.get_rank()
-    queue = TeacherQueue()
+    queue = TeacherQueue(BATCHES_OF_PROMPTS * config.rollout.max_running_requests)
     with ExitStack() as stack:
         listener: socket.socket | None = None
         with errors_on_all_ranks():
@@ -97,23 +101,41 @@ def _answer(
     """Compute what waits, on all ranks in step, until it is over."""
     try:
         while True:
-            texts, k, is_end = list[TeacherText](), 0, is_over(queue)
+            items: list[Any] = []
+            wanted: Wanted = 0
+            is_end = is_over(queue)
             if teacher.is_first and not is_end:
-                texts, k = queue.take(TICK_SECONDS)
-            work = texts, k, queue.wants_head, is_end
-            texts, k, wants_head, ends = _from_first(teacher.in_step, work)
+                items, wanted = queue.take(TICK_SECONDS)
+            work = items, wanted, queue.wants_head, is_end
+            items, wanted, wants_head, ends = _from_first(teacher.in_step, work)
             ACTIVITY.step()
             if ends:
                 queue.fail(RuntimeError("the teacher's server has ended"))
                 return
             if wants_head and (head := teacher.head()) is not None:
                 queue.give_head(head)
-            targets = teacher.targets(texts, k) if texts else []
-            if texts and teacher.is_first:
-                queue.answer(targets)
+            if items:
+                _answer_batch(teacher, queue, items, wanted)
     except Exception as error:
         queue.fail(error)
         raise
+
+
+def _answer_batch(
+    teacher: TextTeacher, queue: TeacherQueue, items: Sequence[Any], wanted: Wanted
+) -> None:
+    """Compute a batch on all ranks in step."""
+    results: Sequence[Result]
+    try:
+        if isinstance(wanted, Drawing):
+            results = teacher.responses(items, wanted)
+        else:
+            results = teacher.targets(items, wanted)
+    except UserError as error:  # such as prompts that are too long for the KV cache
+        queue.refuse(error)
+        return
+    if teacher.is_first:
+        queue.answer(results)
 
 
 def _from_first(in_step: dist.ProcessGroup | None, work: Any) -> Any:

@@ -1,10 +1,11 @@
-"""The most likely tokens after texts, or hidden states, by a teacher whose ranks run in step.
+"""Targets of texts and responses to prompts, by a teacher whose ranks run in step.
 
 Ranks in step hold one replica of the teacher, or several that share experts. All of them get the
-same texts; each replica takes its share of the rows, and the first rank gets all targets.
+same texts or prompts; each replica takes its share, and the first rank gets all results.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -18,19 +19,24 @@ from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.teacher.frozen import rows_in_flight
-from megatron_dlm.teacher.wire import TeacherText
+from megatron_dlm.teacher.wire import Drawing, TeacherPrompt, TeacherRow, TeacherText
+from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets
+from megatron_dlm.types.trajectory import Prompt
 
 T = TypeVar("T")
 
 
 class TextTeacher:
-    """Computes targets of texts; every method is called by all ranks in step.
+    """Computes targets and responses; every method is called by all ranks in step.
 
     Args:
         model: This rank's part, frozen and in evaluation mode.
-        config: That the model was built by: layout, rows, chunks of the output layer.
+        config: That the model was built by: layout, rows, chunks of the output layer,
+            sequences decoded at once.
         groups: Process groups of the model.
         in_step: The ranks in step, over gloo; None where this rank is alone.
     """
@@ -43,6 +49,7 @@ class TextTeacher:
         in_step: dist.ProcessGroup | None,
     ) -> None:
         self._model, self._groups, self.in_step = model, groups, in_step
+        self._config = config
         self._packing = RowPacking.of(config)
         self._chunk = config.distillation.divergence_chunk_size
         self._rows_at_once = rows_in_flight(config)
@@ -58,32 +65,91 @@ class TextTeacher:
         """Whether this is the first of the ranks in step, which has the results."""
         return self.in_step is None or self.in_step.rank() == 0
 
-    def targets(self, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
-        """The targets of texts, on the CPU; empty on all ranks but the first.
+    def targets(self, rows: Sequence[TeacherRow], k: int) -> list[TeacherTargets]:
+        """The targets of rows of texts, on the CPU; empty on all ranks but the first.
+
+        Texts that came alone are packed as the configuration says; others stay in their row.
 
         Args:
-            texts: The same on all ranks.
+            rows: The same on all ranks.
             k: Tokens of a distribution, fewer than there are; 0: hidden states.
         """
-        rows = self._packing.rows([len(text.token_ids) for text in texts])
-        rounds = -(-len(rows) // self._replicas)
-        own = rows[self._replica :: self._replicas]
+        alone = [index for index, row in enumerate(rows) if len(row.texts) == 1]
+        packed = self._packing.rows([rows[index].num_tokens for index in alone])
+        together = [[alone[i] for i in row] for row in packed if row]
+        together += [[index] for index, row in enumerate(rows) if len(row.texts) > 1]
+        rounds = -(-len(together) // self._replicas)
+        own = together[self._replica :: self._replicas]
         own += [[]] * (rounds - len(own))  # ranks that share experts run equally many rows
         found: dict[int, TeacherTargets] = {}
         for start in range(0, rounds, self._rows_at_once):
             chunk = own[start : start + self._rows_at_once]
-            clean = [clean_row([texts[i].token_ids for i in row], "causal") for row in chunk]
+            texts = [[text for i in row for text in rows[i].texts] for row in chunk]
+            clean = [clean_row([text.token_ids for text in row], "causal") for row in texts]
             hidden_rows = forward_hidden(self._model, clean)
-            for row, hidden in zip(chunk, hidden_rows or [], strict=hidden_rows is not None):
+            for row, of_row, hidden in zip(
+                chunk, texts, hidden_rows or [], strict=hidden_rows is not None
+            ):
                 if row:
-                    found |= self._of_row(row, [texts[i] for i in row], hidden, k)
+                    counts = [len(rows[i]) for i in row]
+                    targets = self._of_row(of_row, counts, hidden, k)
+                    found |= dict(zip(row, targets, strict=True))
             ACTIVITY.step()
-        return self._gathered(found, len(texts))
+        return self._gathered(found, len(rows))
+
+    def responses(self, prompts: Sequence[TeacherPrompt], drawing: Drawing) -> list[list[int]]:
+        """Responses to prompts, drawn from left to right; empty on all ranks but the first.
+
+        They are those of the same weights in a run (`responses.generate_missing`).
+
+        Args:
+            prompts: The same on all ranks.
+            drawing: How they are drawn.
+
+        Raises:
+            UserError: The longest of them do not fit into the KV cache.
+        """
+        rollout, eos = self._config.rollout, drawing.eos_token_ids
+        engine = RolloutEngine(
+            self._model,
+            generation=GenerationConfig.autoregressive(
+                temperature=drawing.temperature,
+                top_k=drawing.top_k,
+                top_p=drawing.top_p,
+                max_running_requests=rollout.max_running_requests,
+                max_total_tokens=rollout.max_total_tokens,
+                chunked_prefill_size=rollout.chunked_prefill_size,
+                decoding_groups=rollout.decoding_groups,
+            ),
+            special_tokens=SpecialTokens(
+                eos[0],
+                drawing.pad_token_id,
+                drawing.mask_token_id,
+                eos,
+                vocab_size=drawing.vocab_size,
+            ),
+            seed=drawing.seed,
+            groups=self._groups,
+        )
+        own = range(self._replica, len(prompts), self._replicas)
+        trajectories = engine.generate(
+            [
+                Prompt(
+                    prompts[index].sample_index,
+                    prompts[index].token_ids,
+                    max_response_length=prompts[index].max_response_length,
+                )
+                for index in own
+            ],
+            max(prompt.max_response_length for prompt in prompts),
+        )
+        found = dict(zip(own, (t.response_ids.tolist() for t in trajectories), strict=True))
+        return self._gathered(found if self._groups.is_first_of_replica else {}, len(prompts))
 
     def _of_row(
-        self, indices: Sequence[int], texts: Sequence[TeacherText], hidden: Tensor, k: int
-    ) -> dict[int, TeacherTargets]:
-        """The targets of the texts of a row of hidden states [S, h]."""
+        self, texts: Sequence[TeacherText], counts: Sequence[int], hidden: Tensor, k: int
+    ) -> list[TeacherTargets]:
+        """The targets of the texts of a row of hidden states [S, h], in parts of so many."""
         wanted, start = [], 0
         for text in texts:
             wanted.append(hidden[start + text.first : start + len(text.token_ids)])
@@ -99,19 +165,15 @@ class TextTeacher:
                 self._chunk,
             )
         targets = targets.to(torch.device("cpu"))
-        found, start = {}, 0
-        for index, text in zip(indices, texts, strict=True):
-            found[index] = targets[slice(start, start + len(text))]
-            start += len(text)
-        return found
+        return [targets[slice(*ends)] for ends in pairwise(accumulate(counts, initial=0))]
 
-    def _gathered(self, found: dict[int, TeacherTargets], number: int) -> list[TeacherTargets]:
-        """All targets of the ranks in step, in order, on the first of them."""
+    def _gathered(self, found: dict[int, T], number: int) -> list[T]:
+        """All results of the ranks in step, in order, on the first of them."""
         speaks = self._groups.tp is None or self._groups.tp.rank() == 0
         parts = self._on_first(found if speaks else {})
         if not self.is_first:
             return []
-        whole = {index: targets for part in parts for index, targets in part.items()}
+        whole = {index: result for part in parts for index, result in part.items()}
         return [whole[index] for index in range(number)]
 
     def head(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from megatron_dlm.data.sampler import ShuffledSampler
 from megatron_dlm.data.token_table import TokenTable
 from megatron_dlm.data.top_k_store import TopKHeader, TopKStore, TopKTable
 from megatron_dlm.models.model import StageModel
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.teacher.base import Teacher
@@ -21,6 +22,7 @@ from megatron_dlm.teacher.given_responses import given_records
 from megatron_dlm.teacher.inputs import TeacherInputs
 from megatron_dlm.teacher.loading import load_teacher
 from megatron_dlm.teacher.remote import RemoteTeacher
+from megatron_dlm.teacher.remote_stores import ask_for_responses, ask_for_targets
 from megatron_dlm.teacher.responses import generate_missing
 from megatron_dlm.teacher.self_teacher import SelfTeacher
 from megatron_dlm.teacher.stored import StoredTeacher
@@ -85,21 +87,17 @@ def build_teacher(
             groups=groups,
             stop=stop,
         ), examples
-    if client is not None:
-        assert inputs is not None
-        sizes, k = inputs.source.architecture, config.distillation.divergence_top_k
-        if k >= sizes.vocab_size:  # the whole vocabulary
-            k = 0
-        return RemoteTeacher(client, k, sizes, groups, stop), examples
     if inputs is None:
         return None, examples
     if config.uses_teacher_responses:
         assert isinstance(data, PromptDataset)
         assert inputs.responses is not None
         wanted = given_records(config, sampler)
-        generate_missing(
-            config, inputs.responses, data, wanted, load, special_tokens, groups, stop=stop
-        )
+        store = inputs.responses
+        if client is None:
+            generate_missing(config, store, data, wanted, load, special_tokens, groups, stop=stop)
+        else:
+            ask_for_responses(config, store, data, wanted, client, special_tokens, groups, stop)
         with errors_on_all_ranks():
             responses = inputs.responses.read()
         examples = data.with_responses(responses, special_tokens)
@@ -115,12 +113,19 @@ def build_teacher(
                 special_tokens.vocab_size,
                 groups,
                 stop,
+                client,
             )
             load.cache_clear()
             platform.release_memory()
             return StoredTeacher(table, sampler.record_index, groups), examples
     if not config.traits.uses_teacher:
         return None, examples
+    if client is not None:
+        sizes, k = inputs.source.architecture, config.distillation.divergence_top_k
+        if k >= sizes.vocab_size:  # the whole vocabulary
+            k = 0
+        packing = RowPacking.of(config)
+        return RemoteTeacher(client, k, sizes, groups, stop, packing), examples
     return frozen_teacher(load(), config, stop, groups), examples
 
 
@@ -135,6 +140,7 @@ def _stored_top_k(
     vocab_size: int,
     groups: ParallelGroups,
     stop: StopAgreement | None,
+    client: TeacherClient | None,
 ) -> TopKTable:
     assert config.teacher_responses is not None
     k = config.distillation.divergence_top_k
@@ -149,6 +155,9 @@ def _stored_top_k(
     folder = Path(config.teacher_responses) / f"top_{k}"
     with errors_on_all_ranks():
         store = TopKStore(folder, header, "--teacher-responses", responses, vocab_size)
-    compute_missing(config, store, examples, wanted, load, vocab_size, groups, stop=stop)
+    if client is None:
+        compute_missing(config, store, examples, wanted, load, vocab_size, groups, stop=stop)
+    else:
+        ask_for_targets(config, store, examples, wanted, client, groups, stop)
     with errors_on_all_ranks():
         return store.read()

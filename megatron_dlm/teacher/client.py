@@ -1,39 +1,46 @@
-"""Asks servers of a teacher for its targets of texts, several requests at a time."""
+"""Asks servers of a teacher for targets of texts and responses to prompts, several at a time."""
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx2
 from torch import Tensor
 
-from megatron_dlm.api_key import authorization, key_of_environment
+from megatron_dlm.api_key import key_of_environment
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.server_requests import RequestThread, Tries, described, open_client
 from megatron_dlm.teacher.wire import (
     FINGERPRINT_HEADER,
     HEAD_PATH,
     IDENTITY_PATH,
+    RESPONSES_PATH,
     TARGETS_PATH,
+    Drawing,
     TeacherIdentity,
-    TeacherText,
+    TeacherPrompt,
+    TeacherRow,
     pack_texts,
+    prompts_to_json,
+    responses_from_json,
     unpack_head,
     unpack_targets,
 )
 from megatron_dlm.types.teacher_targets import TeacherTargets
 
+T = TypeVar("T")
+
 TOKENS_PER_REQUEST = 32768
-"""A request has texts of about so many tokens, or one text."""
+"""A request has texts of about so many tokens, or one row."""
+
+WAIT_SECONDS = 20.0
+"""After so long a server at work says how far it is, in place of an answer."""
 
 POLL_SECONDS = 0.2
 """How often ranks that wait for answers look whether the run is to stop."""
-
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 10.0
-"""Before a request is sent again; each pause is twice the one before."""
 
 
 class TeacherClient:
@@ -43,7 +50,8 @@ class TeacherClient:
         urls: Of the servers.
         field: The option that names them, for errors.
         max_requests: To each server at a time.
-        timeout_s: Until a request that failed each time is given up.
+        timeout_s: That a request may take with all its tries, or a server that works on it until
+            it has come further.
         key: That the servers ask for (default: of `API_KEY_VARIABLE`).
     """
 
@@ -58,16 +66,14 @@ class TeacherClient:
     ) -> None:
         self._urls = [url.rstrip("/") for url in urls]
         self._field, self._timeout_s = field, timeout_s
-        self._http = httpx2.Client(
-            headers=authorization(key_of_environment() if key is None else key),
-            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
-            limits=httpx2.Limits(max_connections=None),
-            trust_env=False,
-        )
-        self._threads = _Threads(max_requests * len(self._urls))
+        self._http = open_client(key_of_environment() if key is None else key)
+        self._thread = RequestThread()
+        self._max_requests = max_requests
+        self._room = asyncio.Semaphore(max_requests * len(self._urls))
         # What is sent ahead must not take the place of what is waited for.
-        self._ahead = _Threads(len(self._urls))
-        self._closed = threading.Event()
+        self._room_ahead = asyncio.Semaphore(len(self._urls))
+        self._closed = False
+        self._wait_s = min(timeout_s / 2, WAIT_SECONDS)
 
     @cached_property
     def identity(self) -> TeacherIdentity:
@@ -76,7 +82,7 @@ class TeacherClient:
         Raises:
             UserError: A server does not answer, or they have different teachers.
         """
-        found = [self._identity_of(url) for url in self._urls]
+        found = [self._thread.submit(self._identity_of(url)).result() for url in self._urls]
         for url, other in zip(self._urls, found, strict=True):
             if other.computes != found[0].computes:
                 raise bad_value(
@@ -88,37 +94,76 @@ class TeacherClient:
                 )
         return found[0]
 
-    def _identity_of(self, url: str) -> TeacherIdentity:
-        answer = self._answered([url], lambda u: self._http.get(u + IDENTITY_PATH))
+    async def _identity_of(self, url: str) -> TeacherIdentity:
+        answer = await self._answered([url], lambda u: self._http.get(u + IDENTITY_PATH))
         try:
             return TeacherIdentity.from_json(answer.json())
         except ValueError as error:
             raise self._no_teacher(url, str(error)) from error
 
-    def begin(self, texts: Sequence[TeacherText], k: int) -> "Asked":
-        """Ask for the targets of texts, without waiting.
+    def begin(self, rows: Sequence[TeacherRow], k: int) -> "Asked[TeacherTargets]":
+        """Ask for the targets of rows of texts, without waiting.
 
         Args:
-            texts: At least one prediction each.
+            rows: At least one prediction each.
             k: Tokens of a distribution; 0: hidden states.
         """
-        of_server: dict[int, list[int]] = {}
-        for index, text in enumerate(texts):
-            of_server.setdefault(self._server_of(text), []).append(index)
-        asked: dict[Future[list[TeacherTargets]], list[int]] = {}
-        for server, indices in of_server.items():
-            for part in _parts(indices, [len(text.token_ids) for text in texts]):
-                future = self._threads.submit(self._ask, server, [texts[i] for i in part], k)
-                asked[future] = part
-        return Asked(asked)
+        _ = self.identity
 
-    def targets(self, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
-        """The targets of texts, in their order; see `begin`.
+        def ask(server: int, part: Sequence[TeacherRow]) -> Coroutine[Any, Any, Any]:
+            return self._ask(server, part, k)
+
+        costs = [row.num_tokens for row in rows]
+        return self._begin(rows, costs, TOKENS_PER_REQUEST, ask)
+
+    def begin_responses(
+        self, prompts: Sequence[TeacherPrompt], drawing: Drawing, at_once: int
+    ) -> "Asked[list[int]]":
+        """Ask for responses to prompts, token ids each, without waiting.
+
+        Args:
+            prompts: To answer.
+            drawing: How.
+            at_once: Prompts that each server has at a time, about.
+        """
+        _ = self.identity
+
+        def ask(server: int, part: Sequence[TeacherPrompt]) -> Coroutine[Any, Any, Any]:
+            return self._ask_responses(server, part, drawing)
+
+        of_request = -(-at_once // self._max_requests)
+        return self._begin(prompts, [1] * len(prompts), of_request, ask)
+
+    def _begin(
+        self,
+        work: Sequence[Any],
+        costs: Sequence[int],
+        most: int,
+        ask: Callable[[int, Sequence[Any]], Coroutine[Any, Any, list[T]]],
+    ) -> "Asked[T]":
+        of_server: dict[int, list[int]] = {}
+        for index, one in enumerate(work):
+            of_server.setdefault(self._server_of(one), []).append(index)
+        parts = [
+            (server, part)
+            for server, indices in of_server.items()
+            for part in _parts(indices, costs, most)
+        ]
+        parts.sort(key=lambda server_and_part: server_and_part[1][0])  # what comes first, first
+        return Asked(
+            {
+                self._thread.submit(ask(server, [work[index] for index in part])): part
+                for server, part in parts
+            }
+        )
+
+    def targets(self, rows: Sequence[TeacherRow], k: int) -> list[TeacherTargets]:
+        """The targets of rows, in their order; see `begin`.
 
         Raises:
             UserError: A server refused a request, or none answered it in time.
         """
-        asked = self.begin(texts, k)
+        asked = self.begin(rows, k)
         while not asked.has_ended:
             asked.wait(POLL_SECONDS)
         return asked.result()
@@ -131,90 +176,115 @@ class TeacherClient:
         """
         rows = {"first": str(first), "last": str(last)}
         expected = {FINGERPRINT_HEADER: self.identity.computes}
-        answer = self._answered(
-            self._urls, lambda url: self._http.get(url + HEAD_PATH, params=rows, headers=expected)
-        )
+
+        def send(url: str) -> Awaitable[httpx2.Response]:
+            return self._http.get(url + HEAD_PATH, params=rows, headers=expected)
+
+        answer = self._thread.submit(self._answered(self._urls, send)).result()
         try:
             return unpack_head(answer.content, last - first, hidden_size)
         except ValueError as error:
             raise self._no_teacher(self._urls[0], str(error)) from error
 
-    def send_ahead(self, text: TeacherText, k: int) -> None:
-        """Let a server begin with a text that will be asked for; nothing is waited for.
+    def send_ahead(self, row: TeacherRow, k: int) -> None:
+        """Let a server begin with texts that will be asked for; nothing is waited for.
 
         Where this fails, the server begins when it is asked.
         """
-        if self._closed.is_set():
+        if self._closed:
             return
-        url = self._urls[self._server_of(text)]
+        _ = self.identity
+        url = self._urls[self._server_of(row)]
 
-        def send() -> None:
-            try:
-                self._post(url, [text], k, {"ahead": "1"})
-            except httpx2.HTTPError:
-                return
+        async def send() -> None:
+            with suppress(httpx2.HTTPError, TimeoutError):
+                async with self._room_ahead, asyncio.timeout(self._timeout_s):
+                    await self._post(url, [row], k, {"ahead": "1"})
 
-        self._ahead.submit(send)
+        self._thread.submit(send())
 
     def close(self) -> None:
         """Send nothing more; what is asked for is not waited for."""
-        self._closed.set()
-        for threads in (self._threads, self._ahead):
-            threads.close()
-        self._http.close()
+        if not self._closed:
+            self._closed = True
+            self._thread.close(self._http)
 
-    def _server_of(self, text: TeacherText) -> int:
+    def _server_of(self, work: TeacherRow | TeacherPrompt) -> int:
         """The same on all ranks, so that each text is computed once."""
-        return int.from_bytes(text.digest[:8], "little") % len(self._urls)
+        return int.from_bytes(work.digest[:8], "little") % len(self._urls)
+
+    def _from(self, server: int) -> list[str]:
+        """All servers, this one first: another one answers where it fails."""
+        return self._urls[server:] + self._urls[:server]
 
     def _post(
-        self, url: str, texts: Sequence[TeacherText], k: int, query: dict[str, str]
-    ) -> httpx2.Response:
+        self, url: str, rows: Sequence[TeacherRow], k: int, query: dict[str, str]
+    ) -> Awaitable[httpx2.Response]:
         return self._http.post(
             url + TARGETS_PATH,
-            params=query,
-            content=pack_texts(texts, k),
+            params={"wait_s": str(self._wait_s), **query},
+            content=pack_texts(rows, k),
             headers={FINGERPRINT_HEADER: self.identity.computes},
         )
 
-    def _ask(self, server: int, texts: Sequence[TeacherText], k: int) -> list[TeacherTargets]:
-        urls = self._urls[server:] + self._urls[:server]  # another one where this one fails
-        answer = self._answered(urls, lambda url: self._post(url, texts, k, {}))
+    async def _ask(self, server: int, rows: Sequence[TeacherRow], k: int) -> list[TeacherTargets]:
+        urls = self._from(server)
+        async with self._room:
+            answer = await self._answered(urls, lambda url: self._post(url, rows, k, {}))
         try:
-            return unpack_targets(answer.content, [len(text) for text in texts], k)
+            return unpack_targets(answer.content, [len(row) for row in rows], k)
         except ValueError as error:
             raise self._no_teacher(urls[0], str(error)) from error
 
-    def _answered(
-        self, urls: Sequence[str], send: Callable[[str], httpx2.Response]
+    async def _ask_responses(
+        self, server: int, prompts: Sequence[TeacherPrompt], drawing: Drawing
+    ) -> list[list[int]]:
+        urls, body = self._from(server), prompts_to_json(prompts, drawing)
+        headers = {FINGERPRINT_HEADER: self.identity.computes}
+
+        def send(url: str) -> Awaitable[httpx2.Response]:
+            query = {"wait_s": str(self._wait_s)}
+            return self._http.post(url + RESPONSES_PATH, params=query, json=body, headers=headers)
+
+        async with self._room:
+            answer = await self._answered(urls, send)
+        try:
+            return responses_from_json(answer.json(), prompts, drawing)
+        except ValueError as error:
+            raise self._no_teacher(urls[0], str(error)) from error
+
+    async def _answered(
+        self, urls: Sequence[str], send: Callable[[str], Awaitable[httpx2.Response]]
     ) -> httpx2.Response:
-        """The first good answer of the servers, asked in turn until the time is up."""
-        deadline = time.monotonic() + self._timeout_s
-        pause, tries = FIRST_PAUSE_SECONDS, 0
+        """The first good answer of the servers, asked in turn until the time is up.
+
+        A server that is still at work says how far it is, and is asked again.
+        """
+        url, progress = urls[0], -1
+
+        def refuse(problem: str) -> UserError:
+            remedy = "see that the teacher runs there and can be reached, or raise"
+            return bad_value(self._field, url, problem, f"{remedy} --teacher-timeout-s")
+
+        async def sent(place: int) -> httpx2.Response:
+            nonlocal url
+            url = urls[place]
+            return await send(url)
+
+        tries = Tries(refuse, seconds=self._timeout_s, places=len(urls))
         while True:
-            url = urls[tries % len(urls)]
-            tries += 1
-            try:
-                answer = send(url)
-                if answer.is_success:
-                    return answer
-                problem = f"status {answer.status_code}: {_message(answer)}"
-                if answer.status_code < 500 and answer.status_code != 429:
-                    raise self._no_teacher(url, problem)
-            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-                problem = f"{type(error).__name__}: {error}"
-                if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol):
-                    raise self._no_teacher(url, problem) from error
-            left = deadline - time.monotonic()
-            if left <= 0 or self._closed.wait(min(pause, left)):
-                raise bad_value(
-                    self._field,
-                    url,
-                    f"no answer in {self._timeout_s:g} s and {tries} tries ({problem})",
-                    "see that the teacher runs there and can be reached, or raise "
-                    "--teacher-timeout-s",
-                )
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            answer = await tries.answer(sent)
+            if answer.status_code == 202:
+                tries.count -= 1  # the same server
+                if (found := _progress(answer)) != progress:
+                    progress = found
+                    tries.start_again()
+                elif tries.is_over:
+                    raise refuse(f"has come no further in {self._timeout_s:g} s")
+            elif answer.is_success:
+                return answer
+            else:
+                raise self._no_teacher(url, described(answer))
 
     def _no_teacher(self, url: str, problem: str) -> UserError:
         return bad_value(
@@ -222,14 +292,14 @@ class TeacherClient:
         )
 
 
-class Asked:
+class Asked(Generic[T]):
     """Requests on their way.
 
     Args:
-        parts: The texts of each request, by their numbers.
+        parts: What each request asks for, by its numbers.
     """
 
-    def __init__(self, parts: dict[Future[list[TeacherTargets]], list[int]]) -> None:
+    def __init__(self, parts: dict[Future[list[T]], list[int]]) -> None:
         self._parts = parts
 
     def wait(self, seconds: float) -> None:
@@ -239,7 +309,8 @@ class Asked:
     @property
     def error(self) -> BaseException | None:
         """Why one is never answered."""
-        return next((f.exception() for f in self._parts if f.done() and f.exception()), None)
+        ended = (future for future in self._parts if future.done() and not future.cancelled())
+        return next((error for future in ended if (error := future.exception())), None)
 
     @property
     def has_ended(self) -> bool:
@@ -247,12 +318,21 @@ class Asked:
         return self.error is not None or all(future.done() for future in self._parts)
 
     def cancel(self) -> None:
-        """Give up what is not sent yet."""
+        """Give up what is not answered yet."""
         for future in self._parts:
             future.cancel()
 
-    def result(self) -> list[TeacherTargets]:
-        """The targets of all texts, in their order.
+    def taken(self) -> dict[int, T]:
+        """What has come since this was called last, by its numbers; nothing here keeps it."""
+        come = [f for f in self._parts if f.done() and not f.cancelled() and not f.exception()]
+        return {
+            index: found
+            for future in come
+            for index, found in zip(self._parts.pop(future), future.result(), strict=True)
+        }
+
+    def result(self) -> list[T]:
+        """All that was asked for, in its order; after the end, once.
 
         Raises:
             UserError: A server refused a request, or none answered it in time.
@@ -260,70 +340,26 @@ class Asked:
         if self.error is not None:
             self.cancel()
             raise self.error
-        found = {
-            index: targets
-            for future, part in self._parts.items()
-            for index, targets in zip(part, future.result(), strict=True)
-        }
+        found = self.taken()
         return [found[index] for index in range(len(found))]
 
 
-class _Threads:
-    """Threads for requests, which no end of the process waits for, unlike those of an executor.
-
-    Args:
-        number: Of requests at a time.
-    """
-
-    def __init__(self, number: int) -> None:
-        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]
-        self._work = queue.SimpleQueue()
-        self._number = number
-        self._threads: list[threading.Thread] = []
-        self._is_closed = False
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call a function in one of them, later."""
-        future: Future[Any] = Future()
-        self._work.put((future, function, arguments))
-        if len(self._threads) < self._number:
-            thread = threading.Thread(target=self._run, name="teacher", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        return future
-
-    def close(self) -> None:
-        """Begin nothing more."""
-        self._is_closed = True
-
-    def _run(self) -> None:
-        while True:
-            future, function, arguments = self._work.get()
-            if self._is_closed or not future.set_running_or_notify_cancel():
-                future.cancel()
-                continue
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:  # raised again where the result is waited for
-                future.set_exception(error)
-
-
-def _parts(indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Texts of one request each."""
-    parts: list[list[int]] = []
-    tokens = TOKENS_PER_REQUEST
-    for index in indices:
-        if tokens + lengths[index] > TOKENS_PER_REQUEST:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(index)
-        tokens += lengths[index]
-    return parts
-
-
-def _message(answer: httpx2.Response) -> str:
-    """What a server says of an error."""
+def _progress(answer: httpx2.Response) -> int:
+    """How far a server that is at work has come, as it counts it."""
     try:
-        return str(answer.json()["error"]["message"])
+        return int(answer.json()["progress"])
     except (ValueError, KeyError, TypeError):
-        return answer.reason_phrase
+        return -1
+
+
+def _parts(indices: Sequence[int], costs: Sequence[int], most: int) -> list[list[int]]:
+    """What goes into each request, of at most this cost or of one piece."""
+    parts: list[list[int]] = []
+    used = most
+    for index in indices:
+        if used + costs[index] > most:
+            parts.append([])
+            used = 0
+        parts[-1].append(index)
+        used += costs[index]
+    return parts

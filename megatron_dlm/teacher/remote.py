@@ -2,6 +2,8 @@
 
 Of each replica of the student one rank asks; the ranks that need the targets get them from it.
 Texts are sent ahead as soon as a rollout has finished them, so that the teacher works meanwhile.
+Where several texts share a row, they are sent when all are known, in the rows that a teacher in
+memory would have: how its results are rounded depends on these.
 """
 
 from collections.abc import Sequence
@@ -12,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm import platform
-from megatron_dlm.activity import ACTIVITY
-from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import padded_vocab_size
+from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
-from megatron_dlm.teacher.client import POLL_SECONDS, Asked, TeacherClient
-from megatron_dlm.teacher.wire import TeacherText
+from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.waiting import wait_for
+from megatron_dlm.teacher.wire import TeacherRow, TeacherText
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
 from megatron_dlm.types.trajectory import Trajectory
 
@@ -34,6 +36,7 @@ class RemoteTeacher:
         sizes: Of the teacher.
         groups: Process groups of the student.
         stop: Whether the run is to stop is looked at while answers are waited for; None: never.
+        packing: How the run lays texts into rows; a budget of tokens is the server's matter.
 
     Attributes:
         model: None.
@@ -48,9 +51,11 @@ class RemoteTeacher:
         sizes: Architecture,
         groups: ParallelGroups,
         stop: StopAgreement | None = None,
+        packing: RowPacking = RowPacking(),  # noqa: B008 - immutable
     ) -> None:
         self._client, self._k, self._sizes = client, k, sizes
         self._groups, self._stop = groups, stop
+        self._packing = RowPacking() if packing.max_tokens is not None else packing
         is_first = groups.tp is None or groups.tp.rank() == 0
         self._asks = groups.is_last_stage and groups.cp_rank == 0 and is_first
 
@@ -80,8 +85,9 @@ class RemoteTeacher:
 
     def send_ahead(self, trajectory: Trajectory) -> None:
         """Begin with a finished trajectory, which is annotated later; any rank may call this."""
-        if self._groups.is_first_of_replica and len(trajectory.response_ids):
-            self._client.send_ahead(TeacherText.of(trajectory), self._k)
+        has_row = self._packing.texts == 1 and len(trajectory.response_ids) > 0
+        if self._groups.is_first_of_replica and has_row:
+            self._client.send_ahead(TeacherRow((TeacherText.of(trajectory),)), self._k)
 
     def annotate(self, trajectories: Sequence[Trajectory]) -> None:
         """Set `targets` of each trajectory, on the last pipeline stage; all ranks call this.
@@ -94,15 +100,13 @@ class RemoteTeacher:
         counts = [len(text) for text in texts]
         with errors_on_all_ranks():
             _ = self.head  # the first time it is fetched
-        asks = texts if self._asks else []
-        asked = self._client.begin([text for text in asks if len(text)], self._k)
-        try:
-            self._await(asked)
-            with errors_on_all_ranks():
-                if isinstance(asked.error, UserError):
-                    raise asked.error
-        finally:
-            asked.cancel()
+        rows = []
+        for indices in self._packing.rows([len(text.token_ids) for text in texts]):
+            row = tuple(texts[index] for index in indices if len(texts[index]))
+            if row and self._asks:
+                rows.append(TeacherRow(row))
+        asked = self._client.begin(rows, self._k)
+        wait_for(asked, self._stop)
         found = TeacherTargets.cat([self._empty(0), *asked.result()]) if self._asks else None
         if not self._groups.is_last_stage:
             return
@@ -114,20 +118,6 @@ class RemoteTeacher:
     def close(self) -> None:
         """Send nothing more."""
         self._client.close()
-
-    def _await(self, asked: Asked) -> None:
-        """Wait for all ranks' answers in step: a teacher may take longer than a collective waits.
-
-        Raises:
-            StopRequested: On all ranks.
-        """
-        waits, has_failed = True, False
-        while waits and not has_failed:
-            asked.wait(POLL_SECONDS)
-            ACTIVITY.step()  # a server that hangs has a timeout of its own
-            waits, has_failed = not asked.has_ended, asked.error is not None
-            if self._stop is not None:
-                waits, has_failed = self._stop.agree(waits, has_failed)
 
     def _empty(self, predictions: int) -> TeacherTargets:
         """Targets without values."""

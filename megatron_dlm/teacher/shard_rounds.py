@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 
@@ -57,6 +58,13 @@ def ended_by_all() -> Iterator[None]:
         raise StopRequested(int(code))
 
 
+def shards_of(missing: list[int], replicas: int, prompts_per_shard: int) -> list[list[int]]:
+    """Prompts in shards of at most so many, as many for each replica; equal to within a prompt."""
+    number = replicas * -(-len(missing) // (replicas * prompts_per_shard))
+    bounds = [len(missing) * shard // number for shard in range(number + 1)]
+    return [missing[first:last] for first, last in pairwise(bounds)]
+
+
 def rounds(
     missing: list[int],
     what: str,
@@ -74,12 +82,11 @@ def rounds(
         groups: Process groups of the teacher.
         prompts_per_shard: Most prompts of a shard.
     """
-    replica, replicas = groups.replica, groups.num_replicas
-    num_shards = replicas * -(-len(missing) // (replicas * prompts_per_shard))
-    bounds = [len(missing) * shard // num_shards for shard in range(num_shards + 1)]
-    for start in range(0, num_shards, replicas):
-        own = missing[bounds[start + replica] : bounds[start + replica + 1]]
-        sizes = [bounds[i + 1] - bounds[i] for i in range(start, start + replicas)]
-        yield own, max(sizes)
+    replicas = groups.num_replicas
+    shards, done = shards_of(missing, replicas, prompts_per_shard), 0
+    for start in range(0, len(shards), replicas):
+        of_round = shards[start : start + replicas]
+        yield of_round[groups.replica], max(map(len, of_round))
+        done += sum(map(len, of_round))
         if torch.distributed.get_rank() == 0:
-            say(f"{what}: {bounds[start + replicas]}/{len(missing)} prompts")
+            say(f"{what}: {done}/{len(missing)} prompts")

@@ -1,6 +1,7 @@
-"""What a teacher's server and its clients exchange: texts, targets, and who the teacher is.
+"""What a teacher's server and its clients exchange: texts, targets, prompts, who the teacher is.
 
-Bodies are safetensors: tensors as they lie in memory, and nothing that runs code when it is read.
+Bodies with targets are safetensors: tensors as they lie in memory, and nothing that runs code when
+it is read.
 
 N: tokens of all texts; n: predictions of all texts; k: tokens of a distribution.
 """
@@ -23,6 +24,7 @@ from megatron_dlm.types.trajectory import Trajectory
 
 IDENTITY_PATH = "/v1/teacher"
 TARGETS_PATH = "/v1/targets"
+RESPONSES_PATH = "/v1/responses"
 HEAD_PATH = "/v1/head"
 FINGERPRINT_HEADER = "X-Teacher-Fingerprint"
 """Of a request for targets: the teacher that the client expects."""
@@ -51,26 +53,51 @@ class TeacherText:
         """Number of predictions."""
         return max(len(self.token_ids) - self.first, 0)
 
+
+@dataclass(frozen=True, eq=False)
+class TeacherRow:
+    """Texts that the teacher reads in one row, in this order: rounding depends on it.
+
+    Attributes:
+        texts: At least one.
+    """
+
+    texts: tuple[TeacherText, ...]
+
+    def __len__(self) -> int:
+        """Number of predictions."""
+        return sum(map(len, self.texts))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(len(text.token_ids) for text in self.texts)
+
     @property
     def digest(self) -> bytes:
-        """Tells it from any other text."""
-        tokens = self.token_ids.numpy().tobytes()
-        return hashlib.blake2b(tokens, digest_size=16, person=b"%d" % self.first).digest()
+        """Tells it from any other row."""
+        found = hashlib.blake2b(digest_size=16)
+        for text in self.texts:
+            found.update(b"%d %d " % (len(text.token_ids), text.first))
+            found.update(text.token_ids.numpy().tobytes())
+        return found.digest()
 
 
-def pack_texts(texts: Sequence[TeacherText], k: int) -> bytes:
+def pack_texts(rows: Sequence[TeacherRow], k: int) -> bytes:
     """The body of a request for the k most likely tokens of each prediction; 0: hidden states."""
+    texts = [text for row in rows for text in row.texts]
     return save(
         {
             "token_ids": torch.cat([text.token_ids for text in texts]).int(),
             "lengths": torch.tensor([len(text.token_ids) for text in texts]),
             "first": torch.tensor([text.first for text in texts]),
+            "rows": torch.tensor([len(row.texts) for row in rows]),
             "k": torch.tensor([k]),
         }
     )
 
 
-def unpack_texts(body: bytes) -> tuple[list[TeacherText], int]:
+def unpack_texts(body: bytes) -> tuple[list[TeacherRow], int]:
     """The inverse of `pack_texts`.
 
     Raises:
@@ -78,10 +105,12 @@ def unpack_texts(body: bytes) -> tuple[list[TeacherText], int]:
     """
     tensors = _loaded(body)
     kinds = {name: tensor.dtype for name, tensor in tensors.items()}
-    expected = dict.fromkeys(("lengths", "first", "k"), torch.int64)
+    expected = dict.fromkeys(("lengths", "first", "rows", "k"), torch.int64)
     if kinds != {**expected, "token_ids": torch.int32}:
         raise ValueError(f"tensors {kinds}")
-    lengths, first, k = (tensors[name].tolist() for name in ("lengths", "first", "k"))
+    lengths, first, counts, k = (
+        tensors[name].tolist() for name in ("lengths", "first", "rows", "k")
+    )
     tokens = tensors["token_ids"].long()
     if len(lengths) != len(first) or len(k) != 1:
         raise ValueError(f"{len(lengths)} lengths, {len(first)} first tokens, {len(k)} numbers k")
@@ -89,8 +118,95 @@ def unpack_texts(body: bytes) -> tuple[list[TeacherText], int]:
         raise ValueError("a text is empty, or its first prediction is outside it")
     if sum(lengths) != len(tokens):
         raise ValueError(f"lengths of {sum(lengths)} tokens in all, and {len(tokens)} tokens")
-    parts = tokens.split(lengths)
-    return [TeacherText(t, f) for t, f in zip(parts, first, strict=True)], k[0]
+    if min(counts, default=1) < 1 or sum(counts) != len(lengths):
+        raise ValueError(f"rows of {sum(counts)} texts in all, and {len(lengths)} texts")
+    texts = [TeacherText(t, f) for t, f in zip(tokens.split(lengths), first, strict=True)]
+    ends = accumulate(counts, initial=0)
+    return [TeacherRow(tuple(texts[slice(*pair)])) for pair in pairwise(ends)], k[0]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How responses are drawn; two of a prompt by the same drawing are equal.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: 0 is off.
+        top_p: 1 is off.
+        seed: Of the draws, which a prompt's `sample_index` keys too.
+        eos_token_ids: Each of them ends a response.
+        pad_token_id: Fills forwards.
+        mask_token_id: Is never drawn.
+        vocab_size: Nor are ids from here on.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    mask_token_id: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherPrompt:
+    """A prompt that a teacher answers.
+
+    Attributes:
+        sample_index: Keys its draws.
+        token_ids: [P] int64.
+        max_response_length: Tokens of the longest response.
+    """
+
+    sample_index: int
+    token_ids: Tensor
+    max_response_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and longest response."""
+        return len(self.token_ids) + self.max_response_length
+
+    @property
+    def digest(self) -> bytes:
+        """Tells it from any other prompt."""
+        numbers = b"%d %d" % (self.sample_index, self.max_response_length)
+        found = hashlib.blake2b(self.token_ids.numpy().tobytes(), digest_size=16)
+        found.update(numbers)
+        return found.digest()
+
+
+def prompts_to_json(prompts: Sequence[TeacherPrompt], drawing: Drawing) -> dict[str, Any]:
+    """The JSON object of a request for responses."""
+    return {
+        "prompts": [{**vars(prompt), "token_ids": prompt.token_ids.tolist()} for prompt in prompts],
+        "drawing": {**vars(drawing), "eos_token_ids": list(drawing.eos_token_ids)},
+    }
+
+
+def responses_from_json(
+    value: Any, prompts: Sequence[TeacherPrompt], drawing: Drawing
+) -> list[list[int]]:
+    """The responses to prompts in the JSON object of an answer.
+
+    Raises:
+        ValueError: It answers none or others.
+    """
+    responses = value.get("responses") if isinstance(value, dict) else None
+    if not isinstance(responses, list) or len(responses) != len(prompts):
+        raise ValueError(f"no list `responses` of {len(prompts)} responses")
+    for response, prompt in zip(responses, prompts, strict=True):
+        is_list = isinstance(response, list) and all(type(token) is int for token in response)
+        if not is_list or not 0 < len(response) <= prompt.max_response_length:
+            limit = prompt.max_response_length
+            raise ValueError(f"`responses` has one that is no list of 1 to {limit} tokens")
+        special = drawing.mask_token_id
+        for token in (min(response), max(response), *([special] if special in response else [])):
+            if not 0 <= token < drawing.vocab_size or token == special:
+                raise ValueError(f"`responses` has {token}, MASK or not in the vocabulary")
+    return responses
 
 
 def pack_targets(targets: Sequence[TeacherTargets]) -> bytes:

@@ -10,16 +10,30 @@ from unittest import mock
 import httpx2
 import pytest
 import torch
+import yaml
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.prompts import PromptDataset
+from megatron_dlm.data.response_store import ResponseStore
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.stop_request import StopRequest, StopRequested
+from megatron_dlm.teacher import remote_stores
 from megatron_dlm.teacher.answering import TextTeacher
 from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.loading import load_teacher
 from megatron_dlm.teacher.remote_weights import url_client
-from megatron_dlm.teacher.wire import TARGETS_PATH, TeacherIdentity, TeacherText, pack_texts
+from megatron_dlm.teacher.wire import (
+    RESPONSES_PATH,
+    TARGETS_PATH,
+    Drawing,
+    TeacherIdentity,
+    TeacherPrompt,
+    TeacherRow,
+    TeacherText,
+    pack_texts,
+    prompts_to_json,
+)
 from megatron_dlm.training.inputs import read_inputs
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import Run
@@ -29,10 +43,10 @@ from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.faults.jobs import free_port
 from tests.functional_tests.entry_points import lines, options, run_ranks
 from tests.functional_tests.server_process import ServerProcess
-from tests.tiny import run_config, run_training, save_random_model, write_data
+from tests.tiny import TOKENIZER, run_config, run_training, save_random_model, write_data
 
 K = 6
-WHOLE: dict[str, Any] = {"divergence_top_k": 0}
+WHOLE: dict[str, Any] = {"divergence_top_k": 0, "teacher_response_fraction": 0.5}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pp": ("top_k", {PP: 2}),
     "cp": ("top_k", {CP: 2}),
@@ -71,7 +85,7 @@ def in_memory(folder: Path) -> dict[str, list[dict[str, Any]]]:
     teacher = str(folder / "bigger")
     options: dict[str, dict[str, Any]] = {
         "top_k": {},
-        "whole": {"divergence_top_k": 0},
+        "whole": WHOLE,
         "fp8": {"teacher_precision": "fp8", "offload_teacher": True},
     }
     return {
@@ -87,6 +101,77 @@ def check_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
         # Chunks of other tokens, and parts of a sum, round otherwise.
         assert line["loss"] == pytest.approx(expected["loss"], rel=2e-6)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5)
+
+
+RECIPE = Config.from_dict(yaml.safe_load((TOKENIZER.parent / "opdlm.yaml").read_text()))
+
+
+def recipe(folder: Path, save: str, **changes: Any) -> Config:
+    """The shipped recipe, of few samples: half of the responses are the teacher's at first."""
+    values = dict(
+        load=str(folder / "dense"),
+        prompts=str(folder / "prompts.jsonl"),
+        save=str(folder / save),
+        max_prompt_length=128,
+        max_response_length=12,
+        num_rollouts=2,
+        rollout_batch_size=16,
+        lr_warmup_iters=0,
+        tensorboard=False,
+        measure_machine=False,
+        device="cpu",
+    )
+    return RECIPE.changed(**values | changes)
+
+
+def test_the_shipped_recipe_has_the_losses_of_a_teacher_in_memory_bit_for_bit(
+    folder: Path, server: ServerProcess
+) -> None:
+    teacher = {"teacher_load": str(folder / "bigger")}
+    served = {"teacher_load": None, "teacher_url": (server.url,)}
+    expected = run_training(recipe(folder, "recipe_in_memory", **teacher))
+    found = run_training(recipe(folder, "recipe", **served))
+    assert len(found) == len(expected) == 4
+    for name in ("loss", "grad_norm", "supervised_tokens", "response_length"):
+        assert [line[name] for line in found] == [line[name] for line in expected]
+    folders = [folder / run / "teacher_responses" for run in ("recipe", "recipe_in_memory")]
+    stored = [[lines(file) for file in sorted(f.glob("*.jsonl"))] for f in folders]
+    assert stored[0] == stored[1] != []
+    # Some of them are there when it is asked to stop: the same command, with the teacher at hand or
+    # not, goes on with these.
+    request, write = StopRequest(), ResponseStore.write
+
+    def stopping(self: ResponseStore, *arguments: Any) -> None:
+        write(self, *arguments)
+        request._handle(15, None)
+
+    with (
+        mock.patch.object(ResponseStore, "write", stopping),
+        mock.patch.object(remote_stores, "PROMPTS_PER_SHARD", 3),
+        pytest.raises(StopRequested),
+    ):
+        run_training(recipe(folder, "stopped", **served, max_running_requests=3), request)
+    assert list((folder / "stopped" / "teacher_responses").glob("*.jsonl"))
+    resumed = run_training(recipe(folder, "stopped", **teacher, max_running_requests=3))
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in expected]
+
+
+def test_other_objectives_on_responses_of_a_server(folder: Path, server: ServerProcess) -> None:
+    """Cross entropy on them, and distillation from distributions that are stored beside them."""
+    given: dict[str, Any] = {"prompts": str(folder / "prompts.jsonl"), "train_data": None}
+    stored = {"divergence_top_k": K, "cache_teacher_targets": True}
+    for name, changes in (("sft", {}), ("off_policy", stored)):
+        found = []
+        for place in ({"teacher_load": str(folder / "bigger")}, {"teacher_url": (server.url,)}):
+            save = str(folder / f"{name}_{len(found)}")
+            options = given | place | changes | {"objective": name, "train_iters": 2}
+            config = run_config(folder, folder / "dense", save=save, **options)
+            found.append(run_training(config))
+        for line, expected in zip(*found, strict=True):
+            # Chunks of other tokens round otherwise.
+            rel = 2e-6 if changes else 0.0
+            assert line["loss"] == pytest.approx(expected["loss"], rel=rel, abs=0.0)
+        assert len(found[0]) == 2
 
 
 FROM_JSON = TeacherIdentity.from_json
@@ -108,15 +193,15 @@ def test_a_run_with_servers_is_that_with_the_teacher_in_memory(
     asked: list[bytes] = []
     send, ask = TeacherClient.send_ahead, TeacherClient.begin
 
-    def sending(self: TeacherClient, text: TeacherText, k: int) -> None:
-        sent.append(text.digest)
-        send(self, text, k)
+    def sending(self: TeacherClient, row: TeacherRow, k: int) -> None:
+        sent.append(row.digest)
+        send(self, row, k)
 
-    def asking(self: TeacherClient, texts: list[TeacherText], k: int) -> Any:
+    def asking(self: TeacherClient, rows: list[TeacherRow], k: int) -> Any:
         # All of a rollout were on their way before it had ended.
-        assert {text.digest for text in texts} <= set(sent)
-        asked.extend(text.digest for text in texts)
-        return ask(self, texts, k)
+        assert {row.digest for row in rows} <= set(sent)
+        asked.extend(row.digest for row in rows)
+        return ask(self, rows, k)
 
     with (
         mock.patch.object(TeacherClient, "send_ahead", sending),
@@ -144,15 +229,16 @@ def test_targets_are_those_of_the_model_bit_for_bit(folder: Path, server: Server
     inputs = read_inputs(config)
     assert isinstance(inputs.data, PromptDataset)
     texts = [TeacherText(inputs.data.sample(i, i).token_ids, 3 * i) for i in range(5)]
+    rows = [TeacherRow((text,)) for text in texts[:3]] + [TeacherRow(tuple(texts[3:]))]
     served = url_client(of_run(folder, "unused", teacher_url=(server.url,)))
-    served.send_ahead(texts[0], K)
-    targets = served.targets(texts, K)
+    served.send_ahead(rows[0], K)
+    targets = served.targets(rows, K)
     served.close()
     with initialized(config):
         model = load_teacher(open_model_source(str(folder / "bigger"), "--load"), config)
-        own = TextTeacher(model, config, ParallelGroups(), None).targets(texts, K)
-    for text, got, expected in zip(texts, targets, own, strict=True):
-        assert len(got) == len(text) > 0
+        own = TextTeacher(model, config, ParallelGroups(), None).targets(rows, K)
+    for row, got, expected in zip(rows, targets, own, strict=True):
+        assert len(got) == len(row) > 0
         assert isinstance(got, TopKTargets)
         for name, tensor in vars(expected).items():
             assert torch.equal(vars(got)[name], tensor)
@@ -162,7 +248,12 @@ def client(*urls: str, timeout_s: float = 0.6, key: str | None = None) -> Teache
     return TeacherClient(urls, field="--teacher-url", max_requests=2, timeout_s=timeout_s, key=key)
 
 
-TEXT = TeacherText(torch.tensor([5, 6, 7]), 1)
+def row_of(token_ids: torch.Tensor, first: int = 0) -> TeacherRow:
+    return TeacherRow((TeacherText(token_ids, first),))
+
+
+GREEDY = Drawing(0.0, 0, 1.0, 0, (510,), 508, 511, 512)
+TEXT = row_of(torch.tensor([5, 6, 7]), 1)
 
 
 def test_what_a_server_cannot_answer_is_refused_in_one_line(
@@ -171,8 +262,8 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
     nobody = f"http://127.0.0.1:{free_port()}"
     for urls, text, k, fragments in (
         ((nobody,), TEXT, K, (nobody, "no answer in 0.6 s", "--teacher-timeout-s")),
-        ((server.url,), TeacherText(torch.tensor([600]), 0), K, ("outside the vocabulary of 512",)),
-        ((server.url,), TeacherText(torch.zeros(300).long(), 0), K, ("256 positions",)),
+        ((server.url,), row_of(torch.tensor([600])), K, ("outside the vocabulary of 512",)),
+        ((server.url,), row_of(torch.zeros(300).long()), K, ("256 positions",)),
         ((server.url,), TEXT, 512, ("no proper part",)),
         ((f"{server.url}/no",), TEXT, K, ("404", "serve-teacher")),
         (("http://[::bad",), TEXT, K, ("http://[::bad",)),
@@ -184,11 +275,29 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
         message = str(refused.value)
         assert "--teacher-url" in message
         assert all(fragment in message for fragment in fragments), message
-    for body in (b"", b"no safetensors", pack_texts([TeacherText(TEXT.token_ids, 3)], K)):
+    for body in (b"", b"no safetensors", pack_texts([row_of(torch.tensor([5, 6, 7]), 3)], K)):
         assert httpx2.post(server.url + TARGETS_PATH, content=body).status_code == 400
     unclear = httpx2.post(server.url + TARGETS_PATH, params={"ahead": "x"}, content=b"")
     assert unclear.status_code == 400
     assert "ahead" in str(unclear.json()["error"])
+    good = prompts_to_json([TeacherPrompt(0, torch.tensor([5]), 8)], GREEDY)
+    for part, changes, named in (
+        ("prompts", {"token_ids": [512]}, "prompts.0.token_ids"),
+        ("prompts", {"token_ids": []}, "token_ids"),
+        ("prompts", {"max_response_length": 300}, "256 positions"),
+        ("drawing", {"temperature": -1.0}, "temperature"),
+        ("drawing", {"eos_token_ids": [600]}, "drawing.eos_token_ids"),
+        ("drawing", {"vocab_size": 513}, "drawing.vocab_size"),
+    ):
+        body = json.loads(json.dumps(good))
+        (body["prompts"][0] if part == "prompts" else body["drawing"]).update(changes)
+        refused = httpx2.post(server.url + RESPONSES_PATH, json=body)
+        assert refused.status_code == 400
+        assert named in str(refused.json()["error"]), refused.text
+    # Who waits no longer than this hears that it is at work, or has the answer.
+    early = httpx2.post(server.url + RESPONSES_PATH, params={"wait_s": 0}, json=good)
+    assert early.status_code == 202
+    assert early.json()["progress"] > 0
     # A server that was started again with other weights, or in another precision.
     for changes in ({"fingerprint": "other"}, {"precision": "fp8"}):
         stale = client(server.url)
@@ -203,8 +312,8 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
     identity = both.identity
     partly = client(nobody, server.url, timeout_s=30)
     vars(partly)["identity"] = identity
-    texts = [TeacherText(torch.tensor([5, 6, last]), 1) for last in range(8)]
-    found = zip(both.targets(texts, K), partly.targets(texts, K), strict=True)
+    rows = [row_of(torch.tensor([5, 6, last]), 1) for last in range(8)]
+    found = zip(both.targets(rows, K), partly.targets(rows, K), strict=True)
     assert all(torch.equal(vars(a)["log_probs"], vars(b)["log_probs"]) for a, b in found)
     both.close()
     partly.close()
@@ -270,6 +379,7 @@ def test_ranks_of_the_teacher_and_another_layout_on_resume(
     common = dict(
         save=folder / "ranks",
         teacher_load=folder / "bigger",
+        teacher_response_fraction=0.5,
         rollout_batch_size=8,
         max_response_length=16,
         max_running_requests=7,

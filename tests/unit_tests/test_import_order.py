@@ -16,7 +16,7 @@ ORDER = (
     ("errors",),
     ("regular_file", "launcher", "activity", "output_file", "terminal", "megatron_internals"),
     ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges", "api_key"),
-    ("platform", "rank_watch", "stop_request"),
+    ("platform", "rank_watch", "stop_request", "server_requests"),
     ("types", "sandbox", "idle"),
     ("training.manifest", "training.run_folder", "training.run_history"),
     (

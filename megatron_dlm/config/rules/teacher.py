@@ -15,13 +15,9 @@ def combinations(config: Config) -> Refusals:
         problem = "--teacher-url names servers that hold the teacher"
         yield f"teacher_ranks: {problem}; leave one of the two out"
     where = "teacher_ranks" if own.teacher_ranks else "teacher_url"
-    if config.has_remote_teacher:
-        if config.uses_teacher_responses:
-            problem = "answers no prompts, and the run uses the teacher's responses"
-            yield f"{where}: {problem}; drop it, or choose responses of the student"
-        if distillation.offload_teacher:
-            problem = f"with {flag_of(where)} no process of the student holds the teacher"
-            yield f"offload_teacher: {problem}; drop it"
+    if config.has_remote_teacher and distillation.offload_teacher:
+        problem = f"with {flag_of(where)} no process of the student holds the teacher"
+        yield f"offload_teacher: {problem}; drop it"
     for package in ("fastapi", "prometheus_client", "uvicorn") if own.teacher_ranks else ():
         check_installed(package, "--teacher-ranks", own.teacher_ranks)
     for url in own.teacher_url:

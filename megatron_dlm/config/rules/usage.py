@@ -138,7 +138,7 @@ def _uses_of_objective(config: Config, evaluated: set[str]) -> Iterator[Use]:
         (traits.chooses_attention, "attention_pattern attention_annealing_iters"),
         (traits.diffusion_kind is not None, "mask_embedding_init"),
         (config.needs_teacher, "teacher_load"),
-        (taught and not itself, "teacher_ranks teacher_url"),
+        (config.needs_teacher and not itself, "teacher_ranks teacher_url"),
         (config.needs_teacher, "teacher_precision"),
         (config.uses_teacher_responses, "teacher_responses"),
         (taught, f"offload_teacher offload_optimizer cache_teacher_targets {DIVERGENCE}"),
@@ -185,14 +185,17 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     by_domain = template.max_response_length_by_domain or template.prompt_suffix_by_domain
     reason, remedy = "a run without options by domain", "add --max-response-length-by-domain"
     yield Use(bool(by_domain), "domain_field", reason, remedy)
-    decodes = config.decodes_itself or config.evaluates or config.uses_teacher_responses
+    itself = config.decodes_itself or config.evaluates
+    answers = config.uses_teacher_responses
+    decodes = itself or (answers and not teacher.teacher_url)
     reason = _as_given(config, "rollout_engine")
     if not config.uses_rollouts:
         reason = f"{_as_given(config, 'objective')} on {flag_of(config.data_option)}"
-    names = "max_running_requests max_total_tokens chunked_prefill_size decoding_groups"
-    yield Use(decodes, names, reason)
-    shares = config.decodes_itself or config.evaluates
-    yield Use(shares, "shared_rollout_queue", reason)
+    yield Use(itself or answers, "max_running_requests", reason)
+    yield Use(itself, "shared_rollout_queue", reason)
+    if answers and teacher.teacher_url:
+        reason += " with --teacher-url"
+    yield Use(decodes, "max_total_tokens chunked_prefill_size decoding_groups", reason)
     stages = "pipeline_model_parallel_size"
     has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
     of_stages = "decoding_groups num_virtual_stages_per_pipeline_rank"

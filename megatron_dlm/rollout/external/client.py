@@ -1,25 +1,20 @@
-"""One server, over HTTP: requests with retries, and errors that name it."""
+"""One server of rollouts, over HTTP: requests with retries, and errors that name it."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx2
 
-from megatron_dlm.api_key import authorization, key_of_environment
+from megatron_dlm.api_key import key_of_environment
 from megatron_dlm.errors import UserError, bad_value
+from megatron_dlm.server_requests import Tries, described, open_client
 
 FIELD = "--rollout-engine-urls"
-CONNECT_SECONDS = 10.0
-LONGEST_PAUSE = 30.0
-"""Seconds between two tries at most; the first pause is of one second, each other twice as long."""
-
-RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may work."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class RolloutServer:
 
     Attributes:
         url: Its address, without a path.
-        timeout_s: Seconds that a request may take.
+        timeout_s: Seconds that a try of a request may take.
         retries: Tries after the first one.
     """
 
@@ -42,7 +37,11 @@ class RolloutServer:
         Raises:
             UserError: It cannot be had.
         """
-        return self._request(lambda client: client.get(self.url + path), path)
+        content = asyncio.run(self._request("GET", path))
+        if not isinstance(content, dict):
+            problem = f"{path} answers something that is no JSON object"
+            raise self.refuse(problem, "name an SGLang or rollout server")
+        return content
 
     def post(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Any:
         """The JSON answer to a JSON object.
@@ -55,74 +54,76 @@ class RolloutServer:
         Raises:
             UserError: The server does not take it.
         """
-        return self._request(lambda client: client.post(self.url + path, json=body), path, retries)
+        return asyncio.run(self._request("POST", path, body, retries))
 
-    def _request(self, send: Callable[[Any], Any], path: str, retries: int | None = None) -> Any:
-        tries = _Tries(self, path, self.retries if retries is None else retries)
-        # Servers of a job are not behind the proxy that the way out may need.
-        with httpx2.Client(timeout=self._timeout, headers=headers(), trust_env=False) as client:
-            while True:
-                try:
-                    answer = send(client)
-                except httpx2.TransportError as error:
-                    time.sleep(tries.pause_after(error))
-                    continue
-                if answer.status_code not in RETRIED:
-                    return tries.content(answer)
-                time.sleep(tries.pause_after(answer))
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        retries: int | None = None,
+    ) -> Any:
+        async with self.open_client(1) as client:
+            tries = self._tries(path, retries)
+            send = partial(client.request, method, self.url + path, json=body)
+            return self._content(await tries.answer(lambda _: send()), path)
 
-    async def decode(self, client: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def decode(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer of /generate to one prompt.
 
         A request that the server aborted is sent again.
 
         Args:
-            client: An `httpx2.AsyncClient` of `open_client`.
+            client: Of `open_client`.
             body: The request.
 
         Raises:
             UserError: There is none after all tries.
         """
         path = "/generate"
-        tries = _Tries(self, path, self.retries)
+        tries = self._tries(path)
         while True:
-            try:
-                answer = await client.post(self.url + path, json=body)
-            except httpx2.TransportError as error:
-                await asyncio.sleep(tries.pause_after(error))
-                continue
-            if answer.status_code in RETRIED:
-                await asyncio.sleep(tries.pause_after(answer))
-                continue
-            content = tries.content(answer)
-            reason = finish_reason(content)
-            if reason != "abort":
+            answer = await tries.answer(lambda _: client.post(self.url + path, json=body))
+            content = self._content(answer, path)
+            if finish_reason(content) != "abort":
                 return dict(content)
-            await asyncio.sleep(tries.pause_after("the server aborted it"))
+            await tries.pause_after("the server aborted it")
 
-    def open_client(self, connections: int) -> Any:
-        """An `httpx2.AsyncClient` with room for so many requests at once."""
-        return httpx2.AsyncClient(
-            timeout=self._timeout,
-            headers=headers(),
-            trust_env=False,
-            limits=httpx2.Limits(
-                max_connections=connections, max_keepalive_connections=connections
-            ),
-        )
+    def open_client(self, connections: int) -> httpx2.AsyncClient:
+        """A client with room for so many requests at once."""
+        return open_client(key_of_environment(), connections)
 
-    @property
-    def _timeout(self) -> Any:
-        return httpx2.Timeout(self.timeout_s, connect=min(CONNECT_SECONDS, self.timeout_s))
+    def _tries(self, path: str, retries: int | None = None) -> Tries:
+        def refuse(problem: str) -> UserError:
+            remedy = "start the server, or look at its log; see --rollout-engine-timeout-s"
+            problem = f"{path} is not answered ({problem})"
+            return self.refuse(problem, f"{remedy} and --rollout-engine-retries")
+
+        retries = self.retries if retries is None else retries
+        return Tries(refuse, retries=retries, seconds_each=self.timeout_s)
+
+    def _content(self, answer: httpx2.Response, path: str) -> Any:
+        """What an answer says, as JSON knows it; nothing of an answer without content.
+
+        Raises:
+            UserError: It is an error, or no JSON.
+        """
+        if answer.status_code >= 400:
+            problem = f"{path} is refused ({described(answer)})"
+            raise self.refuse(problem, "see the server's log")
+        if not answer.content:
+            return {}
+        try:
+            return answer.json()
+        except ValueError:
+            if "json" not in answer.headers.get("content-type", ""):
+                return {"message": answer.text}
+            problem = f"{path} answers something that is no JSON"
+            raise self.refuse(problem, "name an SGLang or rollout server") from None
 
     def refuse(self, problem: str, remedy: str) -> UserError:
         """The error for something about this server."""
         return bad_value(FIELD, self.url, problem, remedy)
-
-
-def headers() -> dict[str, str]:
-    """Of every request: the key in MEGATRON_DLM_API_KEY, if there is one."""
-    return authorization(key_of_environment())
 
 
 def finish_reason(answer: Any) -> str | None:
@@ -131,54 +132,3 @@ def finish_reason(answer: Any) -> str | None:
     reason = meta.get("finish_reason") if isinstance(meta, dict) else None
     kind = reason.get("type") if isinstance(reason, dict) else None
     return kind if isinstance(kind, str) else None
-
-
-class _Tries:
-    """How often a request was tried."""
-
-    def __init__(self, server: RolloutServer, path: str, retries: int) -> None:
-        self._server = server
-        self._path = path
-        self._left = retries
-        self._pause = 1.0
-
-    def pause_after(self, failure: Any) -> float:
-        """Seconds to wait before the next try.
-
-        Raises:
-            UserError: There is none left.
-        """
-        if self._left <= 0:
-            problem = f"{self._path} is not answered ({_described(failure)})"
-            remedy = "start the server, or look at its log; see --rollout-engine-timeout-s"
-            raise self._server.refuse(problem, f"{remedy} and --rollout-engine-retries")
-        self._left -= 1
-        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        return pause
-
-    def content(self, answer: Any) -> Any:
-        """What an answer says, as JSON knows it; nothing of an answer without content.
-
-        Raises:
-            UserError: It is an error, or no JSON.
-        """
-        if answer.status_code >= 400:
-            problem = f"{self._path} is refused ({_described(answer)})"
-            raise self._server.refuse(problem, "see the server's log")
-        if not answer.content:
-            return {}
-        try:
-            return answer.json()
-        except ValueError:
-            if "json" not in answer.headers.get("content-type", ""):
-                return {"message": answer.text}
-            problem = f"{self._path} answers something that is no JSON"
-            raise self._server.refuse(problem, "name an SGLang or rollout server") from None
-
-
-def _described(failure: Any) -> str:
-    if isinstance(failure, str):
-        return failure
-    if isinstance(failure, Exception):
-        return f"{type(failure).__name__}: {failure}"
-    return f"status {failure.status_code}: {failure.text[:300]}"

@@ -71,7 +71,9 @@ def trajectory_of(
     Raises:
         UserError: It is no response to this prompt by these weights.
     """
-    meta = answer.get("meta_info", {})
+    meta = answer.get("meta_info")
+    if not isinstance(meta, dict):
+        raise _wrong(server, "has no meta_info", "name an SGLang or rollout server")
     version = meta.get("weight_version")
     if version != str(weight_version):
         problem = f"a response is of the weights {version!r}, and {weight_version} were sent"
@@ -87,40 +89,78 @@ def trajectory_of(
         raise _wrong(server, problem, "start the server with a longer --context-length")
     if not 0 < len(ids) <= limit:
         raise _wrong(server, f"has {len(ids)} tokens, and at most {limit} were asked for")
-    denoising = meta.get("denoising")
-    nothing = torch.empty(0, dtype=torch.int64)
-    if denoising is None:
-        steps, tail, tail_steps = torch.zeros_like(ids), nothing, nothing
-    else:
-        steps, tail, tail_steps = (
-            torch.tensor(denoising[name], dtype=torch.int64)
-            for name in ("unmask_step", "tail_ids", "tail_unmask_step")
-        )
-        if len(steps) != len(ids) or len(tail) != len(tail_steps):
-            raise _wrong(server, "has another number of steps than of tokens")
+    denoising = _denoising(server, meta.get("denoising"), len(ids), special_tokens)
     return Trajectory(
         sample_index=prompt.sample_index,
         prompt_ids=prompt.token_ids,
         response_ids=ids,
-        unmask_step=steps,
-        tail_ids=tail,
-        tail_unmask_step=tail_steps,
         finish_reason="eos" if has_ended else "length",
-        denoising_forwards=0 if denoising is None else denoising["denoising_forwards"],
-        total_forwards=0 if denoising is None else denoising["total_forwards"],
+        **denoising,
         weight_version=weight_version,
         record=prompt.record,
     )
 
 
-def _ids(server: RolloutServer, given: Any, special_tokens: SpecialTokens) -> Tensor:
-    is_list = isinstance(given, list) and all(type(token) is int for token in given)
-    if not is_list:
-        raise _wrong(server, "has no output_ids", "name an SGLang or rollout server")
+def _ids(
+    server: RolloutServer,
+    given: Any,
+    special_tokens: SpecialTokens,
+    name: str = "output_ids",
+    remedy: str = "name an SGLang or rollout server",
+) -> Tensor:
+    """Tokens of a field of an answer, [n] int64."""
+    if not _is_counts(given):
+        raise _wrong(server, f"has no {name}", remedy)
     for token in given:
-        if not 0 <= token < special_tokens.vocab_size or token == special_tokens.mask_token_id:
-            raise _wrong(server, f"has the token {token}, MASK or not in the vocabulary")
+        if token >= special_tokens.vocab_size or token == special_tokens.mask_token_id:
+            where = "" if name == "output_ids" else f" in {name}"
+            raise _wrong(server, f"has the token {token}{where}, MASK or not in the vocabulary")
     return torch.tensor(given, dtype=torch.int64)
+
+
+def _is_counts(value: Any) -> bool:
+    """Whether a value is a list of integers from 0 on."""
+    return isinstance(value, list) and all(type(entry) is int and entry >= 0 for entry in value)
+
+
+_OTHER_VERSION = "let the server and the run be of one version of megatron-dlm"
+
+
+def _denoising(
+    server: RolloutServer, given: Any, length: int, special_tokens: SpecialTokens
+) -> dict[str, Any]:
+    """What a response of so many tokens says of its steps, as `Trajectory` has it.
+
+    Raises:
+        UserError: A field of it is missing or cannot be right.
+    """
+    nothing = torch.empty(0, dtype=torch.int64)
+    if given is None:
+        return {
+            "unmask_step": torch.zeros(length, dtype=torch.int64),
+            "tail_ids": nothing,
+            "tail_unmask_step": nothing,
+            "denoising_forwards": 0,
+            "total_forwards": 0,
+        }
+    if not isinstance(given, dict):
+        problem = f"has a meta_info.denoising that is no object ({given!r:.40})"
+        raise _wrong(server, problem, _OTHER_VERSION)
+    found: dict[str, Any] = {}
+    for name in ("denoising_forwards", "total_forwards"):
+        if not _is_counts([given.get(name)]):
+            problem = f"has meta_info.denoising.{name} = {given.get(name)!r:.40}, no number"
+            raise _wrong(server, problem, _OTHER_VERSION)
+        found[name] = given[name]
+    tail = "meta_info.denoising.tail_ids"
+    found["tail_ids"] = _ids(server, given.get("tail_ids"), special_tokens, tail, _OTHER_VERSION)
+    for name, count in (("unmask_step", length), ("tail_unmask_step", len(found["tail_ids"]))):
+        steps = given.get(name)
+        if not _is_counts(steps) or len(steps or ()) != count:
+            problem = f"has meta_info.denoising.{name} that is no list of {count} steps"
+            raise _wrong(server, problem, _OTHER_VERSION)
+        found[name] = torch.tensor(steps, dtype=torch.int64)
+    return found
 
 
 def _wrong(

@@ -86,7 +86,6 @@ BROKEN = [
     Broken({"rollout_engine_weights": "disk"}, SERVED),
     # A teacher that other processes hold.
     Broken({**ELSEWHERE, "teacher_ranks": 1}, world_size=2),
-    Broken({**ELSEWHERE, "teacher_response_fraction": 0.5, "save": "no_such_folder"}),
     Broken({**ELSEWHERE, "offload_teacher": True}),
     Broken({**ELSEWHERE, "teacher_url": ["host:8100"]}),
     Broken({"teacher_precision": "fp8", "transformer_impl": "transformer_engine"}),

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_dlm import server_requests
 from megatron_dlm.errors import UserError
-from megatron_dlm.rollout.external import client
 from megatron_dlm.rollout.external.client import RolloutServer
 from megatron_dlm.rollout.external.flight import Flight
 from megatron_dlm.rollout.external.responses import request, trajectory_of
@@ -173,8 +173,7 @@ def answer(ids: list[int], reason: str = "stop", version: str = "3") -> dict[str
 
 def test_what_fails_or_is_aborted_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two servers, one refuses each request once, the other aborts it once."""
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.0)
-    monkeypatch.setattr(client._Tries, "pause_after", _without_pause(client._Tries.pause_after))
+    monkeypatch.setattr(server_requests, "FIRST_PAUSE_SECONDS", 0.0)
     seen: dict[int, int] = {}
     lock = threading.Lock()
 
@@ -211,12 +210,21 @@ def test_what_fails_or_is_aborted_is_asked_for_again(monkeypatch: pytest.MonkeyP
             assert all(t.weight_version == 3 for t in flight.trajectories())
 
 
-def _without_pause(pause_after: Callable[..., float]) -> Callable[..., float]:
-    def none(self: Any, failure: Any) -> float:
-        pause_after(self, failure)
-        return 0.0
+STEPS: dict[str, Any] = {
+    "unmask_step": [0, 1],
+    "tail_ids": [9],
+    "tail_unmask_step": [1],
+    "denoising_forwards": 2,
+    "total_forwards": 2,
+}
 
-    return none
+
+def steps(**changes: Any) -> dict[str, Any]:
+    """An answer with steps; None leaves a field of these out."""
+    given = answer([9, 5])
+    left = {name: value for name, value in (STEPS | changes).items() if value is not None}
+    given["meta_info"]["denoising"] = left
+    return given
 
 
 @pytest.mark.parametrize(
@@ -228,12 +236,29 @@ def _without_pause(pause_after: Callable[..., float]) -> Callable[..., float]:
         (answer([9, 9, 9, 9, 9]), "has 5 tokens, and at most 4"),
         (answer([7, 5]), "has the token 7, MASK or not in the vocabulary"),
         ({"meta_info": {"weight_version": "3"}}, "has no output_ids"),
+        ({"output_ids": [5]}, "has no meta_info"),
+        (steps(unmask_step=None), "denoising.unmask_step that is no list of 2 steps"),
+        (steps(unmask_step=[0]), "denoising.unmask_step that is no list of 2 steps"),
+        (steps(unmask_step=[0, "1"]), "denoising.unmask_step that is no list of 2 steps"),
+        (steps(tail_ids=3), "has no meta_info.denoising.tail_ids"),
+        (steps(tail_ids=[7]), "has the token 7 in meta_info.denoising.tail_ids"),
+        (steps(tail_unmask_step=[]), "denoising.tail_unmask_step that is no list of 1 steps"),
+        (steps(total_forwards=None), "denoising.total_forwards = None, no number"),
+        (steps(denoising_forwards=True), "denoising.denoising_forwards = True, no number"),
     ],
 )
 def test_an_answer_that_is_no_response_is_refused(given: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError) as refused:
         trajectory_of(SERVER, given, Prompt(0, torch.tensor([1])), 4, TOKENS, 3)
     assert named in str(refused.value)
+    assert str(refused.value).startswith(f"--rollout-engine-urls = '{SERVER.url}': ")
+
+
+def test_steps_that_a_server_tells_are_those_of_the_trajectory() -> None:
+    trajectory = trajectory_of(SERVER, steps(), Prompt(0, torch.tensor([1])), 4, TOKENS, 3)
+    for name, value in STEPS.items():
+        found = getattr(trajectory, name)
+        assert value == (found.tolist() if isinstance(found, torch.Tensor) else found)
 
 
 def test_a_bucket_goes_through_a_group_that_sglang_has_made() -> None:
