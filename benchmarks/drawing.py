@@ -5,7 +5,8 @@
 Head and draw of 64 tokens of 151,936 ids over the head just before: medians of ratios of processor
 seconds. Then the rollouts of two Qwen3 with random weights, of 0.1 B parameters and of the tiny
 model's shape, 16 sequences in blocks of 4, a step a token, against a plain loop of the same
-decoding around transformers' model, with a cache and the same sampling, temperature 1.
+decoding around transformers' model, with a cache and the same sampling, temperature 1: with
+forwards that are replayed (`rollout_graphs`) and with those of the modules, in turns.
 """
 
 import argparse
@@ -151,33 +152,45 @@ def measure_rollout(
             architecture = read_architecture(Path(folder))
             ours = build_model(architecture, config)
             load_hf_weights(ours, architecture, Path(folder))
-            engine = RolloutEngine(
-                ours,
-                generation=GenerationConfig(
-                    block_size=BLOCK_SIZE,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    max_running_requests=SEQUENCES,
-                    **strategy,
-                ),
-                special_tokens=special,
-                seed=1,
-                groups=ParallelGroups.from_parallel_state(),
+            replayed, plain = (
+                RolloutEngine(
+                    ours,
+                    generation=GenerationConfig(
+                        block_size=BLOCK_SIZE,
+                        temperature=1.0,
+                        top_k=0,
+                        top_p=1.0,
+                        max_running_requests=SEQUENCES,
+                        rollout_graphs=graphs,
+                        **strategy,
+                    ),
+                    special_tokens=special,
+                    seed=1,
+                    groups=ParallelGroups.from_parallel_state(),
+                )
+                for graphs in ("on", "off")
             )
             ours_prompts = [Prompt(i, prompt, {}) for i, prompt in enumerate(prompts)]
+            recording = seconds(lambda: replayed.generate(ours_prompts, response_length))
             times = [
-                (seconds(lambda: engine.generate(ours_prompts, response_length)),
-                 seconds(their_loop))
+                (
+                    seconds(lambda: replayed.generate(ours_prompts, response_length)),
+                    seconds(lambda: plain.generate(ours_prompts, response_length)),
+                    seconds(their_loop),
+                )
                 for _ in range(repetitions)
-            ]  # fmt: skip
-    ours_seconds, their_seconds = (statistics.median(t) for t in zip(*times, strict=True))
+            ]
+    ours_seconds, plain_seconds, their_seconds = (
+        statistics.median(t) for t in zip(*times, strict=True)
+    )
     return {
         "parameters": sum(p.numel() for p in theirs.parameters()),
         "sequences": SEQUENCES,
         "response_length": response_length,
         "tokens_per_processor_second": SEQUENCES * response_length / ours_seconds,
         "over_transformers": their_seconds / ours_seconds,
+        "over_transformers_without_graphs": their_seconds / plain_seconds,
+        "first_rollout_over_later_ones": recording / ours_seconds,
     }
 
 

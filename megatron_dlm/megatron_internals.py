@@ -36,6 +36,7 @@ NAMES = (
     "tensor_parallel.random: _set_cuda_rng_state",
     "transformer.mlp: apply_swiglu_sharded_factory",
     "transformer.moe.moe_utils: get_default_pg_collection",
+    "utils: _kernel_make_viewless_tensor",
     "utils: local_multi_tensor_l2_norm",
 )
 """Modules below `megatron.core` and what is used of them; attributes of a class after a dot, where
@@ -274,3 +275,19 @@ def neighbour_shapes(shape: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         communicator._communicate_shapes = ask
+
+
+@contextmanager
+def views_kept() -> Iterator[None]:
+    """Within, Megatron-Core does not make tensors of views by replacing a tensor's memory.
+
+    It does so to free what a view is of; an operation that is recorded would not be seen.
+    """
+    from megatron.core import utils
+
+    make = utils._kernel_make_viewless_tensor
+    utils._kernel_make_viewless_tensor = lambda inp, requires_grad: inp
+    try:
+        yield
+    finally:
+        utils._kernel_make_viewless_tensor = make

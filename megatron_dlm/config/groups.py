@@ -33,6 +33,7 @@ TrainOn = Literal["last", "all"]
 MaskEmbeddingInit = Literal["keep", "mean"]
 LongPrompts = Literal["error", "drop", "truncate"]
 LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+RolloutGraphs = Literal["auto", "on", "off"]
 EmptyMask = Literal["redraw", "mask_one"]
 
 
@@ -203,6 +204,9 @@ class DecodingConfig(StrategyOptions):
     wait for them (default: enough for --max-running-requests, up to 80 % of free GPU memory)."""
     chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = 8192
     """Most prompt tokens of a forward; longer ones are prefilled in pieces, while others decode."""
+    rollout_graphs: RolloutGraphs = "auto"
+    """Record the layers of a decoding step once and replay them: CUDA graphs, on a CPU PyTorch's
+    operations. auto: after some hundred forwards, where that is possible; on: at once."""
     decoding_groups: Annotated[int | None, AT_LEAST_ONE] = None
     """Groups that the sequences in decoding are split into, for stages of a pipeline to work on at
     once; fewer than stages leave some idle (default: --pipeline-model-parallel-size)."""

@@ -55,7 +55,11 @@ def validate_architecture(
 ) -> None:
     """Check every rule about the sizes of the model that is trained, and of its teacher."""
     models = (student,) if teacher is None or config.has_remote_teacher else (student, teacher)
-    of_student = model.parts(config, student), model.architecture(config, student)
+    of_student = (
+        model.parts(config, student),
+        model.architecture(config, student),
+        model.graphs(config, student),
+    )
     _refuse(config, model.experts_exist(config, *models), *of_student)
     if teacher is not None:
         validate_teacher(config, teacher)
@@ -104,5 +108,9 @@ def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> No
     `GenerationConfig` checks what depends on how the model decodes.
     """
     split = values.sequence_parallel(config), values.context_parallel(config)
-    of_model = model.experts_exist(config, sizes), model.parts(config, sizes)
+    of_model = (
+        model.experts_exist(config, sizes),
+        model.parts(config, sizes),
+        model.graphs(config, sizes),
+    )
     _refuse(config, *split, model.processes(config, world_size), *of_model)

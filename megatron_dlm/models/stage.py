@@ -4,6 +4,7 @@ S: tokens of a row; h: hidden size; tp: ranks that a row is split over under seq
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_dlm import platform
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.forward import Row, forward_row, padded_rows
-from megatron_dlm.models.model import StageModel, chunks_of
+from megatron_dlm.models.model import DiffusionGPTModel, StageModel, chunks_of
 from megatron_dlm.parallel import ParallelGroups
 
 
@@ -46,13 +47,21 @@ class Stage:
         model: This rank's part of a model in evaluation mode.
         groups: Process groups.
         rows_in_flight: Rows of which what was sent may not have arrived yet.
+        forward: Runs a row through a model chunk, as `forward_row`; what it returns may have more
+            tokens, behind those of the row.
 
     Attributes:
         num_chunks: Model chunks of each stage.
     """
 
-    def __init__(self, model: StageModel, groups: ParallelGroups, rows_in_flight: int = 1) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: StageModel,
+        groups: ParallelGroups,
+        rows_in_flight: int = 1,
+        forward: Callable[[DiffusionGPTModel, Row, bool], Tensor] = forward_row,
+    ) -> None:
+        self._model, self._forward = model, forward
         self._chunks = chunks_of(model)
         self.num_chunks = len(self._chunks)
         self._pp, self._way_back = groups.pp, groups.way_back
@@ -78,7 +87,7 @@ class Stage:
         model = self._chunks[chunk]
         if not model.pre_process:
             model.set_input_tensor(self._received(len(row.row.token_ids)))
-        output = forward_row(model, row.row, row.equally_long)
+        output = self._forward(model, row.row, row.equally_long)
         if not model.post_process:
             self._send(output)
             return None

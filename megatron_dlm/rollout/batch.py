@@ -25,12 +25,13 @@ from torch.nn.functional import pad
 
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
-from megatron_dlm.models.forward import Row
+from megatron_dlm.models.forward import Row, forward_row
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.stage import PaddedRow, Stage
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.recorded_forwards import ForwardRecorder
 from megatron_dlm.rollout.slot_group import SlotGroup
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -50,6 +51,7 @@ class DecodingBatch:
         special_tokens: Padding fills forwards of ranks without work.
         groups: Process groups.
         work: Where the sizes of forwards are noted.
+        recorder: Runs forwards from recordings; None: there are none.
     """
 
     def __init__(
@@ -61,14 +63,20 @@ class DecodingBatch:
         special_tokens: SpecialTokens,
         groups: ParallelGroups,
         work: RolloutWork,
+        recorder: ForwardRecorder | None = None,
     ) -> None:
         self._generation = generation
+        self._model, self._recorder = model, recorder
+        if recorder is not None:
+            recorder.check(model)
         self._slot_groups = slot_groups
         self._turn = 0
         self._pad_token_id = special_tokens.pad_token_id
         self._groups = groups
         self._work = work
-        self._stage = Stage(model, groups, rows_in_flight=len(slot_groups))
+        self._stage = Stage(
+            model, groups, rows_in_flight=len(slot_groups), forward=recorder or forward_row
+        )
         self._stages = 1 if groups.pp is None else groups.pp.size()
         self._round: list[tuple[PaddedRow, SlotGroup | None, ForwardPlan | None]] = []
 
@@ -197,6 +205,8 @@ class DecodingBatch:
             raise ValueError(f"{self.num_active} sequences are in decoding")
         for group in self._slot_groups:
             group.context.forget()
+        if self._recorder is not None:
+            self._recorder.check(self._model)
 
     def cancel(self, request: int) -> int:
         """End a sequence before its time; what it holds is free for the next one.

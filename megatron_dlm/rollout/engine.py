@@ -21,18 +21,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from megatron.core.utils import unwrap_model
 
+from megatron_dlm import platform
 from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.errors import bad_value
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.block_grid import sequence_length
+from megatron_dlm.rollout.captured_forwards import CapturedForwards, CudaGraphs
 from megatron_dlm.rollout.context import rollout_contexts
 from megatron_dlm.rollout.cutoff import Cutoff
 from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.prompt_queue import PromptQueue, SharedPromptQueue
+from megatron_dlm.rollout.recorded_forwards import FORWARDS_BEFORE, ForwardRecorder, obstacle
 from megatron_dlm.rollout.replica_board import ReplicaBoard
 from megatron_dlm.rollout.slot_group import SlotGroup
 from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.traced_forwards import TracedForwards
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.stop_request import StopRequested
@@ -102,6 +107,7 @@ class RolloutEngine:
         self._stop = stop
         self._keeps_confidence = keeps_confidence
         self.work = RolloutWork()
+        self._traced: TracedForwards | None = None
         self._drawer = TokenDrawer(
             self._model,
             special_tokens=special_tokens,
@@ -316,7 +322,28 @@ class RolloutEngine:
             special_tokens=self._special_tokens,
             groups=self.groups,
             work=self.work,
+            recorder=self._recorder(),
         )
+
+    def _recorder(self) -> ForwardRecorder | None:
+        """What runs the forwards of a batch; None: nothing is recorded.
+
+        Raises:
+            UserError: Forwards of this model are not recorded, and the settings ask for it.
+        """
+        choice = self.generation.rollout_graphs
+        reason = obstacle(self._model, self.generation, self.groups)
+        if choice == "on" and reason is not None:
+            raise bad_value("--rollout-graphs", choice, reason, "choose auto or off")
+        if choice == "off" or reason is not None:
+            return None
+        after = 0 if choice == "on" else FORWARDS_BEFORE
+        if platform.device().type == "cuda":
+            # Graphs hold the cache, which ends with the batch.
+            return CapturedForwards(CudaGraphs(), self.generation.block_size or 1, after)
+        if self._traced is None:
+            self._traced = TracedForwards(after)
+        return self._traced
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Around the steps of a batch that was opened: evaluation mode, without gradients."""

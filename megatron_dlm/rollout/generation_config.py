@@ -13,6 +13,7 @@ from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS, StrategyOpti
 from megatron_dlm.rollout.strategies import STRATEGIES, Strategy
 
 if TYPE_CHECKING:
+    from megatron_dlm.config.groups import RolloutGraphs
     from megatron_dlm.config.schema import Config
     from megatron_dlm.models.attention_layout import Pattern
     from megatron_dlm.rollout.decoding_settings import DecodingSetting
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 # Settings of speed and memory: a rollout's tokens do not depend on them.
 DECIDE_NO_TOKEN = frozenset(
-    {"max_running_requests", "max_total_tokens", "chunked_prefill_size", "decoding_groups"}
+    {
+        "max_running_requests",
+        "max_total_tokens",
+        "chunked_prefill_size",
+        "decoding_groups",
+        "rollout_graphs",
+    }
 )
 
 
@@ -32,6 +39,7 @@ _OF_EVERY_DECODING = (
     "max_total_tokens",
     "chunked_prefill_size",
     "decoding_groups",
+    "rollout_graphs",
 )
 """Options that diffusion and next-token decoding both have."""
 
@@ -53,6 +61,8 @@ class GenerationConfig(StrategyOptions):
         chunked_prefill_size: Most prompt tokens of a forward.
         decoding_groups: Groups that the sequences are split into; None: one for each pipeline
             stage.
+        rollout_graphs: Whether forwards are recorded and replayed: `on`, `off` or, where that is
+            possible, after some hundred of them (`auto`).
         attention_pattern: What a forward sees: earlier blocks and its own (`block_causal`),
             everything up to the longest response, MASK where no token is known yet (`full`), or
             earlier tokens (`causal`: an autoregressive model).
@@ -72,6 +82,7 @@ class GenerationConfig(StrategyOptions):
     max_total_tokens: int | None = None
     chunked_prefill_size: int = DecodingConfig.chunked_prefill_size
     decoding_groups: int | None = None
+    rollout_graphs: RolloutGraphs = "auto"
     attention_pattern: Pattern = "block_causal"
     shifted: bool = False
     context_attention: ContextAttention = "block_causal"
@@ -108,6 +119,7 @@ class GenerationConfig(StrategyOptions):
         max_total_tokens: int | None = None,
         chunked_prefill_size: int = DecodingConfig.chunked_prefill_size,
         decoding_groups: int | None = None,
+        rollout_graphs: RolloutGraphs = "auto",
     ) -> GenerationConfig:
         """Settings of next-token decoding, which has nothing to remask."""
         return cls(
@@ -119,6 +131,7 @@ class GenerationConfig(StrategyOptions):
             max_total_tokens=max_total_tokens,
             chunked_prefill_size=chunked_prefill_size,
             decoding_groups=decoding_groups,
+            rollout_graphs=rollout_graphs,
             attention_pattern="causal",
             shifted=True,
         )
@@ -167,7 +180,7 @@ class GenerationConfig(StrategyOptions):
         """Names of the decoding options that these settings use."""
         read = {"temperature", *DECIDE_NO_TOKEN}
         if self.attention_pattern == "full":  # there is no cache
-            read -= {"max_total_tokens", "chunked_prefill_size"}
+            read -= {"max_total_tokens", "chunked_prefill_size", "rollout_graphs"}
         if self.temperature > 0:
             read |= {"top_k", "top_p"}
         if not self.is_autoregressive:

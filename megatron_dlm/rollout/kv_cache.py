@@ -19,8 +19,10 @@ rank; d: head size; Q: queries of a row; K: keys of a row.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +95,32 @@ class KVCache:
         """Keys and values of one layer, [2, pages * PAGE_SIZE, g, d]."""
         return self._layers[layer_number]
 
+    @property
+    def layers(self) -> tuple[Tensor, ...]:
+        """Those of all layers, in their order."""
+        return tuple(self._layers.values())
+
+    def over(self, layers: Sequence[Tensor]) -> KVCache:
+        """The same cache in other tensors, in the order of `layers`."""
+        other = copy.copy(self)
+        other._layers = dict(zip(self._layers, layers, strict=True))
+        return other
+
+
+class _Call(NamedTuple):
+    """What a kernel call is made from.
+
+    Attributes:
+        queries: See `_Tiles`.
+        pages: Likewise.
+        visible: For FlexAttention, one past the last position that each query sees,
+            [rows, n / g * Q]; else the mask.
+    """
+
+    queries: Tensor
+    pages: Tensor
+    visible: Tensor
+
 
 @dataclass(frozen=True)
 class _Tiles:
@@ -155,6 +183,10 @@ class CacheView:
         context_block_size: Grid of the context's visibility, anchored at position 0; 1 is causal.
             None: `block_size`.
         noisy_starts: [R] int64, first position of the block in decoding; None: there is none.
+
+    Attributes:
+        num_tokens: Tokens of the forward.
+        prefills: Whether some of them are tiles of a prompt.
     """
 
     def __init__(
@@ -173,7 +205,9 @@ class CacheView:
         grid = context_block_size or block_size
         noisy_starts = ends if noisy_starts is None else noisy_starts
         self.num_tokens = int(lengths.sum())
-        self._calls: list[_Tiles] = []
+        self.prefills = False
+        self._calls: list[_Call] = []
+        self._tiles: list[_Tiles] | None = None
         if self.num_tokens == 0:
             return
         if int(ends.max()) > tables.shape[1] * PAGE_SIZE:
@@ -186,6 +220,7 @@ class CacheView:
 
         # Denoising slots have one or two blocks; prompts go by tiles, which read fewer keys.
         denoises = lengths <= 2 * block_size
+        prefills = ~denoises
         static = _has_static_shapes(cache.device)
         num_keys = []
         scatter = np.empty_like(slots)
@@ -193,10 +228,11 @@ class CacheView:
         done = 0
         for chosen, most_queries, base in (
             (denoises & (lengths > 0), 2 * block_size, 2),
-            (~denoises, PREFILL_TILE, 4),
+            (prefills, PREFILL_TILE, 4),
         ):
             if not chosen.any():
                 continue
+            self.prefills |= chosen is prefills
             longest = int(lengths[chosen].max())
             num_queries = most_queries if static else min(most_queries, longest)
             num_tiles = np.where(chosen, -(-lengths // num_queries), 0)
@@ -231,8 +267,46 @@ class CacheView:
         ):
             limits = limits.repeat(1, cache.heads_per_group)
             is_flex = cache.backend == "flex"
-            mask = self._block_mask(pages, limits) if is_flex else self._mask(limits, keys)
-            self._calls.append(_Tiles(queries, pages, mask))
+            self._calls.append(
+                _Call(queries, pages, limits if is_flex else self._mask(limits, keys))
+            )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a forward reads of this, but for its tokens; what it writes is among them."""
+        calls = [tensor for call in self._calls for tensor in call]
+        return (self._write, self._scatter, *calls, *self._cache.layers)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all kernel calls, padding included."""
+        return sum(len(call.queries) for call in self._calls)
+
+    @property
+    def num_layers(self) -> int:
+        """So many of `tensors` are layers of the cache: the last ones."""
+        return len(self._cache.layers)
+
+    def over(self, tensors: Sequence[Tensor]) -> CacheView:
+        """The same kind of forward on other tensors.
+
+        Args:
+            tensors: In the order of `tensors`. Sizes may be others, as far as they fit each other;
+                a forward has as many tokens as the first one has elements.
+        """
+        other = copy.copy(self)
+        other._write, other._scatter, *rest = tensors
+        other.num_tokens = other._write.shape[0]
+        size = 3 * len(self._calls)
+        other._calls = [_Call(*rest[at : at + 3]) for at in range(0, size, 3)]
+        other._cache = self._cache.over(rest[size:])
+        other._tiles = None
+        return other
+
+    def _tiles_of(self, call: _Call) -> _Tiles:
+        queries, pages, visible = call
+        is_flex = self._cache.backend == "flex"
+        return _Tiles(queries, pages, self._block_mask(pages, visible) if is_flex else visible)
 
     def _mask(self, limits: Tensor, num_keys: int) -> Tensor:
         """Limits [rows, n / g * Q] -> [rows, 1, n / g * Q, K]."""
@@ -291,13 +365,16 @@ class CacheView:
         """
         if self.num_tokens == 0:
             return torch.zeros_like(query)
+        if self._tiles is None:
+            self._tiles = [self._tiles_of(call) for call in self._calls]
         cached = self._cache.layer(layer_number)
         cached[0].index_copy_(0, self._write, key[: self.num_tokens, 0])
         cached[1].index_copy_(0, self._write, value[: self.num_tokens, 0])
         real = query[: self.num_tokens, 0]
-        contexts = [tiles.attend(real, cached, softmax_scale) for tiles in self._calls]
+        contexts = [tiles.attend(real, cached, softmax_scale) for tiles in self._tiles]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         context = context.index_select(0, self._scatter)
-        if len(query) > self.num_tokens:
-            context = F.pad(context, (0, 0, 0, 0, 0, len(query) - self.num_tokens))
+        padding = query.shape[0] - self.num_tokens
+        if padding > 0:
+            context = F.pad(context, (0, 0, 0, 0, 0, padding))
         return context[:, None]

@@ -154,7 +154,7 @@ def sample_tokens(
     equal logits of temperature 0 go to the lowest id.
 
     Logits are kept in the type of the weights, at most `MAX_LOGITS` at a time; those in float32 on
-    the CPU only where top-k or top-p pass over them again.
+    the CPU only where top-k or top-p pass over them again, or one chunk holds them all.
 
     Args:
         hidden: [n, h]; n may be 0.
@@ -176,9 +176,10 @@ def sample_tokens(
     weight = weight.detach()
     top_k = top_k if 0 < top_k < vocab_size else 0
     is_filtered = temperature > 0.0 and (top_k > 0 or top_p < 1.0)
+    columns, chunk = padded_columns(weight.shape[0]), chunk_columns(hidden.device)
     is_kept = is_filtered or hidden.dtype != torch.float32 or hidden.device.type != "cpu"
-    columns = padded_columns(weight.shape[0])
-    columns = columns if is_kept else min(columns, chunk_columns(hidden.device))
+    is_kept |= columns <= chunk
+    columns = columns if is_kept else chunk
 
     passes = _passes(hidden.device)
 

@@ -98,6 +98,18 @@ def parts(config: Config, model: ModelSizes) -> Refusals:
     yield from _divide(config, model.moe_ffn_hidden_size, "the {} units of an expert", ETP)
 
 
+def graphs(config: Config, model: ModelSizes) -> Refusals:
+    """Forwards are recorded where one process holds the whole model, and it has no experts."""
+    if config.rollout.rollout_graphs != "on":
+        return
+    remedy = "choose auto or off"
+    if model.num_moe_experts is not None:
+        yield f"rollout_graphs: the host has a part in dividing tokens over experts; {remedy}"
+    if (sharing := _product(config, TP, PP)) > 1:
+        problem = f"messages between the {sharing} processes of a replica are not recorded"
+        yield f"rollout_graphs: {problem}; {remedy}"
+
+
 def positions(config: Config, model: ModelSizes) -> Refusals:
     """A corpus window, or the longest prompt and response in whole blocks, has positions."""
     block_size, limit = config.model.block_size, model.max_position_embeddings

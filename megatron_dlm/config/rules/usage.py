@@ -195,7 +195,8 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     yield Use(itself, "shared_rollout_queue", reason)
     if answers and teacher.teacher_url:
         reason += " with --teacher-url"
-    yield Use(decodes, "max_total_tokens chunked_prefill_size decoding_groups", reason)
+    names = "max_total_tokens chunked_prefill_size decoding_groups rollout_graphs"
+    yield Use(decodes, names, reason)
     stages = "pipeline_model_parallel_size"
     has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
     of_stages = "decoding_groups num_virtual_stages_per_pipeline_rank"

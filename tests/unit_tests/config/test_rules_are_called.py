@@ -141,6 +141,8 @@ BROKEN = [
     Broken({**SHORT, "teacher_top_k": 100}, D_OPSD),
     Broken({"lora_rank": 4, "lora_dropout": 0.1}, is_moe=True),
     Broken(ADAPTED, world_size=2, is_moe=True),
+    Broken({"rollout_graphs": "on"}, is_moe=True),
+    Broken({"rollout_graphs": "on", "tensor_model_parallel_size": 2}, world_size=2),
 ]
 """What each rule refuses: a new rule has a row here."""
 
@@ -249,6 +251,7 @@ def test_each_rule_refuses_what_breaks_it() -> None:
                 model.processes,
                 model.experts_exist,
                 model.parts,
+                model.graphs,
             ),
         ),
     ],

@@ -138,6 +138,7 @@ CASES = [
     Case("max_running_requests", 7, (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
     Case("max_total_tokens", 10**6, (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
     Case("chunked_prefill_size", 512, (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
+    Case("rollout_graphs", "off", (*GIVEN, SERVED), (*ON_TEACHER, *ON_ROLLOUTS, EVALUATED)),
     Case("num_rollouts", 3, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("rollout_batch_size", 16, NOT_ROLLOUTS, ON_ROLLOUTS),
     Case("shared_rollout_queue", False, (*GIVEN, *ON_TEACHER, SERVED), (*ON_ROLLOUTS, EVALUATED)),

@@ -1,0 +1,127 @@
+"""Forwards of a rollout that are recorded once and then replayed, without the modules' own code.
+
+Where a step's kernels are short, most of its time goes to the calls that start them: Python on a
+CPU, launches on a GPU. The layers of a forward over the paged cache are a fixed sequence of
+operations on a few tensors. It is recorded (`traced_forwards` on the CPU, `captured_forwards` on
+CUDA) and replayed on what those tensors hold in a later forward. What the host decides within it
+would be repeated for ever: a value of the device that it asks for ends a recording, and forwards go
+on without.
+
+Draws and commits follow the forward and are not recorded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.models.forward import Row, forward_row
+from megatron_dlm.models.model import DiffusionGPTModel, StageModel
+from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.generation_config import GenerationConfig
+from megatron_dlm.rollout.kv_cache import CacheView
+
+MAX_RECORDINGS = 16
+"""Recordings that are kept at once."""
+
+FORWARDS_BEFORE = 200
+"""Forwards before the first recording, which takes as long as hundreds of them."""
+
+
+def obstacle(model: StageModel, generation: GenerationConfig, groups: ParallelGroups) -> str | None:
+    """Why forwards of a model are not recorded; None: they are."""
+    if groups.model is not None or groups.lockstep is not None:
+        return "ranks share a copy of the model, and messages between them are not recorded"
+    if generation.attention_pattern == "full":
+        return "under full attention a forward holds whole sequences, without a cache"
+    if model.config.num_moe_experts is not None:
+        return "the host has a part in dividing tokens over experts"
+    if model.config.fp8 is not None:
+        return "FP8 keeps converted weights beside the model's own"
+    return None
+
+
+class RecordingError(RuntimeError):
+    """A forward does not only depend on what it may."""
+
+
+class ForwardRecorder(ABC):
+    """Runs forwards of one model in evaluation mode, from recordings where there are some.
+
+    Args:
+        after: Forwards before anything is recorded.
+
+    Attributes:
+        recorded: Recordings made so far.
+        replayed: Forwards that were replayed.
+        problem: Why nothing is recorded any more, in PyTorch's words; None: there is no reason.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.recorded = self.replayed = 0
+        self.problem: str | None = None
+        self._after = after
+        self._forwards = 0
+        self._state: tuple[object, ...] | None = None
+
+    def __call__(self, model: DiffusionGPTModel, row: Row, equally_long: bool) -> Tensor:
+        """What `forward_row` returns; there may be further tokens behind those of the row."""
+        view = row.attention
+        self._forwards += 1
+        if (
+            self.problem is None
+            and self._forwards > self._after
+            and isinstance(view, CacheView)
+            and view.num_tokens == len(row.token_ids)  # else there is padding of other origin
+        ):
+            try:
+                output = self._run(model, row, view)
+            except RecordingError as error:
+                self.problem = str(error)
+            else:
+                if output is not None:
+                    return output
+        return forward_row(model, row, equally_long)
+
+    def check(self, model: StageModel) -> None:
+        """Forget all recordings if they would not be of this model any more.
+
+        To be called before forwards after a time in which parameters may have been replaced; what
+        is written into them needs no call.
+        """
+        state = self._state_of(model)
+        if state != self._state:
+            self._state, self.problem = state, None
+            self._forget()
+
+    @abstractmethod
+    def _run(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Tensor | None:
+        """A forward; None: it is not to be replayed.
+
+        Raises:
+            RecordingError: It cannot be recorded.
+        """
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop the recordings."""
+
+    @abstractmethod
+    def _state_of(self, model: StageModel) -> tuple[object, ...]:
+        """What a recording has of the model but for the contents of its tensors."""
+
+
+def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and other tensors that a model's modules hold."""
+    yield from chain(model.parameters(), model.buffers())
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def adapters_of(model: torch.nn.Module) -> tuple[bool, ...]:
+    """Which adapters add their output."""
+    return tuple(bool(getattr(module, "adapter_enabled", True)) for module in model.modules())

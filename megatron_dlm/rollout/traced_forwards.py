@@ -1,0 +1,212 @@
+"""Recordings of forwards on the CPU: PyTorch's operations, with a symbolic number of tokens.
+
+A recording is the list of operations that the modules called. It is of any number of tokens for
+which the conditions hold that came up while it was made. Attention, whose sizes follow the
+sequences, stays a call of the forward's own `CachedAttention`. Nothing is padded, and no operation
+is replaced by another: results are those of the modules, bit for bit.
+
+S: tokens of a forward.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from types import CodeType
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.megatron_internals import views_kept
+from megatron_dlm.models.attention import CachedAttention
+from megatron_dlm.models.forward import Row, forward_row
+from megatron_dlm.models.model import DiffusionGPTModel, StageModel
+from megatron_dlm.rollout.kv_cache import CacheView
+from megatron_dlm.rollout.recorded_forwards import (
+    FORWARDS_BEFORE,
+    MAX_RECORDINGS,
+    ForwardRecorder,
+    RecordingError,
+    adapters_of,
+    tensors_of,
+)
+
+
+@torch.library.custom_op("megatron_dlm::attend", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layer_number: int, softmax_scale: float
+) -> Tensor:
+    """Stands for `CachedAttention.attend` while a forward is recorded."""
+    raise NotImplementedError("only recorded, never called")
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, layer_number: int, softmax_scale: float) -> Tensor:
+    return torch.empty_like(query)
+
+
+class _AnyAttention:
+    """A `CachedAttention` to record."""
+
+    def attend(
+        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
+    ) -> Tensor:
+        context: Tensor = torch.ops.megatron_dlm.attend(
+            query, key, value, layer_number, softmax_scale
+        )
+        return context
+
+
+def _call_attention(
+    attention: CachedAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer_number: int,
+    softmax_scale: float,
+) -> Tensor:
+    return attention.attend(layer_number, query, key, value, softmax_scale)
+
+
+_VIEWS = frozenset({"chunk", "select", "t", "transpose", "unbind", "unsqueeze"})
+"""Operations that give the same memory however often they are called."""
+
+
+def _shorten(graph: Graph) -> None:
+    """Leave out operations that do nothing or were done before; call the others without detours."""
+    known: dict[tuple[object, ...], Node] = {}
+    for node in graph.nodes:
+        target = node.target
+        if target is operator.getitem:
+            name, key = "", (target, *node.args)
+        elif isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+            name = target._schema.name.removeprefix("aten::")
+            key = (name, *node.args)
+        else:
+            continue
+        same = None
+        if (name == "view_as" and node.args[0] is node.args[1]) or (
+            name == "dropout" and not node.args[2]
+        ):
+            same = node.args[0]
+        elif target is operator.getitem or name in _VIEWS:
+            same = known.setdefault(key, node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+        elif name and not node.kwargs:
+            # What Python's binding calls is the same operation; `torch.ops` looks for it longer.
+            if hasattr(torch._C.TensorBase, name):
+                node.op, node.target = "call_method", name
+            elif hasattr(torch, name):
+                node.target = getattr(torch, name)
+
+
+class Trace:
+    """One recording.
+
+    Args:
+        model: The only tensors that the recording has of its own are this model's.
+        token_ids: [S] int64, of the forward that it is made from.
+        position_ids: [S] int64.
+
+    Attributes:
+        replay: Takes token ids [S], positions [S] and a `CachedAttention`; returns what the model
+            does.
+
+    Raises:
+        RecordingError: The forward asks for values of a tensor, or has another tensor of its own.
+    """
+
+    replay: Callable[[Tensor, Tensor, CachedAttention], Tensor]
+
+    def __init__(self, model: DiffusionGPTModel, token_ids: Tensor, position_ids: Tensor) -> None:
+        def forward(token_ids: Tensor, position_ids: Tensor) -> Tensor:
+            hidden: Tensor = model(
+                input_ids=token_ids[None],
+                position_ids=position_ids[None],
+                attention_mask=_AnyAttention(),
+            )
+            return hidden
+
+        record = make_fx(
+            forward, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
+        )
+        try:
+            with views_kept():
+                graph: GraphModule = record(token_ids, position_ids)
+        except RuntimeError as error:
+            raise RecordingError(str(error).partition("\n")[0]) from error
+        own = {id(tensor) for tensor in tensors_of(model)}
+        for node in graph.graph.find_nodes(op="get_attr"):
+            tensor = getattr(graph, node.target)
+            if id(tensor) not in own:
+                raise RecordingError(f"a tensor of shape {tuple(tensor.shape)} is not the model's")
+        inputs = graph.graph.find_nodes(op="placeholder")
+        assert graph.shape_env is not None  # sizes are symbolic
+        condition = graph.shape_env.produce_guards_expression(
+            [node.meta["val"] for node in inputs], ignore_static=False
+        )
+        self._condition: CodeType = compile(condition or "True", "<sizes>", "eval")
+        with graph.graph.inserting_after(inputs[-1]):
+            attention = graph.graph.placeholder("attention")
+        target = torch.ops.megatron_dlm.attend.default
+        for node in graph.graph.find_nodes(op="call_function", target=target):
+            node.target, node.args = _call_attention, (attention, *node.args)
+        _shorten(graph.graph)
+        graph.recompile()
+        for node in graph.graph.find_nodes(op="get_attr"):  # found without `Module.__getattr__`
+            vars(graph)[node.target] = getattr(graph, node.target)
+        self.replay = graph.forward
+
+    def fits(self, token_ids: Tensor, position_ids: Tensor) -> bool:
+        """Whether it is of as many tokens."""
+        named = {"L": {"t0": token_ids, "t1": position_ids}}
+        return bool(eval(self._condition, SYMPY_INTERP, named))
+
+
+class TracedForwards(ForwardRecorder):
+    """See the module."""
+
+    def __init__(self, after: int = FORWARDS_BEFORE) -> None:
+        super().__init__(after)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._traces: list[Trace] = []
+        self._trace_of: dict[int, Trace | None] = {}
+
+    def _state_of(self, model: StageModel) -> tuple[object, ...]:
+        # A recording has the tensors themselves: wherever their memory is, it is read there.
+        return tuple(map(id, tensors_of(model))), adapters_of(model)
+
+    def _run(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Tensor | None:
+        num_tokens = len(row.token_ids)
+        if num_tokens not in self._trace_of:
+            self._trace_of[num_tokens] = self._find(model, row, view)
+        trace = self._trace_of[num_tokens]
+        if trace is None:
+            return None
+        ACTIVITY.step()
+        self.replayed += 1
+        return trace.replay(row.token_ids, row.position_ids, view)
+
+    def _find(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Trace | None:
+        """The recording of so many tokens, if necessary a new one; None: there are too many."""
+        inputs = row.token_ids, row.position_ids
+        for trace in self._traces:
+            if trace.fits(*inputs):
+                return trace
+        if len(self._traces) == MAX_RECORDINGS:
+            return None
+        trace = Trace(model, *inputs)
+        # What a forward writes into the cache is the same each time.
+        if not torch.equal(trace.replay(*inputs, view), forward_row(model, row, False)):
+            raise RecordingError("replayed at once, the forward has another result")
+        self._traces.append(trace)
+        self.recorded += 1
+        return trace

@@ -1,0 +1,239 @@
+"""Replayed forwards give what the modules give; what may not be replayed is noticed."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from megatron_dlm.errors import UserError
+from megatron_dlm.megatron_internals import views_kept
+from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.rollout import kv_cache
+from megatron_dlm.rollout.captured_forwards import Capture, CapturedForwards, token_bucket
+from megatron_dlm.rollout.engine import RolloutEngine
+from megatron_dlm.rollout.recorded_forwards import MAX_RECORDINGS
+from megatron_dlm.rollout.strategies import STRATEGIES
+from megatron_dlm.rollout.traced_forwards import TracedForwards
+from megatron_dlm.types.special_tokens import SpecialTokens
+from megatron_dlm.types.trajectory import Trajectory
+from tests.unit_tests.rollout.tiny_models import (
+    FULL_ATTENTION,
+    MASK,
+    PAD,
+    SPECULATIVE,
+    VOCAB_SIZE,
+    fields,
+    make_engine,
+    make_prompts,
+    tiny_model,
+)
+
+PROMPTS = make_prompts([5, 40, 8, 2])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
+    with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
+        yield loaded
+
+
+def results(trajectories: list[Trajectory]) -> list[tuple]:
+    """All that may differ in one bit."""
+    return [
+        (*fields(t), None if t.confidence is None else t.confidence.tolist()) for t in trajectories
+    ]
+
+
+def generated(engine: RolloutEngine, length: int = 10) -> list[tuple]:
+    return results(engine.generate(PROMPTS, length))
+
+
+def expected(model: torch.nn.Module, **changes: Any) -> list[tuple]:
+    return generated(make_engine(model, keeps_confidence=True, rollout_graphs="off", **changes))
+
+
+def traced(engine: RolloutEngine) -> TracedForwards:
+    assert engine._traced is not None
+    return engine._traced
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"remasking_strategy": name}
+        for name, strategy in STRATEGIES.items()
+        if not strategy.verifies
+    },
+    "speculative": SPECULATIVE,
+    "greedy": {"temperature": 0.0},
+    "top-k": {"top_k": 5},
+    "top-p": {"top_p": 0.8, "temperature": 0.7},
+    "blocks of 8": {"block_size": 8, "max_running_requests": 6},
+    "pieces of prompts": {"chunked_prefill_size": 8, "max_running_requests": 1},
+}
+
+
+def test_replayed_rollouts_are_the_same_in_every_bit(model: DiffusionGPTModel) -> None:
+    """Under every setting; one recording is of all, for it is of the model."""
+    recorder = TracedForwards(after=0)
+    for name, changes in SETTINGS.items():
+        engine = make_engine(model, keeps_confidence=True, rollout_graphs="on", **changes)
+        engine._traced = recorder
+        assert generated(engine) == expected(model, **changes), name
+    assert recorder.problem is None
+    assert recorder.replayed == recorder._forwards > 5 * len(SETTINGS)
+    assert recorder.recorded == 1
+
+
+def test_weights_that_change_are_read_where_they_are(model: DiffusionGPTModel) -> None:
+    engine = make_engine(model, keeps_confidence=True, rollout_graphs="on")
+    before = generated(engine)
+    recorder = traced(engine)
+    first = recorder.recorded
+    linear = model.decoder.layers[0].mlp.linear_fc1
+    original = linear.weight
+    try:
+        with torch.no_grad():
+            original.mul_(0.5)  # as an optimizer does
+        assert generated(engine) == expected(model) != before
+        original.data = original.data * 2.0  # other memory, as after an offload
+        assert generated(engine) == before
+        assert recorder.recorded == first
+        linear.weight = torch.nn.Parameter(original.data * 0.5)  # another parameter
+        assert generated(engine) == expected(model) != before
+        assert recorder.recorded == first + 1
+    finally:
+        linear.weight = original
+
+
+def test_what_the_host_decides_in_a_forward_is_noticed(
+    model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = model.decoder.final_layernorm
+    forward, calls = norm.forward, []
+
+    def reads(x: Tensor) -> Tensor:
+        return forward(x) * (2.0 if x.sum().item() > 0 else 1.0)
+
+    def keeps(x: Tensor) -> Tensor:
+        calls.append(x)
+        return forward(x) + torch.tensor([float(len(calls))])
+
+    def changes(x: Tensor) -> Tensor:
+        calls.append(x)
+        return forward(x) * len(calls)
+
+    for function, problem in (
+        (reads, "Could not guard on data-dependent expression"),
+        (keeps, r"a tensor of shape \(1,\) is not the model's"),
+        (changes, "replayed at once, the forward has another result"),
+    ):
+        monkeypatch.setattr(norm, "forward", function)
+        calls.clear()
+        engine = make_engine(model, rollout_graphs="on")
+        engine.generate(PROMPTS, 6)
+        recorder = traced(engine)
+        assert recorder.problem is not None
+        assert re.match(problem, recorder.problem), recorder.problem
+        assert recorder.replayed == 0
+
+
+def test_recordings_come_after_some_forwards_and_stay(model: DiffusionGPTModel) -> None:
+    """By default, short rollouts record nothing; the recordings of an engine outlive a call."""
+    engine = make_engine(model, keeps_confidence=True)
+    recorder = TracedForwards(after=30)
+    engine._traced = recorder
+    same = expected(model)
+    assert [generated(engine) for _ in range(3)] == [same] * 3
+    assert recorder.recorded == 1
+    assert recorder.replayed == recorder._forwards - 30
+
+
+def test_what_is_not_recorded_is_refused(model: DiffusionGPTModel) -> None:
+    engine = make_engine(model, FULL_ATTENTION, rollout_graphs="on")
+    with pytest.raises(UserError, match=r"--rollout-graphs = 'on': under full .*; choose auto"):
+        engine.generate(PROMPTS, 4)
+    engine = make_engine(model, FULL_ATTENTION)
+    assert len(engine.generate(PROMPTS, 4)) == len(PROMPTS)
+    assert engine._traced is None
+
+
+def without_recording(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    """A `Capture` that runs the modules each time."""
+    output = function()
+    return output, lambda: output.copy_(function())
+
+
+def traced_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    """A `Capture` like a CUDA graph: operations on fixed memory, all else is as it was."""
+    with views_kept():
+        graph = make_fx(function)()
+    output = graph()
+    return output, lambda: output.copy_(graph())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"top_k": 5, "top_p": 0.9}, SPECULATIVE],
+    ids=["filters", "speculative"],
+)
+def test_graphs_of_fixed_sizes_and_memory(
+    model: DiffusionGPTModel, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA captures, with operations of PyTorch in the place of kernels."""
+    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    plain = [t[:-1] for t in expected(model, **changes)]
+    found = []
+    for capture in (without_recording, traced_graph):
+        recorder = captured(monkeypatch, capture)
+        engine = make_engine(model, keeps_confidence=True, rollout_graphs="on", **changes)
+        found.append(generated(engine))
+        assert recorder.problem is None
+        assert recorder.replayed > recorder.recorded >= 1
+    assert found[0] == found[1]
+    assert [t[:-1] for t in found[1]] == plain
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, capture: Capture) -> CapturedForwards:
+    """What takes the place of the engine's recorder from here on."""
+    recorder = CapturedForwards(capture, block_size=4, after=0)
+    monkeypatch.setattr(RolloutEngine, "_recorder", lambda engine: recorder)
+    return recorder
+
+
+def test_a_long_rollout_has_few_graphs(
+    model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [3 + 13 * index % 150 for index in range(8)]
+    prompts = [
+        dataclasses.replace(prompt, max_response_length=20 + 24 * index)
+        for index, prompt in enumerate(make_prompts(lengths))
+    ]
+    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    recorder = captured(monkeypatch, without_recording)
+    engine = make_engine(
+        model,
+        max_running_requests=8,
+        remasking_strategy="low_confidence_static",
+        denoising_steps_per_block=2,
+        rollout_graphs="on",
+        special_tokens=SpecialTokens(MASK, PAD, MASK, vocab_size=VOCAB_SIZE),  # no draw is an end
+    )
+    engine.generate(prompts, 200)
+    assert len(recorder._buckets) <= MAX_RECORDINGS
+    assert recorder.recorded <= MAX_RECORDINGS
+    assert recorder.replayed > 0.7 * recorder._forwards
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 32])
+def test_a_bucket_is_at_most_a_quarter_larger(block_size: int) -> None:
+    for num_rows in (4, 8, 64):
+        least, most = num_rows // 2 * block_size, 2 * num_rows * block_size
+        buckets = {n: token_bucket(n, num_rows, block_size) for n in range(least + 1, most + 1)}
+        step = max(num_rows * block_size // 4, 1)
+        assert all(n <= bucket < n + step for n, bucket in buckets.items())
+        assert len(set(buckets.values())) <= 6
