@@ -49,6 +49,9 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 LEAVE_SECONDS = 10.0
 """That a server has to leave a group."""
 
+BEGIN, END = "/begin_weight_update", "/end_weight_update"
+"""Buckets are sent between these two: SGLang takes none outside."""
+
 Named = tuple[str, Tensor]
 
 
@@ -75,6 +78,7 @@ class GroupTransfer:
         self._iteration = iteration
         self._name = f"megatron_dlm_{uuid.uuid4().hex}"
         self._group: WeightGroup | None = None
+        self._is_open = False
         self._store: Any = None  # the others meet there, so it has to stay
 
     @property
@@ -94,12 +98,17 @@ class GroupTransfer:
             if error is None:
                 tensors, is_last = bucket
                 try:
+                    self._begin(servers)
                     self._send(threads, servers, tensors, is_last)
+                    if is_last:
+                        self._end(servers)
                 except UserError as refused:
                     error = refused
                 except RuntimeError as failed:
                     problem = f"the weights have not arrived ({failed})"
                     error = servers[0].refuse(problem, "see the log of each server")
+                if error is not None:
+                    self._give_up(servers)
         threads.shutdown(wait=False)
         with errors_on_all_ranks():
             if error is not None:
@@ -110,6 +119,33 @@ class GroupTransfer:
         if self._group is not None:
             self._group = None
             self._dissolve(servers)
+
+    def _begin(self, servers: Sequence[RolloutServer]) -> None:
+        """Open an update, unless it is open; one that an earlier run has left open ends first."""
+        if self._is_open:
+            return
+        self._is_open = True
+        for server in servers:
+            try:
+                _check_success(server, BEGIN, server.post(BEGIN, {}, retries=0))
+            except UserError:
+                with suppress(UserError):
+                    server.post(END, {}, retries=0)
+                _check_success(server, BEGIN, server.post(BEGIN, {}, retries=0))
+
+    def _end(self, servers: Sequence[RolloutServer]) -> None:
+        """Close the update: servers bring the weights into the form that they compute with."""
+        for server in servers:
+            _check_success(server, END, server.post(END, {}, retries=0))
+        self._is_open = False
+
+    def _give_up(self, servers: Sequence[RolloutServer]) -> None:
+        """Close an update that has failed."""
+        self._is_open = False
+        for server in servers:
+            with suppress(UserError):
+                leaving = replace(server, timeout_s=min(server.timeout_s, LEAVE_SECONDS))
+                leaving.post(END, {}, retries=0)
 
     def _dissolve(self, servers: Sequence[RolloutServer]) -> None:
         """Have all servers leave the group."""

@@ -1,6 +1,6 @@
 """The HTTP side of the rollout server: the part of SGLang's native API that rollouts need.
 
-Paths, fields and responses are SGLang's (0.5.23 was read). Beside them, `/server_info` has
+Paths, fields and responses are those of SGLang 0.5.23. Beside them, `/server_info` has
 `megatron_dlm`, what decides a response's tokens, and `meta_info` of a response has `denoising`: at
 which step each token was kept, and what was decoded after the response's end.
 """
@@ -35,8 +35,10 @@ from megatron_dlm.serving.prompts import Limits
 from megatron_dlm.serving.rollout_queue import Change, Decoded, Request, RolloutQueue
 from megatron_dlm.serving.rollout_requests import (
     AbortRequest,
+    BeginWeightUpdate,
     ContinueGeneration,
     DestroyWeightsUpdateGroup,
+    EndWeightUpdate,
     GenerateRequest,
     InitWeightsUpdateGroup,
     PauseGeneration,
@@ -173,6 +175,14 @@ class RolloutApi:
         """Load a folder's weights."""
         self._abort_before(body.abort_all_requests)
         await self.change(lambda: self._weights.load_folder(body.model_path, body.weight_version))
+
+    async def begin_update(self) -> None:
+        """Take buckets from now on."""
+        await self.change(self._weights.begin_update)
+
+    async def end_update(self) -> None:
+        """Take no more buckets."""
+        await self.change(self._weights.end_update)
 
     async def update_from_distributed(self, body: UpdateFromDistributed) -> None:
         """Take tensors from a group."""
@@ -375,6 +385,16 @@ def create_rollout_app(api: RolloutApi, options: RolloutServerConfig, metrics: M
     async def init_weights_update_group(body: InitWeightsUpdateGroup) -> dict[str, Any]:
         await api.join(body)
         return done("Succeeded to initialize custom process group.")
+
+    @app.post("/begin_weight_update")
+    async def begin_weight_update(body: BeginWeightUpdate) -> dict[str, Any]:
+        await api.begin_update()
+        return done("Success")
+
+    @app.post("/end_weight_update")
+    async def end_weight_update(body: EndWeightUpdate) -> dict[str, Any]:
+        await api.end_update()
+        return done("Success")
 
     @app.post("/update_weights_from_distributed")
     async def update_weights_from_distributed(body: UpdateFromDistributed) -> dict[str, Any]:

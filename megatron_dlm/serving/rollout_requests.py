@@ -172,6 +172,20 @@ class UpdateFromDisk(_Update):
     manifest: None = None
 
 
+class BeginWeightUpdate(BaseModel):
+    """POST /begin_weight_update."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    selector: Literal["target", "all"] = "all"
+
+
+class EndWeightUpdate(BaseModel):
+    """POST /end_weight_update."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
 class UpdateFromDistributed(_Update):
     """POST /update_weights_from_distributed."""
 

@@ -52,6 +52,7 @@ class ServedWeights:
         }
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._groups: dict[str, WeightGroup] = {}
+        self._is_open = False
 
     def join(self, name: str, address: str, port: int, rank: int, size: int, backend: str) -> None:
         """Meet the process that sends weights.
@@ -80,6 +81,26 @@ class ServedWeights:
         if self._groups.pop(name, None) is None:
             raise ApiError(400, f"group_name: there is no {name!r}")
 
+    def begin_update(self) -> None:
+        """Open an update: from now on buckets are taken.
+
+        Raises:
+            ApiError: One is open.
+        """
+        if self._is_open:
+            raise ApiError(400, "an update of weights is open; end_weight_update first")
+        self._is_open = True
+
+    def end_update(self) -> None:
+        """Close the update that is open.
+
+        Raises:
+            ApiError: None is.
+        """
+        if not self._is_open:
+            raise ApiError(400, "no update of weights is open; begin_weight_update first")
+        self._is_open = False
+
     def flush(self) -> None:
         """Forget what was computed with these weights."""
         self._on_change()
@@ -103,8 +124,10 @@ class ServedWeights:
             version: Name of the weights that are complete with it; None: there is more to come.
 
         Raises:
-            ApiError: There is no such group, or the tensors are not the model's.
+            ApiError: No update is open, there is no such group, or the tensors are not the model's.
         """
+        if not self._is_open:
+            raise ApiError(400, "no update of weights is open; begin_weight_update first")
         if group not in self._groups:
             raise ApiError(400, f"group_name: there is no {group!r}; init_weights_update_group")
         tensors = self._groups[group].receive(bucket, flat=flat, device=platform.device())

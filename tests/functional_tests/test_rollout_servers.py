@@ -76,6 +76,9 @@ def test_a_server_trains_as_the_run_itself_does(
     shared = tmp_path / "shared"
     shared.mkdir()
     (shared / "thesis.txt").write_text("of somebody else")
+    # Left open by a run that was killed in the middle of a push.
+    assert server.post("/begin_weight_update").json()["success"]
+    assert server.post("/begin_weight_update").status_code == 400
     config = run_config(
         folder,
         folder / "model",
@@ -90,6 +93,9 @@ def test_a_server_trains_as_the_run_itself_does(
     for name in ("tokens_per_forward", "response_lengths", "tokens_by_step", "eos_rate"):
         assert [line[name] for line in lines] == [line[name] for line in internal]
     assert server.get("/model_info")["weight_version"] == "4"
+    # Closed after the last push; nobody pushes buckets to a server that reads a folder.
+    closed = server.post("/end_weight_update")
+    assert closed.status_code == (400 if weights == "distributed" else 200)
     assert [path.name for path in shared.iterdir()] == ["thesis.txt"]
 
 

@@ -35,6 +35,11 @@ def test_a_version_is_of_whole_weights() -> None:
         weights._groups["g"] = OfOneProcess((name, tensor))  # type: ignore[assignment]
         weights.receive("g", nothing, flat=False, version=version)
 
+    with pytest.raises(ApiError, match="no update of weights is open"):
+        receive(NORM, values, "1")
+    weights.begin_update()
+    with pytest.raises(ApiError, match="an update of weights is open"):
+        weights.begin_update()
     receive(NORM, values, "1")
     assert weights.version == "1"
     receive(OTHER, values, None)
@@ -45,4 +50,7 @@ def test_a_version_is_of_whole_weights() -> None:
     with pytest.raises(ApiError, match="the model has no other"):
         receive("other", values, "3")
     assert weights.version == INCOMPLETE
+    weights.end_update()
+    with pytest.raises(ApiError, match="no update of weights is open"):
+        weights.end_update()
     assert changes == ["default", "1", INCOMPLETE, "2"]
