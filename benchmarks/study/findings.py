@@ -24,7 +24,7 @@ AT_LEAST = 3
 SOLVED = 50.0
 """Percentage of problems that a run must solve to count as converted."""
 PURELY_ON_POLICY = ("opdlm", "opdlm_off", "opdlm_global")
-STUDENT = "qwen3_64"
+STUDENTS = ("qwen3_64", "qwen3_96")
 PAIR = ("opdlm_grown", "d_opsd")
 WITH_TEACHER_RESPONSES = {each.name for each in recipes(Sizes()) if each.mixes_teacher_responses}
 
@@ -189,15 +189,19 @@ def _self_distillation(read: Reader) -> str:
 
 def _teachers(results: Sequence[Result]) -> str | None:
     autoregressive = accuracy("autoregressive", "autoregressive")
-    parts = []
-    for teacher, row in ((STUDENT, STUDENT), ("qwen3_96", "qwen3_96"), ("qwen3", "teacher")):
-        own = sample(results, row, autoregressive)
-        student = sample(results, f"{STUDENT}_from_{teacher}", STATIC)
-        if own and student:
-            parts.append(f"{student.mean:.1f} % from {teacher} ({own.mean:.1f} %)")
-    if len(parts) < 2:
+    of_students = []
+    for name in STUDENTS:
+        parts = []
+        for teacher, row in (*zip(STUDENTS, STUDENTS, strict=True), ("qwen3", "teacher")):
+            own = sample(results, row, autoregressive)
+            student = sample(results, f"{name}_from_{teacher}", STATIC)
+            if own and student:
+                parts.append(f"{student.mean:.1f} % from {teacher} ({own.mean:.1f} %)")
+        if len(parts) > 1:
+            of_students.append(f"{name} reaches {', '.join(parts)}")
+    if not of_students:
         return None
-    return f"**Teachers of several sizes**: {STUDENT} reaches {', '.join(parts)}, static."
+    return f"**Teachers of several sizes**, static: {'; '.join(of_students)}."
 
 
 @_of_measured

@@ -339,17 +339,20 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         *(
             replace(
                 growing(
-                    f"{small.name}_from_{teacher}",
-                    f"OPDLM, {small.name}, teacher {teacher}",
+                    f"{student.name}_from_{teacher}",
+                    f"OPDLM, {student.name}, teacher {teacher}",
                     finetune=True,  # its own run begins with the loaded weights
                 ),
-                models={"load": small, **models},
+                models={"load": student, **models},
             )
+            for student in (small, middle)
             for teacher, models in (
                 (small.name, {"teacher_load": small}),
                 (middle.name, {"teacher_load": middle}),
                 ("qwen3", {}),
             )
+            # A teacher that solves less than its student has nothing to give.
+            if (student, teacher) != (middle, small.name)
         ),
         pretraining("scp_one_lr", "SCP, one learning rate"),
         pretraining(

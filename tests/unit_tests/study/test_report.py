@@ -280,6 +280,7 @@ def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert "trained with 8 90.5 / 88.5 %, decoded so after blocks of 4 91.0 / 89.0 %" in text
     assert "from 93.0 to 93.0 % static" in text
     assert "qwen3_64 reaches 92.5 % from qwen3_64 (50.0 %), 92.5 % from qwen3_96 (75.0 %)" in text
+    assert "; qwen3_96 reaches 92.5 % from qwen3_96 (75.0 %), 92.5 % from qwen3 (98.0 %)." in text
     assert "the best run solves 90.5 %" in text
     for result in results:
         if result["recipe"] == "opdlm_off":
