@@ -10,7 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,6 +44,7 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
 
     from benchmarks.real_shapes import REAL_SHAPES
     from megatron_dlm.config import Config
+    from megatron_dlm.config.groups import RolloutGraphs
     from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
     from megatron_dlm.models.architecture import architecture_from_hf
     from megatron_dlm.models.forward import clean_row, forward_hidden, row_multiple
@@ -86,15 +87,19 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
 
         # What is found out once in a process is no part of a step.
         forward_hidden(student.model, [clean_row([torch.arange(1, 9)], "causal")])
+
+        def engine_with(graphs: RolloutGraphs, steps: _EachStep) -> RolloutEngine:
+            return RolloutEngine(
+                student.model,
+                generation=replace(generation, rollout_graphs=graphs),
+                special_tokens=tokens,
+                seed=0,
+                groups=groups,
+                stop=steps,  # type: ignore[arg-type]
+            )
+
         steps = _EachStep()
-        engine = RolloutEngine(
-            student.model,
-            generation=generation,
-            special_tokens=tokens,
-            seed=0,
-            groups=groups,
-            stop=steps,  # type: ignore[arg-type]
-        )
+        engine = engine_with("off", steps)
         prompts = [Prompt(i, torch.arange(1, PROMPT_LENGTH + 1) + i) for i in range(sequences)]
         with _one_token_a_step(3 * BLOCK_SIZE):
             trajectories = engine.generate(prompts, 3 * BLOCK_SIZE)
@@ -102,6 +107,14 @@ def count_iteration(shape: str, num_layers: int, sequences: int = 16) -> dict[st
         # The first holds the prompts, the next ones of a block hold it alone.
         phases["prefill step"], phases["rollout step"] = steps.counts[0], steps.counts[1]
         phases["step of a new block"] = steps.counts[BLOCK_SIZE]
+        if layout.world_size == 1:
+            steps = _EachStep()
+            engine = engine_with("on", steps)
+            with _one_token_a_step(3 * BLOCK_SIZE):
+                engine.generate(prompts, 3 * BLOCK_SIZE)
+            steps.end()
+            # Of a bucket of sizes, the first step is without a graph, the second one is captured.
+            phases["replayed step"] = steps.counts[3]
 
         with _counted(phases, "teacher"):
             teacher.annotate(trajectories[:1])

@@ -5,7 +5,8 @@ so models of any size are built in a second. They are PyTorch's meta tensors, wh
 they are on `cuda:0`. (`FakeTensorMode` can do the same only where PyTorch is built with CUDA:
 elsewhere its CUDA tensors can neither be indexed nor differentiated.) Tensors of the host are real:
 planning and bookkeeping really run. An operation that mixes the two raises, as on a GPU; so does
-`.item()` on a tensor of the device, unless Megatron-Core calls it. A copy to the host
+`.item()` on a tensor of the device, unless Megatron-Core calls it, and a tensor of the host
+while a graph is captured. A copy to the host
 gives zeros, or what the host had copied there.
 Process groups are of the backend `fake`, and any rank of any world can be played.
 
@@ -49,8 +50,43 @@ class DeviceRead(RuntimeError):
     """The host reads a value of the device, for which it would have to wait."""
 
 
+class NotCapturable(RuntimeError):
+    """While a graph is captured, a number comes from the host: replays would repeat it."""
+
+
 class DeviceMismatch(RuntimeError):
     """An operation has operands on the host and on the device."""
+
+
+class _Graph:
+    """A graph of kernels on tensors without data: to replay it changes nothing.
+
+    Attributes:
+        capturing: Whether one is being captured.
+    """
+
+    capturing = False
+
+    def pool(self) -> tuple[int, int]:
+        """Memory that graphs may share."""
+        return (0, 1)
+
+    def replay(self) -> None:
+        """One launch."""
+        for counter in active_counters():
+            counter.count_graph()
+
+    @classmethod
+    @contextmanager
+    def capture(
+        cls, graph: "_Graph", pool: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        """In the place of `torch.cuda.graph`."""
+        cls.capturing = True
+        try:
+            yield
+        finally:
+            cls.capturing = False
 
 
 class _Device(TorchDispatchMode):
@@ -76,6 +112,8 @@ class _Device(TorchDispatchMode):
             if known is None:
                 known = torch.zeros(args[0].shape)
             return known.to(kwargs.get("dtype") or args[0].dtype, copy=True)
+        if _Graph.capturing and any(not tensor.is_meta and tensor.dim() for tensor in tensors):
+            raise NotCapturable(f"{func}: an operand is on the host")
         if func is aten._to_copy.default and not args[0].is_meta:
             result = torch.empty(
                 args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=_META
@@ -289,6 +327,8 @@ def _patch_torch() -> None:
         "stream": on_stream,
         "Stream": Stream,
         "Event": Event,
+        "CUDAGraph": _Graph,
+        "graph": _Graph.capture,
         "mem_get_info": lambda device=None: (_MEMORY, _MEMORY),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,

@@ -179,6 +179,11 @@ class OperationCounter(TorchDispatchMode):
         self.counts.synchronisations += 1
         self.counts.by_name[f"wait {name}"] += 1
 
+    def count_graph(self) -> None:
+        """Add a launch of a graph of kernels."""
+        self.counts.kernels += 1
+        self.counts.by_name["graph"] += 1
+
     def take(self) -> Counts:
         """The counts so far; what follows is counted from zero."""
         taken, self.counts = self.counts, Counts()

@@ -78,6 +78,16 @@ def test_a_step_waits_once_for_its_tokens(
     assert rest["copies_after_products"] == 0
 
 
+def test_a_replayed_step_launches_a_graph_and_the_draws(counts: dict[str, Any]) -> None:
+    """To capture it, the host read no value and gave none: else it would have raised."""
+    step = counts["qwen3_0.6b"]["replayed step"]
+    assert set(step["layer"].values()) == {0}
+    assert step["rest_by_name"]["graph"] == 1
+    assert step["rest"]["kernels"] <= 150
+    assert step["rest"]["copies_to_host"] == 1
+    assert step["rest"]["blocking_copies_to_device"] == step["rest"]["synchronisations"] == 0
+
+
 @pytest.mark.parametrize("shape", ["qwen3_0.6b", "qwen3_30b_a3b"])
 def test_an_update_waits_for_its_numbers_only(counts: dict[str, Any], shape: str) -> None:
     # One copy of each kind is the layout, for FlexAttention's block mask; that of a layer of
