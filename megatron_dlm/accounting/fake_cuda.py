@@ -5,9 +5,8 @@ so models of any size are built in a second. They are PyTorch's meta tensors, wh
 they are on `cuda:0`. (`FakeTensorMode` can do the same only where PyTorch is built with CUDA:
 elsewhere its CUDA tensors can neither be indexed nor differentiated.) Tensors of the host are real:
 planning and bookkeeping really run. An operation that mixes the two raises, as on a GPU; so does
-`.item()` on a tensor of the device, unless Megatron-Core calls it, and a tensor of the host
-while a graph is captured. A copy to the host
-gives zeros, or what the host had copied there.
+`.item()` on a tensor of the device, unless Megatron-Core calls it, and any tensor of the host while
+a graph is captured. A copy to the host gives zeros, or what the host had copied there.
 Process groups are of the backend `fake`, and any rank of any world can be played.
 
 What it changes in PyTorch stays changed: use a process of its own, and enter it before anything of
