@@ -6,7 +6,8 @@ Head and draw of 64 tokens of 151,936 ids over the head just before: medians of 
 seconds. Then the rollouts of two Qwen3 with random weights, of 0.1 B parameters and of the tiny
 model's shape, 16 sequences in blocks of 4, a step a token, against a plain loop of the same
 decoding around transformers' model, with a cache and the same sampling, temperature 1: with
-forwards that are replayed (`rollout_graphs`) and with those of the modules, in turns.
+forwards that are replayed (`rollout_graphs`) and with those of the modules, in turns. With
+`--rollouts tiny` nothing else is measured.
 """
 
 import argparse
@@ -199,24 +200,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--response-length", type=int, default=32)
+    parser.add_argument("--rollouts", nargs="+", choices=MODELS, help="of these models, no draws")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
-        "rows": ROWS,
-        "vocabulary": COLUMNS,
-        "hidden_size": HIDDEN,
         "repetitions": arguments.repetitions,
-        "draws": measure_draws(arguments.repetitions),
-        "rollouts": {
-            name: measure_rollout(
-                shape, arguments.response_length, max(1, arguments.repetitions // 2)
-            )
-            for name, shape in MODELS.items()
-        },
+    }
+    if arguments.rollouts is None:
+        result |= {"rows": ROWS, "vocabulary": COLUMNS, "hidden_size": HIDDEN}
+        result["draws"] = measure_draws(arguments.repetitions)
+    result["rollouts"] = {
+        name: measure_rollout(
+            MODELS[name], arguments.response_length, max(1, arguments.repetitions // 2)
+        )
+        for name in arguments.rollouts or MODELS
     }
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
