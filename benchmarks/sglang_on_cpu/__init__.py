@@ -1,0 +1,1 @@
+"""Our rollouts beside SGLang's own, on a machine without a GPU."""
