@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -54,6 +54,10 @@ class ParallelGroups:
         cp: Ranks that share each row of an update, `cp_size` replicas in a row.
         cp_rank: Index of this rank among these.
         cp_size: Number of these.
+        shared_model: All ranks of the `cp_size` replicas that decode the same sequences
+            (`--rollout-context-parallel tokens`); None where each replica decodes its own.
+        together: In rollouts, ranks that hold the same part and decode the same sequences, each
+            with a share of their tokens, keys and values; see `for_decoding`.
         lockstep: Ranks that must run as many forwards as this one, because the forwards contain
             collectives of experts. A union of whole tensor-parallel groups, so that a reduction
             over it gives the same result on all ranks with the same prompts.
@@ -75,6 +79,8 @@ class ParallelGroups:
     cp: ProcessGroup | None = None
     cp_rank: int = 0
     cp_size: int = 1
+    shared_model: ProcessGroup | None = None
+    together: ProcessGroup | None = None
     lockstep: ProcessGroup | None = None
 
     @property
@@ -86,16 +92,37 @@ class ParallelGroups:
         """This rank's part of what all ranks of its context-parallel group have."""
         return list(items[self.cp_rank :: self.cp_size])
 
+    def for_decoding(self) -> "ParallelGroups":
+        """The groups of a rollout: replicas are what decodes sequences of its own.
+
+        Where context-parallel ranks decode the same sequences, these are one replica of all their
+        ranks, and data-parallel ranks the replicas; else nothing changes.
+        """
+        if self.shared_model is None:
+            return self
+        return replace(
+            self,
+            model=self.shared_model,
+            replicas=self.dp,
+            replica=self.dp_rank,
+            num_replicas=self.dp_size,
+            together=self.cp,
+        )
+
     @classmethod
     def from_parallel_state(cls) -> "ParallelGroups":
         """The groups that Megatron-Core was initialised with."""
-        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        # Ranks of a stage with the same prompts.
+        alike = parallel_state.get_tensor_model_parallel_world_size()
+        if _shared_model is not None:
+            alike *= parallel_state.get_context_parallel_world_size()
         lockstep = None
         if parallel_state.get_expert_model_parallel_world_size() > 1:
             lockstep = parallel_state.get_expert_tensor_and_model_parallel_group()
-            if lockstep.size() % tp_size != 0:
-                # Expert groups that cross tensor-parallel groups connect neighbours, and so all
-                # ranks of the stage.
+            tp_size = parallel_state.get_tensor_model_parallel_world_size()
+            if lockstep.size() % tp_size or (lockstep.size() % alike and alike % lockstep.size()):
+                # Expert groups that cross those of ranks with the same prompts connect neighbours,
+                # and so all ranks of the stage.
                 lockstep = parallel_state.get_tensor_and_data_parallel_group(
                     with_context_parallel=True
                 )
@@ -117,12 +144,14 @@ class ParallelGroups:
             cp=_unless_alone(parallel_state.get_context_parallel_group()),
             cp_rank=parallel_state.get_context_parallel_rank(),
             cp_size=parallel_state.get_context_parallel_world_size(),
+            shared_model=_shared_model,
             lockstep=lockstep,
         )
 
 
 _decisions: ProcessGroup | None = None
 _way_back: ProcessGroup | None = None
+_shared_model: ProcessGroup | None = None
 """See `ParallelGroups`; made and forgotten with Megatron-Core's groups."""
 
 
@@ -152,6 +181,30 @@ def _make_pipeline_groups(chunks: int, timeout: timedelta) -> None:
     exchange_apart(_way_back)
 
 
+def _make_shared_model(config: Config) -> None:
+    """Make the groups that decode the same sequences, if there are any; all ranks call this."""
+    global _shared_model
+    _shared_model = None
+    parallel = config.parallel
+    if not config.shares_tokens_in_rollouts:
+        return
+    stages, everyone = parallel.pipeline_model_parallel_size, torch.distributed.get_world_size()
+    of_stage = everyone // stages  # stages are the outermost dimension of a layout, data the next
+    unit = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    shared = [
+        [stage * of_stage + first + rank for stage in range(stages) for rank in range(unit)]
+        for first in range(0, of_stage, unit)
+    ]
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    _shared_model, _ = torch.distributed.new_subgroups_by_enumeration(shared, timeout=timeout)
+    own = torch.distributed.get_process_group_ranks(_shared_model)
+    for group in (
+        parallel_state.get_context_parallel_group(),
+        parallel_state.get_model_parallel_group(),
+    ):
+        assert set(torch.distributed.get_process_group_ranks(group)) <= set(own)
+
+
 def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
     return group if group.size() > 1 else None
 
@@ -173,6 +226,7 @@ def initialize(config: Config) -> None:
         create_gloo_process_groups=False,
     )
     _make_pipeline_groups(chunks, timedelta(minutes=parallel.distributed_timeout_minutes))
+    _make_shared_model(config)
     _set_seeds(config)
 
 

@@ -214,7 +214,7 @@ def ranks_in_step(groups: ParallelGroups, timeout: timedelta | None) -> dist.Pro
     Those of its replica, those that share experts with one of these, and so on; all ranks call
     this.
     """
-    own = [dist.get_rank()]
+    own, groups = [dist.get_rank()], groups.for_decoding()
     for group in (groups.model, groups.lockstep):
         if group is not None:
             own += dist.get_process_group_ranks(group)

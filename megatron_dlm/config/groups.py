@@ -117,7 +117,7 @@ class ParallelConfig:
     that less of an update goes by while the pipeline fills and drains."""
     context_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share the tokens of each row of an update and of the teacher (CP), for long
-    responses; rollouts and evaluations share texts instead."""
+    responses; rollouts and evaluations as --rollout-context-parallel says."""
     expert_model_parallel_size: Annotated[int, AT_LEAST_ONE] = 1
     """Processes that share the experts of a mixture-of-experts layer (EP)."""
     expert_tensor_parallel_size: Annotated[int | None, AT_LEAST_ONE] = None
@@ -201,7 +201,8 @@ class DecodingConfig(StrategyOptions):
     """Sequences that a data-parallel process decodes at once, if the KV cache has room for them."""
     max_total_tokens: Annotated[int | None, AT_LEAST_ONE] = None
     """Tokens that the KV cache of a data-parallel process has room for, in pages of 32; prompts
-    wait for them (default: enough for --max-running-requests, up to 80 % of free GPU memory)."""
+    wait for them (default: enough for --max-running-requests, up to 80 % of free GPU memory). With
+    --rollout-context-parallel tokens each process has so many of all sequences."""
     chunked_prefill_size: Annotated[int, AT_LEAST_ONE] = 8192
     """Most prompt tokens of a forward; longer ones are prefilled in pieces, while others decode."""
     rollout_graphs: RolloutGraphs = "auto"
@@ -210,6 +211,10 @@ class DecodingConfig(StrategyOptions):
     decoding_groups: Annotated[int | None, AT_LEAST_ONE] = None
     """Groups that the sequences in decoding are split into, for stages of a pipeline to work on at
     once; fewer than stages leave some idle (default: --pipeline-model-parallel-size)."""
+    rollout_context_parallel: Literal["sequences", "tokens"] = "sequences"
+    """What ranks of --context-parallel-size share in decoding: whole sequences, each with those of
+    its own; or the tokens, keys and values of every sequence (tokens: for prompts and responses too
+    long for one rank's KV cache)."""
 
 
 @dataclass(frozen=True)

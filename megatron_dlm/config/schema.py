@@ -111,6 +111,12 @@ class Config:
         return self.uses_rollouts and self.engine.rollout_engine == "internal"
 
     @property
+    def shares_tokens_in_rollouts(self) -> bool:
+        """Whether context-parallel ranks decode the same sequences, with a share of each."""
+        shares = self.rollout.rollout_context_parallel == "tokens"
+        return shares and self.parallel.context_parallel_size > 1
+
+    @property
     def uses_teacher_responses(self) -> bool:
         """Whether all or some responses are the autoregressive teacher's."""
         options = self.rollout

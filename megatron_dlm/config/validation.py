@@ -102,12 +102,20 @@ def validate_layout(
     validate_architecture(config, student, teacher)
 
 
-def validate_inference(config: Config, world_size: int, sizes: ModelSizes) -> None:
+def validate_inference(
+    config: Config, world_size: int, sizes: ModelSizes, *, decodes: bool = False
+) -> None:
     """Check the rules for a model that is only loaded: to generate, or to be converted.
 
     `GenerationConfig` checks what depends on how the model decodes.
+
+    Args:
+        config: With the options that there are.
+        world_size: Processes.
+        sizes: Of the model.
+        decodes: Whether it generates.
     """
-    split = values.sequence_parallel(config), values.context_parallel(config)
+    split = values.sequence_parallel(config), values.context_parallel(config, decodes)
     of_model = (
         model.experts_exist(config, sizes),
         model.parts(config, sizes),

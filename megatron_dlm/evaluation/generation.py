@@ -140,7 +140,7 @@ class Generator:
         model: From `load_frozen_model`.
         setup: Decoding options.
         inputs: The prompts.
-        groups: Process groups of the model.
+        groups: Process groups of the model; replicas are those that decode.
         keeps_confidence: Whether trajectories have `confidence`.
 
     Attributes:
@@ -160,7 +160,7 @@ class Generator:
         self._keeps_confidence = keeps_confidence
         self.inputs = inputs
         self._model = model
-        self._groups = groups
+        self._groups = groups.for_decoding()
 
     @property
     def num_responses(self) -> int:
@@ -169,7 +169,7 @@ class Generator:
 
     @property
     def groups(self) -> ParallelGroups:
-        """Process groups of the model."""
+        """Process groups of the model in decoding."""
         return self._groups
 
     def generate(
@@ -184,7 +184,7 @@ class Generator:
         Args:
             generation: Decoding setting.
             indices: Of the responses (`InferenceInputs.prompt`), the same on all ranks; None for
-                all. Of n data-parallel ranks, rank r takes every n-th from the r-th on.
+                all. Of n replicas, number r takes every n-th from the r-th on.
             on_finished: Called with each response when it is complete.
             seed: Of the draws; None for that of the options.
 

@@ -278,7 +278,8 @@ class HarnessModel(TemplateLM):
             seed=self._setup.config.data.seed,
             groups=self._groups,
         )
-        share = prompts[self._groups.replica :: self._groups.num_replicas]
+        groups = self._groups.for_decoding()
+        share = prompts[groups.replica :: groups.num_replicas]
         with tqdm(total=len(share), desc=title, disable=rank() != 0) as progress:
 
             def count(_: Trajectory) -> None:
@@ -286,9 +287,9 @@ class HarnessModel(TemplateLM):
 
             mine = engine.generate(share, max_response_length, count)
         found = {t.sample_index: t.response_ids.tolist() for t in mine}
-        if self._groups.replicas is not None:
-            parts: list[Any] = [None] * self._groups.num_replicas
-            dist.all_gather_object(parts, found, group=self._groups.replicas)
+        if groups.replicas is not None:
+            parts: list[Any] = [None] * groups.num_replicas
+            dist.all_gather_object(parts, found, group=groups.replicas)
             found = {index: ids for part in parts for index, ids in part.items()}
         return [found[prompt.sample_index] for prompt in prompts]
 

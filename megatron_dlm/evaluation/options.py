@@ -264,7 +264,7 @@ def resolve_inference(arguments: InferenceArguments, world_size: int) -> Inferen
             max_response_length=given.get("max_response_length", RolloutConfig.max_response_length),
         ),
     )
-    validate_inference(config, world_size, source.architecture)
+    validate_inference(config, world_size, source.architecture, decodes=True)
     return InferenceSetup(config, source, options, block_size, kind)
 
 

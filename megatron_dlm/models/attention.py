@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.fx.experimental import _config as fx_config
+from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_dlm.models.attention_layout import (
@@ -36,6 +37,13 @@ from megatron_dlm.models.block_mask import block_mask
 
 # FlexAttention works in tiles of this many tokens and is fastest when the row is a multiple of it.
 FLEX_TILE = 128
+
+_WITH_SUMS: dict[str, Any] = (
+    {"return_aux": torch_flex.AuxRequest(lse=True)}
+    if hasattr(torch_flex, "AuxRequest")  # from PyTorch 2.9 on, which then drops the other one
+    else {"return_lse": True}
+)
+"""What makes FlexAttention return the log-sum-exp of its scores."""
 
 _document_batches = LayoutCache(document_batches)
 
@@ -151,8 +159,14 @@ def flex_attention_over_row(
 
 
 def flex_attention_over_pages(
-    query: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask, softmax_scale: float
-) -> Tensor:
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_mask: BlockMask,
+    softmax_scale: float,
+    *,
+    with_sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """FlexAttention of rows of queries against one pool of keys, without gradients.
 
     Compiled on CUDA, where only the tiles that `block_mask` lists are read.
@@ -163,17 +177,32 @@ def flex_attention_over_pages(
         values: [1, g, K, d].
         block_mask: Of [rows, 1, Q, K].
         softmax_scale: Factor on the scores.
+        with_sums: Whether the log-sum-exp of the scores is wanted too.
 
     Returns:
-        Context [rows, g, Q, d].
+        Context [rows, g, Q, d], zero where a query sees nothing; and if wanted [rows, g, Q],
+        float32, there minus infinity.
     """
     # The largest tiles that hold no padding: rows are short, and a tile of keys is within a page.
     queries = 1 << max(4, (query.shape[2] - 1).bit_length())
     tiles = {"BLOCK_M": min(queries, FLEX_TILE), "BLOCK_N": block_mask.BLOCK_SIZE[1]}
     attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-    return attend(
-        query, keys, values, block_mask=block_mask, scale=softmax_scale, kernel_options=tiles
+    options: dict[str, Any] = _WITH_SUMS if with_sums else {}
+    found = attend(
+        query,
+        keys,
+        values,
+        block_mask=block_mask,
+        scale=softmax_scale,
+        kernel_options=tiles,
+        **options,
     )
+    if not with_sums:
+        return found, None
+    context, aux = found
+    sums = aux if isinstance(aux, Tensor) else aux.lse
+    sees_nothing = sums == -math.inf
+    return context.masked_fill(sees_nothing[..., None], 0.0), sums
 
 
 def gather_shared(

@@ -61,6 +61,14 @@ class Layout:
         """
         return self.gpus // (self.tensor * self.pipeline)
 
+    def decoders(self, config: Config) -> int:
+        """Replicas that decode sequences of their own: copies of the model, or groups of them."""
+        return self.replicas if config.shares_tokens_in_rollouts else self.dense_copies
+
+    def sharing(self, config: Config) -> int:
+        """Ranks that share each sequence in decoding, and its keys and values."""
+        return self.context if config.shares_tokens_in_rollouts else 1
+
     @property
     def expert_copies(self) -> int:
         """Ranks that hold the same experts."""
@@ -167,6 +175,8 @@ def _checked(
     options = layout.options(is_moe=student.num_moe_experts is not None)
     if layout.pipeline == 1:  # there are no stages that could have several chunks or groups
         options |= {"num_virtual_stages_per_pipeline_rank": 1, "decoding_groups": None}
+    if layout.context == 1:
+        options |= {"rollout_context_parallel": "sequences"}
     changed = config.changed(**options)
     validate_layout(changed, layout.gpus, student, teacher)
     return layout, changed

@@ -206,10 +206,12 @@ class MemoryModel:
         if config.diffusion_kind is not None and config.diffusion_kind.attention_pattern == "full":
             return 0.0, 0
         block = config.model.block_size
-        pages = pages_for(-(-(lengths.prompt + lengths.response) // block) * block)
+        longest = -(-(lengths.prompt + lengths.response) // block) * block
+        # Of this rank: one of each page of the ranks that share sequences.
+        pages = pages_for(longest, PAGE_SIZE * layout.sharing(config))
         layers = a.num_layers // layout.pipeline
         token = layers * 2 * a.num_query_groups // layout.tensor * a.kv_channels * width
-        samples = -(-responses_in_decoding(config) // layout.dense_copies)
+        samples = -(-responses_in_decoding(config) // layout.decoders(config))
         wanted = pages * min(rollout.max_running_requests, samples)
         if rollout.max_total_tokens is not None:
             wanted = min(wanted, rollout.max_total_tokens // PAGE_SIZE)
@@ -221,12 +223,19 @@ class MemoryModel:
     def _decoding(self, config: Config, layout: Layout, stage: int, width: int) -> float:
         """What passes through a forward of a rollout."""
         rollout, a, block = config.rollout, self._student, config.model.block_size
-        samples = -(-responses_in_decoding(config) // layout.dense_copies)
+        samples = -(-responses_in_decoding(config) // layout.decoders(config))
         samples = min(rollout.max_running_requests, samples)
         prompts = min(rollout.chunked_prefill_size, samples * self._lengths.prompt)
         tokens = samples * 2 * block + prompts
         if config.diffusion_kind is not None and config.diffusion_kind.attention_pattern == "full":
             tokens = samples * (self._lengths.prompt + self._lengths.response)
+        sharing, together = layout.sharing(config), 0.0
+        if sharing > 1:
+            # All tokens' queries, keys and values; their contexts twice, for the exchange.
+            heads = 3 * a.num_attention_heads + 2 * a.num_query_groups
+            together = tokens * heads // layout.tensor * a.kv_channels * width
+            tokens = -(-tokens // sharing)
+            samples = -(-samples // sharing)  # each rank draws for as many
         layer = tokens * layer_bytes(a, layout, width).forward
         ranks = layout.expert * layout.expert_tensor
         if a.moe_router_topk is not None and can_gather(tokens, ranks, a.moe_router_topk):
@@ -238,7 +247,8 @@ class MemoryModel:
         if stage == layout.pipeline - 1:
             drawn = samples * block * padded_vocab_size(a.vocab_size, layout.tensor)
             logits = min(drawn // layout.tensor, MAX_LOGITS) * (FP32 + width)
-        return layer + tokens * 3 * a.hidden_size * width + logits
+        hidden = tokens * (3 + sharing - 1) * a.hidden_size * width  # those of all, in the end
+        return layer + together + hidden + logits
 
     def _teaching(self, config: Config, layout: Layout, width: int) -> float:
         """What passes through a forward of the teacher over a row."""

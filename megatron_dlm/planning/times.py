@@ -105,7 +105,7 @@ class TimeModel:
     def _rollout(self, config: Config, layout: Layout, own: Parameters, sequences: int) -> float:
         """A forward is the reading of weights and keys, or its products, or its launches."""
         a, gpu, width = self._student, self._gpu, element_size(config)
-        samples = -(-config.rollout_batch_size // layout.dense_copies)
+        samples = -(-config.rollout_batch_size // layout.decoders(config))
         at_once = min(samples, config.rollout.max_running_requests)
         full = sequences == 0
         at_once = at_once if full else min(at_once, sequences)
@@ -121,14 +121,20 @@ class TimeModel:
         flops = self._flops.forward(int(tokens), int(pairs), at_once * config.model.block_size)
         layers = a.num_layers // layout.pipeline
         keys = 2 * layers * a.num_query_groups / layout.tensor * a.kv_channels * width
-        read = width * own.all + (0 if full else at_once * length * keys)
+        sharing = layout.sharing(config)  # of tokens, keys and values
+        read = width * own.all + (0 if full else at_once * length * keys / sharing)
         kernels = KERNELS_OF_MOE_LAYER if a.is_moe else KERNELS_OF_LAYER
         stage = max(
-            flops / (layout.tensor * layout.pipeline) / self._rate(a),
+            flops / (layout.tensor * layout.pipeline * sharing) / self._rate(a),
             read / gpu.bandwidth(gpu.memory_gb_s),
             (layers * kernels + KERNELS_OF_STEP / layout.pipeline) * gpu.launch_us * 1e-6,
         )
-        exchanged = layers * self._exchange(layout, tokens, width, passes=1)
+        exchanged = layers * self._exchange(layout, tokens / sharing, width, passes=1)
+        if sharing > 1:  # two messages: queries, keys and values to all ranks, and results back
+            heads = (2 * a.num_attention_heads + 2 * a.num_query_groups) / layout.tensor
+            sent = tokens * heads * a.kv_channels * width * (sharing - 1) / sharing
+            link = self._link(layout.tensor * layout.context)
+            exchanged += layers * (sent / link + 2 * gpu.launch_us * 1e-6)
         return steps * turns * (stage + exchanged)
 
     def _teaching(self, config: Config, layout: Layout) -> float:

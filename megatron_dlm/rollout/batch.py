@@ -33,6 +33,7 @@ from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.recorded_forwards import ForwardRecorder
 from megatron_dlm.rollout.slot_group import SlotGroup
+from megatron_dlm.rollout.token_shares import TokenShares
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -73,6 +74,7 @@ class DecodingBatch:
         self._turn = 0
         self._pad_token_id = special_tokens.pad_token_id
         self._groups = groups
+        self._shares = TokenShares.of(groups)
         self._work = work
         self._stage = Stage(
             model, groups, rows_in_flight=len(slot_groups), forward=recorder or forward_row
@@ -258,8 +260,10 @@ class DecodingBatch:
         group = self._next
         self._work.add(plan, self._generation.context_block_size, self._turn)
         attention = group.context.attention(plan.starts, plan.ends, plan.noisy_starts)
-        row = row_of_layout(group.slots.tokens(plan), plan.position_ids, attention)
-        self._begin(row, group, plan)
+        tokens, positions = group.slots.tokens(plan), plan.position_ids
+        if self._shares is not None:
+            tokens, positions = self._shares.own(tokens), self._shares.own(positions)
+        self._begin(row_of_layout(tokens, positions, attention), group, plan)
 
     def _begin(self, row: Row, group: SlotGroup | None, plan: ForwardPlan | None) -> None:
         """Run a row through the first model chunk; the others wait for the end of the round.
@@ -288,6 +292,8 @@ class DecodingBatch:
         self, row: PaddedRow, group: SlotGroup | None, plan: ForwardPlan | None, chunk: int
     ) -> None:
         hidden = self._stage.run(row, chunk)
+        if hidden is not None and plan is not None and self._shares is not None:
+            hidden = self._shares.gather(hidden, len(plan.token_slots))
         if group is not None and plan is not None and chunk == self._stage.num_chunks - 1:
             group.launched(plan, hidden)
 

@@ -19,6 +19,7 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.kv_cache import CacheView, KVCache
 from megatron_dlm.rollout.pages import PAGE_SIZE, PagePool, pages_for, prefix_keys
+from megatron_dlm.rollout.token_shares import TokenShares
 
 # Share of the device's free memory that the cache takes at most; activations need the rest.
 MAX_MEMORY_SHARE = 0.8
@@ -77,13 +78,13 @@ class CachedContext:
 
     Args:
         model: This rank's part of the model.
-        groups: Process groups; ranks of a replica have equally many pages.
+        groups: Process groups of the rollout; ranks of a replica have equally many pages.
         lengths: Positions that each sequence of the rollout may have.
         num_slots: Sequences held at once.
         block_size: Tokens of a block in decoding; 1 for an autoregressive model.
         context_block_size: Final tokens that see each other: `block_size`, or 1, which is causal.
-        max_total_tokens: Most positions in the cache; None: what `num_slots` sequences need, as far
-            as the device has memory for it.
+        max_total_tokens: Most positions that this rank keeps; None: what `num_slots` sequences
+            need, as far as the device has memory for it.
 
     Raises:
         UserError: The longest sequence does not fit.
@@ -108,18 +109,26 @@ class CachedContext:
         page_bytes = (
             len(layers) * PAGE_SIZE * 2 * num_query_groups * config.kv_channels * element_size
         )
-        longest = sorted(map(pages_for, lengths), reverse=True)[:num_slots]
+        shares = TokenShares.of(groups)
+        self._page_size = PAGE_SIZE if shares is None else shares.page_size
+        needed = [pages_for(length, self._page_size) for length in lengths]
+        longest = sorted(needed, reverse=True)[:num_slots]
         num_pages = sum(longest)
         if max_total_tokens is not None:
             num_pages = min(num_pages, max_total_tokens // PAGE_SIZE)
         num_pages = min(num_pages, _pages_in_memory(page_bytes, groups))
         if longest and num_pages < longest[0]:
+            remedy = (
+                "raise it or free memory, or lower --max-response-length or --max-prompt-length"
+            )
+            if groups.cp is not None and shares is None:
+                remedy += ", or add --rollout-context-parallel tokens"
             raise bad_value(
                 "--max-total-tokens",
                 max_total_tokens,
-                f"the cache holds {num_pages * PAGE_SIZE} tokens, and the longest prompt and "
-                f"response need {longest[0] * PAGE_SIZE}",
-                "raise it or free memory, or lower --max-response-length or --max-prompt-length",
+                f"the cache holds {num_pages * self._page_size} tokens, and the longest prompt and "
+                f"response need {longest[0] * self._page_size}",
+                remedy,
             )
         self.pool = PagePool(num_pages)
         self._block_size, self._context_block_size = block_size, context_block_size
@@ -134,6 +143,7 @@ class CachedContext:
             dtype=config.params_dtype,
             device=platform.device(),
             backend=layers[0].self_attention.core_attention.backend_name,
+            shares=shares,
         )
 
     def _open(self, num_slots: int) -> None:
@@ -159,14 +169,14 @@ class CachedContext:
         if self._context_block_size == 1:
             # Causally predicts the prompt's last token, which is therefore computed.
             complete = min(complete, len(token_ids) - 1)
-        keys = prefix_keys(token_ids, complete, self._context_block_size)
+        keys = prefix_keys(token_ids, complete, self._context_block_size, self._page_size)
         pages: list[int] = []
         for key in keys:
             page = self.pool.share(key)
             if page is None:
                 break
             pages.append(page)
-        needed = pages_for(length) - len(pages)
+        needed = pages_for(length, self._page_size) - len(pages)
         if needed > self.pool.num_free:
             self.pool.release(pages)
             return False
@@ -194,20 +204,21 @@ class CachedContext:
     def reuse(self, slot: int, start: int) -> int:
         """See `RolloutContext`; the pages of what was computed take the place of own ones."""
         keys = self._keys[slot]
-        while start % PAGE_SIZE == 0 and start // PAGE_SIZE < len(keys):
-            index = start // PAGE_SIZE
+        size = self._page_size
+        while start % size == 0 and start // size < len(keys):
+            index = start // size
             page = self.pool.share(keys[index])
             if page is None:
                 break
             # One user fewer for its own page; or for the shared one, which it had already.
             self.pool.release([int(self._tables[slot, index])])
             self._tables[slot, index] = page
-            start += PAGE_SIZE
+            start += size
         return start
 
     def publish(self, slot: int, end: int) -> None:
         """See `RolloutContext`."""
-        for index, key in enumerate(self._keys[slot][: end // PAGE_SIZE]):
+        for index, key in enumerate(self._keys[slot][: end // self._page_size]):
             self.pool.publish(int(self._tables[slot, index]), key)
 
     def forget(self) -> None:
@@ -306,6 +317,8 @@ def rollout_contexts(
         UserError: The longest sequence does not fit into the cache.
     """
     if generation.attention_pattern == "full":
+        if groups.together is not None:
+            raise ValueError("full attention has no cache that ranks could share")
         return [CanvasContext(decoding_multiple(model)) for _ in num_slots]
     assert generation.block_size is not None
     assert generation.context_block_size is not None

@@ -10,6 +10,7 @@ from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.sampling import sample_tokens
+from megatron_dlm.rollout.token_shares import TokenShares
 from megatron_dlm.types.special_tokens import SpecialTokens
 
 
@@ -32,6 +33,7 @@ class TokenDrawer:
         self._model = model
         self._special_tokens = special_tokens
         self._groups = groups
+        self._shares = TokenShares.of(groups)
 
     def draw(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
         """Sample from the hidden states [S, h] of a forward, on the last stage.
@@ -56,10 +58,16 @@ class TokenDrawer:
     def _sample_alike(
         self, hidden: Tensor, rows: Tensor, uniforms: Tensor, generation: GenerationConfig
     ) -> Tensor:
-        """The draws from some rows of hidden states, under one setting."""
+        """The draws from some rows of hidden states, under one setting.
+
+        Ranks that decode the same sequences have the same rows, and draw an equal part each.
+        """
+        count = len(rows)
+        if self._shares is not None:
+            rows, uniforms = self._shares.own(rows), self._shares.own(uniforms)
         weight = head_weight(self._model)
         tp_rank = self._groups.tp.rank() if self._groups.tp is not None else 0
-        return sample_tokens(
+        drawn = sample_tokens(
             hidden.index_select(0, rows),
             weight,
             uniforms,
@@ -71,3 +79,4 @@ class TokenDrawer:
             top_p=generation.top_p,
             tp_group=self._groups.tp,
         )
+        return drawn if self._shares is None else self._shares.drawn(drawn, count)

@@ -79,12 +79,12 @@ class RolloutEngine:
             drawn, nor are ids from the vocabulary's size on, its padding), padding fills forwards
             of ranks without work.
         seed: Seed of the draws; together with a prompt's `sample_index` it determines them.
-        groups: Process groups.
+        groups: Process groups of the model; in decoding those of `ParallelGroups.for_decoding`.
         stop: Checked before every forward for a request to stop; None: never.
         keeps_confidence: Whether trajectories have `confidence`.
 
     Attributes:
-        groups: Process groups.
+        groups: As passed.
         work: Sizes of the forwards so far.
     """
 
@@ -104,6 +104,7 @@ class RolloutEngine:
         self._model = unwrap_model(model)
         self._special_tokens = special_tokens
         self.groups = groups
+        self._groups = groups.for_decoding()
         self._stop = stop
         self._keeps_confidence = keeps_confidence
         self.work = RolloutWork()
@@ -111,7 +112,7 @@ class RolloutEngine:
         self._drawer = TokenDrawer(
             self._model,
             special_tokens=special_tokens,
-            groups=groups,
+            groups=self._groups,
         )
 
     def generate(
@@ -122,10 +123,11 @@ class RolloutEngine:
     ) -> list[Trajectory]:
         """Decode one response for each prompt.
 
-        All model-parallel ranks call this with the same prompts; data-parallel ranks have their
-        own, possibly none. A response ends with its first EOS or after `max_response_length`
-        tokens, but the block that holds its end is decoded completely (`Trajectory.tail_ids`);
-        under full attention, up to the end of the canvas (prompt and `max_response_length` tokens).
+        All ranks of a replica (`ParallelGroups.for_decoding`) call this with the same prompts;
+        replicas have their own, possibly none. A response ends with its first EOS or after
+        `max_response_length` tokens, but the block that holds its end is decoded completely
+        (`Trajectory.tail_ids`); under full attention, up to the end of the canvas (prompt and
+        `max_response_length` tokens).
 
         Args:
             prompts: What to decode.
@@ -133,8 +135,8 @@ class RolloutEngine:
             on_finished: Called with each trajectory when it is complete, to report progress.
 
         Returns:
-            Trajectories in the order of the prompts; all on the CPU, the same on all model-parallel
-            ranks.
+            Trajectories in the order of the prompts; all on the CPU, the same on all ranks of the
+            replica.
 
         Raises:
             UserError: The longest prompt and response do not fit into the KV cache.
@@ -155,22 +157,23 @@ class RolloutEngine:
         cutoff: Cutoff | None = None,
         on_finished: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
-        """Decode one response for each prompt, each on one of the data-parallel ranks.
+        """Decode one response for each prompt, each on one of the replicas.
 
-        All ranks call this, with the same prompts. Apart from that like `generate`.
+        All ranks call this, with the same prompts. Apart from that like `generate`. What
+        context-parallel ranks have decoded together is shared out among them afterwards.
 
         Args:
             prompts: What to decode.
             max_response_length: Tokens.
-            one_queue: Whether a data-parallel rank takes the next prompt when it has room for it;
+            one_queue: Whether a replica takes the next prompt when it has room for it;
                 else each has an equal share.
             cutoff: Says when sequences are left unfinished; None: never.
-            on_finished: Called with each trajectory that is complete, on the rank that decoded it.
+            on_finished: Called with each trajectory that is complete, on the rank that has it.
 
         Returns:
-            Trajectories of the prompts that this rank decoded, in their order.
+            Trajectories of the prompts that this rank has, in their order.
         """
-        groups = self.groups
+        groups = self._groups
         if one_queue and groups.replicas is not None:
             board = ReplicaBoard(groups)
             queue: PromptQueue = SharedPromptQueue(prompts, max_response_length, board)
@@ -181,7 +184,10 @@ class RolloutEngine:
             queue = PromptQueue(prompts, max_response_length)
             share = len(prompts)
         num_slots = min(self.generation.max_running_requests, share)
-        return self._generate(prompts, max_response_length, queue, num_slots, on_finished, cutoff)
+        parts = 1 if groups.together is None else groups.cp_size
+        return self._generate(
+            prompts, max_response_length, queue, num_slots, on_finished, cutoff, parts=parts
+        )
 
     def settled(self) -> AbstractContextManager[None]:
         """Around `generate`, called by all data-parallel ranks: if one of them leaves, all do."""
@@ -195,8 +201,13 @@ class RolloutEngine:
         num_slots: int,
         on_finished: Callable[[Trajectory], None] | None = None,
         cutoff: Cutoff | None = None,
+        parts: int = 1,
     ) -> list[Trajectory]:
-        """Trajectories of the prompts that the queue returns, in their order."""
+        """Trajectories of the prompts that the queue returns, in their order; of several parts own.
+
+        What is wanted of a rank where several have decoded the same is every n-th of `parts`, by
+        the number of the prompt.
+        """
         if max_response_length < 1:
             raise ValueError(f"max_response_length = {max_response_length} is below 1")
         if self.generation.shifted or self.generation.verifies:
@@ -204,7 +215,9 @@ class RolloutEngine:
                 if len(prompt.token_ids) == 0:
                     raise ValueError(f"sample {prompt.sample_index} has no token to predict from")
         with self.evaluating():
-            return self._decode(prompts, max_response_length, queue, num_slots, on_finished, cutoff)
+            return self._decode(
+                prompts, max_response_length, queue, num_slots, on_finished, cutoff, parts
+            )
 
     def _decode(
         self,
@@ -214,7 +227,9 @@ class RolloutEngine:
         num_slots: int,
         on_finished: Callable[[Trajectory], None] | None,
         cutoff: Cutoff | None,
+        parts: int,
     ) -> list[Trajectory]:
+        own = range(self._groups.cp_rank % parts, len(prompts), parts)
         lengths = [sequence_length(p, self.generation, max_response_length) for p in prompts]
         num_groups = self.num_groups
         batch = self.open(num_slots, lengths, max_response_length, num_groups)
@@ -246,7 +261,7 @@ class RolloutEngine:
                     work.done += 1
                     if cutoff is not None:
                         cutoff.finished(prompts[request], trajectory)
-                    if on_finished is not None:
+                    if on_finished is not None and request in own:
                         on_finished(trajectory)
                 limit = None if cutoff is None else cutoff.limit()
                 if limit is not None:
@@ -254,17 +269,17 @@ class RolloutEngine:
                         trajectories[request] = trajectory
                         work.done += 1
                 admit()
-        return [trajectory for trajectory in trajectories if trajectory is not None]
+        return [found for request in own if (found := trajectories[request]) is not None]
 
     def _share(self, prompts: Sequence[Prompt], queue: PromptQueue) -> int:
         """Prompts that this rank is likely to decode."""
-        ranks = self.groups.num_replicas if isinstance(queue, SharedPromptQueue) else 1
+        ranks = self._groups.num_replicas if isinstance(queue, SharedPromptQueue) else 1
         return -(-len(prompts) // ranks)
 
     @property
     def num_groups(self) -> int:
         """Groups that the sequences in decoding are split into, the same on all ranks."""
-        stages = 1 if self.groups.pp is None else self.groups.pp.size()
+        stages = 1 if self._groups.pp is None else self._groups.pp.size()
         wanted = self.generation.decoding_groups or stages
         return min(wanted, self.generation.max_running_requests)
 
@@ -291,7 +306,7 @@ class RolloutEngine:
         contexts = rollout_contexts(
             self._model,
             self.generation,
-            groups=self.groups,
+            groups=self._groups,
             num_slots=sizes,
             lengths=lengths,
         )
@@ -310,7 +325,7 @@ class RolloutEngine:
                 ),
                 context=context,
                 special_tokens=self._special_tokens,
-                groups=self.groups,
+                groups=self._groups,
                 block_size=self.generation.block_size,
             )
             for size, context in zip(sizes, contexts, strict=True)
@@ -320,7 +335,7 @@ class RolloutEngine:
             generation=self.generation,
             slot_groups=slot_groups,
             special_tokens=self._special_tokens,
-            groups=self.groups,
+            groups=self._groups,
             work=self.work,
             recorder=self._recorder(),
         )
@@ -332,7 +347,7 @@ class RolloutEngine:
             UserError: Forwards of this model are not recorded, and the settings ask for it.
         """
         choice = self.generation.rollout_graphs
-        reason = obstacle(self._model, self.generation, self.groups)
+        reason = obstacle(self._model, self.generation, self._groups)
         if choice == "on" and reason is not None:
             raise bad_value("--rollout-graphs", choice, reason, "choose auto or off")
         if choice == "off" or reason is not None:

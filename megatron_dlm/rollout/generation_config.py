@@ -178,9 +178,10 @@ class GenerationConfig(StrategyOptions):
     @property
     def options_read(self) -> frozenset[str]:
         """Names of the decoding options that these settings use."""
-        read = {"temperature", *DECIDE_NO_TOKEN}
+        read = {"temperature", "rollout_context_parallel", *DECIDE_NO_TOKEN}
         if self.attention_pattern == "full":  # there is no cache
             read -= {"max_total_tokens", "chunked_prefill_size", "rollout_graphs"}
+            read.discard("rollout_context_parallel")
         if self.temperature > 0:
             read |= {"top_k", "top_p"}
         if not self.is_autoregressive:
@@ -254,8 +255,8 @@ class GenerationConfig(StrategyOptions):
             f"choose one of {', '.join(STRATEGIES)}",
         )
         for name, option in option_fields(DecodingConfig).items():
-            value, allowed = getattr(self, name), option.range
-            if allowed is not None and value is not None:
+            allowed = option.range
+            if allowed is not None and (value := getattr(self, name)) is not None:
                 require(name, value in allowed, allowed.problem, allowed.remedy)
         if self.strategy.option is not None:
             require(

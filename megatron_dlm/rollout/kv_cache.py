@@ -5,7 +5,9 @@ sequence names those that hold its positions, in order. A forward pass carries c
 many sequences, laid end to end; it overwrites the cache at their positions, then each token attends
 to its sequence. Writing first makes every kind of forward the same: prefilling a prompt, denoising
 a block (whose noisy keys the next forward overwrites), and the clean block followed by the next
-noisy one, where the block rule keeps either from seeing too much.
+noisy one, where the block rule keeps either from seeing too much. Where ranks share sequences, each
+has the queries, keys and values of all tokens of a forward in `CacheView.attend`, but writes and
+reads its own pages only (`megatron_dlm.rollout.token_shares`).
 
 A row of a call is one or two blocks of a sequence, or a tile of `PREFILL_TILE` tokens of a prompt.
 Kernels of a GPU are planned once for each shape, so they see few different ones: a row has always
@@ -33,6 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from megatron_dlm import platform
 from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_pages
 from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, pages_for
+from megatron_dlm.rollout.token_shares import TokenShares
 
 # Queries of a row in prefill. A tile reads the keys of its sequence once.
 PREFILL_TILE = 64
@@ -67,6 +70,7 @@ class KVCache:
         device: Where they live.
         backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" copies them into a
             row first (CPU).
+        shares: What this rank keeps of sequences that ranks share; None: all of its own ones.
     """
 
     def __init__(
@@ -80,7 +84,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         backend: str,
+        shares: TokenShares | None = None,
     ) -> None:
+        self.shares = shares
+        self.page_size = PAGE_SIZE if shares is None else shares.page_size
         self.heads_per_group = num_attention_heads_per_partition // num_query_groups_per_partition
         self.dtype, self.device, self.backend = dtype, device, backend
         self.num_pages = num_pages
@@ -138,8 +145,14 @@ class _Tiles:
     pages: Tensor
     mask: Tensor | BlockMask
 
-    def attend(self, query: Tensor, cached: Tensor, softmax_scale: float) -> Tensor:
-        """[S, n, d] and a layer's cache -> context [rows * Q, n, d]."""
+    def attend(
+        self, query: Tensor, cached: Tensor, softmax_scale: float, *, with_sums: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, n, d] and a layer's cache -> context [rows * Q, n, d].
+
+        With sums also the log-sum-exp of the scores, [rows * Q, n], minus infinity where a query
+        sees nothing.
+        """
         num_heads, head_size = query.shape[1:]
         num_groups = cached.shape[2]
         rows, num_queries = self.queries.shape
@@ -149,21 +162,56 @@ class _Tiles:
         query = query.permute(0, 2, 3, 1, 4).reshape(rows, num_groups, -1, head_size)
         if isinstance(self.mask, BlockMask):
             keys, values = cached.transpose(1, 2)[:, None].unbind(0)  # [1, g, K, d]
-            context = flex_attention_over_pages(query, keys, values, self.mask, softmax_scale)
+            context, sums = flex_attention_over_pages(
+                query, keys, values, self.mask, softmax_scale, with_sums=with_sums
+            )
         else:
             by_page = cached.view(2, -1, PAGE_SIZE * num_groups * head_size)
             both = by_page.index_select(1, self.pages.flatten())
             both = both.view(2, rows, -1, num_groups, head_size)[:, :, : self.mask.shape[-1]]
-            keys, values = both.unbind(0)
-            context = F.scaled_dot_product_attention(
-                query,
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
-                attn_mask=self.mask,
-                scale=softmax_scale,
-            )
+            keys, values = both.transpose(2, 3).unbind(0)
+            attention = attention_with_sums if with_sums else _attention
+            context, sums = attention(query, keys, values, self.mask, softmax_scale)
+
         context = context.view(rows, num_groups, -1, num_queries, head_size)
-        return context.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
+        context = context.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
+        if sums is not None:
+            sums = sums.view(rows, num_groups, -1, num_queries)
+            sums = sums.permute(0, 3, 1, 2).reshape(-1, num_heads)
+        return context, sums
+
+
+def _attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax_scale: float
+) -> tuple[Tensor, None]:
+    context = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=softmax_scale
+    )
+    return context, None
+
+
+def attention_with_sums(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of its scores, which PyTorch's does not return.
+
+    Args:
+        query: [rows, g, Q, d].
+        keys: [rows, g, K, d].
+        values: [rows, g, K, d].
+        mask: Added to the scores, [rows, 1, Q, K].
+        softmax_scale: Factor on the scores.
+
+    Returns:
+        Context [rows, g, Q, d], zero where a query sees nothing; float32 or wider [rows, g, Q],
+        there minus infinity.
+    """
+    scores = (query @ keys.transpose(2, 3) * softmax_scale + mask).to(
+        torch.promote_types(query.dtype, torch.float32)
+    )
+    sums = scores.logsumexp(dim=-1)
+    weights = (scores - sums.nan_to_num(neginf=0.0)[..., None]).exp()
+    return weights.to(values.dtype) @ values, sums
 
 
 class CacheView:
@@ -201,6 +249,7 @@ class CacheView:
         noisy_starts: np.ndarray | None = None,
     ) -> None:
         self._cache = cache
+        shares, page_size = cache.shares, cache.page_size
         lengths = ends - starts
         grid = context_block_size or block_size
         noisy_starts = ends if noisy_starts is None else noisy_starts
@@ -210,13 +259,17 @@ class CacheView:
         self._tiles: list[_Tiles] | None = None
         if self.num_tokens == 0:
             return
-        if int(ends.max()) > tables.shape[1] * PAGE_SIZE:
+        if int(ends.max()) > tables.shape[1] * page_size:
             raise ValueError(f"position {int(ends.max()) - 1} is beyond the page tables")
         offsets = lengths.cumsum() - lengths
         slots = np.repeat(np.arange(len(starts)), lengths)
         within = np.arange(self.num_tokens) - offsets[slots]
         positions = starts[slots] + within
-        write = tables[slots, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        write = tables[slots, positions // page_size] * PAGE_SIZE + positions % PAGE_SIZE
+        written: tuple[np.ndarray, ...] = ()
+        if shares is not None:
+            written = shares.keeps(positions).nonzero()
+            write = write[written]
 
         # Denoising slots have one or two blocks; prompts go by tiles, which read fewer keys.
         denoises = lengths <= 2 * block_size
@@ -244,7 +297,9 @@ class CacheView:
             at = starts[slot, None] + query
             is_noisy = at >= noisy_starts[slot, None]
             reach = np.where(is_noisy, ends[slot, None], (at // grid + 1) * grid)
-            num_keys.append(int(reach.max()))
+            if shares is not None:
+                reach = shares.kept_below(reach)
+            num_keys.append(max(int(reach.max()), 1))
             num_pages, num_rows = pages_for(num_keys[-1]), len(slot)
             if static:
                 num_pages = max(min(_bucket(num_pages, 2), tables.shape[1]), LEAST_PAGES)
@@ -261,7 +316,11 @@ class CacheView:
             mine = chosen[slots]
             scatter[mine] = done + (first[slots] * num_queries + within)[mine]
             done += num_rows * num_queries
-        self._write, self._scatter, *uploaded = platform.to_device(*map(torch.from_numpy, arrays))
+        self._write, self._scatter, *uploaded = platform.to_device(
+            *map(torch.from_numpy, (*arrays, *written))
+        )
+        if shares is not None:
+            self._written = uploaded.pop()
         for queries, pages, limits, keys in zip(
             uploaded[::3], uploaded[1::3], uploaded[2::3], num_keys, strict=True
         ):
@@ -353,6 +412,8 @@ class CacheView:
     ) -> Tensor:
         """Write keys and values of the forward's tokens, then attend.
 
+        Where ranks share sequences, S counts this rank's part of the tokens.
+
         Args:
             layer_number: Megatron's, from 1.
             query: [S + padding, 1, n, d], rotary embedding applied.
@@ -367,14 +428,62 @@ class CacheView:
             return torch.zeros_like(query)
         if self._tiles is None:
             self._tiles = [self._tiles_of(call) for call in self._calls]
+        if self._cache.shares is not None:
+            return self._attend_together(
+                layer_number, query, key, value, softmax_scale, self._cache.shares
+            )
         cached = self._cache.layer(layer_number)
         cached[0].index_copy_(0, self._write, key[: self.num_tokens, 0])
         cached[1].index_copy_(0, self._write, value[: self.num_tokens, 0])
         real = query[: self.num_tokens, 0]
-        contexts = [tiles.attend(real, cached, softmax_scale) for tiles in self._tiles]
+        contexts = [tiles.attend(real, cached, softmax_scale)[0] for tiles in self._tiles]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         context = context.index_select(0, self._scatter)
         padding = query.shape[0] - self.num_tokens
         if padding > 0:
             context = F.pad(context, (0, 0, 0, 0, 0, padding))
         return context[:, None]
+
+    def _attend_together(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        softmax_scale: float,
+        shares: TokenShares,
+    ) -> Tensor:
+        """As `attend`, where ranks share sequences."""
+        own = shares.length(self.num_tokens)
+        heads = [x.shape[2] for x in (query, key, value)]
+        packed = torch.cat([x[:own, 0] for x in (query, key, value)], dim=1)
+        everything = shares.gather(packed, self.num_tokens).split(heads, dim=1)
+        context = shares.merge(*self.partial(layer_number, *everything, softmax_scale))
+        return F.pad(context, (0, 0, 0, 0, 0, len(query) - own))[:, None]
+
+    def partial(
+        self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Write what this rank keeps of all ranks' tokens, and attend to what it keeps.
+
+        Args:
+            layer_number: Megatron's, from 1.
+            query: [S, n, d].
+            key: [S, g, d].
+            value: [S, g, d].
+            softmax_scale: Factor on the scores.
+
+        Returns:
+            Context [S, n, d], and the log-sum-exp of the scores [S, n], see `_Tiles.attend`.
+        """
+        if self._tiles is None:
+            self._tiles = [self._tiles_of(call) for call in self._calls]
+        cached = self._cache.layer(layer_number)
+        cached[0].index_copy_(0, self._write, key.index_select(0, self._written))
+        cached[1].index_copy_(0, self._write, value.index_select(0, self._written))
+        calls = [
+            tiles.attend(query, cached, softmax_scale, with_sums=True) for tiles in self._tiles
+        ]
+        context = torch.cat([context for context, _ in calls])
+        sums = torch.cat([sums for _, sums in calls if sums is not None])
+        return context.index_select(0, self._scatter), sums.index_select(0, self._scatter)

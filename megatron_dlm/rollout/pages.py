@@ -1,6 +1,7 @@
 """Pages of a KV cache: which are free, which are shared, and what is in them.
 
-A page holds the keys and values of `PAGE_SIZE` consecutive positions of a sequence, in every layer.
+A page holds the keys and values of `PAGE_SIZE` consecutive positions of a sequence, in every layer,
+or of as many on each of several ranks (`megatron_dlm.rollout.token_shares`).
 Sequences whose prompts begin alike share the pages of what is alike (prefix caching). This module
 keeps account only; keys and values are in `megatron_dlm.rollout.kv_cache`.
 """
@@ -22,12 +23,14 @@ PAGE_SIZE = 32
 NULL_PAGE = 0
 
 
-def pages_for(length: int) -> int:
+def pages_for(length: int, page_size: int = PAGE_SIZE) -> int:
     """Pages that hold `length` positions."""
-    return -(-length // PAGE_SIZE)
+    return -(-length // page_size)
 
 
-def prefix_keys(token_ids: Tensor, length: int, block_size: int) -> list[bytes]:
+def prefix_keys(
+    token_ids: Tensor, length: int, block_size: int, page_size: int = PAGE_SIZE
+) -> list[bytes]:
     """A key for each whole page of a prompt's first `length` tokens: what decides its content.
 
     Keys of a position depend on all tokens of its block and of earlier ones. Where blocks do not
@@ -37,12 +40,13 @@ def prefix_keys(token_ids: Tensor, length: int, block_size: int) -> list[bytes]:
         token_ids: [P] int64, the prompt.
         length: Tokens whose keys do not depend on the response: those of its complete blocks.
         block_size: Tokens of a block of the visibility rule.
+        page_size: Positions of a page.
     """
-    if PAGE_SIZE % block_size:
+    if page_size % block_size:
         return []
     keys, digest = [], hashlib.sha256()
-    for end in range(PAGE_SIZE, length + 1, PAGE_SIZE):
-        digest.update(token_ids[end - PAGE_SIZE : end].numpy().tobytes())
+    for end in range(page_size, length + 1, page_size):
+        digest.update(token_ids[end - page_size : end].numpy().tobytes())
         keys.append(digest.digest())
     return keys
 

@@ -23,7 +23,7 @@ class ReplicaBoard:
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
-        self._groups = groups
+        self._groups = groups.for_decoding()
         # Unlike the names of groups, this counter is the same on all ranks of every replica.
         name = f"megatron_dlm/rollout/{next(_opened)}"
         self._store = PrefixStore(name, dist.distributed_c10d._get_default_store())

@@ -18,6 +18,7 @@ from megatron_dlm.rollout.drawing import TokenDrawer
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.slots import SlotTable
+from megatron_dlm.rollout.token_shares import TokenShares
 from megatron_dlm.rollout.verification import DraftVerifier
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
@@ -57,6 +58,7 @@ class SlotGroup:
         self.context = context
         self._drawer = drawer
         self._groups = groups
+        self._shares = TokenShares.of(groups)
         self._verifier = DraftVerifier(
             model,
             special_tokens=special_tokens,
@@ -97,7 +99,8 @@ class SlotGroup:
         if hidden is not None:
             draws = self._drawer.draw(hidden, plan)
             self._verifier.keep(hidden, plan)
-            own = draws, self._verifier.verify(hidden, plan, self.slots.blocks(plan))
+            verified = self._verifier.verify(hidden, plan, self.slots.blocks(plan))
+            own = draws, verified if self._shares is None else self._shares.agree(verified)
         self.in_flight = Decisions.shared(plan, own, self._groups)
 
     def report(self) -> Tensor:

@@ -62,6 +62,7 @@ def generate_missing(
         groups=groups,
         stop=stop,
     )
+    groups = groups.for_decoding()
     writes = groups.is_first_of_replica
     with ended_by_all():
         for shard, _ in rounds(missing, "teacher responses", groups, prompts_per_shard):

@@ -392,6 +392,9 @@ def _checked(
     validate_length(config.of_data(len(data)))
     hf_config = models.architecture.hf_config
     kind = config.diffusion_kind or read_diffusion_kind(hf_config) or BLOCK_DIFFUSION
+    if config.shares_tokens_in_rollouts and kind.attention_pattern == "full":
+        problem = "shares out a KV cache, and decoding under full attention has none"
+        raise bad_value("--rollout-context-parallel", "tokens", problem, "choose sequences")
     evaluation = None
     if config.evaluates:
         evaluation = read_evaluation_inputs(

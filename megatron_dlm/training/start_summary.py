@@ -32,6 +32,9 @@ def start_summary(config: Config, inputs: RunInputs, world_size: int) -> list[st
     if inputs.evaluation is not None:
         lines["held-out"] = _evaluation(config, inputs.evaluation)
     lines["layout"] = _layout(config, world_size)
+    if config.shares_tokens_in_rollouts:
+        ranks = config.parallel.context_parallel_size
+        lines["decoding"] = f"{ranks} processes share each sequence: its tokens, keys and values"
     lines["memory"] = _memory(config, inputs, world_size)
     save = config.logging.save
     if save is None:

@@ -69,7 +69,10 @@ class ThroughputMeter:
         self._teacher_flops = ForwardFlops.of(teacher)
         config = run.config
         self._gpus = torch.distributed.get_world_size()
-        self._of_replica = self._gpus // run.groups.num_replicas
+        # Ranks that decode together count the same forwards.
+        decoding = run.groups.for_decoding()
+        self._together = run.groups.num_replicas // decoding.num_replicas
+        self._of_replica = self._gpus // decoding.num_replicas
         # Of frozen weights no gradient is computed, only of what they were multiplied with.
         self._passes = 1 + (BACKWARD if config.lora.lora_rank is None else 1)
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
@@ -89,7 +92,8 @@ class ThroughputMeter:
             return
         work, flops = engine.work.take(), self._flops
         local = self._local
-        local.rollout += flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits))
+        rollout = flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits))
+        local.rollout += rollout / self._together
         local.response_tokens += response_tokens
         local.rollout_floor += self._floor(work)
         local.rollout_wait += NEIGHBOURS.take()

@@ -64,8 +64,8 @@ OBJECTIVES = ("opdlm", "opdlm_off", "off_policy", "sft", "scp", "next_token", "d
 `d_opsd`. The other runs, of two updates, run once under each kind of parallelism."""
 
 CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "CP2": (
-        Layout(2, "dense", {CP: 2}),
+    "CP2 tokens": (
+        Layout(2, "dense", {CP: 2, "rollout_context_parallel": "tokens"}),
         (
             "budget",
             "off_policy_stored",
@@ -75,6 +75,7 @@ CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
             "opdlm_offloaded",
             "opdlm_partial",
             "mixture",
+            "d_opsd",
         ),
     ),
     "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), OBJECTIVES),

@@ -48,9 +48,11 @@ def batches(config: Config, world_size: int) -> Refusals:
     training, cp = config.training, config.parallel.context_parallel_size
     replicas = world_size // _product(config, TP, PP)
     dp = replicas // cp
+    if config.shares_tokens_in_rollouts:
+        replicas = dp
     batch, unit = training.global_batch_size, training.micro_batch_size * dp
     rolling_out = f"the data-parallel size {replicas}"
-    if cp > 1:
+    if replicas > dp:
         rolling_out = f"the {replicas} replicas that roll out (data {dp} x context-parallel {cp})"
     for number, name in ((batch, f"--global-batch-size {batch}"), (replicas, rolling_out)):
         if config.uses_rollouts and config.rollout.rollout_batch_size % number:
@@ -105,7 +107,8 @@ def graphs(config: Config, model: ModelSizes) -> Refusals:
     remedy = "choose auto or off"
     if model.num_moe_experts is not None:
         yield f"rollout_graphs: the host has a part in dividing tokens over experts; {remedy}"
-    if (sharing := _product(config, TP, PP)) > 1:
+    of_replica = (TP, PP, CP) if config.shares_tokens_in_rollouts else (TP, PP)
+    if (sharing := _product(config, *of_replica)) > 1:
         problem = f"messages between the {sharing} processes of a replica are not recorded"
         yield f"rollout_graphs: {problem}; {remedy}"
 

@@ -112,6 +112,9 @@ def rollout_engine(config: Config) -> Refusals:
     if config.lora.lora_rank is not None:
         problem = f"{engine} is sent the weights of whole layers"
         yield f"lora_rank: {problem}; drop it, or choose --rollout-engine internal"
+    if rollout.rollout_context_parallel == "tokens":
+        problem = f"{engine} decodes on servers, which share nothing with these processes"
+        yield f"rollout_context_parallel: {problem}; choose sequences"
     by_disk = servers.rollout_engine_weights == "disk"
     if by_disk and servers.rollout_engine_weights_path is None and config.logging.save is None:
         problem = "the servers read weights from a folder, and there is no run folder"

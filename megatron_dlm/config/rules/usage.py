@@ -196,11 +196,14 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     if answers and teacher.teacher_url:
         reason += " with --teacher-url"
     names = "max_total_tokens chunked_prefill_size decoding_groups rollout_graphs"
-    yield Use(decodes, names, reason)
+    yield Use(decodes, f"{names} rollout_context_parallel", reason)
     stages = "pipeline_model_parallel_size"
     has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
     of_stages = "decoding_groups num_virtual_stages_per_pipeline_rank"
     yield Use(has_stages, of_stages, _as_given(config, stages), remedy)
+    context = "context_parallel_size"
+    has_several, remedy = value_of(config, context) > 1, f"choose {flag_of(context)} 2 or more"
+    yield Use(has_several, "rollout_context_parallel", _as_given(config, context), remedy)
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     reason, remedy = "a teacher in memory", "add --teacher-ranks or --teacher-url"
     remote = config.has_remote_teacher

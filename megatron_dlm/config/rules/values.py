@@ -23,10 +23,14 @@ def combinations(config: Config) -> Refusals:
         yield f"{option.name}: {problem}; choose {divisors(block_size)}"
     longest = config.data.max_prompt_length + config.longest_response
     longest = -(-longest // block_size) * block_size
-    needed, room = pages_for(longest) * PAGE_SIZE, rollout.max_total_tokens
+    # Each of the ranks that share a sequence has an equal part of its pages.
+    ranks = parallel.context_parallel_size if config.shares_tokens_in_rollouts else 1
+    needed, room = pages_for(longest, PAGE_SIZE * ranks) * PAGE_SIZE, rollout.max_total_tokens
     if room is not None and room < needed:
         problem = f"has no room for the longest prompt and response, {longest} tokens"
         remedy = f"choose {needed} or more, or lower --max-response-length or --max-prompt-length"
+        if parallel.context_parallel_size > ranks:
+            remedy += ", or add --rollout-context-parallel tokens"
         yield f"max_total_tokens: {problem}; {remedy}"
     if rollout.response_length_schedule != "constant":
         schedule = f"--response-length-schedule {rollout.response_length_schedule}"
@@ -127,11 +131,18 @@ def sequence_parallel(config: Config) -> Refusals:
         yield f"sequence_parallel: {problem}; choose 2 or more, or --no-sequence-parallel"
 
 
-def context_parallel(config: Config) -> Refusals:
-    """Only rows of training are shared by ranks."""
-    if config.parallel.context_parallel_size > 1:
+def context_parallel(config: Config, decodes: bool) -> Refusals:
+    """Without training, ranks share nothing but sequences in decoding."""
+    if config.parallel.context_parallel_size > 1 and not config.shares_tokens_in_rollouts:
         problem = "shares the rows of training, and this trains nothing"
-        yield f"context_parallel_size: {problem}; leave it out: all replicas share the texts"
+        remedy = "leave it out: all replicas share the texts"
+        if decodes:
+            remedy += ", or add --rollout-context-parallel tokens for texts too long for one"
+        yield f"context_parallel_size: {problem}; {remedy}"
+    is_one = config.parallel.context_parallel_size == 1
+    if is_one and config.rollout.rollout_context_parallel == "tokens":
+        problem = "needs several processes that share a sequence"
+        yield f"rollout_context_parallel: {problem}; add --context-parallel-size 2, or drop it"
 
 
 def _has_cuda(device: str) -> bool:

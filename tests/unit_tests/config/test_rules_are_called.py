@@ -51,6 +51,11 @@ ELSEWHERE = {"teacher_url": ["http://host:8100"], "divergence_top_k": 16}
 ADAPTED = {"lora_rank": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 SERVED = {**SHORT, "rollout_engine": "sglang", "rollout_engine_urls": ["http://host:30000"]}
+SERVED_TO_SEVERAL = {
+    **SERVED,
+    "context_parallel_size": 2,
+    "eval_prompts": "prompts.jsonl",
+}
 
 BROKEN = [
     # Data, weights and duration.
@@ -84,6 +89,7 @@ BROKEN = [
     Broken({"lora_rank": 4}, SERVED),
     Broken({"max_rollout_staleness": 3}, {**D_OPSD, **SERVED}),
     Broken({"rollout_engine_weights": "disk"}, SERVED),
+    Broken({"rollout_context_parallel": "tokens"}, SERVED_TO_SEVERAL, world_size=2),
     # A teacher that other processes hold.
     Broken({**ELSEWHERE, "teacher_ranks": 1}, world_size=2),
     Broken({**ELSEWHERE, "offload_teacher": True}),
@@ -146,7 +152,10 @@ BROKEN = [
 ]
 """What each rule refuses: a new rule has a row here."""
 
-BROKEN_WITHOUT_TRAINING = [Broken({"context_parallel_size": 2}, world_size=2)]
+BROKEN_WITHOUT_TRAINING = [
+    Broken({"context_parallel_size": 2}, world_size=2),
+    Broken({"rollout_context_parallel": "tokens"}),
+]
 """What is refused only of a model that is loaded."""
 
 CHECK = validation._refuse.__code__

@@ -255,6 +255,7 @@ CASES = [
     Case("fp8_recipe", "tensorwise", (OPDLM,), ({**OPDLM, "fp8_format": "hybrid"},)),
     Case("decoding_groups", 4, (OPDLM,), ()),  # used: with processes for the stages
     Case("num_virtual_stages_per_pipeline_rank", 2, (OPDLM,), ()),
+    Case("rollout_context_parallel", "tokens", (OPDLM, SFT), ()),  # used: with processes for it
     Case("async_save", False, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval", 5, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval_minutes", 5.0, (OPDLM,), (WITH_FOLDER,)),

@@ -1,5 +1,6 @@
 import functools
 import math
+from typing import NamedTuple, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -9,18 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dlm.models import attention
 from megatron_dlm.rollout import kv_cache
 from megatron_dlm.rollout.kv_cache import PREFILL_TILE, CacheView, KVCache
 from megatron_dlm.rollout.pages import PAGE_SIZE
+from megatron_dlm.rollout.token_shares import TokenShares
 
 HEADS, GROUPS, HEAD_SIZE, FIRST_LAYER = 4, 2, 8, 3
 SCALE = 1 / math.sqrt(HEAD_SIZE)
 
 
-def new_cache(num_pages: int, backend: str = "sdpa") -> KVCache:
+def new_cache(num_pages: int, backend: str = "sdpa", shares: TokenShares | None = None) -> KVCache:
     return KVCache(
         layer_numbers=(FIRST_LAYER, FIRST_LAYER + 1),
         num_pages=num_pages,
@@ -30,6 +33,7 @@ def new_cache(num_pages: int, backend: str = "sdpa") -> KVCache:
         dtype=torch.float32,
         device=torch.device("cpu"),
         backend=backend,
+        shares=shares,
     )
 
 
@@ -136,6 +140,66 @@ def test_ragged_forwards_against_dense_attention(
             torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
 
 
+class Ranks(NamedTuple):
+    """What `TokenShares` asks of a process group before anything is sent."""
+
+    number: int
+    count: int
+
+    def rank(self) -> int:
+        return self.number
+
+    def size(self) -> int:
+        return self.count
+
+
+def shares_of(ranks: int) -> list[TokenShares]:
+    return [TokenShares(cast(ProcessGroup, Ranks(rank, ranks))) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_position_is_kept_by_one_rank(ranks: int) -> None:
+    positions = np.arange(5 * ranks * PAGE_SIZE)
+    kept = np.stack([shares.keeps(positions) for shares in shares_of(ranks)])
+    assert (kept.sum(axis=0) == 1).all()
+    assert (kept.sum(axis=1) == 5 * PAGE_SIZE).all()
+    before = np.concatenate((np.zeros((ranks, 1)), kept.cumsum(axis=1)), axis=1)
+    limits = np.arange(len(positions) + 1)
+    for shares, expected in zip(shares_of(ranks), before, strict=True):
+        assert (shares.kept_below(limits) == expected).all()
+
+
+@pytest.mark.parametrize("kind", [("sdpa", False), ("flex", True)])
+def test_what_ranks_keep_adds_up_to_all_keys(kind: tuple[str, bool]) -> None:
+    """A prompt, a block on a rank that has nothing of another sequence, and two blocks."""
+    ranks, block, generator = 3, 4, torch.Generator().manual_seed(0)
+    backend, is_static = kind
+    tables = np.array([[2, 4], [3, 1], [5, 0]])
+    keys, values = torch.zeros(2, 3, 2 * ranks * PAGE_SIZE, GROUPS, HEAD_SIZE).unbind()
+    caches = [new_cache(5, backend, shares) for shares in shares_of(ranks)]
+    for starts, ends in (([0, 0, 0], [120, 60, 4]), ([120, 60, 4], [188, 64, 12])):
+        lengths = np.array(ends) - np.array(starts)
+        query, key, value = (x[:, 0] for x in random_tokens(int(lengths.sum()), generator))
+        parts = []
+        for cache in caches:
+            with patch.object(kv_cache, "_has_static_shapes", lambda device: is_static):
+                view = CacheView(cache, tables, np.array(starts), np.array(ends), block)
+            parts.append(view.partial(FIRST_LAYER, query, key, value, SCALE))
+        contexts, sums = (torch.stack(part) for part in zip(*parts, strict=True))
+        found = (contexts * sums.softmax(dim=0)[..., None]).sum(dim=0)
+        token = 0
+        for slot in range(3):
+            here = slice(token, token + lengths[slot])
+            token += int(lengths[slot])
+            keys[slot, starts[slot] : ends[slot]] = key[here]
+            values[slot, starts[slot] : ends[slot]] = value[here]
+            known = keys[slot, : ends[slot]], values[slot, : ends[slot]]
+            expected = dense_attention(query[here], *known, starts[slot], block, ends[slot])
+            torch.testing.assert_close(found[here], expected, rtol=1e-5, atol=1e-5)
+        assert (sums == -torch.inf).any()  # of the sequence that is short
+        assert not contexts[sums == -torch.inf].any()
+
+
 def test_a_forward_of_padding_only_leaves_the_cache_alone() -> None:
     cache = new_cache(2)
     query, key, value = random_tokens(3, torch.Generator().manual_seed(0))
@@ -158,9 +222,12 @@ def test_flex_reads_the_visible_pages_of_each_row_only(
     """On CUDA, tiles that the mask lists as full are read without it, others not at all."""
     masks = []
 
-    def recorded(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, _: float) -> Tensor:
+    def recorded(
+        query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, _: float, *, with_sums: bool
+    ) -> tuple[Tensor, None]:
+        assert not with_sums
         masks.append(mask)
-        return query
+        return query, None
 
     monkeypatch.setattr(kv_cache, "flex_attention_over_pages", recorded)
     tables = torch.randperm(20).add(1).view(5, 4).numpy()
