@@ -457,9 +457,10 @@ class CacheView:
         own = shares.length(self.num_tokens)
         heads = [x.shape[2] for x in (query, key, value)]
         packed = torch.cat([x[:own, 0] for x in (query, key, value)], dim=1)
-        everything = shares.gather(packed, self.num_tokens).split(heads, dim=1)
-        context = shares.merge(*self.partial(layer_number, *everything, softmax_scale))
-        return F.pad(context, (0, 0, 0, 0, 0, len(query) - own))[:, None]
+        padding = len(query) - own
+        query, key, value = shares.gather(packed, self.num_tokens).split(heads, dim=1)
+        context = shares.merge(*self.partial(layer_number, query, key, value, softmax_scale))
+        return F.pad(context, (0, 0, 0, 0, 0, padding))[:, None]
 
     def partial(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float

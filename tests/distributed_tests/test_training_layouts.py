@@ -90,8 +90,15 @@ CONTEXT_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     ),
 }
 """Context parallelism beside the runs of `LAYOUTS`, with the runs of each."""
-VIRTUAL_STAGES = Layout(2, "deep", {PP: 2, VIRTUAL: 2})
 VIRTUAL_RUNS = ("opdlm_partial", "opdlm_fp8", "budget", "sft", "d_opsd")
+VIRTUAL_LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
+    "PP2 V2": (Layout(2, "deep", {PP: 2, VIRTUAL: 2}), VIRTUAL_RUNS),
+    "PP2 V2 CP2": (Layout(4, "deep", {PP: 2, VIRTUAL: 2, CP: 2}), ("opdlm_partial", "sft")),
+    "moe PP2 V2 EP2": (
+        Layout(4, "moe_deep", {PP: 2, VIRTUAL: 2, EP: 2}),
+        ("opdlm_partial", "sft"),
+    ),
+}
 """Virtual stages need four layers. Of two updates of `budget` one has fewer rows than stages."""
 GROUPS = [
     {"pattern": "embedding", "lr": 1e-2},
@@ -230,6 +237,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, (size, changes) in enumerate(TEACHERS.items(), start=1):
             of_experts = moe != (size == "other")
             save_random_model(folder / f"{model}_{size}", moe=of_experts, seed=seed, **changes)
+    save_random_model(folder / "moe_deep", moe=True, num_hidden_layers=4)
     for name in ("deep", "deep_diffusion"):
         save_random_model(folder / name, num_hidden_layers=4)
     declare_diffusion_kind(folder / "deep_diffusion", "block_causal", shifted=False)
@@ -248,8 +256,9 @@ def single(folder: Path) -> dict[str, list[dict[str, Any]]]:
         for run in RUNS
     ]
     deep = [
-        (f"single deep {run}", folder / "deep", _options(folder, "deep", run))
-        for run in VIRTUAL_RUNS
+        (f"single {model} {run}", folder / model, _options(folder, model, run))
+        for model, of_model in (("deep", VIRTUAL_RUNS), ("moe_deep", ("opdlm_partial", "sft")))
+        for run in of_model
     ]
     runs += deep + _family_runs(folder, "single", {})
     return run_distributed(_train, 1, folder, runs, timeout_seconds=600)[0]
@@ -334,8 +343,12 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
     _check_layout(folder, single, name, layout, runs)
 
 
-def test_virtual_stages_train_like_one_process(folder: Path, single: dict[str, Any]) -> None:
-    _check_layout(folder, single, "PP2 V2", VIRTUAL_STAGES, VIRTUAL_RUNS)
+@pytest.mark.parametrize("name", VIRTUAL_LAYOUTS)
+def test_virtual_stages_train_like_one_process(
+    folder: Path, single: dict[str, Any], name: str
+) -> None:
+    layout, runs = VIRTUAL_LAYOUTS[name]
+    _check_layout(folder, single, name, layout, runs)
 
 
 @pytest.mark.parametrize("name", CONTEXT_LAYOUTS)

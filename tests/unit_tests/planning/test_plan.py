@@ -330,3 +330,26 @@ def test_measured_rates_take_the_place_of_published_ones(tmp_path: Path) -> None
     gpu = find_gpu("h100", str(rates))
     assert gpu == replace(GPUS["h100"], tflops=700, dense_share=1)
     assert gpu.flops(is_moe=False) == 7e14
+
+
+def test_a_rank_keeps_its_part_of_shared_sequences() -> None:
+    """As many whole sequences for each rank, or as many times shared ones, take the same memory."""
+    architecture = architecture_from_hf(SHAPES["qwen3_8b"])
+    recipe = parse_config(["--config", str(EXAMPLES / "qwen3_8b" / "opdlm_math_thinking_32k.yaml")])
+    gpu, context = GPUS["h200"], recipe.parallel.context_parallel_size
+    assert context == 4
+    plans = {
+        shared: Planner(
+            recipe.changed(rollout_context_parallel=shared, max_running_requests=at_once),
+            architecture,
+            architecture,
+            gpu,
+            mean_lengths(recipe),
+        ).stated(8)
+        for shared, at_once in (("sequences", 8), ("tokens", 8 * context))
+    }
+    whole, own = plans["sequences"].memory, plans["tokens"].memory
+    assert own.sequences == context * whole.sequences == 32
+    cache = own.phases["rollout"]["KV cache"]
+    assert cache == pytest.approx(whole.phases["rollout"]["KV cache"], rel=0.01)
+    assert plans["tokens"].seconds.rollout > plans["sequences"].seconds.rollout
