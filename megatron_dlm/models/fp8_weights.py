@@ -8,6 +8,10 @@ weights of a layer are widened for its product and forgotten.
 S: tokens; i, o: inputs and outputs of this rank; L: experts of this rank.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
@@ -19,7 +23,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from megatron_dlm import platform
 from megatron_dlm.models.experts import ExpertLinear
 from megatron_dlm.models.grouped_linear import grouped_linear
 from megatron_dlm.models.model import chunks_of
@@ -43,6 +50,11 @@ def to_fp8(values: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, T
     largest = values.abs().amax(-1, keepdim=True)
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    return _scaled(values, largest)
+
+
+def _scaled(values: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [..., i] whose rows have these largest absolute values [..., 1]; see `to_fp8`."""
     scale = (largest / LARGEST).clamp(min=torch.finfo(torch.float).tiny)
     return (values / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
@@ -51,7 +63,7 @@ class _Fp8Weight(torch.nn.Module):
     """A weight [..., o, i] in e4m3.
 
     Args:
-        weight: This rank's part.
+        weight: This rank's part; where it is on meta, `fill` gives the values later.
         group: Ranks that have the other inputs of the same outputs; None: there are none.
     """
 
@@ -60,13 +72,36 @@ class _Fp8Weight(torch.nn.Module):
 
     def __init__(self, weight: Tensor, group: ProcessGroup | None) -> None:
         super().__init__()
-        values, scale = to_fp8(weight.detach(), group)
+        if weight.is_meta:
+            device, shape = platform.device(), weight.shape
+            values = torch.empty(shape, dtype=E4M3, device=device)
+            scale = torch.empty(*shape[:-1], 1, dtype=torch.float32, device=device)
+        else:
+            values, scale = to_fp8(weight.detach(), group)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
+
+    def fill(self, weight: Tensor, others: Iterable[Tensor], expert: int | None) -> None:
+        """Take the values of a weight [o, i].
+
+        Args:
+            weight: This rank's part.
+            others: The other parts of the same outputs, one at a time.
+            expert: Whose it is; None where there are none.
+        """
+        largest = weight.float().abs().amax(-1, keepdim=True)
+        for other in others:
+            largest = torch.maximum(largest, other.float().abs().amax(-1, keepdim=True))
+        values, scale = _scaled(weight.float(), largest)
+        for own, new in ((self.values, values), (self.scale, scale)):
+            (own if expert is None else own[expert]).copy_(new)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weight, as far as e4m3 has kept it."""
         return (self.values.to(dtype) * self.scale.to(dtype)).detach()
+
+
+_Linear: TypeAlias = ColumnParallelLinear | RowParallelLinear | ExpertLinear
 
 
 class Fp8ParallelLinear(torch.nn.Module):
@@ -84,6 +119,16 @@ class Fp8ParallelLinear(torch.nn.Module):
         self._returns_bias = layer.skip_bias_add
         self._splits_sequence = layer.sequence_parallel
         self._group = layer.tp_group
+
+    @property
+    def weight(self) -> _Fp8Weight:
+        """What `fill` takes values for."""
+        return self._weight
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether ranks have parts of the inputs of every output."""
+        return not self._is_column
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, 1, i] -> [S, 1, o]; sequence-parallel parts of S as of the layer it replaces."""
@@ -119,6 +164,17 @@ class Fp8ExpertLinear(torch.nn.Module):
     def __init__(self, layer: ExpertLinear) -> None:
         super().__init__()
         self._weight = _Fp8Weight(layer.weight, None if layer.splits_outputs else layer.tp_group)
+        self._splits_inputs = not layer.splits_outputs
+
+    @property
+    def weight(self) -> _Fp8Weight:
+        """What `fill` takes values for."""
+        return self._weight
+
+    @property
+    def splits_inputs(self) -> bool:
+        """Whether ranks have parts of the inputs of every output."""
+        return self._splits_inputs
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """See `ExpertLinear`."""
@@ -141,13 +197,88 @@ def keep_in_fp8(model: torch.nn.Module) -> None:
 
     Embedding, output layer, norms and routers stay as they are.
     """
+    for parent, name, child in _linear_layers(model):
+        setattr(parent, name, _in_fp8(child))
+
+
+def _linear_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, _Linear]]:
+    """The linear layers of a model's decoder: who has it, under which name, and the layer."""
     modules = [module for chunk in chunks_of(model) for module in chunk.decoder.modules()]
-    for parent in modules:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, ColumnParallelLinear | RowParallelLinear):
-                setattr(parent, name, Fp8ParallelLinear(child))
-            elif isinstance(child, ExpertLinear):
-                setattr(parent, name, Fp8ExpertLinear(child))
+    return [
+        (parent, name, child)
+        for parent in modules
+        for name, child in parent.named_children()
+        if isinstance(child, _Linear)
+    ]
+
+
+def _in_fp8(layer: _Linear) -> Fp8ParallelLinear | Fp8ExpertLinear:
+    if isinstance(layer, ExpertLinear):
+        return Fp8ExpertLinear(layer)
+    return Fp8ParallelLinear(layer)
+
+
+@contextmanager
+def linear_weights_without_memory() -> Iterator[None]:
+    """Around building a model: weights of linear layers are on meta as soon as they are made."""
+
+    def on_meta(module: torch.nn.Module, name: str, parameter: Parameter | None) -> Any:
+        if parameter is None or name != "weight" or not isinstance(module, _Linear):
+            return None
+        return Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(on_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Fp8Loading:
+    """Loads a model that was built by `linear_weights_without_memory`, its decoder into e4m3.
+
+    One tensor of the checkpoint is in memory at a time, and no communication is needed. Values are
+    those of `keep_in_fp8` after loading.
+
+    Args:
+        model: Its other weights get their memory here.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers = [(*place, _in_fp8(place[2])) for place in _linear_layers(model)]
+        self._of_weight = {id(old.weight): new for _, _, old, new in self._layers}
+        for module in model.modules():  # the output layer
+            weight = module.weight if isinstance(module, _Linear) else None
+            if weight is not None and weight.is_meta and id(weight) not in self._of_weight:
+                real = Parameter(torch.empty_like(weight, device=platform.device()), False)
+                vars(real).update(vars(weight))
+                module.weight = real
+
+    def place(self, parameter: Tensor, shard: Tensor, others: Iterable[Tensor]) -> None:
+        """Take a tensor of the checkpoint.
+
+        Args:
+            parameter: Of the model, or an expert's part of one.
+            shard: Its values.
+            others: Those of the other ranks that share the tensor, one at a time.
+        """
+        if not parameter.is_meta:
+            parameter.copy_(shard)
+            return
+        base = parameter if parameter._base is None else parameter._base
+        layer, dtype, device = self._of_weight[id(base)], parameter.dtype, platform.device()
+        expert = None
+        if isinstance(layer, Fp8ExpertLinear):
+            expert = parameter.storage_offset() // parameter.numel()
+        needed = others if layer.splits_inputs else ()
+        layer.weight.fill(
+            shard.to(device, dtype), (other.to(device, dtype) for other in needed), expert
+        )
+
+    def finish(self) -> None:
+        """Put the layers in their places."""
+        for parent, name, _, layer in self._layers:
+            setattr(parent, name, layer)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

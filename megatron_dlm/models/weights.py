@@ -1,5 +1,6 @@
 """The interface of a folder of weights, for packages that only load from it."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ModelWeights(Protocol):
-    """Describes a model on disk and loads it into memory; see `training.model_source`."""
+    """Describes a model that is on disk or elsewhere; see `training.model_source`."""
 
     @property
     def path(self) -> Path | str:
@@ -44,5 +45,20 @@ class ModelWeights(Protocol):
     def fingerprint(self) -> str:
         """SHA-256 of the weights; independent of the folder's path."""
 
-    def load_into(self, model: "torch.nn.Module") -> None:
-        """Load the weights into this rank's part of a model; all ranks call this."""
+
+class LoadableWeights(ModelWeights, Protocol):
+    """A model on disk, which can be loaded into memory."""
+
+    def load_into(
+        self,
+        model: "torch.nn.Module",
+        *,
+        place: "Callable[[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]], None] | None" = None,
+    ) -> None:
+        """Load the weights into this rank's part of a model; all ranks call this.
+
+        Args:
+            model: The model.
+            place: Takes each parameter, its values, and those of the other shards of the same
+                tensor, of a Hugging Face folder; None: values are copied into the parameter.
+        """

@@ -74,7 +74,8 @@ def build_teacher(
     @functools.cache
     def load() -> StageModel:
         assert inputs is not None
-        return load_teacher(inputs.source, config)
+        assert inputs.weights is not None, "a teacher elsewhere is not loaded"
+        return load_teacher(inputs.weights, config)
 
     if config.traits.self_distillation:
         own = student()  # first: the order in which models are made decides random weights

@@ -18,7 +18,7 @@ from megatron_dlm.data.tokenizer import (
 )
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, read_diffusion_kind
-from megatron_dlm.models.weights import ModelWeights
+from megatron_dlm.models.weights import LoadableWeights, ModelWeights
 from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.remote_weights import RemoteWeights
 from megatron_dlm.types.diffusion_kind import DiffusionKind
@@ -30,11 +30,12 @@ class TeacherInputs:
     """A teacher that has weights of its own.
 
     Attributes:
-        source: Its weights.
+        source: What is known of its weights.
         fingerprint: SHA-256 of the weights, read now: a checkpoint may be pruned later.
         responses: Store of its responses to the prompts; None if none are used.
         client: Reaches its servers; None where it is no server's.
         precision: That it computes in.
+        weights: The same as `source`, to load; None where it is a server's.
     """
 
     source: ModelWeights
@@ -42,6 +43,7 @@ class TeacherInputs:
     responses: ResponseStore | None = None
     client: TeacherClient | None = None
     precision: TeacherPrecision = "fp32"
+    weights: LoadableWeights | None = None
 
     def computes(self, config: Config) -> str:
         """Tells what it says from what other weights or another precision do.

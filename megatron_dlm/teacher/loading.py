@@ -2,13 +2,17 @@
 
 from megatron_dlm import platform
 from megatron_dlm.config import Config
-from megatron_dlm.models.fp8_weights import keep_in_fp8
+from megatron_dlm.models.fp8_weights import (
+    Fp8Loading,
+    keep_in_fp8,
+    linear_weights_without_memory,
+)
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_frozen_model
-from megatron_dlm.models.weights import ModelWeights
+from megatron_dlm.models.weights import LoadableWeights
 
 
-def load_teacher(weights: ModelWeights, config: Config) -> StageModel:
+def load_teacher(weights: LoadableWeights, config: Config) -> StageModel:
     """This rank's part of a teacher, frozen; all ranks that hold the model call this.
 
     Args:
@@ -18,9 +22,19 @@ def load_teacher(weights: ModelWeights, config: Config) -> StageModel:
     Raises:
         UserError: The weights do not fit; raised on all ranks.
     """
-    model = build_frozen_model(weights.architecture, config.of_teacher())
-    weights.load_into(model)
-    if config.teacher_precision == "fp8":
+    own, sizes = config.of_teacher(), weights.architecture
+    if config.teacher_precision != "fp8":
+        model = build_frozen_model(sizes, own)
+        weights.load_into(model)
+    elif weights.is_megatron:  # a distributed checkpoint is read as a whole
+        model = build_frozen_model(sizes, own)
+        weights.load_into(model)
         keep_in_fp8(model)
         platform.release_memory()
+    else:
+        with linear_weights_without_memory():
+            model = build_frozen_model(sizes, own)
+        loading = Fp8Loading(model)
+        weights.load_into(model, place=loading.place)
+        loading.finish()
     return model

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from megatron_dlm.config import Config
 from megatron_dlm.models.architecture import (
@@ -13,9 +12,6 @@ from megatron_dlm.models.architecture import (
 from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.wire import TeacherIdentity
 from megatron_dlm.types.diffusion_kind import DiffusionKind
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,6 @@ class RemoteWeights:
     def fingerprint(self) -> str:
         """That of the weights on the server."""
         return self.identity.fingerprint
-
-    def load_into(self, model: "torch.nn.Module") -> NoReturn:
-        """A run with servers has no model of the teacher."""
-        raise NotImplementedError("the weights are on the server")
 
 
 def url_client(config: Config) -> TeacherClient:

@@ -255,10 +255,14 @@ def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
         special_tokens = with_ends_of(
             weights.architecture, tokenizer, tokenizer_folder, special_tokens
         )
-        precision = config.teacher_precision
+        precision, here = config.teacher_precision, None
         if isinstance(weights, RemoteWeights):
             precision = weights.identity.precision
-        teacher = TeacherInputs(weights, weights.fingerprint(), client=client, precision=precision)
+        else:
+            here = weights
+        teacher = TeacherInputs(
+            weights, weights.fingerprint(), client=client, precision=precision, weights=here
+        )
     architecture = architecture.ending_at(special_tokens.eos_token_ids)
     return _Models(
         source, original, teacher, architecture, tokenizer, tokenizer_folder, special_tokens

@@ -27,6 +27,7 @@ from megatron_dlm.types.diffusion_kind import DiffusionKind
 if TYPE_CHECKING:
     import torch
 
+    from megatron_dlm.conversion.hf_import import Place
     from megatron_dlm.training.checkpointing import AdapterUse
 
 StatedAttention = Literal["full", "block_causal"]
@@ -138,12 +139,18 @@ class ModelSource:
         names = ("*.safetensors", "*.safetensors.index.json", "config.json", GENERATION_CONFIG)
         return [path for name in names for path in self.hf_folder.glob(name)]
 
-    def load_into(self, model: "torch.nn.Module", adapters: "AdapterUse" = "merge") -> None:
+    def load_into(
+        self,
+        model: "torch.nn.Module",
+        adapters: "AdapterUse" = "merge",
+        place: "Place | None" = None,
+    ) -> None:
         """Fill this rank's part of a model; all ranks call this.
 
         Args:
             model: Without adapters.
             adapters: What becomes of those of a run; see `load_weights`.
+            place: Takes tensors of a Hugging Face folder; see `load_hf_weights`.
 
         Raises:
             UserError: The weights do not fit the model; raised on all ranks.
@@ -157,7 +164,7 @@ class ModelSource:
             load_weights(self.path, model, self.field, adapters, self.verify)
         else:
             with errors_on_all_ranks():
-                load_hf_weights(model, self.architecture, self.hf_folder, self.field)
+                load_hf_weights(model, self.architecture, self.hf_folder, self.field, place)
 
 
 def open_model_source(path: str, field: str, verify: bool = True) -> ModelSource:
