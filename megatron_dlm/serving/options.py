@@ -80,6 +80,10 @@ class RolloutServerConfig(DecodingServerConfig):
     port: Annotated[int, Range(0, 65535)] = 30000
     """Port to listen at; 0 takes a free one and prints it."""
 
+    weights_path: str | None = None
+    """Folder below which /update_weights_from_disk may read weights, that of the run's
+    --rollout-engine-weights-path (default: such requests are refused)."""
+
     request_timeout_s: Annotated[float, ABOVE_ZERO] = 3600.0
     """Seconds after which a request that is not answered is given up with status 504."""
 

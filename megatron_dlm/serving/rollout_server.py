@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_dlm.data.tokenizer import load_tokenizer, special_tokens_of
+from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.generation import load_frozen_model
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.parallel import ParallelGroups, initialized
@@ -29,6 +30,10 @@ def serve_rollouts(setup: InferenceSetup, options: RolloutServerConfig) -> int:
     """
     [generation] = setup.settings().values()
     options.key  # noqa: B018 - refused before long work
+    readable = None if options.weights_path is None else Path(options.weights_path)
+    if readable is not None and not readable.is_dir():
+        problem, remedy = "there is no such folder", "make it, or name one that runs write to"
+        raise bad_value("--weights-path", options.weights_path, problem, remedy)
     architecture = setup.source.architecture
     with listening(options) as listener:
         tokenizer = load_tokenizer(setup.tokenizer_folder)
@@ -47,7 +52,7 @@ def serve_rollouts(setup: InferenceSetup, options: RolloutServerConfig) -> int:
             batch = engine.open(
                 generation.max_running_requests, lengths, limits.max_response_length
             )
-            weights = ServedWeights(network, architecture, batch.forget)
+            weights = ServedWeights(network, architecture, batch.forget, readable)
 
             def decode(token_ids: list[int]) -> str:
                 return str(tokenizer.decode(token_ids, skip_special_tokens=True))

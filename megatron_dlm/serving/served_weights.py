@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,14 +34,20 @@ class ServedWeights:
         model: The model.
         architecture: What it was built from.
         on_change: Called before weights are written: what was computed with others is useless.
+        readable: Folder below which weights may be read; None: nowhere.
 
     Attributes:
         version: What the last update called itself; `INCOMPLETE` until its last bucket.
     """
 
     def __init__(
-        self, model: torch.nn.Module, architecture: Architecture, on_change: Callable[[], None]
+        self,
+        model: torch.nn.Module,
+        architecture: Architecture,
+        on_change: Callable[[], None],
+        readable: Path | None = None,
     ) -> None:
+        self._readable = None if readable is None else readable.resolve()
         self.version = "default"
         self._on_change = on_change
         self._model = model
@@ -106,7 +113,18 @@ class ServedWeights:
         self._on_change()
 
     def load_folder(self, folder: str, version: str | None) -> None:
-        """Read the weights of a Hugging Face folder."""
+        """Read the weights of a Hugging Face folder.
+
+        Raises:
+            ApiError: It does not lie where the server may read.
+            UserError: It does not hold the weights of this model.
+        """
+        if self._readable is None:
+            problem = "this server reads no folders; start it with --weights-path"
+            raise ApiError(403, f"model_path: {problem}", param="model_path")
+        if not Path(folder).resolve().is_relative_to(self._readable):
+            problem = f"{folder!r} is not below --weights-path {str(self._readable)!r}"
+            raise ApiError(403, f"model_path: {problem} of this server", param="model_path")
         self._on_change()
         self.version = INCOMPLETE
         load_hf_weights(self._model, self._architecture, folder, "model_path")

@@ -1,5 +1,6 @@
 """Training with rollouts by a server of its own, against the same run that decodes itself."""
 
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def server(folder: Path) -> Iterator[ServerProcess]:
         folder / "log",
         "rollout-server",
         *("--load", folder / "other", "--block-size", 4, "--dynamic-threshold", 0.2),
-        *("--max-prompt-length", 128, "--max-response-length", 32),
+        *("--max-prompt-length", 128, "--max-response-length", 32, "--weights-path", folder),
     )
     yield server
     assert server.stop() == 0
@@ -68,12 +69,11 @@ def internal(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("weights", ["distributed", "disk"])
 def test_a_server_trains_as_the_run_itself_does(
     folder: Path,
-    tmp_path: Path,
     server: ServerProcess,
     internal: list[dict[str, Any]],
     weights: str,
 ) -> None:
-    shared = tmp_path / "shared"
+    shared = folder / f"shared_{weights}"
     shared.mkdir()
     (shared / "thesis.txt").write_text("of somebody else")
     # Left open by a run that was killed in the middle of a push.
@@ -97,6 +97,37 @@ def test_a_server_trains_as_the_run_itself_does(
     closed = server.post("/end_weight_update")
     assert closed.status_code == (400 if weights == "distributed" else 200)
     assert [path.name for path in shared.iterdir()] == ["thesis.txt"]
+
+
+def test_prompts_that_come_again_are_decoded_with_the_weights_of_the_last_push(
+    folder: Path, server: ServerProcess
+) -> None:
+    """They fill pages of the cache, which the server keeps: those of older weights are useless."""
+    text = "Tom has 12 apples and buys 3 more each day. "
+    records = [{"prompt": f"{text * 4}How many are there after {day} days?"} for day in range(8)]
+    prompts = folder / "long.jsonl"
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = {"prompts": str(prompts), "num_rollouts": 3, "lr": 3e-2, "min_lr": 1e-2}
+    found = []
+    for name, engine_options in (
+        ("long_own", GREEDY),
+        ("long_there", {**SERVER, "rollout_engine_urls": (server.url,)}),
+    ):
+        values = {**engine_options, **options, "save": str(folder / name)}
+        found.append(run_training(run_config(folder, folder / "model", **values)))
+    assert losses(found[1]) == losses(found[0])
+    assert len(set(losses(found[0]))) == 6
+
+
+def test_weights_are_read_only_where_the_server_may(
+    folder: Path, tmp_path: Path, server: ServerProcess
+) -> None:
+    link = folder / "link"
+    link.symlink_to(tmp_path)
+    for path in (str(tmp_path), f"{folder}/../{tmp_path.name}", str(link), "/etc"):
+        refused = server.post("/update_weights_from_disk", model_path=path)
+        assert refused.status_code == 403
+        assert "--weights-path" in refused.text
 
 
 class Early(RolloutEngine):
