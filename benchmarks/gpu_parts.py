@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.iteration import Iteration, iteration
 from benchmarks.real_shapes import SHAPES
 from megatron_dlm import platform
 from megatron_dlm.accounting.machine import measured
+from megatron_dlm.config.groups import RolloutGraphs
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.distillation.vocab_parallel_divergence import vocab_parallel_divergence
 from megatron_dlm.models.attention import flex_attention_over_row, sdpa_attention
@@ -71,6 +73,7 @@ DRY = Load(
 
 TRAINING_GOAL = {"least": 0.45, "goal": 0.55}
 """Shares of the measured rate of bf16 products."""
+GRAPHS: tuple[RolloutGraphs, ...] = ("off", "on")
 ROLLOUT_LEAST = {"qwen3_0.6b": 30_000, "qwen3_4b": 12_000}
 """Tokens per second."""
 DIVERGENCE_MOST = 2**30
@@ -211,12 +214,22 @@ def measure_model(shape: str, load: Load) -> dict[str, Any]:
         warm = compiled_graphs()
         training = _measured_training(built, rows, load)
         recompiled = compiled_graphs() - warm
-        engine, prompts = built.engine(), built.prompts(load.sequences, 128)
-        engine.generate(prompts, load.response_length)
-        warm = compiled_graphs()
-        rollout = _measured_rollout(shape, lambda: engine.generate(prompts, load.response_length))
-        recompiled += compiled_graphs() - warm
-    return {"training": training, "rollout": rollout, **_recompilations(recompiled)}
+        prompts = built.prompts(load.sequences, 128)
+        engines = {choice: built.engine(rollout_graphs=choice) for choice in GRAPHS}
+        rollouts, responses = {}, {}
+        for choice, engine in engines.items():
+            generate = partial(engine.generate, prompts, load.response_length)
+            responses[choice] = [each.response_ids for each in generate()]
+            warm = compiled_graphs()
+            rollouts[choice] = _measured_rollout(shape, generate)
+            recompiled += compiled_graphs() - warm
+    same = [torch.equal(*pair) for pair in zip(*responses.values(), strict=True)]
+    return {
+        "training": training,
+        "rollout": rollouts["off"],
+        "rollout_with_graphs": {**rollouts["on"], "same_responses": sum(same) / len(same)},
+        **_recompilations(recompiled),
+    }
 
 
 def _measured_training(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, visible_pairs
 from megatron_dlm.config import Config
+from megatron_dlm.config.groups import RolloutGraphs
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.models.architecture import Architecture, architecture_from_hf
 from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
@@ -115,13 +116,14 @@ class Iteration:
             self.groups,
         )
 
-    def engine(self, **options: Any) -> RolloutEngine:
-        """A rollout engine for the student; arguments are those of the engine."""
+    def engine(self, rollout_graphs: RolloutGraphs = "auto", **options: Any) -> RolloutEngine:
+        """A rollout engine for the student; further arguments are those of the engine."""
+        generation = GenerationConfig.from_config(
+            self.config, BLOCK_DIFFUSION, self.config.model.block_size
+        )
         return RolloutEngine(
             self.student.model,
-            generation=GenerationConfig.from_config(
-                self.config, BLOCK_DIFFUSION, self.config.model.block_size
-            ),
+            generation=replace(generation, rollout_graphs=rollout_graphs),
             special_tokens=self.tokens,
             seed=0,
             groups=self.groups,

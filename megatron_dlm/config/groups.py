@@ -207,7 +207,7 @@ class DecodingConfig(StrategyOptions):
     """Most prompt tokens of a forward; longer ones are prefilled in pieces, while others decode."""
     rollout_graphs: RolloutGraphs = "auto"
     """Record the layers of a decoding step once and replay them: CUDA graphs, on a CPU PyTorch's
-    operations. auto: after some hundred forwards, where that is possible; on: at once."""
+    operations. auto: on a CPU after some hundred forwards, where that is possible; on: at once."""
     decoding_groups: Annotated[int | None, AT_LEAST_ONE] = None
     """Groups that the sequences in decoding are split into, for stages of a pipeline to work on at
     once; fewer than stages leave some idle (default: --pipeline-model-parallel-size)."""

@@ -352,12 +352,13 @@ class RolloutEngine:
             raise bad_value("--rollout-graphs", choice, reason, "choose auto or off")
         if choice == "off" or reason is not None:
             return None
-        after = 0 if choice == "on" else FORWARDS_BEFORE
         if platform.device().type == "cuda":
+            if choice == "auto":
+                return None
             # Graphs hold the cache, which ends with the batch.
-            return CapturedForwards(CudaGraphs(), self.generation.block_size or 1, after)
+            return CapturedForwards(CudaGraphs(), self.generation.block_size or 1, after=0)
         if self._traced is None:
-            self._traced = TracedForwards(after)
+            self._traced = TracedForwards(after=0 if choice == "on" else FORWARDS_BEFORE)
         return self._traced
 
     def evaluating(self) -> AbstractContextManager[None]:

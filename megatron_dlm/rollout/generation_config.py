@@ -61,8 +61,8 @@ class GenerationConfig(StrategyOptions):
         chunked_prefill_size: Most prompt tokens of a forward.
         decoding_groups: Groups that the sequences are split into; None: one for each pipeline
             stage.
-        rollout_graphs: Whether forwards are recorded and replayed: `on`, `off` or, where that is
-            possible, after some hundred of them (`auto`).
+        rollout_graphs: Whether forwards are recorded and replayed: `on`, `off` or, on a CPU and
+            where that is possible, after some hundred of them (`auto`).
         attention_pattern: What a forward sees: earlier blocks and its own (`block_causal`),
             everything up to the longest response, MASK where no token is known yet (`full`), or
             earlier tokens (`causal`: an autoregressive model).

@@ -24,6 +24,7 @@ from megatron_dlm.models.model import DiffusionGPTModel, StageModel
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.kv_cache import CacheView
+from megatron_dlm.terminal import say
 
 MAX_RECORDINGS = 16
 """Recordings that are kept at once."""
@@ -82,6 +83,7 @@ class ForwardRecorder(ABC):
                 output = self._run(model, row, view)
             except RecordingError as error:
                 self.problem = str(error)
+                say(f"rollout graphs: {error}; forwards go on without", error=True)
             else:
                 if output is not None:
                     return output
