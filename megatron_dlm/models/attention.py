@@ -66,6 +66,11 @@ def _document_biases(
 _document_biases_of_row = LayoutCache(_document_biases, capacity=1)
 
 
+def release_masks() -> None:
+    """Free what the layers of the last row had in common; to be called after the last one."""
+    _document_biases_of_row.clear()
+
+
 @runtime_checkable
 class CachedAttention(Protocol):
     """Attention against a KV cache, implemented by `megatron_dlm.rollout.kv_cache`."""

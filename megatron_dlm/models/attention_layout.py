@@ -385,3 +385,7 @@ class LayoutCache(Generic[T]):
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)
         return self._entries[key][1]
+
+    def clear(self) -> None:
+        """Keep none."""
+        self._entries.clear()

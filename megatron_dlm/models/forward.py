@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_dlm import platform
-from megatron_dlm.models.attention import CachedAttention
+from megatron_dlm.models.attention import CachedAttention, release_masks
 from megatron_dlm.models.attention_layout import Field, Pattern, clean_layout, pad_layout
 from megatron_dlm.models.fp8 import fp8_multiple
 from megatron_dlm.models.model import ModelChunks, chunks_of
@@ -196,6 +196,7 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
             forward_only=True,
             collect_non_loss_data=True,
         )
+    release_masks()
     if not parallel_state.is_pipeline_last_stage():
         return None
     if config.sequence_parallel:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.idle import NEIGHBOURS
+from megatron_dlm.models.attention import release_masks
 from megatron_dlm.models.model import full_hidden_states, head_weight
 from megatron_dlm.objectives.base import LossInputs, Objective
 from megatron_dlm.parallel import ParallelGroups, on_all_ranks
@@ -156,6 +157,7 @@ def train_step(
         seq_length=len(batches[0].row.token_ids),
         micro_batch_size=1,
     )
+    release_masks()
     sums = reduce_sums(measured, groups, 3 + update_figures.SIZE)
     if measured and groups.cp is not None:  # what a share of a row measures says little by itself
         of_rows = torch.stack(measured)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given
 
 from megatron_dlm.config import Config
+from megatron_dlm.models import attention
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.models.attention_layout import clean_layout
-from megatron_dlm.models.forward import Row, forward_row, padded_rows
+from megatron_dlm.models.forward import Row, forward_hidden, forward_row, padded_rows
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.models.swiglu import swiglu
 from tests.tiny import DENSE, MOE
@@ -64,6 +65,8 @@ def test_what_is_kept_for_backward(kind: str) -> None:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
+    forward_hidden(model, rows)
+    assert not attention._document_biases_of_row._entries, "a mask is kept after the last layer"
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = forward_row(model, rows[0], equally_long)
     assert hidden.requires_grad

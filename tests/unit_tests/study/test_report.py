@@ -278,7 +278,7 @@ def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert "temperature 0.5 2 / 2, responses that grow from one block 2 / 2 / never" in text
     assert "need none of the teacher's, and solve 92.5 / 93.0 / 93.5 %" in text
     assert "trained with 8 90.5 / 88.5 %, decoded so after blocks of 4 91.0 / 89.0 %" in text
-    assert "from 93.0 to 93.0 % static" in text
+    assert "from 92.5 / 93.0 / 93.5 to 92.5 / 93.0 / 93.5 % static" in text
     assert "qwen3_64 reaches 92.5 % from qwen3_64 (50.0 %), 92.5 % from qwen3_96 (75.0 %)" in text
     assert "; qwen3_96 reaches 92.5 % from qwen3_96 (75.0 %), 92.5 % from qwen3 (98.0 %)." in text
     assert "the best run solves 90.5 %" in text
