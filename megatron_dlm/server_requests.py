@@ -22,7 +22,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 """Until a server that does not take a connection has failed."""
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 """Before a request is sent again; each pause is twice the one before."""
 
 
@@ -91,6 +91,7 @@ class Tries:
         Raises:
             UserError: There is none.
         """
+        before = ""
         while True:
             place = self.count % self._places
             self.count += 1
@@ -105,27 +106,30 @@ class Tries:
             except httpx2.TransportError as error:
                 failure = error
             except TimeoutError:
-                failure = f"nothing in {limit:g} s"
+                failure = f"nothing in {limit:g} s{before}"
             else:
                 if not _may_work_later(answer.status_code):
                     return answer
                 failure = answer
             await self.pause_after(failure)
+            if not isinstance(failure, str):
+                before = f", and before {described(failure)}"
 
     async def pause_after(self, failure: Any) -> None:
         """Wait until the next try is due.
 
         Raises:
-            UserError: There is none left, or no time for it.
+            UserError: There is none left, or no time for it after the pause.
         """
         left = self._left
         is_last = self._retries is not None and self.count > self._retries
-        if is_last or left == 0:
+        pause = self._pause if self.count % self._places == 0 else 0.0
+        if is_last or (left is not None and pause >= left):
             tries = "1 try" if self.count == 1 else f"{self.count} tries"
             time_is_up = "" if is_last else f"{self._seconds:g} s and "
             raise self._refuse(f"no answer in {time_is_up}{tries}: {described(failure)}")
         if self.count % self._places == 0:
-            await asyncio.sleep(self._pause if left is None else min(self._pause, left))
+            await asyncio.sleep(pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +33,7 @@ from megatron_dlm.conversion.publishing import is_writer
 from megatron_dlm.errors import UserError
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.parallel import errors_on_all_ranks
-from megatron_dlm.rollout.external.client import RolloutServer
+from megatron_dlm.rollout.external.client import RefusedRequest, RolloutServer
 from megatron_dlm.rollout.external.weight_group import (
     Bucket,
     WeightGroup,
@@ -127,11 +128,13 @@ class GroupTransfer:
         self._is_open = True
         for server in servers:
             try:
-                _check_success(server, BEGIN, server.post(BEGIN, {}, retries=0))
-            except UserError:
-                with suppress(UserError):
-                    server.post(END, {}, retries=0)
-                _check_success(server, BEGIN, server.post(BEGIN, {}, retries=0))
+                answer = server.post(BEGIN, {}, retries=0)
+            except RefusedRequest as refused:
+                if refused.status != HTTPStatus.BAD_REQUEST:
+                    raise
+                self._end_left_open(server)
+                answer = server.post(BEGIN, {}, retries=0)
+            _check_success(server, BEGIN, answer)
 
     def _end(self, servers: Sequence[RolloutServer]) -> None:
         """Close the update: servers bring the weights into the form that they compute with."""
@@ -143,9 +146,13 @@ class GroupTransfer:
         """Close an update that has failed."""
         self._is_open = False
         for server in servers:
-            with suppress(UserError):
-                leaving = replace(server, timeout_s=min(server.timeout_s, LEAVE_SECONDS))
-                leaving.post(END, {}, retries=0)
+            self._end_left_open(server)
+
+    def _end_left_open(self, server: RolloutServer) -> None:
+        """Close an update that does not come to its end, if the server can."""
+        with suppress(UserError):
+            leaving = replace(server, timeout_s=min(server.timeout_s, LEAVE_SECONDS))
+            leaving.post(END, {}, retries=0)
 
     def _dissolve(self, servers: Sequence[RolloutServer]) -> None:
         """Have all servers leave the group."""

@@ -87,7 +87,7 @@ class CachedContext:
             need, as far as the device has memory for it.
 
     Raises:
-        UserError: The longest sequence does not fit.
+        UserError: The longest sequence does not fit; on all ranks in step, whichever has it.
     """
 
     def __init__(
@@ -113,11 +113,10 @@ class CachedContext:
         self._page_size = PAGE_SIZE if shares is None else shares.page_size
         needed = [pages_for(length, self._page_size) for length in lengths]
         longest = sorted(needed, reverse=True)[:num_slots]
-        num_pages = sum(longest)
+        most, of_any = _agreed(_pages_in_memory(page_bytes), max(longest, default=0), groups)
         if max_total_tokens is not None:
-            num_pages = min(num_pages, max_total_tokens // PAGE_SIZE)
-        num_pages = min(num_pages, _pages_in_memory(page_bytes, groups))
-        if longest and num_pages < longest[0]:
+            most = min(most, max_total_tokens // PAGE_SIZE)
+        if most < of_any:
             remedy = (
                 "raise it or free memory, or lower --max-response-length or --max-prompt-length"
             )
@@ -126,10 +125,11 @@ class CachedContext:
             raise bad_value(
                 "--max-total-tokens",
                 max_total_tokens,
-                f"the cache holds {num_pages * self._page_size} tokens, and the longest prompt and "
-                f"response need {longest[0] * self._page_size}",
+                f"the cache holds {most * self._page_size} tokens, and the longest prompt and "
+                f"response need {of_any * self._page_size}",
                 remedy,
             )
+        num_pages = min(sum(longest), most)
         self.pool = PagePool(num_pages)
         self._block_size, self._context_block_size = block_size, context_block_size
         self._pages_of_longest = max(longest, default=0)
@@ -240,13 +240,32 @@ class CachedContext:
         )
 
 
-def _pages_in_memory(page_bytes: int, groups: ParallelGroups) -> int:
-    """Pages that the device has memory for, on the rank of the replica that has fewest."""
-    free = int(platform.available_memory() * MAX_MEMORY_SHARE)
-    pages = torch.tensor([free // page_bytes], device=platform.device())
-    if groups.model is not None:
-        dist.all_reduce(pages, op=dist.ReduceOp.MIN, group=groups.model)
-    return int(platform.to_host(pages).item())
+def most_tokens(max_total_tokens: int | None, groups: ParallelGroups) -> int | None:
+    """Positions of the longest sequence that `--max-total-tokens` leaves room for; None: of any."""
+    if max_total_tokens is None:
+        return None
+    shares = TokenShares.of(groups.for_decoding())
+    page_size = PAGE_SIZE if shares is None else shares.page_size
+    return max_total_tokens // PAGE_SIZE * page_size
+
+
+def _pages_in_memory(page_bytes: int) -> int:
+    """Pages that the device has memory for."""
+    return int(platform.available_memory() * MAX_MEMORY_SHARE) // page_bytes
+
+
+def _agreed(pages: int, longest: int, groups: ParallelGroups) -> tuple[int, int]:
+    """The fewest pages and the longest sequence, in pages, of all ranks in step with this one.
+
+    Replicas that share experts have other prompts, and none may give up alone: the others would
+    wait for its part of a forward.
+    """
+    found = torch.tensor([pages, -longest], device=platform.device())
+    for group in (groups.model, groups.lockstep):
+        if group is not None:
+            dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
+    fewest, of_any = platform.to_host(found).tolist()
+    return fewest, -of_any
 
 
 class CanvasContext:

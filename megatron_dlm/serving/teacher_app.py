@@ -48,6 +48,7 @@ class TeacherApi:
         architecture: Of the teacher.
         queue: Where texts wait for it.
         options: Limits.
+        cache_tokens: Of a prompt and its longest response (`most_tokens`); None: any number.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class TeacherApi:
         architecture: Architecture,
         queue: TeacherQueue,
         options: TeacherServerConfig,
+        cache_tokens: int | None = None,
     ) -> None:
         self._identity, self._queue, self._options = identity, queue, options
         self._vocab_size = architecture.vocab_size
         self._positions = architecture.max_position_embeddings
+        self._cache_tokens = cache_tokens
 
     def identity(self) -> dict[str, Any]:
         """Who the teacher is."""
@@ -94,7 +97,7 @@ class TeacherApi:
     ) -> Response:
         """Responses to prompts."""
         self._check_teacher(request)
-        prompts, drawing = body.read(self._vocab_size, self._positions)
+        prompts, drawing = body.read(self._vocab_size, self._positions, self._cache_tokens)
         responses = await self._computed(prompts, drawing, wait_s)
         return self._at_work() if responses is None else JSONResponse({"responses": responses})
 

@@ -28,6 +28,9 @@ TOKENS_AT_ONCE = 65536
 AHEAD_TOKENS = 1 << 22
 """Texts sent ahead that wait have no more tokens together; later ones are computed when asked."""
 
+TEXTS_IN_A_ROW = 8
+"""Batches of texts, after which prompts of another run have waited long enough."""
+
 Item = TeacherRow | TeacherPrompt
 """What waits for the teacher."""
 
@@ -63,6 +66,7 @@ class TeacherQueue:
     """Texts and prompts wait here in order; each is computed once.
 
     Texts that somebody waits for come first, then prompts, then texts that somebody will ask for.
+    After `TEXTS_IN_A_ROW` batches of texts it is the turn of prompts that wait meanwhile.
     The thread of HTTP adds, the one of the teacher takes and answers.
 
     Args:
@@ -76,6 +80,7 @@ class TeacherQueue:
         self._prompts: OrderedDict[_Key, _Work] = OrderedDict()
         self._ahead: OrderedDict[_Key, _Work] = OrderedDict()
         self._ahead_tokens = 0
+        self._texts_in_a_row = 0
         self._computed: OrderedDict[_Key, _Work] = OrderedDict()
         """Of the batch that the teacher works on."""
         self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
@@ -179,6 +184,8 @@ class TeacherQueue:
                     del place[key]
                     self._ahead_tokens -= cost if place is self._ahead else 0
                 if self._computed:
+                    is_turn = place is self._prompts or not self._prompts
+                    self._texts_in_a_row = 0 if is_turn else self._texts_in_a_row + 1
                     break  # what nobody waits for does not hold up what somebody will ask next
             items = [work.item for work in self._computed.values()]
             return items, 0 if wanted is None else wanted
@@ -188,6 +195,8 @@ class TeacherQueue:
         """Where there may be something to do, what is most urgent first."""
         not_given = sum(kept.num_bytes for kept in self._kept.values() if not kept.was_given)
         ahead = [self._ahead] if not_given < KEPT_BYTES else []
+        if self._texts_in_a_row >= TEXTS_IN_A_ROW:
+            return [self._prompts, self._asked, *ahead]
         return [self._asked, self._prompts, *ahead]
 
     def answer(self, results: Sequence[Result]) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_dlm.serving.api_error import ApiError, bad_field
 from megatron_dlm.teacher.wire import Drawing, TeacherPrompt
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
@@ -30,7 +30,7 @@ class DrawingBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    top_k: Annotated[int, Field(ge=0)]
+    top_k: Annotated[int, Field(ge=0, lt=2**31)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
     eos_token_ids: Annotated[list[Token], Field(min_length=1)]
@@ -47,12 +47,15 @@ class ResponsesRequest(BaseModel):
     prompts: Annotated[list[PromptBody], Field(min_length=1)]
     drawing: DrawingBody
 
-    def read(self, vocab_size: int, positions: int) -> tuple[list[TeacherPrompt], Drawing]:
+    def read(
+        self, vocab_size: int, positions: int, cache_tokens: int | None
+    ) -> tuple[list[TeacherPrompt], Drawing]:
         """What is asked for.
 
         Args:
             vocab_size: Of the teacher.
             positions: That it has.
+            cache_tokens: That its cache has room for (`most_tokens`); None: for any.
 
         Raises:
             ApiError: It cannot be decoded.
@@ -80,5 +83,9 @@ class ResponsesRequest(BaseModel):
             if prompt.num_tokens > positions:
                 problem = f"prompt and response of {prompt.num_tokens} tokens are longer than the "
                 raise ApiError(400, f"{problem}teacher's {positions} positions", param="prompts")
+            if cache_tokens is not None and prompt.num_tokens > cache_tokens:
+                problem = f"prompt and response of {prompt.num_tokens} tokens do not fit into the "
+                problem += f"cache of {cache_tokens}, the server's --max-total-tokens"
+                raise ApiError(400, problem, param="prompts")
             prompts.append(prompt)
         return prompts, drawing

@@ -16,6 +16,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.tokenizer import has_tokenizer, load_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.rollout.context import most_tokens
 from megatron_dlm.serving.http_process import answering, listening
 from megatron_dlm.serving.options import TeacherServerConfig
 from megatron_dlm.serving.teacher_app import TeacherApi, create_teacher_app
@@ -79,7 +80,8 @@ def serve_teacher(
         if on_ranks is not None:
             stack.enter_context(on_ranks(queue))
         if listener is not None:
-            api = TeacherApi(identity, source.architecture, queue, options)
+            room = most_tokens(config.rollout.max_total_tokens, groups)
+            api = TeacherApi(identity, source.architecture, queue, options, room)
             app = create_teacher_app(api, options)
 
             def stop() -> None:
@@ -131,7 +133,7 @@ def _answer_batch(
             results = teacher.responses(items, wanted)
         else:
             results = teacher.targets(items, wanted)
-    except UserError as error:  # such as prompts that are too long for the KV cache
+    except UserError as error:  # such as a KV cache that memory has no room for
         queue.refuse(error)
         return
     if teacher.is_first:

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 import httpx2
 from torch import Tensor
 
-from megatron_dlm.api_key import key_of_environment
+from megatron_dlm.activity import ACTIVITY
+from megatron_dlm.api_key import API_KEY_VARIABLE, key_of_environment
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.server_requests import RequestThread, Tries, described, open_client
 from megatron_dlm.teacher.wire import (
@@ -82,7 +83,11 @@ class TeacherClient:
         Raises:
             UserError: A server does not answer, or they have different teachers.
         """
-        found = [self._thread.submit(self._identity_of(url)).result() for url in self._urls]
+        asked = {
+            self._thread.submit(self._identity_of(url)): [number]
+            for number, url in enumerate(self._urls)
+        }
+        found = Asked(asked).all_results()
         for url, other in zip(self._urls, found, strict=True):
             if other.computes != found[0].computes:
                 raise bad_value(
@@ -94,10 +99,10 @@ class TeacherClient:
                 )
         return found[0]
 
-    async def _identity_of(self, url: str) -> TeacherIdentity:
+    async def _identity_of(self, url: str) -> list[TeacherIdentity]:
         answer = await self._answered([url], lambda u: self._http.get(u + IDENTITY_PATH))
         try:
-            return TeacherIdentity.from_json(answer.json())
+            return [TeacherIdentity.from_json(answer.json())]
         except ValueError as error:
             raise self._no_teacher(url, str(error)) from error
 
@@ -163,26 +168,35 @@ class TeacherClient:
         Raises:
             UserError: A server refused a request, or none answered it in time.
         """
-        asked = self.begin(rows, k)
-        while not asked.has_ended:
-            asked.wait(POLL_SECONDS)
-        return asked.result()
+        return self.begin(rows, k).all_results()
 
     def head(self, first: int, last: int, hidden_size: int) -> Tensor:
-        """Rows of the teacher's output layer, [last - first, h], which hidden states go with.
+        """Rows of the teacher's output layer; see `begin_head`.
 
         Raises:
             UserError: No server gave them in time.
         """
+        (head,) = self.begin_head(first, last, hidden_size).all_results()
+        return head
+
+    def begin_head(self, first: int, last: int, hidden_size: int) -> "Asked[Tensor]":
+        """Ask for rows of the teacher's output layer, which hidden states go with.
+
+        The one result is [last - first, h].
+        """
+        _ = self.identity
+        return Asked({self._thread.submit(self._ask_head(first, last, hidden_size)): [0]})
+
+    async def _ask_head(self, first: int, last: int, hidden_size: int) -> list[Tensor]:
         rows = {"first": str(first), "last": str(last)}
         expected = {FINGERPRINT_HEADER: self.identity.computes}
 
         def send(url: str) -> Awaitable[httpx2.Response]:
             return self._http.get(url + HEAD_PATH, params=rows, headers=expected)
 
-        answer = self._thread.submit(self._answered(self._urls, send)).result()
+        answer = await self._answered(self._urls, send)
         try:
-            return unpack_head(answer.content, last - first, hidden_size)
+            return [unpack_head(answer.content, last - first, hidden_size)]
         except ValueError as error:
             raise self._no_teacher(self._urls[0], str(error)) from error
 
@@ -239,14 +253,14 @@ class TeacherClient:
     async def _ask_responses(
         self, server: int, prompts: Sequence[TeacherPrompt], drawing: Drawing
     ) -> list[list[int]]:
-        urls, body = self._from(server), prompts_to_json(prompts, drawing)
-        headers = {FINGERPRINT_HEADER: self.identity.computes}
+        urls, headers = self._from(server), {FINGERPRINT_HEADER: self.identity.computes}
 
         def send(url: str) -> Awaitable[httpx2.Response]:
             query = {"wait_s": str(self._wait_s)}
             return self._http.post(url + RESPONSES_PATH, params=query, json=body, headers=headers)
 
         async with self._room:
+            body = prompts_to_json(prompts, drawing)  # large: none of what still waits for room
             answer = await self._answered(urls, send)
         try:
             return responses_from_json(answer.json(), prompts, drawing)
@@ -284,7 +298,19 @@ class TeacherClient:
             elif answer.is_success:
                 return answer
             else:
-                raise self._no_teacher(url, described(answer))
+                raise self._refused(url, answer)
+
+    def _refused(self, url: str, answer: httpx2.Response) -> UserError:
+        status, problem = answer.status_code, described(answer)
+        if status in (404, 405):
+            return self._no_teacher(url, problem)
+        remedies = {
+            400: "change what the server names, or start it with other limits",
+            401: f"set {API_KEY_VARIABLE} to the key that the server was started with",
+            409: "start the server with the teacher that it had before",
+        }
+        remedy = remedies.get(status, "see the server's log")
+        return bad_value(self._field, url, problem, remedy)
 
     def _no_teacher(self, url: str, problem: str) -> UserError:
         return bad_value(
@@ -305,6 +331,17 @@ class Asked(Generic[T]):
     def wait(self, seconds: float) -> None:
         """Wait until all are answered or one never will be, but not for longer."""
         wait(self._parts, seconds, "FIRST_EXCEPTION")
+
+    def wait_to_the_end(self) -> None:
+        """Wait until all are answered or one never will be; signals are handled meanwhile."""
+        while not self.has_ended:
+            self.wait(POLL_SECONDS)
+            ACTIVITY.step()  # a server that hangs has a timeout of its own
+
+    def all_results(self) -> list[T]:
+        """Wait for all; see `result`."""
+        self.wait_to_the_end()
+        return self.result()
 
     @property
     def error(self) -> BaseException | None:

@@ -108,6 +108,9 @@ def unpack_texts(body: bytes) -> tuple[list[TeacherRow], int]:
     expected = dict.fromkeys(("lengths", "first", "rows", "k"), torch.int64)
     if kinds != {**expected, "token_ids": torch.int32}:
         raise ValueError(f"tensors {kinds}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"tensors of shapes {shapes}, in place of one dimension each")
     lengths, first, counts, k = (
         tensors[name].tolist() for name in ("lengths", "first", "rows", "k")
     )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dlm.config import Config, ParallelConfig
+from megatron_dlm.errors import UserError
 from megatron_dlm.models.attention_layout import clean_layout
 from megatron_dlm.models.forward import Row, forward_hidden
 from megatron_dlm.models.model import DiffusionGPTModel
@@ -104,6 +105,20 @@ def decoded_together(model: DiffusionGPTModel) -> dict[str, list[tuple]]:
     }
 
 
+def check_one_that_does_not_fit(model: DiffusionGPTModel) -> None:
+    """One replica has it, and the ones that share its experts give up too, not waiting for it."""
+    groups = ParallelGroups.from_parallel_state()
+    prompts = make_prompts([50] if groups.replica == 0 else [5])
+    engine = make_engine(
+        model,
+        GenerationConfig.autoregressive(
+            temperature=1.0, max_running_requests=2, max_total_tokens=32
+        ),
+    )
+    with pytest.raises(UserError, match=r"holds 32 tokens.* need 64"):
+        engine.generate(prompts, 6)
+
+
 class AskedLater(StopRequest):
     """A process that is asked to stop at some look at its wish; 0: never."""
 
@@ -176,6 +191,8 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
         results |= in_groups(model, prompts)
     if parallel in ({PP: 2}, {PP: 2, VIRTUAL: 2}):
         check_stop_in_flight(model)
+    if EP in parallel:
+        check_one_that_does_not_fit(model)
     return results | decoded_together(model)
 
 

@@ -11,12 +11,15 @@ import httpx2
 import pytest
 import torch
 import yaml
+from safetensors.torch import load, save
 
 from megatron_dlm.config import Config
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.response_store import ResponseStore
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.serving.api_error import ApiError
+from megatron_dlm.serving.teacher_requests import ResponsesRequest
 from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.teacher import remote_stores
 from megatron_dlm.teacher.answering import TextTeacher
@@ -261,9 +264,9 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
 ) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     for urls, text, k, fragments in (
-        ((nobody,), TEXT, K, (nobody, "no answer in 0.6 s", "--teacher-timeout-s")),
+        ((nobody,), TEXT, K, (nobody, "no answer in 0.6 s", "Connect", "--teacher-timeout-s")),
         ((server.url,), row_of(torch.tensor([600])), K, ("outside the vocabulary of 512",)),
-        ((server.url,), row_of(torch.zeros(300).long()), K, ("256 positions",)),
+        ((server.url,), row_of(torch.zeros(300).long()), K, ("256 positions", "change what")),
         ((server.url,), TEXT, 512, ("no proper part",)),
         ((f"{server.url}/no",), TEXT, K, ("404", "serve-teacher")),
         (("http://[::bad",), TEXT, K, ("http://[::bad",)),
@@ -275,7 +278,11 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
         message = str(refused.value)
         assert "--teacher-url" in message
         assert all(fragment in message for fragment in fragments), message
-    for body in (b"", b"no safetensors", pack_texts([row_of(torch.tensor([5, 6, 7]), 3)], K)):
+    tensors = load(pack_texts([TEXT], K))
+    deep = save({**tensors, "lengths": tensors["lengths"][None]})
+    flat = save({**tensors, "k": tensors["k"][0]})
+    outside = pack_texts([row_of(torch.tensor([5, 6, 7]), 3)], K)
+    for body in (b"", b"no safetensors", deep, flat, outside):
         assert httpx2.post(server.url + TARGETS_PATH, content=body).status_code == 400
     unclear = httpx2.post(server.url + TARGETS_PATH, params={"ahead": "x"}, content=b"")
     assert unclear.status_code == 400
@@ -284,6 +291,7 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
     for part, changes, named in (
         ("prompts", {"token_ids": [512]}, "prompts.0.token_ids"),
         ("prompts", {"token_ids": []}, "token_ids"),
+        ("prompts", {"token_ids": [2**70]}, "token_ids"),
         ("prompts", {"max_response_length": 300}, "256 positions"),
         ("drawing", {"temperature": -1.0}, "temperature"),
         ("drawing", {"eos_token_ids": [600]}, "drawing.eos_token_ids"),
@@ -294,6 +302,11 @@ def test_what_a_server_cannot_answer_is_refused_in_one_line(
         refused = httpx2.post(server.url + RESPONSES_PATH, json=body)
         assert refused.status_code == 400
         assert named in str(refused.json()["error"]), refused.text
+    # What is longer than the cache never reaches a batch with others.
+    read = ResponsesRequest(**good).read
+    assert len(read(512, 256, 9)[0]) == 1
+    with pytest.raises(ApiError, match=r"of 9 tokens .* cache of 8, the server's --max-total"):
+        read(512, 256, 8)
     # Who waits no longer than this hears that it is at work, or has the answer.
     early = httpx2.post(server.url + RESPONSES_PATH, params={"wait_s": 0}, json=good)
     assert early.status_code == 202

@@ -4,16 +4,17 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_dlm import server_requests
 from megatron_dlm.api_key import API_KEY_VARIABLE
+from megatron_dlm.conversion.weight_transfer import BEGIN, END, GroupTransfer
 from megatron_dlm.errors import UserError
 from megatron_dlm.rollout.external.client import RolloutServer
 from megatron_dlm.teacher.client import TeacherClient
@@ -96,6 +97,45 @@ def test_a_request_ends_in_time_however_the_answer_comes() -> None:
             responses(client)
         assert f"--teacher-url = '{url}': no answer in 0.3 s" in str(refused.value)
         assert "--teacher-timeout-s" in str(refused.value)
+
+
+def test_what_is_wrong_is_said_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that the last of all tries had no time left."""
+    monkeypatch.setattr(server_requests, "FIRST_PAUSE_SECONDS", 0.02)
+
+    def busy(handler: BaseHTTPRequestHandler) -> None:
+        send(handler, 503, {"error": {"message": "busy"}})
+
+    def no_key(handler: BaseHTTPRequestHandler) -> None:
+        send(handler, 401, {"error": {"message": "no key"}})
+
+    for answer, fragments in (
+        (busy, ("no answer in 0.5 s and", "busy", "--teacher-timeout-s")),
+        (no_key, ("status 401: no key", API_KEY_VARIABLE)),
+    ):
+        with server(answer) as url, teacher(url, timeout_s=0.5) as client:
+            with pytest.raises(UserError) as refused:
+                responses(client)
+            assert all(fragment in str(refused.value) for fragment in fragments), refused.value
+            vars(client).pop("identity")
+            with pytest.raises(UserError, match=fragments[1]):
+                _ = client.identity
+
+
+@pytest.mark.parametrize(("status", "requests"), [(400, 3), (401, 1), (503, 1)])
+def test_only_an_update_that_is_open_is_ended_and_begun_again(status: int, requests: int) -> None:
+    paths = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        paths.append(handler.path)
+        is_first = len(paths) == 1
+        send(handler, status if is_first else 200, {"success": not is_first})
+
+    transfer = GroupTransfer(torch.nn.Linear(1, 1), cast(Any, None), "sdar", lambda: 0)
+    fails = nullcontext() if requests == 3 else pytest.raises(UserError, match=str(status))
+    with server(answer) as url, fails:
+        transfer._begin([RolloutServer(url, 5.0, 0)])
+    assert paths == [BEGIN, END, BEGIN][:requests]
 
 
 def test_a_server_at_work_is_waited_for_as_long_as_it_comes_further(

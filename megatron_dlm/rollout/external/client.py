@@ -17,6 +17,18 @@ from megatron_dlm.server_requests import Tries, described, open_client
 FIELD = "--rollout-engine-urls"
 
 
+class RefusedRequest(UserError):
+    """An answer of a server that is an error, in one line.
+
+    Attributes:
+        status: Of HTTP.
+    """
+
+    def __init__(self, error: UserError, status: int) -> None:
+        self.status = status
+        super().__init__(str(error))
+
+
 @dataclass(frozen=True)
 class RolloutServer:
     """A server that decodes.
@@ -106,11 +118,11 @@ class RolloutServer:
         """What an answer says, as JSON knows it; nothing of an answer without content.
 
         Raises:
-            UserError: It is an error, or no JSON.
+            UserError: It is an error (`RefusedRequest`), or no JSON.
         """
         if answer.status_code >= 400:
             problem = f"{path} is refused ({described(answer)})"
-            raise self.refuse(problem, "see the server's log")
+            raise RefusedRequest(self.refuse(problem, "see the server's log"), answer.status_code)
         if not answer.content:
             return {}
         try:

@@ -141,6 +141,18 @@ def test_prompts_are_answered_after_texts_and_before_what_nobody_waits_for() -> 
     assert fine.result(0) == [1]
 
 
+def test_prompts_take_their_turn_where_texts_never_end() -> None:
+    queue = TeacherQueue()
+    queue.ask([prompt(99)], GREEDY)
+    order = []
+    for token in range(teacher_queue.TEXTS_IN_A_ROW + 2):
+        queue.ask([text(token)], 4)
+        items, _ = queue.take(0)
+        order += tokens(items)
+        queue.answer([targets(0) if isinstance(item, TeacherRow) else [1] for item in items])
+    assert order.index(99) == teacher_queue.TEXTS_IN_A_ROW
+
+
 def test_a_client_that_has_gone_is_no_obstacle() -> None:
     queue = TeacherQueue()
     gone, there = queue.ask([text(1), text(1)], 4)
