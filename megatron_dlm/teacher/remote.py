@@ -6,7 +6,8 @@ Where several texts share a row, they are sent when all are known, in the rows t
 memory would have: how its results are rounded depends on these.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,9 @@ from megatron_dlm import platform
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import padded_vocab_size
 from megatron_dlm.models.row_packing import RowPacking
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
 from megatron_dlm.stop_agreement import StopAgreement
-from megatron_dlm.teacher.client import Asked, TeacherClient
+from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.waiting import wait_for
 from megatron_dlm.teacher.wire import TeacherRow, TeacherText
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
@@ -56,43 +57,31 @@ class RemoteTeacher:
         self._groups, self._stop = groups, stop
         self._packing = RowPacking() if packing.max_tokens is not None else packing
         is_first = groups.tp is None or groups.tp.rank() == 0
-        self._head: Tensor | None = None
-        self._needs_head = k == 0
         self._asks = groups.is_last_stage and groups.cp_rank == 0 and is_first
 
-    @property
+    @cached_property
     def head(self) -> Tensor | None:
         """The output layer's vocabulary shard [V/tp, h] on the last stage, for hidden states.
 
-        None with the most likely tokens: these are probabilities already. `annotate` fetches it
-        with all ranks; where nothing was annotated, this does.
+        None with the most likely tokens: these are probabilities already.
 
         Raises:
             UserError: No server gave it.
         """
-        if self._needs_head and self._groups.is_last_stage:
-            self._fetch_head(Asked.wait_to_the_end)
-        return self._head
-
-    def _fetch_head(self, wait: Callable[[Asked[Tensor]], None]) -> None:
-        """Set `head` to what a server gives, for which this waits."""
+        if self._k or not self._groups.is_last_stage:
+            return None
         tp = self._groups.tp
         rank, ranks = (0, 1) if tp is None else (tp.rank(), tp.size())
         rows = padded_vocab_size(self._sizes.vocab_size, ranks) // ranks
         first = min(rank * rows, self._sizes.vocab_size)
         last = min(first + rows, self._sizes.vocab_size)
         width = self._sizes.hidden_size
-        asked: Asked[Tensor] = Asked({})
-        if self._groups.is_last_stage:
-            # One row where there is nothing but padding, which has no probability: for its type.
-            ends = (first, last) if first < last else (0, 1)
-            asked = self._client.begin_head(*ends, width)
-        wait(asked)
-        self._needs_head = False
-        for found in asked.result():
-            own = found[: last - first]
-            padding = own.new_zeros(rows - len(own), width)
-            self._head = torch.cat((own, padding)).to(platform.device())
+        if first == last:  # nothing but padding, which has no probability
+            own = self._client.head(0, 1, width)[:0]
+        else:
+            own = self._client.head(first, last, width)
+        padding = own.new_zeros(rows - len(own), width)
+        return torch.cat((own, padding)).to(platform.device())
 
     def send_ahead(self, trajectory: Trajectory) -> None:
         """Begin with a finished trajectory, which is annotated later; any rank may call this."""
@@ -109,8 +98,8 @@ class RemoteTeacher:
         """
         texts = [TeacherText.of(trajectory) for trajectory in trajectories]
         counts = [len(text) for text in texts]
-        if self._needs_head:
-            self._fetch_head(lambda asked: wait_for(asked, self._stop))
+        with errors_on_all_ranks():
+            _ = self.head  # the first time it is fetched
         rows = []
         for indices in self._packing.rows([len(text.token_ids) for text in texts]):
             row = tuple(texts[index] for index in indices if len(texts[index]))
