@@ -55,10 +55,11 @@ def validate_architecture(
 ) -> None:
     """Check every rule about the sizes of the model that is trained, and of its teacher."""
     models = (student,) if teacher is None or config.has_remote_teacher else (student, teacher)
+    decodes = config.decodes_itself or config.evaluates
     of_student = (
         model.parts(config, student),
         model.architecture(config, student),
-        model.graphs(config, student),
+        *((model.graphs(config, student),) if decodes else ()),
     )
     _refuse(config, model.experts_exist(config, *models), *of_student)
     if teacher is not None:

@@ -29,6 +29,7 @@ from megatron_dlm.rollout.recorded_forwards import (
     FORWARDS_BEFORE,
     MAX_RECORDINGS,
     ForwardRecorder,
+    History,
     RecordingError,
     adapters_of,
     tensors_of,
@@ -139,10 +140,11 @@ class CapturedForwards(ForwardRecorder):
     def __init__(self, capture: Capture, block_size: int, after: int = FORWARDS_BEFORE) -> None:
         super().__init__(after)
         self._capture, self._block_size = capture, block_size
-        self._forget()
-
-    def _forget(self) -> None:
         self._buckets: OrderedDict[tuple[object, ...], _Bucket] = OrderedDict()
+
+    def _begin(self, state: tuple[object, ...]) -> History:
+        self._buckets.clear()
+        return History()
 
     def _state_of(self, model: StageModel) -> tuple[object, ...]:
         addresses = tuple((id(tensor), tensor.data_ptr()) for tensor in tensors_of(model))

@@ -358,7 +358,8 @@ class RolloutEngine:
             # Graphs hold the cache, which ends with the batch.
             return CapturedForwards(CudaGraphs(), self.generation.block_size or 1, after=0)
         if self._traced is None:
-            self._traced = TracedForwards(after=0 if choice == "on" else FORWARDS_BEFORE)
+            after = 0 if choice == "on" else FORWARDS_BEFORE
+            self._traced = TracedForwards(self._model, after)
         return self._traced
 
     def evaluating(self) -> AbstractContextManager[None]:

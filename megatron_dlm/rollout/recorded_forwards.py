@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -50,39 +51,51 @@ class RecordingError(RuntimeError):
     """A forward does not only depend on what it may."""
 
 
+@dataclass
+class History:
+    """What is known of a model in one state.
+
+    Attributes:
+        forwards: How many there were.
+        problem: Why nothing is recorded any more, in PyTorch's words; None: there is no reason.
+    """
+
+    forwards: int = 0
+    problem: str | None = None
+
+
 class ForwardRecorder(ABC):
     """Runs forwards of one model in evaluation mode, from recordings where there are some.
 
     Args:
-        after: Forwards before anything is recorded.
+        after: Forwards in the model's state before anything is recorded.
 
     Attributes:
         recorded: Recordings made so far.
         replayed: Forwards that were replayed.
-        problem: Why nothing is recorded any more, in PyTorch's words; None: there is no reason.
+        history: Of the model in its state.
     """
 
     def __init__(self, after: int) -> None:
         self.recorded = self.replayed = 0
-        self.problem: str | None = None
+        self.history = History()
         self._after = after
-        self._forwards = 0
         self._state: tuple[object, ...] | None = None
 
     def __call__(self, model: DiffusionGPTModel, row: Row, equally_long: bool) -> Tensor:
         """What `forward_row` returns; there may be further tokens behind those of the row."""
         view = row.attention
-        self._forwards += 1
+        self.history.forwards += 1
         if (
-            self.problem is None
-            and self._forwards > self._after
+            self.history.problem is None
+            and self.history.forwards > self._after
             and isinstance(view, CacheView)
             and view.num_tokens == len(row.token_ids)  # else there is padding of other origin
         ):
             try:
                 output = self._run(model, row, view)
             except RecordingError as error:
-                self.problem = str(error)
+                self.history.problem = str(error)
                 say(f"rollout graphs: {error}; forwards go on without", error=True)
             else:
                 if output is not None:
@@ -90,15 +103,15 @@ class ForwardRecorder(ABC):
         return forward_row(model, row, equally_long)
 
     def check(self, model: StageModel) -> None:
-        """Forget all recordings if they would not be of this model any more.
+        """Replay no recordings any more that would not be of this model.
 
         To be called before forwards after a time in which parameters may have been replaced; what
         is written into them needs no call.
         """
         state = self._state_of(model)
         if state != self._state:
-            self._state, self.problem = state, None
-            self._forget()
+            self._state = state
+            self.history = self._begin(state)
 
     @abstractmethod
     def _run(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Tensor | None:
@@ -109,8 +122,8 @@ class ForwardRecorder(ABC):
         """
 
     @abstractmethod
-    def _forget(self) -> None:
-        """Drop the recordings."""
+    def _begin(self, state: tuple[object, ...]) -> History:
+        """Go on with the recordings that there are of a state; returns what is known of it."""
 
     @abstractmethod
     def _state_of(self, model: StageModel) -> tuple[object, ...]:

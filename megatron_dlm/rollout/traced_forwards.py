@@ -11,8 +11,11 @@ S: tokens of a forward.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import CodeType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ from megatron_dlm.rollout.recorded_forwards import (
     FORWARDS_BEFORE,
     MAX_RECORDINGS,
     ForwardRecorder,
+    History,
     RecordingError,
     adapters_of,
     tensors_of,
@@ -119,7 +123,8 @@ class Trace:
             does.
 
     Raises:
-        RecordingError: The forward asks for values of a tensor, or has another tensor of its own.
+        RecordingError: The forward has another tensor of its own.
+        Exception: It asks for values of a tensor, or PyTorch cannot record what it does.
     """
 
     replay: Callable[[Tensor, Tensor, CachedAttention], Tensor]
@@ -136,11 +141,8 @@ class Trace:
         record = make_fx(
             forward, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
         )
-        try:
-            with views_kept():
-                graph: GraphModule = record(token_ids, position_ids)
-        except RuntimeError as error:
-            raise RecordingError(str(error).partition("\n")[0]) from error
+        with views_kept():
+            graph: GraphModule = record(token_ids, position_ids)
         own = {id(tensor) for tensor in tensors_of(model)}
         for node in graph.graph.find_nodes(op="get_attr"):
             tensor = getattr(graph, node.target)
@@ -169,16 +171,67 @@ class Trace:
         return bool(eval(self._condition, SYMPY_INTERP, named))
 
 
+MAX_STATES = 4
+"""States of a model's adapters whose recordings are kept at once."""
+
+
+@dataclass
+class _Recordings(History):
+    """Of a model with some of its adapters on.
+
+    Attributes:
+        traces: The recordings.
+        trace_of: By the number of tokens; None: there are too many.
+    """
+
+    traces: list[Trace] = field(default_factory=list)
+    trace_of: dict[int, Trace | None] = field(default_factory=dict)
+
+
+@dataclass
+class _OfModel:
+    """Recordings of a model, for all that decode with it.
+
+    Attributes:
+        tensors: Identities of the tensors that they are of.
+        states: By the adapters that are on, the state used last at the end.
+    """
+
+    tensors: object = None
+    states: OrderedDict[object, _Recordings] = field(default_factory=OrderedDict)
+
+    def in_state(self, tensors: object, adapters: object) -> _Recordings:
+        """The recordings of a state; those of other tensors are dropped."""
+        if tensors != self.tensors:
+            self.tensors = tensors
+            self.states.clear()
+        found = self.states.setdefault(adapters, _Recordings())
+        self.states.move_to_end(adapters)
+        if len(self.states) > MAX_STATES:
+            self.states.popitem(last=False)
+        return found
+
+
+_OF_MODELS: WeakKeyDictionary[StageModel, _OfModel] = WeakKeyDictionary()
+"""Rollouts may be short and have an engine each: a recording stays as long as its model."""
+
+
 class TracedForwards(ForwardRecorder):
-    """See the module."""
+    """See the module.
 
-    def __init__(self, after: int = FORWARDS_BEFORE) -> None:
+    Args:
+        model: Whose forwards it runs; other recorders of it have the same recordings.
+        after: See `ForwardRecorder`.
+    """
+
+    def __init__(self, model: StageModel, after: int = FORWARDS_BEFORE) -> None:
         super().__init__(after)
-        self._forget()
+        self._of_model = _OF_MODELS.setdefault(model, _OfModel())
+        self._recordings = _Recordings()
 
-    def _forget(self) -> None:
-        self._traces: list[Trace] = []
-        self._trace_of: dict[int, Trace | None] = {}
+    def _begin(self, state: tuple[object, ...]) -> History:
+        self._recordings = self._of_model.in_state(*state)
+        return self._recordings
 
     def _state_of(self, model: StageModel) -> tuple[object, ...]:
         # A recording has the tensors themselves: wherever their memory is, it is read there.
@@ -186,9 +239,10 @@ class TracedForwards(ForwardRecorder):
 
     def _run(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Tensor | None:
         num_tokens = len(row.token_ids)
-        if num_tokens not in self._trace_of:
-            self._trace_of[num_tokens] = self._find(model, row, view)
-        trace = self._trace_of[num_tokens]
+        trace_of = self._recordings.trace_of
+        if num_tokens not in trace_of:
+            trace_of[num_tokens] = self._find(model, row, view)
+        trace = trace_of[num_tokens]
         if trace is None:
             return None
         ACTIVITY.step()
@@ -198,15 +252,23 @@ class TracedForwards(ForwardRecorder):
     def _find(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Trace | None:
         """The recording of so many tokens, if necessary a new one; None: there are too many."""
         inputs = row.token_ids, row.position_ids
-        for trace in self._traces:
+        traces = self._recordings.traces
+        for trace in traces:
             if trace.fits(*inputs):
                 return trace
-        if len(self._traces) == MAX_RECORDINGS:
+        if len(traces) == MAX_RECORDINGS:
             return None
-        trace = Trace(model, *inputs)
+        try:
+            trace = Trace(model, *inputs)
+            replayed = trace.replay(*inputs, view)
+        except RecordingError:
+            raise
+        except Exception as error:  # whatever it is, the modules may do without a recording
+            what = f"{type(error).__name__}: {error}"
+            raise RecordingError(what.partition("\n")[0]) from error
         # What a forward writes into the cache is the same each time.
-        if not torch.equal(trace.replay(*inputs, view), forward_row(model, row, False)):
+        if not torch.equal(replayed, forward_row(model, row, False)):
             raise RecordingError("replayed at once, the forward has another result")
-        self._traces.append(trace)
+        traces.append(trace)
         self.recorded += 1
         return trace

@@ -120,6 +120,7 @@ class TextTeacher:
                 max_total_tokens=rollout.max_total_tokens,
                 chunked_prefill_size=rollout.chunked_prefill_size,
                 decoding_groups=rollout.decoding_groups,
+                rollout_graphs=rollout.rollout_graphs,
             ),
             special_tokens=SpecialTokens(
                 eos[0],

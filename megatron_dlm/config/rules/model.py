@@ -101,16 +101,19 @@ def parts(config: Config, model: ModelSizes) -> Refusals:
 
 
 def graphs(config: Config, model: ModelSizes) -> Refusals:
-    """Forwards are recorded where one process holds the whole model, and it has no experts."""
+    """Forwards of a model that decodes are recorded where one process holds it, without experts."""
     if config.rollout.rollout_graphs != "on":
         return
-    remedy = "choose auto or off"
+    problems = []
     if model.num_moe_experts is not None:
-        yield f"rollout_graphs: the host has a part in dividing tokens over experts; {remedy}"
+        problems.append("the host has a part in dividing tokens over experts")
     of_replica = (TP, PP, CP) if config.shares_tokens_in_rollouts else (TP, PP)
     if (sharing := _product(config, *of_replica)) > 1:
-        problem = f"messages between the {sharing} processes of a replica are not recorded"
-        yield f"rollout_graphs: {problem}; {remedy}"
+        problems.append(f"messages between the {sharing} processes of a replica are not recorded")
+    if config.model.fp8_format is not None:
+        problems.append("FP8 keeps converted weights beside the model's own")
+    for problem in problems:
+        yield f"rollout_graphs: {problem}; choose auto or off"
 
 
 def positions(config: Config, model: ModelSizes) -> Refusals:

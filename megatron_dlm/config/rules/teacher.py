@@ -42,10 +42,12 @@ def processes(config: Config, world_size: int) -> Refusals:
 
 
 def architecture(config: Config, teacher: ModelSizes) -> Refusals:
-    """Processes share the parts of a teacher evenly."""
+    """Processes share the parts of a teacher evenly, and one that answers can be recorded."""
     own = config.of_teacher()
     if config.teacher.teacher_ranks:
         yield from model.experts_exist(own, teacher)
     if not config.teacher.teacher_url:
         yield from model.parts(own, teacher)
+        if config.uses_teacher_responses:
+            yield from model.graphs(own, teacher)
     yield from model.positions(config, teacher)

@@ -193,10 +193,13 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
         reason = f"{_as_given(config, 'objective')} on {flag_of(config.data_option)}"
     yield Use(itself or answers, "max_running_requests", reason)
     yield Use(itself, "shared_rollout_queue", reason)
-    if answers and teacher.teacher_url:
-        reason += " with --teacher-url"
-    names = "max_total_tokens chunked_prefill_size decoding_groups rollout_graphs"
-    yield Use(decodes, f"{names} rollout_context_parallel", reason)
+    if answers and config.has_remote_teacher:
+        reason += f" with --teacher-{'url' if teacher.teacher_url else 'ranks'}"
+    yield Use(
+        decodes, "max_total_tokens chunked_prefill_size decoding_groups rollout_graphs", reason
+    )
+    shares = itself or (answers and not config.has_remote_teacher)
+    yield Use(shares, "rollout_context_parallel", reason)
     stages = "pipeline_model_parallel_size"
     has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
     of_stages = "decoding_groups num_virtual_stages_per_pipeline_rank"

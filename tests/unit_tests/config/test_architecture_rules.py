@@ -1,5 +1,7 @@
 """Rules between a configuration and the sizes of its models, the teacher's too."""
 
+import re
+
 import pytest
 
 from megatron_dlm.config import (
@@ -135,6 +137,36 @@ def test_a_teacher_that_does_not_fit_is_named(
     message = refusal(validate_architecture, config, student, teacher) or ""
     assert message.startswith("--teacher-load big: --")
     assert all(words in message for words in named), message
+
+
+RECORDED = {"rollout_graphs": "on"}
+ANSWERS = {"objective": "off_policy", "num_rollouts": None, "train_iters": 1, "save": "no_folder"}
+ON_RANKS = {"teacher_ranks": 2, "teacher_tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("student_is_moe", "teacher_is_moe", "changes", "named"),
+    [
+        (False, True, {}, None),  # only the student decodes
+        (True, False, {}, "experts"),
+        (True, False, ANSWERS, None),
+        (True, False, {**ANSWERS, "eval_prompts": "e.jsonl"}, "experts"),
+        (False, True, ANSWERS, "--teacher-load big: --rollout-graphs = 'on': .* experts"),
+        (False, True, {**ANSWERS, "teacher_url": ["http://host:1"]}, None),
+        (False, False, {"tensor_model_parallel_size": 2, **ANSWERS, "teacher_ranks": 1}, None),
+        (False, False, {**ANSWERS, **ON_RANKS}, "between the 2 processes"),
+        (False, False, {"fp8_format": "hybrid"}, "FP8 keeps converted weights"),
+        (False, False, {"fp8_format": "hybrid", **ANSWERS}, None),
+    ],
+)
+def test_only_models_that_decode_are_recorded(
+    student_is_moe: bool, teacher_is_moe: bool, changes: dict[str, object], named: str | None
+) -> None:
+    student, teacher = (architecture(is_moe=is_moe) for is_moe in (student_is_moe, teacher_is_moe))
+    config = config_with(SHORT, teacher_load="big", **changes)
+    assert refusal(validate_architecture, config, student, teacher) is None
+    message = refusal(validate_architecture, config.changed(**RECORDED), student, teacher)
+    assert message is None if named is None else re.search(named, message or ""), message
 
 
 def test_a_teacher_on_ranks_of_its_own_has_no_virtual_stages() -> None:

@@ -61,6 +61,8 @@ WITHOUT_OWN = {**SCP, "param_groups": [{"pattern": "attention"}, {"pattern": "de
 TOP_16_RANKS = {**TOP_16, "teacher_ranks": 2}
 TOP_16_ELSEWHERE = {**TOP_16, "teacher_url": ["http://host:8100"]}
 
+ANSWERED_ELSEWHERE = {**SFT_ON_TEACHER, "teacher_ranks": 1, "context_parallel_size": 2}
+
 TWO_MODES = {**OPDLM, "context_attention": "causal"}
 DRAFTED = {**TWO_MODES, "eval_prompts": "e.jsonl", "eval_decodings": ["speculative"]}
 
@@ -255,7 +257,9 @@ CASES = [
     Case("fp8_recipe", "tensorwise", (OPDLM,), ({**OPDLM, "fp8_format": "hybrid"},)),
     Case("decoding_groups", 4, (OPDLM,), ()),  # used: with processes for the stages
     Case("num_virtual_stages_per_pipeline_rank", 2, (OPDLM,), ()),
-    Case("rollout_context_parallel", "tokens", (OPDLM, SFT), ()),  # used: with processes for it
+    Case(
+        "rollout_context_parallel", "tokens", (OPDLM, SFT, ANSWERED_ELSEWHERE), ()
+    ),  # used: with processes for it
     Case("async_save", False, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval", 5, (OPDLM,), (WITH_FOLDER,)),
     Case("save_interval_minutes", 5.0, (OPDLM,), (WITH_FOLDER,)),

@@ -1,8 +1,11 @@
 """Replayed forwards give what the modules give; what may not be replayed is noticed."""
 
 import dataclasses
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.megatron_internals import views_kept
 from megatron_dlm.models.model import DiffusionGPTModel
+from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import kv_cache
 from megatron_dlm.rollout.captured_forwards import Capture, CapturedForwards, token_bucket
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.recorded_forwards import MAX_RECORDINGS
 from megatron_dlm.rollout.strategies import STRATEGIES
-from megatron_dlm.rollout.traced_forwards import TracedForwards
+from megatron_dlm.rollout.traced_forwards import _OF_MODELS, MAX_STATES, TracedForwards
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Trajectory
 from tests.unit_tests.rollout.tiny_models import (
@@ -28,8 +33,10 @@ from tests.unit_tests.rollout.tiny_models import (
     SPECULATIVE,
     VOCAB_SIZE,
     fields,
+    load_model,
     make_engine,
     make_prompts,
+    save_tiny_model,
     tiny_model,
 )
 
@@ -40,6 +47,11 @@ PROMPTS = make_prompts([5, 40, 8, 2])
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
     with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
         yield loaded
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    _OF_MODELS.clear()
 
 
 def results(trajectories: list[Trajectory]) -> list[tuple]:
@@ -79,13 +91,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def test_replayed_rollouts_are_the_same_in_every_bit(model: DiffusionGPTModel) -> None:
     """Under every setting; one recording is of all, for it is of the model."""
-    recorder = TracedForwards(after=0)
+    recorder = TracedForwards(model, after=0)
     for name, changes in SETTINGS.items():
         engine = make_engine(model, keeps_confidence=True, rollout_graphs="on", **changes)
         engine._traced = recorder
         assert generated(engine) == expected(model, **changes), name
-    assert recorder.problem is None
-    assert recorder.replayed == recorder._forwards > 5 * len(SETTINGS)
+    assert recorder.history.problem is None
+    assert recorder.replayed == recorder.history.forwards > 5 * len(SETTINGS)
     assert recorder.recorded == 1
 
 
@@ -127,30 +139,84 @@ def test_what_the_host_decides_in_a_forward_is_noticed(
         calls.append(x)
         return forward(x) * len(calls)
 
+    def fails(x: Tensor) -> Tensor:
+        if type(x) is not Tensor:
+            raise KeyError("another kind of tensor")
+        return forward(x)
+
     for function, problem in (
-        (reads, "Could not guard on data-dependent expression"),
+        (reads, "GuardOnDataDependentSymNode: Could not guard on data-dependent expression"),
         (keeps, r"a tensor of shape \(1,\) is not the model's"),
         (changes, "replayed at once, the forward has another result"),
+        (fails, "KeyError: 'another kind of tensor'"),
     ):
+        _OF_MODELS.clear()
         monkeypatch.setattr(norm, "forward", function)
         calls.clear()
         engine = make_engine(model, rollout_graphs="on")
         engine.generate(PROMPTS, 6)
         recorder = traced(engine)
-        assert recorder.problem is not None
-        assert re.match(problem, recorder.problem), recorder.problem
+        assert recorder.history.problem is not None
+        assert re.match(problem, recorder.history.problem), recorder.history.problem
         assert recorder.replayed == 0
 
 
 def test_recordings_come_after_some_forwards_and_stay(model: DiffusionGPTModel) -> None:
-    """By default, short rollouts record nothing; the recordings of an engine outlive a call."""
+    """By default, short rollouts record nothing; recordings outlive a call."""
     engine = make_engine(model, keeps_confidence=True)
-    recorder = TracedForwards(after=30)
+    recorder = TracedForwards(model, after=30)
     engine._traced = recorder
     same = expected(model)
     assert [generated(engine) for _ in range(3)] == [same] * 3
     assert recorder.recorded == 1
-    assert recorder.replayed == recorder._forwards - 30
+    assert recorder.replayed == recorder.history.forwards - 30
+
+
+def check_shared_recordings(model: DiffusionGPTModel) -> None:
+    """Of engines one after the other, with adapters on and off."""
+    layer = model.decoder.layers[0].mlp.linear_fc1
+
+    def decoded(choice: str, enabled: bool) -> TracedForwards:
+        layer.adapter_enabled = enabled
+        engine = make_engine(model, rollout_graphs=choice)
+        engine.generate(PROMPTS, 3)
+        return traced(engine)
+
+    first = decoded("auto", True)
+    forwards = first.history.forwards
+    assert first.replayed == 0
+    on, off, on_again, off_again = (decoded("on", x) for x in (True, False, True, False))
+    assert [r.recorded for r in (on, off, on_again, off_again)] == [1, 1, 0, 0]
+    assert on_again.replayed == off_again.replayed == on.replayed == forwards
+    assert first.history is on.history is on_again.history
+    assert off.history is off_again.history
+    assert on.history.forwards == 3 * forwards
+
+
+def test_engines_of_a_model_share_recordings(tmp_path: Path) -> None:
+    """They end with the model."""
+    save_tiny_model(tmp_path)
+    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
+        model = load_model(tmp_path)
+        check_shared_recordings(model)
+        assert len(_OF_MODELS) == 1
+        ended = weakref.ref(model)
+        del model
+        gc.collect()
+        assert ended() is None
+        assert len(_OF_MODELS) == 0
+
+
+def test_few_states_are_kept(model: DiffusionGPTModel) -> None:
+    of_model = TracedForwards(model)._of_model
+    first = of_model.in_state("tensors", 0)
+    assert of_model.in_state("tensors", 0) is first
+    for state in range(1, MAX_STATES + 1):
+        of_model.in_state("tensors", state)
+    assert len(of_model.states) == MAX_STATES
+    assert of_model.in_state("tensors", 0) is not first
+    of_model.in_state("others", 0)
+    assert len(of_model.states) == 1
 
 
 def test_what_is_not_recorded_is_refused(model: DiffusionGPTModel) -> None:
@@ -192,7 +258,7 @@ def test_graphs_of_fixed_sizes_and_memory(
         recorder = captured(monkeypatch, capture)
         engine = make_engine(model, keeps_confidence=True, rollout_graphs="on", **changes)
         found.append(generated(engine))
-        assert recorder.problem is None
+        assert recorder.history.problem is None
         assert recorder.replayed > recorder.recorded >= 1
     assert found[0] == found[1]
     assert [t[:-1] for t in found[1]] == plain
@@ -226,7 +292,7 @@ def test_a_long_rollout_has_few_graphs(
     engine.generate(prompts, 200)
     assert len(recorder._buckets) <= MAX_RECORDINGS
     assert recorder.recorded <= MAX_RECORDINGS
-    assert recorder.replayed > 0.7 * recorder._forwards
+    assert recorder.replayed > 0.7 * recorder.history.forwards
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 32])
