@@ -29,6 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from megatron_dlm import platform
 from megatron_dlm.models.experts import ExpertLinear
 from megatron_dlm.models.grouped_linear import grouped_linear
+from megatron_dlm.models.lora_layers import LowRankAdapter
 from megatron_dlm.models.model import chunks_of
 
 E4M3 = torch.float8_e4m3fn
@@ -220,10 +221,14 @@ def _in_fp8(layer: _Linear) -> Fp8ParallelLinear | Fp8ExpertLinear:
 
 @contextmanager
 def linear_weights_without_memory() -> Iterator[None]:
-    """Around building a model: weights of linear layers are on meta as soon as they are made."""
+    """Around building a model: weights of its decoder's linear layers are on meta when made.
+
+    Only the decoder's layers take adapters. The output layer keeps its memory: where it is tied to
+    the embedding of another pipeline stage, Megatron-Core sums both when the model is built.
+    """
 
     def on_meta(module: torch.nn.Module, name: str, parameter: Parameter | None) -> Any:
-        if parameter is None or name != "weight" or not isinstance(module, _Linear):
+        if parameter is None or name != "weight" or not isinstance(module, LowRankAdapter):
             return None
         return Parameter(parameter.detach().to("meta"), requires_grad=False)
 
@@ -241,18 +246,12 @@ class Fp8Loading:
     those of `keep_in_fp8` after loading.
 
     Args:
-        model: Its other weights get their memory here.
+        model: Its other weights have memory.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._layers = [(*place, _in_fp8(place[2])) for place in _linear_layers(model)]
         self._of_weight = {id(old.weight): new for _, _, old, new in self._layers}
-        for module in model.modules():  # the output layer
-            weight = module.weight if isinstance(module, _Linear) else None
-            if weight is not None and weight.is_meta and id(weight) not in self._of_weight:
-                real = Parameter(torch.empty_like(weight, device=platform.device()), False)
-                vars(real).update(vars(weight))
-                module.weight = real
 
     def place(self, parameter: Tensor, shard: Tensor, others: Iterable[Tensor]) -> None:
         """Take a tensor of the checkpoint.
