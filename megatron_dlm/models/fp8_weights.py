@@ -83,12 +83,12 @@ class _Fp8Weight(torch.nn.Module):
         self.register_buffer("scale", scale)
 
     def fill(self, weight: Tensor, others: Iterable[Tensor], expert: int | None) -> None:
-        """Take the values of a weight [o, i].
+        """Take the values of a weight [o, i], or of all experts' [L, o, i].
 
         Args:
             weight: This rank's part.
             others: The other parts of the same outputs, one at a time.
-            expert: Whose it is; None where there are none.
+            expert: Whose it is; None where there are none, and for all of them.
         """
         largest = weight.float().abs().amax(-1, keepdim=True)
         for other in others:
@@ -257,17 +257,18 @@ class Fp8Loading:
         """Take a tensor of the checkpoint.
 
         Args:
-            parameter: Of the model, or an expert's part of one.
+            parameter: Of the model, or a view of an expert's part of one.
             shard: Its values.
             others: Those of the other ranks that share the tensor, one at a time.
         """
         if not parameter.is_meta:
             parameter.copy_(shard)
             return
+        is_whole = parameter._base is None
         base = parameter if parameter._base is None else parameter._base
         layer, dtype, device = self._of_weight[id(base)], parameter.dtype, platform.device()
         expert = None
-        if isinstance(layer, Fp8ExpertLinear):
+        if isinstance(layer, Fp8ExpertLinear) and not is_whole:
             expert = parameter.storage_offset() // parameter.numel()
         needed = others if layer.splits_inputs else ()
         layer.weight.fill(

@@ -148,6 +148,11 @@ def merge_adapters(model: torch.nn.Module) -> None:
             layer.merge_adapter()
 
 
+def linear_layers_by_weight(model: torch.nn.Module) -> dict[Tensor, LowRankAdapter]:
+    """The layers that may have adapters, by their weights."""
+    return {layer.weight: layer for _, layer in _layers(model)}
+
+
 def remove_adapters(model: torch.nn.Module) -> None:
     """Take the adapters away; the weights stay as they are."""
     for _, layer in _layers(model):

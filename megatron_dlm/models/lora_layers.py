@@ -119,9 +119,12 @@ class LowRankAdapter(ABC):
         """Add the adapter to the weight, in float32, and remove it."""
         assert self.lora_a is not None
         assert self.lora_b is not None
-        delta = self.lora_scale * (self.lora_b.float() @ self.lora_a.float())
-        self.weight.copy_(self.weight.float() + delta)
+        self.weight.copy_(self.merged(self.weight, self.lora_a, self.lora_b))
         self.remove_adapter()
+
+    def merged(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """A weight of this layer with an adapter added to it, in float32."""
+        return weight.float() + self.lora_scale * (lora_b.float() @ lora_a.float())
 
     def remove_adapter(self) -> None:
         """Take the adapter away; the weight stays as it is."""

@@ -60,5 +60,6 @@ class LoadableWeights(ModelWeights, Protocol):
         Args:
             model: The model.
             place: Takes each parameter, its values, and those of the other shards of the same
-                tensor, of a Hugging Face folder; None: values are copied into the parameter.
+                tensor; of a Megatron checkpoint only parameters on meta. None: values are copied
+                into the parameter.
         """

@@ -1,12 +1,7 @@
 """Build a teacher's model with its weights, in its precision."""
 
-from megatron_dlm import platform
 from megatron_dlm.config import Config
-from megatron_dlm.models.fp8_weights import (
-    Fp8Loading,
-    keep_in_fp8,
-    linear_weights_without_memory,
-)
+from megatron_dlm.models.fp8_weights import Fp8Loading, linear_weights_without_memory
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.models.weights import LoadableWeights
@@ -26,11 +21,6 @@ def load_teacher(weights: LoadableWeights, config: Config) -> StageModel:
     if config.teacher_precision != "fp8":
         model = build_frozen_model(sizes, own)
         weights.load_into(model)
-    elif weights.is_megatron:  # a distributed checkpoint is read as a whole
-        model = build_frozen_model(sizes, own)
-        weights.load_into(model)
-        keep_in_fp8(model)
-        platform.release_memory()
     else:
         with linear_weights_without_memory():
             model = build_frozen_model(sizes, own)

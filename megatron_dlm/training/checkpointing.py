@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
 from megatron_dlm.conversion.hf_checkpoint import is_finite
+from megatron_dlm.conversion.hf_import import Place
 from megatron_dlm.conversion.tokenizer_files import TOKENIZER_FILES
 from megatron_dlm.entry import warn
 from megatron_dlm.errors import UserError, bad_value
@@ -27,12 +30,14 @@ from megatron_dlm.models.architecture import GENERATION_CONFIG
 from megatron_dlm.models.lora import (
     attach_adapters,
     can_have_adapters,
+    linear_layers_by_weight,
     merge_adapters,
     remove_adapters,
 )
-from megatron_dlm.models.model_parameters import global_names
+from megatron_dlm.models.model_parameters import ADAPTER_PARAMETER, global_names
 from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero
 from megatron_dlm.training.checkpoint_metadata import checked_metadata
+from megatron_dlm.training.checkpoint_slices import TensorReader, parts_along_inputs
 from megatron_dlm.training.checkpoint_writing import UNREADABLE
 from megatron_dlm.training.manifest import damages
 from megatron_dlm.training.optimizer_state import (
@@ -177,18 +182,25 @@ def _check_values(model: torch.nn.Module, checkpoint: Path, field: str) -> None:
     """Check that all weights are finite numbers; all ranks call this."""
     with errors_on_all_ranks():
         for parameter, name in global_names(model).items():
-            if not is_finite(parameter.detach()):
-                raise bad_value(
-                    field,
-                    str(checkpoint),
-                    f"tensor {name} holds NaN or infinite values",
-                    "load an earlier checkpoint",
-                )
+            if not (parameter.is_meta or is_finite(parameter.detach())):
+                raise _not_finite(name, checkpoint, field)
+
+
+def _not_finite(name: str, checkpoint: Path, field: str) -> UserError:
+    problem = f"tensor {name} holds NaN or infinite values"
+    return bad_value(field, str(checkpoint), problem, "load an earlier checkpoint")
 
 
 def _load(state: dict[str, Any], checkpoint: Path, field: str) -> dict[str, Any]:
-    try:
+    with _told_as_damaged(checkpoint, field):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint))
+    return loaded
+
+
+@contextmanager
+def _told_as_damaged(checkpoint: Path, field: str) -> Iterator[None]:
+    try:
+        yield
     except (*UNREADABLE, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise bad_value(
@@ -197,7 +209,6 @@ def _load(state: dict[str, Any], checkpoint: Path, field: str) -> dict[str, Any]
             f"cannot be loaded ({reason})",
             "load another checkpoint, of this architecture",
         ) from error
-    return loaded
 
 
 def _load_common(checkpoint: Path, field: str) -> dict[str, Any]:
@@ -221,6 +232,7 @@ def load_weights(
     field: str = "--load",
     adapters: AdapterUse = "merge",
     verify: bool = True,
+    place: Place | None = None,
 ) -> None:
     """Load the weights of a checkpoint into a model of any parallel layout.
 
@@ -231,6 +243,8 @@ def load_weights(
         adapters: Adapters of the checkpoint are merged, so that the model is the one that was
             trained; left in place, or removed.
         verify: See `verified_checkpoint`.
+        place: Takes each weight that is on meta, with its adapter merged: one at a time is in
+            memory. Adapters of these layers go away without values.
 
     Raises:
         UserError: There is no checkpoint, it does not fit the model, or its values are not all
@@ -243,13 +257,63 @@ def load_weights(
     state = sharded_state(model, None, is_loading=True)
     with errors_on_all_ranks():
         _check_shapes(state, checkpoint, field)
-    loaded = _load(state, checkpoint, field)
-    unwrap_model(model).load_state_dict(loaded["model"])
-    if adapters == "merge":
+    of_layers = _on_meta(state["model"])
+    assert place is not None or not of_layers
+    rest = {name: stored for name, stored in state["model"].items() if name not in of_layers}
+    loaded = _load({"model": rest}, checkpoint, field)["model"]
+    on_meta = {name: stored.data for name, stored in of_layers.items()}
+    unwrap_model(model).load_state_dict(loaded | on_meta)
+    if place is not None:
+        assert adapters == "merge"
+        with errors_on_all_ranks():
+            _place_layers(model, of_layers, place, checkpoint, field)
+        remove_adapters(model)
+    elif adapters == "merge":
         merge_adapters(model)
     elif adapters == "remove":
         remove_adapters(model)
     _check_values(model, checkpoint, field)
+
+
+def _on_meta(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a model's sharded state has no memory."""
+    return {
+        name: stored
+        for name, stored in state.items()
+        if isinstance(stored, (dist_checkpointing.ShardedTensor, ShardedTensorFactory))
+        and stored.data is not None
+        and stored.data.is_meta
+    }
+
+
+@torch.no_grad()
+def _place_layers(
+    model: torch.nn.Module, state: dict[str, Any], place: Place, checkpoint: Path, field: str
+) -> None:
+    """Read what has no memory, one linear layer after the other; see `load_weights`."""
+    layers = linear_layers_by_weight(model)
+    reader = TensorReader(checkpoint, checked_metadata(checkpoint, field))
+    for name, stored in state.items():
+        if ADAPTER_PARAMETER.search(name):
+            continue  # with its layer's weight
+        layer = layers[stored.data]
+        of_layer = name.removesuffix("weight")
+        adapter = [state.get(of_layer + part) for part in ("lora_a", "lora_b")]
+
+        def read(
+            further: int, stored: Any = stored, layer: Any = layer, adapter: Any = adapter
+        ) -> torch.Tensor:
+            weight = reader.read(stored, further)
+            if None in adapter:
+                return weight
+            merged = layer.merged(weight, *(reader.read(part, further) for part in adapter))
+            return merged.to(weight.dtype)
+
+        with _told_as_damaged(checkpoint, field):
+            weight = read(0)
+            if not is_finite(weight):
+                raise _not_finite(name, checkpoint, field)
+            place(stored.data, weight, map(read, range(1, parts_along_inputs(stored))))
 
 
 def attach_adapters_of_run(

@@ -150,7 +150,7 @@ class ModelSource:
         Args:
             model: Without adapters.
             adapters: What becomes of those of a run; see `load_weights`.
-            place: Takes tensors of a Hugging Face folder; see `load_hf_weights`.
+            place: Takes tensors one by one; see `LoadableWeights`.
 
         Raises:
             UserError: The weights do not fit the model; raised on all ranks.
@@ -161,7 +161,7 @@ class ModelSource:
         from megatron_dlm.training.checkpointing import load_weights
 
         if self.is_megatron:
-            load_weights(self.path, model, self.field, adapters, self.verify)
+            load_weights(self.path, model, self.field, adapters, self.verify, place)
         else:
             with errors_on_all_ranks():
                 load_hf_weights(model, self.architecture, self.hf_folder, self.field, place)

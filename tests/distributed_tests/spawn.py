@@ -21,9 +21,18 @@ import torch.multiprocessing as mp
 from tests.gloo import share_gloo_device
 
 # Ranks are forks of one clean process that has imported what takes seconds to import: every
-# optimizer of PyTorch imports torch._dynamo when it is made.
+# optimizer of PyTorch imports torch._dynamo when it is made, FlexAttention the rest.
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "tests.tiny", "megatron_dlm.api", "torch._dynamo"])
+PROCESSES.set_forkserver_preload(
+    [
+        "pytest",
+        "tests.tiny",
+        "megatron_dlm.api",
+        "torch._dynamo",
+        "torch._dynamo.backends.debugging",
+        "torch._functorch.aot_autograd",
+    ]
+)
 
 _join: Callable[[], None]
 """Joins this rank's world; set in the processes of `run_distributed`."""

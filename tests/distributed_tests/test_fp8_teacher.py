@@ -10,8 +10,10 @@ from megatron_dlm.config import Config
 from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.fp8_weights import E4M3
 from megatron_dlm.models.model import head_weight
+from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import initialized
 from megatron_dlm.teacher.loading import load_teacher
+from megatron_dlm.training.checkpoint_saving import save_checkpoint
 from megatron_dlm.training.model_source import open_model_source
 from tests.distributed_tests.layouts import EP, SP, TP
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
@@ -50,7 +52,35 @@ def _on_rank(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     for name, (kind, layout) in LAYOUTS.items():
         found[name] = _teacher(folder / kind, layout)
         rejoin_world()
+        of_run = _teacher(folder / f"{kind}_run", layout)["weights"]
+        rejoin_world()
+        assert of_run.keys() == found[name]["weights"].keys()
+        for weight, tensor in found[name]["weights"].items():
+            assert torch.equal(of_run[weight], tensor), (name, weight)
     return found
+
+
+def _save_run(folder: Path, kind: str) -> None:
+    """The same weights as those of a run."""
+    config = Config.from_dict({"device": "cpu"})
+    source = open_model_source(str(folder / kind), "--load")
+    with initialized(config):
+        model = build_frozen_model(source.architecture, config)
+        source.load_into(model)
+        hf = dict(hf_config=source.architecture.hf_config, tokenizer_folder=folder / kind)
+        save_checkpoint(folder / f"{kind}_run", model, **hf)
+
+
+def _part(weight: str, whole: Tensor, rank: int, layout: dict[str, Any]) -> Tensor:
+    """What one of two ranks holds of values [..., o, i] or scales [..., o, 1]."""
+    if EP in layout:
+        return whole.chunk(2)[rank] if ".experts." in weight else whole
+    if "linear_fc1" in weight:  # of gate and of up a half each
+        return torch.cat([half.chunk(2, -2)[rank] for half in whole.chunk(2, -2)], -2)
+    if "linear_qkv" in weight:  # group by group
+        return whole.chunk(2, -2)[rank]
+    # Parts of the inputs lie end to end, under one scale of the whole output.
+    return whole.chunk(2, -1)[rank] if weight.endswith(".values") else whole
 
 
 def _log_probs(hidden: Tensor, head: Tensor) -> Tensor:
@@ -60,6 +90,7 @@ def _log_probs(hidden: Tensor, head: Tensor) -> Tensor:
 def test_layouts_have_the_weights_of_one_process_and_say_the_same(tmp_path: Path) -> None:
     for kind in ("dense", "moe"):
         save_random_model(tmp_path / kind, moe=kind == "moe", **SIZES)
+        _save_run(tmp_path, kind)
     alone = {kind: _teacher(tmp_path / kind, {}) for kind in ("dense", "moe")}
     ranks = run_distributed(_on_rank, 2, tmp_path)
     for name, (kind, layout) in LAYOUTS.items():
@@ -73,17 +104,5 @@ def test_layouts_have_the_weights_of_one_process_and_say_the_same(tmp_path: Path
             for weight, tensor in found["weights"].items():
                 if not weight.endswith((".values", ".scale")):
                     continue
-                whole = one["weights"][weight]
-                if EP in layout and ".experts." in weight:
-                    half = len(whole) // 2
-                    whole = whole[rank * half : (rank + 1) * half]
-                for axis in range(whole.dim()):
-                    if tensor.shape[axis] != whole.shape[axis] and axis == whole.dim() - 1:
-                        # Parts of the inputs lie end to end, under one scale of the whole output.
-                        whole = whole.chunk(2, axis)[rank]
-                if tensor.shape == whole.shape:
-                    assert torch.equal(tensor, whole), (name, weight)
-                else:  # outputs are dealt out group by group: all of these rows are among those
-                    rows = whole.flatten(0, -2)
-                    for row in tensor.flatten(0, -2):
-                        assert bool((rows == row).all(-1).any()), (name, weight)
+                expected_part = _part(weight, one["weights"][weight], rank, layout)
+                assert torch.equal(tensor, expected_part), (name, weight)

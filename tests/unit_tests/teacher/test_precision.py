@@ -21,17 +21,21 @@ from megatron_dlm.models.fp8_weights import (
     to_fp8,
     weight_bytes,
 )
+from megatron_dlm.models.lora import attach_adapters, merge_adapters
 from megatron_dlm.models.model import DiffusionGPTModel, head_weight
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import initialized
 from megatron_dlm.teacher.loading import load_teacher
-from megatron_dlm.training.model_source import open_model_source
+from megatron_dlm.training.checkpoint_saving import save_checkpoint
+from megatron_dlm.training.model_source import ModelSource, open_model_source
 from tests.tiny import save_random_model
 
 TOKENS = torch.arange(3, 64)
 WIDE = dict(
     initializer_range=0.09, hidden_size=128, intermediate_size=256, head_dim=32, vocab_size=512
 )
+
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 @pytest.fixture(scope="module")
@@ -80,30 +84,45 @@ def test_less_precise_teachers_say_nearly_the_same_in_less_memory(folder: Path, 
     assert E4M3 in kept
 
 
+def save_run(folder: Path, source: ModelSource, model: DiffusionGPTModel) -> ModelSource:
+    """The weights as those of a run that has trained adapters of them."""
+    options = dict(lora_rank=3, lora_alpha=6.0, lora_target_modules=TARGETS, seed=5)
+    attach_adapters(model, rank=3, alpha=6.0, target_modules=TARGETS, seed=5)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data.uniform_(-0.1, 0.1, generator=generator)
+    hf = dict(hf_config=source.architecture.hf_config, tokenizer_folder=source.hf_folder)
+    save_checkpoint(folder, model, run_config=options, **hf)
+    merge_adapters(model)
+    return open_model_source(str(folder), "--teacher-load")
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_weights_are_rounded_one_tensor_at_a_time(folder: Path, kind: str) -> None:
     """At no moment is more there than the finished model and a few tensors beside it."""
     config = Config.from_dict({"teacher_precision": "fp8", "device": "cpu"})
     sizes: dict[str, Any] = dict(WIDE, num_hidden_layers=16, moe_intermediate_size=64)
     deep = save_random_model(folder / f"{kind}_deep", moe=kind == "moe", **sizes)
-    source = open_model_source(str(deep), "--teacher-load")
+    hf = open_model_source(str(deep), "--teacher-load")
     with initialized(config):
-        with LiveMemory(on_host=True) as memory:
-            model = load_teacher(source, config)
-        kept = weight_bytes(model)
-        whole = build_frozen_model(source.architecture, config.of_teacher())
-        source.load_into(whole)
-        unrounded = weight_bytes(whole)
-        keep_in_fp8(whole)
-    largest = max(p.numel() for p in (*whole.parameters(), *whole.buffers()))
-    # One tensor as it is made, or read, widened, divided and cut: five times in float32.
-    assert memory.most < kept + 20 * largest
-    assert memory.most < unrounded
-    expected = whole.state_dict()
-    assert model.state_dict().keys() == expected.keys()
-    for name, tensor in model.state_dict().items():
-        if tensor is not None:
-            assert torch.equal(tensor.float(), expected[name].float()), name
+        for of_run in (False, True):
+            whole = build_frozen_model(hf.architecture, config.of_teacher())
+            hf.load_into(whole)
+            source = save_run(folder / f"{kind}_run", hf, whole) if of_run else hf
+            with LiveMemory(on_host=True) as memory:
+                model = load_teacher(source, config)
+            kept, unrounded = weight_bytes(model), weight_bytes(whole)
+            keep_in_fp8(whole)
+            largest = max(p.numel() for p in (*whole.parameters(), *whole.buffers()))
+            # One tensor as it is made, or read, widened, divided and cut: five times in float32.
+            assert memory.most < kept + 20 * largest
+            assert memory.most < unrounded
+            expected = whole.state_dict()
+            assert model.state_dict().keys() == expected.keys()
+            for name, tensor in model.state_dict().items():
+                if tensor is not None:
+                    assert torch.equal(tensor.float(), expected[name].float()), name
 
 
 def test_every_value_is_as_near_as_stated() -> None:
