@@ -371,6 +371,13 @@ def errors_on_all_ranks() -> Iterator[None]:
             raise UserError(message) from own
 
 
+def highest_of_ranks(value: int) -> int:
+    """The largest number that one of all ranks has; all call this."""
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return max(values)
+
+
 def from_rank_zero(decide: Callable[[], T]) -> T:
     """What `decide` returns on rank 0, on all ranks: what they find may differ, in a shared folder.
 

@@ -77,7 +77,11 @@ def _run(
     from megatron_dlm.data.token_shards import ALONE
     from megatron_dlm.training.inputs import joined_ranks, read_inputs
 
-    inputs = read_inputs(config, resumed, joined_ranks() if have_joined else ALONE)
+    try:
+        inputs = read_inputs(config, resumed, joined_ranks() if have_joined else ALONE, request)
+    except StopRequested as stopped:
+        _report_stop(stopped, config, None)
+        return PREEMPTED_STATUS
     _say(start.notice)
     from megatron_dlm.training.start_summary import start_summary
 
@@ -96,7 +100,7 @@ def _run(
         elsewhere = None if line is None else line.asked_to_stop
         with StopAgreement(request, groups, timeout, elsewhere) as stop:
             try:
-                client = None if line is None else ranks_client(config, line)
+                client = None if line is None else ranks_client(config, line, stop)
                 with progress_display(rank() == 0):  # a teacher may answer prompts for hours
                     run = build_run(config, inputs, stop, client)
                 gc.freeze()  # what is there stays: no later collection need look at it

@@ -53,12 +53,14 @@ class Ranks:
         size: Of all.
         errors_on_all: Raises the first error of any of them on all; see `parallel`.
         from_first: What a function returns on the first of them; see `parallel`.
+        highest: The largest number that one of them has.
     """
 
     rank: int = 0
     size: int = 1
     errors_on_all: Callable[[], AbstractContextManager[None]] = nullcontext
     from_first: Callable[[Callable[[], Any]], Any] = lambda decide: decide()
+    highest: Callable[[int], int] = int
 
 
 ALONE = Ranks()

@@ -20,7 +20,11 @@ KEPT_BYTES = 1 << 30
 more is computed ahead; what was asked for makes room first."""
 
 KEPT_SECONDS = 3600.0
-"""After which nobody is expected to ask for a result."""
+"""After which nobody is expected to ask for a result that was given, or sent ahead."""
+
+ABANDONED_SECONDS = 120.0
+"""After which whoever has asked does not come back: a client asks again at once, or after half a
+minute at most."""
 
 TOKENS_AT_ONCE = 65536
 """A batch of texts for the teacher has about so many tokens, or one row."""
@@ -42,20 +46,33 @@ Result = TeacherTargets | list[int]
 
 @dataclass
 class _Work:
-    """Something that waits for the teacher."""
+    """Something that waits for the teacher, and when somebody last asked for it."""
 
     item: Item
     waiting: list[Future[Any]] = field(default_factory=list)
+    asked: float | None = None
+
+    def is_abandoned(self, now: float) -> bool:
+        """Whether all who asked have gone."""
+        if self.asked is None or now - self.asked <= ABANDONED_SECONDS:
+            return False
+        return all(future.cancelled() for future in self.waiting)
 
 
 @dataclass
 class _Kept:
-    """A result, and whether somebody got it."""
+    """A result, whether somebody has asked for it, and whether somebody got it."""
 
     result: Result
     num_bytes: int
+    was_asked: bool
     was_given: bool
     since: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it is kept."""
+        return ABANDONED_SECONDS if self.was_asked and not self.was_given else KEPT_SECONDS
 
 
 _Key = tuple[bytes, Wanted]
@@ -119,15 +136,16 @@ class TeacherQueue:
                     future.set_exception(self._error)
                 elif key in self._kept:
                     kept = self._kept[key]
-                    kept.was_given, kept.since = True, time.monotonic()
+                    kept.was_asked = kept.was_given = True
+                    kept.since = time.monotonic()
                     self._kept.move_to_end(key)
                     future.set_result(kept.result)
-                elif key in self._computed:
-                    self._computed[key].waiting.append(future)
                 else:
-                    work = place.get(key) or self._taken_ahead(key) or _Work(item)
+                    work = self._computed.get(key) or place.get(key)
+                    if work is None:
+                        work = place[key] = self._taken_ahead(key) or _Work(item)
                     work.waiting.append(future)
-                    place[key] = work
+                    work.asked = time.monotonic()
             self._changed.notify()
         return futures
 
@@ -171,9 +189,12 @@ class TeacherQueue:
             if not any(self._places) and not self.wants_head:
                 self._changed.wait(timeout_s)
             wanted: Wanted | None = None
-            used = 0
+            used, now = 0, time.monotonic()
             for place in self._places:
                 for key, work in list(place.items()):
+                    if work.is_abandoned(now):
+                        del place[key]
+                        continue
                     is_prompt = isinstance(key[1], Drawing)
                     cost = 1 if is_prompt else work.item.num_tokens
                     most = self._prompts_at_once if is_prompt else TOKENS_AT_ONCE
@@ -199,23 +220,17 @@ class TeacherQueue:
             return [self._prompts, self._asked, *ahead]
         return [self._asked, self._prompts, *ahead]
 
-    def answer(self, results: Sequence[Result]) -> None:
-        """Give the results of the batch that was taken."""
+    def answer(self, results: Sequence[Result | Exception]) -> None:
+        """Give the results of the batch that was taken, or why there is none."""
         now = time.monotonic()
         with self._changed:
             done, self._computed = self._computed, OrderedDict()
             for (key, work), result in zip(done.items(), results, strict=True):
                 given = [_settle(future, result) for future in work.waiting]
-                self._kept[key] = _Kept(result, _size(result), any(given), now)
+                if not isinstance(result, Exception):
+                    was_asked = work.asked is not None
+                    self._kept[key] = _Kept(result, _size(result), was_asked, any(given), now)
             self._forget()
-
-    def refuse(self, error: Exception) -> None:
-        """Give those who wait for the batch that was taken an error; others are answered."""
-        with self._changed:
-            done, self._computed = self._computed, OrderedDict()
-        for work in done.values():
-            for future in work.waiting:
-                _settle(future, error)
 
     def fail(self, error: Exception) -> None:
         """Give everybody who waits an error, and all who ask later."""
@@ -236,7 +251,7 @@ class TeacherQueue:
         """Make room: of what is old, and of what was given, the earliest first."""
         used, latest = sum(k.num_bytes for k in self._kept.values()), time.monotonic()
         for key, kept in list(self._kept.items()):
-            is_old = latest - kept.since > KEPT_SECONDS
+            is_old = latest - kept.since > kept.seconds
             if is_old or (kept.was_given and used > KEPT_BYTES):
                 used -= kept.num_bytes
                 del self._kept[key]

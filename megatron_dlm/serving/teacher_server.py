@@ -9,8 +9,10 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megatron_dlm import platform
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.data.tokenizer import has_tokenizer, load_tokenizer
@@ -126,18 +128,41 @@ def _answer(
 def _answer_batch(
     teacher: TextTeacher, queue: TeacherQueue, items: Sequence[Any], wanted: Wanted
 ) -> None:
-    """Compute a batch on all ranks in step."""
-    results: Sequence[Result]
-    try:
-        if isinstance(wanted, Drawing):
-            results = teacher.responses(items, wanted)
-        else:
-            results = teacher.targets(items, wanted)
-    except UserError as error:  # such as a KV cache that memory has no room for
-        queue.refuse(error)
-        return
+    """Compute a batch on all ranks in step; what there is no memory for is told that."""
+    results = _results(teacher, items, wanted)
     if teacher.is_first:
         queue.answer(results)
+
+
+def _results(
+    teacher: TextTeacher, items: Sequence[Any], wanted: Wanted
+) -> list[Result | Exception]:
+    """Results of a batch, in halves where memory has no room for all of it at once.
+
+    Where there is none for a single one, its error is in its place. Ranks in step divide it alike:
+    a KV cache that does not fit is an error on all of them. Where a forward of one of several ranks
+    runs out of memory, the others are in the middle of it, and the server ends.
+    """
+    alone = torch.OutOfMemoryError if teacher.in_step is None else UserError
+    try:
+        if isinstance(wanted, Drawing):
+            return list(teacher.responses(items, wanted))
+        return list(teacher.targets(items, wanted))
+    except (UserError, alone) as error:
+        if len(items) == 1:
+            return [_no_room(error)]
+    platform.release_memory()
+    half = len(items) // 2
+    return [
+        *_results(teacher, items[:half], wanted),
+        *_results(teacher, items[half:], wanted),
+    ]
+
+
+def _no_room(error: UserError | torch.OutOfMemoryError) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"the teacher has no memory for a single one: {str(error).splitlines()[0]}")
 
 
 def _from_first(in_step: dist.ProcessGroup | None, work: Any) -> Any:

@@ -83,11 +83,34 @@ class TeacherClient:
         Raises:
             UserError: A server does not answer, or they have different teachers.
         """
-        asked = {
-            self._thread.submit(self._identity_of(url)): [number]
-            for number, url in enumerate(self._urls)
-        }
-        found = Asked(asked).all_results()
+        asked = self._begin_identity()
+        asked.wait_to_the_end()
+        return self._same(asked)
+
+    def learn_identity(self, wait: "Callable[[Asked[Any]], None]") -> None:
+        """Ask who the teacher is, at first.
+
+        Args:
+            wait: Returns when all servers have said it.
+
+        Raises:
+            UserError: They have different teachers.
+        """
+        asked = self._begin_identity()
+        wait(asked)
+        vars(self)["identity"] = self._same(asked)
+
+    def _begin_identity(self) -> "Asked[TeacherIdentity]":
+        return Asked(
+            {
+                self._thread.submit(self._identity_of(url)): [number]
+                for number, url in enumerate(self._urls)
+            }
+        )
+
+    def _same(self, asked: "Asked[TeacherIdentity]") -> TeacherIdentity:
+        """What all servers have answered."""
+        found = asked.result()
         for url, other in zip(self._urls, found, strict=True):
             if other.computes != found[0].computes:
                 raise bad_value(

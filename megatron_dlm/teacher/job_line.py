@@ -13,7 +13,9 @@ from torch.distributed import Store  # type: ignore[attr-defined] # documented, 
 
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
+from megatron_dlm.stop_agreement import StopAgreement
 from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.waiting import wait_for
 
 LEAVE_SECONDS = 10.0
 """How long the student's ranks, one of which may keep the store, wait until the teacher's have
@@ -38,9 +40,13 @@ class JobLine:
         """Say where the teacher's servers are, and the key that they ask for."""
         self._store.set(_PLACE, json.dumps({"urls": list(urls), "key": key}))
 
-    def wait_for_place(self) -> tuple[list[str], str]:
-        """What was published; the teacher's weights are loaded by then."""
-        while not self._store.check([_PLACE]):
+    def wait_for_place(self, stop: StopAgreement) -> tuple[list[str], str]:
+        """What was published, when the teacher's weights are loaded; all ranks call this.
+
+        Raises:
+            StopRequested: On all ranks.
+        """
+        while stop.agree(not self._store.check([_PLACE]), False)[0]:
             time.sleep(POLL_SECONDS)
             ACTIVITY.step()  # the ranks that load are those to be named if nothing comes
         place = json.loads(self._store.get(_PLACE))
@@ -81,16 +87,23 @@ class JobLine:
             self._store.set(f"{_LEFT}/{rank}", "1")
 
 
-def ranks_client(config: Config, line: JobLine) -> TeacherClient:
-    """Reaches the teacher's ranks; waits until they have loaded it."""
-    urls, key = line.wait_for_place()
-    return TeacherClient(
+def ranks_client(config: Config, line: JobLine, stop: StopAgreement) -> TeacherClient:
+    """Reaches the teacher's ranks; waits until they have loaded it. All ranks call this.
+
+    Raises:
+        UserError: On all ranks: they do not answer.
+        StopRequested: On all ranks.
+    """
+    urls, key = line.wait_for_place(stop)
+    client = TeacherClient(
         urls,
         field="--teacher-ranks",
         max_requests=config.teacher.teacher_max_requests,
         timeout_s=config.teacher.teacher_timeout_s,
         key=key,
     )
+    client.learn_identity(lambda asked: wait_for(asked, stop))
+    return client
 
 
 def new_key() -> str:

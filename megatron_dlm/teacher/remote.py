@@ -7,7 +7,6 @@ memory would have: how its results are rounded depends on these.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,9 @@ from megatron_dlm import platform
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.model_provider import padded_vocab_size
 from megatron_dlm.models.row_packing import RowPacking
-from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.stop_agreement import StopAgreement
-from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.client import Asked, TeacherClient
 from megatron_dlm.teacher.waiting import wait_for
 from megatron_dlm.teacher.wire import TeacherRow, TeacherText
 from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets, TopKTargets
@@ -40,9 +39,13 @@ class RemoteTeacher:
 
     Attributes:
         model: None.
+        head: For hidden states, after the first call of `annotate`: the output layer's vocabulary
+            shard [V/tp, h] on the last stage. None with the most likely tokens: these are
+            probabilities already.
     """
 
     model: None = None
+    head: Tensor | None
 
     def __init__(
         self,
@@ -55,33 +58,36 @@ class RemoteTeacher:
     ) -> None:
         self._client, self._k, self._sizes = client, k, sizes
         self._groups, self._stop = groups, stop
+        self.head, self._has_head = None, False
         self._packing = RowPacking() if packing.max_tokens is not None else packing
         is_first = groups.tp is None or groups.tp.rank() == 0
         self._asks = groups.is_last_stage and groups.cp_rank == 0 and is_first
 
-    @cached_property
-    def head(self) -> Tensor | None:
-        """The output layer's vocabulary shard [V/tp, h] on the last stage, for hidden states.
-
-        None with the most likely tokens: these are probabilities already.
+    def _fetch_head(self) -> None:
+        """Fetch `head`, the first time; all ranks call this.
 
         Raises:
-            UserError: No server gave it.
+            UserError: On all ranks: no server gave it.
+            StopRequested: On all ranks.
         """
-        if self._k or not self._groups.is_last_stage:
-            return None
+        if self._k or self._has_head:
+            return
+        asked: Asked[Tensor] = Asked({})
         tp = self._groups.tp
         rank, ranks = (0, 1) if tp is None else (tp.rank(), tp.size())
         rows = padded_vocab_size(self._sizes.vocab_size, ranks) // ranks
         first = min(rank * rows, self._sizes.vocab_size)
         last = min(first + rows, self._sizes.vocab_size)
         width = self._sizes.hidden_size
-        if first == last:  # nothing but padding, which has no probability
-            own = self._client.head(0, 1, width)[:0]
-        else:
-            own = self._client.head(first, last, width)
-        padding = own.new_zeros(rows - len(own), width)
-        return torch.cat((own, padding)).to(platform.device())
+        if self._groups.is_last_stage:
+            # A shard of nothing but padding has a row for its type.
+            asked = self._client.begin_head(*((0, 1) if first == last else (first, last)), width)
+        wait_for(asked, self._stop)
+        self._has_head = True
+        for found in asked.result():
+            own = found[: last - first]
+            padding = own.new_zeros(rows - len(own), width)  # which has no probability
+            self.head = torch.cat((own, padding)).to(platform.device())
 
     def send_ahead(self, trajectory: Trajectory) -> None:
         """Begin with a finished trajectory, which is annotated later; any rank may call this."""
@@ -98,8 +104,7 @@ class RemoteTeacher:
         """
         texts = [TeacherText.of(trajectory) for trajectory in trajectories]
         counts = [len(text) for text in texts]
-        with errors_on_all_ranks():
-            _ = self.head  # the first time it is fetched
+        self._fetch_head()
         rows = []
         for indices in self._packing.rows([len(text.token_ids) for text in texts]):
             row = tuple(texts[index] for index in indices if len(texts[index]))

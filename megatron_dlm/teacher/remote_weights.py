@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.models.architecture import (
     Architecture,
     architecture_from_hf,
     read_diffusion_kind,
 )
-from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.stop_request import StopRequest, StopRequested
+from megatron_dlm.teacher.client import POLL_SECONDS, Asked, TeacherClient
 from megatron_dlm.teacher.wire import TeacherIdentity
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
@@ -52,6 +55,16 @@ class RemoteWeights:
         return self.identity.fingerprint
 
 
+def _wait(asked: Asked[Any], request: StopRequest | None) -> None:
+    """Wait where there are no process groups of the run yet."""
+    while not asked.has_ended:
+        asked.wait(POLL_SECONDS)
+        ACTIVITY.step()  # a server that hangs has a timeout of its own
+        if request is not None and request.code:
+            asked.cancel()
+            raise StopRequested(request.code)
+
+
 def url_client(config: Config) -> TeacherClient:
     """Reaches the servers in `--teacher-url`."""
     own = config.teacher
@@ -63,12 +76,21 @@ def url_client(config: Config) -> TeacherClient:
     )
 
 
-def remote_weights(config: Config, client: TeacherClient) -> RemoteWeights:
+def remote_weights(
+    config: Config, client: TeacherClient, request: StopRequest | None = None
+) -> RemoteWeights:
     """What the servers in `--teacher-url` hold.
+
+    Args:
+        config: Of the run.
+        client: Reaches them.
+        request: The wish to stop of this process, looked at meanwhile.
 
     Raises:
         UserError: They do not answer, or their model is not supported here.
+        StopRequested: It was asked to stop before they did.
     """
+    client.learn_identity(lambda asked: _wait(asked, request))
     url, identity = config.teacher.teacher_url[0], client.identity
     where = f"{url}: config.json"
     architecture = architecture_from_hf(identity.hf_config, where, identity.generation_config)

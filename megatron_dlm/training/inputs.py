@@ -27,6 +27,7 @@ from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.rewards import reward_of
 from megatron_dlm.models.architecture import Architecture, read_architecture, read_diffusion_kind
 from megatron_dlm.models.families import FAMILIES
+from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.teacher.inputs import (
     TeacherInputs,
     check_diffusion_student,
@@ -206,7 +207,9 @@ class _Models:
     special_tokens: SpecialTokens
 
 
-def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
+def _read_models(
+    config: Config, resumed: "Resumption | None", request: StopRequest | None
+) -> _Models:
     """Descriptions of the models, and the tokenizer."""
     source = original = teacher = client = None
     weights: ModelSource | RemoteWeights | None = None
@@ -232,7 +235,7 @@ def _read_models(config: Config, resumed: "Resumption | None") -> _Models:
         self_taught = check_diffusion_student(config, architecture)
     if config.teacher.teacher_url:
         client = url_client(config)
-        weights = remote_weights(config, client)
+        weights = remote_weights(config, client, request)
         check_teacher(architecture, weights, self_taught)
     elif config.needs_teacher:
         path = config.distillation.teacher_load or config.model.load
@@ -342,14 +345,21 @@ def joined_ranks() -> Ranks:
     """All processes, which have joined (`parallel.joined`)."""
     import torch
 
-    from megatron_dlm.parallel import errors_on_all_ranks, from_rank_zero  # loads Megatron-Core
+    from megatron_dlm.parallel import (  # loads Megatron-Core
+        errors_on_all_ranks,
+        from_rank_zero,
+        highest_of_ranks,
+    )
 
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Ranks(rank, size, errors_on_all_ranks, from_rank_zero)
+    return Ranks(rank, size, errors_on_all_ranks, from_rank_zero, highest_of_ranks)
 
 
 def read_inputs(
-    config: Config, resumed: "Resumption | None" = None, ranks: Ranks = ALONE
+    config: Config,
+    resumed: "Resumption | None" = None,
+    ranks: Ranks = ALONE,
+    request: StopRequest | None = None,
 ) -> RunInputs:
     """Read and check checkpoints' descriptions, tokenizer and data; loads no weights.
 
@@ -359,14 +369,22 @@ def read_inputs(
         config: Of the run.
         resumed: What it goes on from (`run_start.decide_start`); None for a new run.
         ranks: Who reads together.
+        request: The wish of this process to stop, looked at while servers are waited for.
 
     Raises:
         UserError: Anything that could not work, or a run that goes on was started with something
             else; on all of them.
+        StopRequested: One of them was asked to stop before servers have answered; on all of them.
     """
+    stop = 0
     with ranks.errors_on_all():
-        models = _read_models(config, resumed)
-        records = _open_data(config, models)
+        try:
+            models = _read_models(config, resumed, request)
+            records = _open_data(config, models)
+        except StopRequested as stopped:
+            stop = stopped.code
+    if stop := ranks.highest(stop):
+        raise StopRequested(stop)
     files = _token_files(config, models, ranks)
     with ranks.errors_on_all() if files is None else nullcontext():
         read = _read_data(config, models, records, files)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,11 +15,19 @@ import torch
 
 from megatron_dlm import server_requests
 from megatron_dlm.api_key import API_KEY_VARIABLE
+from megatron_dlm.config import Config
 from megatron_dlm.conversion.weight_transfer import BEGIN, END, GroupTransfer
 from megatron_dlm.errors import UserError
+from megatron_dlm.models.architecture import read_architecture
+from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.rollout.external.client import RolloutServer
+from megatron_dlm.stop_agreement import StopAgreement
+from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.teacher.client import TeacherClient
+from megatron_dlm.teacher.remote import RemoteTeacher
+from megatron_dlm.teacher.remote_weights import remote_weights
 from megatron_dlm.teacher.wire import Drawing, TeacherIdentity, TeacherPrompt
+from tests.tiny import save_random_model
 
 PROMPT = TeacherPrompt(0, torch.tensor([1, 2]), 4)
 DRAWING = Drawing(0.0, 0, 1.0, 0, (9,), 9, 8, 10)
@@ -176,6 +185,42 @@ def test_a_server_at_work_is_waited_for_as_long_as_it_comes_further(
         pytest.raises(UserError, match="has come no further in 30 s"),
     ):
         responses(client)
+
+
+def test_a_wish_to_stop_ends_the_questions_who_a_teacher_is_and_for_its_head(
+    tmp_path: Path,
+) -> None:
+    """Of a server that never answers, long before the time is up."""
+    asked, over = threading.Event(), threading.Event()
+
+    def silent(handler: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        over.wait(30)
+
+    def stopping() -> StopRequest:
+        request = StopRequest()
+        asked.clear()
+
+        def stop() -> None:
+            asked.wait(30)
+            request._handle(15, None)
+
+        threading.Thread(target=stop, daemon=True).start()
+        return request
+
+    config = Config.from_dict({"device": "cpu"})
+    sizes = read_architecture(save_random_model(tmp_path / "dense"))
+    with server(silent) as url, initialized(config):
+        with teacher(url, timeout_s=600.0) as client, pytest.raises(StopRequested):
+            remote_weights(config.changed(teacher_url=(url,)), client, stopping())
+        groups = ParallelGroups.from_parallel_state()
+        with (
+            teacher(url, timeout_s=600.0) as client,
+            StopAgreement(stopping(), groups) as stop,
+            pytest.raises(StopRequested),
+        ):
+            RemoteTeacher(client, 0, sizes, groups, stop).annotate([])
+        over.set()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Texts that wait for a teacher: order, copies, what is kept."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_prompts_are_answered_after_texts_and_before_what_nobody_waits_for() -> 
     # One batch that cannot be answered is no end of the others.
     (refused,) = queue.ask([prompt(6)], GREEDY)
     queue.take(0)
-    queue.refuse(ValueError("too long"))
+    queue.answer([ValueError("too long")])
     with pytest.raises(ValueError, match="too long"):
         refused.result(0)
     (fine,) = queue.ask([prompt(7)], GREEDY)
@@ -160,6 +161,31 @@ def test_a_client_that_has_gone_is_no_obstacle() -> None:
     queue.take(0)
     queue.answer([targets(1)])
     assert int(there.result(0).token_ids) == 1
+
+
+def test_what_a_client_leaves_behind_is_dropped_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(teacher_queue, "time", SimpleNamespace(monotonic=lambda: now))
+    queue = TeacherQueue()
+    for future in queue.ask([text(1), text(2)], 4):
+        future.cancel()
+    now = 100.0  # the second one comes again, and is gone for good before there is an answer
+    (again,) = queue.ask([text(2)], 4)
+    queue.send_ahead([text(3)], 4)
+    now = 130.0
+    assert tokens(queue.take(0)[0]) == [2]
+    assert again.cancel()
+    queue.answer([targets(2)])
+    assert tokens(queue.take(0)[0]) == [3]
+    queue.answer([targets(3)])
+    now += teacher_queue.ABANDONED_SECONDS
+    queue.take(0)
+    assert queue.knows([text(2), text(3)], 4)
+    now += 1.0
+    queue.take(0)
+    assert not queue.knows([text(2)], 4)
+    assert queue.knows([text(3)], 4)  # a rollout may take longer
+    assert queue.is_idle
 
 
 def test_the_output_layer_is_asked_for_once() -> None:

@@ -11,7 +11,7 @@ from megatron_dlm.config import Config
 from megatron_dlm.errors import TrainingDiverged, UserError
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.stop_agreement import StopAgreement
-from megatron_dlm.stop_request import StopRequest
+from megatron_dlm.stop_request import StopRequest, StopRequested
 from megatron_dlm.teacher.job_line import JobLine, ranks_client
 
 CONFIG = Config.from_dict({"teacher_ranks": 2, "device": "cpu"})
@@ -52,11 +52,23 @@ def test_the_teacher_ends_as_the_student_does(
     assert teacher.ended() == status
 
 
-def test_the_place_is_waited_for(lines: tuple[JobLine, JobLine]) -> None:
+def test_the_place_is_waited_for_until_the_run_is_to_stop(
+    lines: tuple[JobLine, JobLine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     student, teacher = lines
-    threading.Timer(0.2, teacher.publish, (["http://127.0.0.1:1"], "key")).start()
-    ranks_client(CONFIG, student).close()
-    assert student.wait_for_place() == (["http://127.0.0.1:1"], "key")
+    monkeypatch.delenv("WORLD_SIZE")
+    request, place = StopRequest(), ["http://127.0.0.1:1"]
+    with (
+        initialized(Config.from_dict({"device": "cpu"})),
+        StopAgreement(request, ParallelGroups()) as stop,
+    ):
+        threading.Timer(0.2, teacher.publish, (place, "key")).start()
+        assert student.wait_for_place(stop) == (place, "key")
+        threading.Timer(0.3, request._handle, (15, None)).start()
+        with pytest.raises(StopRequested):  # nobody answers there
+            ranks_client(CONFIG, student, stop)
+        with pytest.raises(StopRequested):
+            JobLine(HashStore()).wait_for_place(stop)
 
 
 def test_a_signal_at_a_rank_of_the_teacher_stops_the_student(

@@ -1,0 +1,72 @@
+"""A batch of the teacher that memory has no room for is computed in parts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dlm.config import Config
+from megatron_dlm.errors import UserError
+from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.serving.teacher_queue import TeacherQueue
+from megatron_dlm.serving.teacher_server import _answer_batch
+from megatron_dlm.teacher import answering
+from megatron_dlm.teacher.answering import TextTeacher
+from megatron_dlm.teacher.loading import load_teacher
+from megatron_dlm.teacher.wire import Drawing, TeacherPrompt, TeacherRow, TeacherText
+from megatron_dlm.training.model_source import open_model_source
+from tests.tiny import save_random_model
+
+GREEDY = Drawing(0.0, 0, 1.0, 0, (510,), 508, 511, 512)
+LENGTHS = (10, 20, 90, 15, 30)
+"""Tokens of prompts; the third one does not fit into a cache of 64."""
+
+
+def answers(teacher: TextTeacher, items: list[Any], wanted: Any) -> list[Any]:
+    """What becomes of one batch: a result each, or the text of its error."""
+    queue = TeacherQueue()
+    futures = queue.ask(items, wanted)
+    assert len(queue.take(0)[0]) == len(items)
+    _answer_batch(teacher, queue, items, wanted)
+    errors = [future.exception(0) for future in futures]
+    return [e if e else future.result(0) for e, future in zip(errors, futures, strict=True)]
+
+
+def test_only_what_does_not_fit_by_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model_source(str(save_random_model(tmp_path / "dense")), "--load")
+    texts = [torch.arange(5, 5 + length) for length in LENGTHS]
+    prompts = [TeacherPrompt(i, text, 8) for i, text in enumerate(texts)]
+    rows = [TeacherRow((TeacherText(text, 3),)) for text in texts]
+    with initialized(Config.from_dict({"device": "cpu"})):
+        roomy, small = (
+            Config.from_dict({"device": "cpu", "max_total_tokens": most}) for most in (4096, 64)
+        )
+        model = load_teacher(source, roomy)
+        teacher, cramped = (
+            TextTeacher(model, config, ParallelGroups(), None) for config in (roomy, small)
+        )
+        expected, found = (answers(each, prompts, GREEDY) for each in (teacher, cramped))
+        assert isinstance(found[2], UserError)
+        assert "the cache holds 64 tokens" in str(found[2])
+        assert found[:2] + found[3:] == expected[:2] + expected[3:]
+
+        whole = answers(teacher, rows, 4)
+        forward, most = answering.forward_hidden, 40
+        forwards = []
+
+        def limited(model: Any, rows: Any) -> Any:
+            forwards.append(sum(len(row.token_ids) for row in rows))
+            if forwards[-1] > most:
+                raise torch.OutOfMemoryError("out of memory")
+            return forward(model, rows)
+
+        monkeypatch.setattr(answering, "forward_hidden", limited)
+        parts = answers(teacher, rows, 4)
+        assert max(forwards) > most
+        assert "no memory for a single one" in str(parts[2])
+        for index in (0, 1, 3, 4):
+            for name, tensor in vars(whole[index]).items():
+                assert torch.equal(vars(parts[index])[name], tensor)
