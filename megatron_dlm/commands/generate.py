@@ -114,9 +114,6 @@ def check_options(options: PromptConfig, generation: GenerationConfig) -> None:
             "at temperature 0 all responses to a prompt are the same",
             "add --temperature 1, or drop it",
         )
-    if options.trajectories and generation.verifies:
-        problem = f"{generation.remasking_strategy} has no denoising steps of a response to show"
-        raise bad_value("--trajectories", True, problem, "drop it, or choose another strategy")
     if options.trajectories and options.prompt is not None and options.output is None:
         problem = "without --output, only the text of the response is printed"
         raise bad_value("--trajectories", True, problem, "add --output")

@@ -14,10 +14,11 @@ from megatron_dlm.evaluation.generation import InferenceInputs, read_inference_i
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.batch import DecodingBatch
 from megatron_dlm.rollout.block_grid import sequence_length
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.types.trajectory import Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory
 
 THINKING = "enable_thinking"
 """Variable by which chat templates switch thinking on and off."""
@@ -39,7 +40,8 @@ class Decoding:
 class ChatSession:
     """A model, and the chat with it so far.
 
-    An answer is what `megatron-dlm generate` writes for the same messages, options and seed.
+    An answer is what `megatron-dlm generate` writes for the same messages, options and seed. Keys
+    and values of earlier turns stay in the cache: a forward computes what is new.
 
     Args:
         model: With its weights; process groups must exist.
@@ -72,6 +74,9 @@ class ChatSession:
         self._setup = replace(setup, options=replace(setup.options, max_response_length=None))
         self._generation = generation
         self._tokenizer = tokenizer
+        self._engine: RolloutEngine | None = None
+        self._batch: DecodingBatch | None = None
+        self._room = 0  # positions that the batch has
         self._thinking: bool | None = None
         if thinking is not None:
             self.think(thinking)
@@ -124,29 +129,64 @@ class ChatSession:
         Yields:
             Its state after every forward, then its trajectory.
         """
-        engine = RolloutEngine(
-            self._model,
-            generation=self._generation,
-            special_tokens=inputs.special_tokens,
-            seed=self.seed,
-            groups=ParallelGroups.from_parallel_state(),
-        )
-        prompt, longest = inputs.prompt(0), inputs.max_response_length
-        batch = engine.open(1, [sequence_length(prompt, self._generation, longest)], longest)
+        prompt = inputs.prompt(0)
+        longest = prompt.response_limit(inputs.max_response_length)
+        prompt = replace(prompt, max_response_length=longest)
+        engine, batch = self._opened(inputs, prompt)
         with engine.evaluating():
-            batch.admit(0, prompt)
-            while True:
-                ended, _ = batch.step()
-                if ended:
-                    [(_, trajectory)] = ended
-                    yield trajectory
-                    return
-                [(_, finished)] = batch.settled()
-                tokens, masked = batch.block(0)
-                block = zip(tokens.tolist(), masked.tolist(), strict=True)
-                yield Decoding(
-                    finished.tolist(), [None if is_mask else token for token, is_mask in block]
-                )
+            batch.admit(0, prompt, seed=self.seed)
+            try:
+                while True:
+                    ended, _ = batch.step()
+                    if ended:
+                        [(_, trajectory)] = ended
+                        yield trajectory
+                        return
+                    [(_, finished)] = batch.settled()
+                    tokens, masked = batch.block(0)
+                    block = zip(tokens.tolist(), masked.tolist(), strict=True)
+                    yield Decoding(
+                        finished.tolist(), [None if is_mask else token for token, is_mask in block]
+                    )
+            except GeneratorExit:  # between two forwards
+                batch.cancel(0)
+                raise
+            except BaseException:
+                self._batch = None
+                raise
+
+    def _opened(
+        self, inputs: InferenceInputs, prompt: Prompt
+    ) -> tuple[RolloutEngine, DecodingBatch]:
+        """A batch with room for an answer, which has the keys of earlier turns.
+
+        It is opened with room for a chat of twice the length, as far as model and memory have it,
+        so that a chat of n turns computes its history anew some log n times.
+        """
+        longest = self._setup.config.longest_response
+        needed = sequence_length(prompt, self._generation, longest)
+        if self._engine is None:
+            self._engine = RolloutEngine(
+                self._model,
+                generation=self._generation,
+                special_tokens=inputs.special_tokens,
+                seed=self.seed,
+                groups=ParallelGroups.from_parallel_state(),
+            )
+        if self._generation.attention_pattern == "full":  # no keys, and the canvas is the answer's
+            longest = inputs.max_response_length
+            return self._engine, self._engine.open(1, [needed], longest)
+        if self._batch is None or needed > self._room:
+            self._batch = None  # its memory is free before the next one asks for some
+            grid = self._generation.block_size or 1
+            most = self._setup.source.architecture.max_position_embeddings // grid * grid
+            self._room = max(needed, min(2 * needed, most))
+            try:
+                self._batch = self._engine.open(1, [self._room], longest)
+            except UserError:
+                self._room = needed
+                self._batch = self._engine.open(1, [self._room], longest)
+        return self._engine, self._batch
 
     def keep(self, answer: str) -> None:
         """Add an answer to the chat."""

@@ -37,7 +37,11 @@ def trajectory_record(
         prompt_index: Place of the prompt in its file, from 0.
     """
     response_ids, tail_ids = trajectory.response_ids.tolist(), trajectory.tail_ids.tolist()
-    blocks, steps, forwards = _order(trajectory, generation)
+    rounds = trajectory.rounds
+    if rounds:
+        blocks, steps, forwards = _order_of_rounds(trajectory, generation)
+    else:
+        blocks, steps, forwards = _order(trajectory, generation)
     assert trajectory.confidence is not None
     confidence = [float(f"{value:.4g}") for value in trajectory.confidence.tolist()]
 
@@ -53,9 +57,11 @@ def trajectory_record(
 
     prompt_ids, length = trajectory.prompt_ids.tolist(), len(response_ids)
     special = set(tokenizer.all_special_ids) & {*response_ids, *tail_ids}
+    if rounds:
+        special |= set(tokenizer.all_special_ids) & {id for r in rounds for id in r.draft_ids}
     stated = _stated(generation)
     settings = {name: value for name, value in asdict(generation).items() if name in stated}
-    return {
+    record = {
         "prompt_index": prompt_index,
         "setting": setting,
         "seed": seed,
@@ -68,6 +74,19 @@ def trajectory_record(
         "denoising_forwards": trajectory.denoising_forwards,
         "total_forwards": trajectory.total_forwards,
     }
+    if rounds:
+        record["rounds"] = [
+            {
+                "first": r.first,
+                "forward": r.forward,
+                "draft_ids": list(r.draft_ids),
+                "draft_texts": token_texts(r.draft_ids, tokenizer),
+                "num_accepted": r.num_accepted,
+                "draws_next": r.next_id is not None,
+            }
+            for r in rounds
+        ]
+    return record
 
 
 def _stated(generation: GenerationConfig) -> set[str]:
@@ -89,8 +108,7 @@ def _order(
     if generation.is_autoregressive:
         return list(range(count)), [1] * count, list(range(1, count + 1))
     steps = [*trajectory.unmask_step.tolist(), *trajectory.tail_unmask_step.tolist()]
-    size = generation.block_size
-    blocks = [0 if size is None else (first + i) // size - first // size for i in range(count)]
+    blocks = _blocks(first, count, generation)
     forwards: list[int] = []
     before, current = 0, 0  # forwards of earlier blocks, and of them and this one
     for i, (block, step) in enumerate(zip(blocks, steps, strict=True)):
@@ -99,6 +117,32 @@ def _order(
         current = max(current, before + step)
         forwards.append(before + step)
     return blocks, steps, forwards
+
+
+def _order_of_rounds(
+    trajectory: Trajectory, generation: GenerationConfig
+) -> tuple[list[int], list[int], list[int]]:
+    """The same of a response whose drafts were verified: a step is a round that settled tokens.
+
+    The last token of a round may be the first of the next block, whose first step it then is.
+    """
+    count = len(trajectory.response_ids)
+    forwards = [r.forward for r in trajectory.rounds for _ in range(r.num_settled)][:count]
+    blocks = _blocks(len(trajectory.prompt_ids), count, generation)
+    order: dict[int, list[int]] = {}
+    steps = []
+    for block, forward in zip(blocks, forwards, strict=True):
+        of_block = order.setdefault(block, [])
+        if forward not in of_block:
+            of_block.append(forward)
+        steps.append(len(of_block))
+    return blocks, steps, forwards
+
+
+def _blocks(first: int, count: int, generation: GenerationConfig) -> list[int]:
+    """Blocks of `count` tokens from position `first` on."""
+    size = generation.block_size
+    return [0 if size is None else (first + i) // size - first // size for i in range(count)]
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -65,15 +65,33 @@ function colorOf(token) {
   return token.confidence === null ? null : mixed(CONFIDENCE_COLORS, token.confidence);
 }
 
+// Rounds that verified drafts, each with the forward that drafted first; none under other strategies.
+function roundsOf(trajectory) {
+  let before = 0;
+  return (trajectory.rounds || []).map((round) => {
+    const own = { ...round, begins: before + 1, refused: round.draft_ids.length - round.num_accepted };
+    before = round.forward;
+    return own;
+  });
+}
+
+// What became of a token's draft.
+function originOf(i, rounds) {
+  const round = rounds.filter((r) => r.first <= i).pop();
+  if (!round) return "";
+  if (i - round.first < round.num_accepted) return ", draft accepted";
+  return round.refused ? ", in place of a refused draft" : ", drawn without a draft";
+}
+
 // Response and tail as one list of tokens.
-function tokensOf(trajectory) {
+function tokensOf(trajectory, rounds) {
   const tokens = [];
   for (const part of ["response", "tail"]) {
     const columns = trajectory[part];
     columns.token_ids.forEach((id, i) => tokens.push({
       id, text: columns.texts[i], block: columns.block[i], step: columns.step[i],
       forward: columns.forward[i], confidence: columns.confidence ? columns.confidence[i] : null,
-      isTail: part === "tail", isSpecial: trajectory.special_token_ids.includes(id),
+      isTail: part === "tail", origin: part === "tail" ? "" : originOf(i, rounds), isSpecial: trajectory.special_token_ids.includes(id),
     }));
   }
   return tokens;
@@ -83,14 +101,15 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 
 function open(number) {
   const { trajectory, response, finish_reason } = TRAJECTORIES[number];
-  const tokens = tokensOf(trajectory);
+  const rounds = roundsOf(trajectory);
+  const tokens = tokensOf(trajectory, rounds);
   const forwards = trajectory.denoising_forwards;
   const stepsOf = new Map();
   for (const token of tokens) {
     stepsOf.set(token.block, Math.max(stepsOf.get(token.block) || 0, token.step));
   }
   shown = {
-    tokens, forwards, stepsOf, mostSteps: Math.max(...stepsOf.values()),
+    tokens, rounds, forwards, stepsOf, mostSteps: Math.max(...stepsOf.values()),
     hasCanvas: trajectory.canvas_length !== null, spans: [], blocks: new Map(),
   };
   const confidences = tokens.filter((t) => !t.isTail && t.confidence !== null).map((t) => t.confidence);
@@ -102,7 +121,10 @@ function open(number) {
     ["Blocks", stepsOf.size],
     ["Mean confidence", confidences.length ? mean(confidences).toFixed(3) : "–"],
     ["Ended by", end || finish_reason],
+    ...(rounds.length ? [["Drafts accepted", acceptedOf(rounds)]] : []),
   ]);
+  at("drafts").hidden = !rounds.length;
+  at("key-refused").hidden = !rounds.length;
   at("prompt-text").textContent = trajectory.prompt.texts.join("");
   at("response").textContent = response;
   at("settings").textContent = Object.entries({ setting: trajectory.setting, seed: trajectory.seed, ...trajectory.settings })
@@ -124,17 +146,40 @@ function open(number) {
   }
   at("forward").max = forwards;
   at("of-confidence").hidden = !confidences.length;
-  drawBars(at("steps"), countsOf([...stepsOf.values()], 1, shown.mostSteps), { below: "steps", left: "blocks" });
+  drawBars(at("steps"), countsOf([...stepsOf.values()], 1, shown.mostSteps), { below: rounds.length ? "rounds of verification" : "steps", left: "blocks" });
   const bins = new Array(10).fill(0);
   for (const value of confidences) bins[Math.min(Math.floor(value * 10), 9)]++;
   drawBars(at("confidence"), bins.map((count, i) => ({ label: (i / 10).toFixed(1), count, color: mixed(CONFIDENCE_COLORS, (i + 0.5) / 10) })),
     { below: "probability of the token when it was settled", left: "tokens" });
 }
 
+function acceptedOf(rounds) {
+  const sum = (values) => values.reduce((total, value) => total + value, 0);
+  return `${sum(rounds.map((r) => r.num_accepted))} of ${sum(rounds.map((r) => r.draft_ids.length))}`;
+}
+
+// Below the tokens: the drafts of the round that a forward belongs to, with what became of them.
+function showDrafts(forward) {
+  const round = shown.rounds.find((r) => r.begins <= forward && forward <= r.forward);
+  const place = at("drafts");
+  place.replaceChildren();
+  if (!round) return;
+  const isVerified = forward === round.forward;
+  const says = !round.draft_ids.length ? "Nothing left to draft: one token is drawn"
+    : isVerified ? `${round.draft_ids.length} drafted, ${round.num_accepted} accepted` +
+      (!round.draws_next ? "" : round.refused ? ", 1 corrected" : ", 1 drawn after them")
+    : `A draft of ${round.draft_ids.length}, verified by forward ${round.forward}`;
+  place.append(element("span", "soft", says + (round.draft_ids.length ? ": " : "")));
+  if (!isVerified) return;
+  round.draft_texts.forEach((text, i) => {
+    place.append(element("span", `token${i < round.num_accepted ? "" : " refused"}`, visible(text)));
+  });
+}
+
 function about(token) {
   const known = token.confidence === null ? "" : `, confidence ${token.confidence.toFixed(3)}`;
   const end = token.isTail ? ", after the end of the response" : "";
-  return `${JSON.stringify(token.text)} (id ${token.id}): block ${token.block + 1}, step ${token.step}, forward ${token.forward}${known}${end}`;
+  return `${JSON.stringify(token.text)} (id ${token.id}): block ${token.block + 1}, step ${token.step}, forward ${token.forward}${token.origin}${known}${end}`;
 }
 
 function figures(pairs) {
@@ -241,6 +286,7 @@ function show() {
     bar.setAttribute("class", `bar pick ${forward > shown.barEnds[i] ? "past" : forward > low ? "now" : ""}`);
   });
   at("forward").value = forward;
+  showDrafts(forward);
   const settled = tokens.length - pending.length, now = tokens.filter((token) => token.forward === forward);
   const step = now.length ? `, block ${now[0].block + 1}, step ${now[0].step}: ${now.length} token${now.length > 1 ? "s" : ""} settled` : "";
   at("where").textContent = `Forward ${forward} of ${forwards}${step} (${settled} of ${tokens.length} in all)`;

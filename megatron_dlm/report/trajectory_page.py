@@ -155,6 +155,9 @@ def _problem(record: dict[str, Any], trajectory: Any) -> str | None:
                 return f"trajectory.{part}.forward is not in 1 to {last}"
             if not all(step >= 1 for step in columns["step"]):
                 return f"trajectory.{part}.step is not positive"
+        problem = _problem_of_rounds(trajectory.get("rounds", []), last)
+        if problem is not None:
+            return problem
         texts = [record["response"], record["finish_reason"], *trajectory["prompt"]["texts"]]
         numbers = [trajectory["prompt_index"], record.get("response_index", 0)]
         ids = trajectory["special_token_ids"]
@@ -164,6 +167,22 @@ def _problem(record: dict[str, Any], trajectory: Any) -> str | None:
             return "the trajectory has another form"
     except (LookupError, TypeError):
         return "the trajectory has another form"
+    return None
+
+
+def _problem_of_rounds(rounds: list[dict[str, Any]], last: int) -> str | None:
+    """What the page could not show of the rounds that verified drafts."""
+    for number, verified in enumerate(rounds):
+        name, count = f"trajectory.rounds[{number}]", len(verified["draft_ids"])
+        if not _all_are(verified["draft_ids"], int):
+            return f"{name}.draft_ids does not hold ints"
+        if len(verified["draft_texts"]) != count or not _all_are(verified["draft_texts"], str):
+            return f"{name}.draft_texts does not hold {count} strs"
+        numbers = [verified[field] for field in ("first", "forward", "num_accepted", "draws_next")]
+        if not _all_are(numbers, int):
+            return f"{name} does not hold numbers"
+        if not (1 <= verified["forward"] <= last and 0 <= verified["num_accepted"] <= count):
+            return f"{name} has a forward beyond {last}, or accepts more than {count} drafts"
     return None
 
 

@@ -52,6 +52,16 @@ class RolloutContext(Protocol):
     def publish(self, slot: int, end: int) -> None:
         """Positions below `end` are final after this forward, or computed earlier in it."""
 
+    def keep(self, slot: int, token_ids: Tensor) -> None:
+        """Before `release`: these tokens, prompt and response, have final keys.
+
+        A later prompt that begins with them, as the next turn of a chat does, finds the keys.
+
+        Args:
+            slot: Where they were decoded.
+            token_ids: [n] int64, from the sequence's first token on.
+        """
+
     def forget(self) -> None:
         """Keys of finished sequences are of no use any more: the weights have changed."""
 
@@ -221,6 +231,12 @@ class CachedContext:
         for index, key in enumerate(self._keys[slot][: end // self._page_size]):
             self.pool.publish(int(self._tables[slot, index]), key)
 
+    def keep(self, slot: int, token_ids: Tensor) -> None:
+        """See `RolloutContext`."""
+        end, size = len(token_ids), self._page_size
+        self._keys[slot] = prefix_keys(token_ids, end, self._context_block_size, size)
+        self.publish(slot, end)
+
     def forget(self) -> None:
         """See `RolloutContext`."""
         self.pool.forget()
@@ -297,6 +313,9 @@ class CanvasContext:
         return start
 
     def publish(self, slot: int, end: int) -> None:
+        """See `RolloutContext`; nothing is kept."""
+
+    def keep(self, slot: int, token_ids: Tensor) -> None:
         """See `RolloutContext`; nothing is kept."""
 
     def forget(self) -> None:

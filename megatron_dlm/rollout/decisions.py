@@ -25,7 +25,7 @@ class Decisions:
 
     Attributes:
         plan: The plan of that forward.
-        numbers: [m] float64, exact for ids: draws [3, n], then [2, V] of each verification.
+        numbers: [m] float64, exact for ids: draws [3, n], then each verification's results.
         work: The message that brings them; None where there is none to wait for.
     """
 
@@ -46,10 +46,10 @@ class Decisions:
         """
         if own is not None:
             draws, verified = own
-            parts = [draws.flatten(), *(part.flatten().double() for part in verified)]
+            parts = [draws.flatten(), *(part.flatten() for part in verified)]
             numbers = torch.cat(parts) if verified else parts[0]
         else:
-            size = 3 * len(plan.draw_rows) + 2 * sum(len(v.slots) for v in plan.verifications)
+            size = 3 * len(plan.draw_rows) + sum(v.result_shape.numel() for v in plan.verifications)
             numbers = plan.uniforms.new_empty(size)
         if groups.decisions is None or not len(numbers):
             return cls(plan, numbers)
@@ -73,6 +73,9 @@ class Decisions:
     @property
     def verified(self) -> list[Verified]:
         """Results of the plan's verifications; after `wait`."""
-        sizes = [2 * len(verification.slots) for verification in self.plan.verifications]
-        rest = self.numbers[3 * len(self.plan.draw_rows) :].long()
-        return [Verified(*part.view(2, -1).unbind()) for part in rest.split(sizes)] if sizes else []
+        shapes = [verification.result_shape for verification in self.plan.verifications]
+        rest = self.numbers[3 * len(self.plan.draw_rows) :]
+        parts = rest.split([shape.numel() for shape in shapes]) if shapes else ()
+        return [
+            Verified.unpack(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)
+        ]

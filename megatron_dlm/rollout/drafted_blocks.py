@@ -45,7 +45,11 @@ class DraftedBlocks:
 
 
 def plan_verifications(
-    blocks: DraftedBlocks, settings: Sequence[GenerationConfig], block_size: int
+    blocks: DraftedBlocks,
+    settings: Sequence[GenerationConfig],
+    block_size: int,
+    *,
+    keeps_confidence: bool = False,
 ) -> tuple[Verification, ...]:
     """One for each distinct setting.
 
@@ -56,6 +60,7 @@ def plan_verifications(
         blocks: The sequences.
         settings: Of each slot.
         block_size: B.
+        keeps_confidence: Whether the probability of each token is asked for.
     """
     columns = np.arange(block_size + 1)
     position = blocks.block_start[:, None] + columns
@@ -83,7 +88,7 @@ def plan_verifications(
             *(torch.from_numpy(array[own]) for array in arrays),
             *(values[torch.from_numpy(own)].contiguous() for values in (acceptance, draws)),
         )
-        planned.append(Verification(generation, *tensors))
+        planned.append(Verification(generation, *tensors, keeps_confidence=keeps_confidence))
     return tuple(planned)
 
 
@@ -97,6 +102,7 @@ class VerifiedBlocks:
         masked: [V, B] bool, of the block that is drafted next: this one, or the next if it is full.
         is_full: [V] bool.
         is_finished: [V] bool, whether the response ends.
+        is_new: [V, B + 1] bool, columns that this verification settled.
     """
 
     tokens: Tensor
@@ -104,6 +110,7 @@ class VerifiedBlocks:
     masked: Tensor
     is_full: Tensor
     is_finished: Tensor
+    is_new: Tensor
 
 
 def verified_blocks(
@@ -134,10 +141,12 @@ def verified_blocks(
     is_eos = torch.isin(block, eos_token_ids) & is_new
     ends_next = (filled > size) & torch.isin(verified.next_token, eos_token_ids)
     is_full = filled >= size
+    every = torch.arange(size + 1, device=tokens.device)
     return VerifiedBlocks(
         tokens=block,
         next_block=verified.next_token,
         masked=columns >= torch.where(is_full, filled - size, filled)[:, None],
         is_full=is_full,
         is_finished=is_eos.any(dim=-1) | ends_next | (filled >= to_end),
+        is_new=(every >= verification.observed[:, None]) & (every < filled[:, None]),
     )

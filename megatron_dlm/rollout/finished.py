@@ -6,7 +6,7 @@ n: tokens decoded after the prompt.
 import torch
 from torch import Tensor
 
-from megatron_dlm.types.trajectory import Prompt, Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory, VerificationRound
 
 
 def finished_trajectory(
@@ -23,6 +23,7 @@ def finished_trajectory(
     total_forwards: int,
     drafted_tokens: int,
     accepted_tokens: int,
+    rounds: tuple[VerificationRound, ...],
 ) -> Trajectory:
     """Cut a response after its first EOS, or after `limit` tokens.
 
@@ -40,6 +41,7 @@ def finished_trajectory(
         total_forwards: Likewise, of this rollout.
         drafted_tokens: Likewise.
         accepted_tokens: Likewise.
+        rounds: Likewise.
     """
     length = min(limit, len(tokens))
     eos = torch.isin(tokens[:length], eos_token_ids).nonzero()
@@ -63,6 +65,7 @@ def finished_trajectory(
         drafted_tokens=drafted_tokens,
         accepted_tokens=accepted_tokens,
         confidence=confidence,
+        rounds=rounds,
         rollouts=1 + (before.rollouts if before else 0),
         record=prompt.record,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_dlm.rollout.generation_config import GenerationConfig
@@ -41,6 +42,7 @@ class Verification:
         limit: [V] int64, columns that are final or hold a draft to verify.
         acceptance: [V, B] float64, the number that decides whether a draft is accepted.
         draws: [V, B + 1] float64, the number of the draw where the first columns were accepted.
+        keeps_confidence: Whether the probability of each token is asked for.
     """
 
     generation: GenerationConfig
@@ -50,6 +52,13 @@ class Verification:
     limit: Tensor
     acceptance: Tensor
     draws: Tensor
+    keeps_confidence: bool = field(default=False, kw_only=True)
+
+    @property
+    def result_shape(self) -> torch.Size:
+        """Of `verification.Verified` as a tensor: ids, then the confidence of each column."""
+        slots, columns = self.rows.shape
+        return torch.Size((2 + columns * self.keeps_confidence, slots))
 
 
 @dataclass(frozen=True)

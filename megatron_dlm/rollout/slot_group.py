@@ -137,6 +137,7 @@ class SlotGroup:
 
     def free(self, slot: int) -> None:
         """End the sequence of a slot; the last one moves into its place."""
+        self.context.keep(slot, self.slots.final_ids(slot))
         self.context.release(slot)
         moved = self.slots.remove(slot)
         if moved is not None:

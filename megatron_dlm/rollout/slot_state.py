@@ -18,7 +18,7 @@ from megatron_dlm.rollout.finished import finished_trajectory
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.uniforms import signed
 from megatron_dlm.types.special_tokens import SpecialTokens
-from megatron_dlm.types.trajectory import Prompt, Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory, VerificationRound
 
 
 class SlotState:
@@ -33,7 +33,7 @@ class SlotState:
         special_tokens: Each of `eos_token_ids` ends a response; MASK stands for tokens not
             committed yet.
         seed: Of the draws, of sequences that are placed without their own.
-        keeps_confidence: Whether trajectories have `confidence`.
+        keeps_confidence: Whether trajectories have `confidence`, and their `rounds`.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class SlotState:
         self._settings = [config] * num_slots
         self._prompts: list[Prompt | None] = [None] * num_slots
         self._requests = [0] * num_slots
+        self._rounds: list[list[VerificationRound]] = [[] for _ in range(num_slots)]
         self._placed = 0
 
         device = platform.device()
@@ -174,6 +175,7 @@ class SlotState:
         self._seeds[slot] = signed(self._seed if seed is None else seed)
         self._known_masked[slot] = masked
         self._known_confidence[slot] = 0
+        self._rounds[slot] = []
         if prompt.beginning is not None:
             decoded = slice(length, len(known))
             self._known_tokens[slot, decoded] = prompt.beginning.response_ids
@@ -201,6 +203,7 @@ class SlotState:
         self._prompts[slot] = self._prompts[last]
         self._requests[slot] = self._requests[last]
         self._settings[slot] = self._settings[last]
+        self._rounds[slot] = self._rounds[last]
         self._prompts[last] = None
         if slot == last:
             return None
@@ -218,6 +221,14 @@ class SlotState:
     def settled(self, slot: int) -> np.ndarray:
         """Tokens of the response in finished blocks, [n]; what follows EOS is among them."""
         return self._known_tokens[slot, self._prompt_length[slot] : self._settled_end(slot)]
+
+    def final_ids(self, slot: int) -> Tensor:
+        """The tokens of prompt and response whose keys are final, [n] int64."""
+        prompt = self._prompts[slot]
+        assert prompt is not None
+        end, length = int(self._start[slot]), len(prompt.token_ids)
+        decoded = torch.from_numpy(self._known_tokens[slot, length : max(end, length)].copy())
+        return torch.cat((prompt.token_ids, decoded))[:end]
 
     def block(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """The response in the block that is not finished: tokens [n], and which are MASK [n]."""
@@ -269,6 +280,7 @@ class SlotState:
             total_forwards=forwards + self._prefill_forwards(prompt),
             drafted_tokens=int(self._drafted[slot]),
             accepted_tokens=int(self._accepted[slot]),
+            rounds=tuple(self._rounds[slot]),
         )
 
     def _prefill_forwards(self, prompt: Prompt) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_dlm import platform
 from megatron_dlm.rollout.context import RolloutContext
@@ -31,6 +32,7 @@ from megatron_dlm.rollout.slot_state import SlotState
 from megatron_dlm.rollout.strategies import DenoisedBlocks
 from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.rollout.verification import Verified
+from megatron_dlm.types.trajectory import VerificationRound
 
 
 class SlotTable(SlotState):
@@ -157,7 +159,12 @@ class SlotTable(SlotState):
             sample_index=self._sample_index[slots],
             step=self._step[slots],
         )
-        return plan_verifications(blocks, self._settings, self._block_size)
+        return plan_verifications(
+            blocks,
+            self._settings,
+            self._block_size,
+            keeps_confidence=self._keeps_confidence,
+        )
 
     def _members(self, draw_slots: np.ndarray) -> dict[GenerationConfig, list[np.ndarray]]:
         """Draws [m] and slots [R] (1 for a member) by setting; empty where all have the same."""
@@ -220,8 +227,8 @@ class SlotTable(SlotState):
             [R, 3 B + 4] int32 on the device: tokens, denoising steps and, for the next forward,
             masks of each block; of a verified block, the columns before the token that was drawn,
             and that token; whether the block is full; whether the sequence is finished. Where
-            confidence is kept, B columns before the last four have the bits of its float32, zero
-            for tokens that this forward did not commit.
+            confidence is kept, B + 1 columns before the last four have the bits of its float32, of
+            the block and the token after it, zero for tokens that this forward did not commit.
         """
         active = slice(self.num_active)
         denoises, verifies, step, masked_at_start, block_start, prompt_length, end = plan.per_slot
@@ -258,6 +265,9 @@ class SlotTable(SlotState):
             opened = opened & (positions + self._block_size < end[:, None])
         masked |= opened
         drawn_after = torch.zeros(2, len(block), dtype=torch.int64, device=device)
+        # A draft is committed by its verification.
+        is_final = committed & ~verifies.bool()[:, None]
+        confidence = pad(blocks.confidence * is_final, (0, 1))
         for verification, result in zip(plan.verifications, verified, strict=True):
             own = verification.slots
             settled = verified_blocks(
@@ -271,6 +281,8 @@ class SlotTable(SlotState):
             block[own], masked[own] = settled.tokens, settled.masked
             full[own], finished[own] = settled.is_full, settled.is_finished
             drawn_after[:, own] = torch.stack((result.num_final, result.next_token))
+            if result.confidence is not None:
+                confidence[own] = result.confidence * settled.is_new
             tokens.scatter_(1, positions, block)
             # Of a block that was accepted whole, the token after it is the first of the next.
             after = (positions[own, -1:] + 1).clamp(max=tokens.shape[1] - 1)
@@ -280,7 +292,7 @@ class SlotTable(SlotState):
         self._masked[active] = masked
         columns = [block, unmask_step, masked]
         if self._keeps_confidence:
-            columns.append((blocks.confidence * committed).view(torch.int32))
+            columns.append(confidence.view(torch.int32))
         columns += [drawn_after.T, torch.stack((full, finished), dim=1)]
         return torch.cat(columns, dim=1).int()
 
@@ -308,11 +320,14 @@ class SlotTable(SlotState):
             np.arange(self.num_active)[:, None],
             self._block_start[active, None] + np.arange(size),
         )
+        if self._keeps_confidence:
+            self._note_rounds(plan, report)
         self._known_tokens[where] = report[:, :size]
         self._known_step[where] = report[:, size : 2 * size]
         if self._keeps_confidence:
-            bits = np.ascontiguousarray(report[:, 3 * size : 4 * size])
-            self._known_confidence[where] += bits.view(np.float32)
+            bits = np.ascontiguousarray(report[:, 3 * size : 4 * size + 1])
+            confidence = bits.view(np.float32)
+            self._known_confidence[where] += confidence[:, :size]
         verified = plan.verified_slots
         if len(verified):
             final, start, end = (
@@ -324,9 +339,10 @@ class SlotTable(SlotState):
             self._drafted[verified] += plan.verified_drafts
             self._accepted[verified] += final - observed
             has_next = (final == size) & (start + size < end)
-            self._known_tokens[verified[has_next], start[has_next] + size] = report[
-                verified[has_next], -3
-            ]
+            after = (verified[has_next], start[has_next] + size)
+            self._known_tokens[after] = report[verified[has_next], -3]
+            if self._keeps_confidence:
+                self._known_confidence[after] = confidence[verified[has_next], size]
         opened = full[report[full, -1] == 0]
         self._block_start[opened] += size
         self._step[opened] = 1
@@ -338,3 +354,18 @@ class SlotTable(SlotState):
         context = np.minimum(self._block_start[active], before)
         self._start[active] = np.where(drafting, context, self._start[active])
         return [int(slot) for slot in finished]
+
+    def _note_rounds(self, plan: ForwardPlan, report: np.ndarray) -> None:
+        """Keep what the forward's verifications made of drafts; before these are overwritten."""
+        for slot, drafts in zip(plan.verified_slots, plan.verified_drafts, strict=True):
+            first = self._settled_end(slot)
+            final = self._block_start[slot] + int(report[slot, -4])
+            self._rounds[slot].append(
+                VerificationRound(
+                    first=int(first - self._prompt_length[slot]),
+                    forward=int(self._forwards[slot]),
+                    draft_ids=tuple(self._known_tokens[slot, first : first + drafts].tolist()),
+                    num_accepted=int(final - first),
+                    next_id=int(report[slot, -3]) if final < self._end[slot] else None,
+                )
+            )

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
@@ -37,10 +38,20 @@ class Verified:
     Attributes:
         num_final: [V] int64, columns of the block up to the first draft that was not accepted.
         next_token: [V] int64, the token after these, which the autoregressive mode drew.
+        confidence: [V, B + 1] float32, the autoregressive mode's probability of the token in each
+            column, `next_token` included, at temperature 1 and unfiltered; None where nobody asked
+            for it. What follows `next_token` means nothing.
     """
 
     num_final: Tensor
     next_token: Tensor
+    confidence: Tensor | None = None
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Verified:
+        """From what `DraftVerifier.verify` returns of a verification."""
+        num_final, next_token = packed[:2].long()
+        return cls(num_final, next_token, packed[2:].T.float() if len(packed) > 2 else None)
 
 
 class DraftVerifier:
@@ -101,15 +112,44 @@ class DraftVerifier:
             blocks: [R, B] int64, tokens of the block in decoding of each slot.
 
         Returns:
-            For each of the plan's verifications the two rows of a `Verified`, [2, V] int64.
+            For each of the plan's verifications the rows of a `Verified`, float64, exact for ids,
+            of the verification's `result_shape`.
         """
-        return [
-            self._verify(hidden, verification, blocks[verification.slots])
-            for verification in plan.verifications
+        found = []
+        for verification in plan.verifications:
+            drafts = blocks[verification.slots]
+            ids = self._verify(hidden, verification, drafts)
+            parts = [ids.double()]
+            if verification.keeps_confidence:
+                parts.append(self._confidence(hidden[verification.rows], drafts, ids).T)
+            found.append(torch.cat(parts))
+        return found
+
+    def _confidence(self, target: Tensor, drafts: Tensor, ids: Tensor) -> Tensor:
+        """[V, B + 1] float64 under target [V, B + 1, h], see `Verified`.
+
+        Args:
+            target: Hidden states that predict each column.
+            drafts: [V, B] int64.
+            ids: [2, V] int64, the first two rows of a `Verified`.
+        """
+        tokens = pad(drafts, (0, 1)).scatter(1, ids[:1].T, ids[1:].T)
+        gather, first_id = partial(gather_from_ranks, tp_group=self._groups.tp), self._vocab_start
+        parts = [
+            probability_of(
+                probabilities(
+                    self._logits(hidden), temperature=1.0, top_k=0, top_p=1.0, gather=gather
+                ),
+                token_ids,
+                first_id,
+                gather,
+            )
+            for hidden, token_ids in self._chunks(target.flatten(0, 1), tokens.flatten())
         ]
+        return torch.cat(parts).view(tokens.shape)
 
     def _verify(self, hidden: Tensor, verification: Verification, drafts: Tensor) -> Tensor:
-        """`Verified` as a tensor [2, V], of drafts [V, B]."""
+        """The ids of a `Verified`, [2, V] int64, of drafts [V, B]."""
         generation, size = verification.generation, drafts.shape[1]
         target = hidden[verification.rows]  # [V, B + 1, h]
         columns = torch.arange(size, device=drafts.device)

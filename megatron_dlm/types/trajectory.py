@@ -50,6 +50,31 @@ class Prompt:
         return max(limit, len(self.beginning.response_ids) + 1)
 
 
+@dataclass(frozen=True)
+class VerificationRound:
+    """Drafts of a response that one forward verified.
+
+    Attributes:
+        first: Place in the response of the first token that it settled.
+        forward: Of those that drew tokens for the sequence, from 1.
+        draft_ids: The drafts from there on; none where one token was left to draw.
+        num_accepted: Those of them, the first ones, that the autoregressive mode accepted.
+        next_id: The token that it drew after these, in place of a refused draft if there is one;
+            None where the response's limit was reached before.
+    """
+
+    first: int
+    forward: int
+    draft_ids: tuple[int, ...]
+    num_accepted: int
+    next_id: int | None
+
+    @property
+    def num_settled(self) -> int:
+        """Tokens that it settled, of which the response's end may cut off the last ones."""
+        return self.num_accepted + (self.next_id is not None)
+
+
 def _no_tokens() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
@@ -81,7 +106,9 @@ class Trajectory:
             mode of the same weights; 0 under other strategies.
         accepted_tokens: Those of them that it accepted.
         confidence: [L + T] float32, the probability of each token of response and tail when it was
-            committed (`rollout.sampling.SampledTokens`); None where nobody asked for it.
+            committed (`rollout.sampling.SampledTokens`), or, of a verified token, under the
+            autoregressive mode; None where nobody asked for it.
+        rounds: How drafts became the response, in order; where confidence is kept.
         targets: The teacher's targets: for each of the L response tokens, on the last pipeline
             stage; or, if the student teaches itself, for visited states (`StateTargets`), on all
             stages. None before the teacher phase and for trajectories that are not trained on.
@@ -109,6 +136,7 @@ class Trajectory:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     confidence: Tensor | None = None
+    rounds: tuple[VerificationRound, ...] = ()
     targets: TeacherTargets | None = None
     correct: bool | None = None
     tries: int = 1

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -21,6 +22,9 @@ import pytest
 
 from megatron_dlm.commands import chat as chat_command
 from megatron_dlm.commands import main
+from megatron_dlm.rollout.forward_plan import ForwardPlan
+from megatron_dlm.rollout.pages import PAGE_SIZE
+from megatron_dlm.rollout.work import RolloutWork
 from tests.chat_templates import THINKING
 from tests.distributed_tests.spawn import PROCESSES
 from tests.functional_tests.entry_points import GENERATE, Call, Outcome, lines, run_ranks
@@ -71,6 +75,19 @@ def test_answers_are_those_of_generate_and_come_by_blocks(
     model = ("--load", TINY, *COMMON)
     pieces: list[str] = []
     monkeypatch.setattr(chat_command, "write_results", pieces.append)
+    computed: list[list[int]] = [[]]  # tokens of each forward, by engine
+    add, begin = RolloutWork.add, RolloutWork.__init__
+
+    def note(work: RolloutWork, plan: ForwardPlan, *rest: Any) -> None:
+        computed[-1].append(int((plan.ends - plan.starts).sum()))
+        add(work, plan, *rest)
+
+    def note_new(work: RolloutWork, *values: Any) -> None:
+        computed.append([])
+        begin(work, *values)
+
+    monkeypatch.setattr(RolloutWork, "add", note)
+    monkeypatch.setattr(RolloutWork, "__init__", note_new)
     saved = tmp_path / "chat.jsonl"
     question = "Lily has 2 cards. She buys 9 more. How many cards does she have now?"
     written = [question, "", "/seed 5", "//And then?", f"/save {saved}", "/exit", "not read"]
@@ -82,6 +99,10 @@ def test_answers_are_those_of_generate_and_come_by_blocks(
     assert chat["messages"][3]["content"] == "/And then?"
     text = "".join(pieces)
     told, blocks = outcome.stderr.splitlines(), []
+    done: list[int] = []
+    known = 0  # tokens whose keys are there
+    # Both turns by one engine, and the second turn's first forward has no page of the first one.
+    [of_chat] = filter(None, computed)
     for (asked, answer), seed in zip(answers_of(chat), (3, 5), strict=True):
         # Alone in its file, as the chat's question is: the draws are keyed by the place there.
         [line] = generated(call, tmp_path, [asked], *model, "--seed", seed, "--trajectories")
@@ -90,7 +111,11 @@ def test_answers_are_those_of_generate_and_come_by_blocks(
         text = text.removeprefix(answer + "\n")
         trajectory = line["trajectory"]
         forwards = trajectory["denoising_forwards"]
+        positions = (len(trajectory["prompt"]["token_ids"]) // 4 + 1) * 4
+        assert of_chat[len(done)] == positions - known // PAGE_SIZE * PAGE_SIZE
+        done += of_chat[len(done) :][:forwards]
         length = len(trajectory["response"]["token_ids"])
+        known = (len(trajectory["prompt"]["token_ids"]) + length - 1) // 4 * 4
         cut = f", cut at {LENGTH} tokens" if line["finish_reason"] == "length" else ""
         speed = f"{length / forwards:.2f} a forward"
         assert told.pop(0) == f"[{length} tokens in {forwards} forwards: {speed}{cut}]"
@@ -300,6 +325,56 @@ def test_several_responses_and_their_trajectories(files: Path, call: Call, tmp_p
     )
     printed = call(GENERATE, *single, "--num-responses", 2).stdout
     assert [json.loads(line)["response_index"] for line in printed.splitlines()] == [0, 1]
+
+
+def test_drafts_are_the_steps_of_a_speculative_response(
+    files: Path, call: Call, tmp_path: Path
+) -> None:
+    output = tmp_path / "drafted.jsonl"
+    folder = shutil.copytree(files / "dense", tmp_path / "two_modes")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"attention_pattern": "block_causal", "shifted": False, "block_size": 4}
+    (folder / "config.json").write_text(json.dumps(config | {"context_attention": "causal"}))
+    model = ("--load", folder, "--prompts", files / "prompts.jsonl", *COMMON)
+    speculative = ("--remasking-strategy", "speculative", "--draft-steps", 2)
+    options = (*speculative, "--trajectories", "--output", output)
+    assert call(GENERATE, *model, *options).status == 0
+    for line in lines(output):
+        trajectory = line["trajectory"]
+        response, rounds = trajectory["response"], trajectory["rounds"]
+        token_ids, settled = response["token_ids"], 0
+        for verified in rounds:
+            drafts, accepted = verified["draft_ids"], verified["num_accepted"]
+            assert verified["first"] == settled
+            assert len(verified["draft_texts"]) == len(drafts)
+            count = accepted + verified["draws_next"]
+            place = slice(settled, min(settled + accepted, len(token_ids)))
+            assert token_ids[place] == drafts[: place.stop - settled]
+            own = slice(settled, settled + count)
+            assert {*response["forward"][own]} == {verified["forward"]}
+            settled += count
+            if accepted < len(drafts):  # a draft that was refused is not what was drawn instead
+                assert verified["draws_next"]
+        # An end token cuts off what the same round settled after it.
+        assert LENGTH >= settled >= len(token_ids)
+        assert rounds[-1]["forward"] == trajectory["denoising_forwards"]
+        assert all(0 < value <= 1 for value in response["confidence"])
+        # Each step of a block is one forward, and the first one is step 1.
+        for block in {*response["block"]}:
+            of_block = [
+                pair
+                for pair, own in zip(
+                    zip(response["step"], response["forward"], strict=True),
+                    response["block"],
+                    strict=True,
+                )
+                if own == block
+            ]
+            steps = sorted({*of_block})
+            assert [step for step, _ in steps] == [*range(1, len(steps) + 1)]
+            assert len({forward for _, forward in steps}) == len(steps)
+        assert trajectory["tail"]["token_ids"] == []
+    assert main(["trajectory", str(output)]) == 0
 
 
 def take_confidences(written: list[dict[str, Any]]) -> list[float]:

@@ -3,6 +3,7 @@
 B: sequences; P: tokens of a prompt, padding included.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
+from megatron_dlm.ranges import AT_LEAST_ONE, AT_LEAST_ZERO, PROBABILITY, TEMPERATURE, Range
 from megatron_dlm.rollout.strategies import STRATEGIES
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -108,6 +110,28 @@ def check_support(config: GenerationConfig, logits_processor: Any) -> None:
         raise ValueError("`logits_processor` is not supported: tokens are denoised in blocks")
 
 
+def checked_number(
+    name: str, value: Any, kind: type[int] | type[float], allowed: Range, remedy: str = ""
+) -> Any:
+    """A number of an argument, as `kind`.
+
+    Raises:
+        ValueError: It is no such number, or outside the range.
+    """
+    try:
+        number = kind(value)
+        is_number = not isinstance(value, bool) and bool(number == value)
+    except (TypeError, ValueError, OverflowError):
+        is_number = False
+    remedy = remedy or allowed.remedy
+    if not is_number:
+        noun = "whole number" if kind is int else "number"
+        raise ValueError(f"`{name}` (={value!r}) is not a {noun}; {remedy}")
+    if number not in allowed:
+        raise ValueError(f"`{name}` (={value}) {allowed.problem}; {remedy}")
+    return number
+
+
 def new_tokens_allowed(
     config: GenerationConfig, prompt_length: int, has_default_max_length: bool
 ) -> int:
@@ -118,7 +142,7 @@ def new_tokens_allowed(
                 f"Both `max_new_tokens` (={config.max_new_tokens}) and `max_length` (="
                 f"{config.max_length}) seem to have been set. `max_new_tokens` takes precedence."
             )
-        return config.max_new_tokens
+        return checked_number("max_new_tokens", config.max_new_tokens, int, AT_LEAST_ONE)
     if has_default_max_length:
         return DEFAULT_MAX_NEW_TOKENS
     if config.max_length <= prompt_length:
@@ -164,22 +188,27 @@ def decoding_settings(
     has_causal_context = not is_full and model_config.context_attention == "causal"
     name = option("remasking_strategy", "entropy" if is_full else "low_confidence_dynamic")
     block_size = option("block_size", model_config.block_size)
+    if block_size is not None:
+        block_size = checked_number("block_size", block_size, int, AT_LEAST_ONE)
     size = block_size or max_new_tokens
     mask_token_id = option("mask_token_id", model_config.mask_token_id)
+    if mask_token_id is not None:
+        ids = Range(0, model_config.vocab_size, below_highest=True)
+        mask_token_id = checked_number("mask_token_id", mask_token_id, int, ids)
     eos = config.eos_token_id if config.eos_token_id is not None else model_config.eos_token_id
     temperature, top_k, top_p = 0.0, 0, 1.0
     if config.do_sample:
         # None if neither the call nor the folder sets it: off, the default.
-        temperature = 1.0 if config.temperature is None else float(config.temperature)
-        top_k, top_p = config.top_k or 0, 1.0 if config.top_p is None else float(config.top_p)
-        require(
-            temperature > 0,
-            "temperature",
-            temperature,
-            "must be positive; do_sample=False takes the most likely tokens",
-        )
-        require(top_k >= 0, "top_k", top_k, "must be 0 (off) or more")
-        require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
+        if config.temperature is not None:
+            positive = dataclasses.replace(TEMPERATURE, above_lowest=True)
+            remedy = f"{positive.remedy}; do_sample=False takes the most likely tokens"
+            temperature = checked_number("temperature", config.temperature, float, positive, remedy)
+        else:
+            temperature = 1.0
+        if config.top_k is not None:
+            top_k = checked_number("top_k", config.top_k, int, AT_LEAST_ZERO, "0 is off")
+        if config.top_p is not None:
+            top_p = checked_number("top_p", config.top_p, float, PROBABILITY, "1 is off")
     require(
         name in STRATEGIES,
         "remasking_strategy",
@@ -187,12 +216,7 @@ def decoding_settings(
         f"must be one of {', '.join(STRATEGIES)}",
     )
     require(mask_token_id is not None, "mask_token_id", None, "must be in the config or given")
-    require(
-        block_size >= 1 if block_size is not None else is_full,
-        "block_size",
-        block_size,
-        "must be at least 1",
-    )
+    require(block_size is not None or is_full, "block_size", None, "must be at least 1")
     strategy, strategy_value = STRATEGIES[name], None
     require(
         has_causal_context or not strategy.verifies,
@@ -209,10 +233,8 @@ def decoding_settings(
         default, argument = strategy.option.default, strategy.option.generate_argument
         if default is None:
             default = model_config.num_diffusion_steps or size
-        strategy_value, range = option(argument, default), strategy.option.range
-        require(
-            strategy_value in range, argument, strategy_value, f"{range.problem}; {range.remedy}"
-        )
+        given, range = option(argument, default), strategy.option.range
+        strategy_value = checked_number(argument, given, strategy.option.type, range)
         require(
             strategy.fits_block(strategy_value, None if is_full else size),
             argument,
@@ -222,6 +244,7 @@ def decoding_settings(
     min_new_tokens = config.min_new_tokens
     if min_new_tokens is None:
         min_new_tokens = max((config.min_length or 0) - prompt_length, 0)
+    min_new_tokens = checked_number("min_new_tokens", min_new_tokens, int, AT_LEAST_ZERO)
     return DecodingSettings(
         is_full=is_full,
         has_causal_context=has_causal_context,

@@ -1,6 +1,8 @@
 """Arguments of transformers' callers to exported models, and the results."""
 
 import logging
+import math
+import re
 
 import pytest
 import torch
@@ -89,12 +91,37 @@ def test_sampling_is_asked_for_by_do_sample(model, caplog, monkeypatch):
     ]
     assert not torch.equal(*(output[0, :20] for output in sampled))
     assert torch.equal(model.generate(PROMPT, max_new_tokens=20, do_sample=True, top_k=1), greedy)
-    with pytest.raises(ValueError, match="temperature"):
-        model.generate(PROMPT, do_sample=True, temperature=0.0)
     with pytest.raises(ValueError, match="num_return_sequences"):
         model.generate(PROMPT, num_return_sequences=2)
     three = model.generate(PROMPT, max_new_tokens=20, do_sample=True, num_return_sequences=3)
     assert len(three) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("temperature", 0.0, "is outside (0, 100]; choose a number in (0, 100]"),
+        ("temperature", -1.0, "is outside (0, 100]"),
+        ("temperature", 101.0, "is outside (0, 100]"),
+        ("temperature", math.inf, "is outside (0, 100]"),
+        ("temperature", math.nan, "is not a number"),
+        ("temperature", "warm", "is not a number"),
+        ("top_k", -1, "is negative; 0 is off"),
+        ("top_k", 2.5, "is not a whole number; 0 is off"),
+        ("top_p", 1.5, "is outside (0, 1]; 1 is off"),
+        ("top_p", math.nan, "is not a number; 1 is off"),
+        ("block_size", 2.5, "is not a whole number"),
+        ("block_size", "four", "is not a whole number"),
+        ("mask_token_id", 10**6, "is outside [0, "),
+        ("max_new_tokens", 2.5, "is not a whole number"),
+        ("min_new_tokens", 0.5, "is not a whole number"),
+        ("dynamic_threshold", math.nan, "is not a number"),
+        ("dynamic_threshold", "high", "is not a number"),
+    ],
+)
+def test_numbers_that_cannot_work_are_named(model, name, value, problem):
+    with pytest.raises(ValueError, match=re.escape(f"`{name}` (={value!r}) {problem}")):
+        model.generate(PROMPT, **{"do_sample": True, "max_new_tokens": 4, name: value})
 
 
 def test_the_call_wins_over_its_config_and_this_over_the_folders(model, generation_config):

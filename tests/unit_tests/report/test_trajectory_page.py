@@ -192,6 +192,78 @@ def test_the_slider_shows_the_steps(tab: Browser, tmp_path: Path) -> None:
         assert bars == ", ".join(f"{f}: {by[f]}" for f in range(1, forwards + 1))
 
 
+def drafted_entry() -> dict[str, Any]:
+    """A line whose response came about by three rounds: drafts of 4, of 2 and of none."""
+    entry = made_entry(9)
+    trajectory = entry["trajectory"]
+    for part, length in (("response", 6), ("tail", 0)):
+        columns = trajectory[part]
+        trajectory[part] = {name: values[:length] for name, values in columns.items()}
+    columns = trajectory["response"]
+    columns["block"] = [0, 0, 0, 0, 1, 1]
+    columns["step"] = [1, 1, 2, 2, 1, 2]
+    columns["forward"] = [2, 2, 4, 4, 4, 5]
+    trajectory["denoising_forwards"] = 5
+    trajectory["rounds"] = [
+        {
+            "first": first,
+            "forward": forward,
+            "draft_ids": [*range(len(texts))],
+            "draft_texts": texts,
+            "num_accepted": accepted,
+            "draws_next": True,
+        }
+        for first, forward, texts, accepted in (
+            (0, 2, ["a", HOSTILE, "c", "d"], 1),
+            (2, 4, ["e", "f"], 2),
+            (5, 5, [], 0),
+        )
+    ]
+    return entry
+
+
+def test_rounds_show_what_was_drafted(tab: Browser, tmp_path: Path) -> None:
+    tab.open(written(tmp_path, [drafted_entry(), made_entry(1)]))
+    figures = tab.run("[...document.querySelectorAll('dd')].map((d) => d.textContent)")
+    assert figures[-1] == "3 of 6"
+    tab.press("Home")
+    says = []
+    for _ in range(5):
+        tab.press("ArrowRight")
+        says.append(tab.run("document.querySelector('#drafts .soft').textContent"))
+    assert says == [
+        "A draft of 4, verified by forward 2: ",
+        "4 drafted, 1 accepted, 1 corrected: ",
+        "A draft of 2, verified by forward 4: ",
+        "2 drafted, 2 accepted, 1 drawn after them: ",
+        "Nothing left to draft: one token is drawn",
+    ]
+    for _ in range(3):
+        tab.press("ArrowLeft")
+    drafts = "[...document.querySelectorAll('#drafts .token')].map((t) => [t.className, "
+    assert tab.run(drafts + "t.textContent])") == [
+        ["token", "a"],
+        ["token refused", HOSTILE],
+        ["token refused", "c"],
+        ["token refused", "d"],
+    ]
+    titles = tab.run("[...document.querySelectorAll('#tokens .token')].map((t) => t.title)")
+    origins = ["draft accepted", "in place of a refused draft"]
+    assert [t.split(", ")[3] for t in titles[:2]] == origins
+    assert titles[2:] == ["MASK"] * 4
+    tab.press("End")
+    titles = tab.run("[...document.querySelectorAll('#tokens .token')].map((t) => t.title)")
+    assert "drawn without a draft" in titles[4]
+    assert "drawn without a draft" in titles[5]
+    # A response of another strategy has none of this.
+    tab.run(
+        "document.getElementById('choice').value = 1;"
+        "document.getElementById('choice').dispatchEvent(new Event('change'))"
+    )
+    assert tab.run("document.getElementById('drafts').checkVisibility()") is False
+    assert tab.run("document.getElementById('key-refused').checkVisibility()") is False
+
+
 def test_colours_follow_step_and_confidence(tab: Browser, tmp_path: Path) -> None:
     entry = made_entry(4)
     tab.open(written(tmp_path, [entry]) + "#1/999/step")
@@ -277,6 +349,12 @@ def test_a_page_has_the_first_trajectories(
     assert "The first" not in page([], "all")
 
 
+def broken_round(**changes: object) -> str:
+    entry = drafted_entry()
+    entry["trajectory"]["rounds"][0] |= changes
+    return json.dumps(entry)
+
+
 def broken(part: str, column: str, value: object) -> dict[str, Any]:
     entry = made_entry(0)
     entry["trajectory"][part][column] = value
@@ -298,6 +376,10 @@ def broken(part: str, column: str, value: object) -> dict[str, Any]:
             json.dumps(broken("tail", "confidence", [1.0, math.nan])),
             "trajectory.tail.confidence holds NaN or infinite values",
         ),
+        (broken_round(draft_texts=["a"]), "rounds[0].draft_texts does not hold 4 strs"),
+        (broken_round(draft_ids=["a"]), "rounds[0].draft_ids does not hold ints"),
+        (broken_round(num_accepted=5), "rounds[0] has a forward beyond 5, or accepts more than 4"),
+        (broken_round(forward="1"), "rounds[0] does not hold numbers"),
     ],
 )
 def test_lines_without_a_trajectory_are_refused(

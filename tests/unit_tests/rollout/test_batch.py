@@ -21,7 +21,10 @@ from tests.unit_tests.rollout.tiny_models import (
     FULL_ATTENTION,
     GENERATION,
     SPECIAL_TOKENS,
+    SPECULATIVE,
+    VOCAB_SIZE,
     fields,
+    make_engine,
     make_prompts,
     tiny_model,
 )
@@ -125,6 +128,63 @@ def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, ki
     assert len(distinct) > 2
     if kind != "full":
         assert cancelled
+
+
+TURNS = {
+    "block_causal": GENERATION,
+    "causal_context": dataclasses.replace(GENERATION, context_attention="causal"),
+    "speculative": dataclasses.replace(GENERATION, **SPECULATIVE),
+    "causal": AUTOREGRESSIVE,
+    "full": dataclasses.replace(FULL_ATTENTION, block_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_a_later_turn_computes_what_is_new(model: DiffusionGPTModel, kind: str) -> None:
+    """Its prompt begins with that of an earlier one and the answer; both may have been cut."""
+    generation, limit = TURNS[kind], 60
+    # No response ends by itself.
+    endless = dataclasses.replace(SPECIAL_TOKENS, eos_token_id=VOCAB_SIZE, eos_token_ids=())
+    engine = make_engine(model, generation, special_tokens=endless)
+
+    def expected(prompt: Prompt) -> Trajectory:
+        fresh = make_engine(model, generation, special_tokens=endless)
+        [trajectory] = fresh.generate([prompt], limit)
+        return trajectory
+
+    batch = engine.open(1, [10 * PAGE_SIZE], limit)
+    [prompt] = make_prompts([50])
+    with engine.evaluating():
+        assert batch.admit(0, prompt)
+        finished = []
+        while not finished:
+            finished, _ = batch.step()
+        [(_, answer)] = finished
+        said = answer.token_ids
+        assert fields(answer) == fields(expected(prompt))
+        engine.work.take()
+        # 110 tokens are known, of which the last block has no final keys: three pages are kept.
+        following = Prompt(3, torch.cat((said, make_prompts([9])[0].token_ids)))
+        assert batch.admit(1, following)
+        batch.step()
+        [computed] = engine.work.take().tokens
+        whole = len(following.token_ids) // 4 * 4 + 4
+        if kind == "causal":
+            whole = len(following.token_ids)
+        kept = 0 if kind == "full" else 3 * PAGE_SIZE
+        assert computed == (119 + limit if kind == "full" else whole - kept)
+        # The answer is interrupted, and what was final of it is kept too.
+        for _ in range(14 if kind == "causal" else 4):
+            batch.step()
+        batch.cancel(1)
+        engine.work.take()
+        assert batch.admit(2, following)
+        finished = []
+        while not finished:
+            finished, _ = batch.step()
+        [(_, again)] = finished
+        assert engine.work.take().tokens[0] <= computed
+        assert fields(again) == fields(expected(following))
 
 
 def test_the_cache_takes_no_more_memory_than_there_is(

@@ -19,7 +19,7 @@ from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.uniforms import counter_uniforms
-from megatron_dlm.types.trajectory import Prompt, Trajectory
+from megatron_dlm.types.trajectory import Prompt, Trajectory, VerificationRound
 from tests.unit_tests.rollout.autoregressive_reference import (
     FEW,
     FEW_SIZES,
@@ -93,15 +93,28 @@ def uniform(sample_index: int, position: int, step: int) -> float:
     )
 
 
+class Decoded(NamedTuple):
+    """A sequence, what it took, and how it came about."""
+
+    response: list[int]
+    forwards: int
+    drafted: int
+    accepted: int
+    rounds: tuple[VerificationRound, ...]
+    confidence: list[float]
+
+
 def decode(
     model: torch.nn.Module, generation: GenerationConfig, prompt: Prompt, limit: int
-) -> tuple[list[int], int, int, int]:
-    """One sequence from the definition: response, forwards, drafts that were verified, accepted."""
+) -> Decoded:
+    """One sequence from the definition."""
     size, temperature = generation.block_size or 0, generation.temperature
     filters = (temperature, generation.top_k, generation.top_p)
     tokens, end = prompt.token_ids.tolist(), len(prompt.token_ids) + limit
     forwards = drafted = accepted = 0
     step, block = 0, -1
+    rounds: list[VerificationRound] = []
+    confidence: list[float] = []
     while True:
         start = len(tokens) // size * size
         step, block = (0, start) if start != block else (step, block)
@@ -121,6 +134,8 @@ def decode(
                 draft.append(inverse_cdf(q, number))
         step, forwards = step + 1, forwards + 1
         target = next_tokens(model, context + draft, MASK)
+        first, before = len(tokens), accepted
+        verified = draft[first - start :][: left if left > 1 else 0]
         while len(tokens) < end:
             position = len(tokens)
             p = filtered(target[position - 1], *filters)
@@ -137,12 +152,28 @@ def decode(
             drafted += min(end, start + size) - position - 1
             tokens.append(inverse_cdf((p - q).clamp(min=0), number))
             break
+        confidence += [
+            float(target[position - 1].softmax(-1)[token])
+            for position, token in enumerate(tokens[first:], first)
+        ]
+        is_drawn = len(tokens) - first > accepted - before
+        rounds.append(
+            VerificationRound(
+                first=first - len(prompt.token_ids),
+                forward=forwards,
+                draft_ids=tuple(verified),
+                num_accepted=accepted - before,
+                next_id=tokens[-1] if is_drawn else None,
+            )
+        )
         response = tokens[len(prompt.token_ids) :]
+        figures = (forwards, drafted, accepted, tuple(rounds))
         if EOS in response:
             # Drafts after it were verified in the same forward.
-            return response[: response.index(EOS) + 1], forwards, drafted, accepted
+            length = response.index(EOS) + 1
+            return Decoded(response[:length], *figures, confidence[:length])
         if len(tokens) >= end:
-            return response, forwards, drafted, accepted
+            return Decoded(response, *figures, confidence)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +188,15 @@ def decode(
     ids=str,
 )
 def test_cached_decoding_equals_full_forwards(models: Models, changes: dict[str, Any]) -> None:
-    engine = make_engine(models.ours, **SPECULATIVE, **changes)
+    engine = make_engine(models.ours, **SPECULATIVE, **changes, keeps_confidence=True)
     prompts = make_prompts(LENGTHS)
     trajectories = engine.generate(prompts, 18)
     for prompt, found in zip(prompts, trajectories, strict=True):
-        response, *counts = decode(models.reference, engine.generation, prompt, 18)
+        expected = decode(models.reference, engine.generation, prompt, 18)
+        response, *counts = expected[:4]
+        assert found.rounds == expected.rounds
+        assert found.confidence is not None
+        assert found.confidence.tolist() == pytest.approx(expected.confidence, rel=1e-4)
         assert found.response_ids.tolist() == response
         numbers = [found.denoising_forwards, found.drafted_tokens, found.accepted_tokens]
         assert numbers == counts
