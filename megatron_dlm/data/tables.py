@@ -5,6 +5,7 @@ one, once, into the cache of `datasets` (`HF_HOME`). All ranks of a node share i
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -242,8 +243,34 @@ def open_hub(
 
         return datasets.load_dataset(name, subset, split=split, revision=revision)
 
-    table = selected(opened(name, field, read), columns, name, field)
-    return TableRecords(table, f"{HUB}{name}", field)
+    table = opened(name, field, read)
+    _check_commit(table, name, revision or "main", field)
+    return TableRecords(selected(table, columns, name, field), f"{HUB}{name}", field)
+
+
+def _check_commit(table: "Dataset", name: str, revision: str, field: str) -> None:
+    """Refuse what `datasets` takes from its cache instead, where the hub is not reached.
+
+    That is what was read last under the name, whatever revision it was of.
+    """
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    try:
+        wanted = (repository / "refs" / revision).read_text().strip()
+    except OSError:  # a commit, or a data set that this user has never asked the hub for
+        wanted = revision
+    # Its folder in the cache is named by its commit.
+    folders = {Path(file["filename"]).parent.name for file in table.cache_files}
+    found = {folder for folder in folders if re.fullmatch("[0-9a-f]{40}", folder)}
+    if found and re.fullmatch("[0-9a-f]{40}", wanted) and wanted not in found:
+        raise bad_value(
+            field,
+            f"{name}@{revision}",
+            f"is not reached, and what was read last of it is commit {min(found)[:12]}, not "
+            f"{wanted[:12]}",
+            "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or name a local copy",
+        )
 
 
 def open_hub_files(url: str, field: str, columns: Sequence[str] | None = None) -> TableRecords:

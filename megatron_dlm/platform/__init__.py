@@ -16,6 +16,7 @@ import torch
 
 from megatron_dlm.entry import local_rank
 from megatron_dlm.errors import bad_value
+from megatron_dlm.platform.control_groups import memory_left
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -155,7 +156,10 @@ def free_memory() -> int | None:
 def available_memory() -> int:
     """Bytes that a tensor could have now on the device, which on a CPU are everyone's."""
     free = free_memory()
-    return psutil.virtual_memory().available if free is None else free
+    if free is not None:
+        return free
+    of_host, of_container = psutil.virtual_memory().available, memory_left()
+    return of_host if of_container is None else min(of_host, of_container)
 
 
 def release_memory() -> None:

@@ -76,6 +76,9 @@ def summary(trajectory: Trajectory) -> tuple:
         trajectory.unmask_step.tolist(),
         trajectory.tail_ids.tolist(),
         trajectory.finish_reason,
+        # Of what was drafted, in a rollout that keeps it.
+        trajectory.rounds,
+        trajectory.rounds and [round(value, 2) for value in trajectory.confidence.tolist()],
     )
 
 
@@ -162,7 +165,7 @@ def in_groups(model: DiffusionGPTModel, prompts: list[Prompt]) -> dict[str, list
         ("sampled", dict(top_k=20, top_p=0.95, decoding_groups=1)),
         ("sampled", dict(top_k=20, top_p=0.95, decoding_groups=3)),
         ("static", dict(STATIC, decoding_groups=4, max_running_requests=5)),
-        ("speculative", dict(DRAFTED, decoding_groups=4, max_running_requests=6)),
+        ("speculative", dict(DRAFTED, decoding_groups=4, keeps_confidence=True)),
     ):
         engine = make_engine(model, **changes)
         results[f"{name} {len(results)}"] = [*map(summary, engine.generate(prompts, 6))]
@@ -188,7 +191,7 @@ def rollout(rank: int, folder: Path, parallel: dict[str, Any]) -> dict[str, list
                 model, GenerationConfig.autoregressive(temperature=1.0, max_running_requests=3)
             ),
         ),
-        ("speculative", make_engine(model, **DRAFTED)),
+        ("speculative", make_engine(model, **DRAFTED, keeps_confidence=True)),
         ("greedy speculative", make_engine(model, **SPECULATIVE, temperature=0.0)),
         ("whole", make_engine(model, FULL_ATTENTION, shifted=True, denoising_steps_per_block=5)),
         ("canvas", make_engine(model, FULL_ATTENTION, **BY_BLOCKS)),
