@@ -58,8 +58,8 @@ def _groups(process: Path) -> Iterator[tuple[Path, _Files]]:
         else:
             continue
         # A container may see its own group as the root, or be named by where its host has it.
-        path = PurePosixPath(groups.get(files, "/"))
-        below = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
+        own = PurePosixPath(groups.get(files, "/"))
+        below = own.relative_to(root) if own.is_relative_to(root) else PurePosixPath()
         if ".." in below.parts:
             below = PurePosixPath()
         for part in (below, *below.parents):

@@ -265,9 +265,10 @@ class SlotTable(SlotState):
             opened = opened & (positions + self._block_size < end[:, None])
         masked |= opened
         drawn_after = torch.zeros(2, len(block), dtype=torch.int64, device=device)
-        # A draft is committed by its verification.
-        is_final = committed & ~verifies.bool()[:, None]
-        confidence = pad(blocks.confidence * is_final, (0, 1))
+        if self._keeps_confidence:
+            # A draft is committed by its verification.
+            is_final = committed & ~verifies.bool()[:, None]
+            confidence = pad(blocks.confidence * is_final, (0, 1))
         for verification, result in zip(plan.verifications, verified, strict=True):
             own = verification.slots
             settled = verified_blocks(

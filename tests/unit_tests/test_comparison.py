@@ -34,6 +34,17 @@ def test_every_feature_has_evidence_and_all_cells() -> None:
     assert not [row for row in FEATURES if "" in row]
 
 
+def test_the_readme_has_rows_of_this_table() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in PAGE.splitlines() if line.startswith("|")]
+    first = readme.index(table[0])
+    rows = [line for line in readme[first:] if line.startswith("|")][: readme[first:].index("")]
+    assert len(rows) > 10
+    assert {*rows} <= {*table}
+    features = next(line for line in readme if "[The whole table]" in line)
+    assert f" {len(FEATURES)} features" in features
+
+
 @pytest.mark.parametrize("feature", EVIDENCE)
 def test_what_shows_a_feature_exists(feature: str) -> None:
     named = re.findall(r"`([^`]+)`", EVIDENCE[feature])
