@@ -64,13 +64,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure_draws(repetitions: int) -> dict[str, Any]:
-    from megatron_dlm.rollout.sampling import sample_tokens
+    from megatron_dlm.rollout.sampling import KeptLogits, sample_tokens
     from megatron_dlm.rollout.uniforms import counter_uniforms
 
     torch.manual_seed(0)
     hidden, weight = torch.randn(ROWS, HIDDEN), 0.03 * torch.randn(COLUMNS, HIDDEN)
     counter = torch.arange(ROWS)
     uniforms = counter_uniforms(1, counter, counter, counter)
+    kept_logits = KeptLogits()
 
     def draw(temperature: float, top_k: int, top_p: float) -> None:
         sample_tokens(
@@ -83,6 +84,7 @@ def measure_draws(repetitions: int) -> dict[str, Any]:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            kept_logits=kept_logits,
         )
 
     heads: list[float] = []

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dlm.rollout.top_p_search import Gather, top_p_threshold
+from megatron_dlm.rollout.nucleus import LEAST_COLUMNS, nucleus
+from megatron_dlm.rollout.top_p_search import Gather, only_rank, top_p_threshold
 
 VOCABULARY_BLOCK = 128
 # Columns of a chunk: for 64 rows, float32 buffers of 2 MiB each. Narrower products take longer.
@@ -279,32 +280,39 @@ def choose_tokens(
             block_masses.sum(dim=-1),
         )
     )
-    tops, masses, moments, tempered = gather(sums).unbind(dim=1)  # [tp, n] each
-    highest, owner = tops.max(dim=0)
-    shift = tops - highest
-    scale = shift.exp()
-    total = (scale * masses).sum(dim=0)
+    of_ranks = gather(sums)
+    owner: Tensor | None = None
+    if len(of_ranks) == 1:
+        highest, total, moment, all_masses = of_ranks[0]
+    else:
+        tops, masses, moments, tempered = of_ranks.unbind(dim=1)  # [tp, n] each
+        highest, owner = tops.max(dim=0)
+        shift = tops - highest
+        scale = shift.exp()
+        total = (scale * masses).sum(dim=0)
+        moment = (scale * (moments + shift * masses)).sum(dim=0)
     log_total = total.log()
-    entropy = log_total - (scale * (moments + shift * masses)).sum(dim=0) / total
+    entropy = log_total - moment / total
 
     fraction, is_regular = None, None
     if temperature:
-        rank_masses = (tempered * (shift / temperature).exp()).T
-        drawn_owner, fraction = first_above(rank_masses, uniforms)
-        all_masses = rank_masses.sum(dim=-1)
+        fraction = uniforms
+        if owner is not None:
+            rank_masses = (tempered * (shift / temperature).exp()).T
+            drawn_owner, fraction = first_above(rank_masses, uniforms)
+            all_masses = rank_masses.sum(dim=-1)
         is_regular = all_masses.isfinite() & (all_masses > 0.0)
-        owner = torch.where(is_regular, drawn_owner, owner)
+        if owner is not None:
+            owner = torch.where(is_regular, drawn_owner, owner)
     column, logit = choose_columns(block_masses, best_block, fraction, is_regular)
     chosen = torch.stack(((first_id + column).double(), logit.double()))
-    tokens, logits = gather(chosen).unbind(dim=1)
-    token_ids, logit = (values.gather(0, owner[None])[0] for values in (tokens, logits))
+    of_ranks = gather(chosen)
+    if owner is None:
+        token_ids, logit = of_ranks[0]
+    else:
+        token_ids, logit = of_ranks.gather(0, owner.expand(1, 2, -1))[0]
     confidence = (logit - highest - log_total).exp()
     return torch.stack((token_ids, confidence, entropy.clamp(min=0.0)))
-
-
-def only_rank(values: Tensor) -> Tensor:
-    """The `gather` of one rank that holds the whole vocabulary."""
-    return values[None]
 
 
 def _statistics_of_logits(logits: Tensor, temperature: float) -> BlockStatistics:
@@ -317,21 +325,45 @@ def _masses_of_logits(
     return filtered_masses(chunks_of(logits), maximum, temperature, threshold)
 
 
+def _nucleus_of_logits(
+    logits: Tensor,
+    statistics: BlockStatistics,
+    temperature: float,
+    top_p: float,
+    floor: Tensor | None,
+    gather: Gather,
+) -> tuple[Tensor, Tensor]:
+    """See `DrawPasses`."""
+    maximum = statistics.maximum
+    tops = gather(maximum.amax(dim=-1))
+    is_large = _host_computes(logits.device) and logits.shape[1] >= LEAST_COLUMNS
+    if is_large and len(tops) == 1:
+        totals = None
+        if floor is None:
+            shift = (maximum.double() - tops[0, :, None].double()) / temperature
+            totals = (statistics.tempered.double() * shift.exp()).sum(dim=-1)
+        return nucleus(logits, maximum, totals, temperature, top_p, floor)
+    top = tops.amax(dim=0)
+    threshold = top_p_threshold(logits, top, temperature, top_p, floor, gather)
+    return threshold, filtered_masses(chunks_of(logits), maximum, temperature, threshold)
+
+
 @dataclass(frozen=True)
 class DrawPasses:
     """What passes over logits [n, v]: here in PyTorch, `draw_kernels` has others.
 
     Attributes:
         block_statistics: Logits and temperature to the statistics of the blocks.
-        top_p_threshold: See the function.
+        nucleus: What top-p keeps: the lowest logit [n] and the masses [n, b], from logits, their
+            statistics, temperature, p, the lowest logits [n] that are left, and `gather`.
         filtered_masses: Logits, maxima of the blocks, threshold and temperature to masses [n, b].
         choose_columns: See `chosen_columns`, with logits for `block_logits`.
     """
 
     block_statistics: Callable[[Tensor, float], BlockStatistics] = _statistics_of_logits
-    top_p_threshold: Callable[[Tensor, Tensor, float, float, Tensor | None, Gather], Tensor] = (
-        top_p_threshold
-    )
+    nucleus: Callable[
+        [Tensor, BlockStatistics, float, float, Tensor | None, Gather], tuple[Tensor, Tensor]
+    ] = _nucleus_of_logits
     filtered_masses: Callable[[Tensor, Tensor, Tensor, float], Tensor] = _masses_of_logits
     choose_columns: Callable[
         [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float],
@@ -376,9 +408,11 @@ def draw_from_logits(
     if temperature and top_k:
         threshold = top_k_threshold(logits, statistics.maximum, top_k, gather)
     if temperature and top_p < 1.0:
-        top = gather(statistics.maximum.amax(dim=-1)).amax(dim=0)
-        threshold = passes.top_p_threshold(logits, top, temperature, top_p, threshold, gather)
-    if threshold is not None:
+        threshold, masses = passes.nucleus(
+            logits, statistics, temperature, top_p, threshold, gather
+        )
+        statistics = replace(statistics, tempered=masses)
+    elif threshold is not None:
         masses = passes.filtered_masses(logits, statistics.maximum, threshold, temperature)
         statistics = replace(statistics, tempered=masses)
 

@@ -269,24 +269,27 @@ def block_statistics(logits: Tensor, temperature: float) -> BlockStatistics:
     return BlockStatistics(*_statistics(logits, temperature).unbind())
 
 
-def _top_p_threshold(
+def _nucleus(
     logits: Tensor,
-    top: Tensor,
+    statistics: BlockStatistics,
     temperature: float,
     top_p: float,
     floor: Tensor | None,
     gather: Gather,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """See `DrawPasses`."""
+    top = gather(statistics.maximum.amax(dim=-1)).amax(dim=0)
     search = DigitSearch(len(logits), logits.device, top_p, gather)
     for shift in range(_KEY_BITS[logits.dtype] - DIGIT_BITS, -1, -DIGIT_BITS):
         sums = _digit_masses(logits, top, floor, search.prefix[:, 0], temperature, shift)
         search.advance(sums.sum(dim=1, dtype=torch.float64))
-    return search.values(_KEY_BITS[logits.dtype])
+    threshold = search.values(_KEY_BITS[logits.dtype])
+    return threshold, _filtered_masses(logits, statistics.maximum, threshold, temperature)
 
 
 TRITON_PASSES = DrawPasses(
     block_statistics=block_statistics,
-    top_p_threshold=_top_p_threshold,
+    nucleus=_nucleus,
     filtered_masses=_filtered_masses,
     choose_columns=_choose_columns,
 )

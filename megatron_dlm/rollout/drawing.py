@@ -9,7 +9,7 @@ from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
-from megatron_dlm.rollout.sampling import sample_tokens
+from megatron_dlm.rollout.sampling import KeptLogits, sample_tokens
 from megatron_dlm.rollout.token_shares import TokenShares
 from megatron_dlm.types.special_tokens import SpecialTokens
 
@@ -34,6 +34,7 @@ class TokenDrawer:
         self._special_tokens = special_tokens
         self._groups = groups
         self._shares = TokenShares.of(groups)
+        self._kept_logits = KeptLogits()
 
     def draw(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
         """Sample from the hidden states [S, h] of a forward, on the last stage.
@@ -78,5 +79,6 @@ class TokenDrawer:
             top_k=generation.top_k,
             top_p=generation.top_p,
             tp_group=self._groups.tp,
+            kept_logits=self._kept_logits,
         )
         return drawn if self._shares is None else self._shares.drawn(drawn, count)

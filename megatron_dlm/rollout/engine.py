@@ -109,11 +109,6 @@ class RolloutEngine:
         self._keeps_confidence = keeps_confidence
         self.work = RolloutWork()
         self._traced: TracedForwards | None = None
-        self._drawer = TokenDrawer(
-            self._model,
-            special_tokens=special_tokens,
-            groups=self._groups,
-        )
 
     def generate(
         self,
@@ -310,10 +305,12 @@ class RolloutEngine:
             num_slots=sizes,
             lengths=lengths,
         )
+        # Its memory ends with the batch.
+        drawer = TokenDrawer(self._model, special_tokens=self._special_tokens, groups=self._groups)
         slot_groups = [
             SlotGroup(
                 self._model,
-                drawer=self._drawer,
+                drawer=drawer,
                 slots=SlotTable(
                     num_slots=size,
                     max_length=max(lengths, default=0),

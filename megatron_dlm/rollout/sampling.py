@@ -78,6 +78,25 @@ def _passes(device: torch.device) -> DrawPasses:
     return TRITON_PASSES
 
 
+class KeptLogits:
+    """Memory for the logits of a draw that are passed over again, the same in each draw.
+
+    On the CPU pages of memory that was never written cost more than what is computed in them.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def empty(self, hidden: Tensor, columns: int) -> Tensor:
+        """Logits [n, columns] of hidden states [n, h], not set; the last ones are overwritten."""
+        if hidden.device.type != "cpu":
+            return hidden.new_empty(len(hidden), columns)
+        size = len(hidden) * columns
+        if self._memory is None or len(self._memory) < size or self._memory.dtype != hidden.dtype:
+            self._memory = hidden.new_empty(size)
+        return self._memory[:size].view(len(hidden), columns)
+
+
 @dataclass(frozen=True)
 class Head:
     """The product of hidden states [n, h] with a shard [v, h] of the output layer, by chunks."""
@@ -145,6 +164,7 @@ def sample_tokens(
     top_k: int,
     top_p: float,
     tp_group: ProcessGroup | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> Tensor:
     """Draw one token for each row of hidden states.
 
@@ -168,6 +188,7 @@ def sample_tokens(
         top_p: 1 is off.
         tp_group: Ranks that hold the other shards, ordered by `vocab_start`; None if there are
             none.
+        kept_logits: Where they are kept; None: in memory of this draw.
 
     Returns:
         [3, n] float64: `token_ids`, `confidence` and `entropy` of `SampledTokens`; the same on
@@ -182,6 +203,7 @@ def sample_tokens(
     columns = columns if is_kept else chunk
 
     passes = _passes(hidden.device)
+    memory = kept_logits if is_kept and kept_logits is not None else KeptLogits()
 
     def gather(values: Tensor) -> Tensor:
         return gather_from_ranks(values, tp_group)
@@ -198,7 +220,7 @@ def sample_tokens(
             vocab_end=min(vocab_size, vocab_start + weight.shape[0]),
             mask_token_id=mask_token_id,
         )
-        logits = part.new_empty(len(part), columns)
+        logits = memory.empty(part, columns)
         if not is_kept:
             drawn = choose_tokens(
                 block_statistics(head.chunks(logits), temperature),
@@ -211,8 +233,9 @@ def sample_tokens(
         else:
             statistics = None
             if passes is TORCH_PASSES:
-                # A filter puts its own masses in the place of tempered ones.
-                drawn_from = 1.0 if is_filtered else temperature
+                # A filter puts its own masses in the place of tempered ones; top-p takes a share
+                # of what is there before, top-k does not look at it.
+                drawn_from = 1.0 if is_filtered and top_k else temperature
                 statistics = block_statistics(head.chunks(logits), drawn_from)
             else:
                 head.write(logits)

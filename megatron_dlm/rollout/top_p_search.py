@@ -14,10 +14,15 @@ from torch import Tensor
 DIGIT_BITS = 8  # of the keys, looked at together by a pass
 _KEY_BITS = 32
 _SEARCHED_LOGITS = 1 << 18  # at a time, as they are copied
-_LOG_VOCABULARY = 13.0
+LOG_VOCABULARY = 13.0
 
 # Makes [tp, ...] in the order of ranks from each rank's [...].
 Gather = Callable[[Tensor], Tensor]
+
+
+def only_rank(values: Tensor) -> Tensor:
+    """The `Gather` of one rank that holds the whole vocabulary."""
+    return values[None]
 
 
 class DigitSearch:
@@ -27,15 +32,29 @@ class DigitSearch:
     keys with the bits where the share is reached. The bit patterns of floats, those of negative
     ones turned round and all counted from the lowest, order like the values: such bits are a key.
 
+    Args:
+        rows: n.
+        device: Of the sums.
+        top_p: The share.
+        gather: Over the ranks.
+        needed: [n] float64, the weight up to there; None: that share of all.
+
     Attributes:
         prefix: [n, 1] int64, the bits found so far.
     """
 
-    def __init__(self, rows: int, device: torch.device, top_p: float, gather: Gather) -> None:
+    def __init__(
+        self,
+        rows: int,
+        device: torch.device,
+        top_p: float,
+        gather: Gather,
+        needed: Tensor | None = None,
+    ) -> None:
         self.prefix = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._top_p, self._gather = top_p, gather
         self._above = torch.zeros(rows, 1, dtype=torch.float64, device=device)
-        self._needed: Tensor | None = None
+        self._needed = None if needed is None else needed[:, None]
 
     def advance(self, sums: Tensor) -> Tensor:
         """The digit [n, 1] where the share is reached, from this rank's sums [n, 256] by digit."""
@@ -83,39 +102,54 @@ def top_p_threshold(
     thresholds = []
     at_a_time = max(1, _SEARCHED_LOGITS // logits.shape[1])
     # Memory of its own for each row would cost more than what is computed in it.
-    shape = (min(at_a_time, len(logits)), logits.shape[1])
-    buffers = [
-        logits.new_empty(shape, dtype=dtype)
-        for dtype in (torch.float32, torch.float32, torch.float64, torch.int32)
-    ]
-    # Tokens further from the top than this hold less than 1 - p together: the last bin seldom
-    # has the threshold.
-    reach = temperature * (_LOG_VOCABULARY - math.log1p(-top_p))
-    last = (1 << DIGIT_BITS) - 1
+    buffers = logits.new_empty(3, min(at_a_time, len(logits)), logits.shape[1], dtype=torch.float32)
     for start in range(0, len(logits), at_a_time):
         rows = slice(start, start + at_a_time)
         values = logits[rows].float()
-        distance, weights, masses, digits = (buffer[: len(values)] for buffer in buffers)
+        distance, weights, kept = buffers[:, : len(values)]
         torch.sub(values, top[rows, None], out=distance)
-        masses.copy_(torch.mul(distance, 1.0 / temperature, out=weights).exp_())
+        torch.mul(distance, 1.0 / temperature, out=weights).exp_()
         if floor is not None:
-            masses.masked_fill_(values < floor[rows, None], 0.0)
-        digits.copy_(distance.mul_((last + 1) / reach).add_(last).clamp_(min=0))
-        thresholds.append(_radix_search(values, digits.clamp_(0, last), masses, top_p, gather))
+            weights.mul_(torch.ge(values, floor[rows, None], out=kept))
+        found = radix_search(values, weights, distance, temperature, top_p, gather)
+        thresholds.append(found)
     return torch.cat(thresholds)
 
 
-def _radix_search(
-    values: Tensor, digits: Tensor, weights: Tensor, top_p: float, gather: Gather
+def radix_search(
+    values: Tensor,
+    weights: Tensor,
+    distance: Tensor,
+    temperature: float,
+    top_p: float,
+    gather: Gather = only_rank,
+    needed: Tensor | None = None,
 ) -> Tensor:
-    """The values [n] found among float32 values [n, v] with a first digit that orders like them."""
+    """The lowest of the largest values of each row that have a share of its weight together.
+
+    Args:
+        values: [n, v] float32.
+        weights: [n, v] float32.
+        distance: [n, v] float32, values less the largest of the row; it is overwritten.
+        temperature: Of the weights, above 0.
+        top_p: The share.
+        gather: Over the ranks.
+        needed: See `DigitSearch`.
+
+    Returns:
+        [n] float32.
+    """
     n, size = len(values), 1 << DIGIT_BITS
-    search = DigitSearch(n, values.device, top_p, gather)
+    # Tokens further from the top than this hold less than 1 - p together: the last bin seldom
+    # has the threshold.
+    reach = temperature * (LOG_VOCABULARY - math.log1p(-top_p))
+    digits = distance.mul_(size / reach).add_(size - 1).clamp_(min=0).int().clamp_(0, size - 1)
+    search = DigitSearch(n, values.device, top_p, gather, needed)
     rows = torch.zeros(1, dtype=torch.int64, device=values.device)
     if n > 1:
         rows = torch.arange(n, device=values.device)[:, None].expand(values.shape).flatten()
-    keys = values.view(torch.int32).flatten()
-    digits, weights = digits.flatten(), weights.flatten()
+    keys = values.contiguous().view(torch.int32).flatten()
+    digits, weights = digits.flatten(), weights.flatten().double()
     for shift in (_KEY_BITS, *range(_KEY_BITS - DIGIT_BITS, -1, -DIGIT_BITS)):
         if shift < _KEY_BITS:
             # Two's complement: among these digits, those of negative keys are the larger ones.

@@ -38,7 +38,7 @@ def test_files_import_nothing_that_is_not_shipped_and_change_no_definition(forma
     strategies = (PACKAGE / "rollout" / "strategies").glob("*.py")
     draws = (
         f"rollout/{name}"
-        for name in ("uniforms", "block_draws", "top_p_search", "verification_draws")
+        for name in ("uniforms", "block_draws", "nucleus", "top_p_search", "verification_draws")
     )
     others = [PACKAGE / f"{name}.py" for name in ("ranges", "models/rotary", *draws)]
     for file in (*REMOTE_CODE.glob("*.py"), *strategies, *others):

@@ -1,4 +1,5 @@
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -89,9 +90,10 @@ def test_draws_follow_the_filtered_softmax(filters: dict) -> None:
     top_k=st.sampled_from([0, 1, 2, 5, 150, VOCAB_SIZE, 1000]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     spread=st.sampled_from([0.1, 3.0, 60.0]),
+    is_large=st.booleans(),
 )
 def test_the_inverse_of_the_distribution_function_with_confidence_and_entropy(
-    seed: int, temperature: float, top_k: int, top_p: float, spread: float
+    seed: int, temperature: float, top_k: int, top_p: float, spread: float, is_large: bool
 ) -> None:
     """Against float64 over the whole vocabulary; only numbers at a border may go either way."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +103,8 @@ def test_the_inverse_of_the_distribution_function_with_confidence_and_entropy(
     uniforms = torch.rand(20, generator=generator, dtype=torch.float64)
     uniforms[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
     before = logits.clone()
-    sampled = draw(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+    with patch.object(block_draws, "LEAST_COLUMNS", 0 if is_large else 1 << 15):
+        sampled = draw(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
     assert torch.equal(logits, before)
     for row, token in enumerate(sampled.token_ids.tolist()):
         plain = reference_distribution(logits[row])
