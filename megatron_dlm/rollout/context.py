@@ -162,6 +162,7 @@ class CachedContext:
         self._tables = np.zeros((num_slots, self._pages_of_longest), dtype=np.int64)
         self._num_pages = np.zeros(num_slots, dtype=np.int64)
         self._keys: list[list[bytes]] = [[] for _ in range(num_slots)]
+        self._last: tuple[tuple[np.ndarray, ...], CacheView] | None = None
 
     def with_slots(self, num_slots: int) -> "CachedContext":
         """Slots of their own, with the pages and keys of this context.
@@ -245,15 +246,20 @@ class CachedContext:
         self, starts: np.ndarray, ends: np.ndarray, noisy_starts: np.ndarray
     ) -> CacheView:
         """See `RolloutContext`; the keys of the forward's tokens are written into the cache."""
-        return CacheView(
-            self._cache,
-            self._tables[: len(starts)],
-            starts,
-            ends,
-            self._block_size,
-            context_block_size=self._context_block_size,
-            noisy_starts=noisy_starts,
-        )
+        # Most steps of a block are at the same positions as the step before.
+        places = (starts, ends, noisy_starts, self._tables[: len(starts)])
+        if self._last is None or not all(map(np.array_equal, places, self._last[0])):
+            view = CacheView(
+                self._cache,
+                self._tables[: len(starts)],
+                starts,
+                ends,
+                self._block_size,
+                context_block_size=self._context_block_size,
+                noisy_starts=noisy_starts,
+            )
+            self._last = tuple(place.copy() for place in places), view
+        return self._last[1]
 
 
 def most_tokens(max_total_tokens: int | None, groups: ParallelGroups) -> int | None:

@@ -34,7 +34,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dlm import platform
 from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_pages
-from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, pages_for
+from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, padded, pages_for
 from megatron_dlm.rollout.token_shares import TokenShares
 
 # Queries of a row in prefill. A tile reads the keys of its sequence once.
@@ -139,11 +139,13 @@ class _Tiles:
         pages: [rows, K / PAGE_SIZE, rounded up] int64.
         mask: [rows, 1, n / g * Q, K], added to the scores: 0 where visible, else -inf; for
             FlexAttention, K are all positions of the cache.
+        in_order: Whether the queries are all tokens of the forward in their order.
     """
 
     queries: Tensor
     pages: Tensor
     mask: Tensor | BlockMask
+    in_order: bool = False
 
     def attend(
         self, query: Tensor, cached: Tensor, softmax_scale: float, *, with_sums: bool = False
@@ -156,7 +158,8 @@ class _Tiles:
         num_heads, head_size = query.shape[1:]
         num_groups = cached.shape[2]
         rows, num_queries = self.queries.shape
-        query = query.index_select(0, self.queries.flatten())
+        if not self.in_order:
+            query = query.index_select(0, self.queries.flatten())
         # The query heads of one key/value head become further queries of it: no key is copied.
         query = query.view(rows, num_queries, num_groups, -1, head_size)
         query = query.permute(0, 2, 3, 1, 4).reshape(rows, num_groups, -1, head_size)
@@ -305,17 +308,16 @@ class CacheView:
                 num_pages = max(min(_bucket(num_pages, 2), tables.shape[1]), LEAST_PAGES)
                 num_rows = _bucket(num_rows, base, least=4)
                 num_keys[-1] = num_pages * PAGE_SIZE
-            missing = ((0, num_rows - len(slot)), (0, 0))
-            row_pages = tables[slot, :num_pages]
-            missing_pages = (missing[0], (0, num_pages - row_pages.shape[1]))
             arrays += [
-                np.pad(offsets[slot, None] + query, missing),
-                np.pad(row_pages, missing_pages, constant_values=NULL_PAGE),
-                np.pad(reach, missing, constant_values=1),  # a position of the null page
+                padded(offsets[slot, None] + query, num_rows, num_queries, 0),
+                padded(tables[slot, :num_pages], num_rows, num_pages, NULL_PAGE),
+                padded(reach, num_rows, num_queries, 1),  # a position of the null page
             ]
             mine = chosen[slots]
             scatter[mine] = done + (first[slots] * num_queries + within)[mine]
             done += num_rows * num_queries
+        # Rows of the same length without padding; static shapes are also those of other forwards.
+        self._in_order = done == self.num_tokens and len(num_keys) == 1 and not (static or shares)
         self._write, self._scatter, *uploaded = platform.to_device(
             *map(torch.from_numpy, (*arrays, *written))
         )
@@ -365,7 +367,8 @@ class CacheView:
     def _tiles_of(self, call: _Call) -> _Tiles:
         queries, pages, visible = call
         is_flex = self._cache.backend == "flex"
-        return _Tiles(queries, pages, self._block_mask(pages, visible) if is_flex else visible)
+        mask = self._block_mask(pages, visible) if is_flex else visible
+        return _Tiles(queries, pages, mask, self._in_order)
 
     def _mask(self, limits: Tensor, num_keys: int) -> Tensor:
         """Limits [rows, n / g * Q] -> [rows, 1, n / g * Q, K]."""
@@ -438,7 +441,8 @@ class CacheView:
         real = query[: self.num_tokens, 0]
         contexts = [tiles.attend(real, cached, softmax_scale)[0] for tiles in self._tiles]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-        context = context.index_select(0, self._scatter)
+        if not self._in_order:
+            context = context.index_select(0, self._scatter)
         padding = query.shape[0] - self.num_tokens
         if padding > 0:
             context = F.pad(context, (0, 0, 0, 0, 0, padding))

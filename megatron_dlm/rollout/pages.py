@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,6 +28,15 @@ NULL_PAGE = 0
 def pages_for(length: int, page_size: int = PAGE_SIZE) -> int:
     """Pages that hold `length` positions."""
     return -(-length // page_size)
+
+
+def padded(array: np.ndarray, rows: int, columns: int, value: int) -> np.ndarray:
+    """An array with further rows and columns of one value; `np.pad` takes longer."""
+    if array.shape == (rows, columns):
+        return array
+    result = np.full((rows, columns), value, dtype=array.dtype)
+    result[: array.shape[0], : array.shape[1]] = array
+    return result
 
 
 def prefix_keys(

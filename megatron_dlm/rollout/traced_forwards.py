@@ -94,7 +94,7 @@ def _shorten(graph: Graph) -> None:
             continue
         same = None
         if (name == "view_as" and node.args[0] is node.args[1]) or (
-            name == "dropout" and not node.args[2]
+            name in ("dropout", "dropout_") and not node.args[2]
         ):
             same = node.args[0]
         elif target is operator.getitem or name in _VIEWS:
