@@ -170,8 +170,9 @@ class CapturedForwards(ForwardRecorder):
             return function()
         try:
             bucket.output, bucket.replay = self._capture(function)
-        except RuntimeError as error:
-            raise RecordingError(str(error).partition("\n")[0]) from error
+        except Exception as error:  # of CUDA, a compiler or the model's code: it runs without
+            what = f"{type(error).__name__}: {error}"
+            raise RecordingError(what.partition("\n")[0]) from error
         self.recorded += 1
         bucket.replay()
         return bucket.output

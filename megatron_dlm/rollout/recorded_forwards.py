@@ -81,6 +81,7 @@ class ForwardRecorder(ABC):
         self.history = History()
         self._after = after
         self._state: tuple[object, ...] | None = None
+        self._hooked: str | None = None
 
     def __call__(self, model: DiffusionGPTModel, row: Row, equally_long: bool) -> Tensor:
         """What `forward_row` returns; there may be further tokens behind those of the row."""
@@ -88,6 +89,7 @@ class ForwardRecorder(ABC):
         self.history.forwards += 1
         if (
             self.history.problem is None
+            and self._hooked is None
             and self.history.forwards > self._after
             and isinstance(view, CacheView)
             and view.num_tokens == len(row.token_ids)  # else there is padding of other origin
@@ -105,9 +107,14 @@ class ForwardRecorder(ABC):
     def check(self, model: StageModel) -> None:
         """Replay no recordings any more that would not be of this model.
 
-        To be called before forwards after a time in which parameters may have been replaced; what
-        is written into them needs no call.
+        To be called before forwards after a time in which parameters may have been replaced or
+        hooks added; what is written into parameters needs no call. While a module has hooks, the
+        modules run: a recording would call none of them.
         """
+        hooked = hooked_module(model)
+        if hooked is not None and hooked != self._hooked:
+            say(f"rollout graphs: {hooked} has a hook; forwards go on without", error=True)
+        self._hooked = hooked
         state = self._state_of(model)
         if state != self._state:
             self._state = state
@@ -135,6 +142,17 @@ def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
     yield from chain(model.parameters(), model.buffers())
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def hooked_module(model: torch.nn.Module) -> str | None:
+    """The name of a module whose forward calls hooks; None: there is none."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return "every module"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return name or type(module).__name__
+    return None
 
 
 def adapters_of(model: torch.nn.Module) -> tuple[bool, ...]:

@@ -56,6 +56,10 @@ def combinations(config: Config) -> Refusals:
     if config.uses_rollouts and STRATEGIES[rollout.remasking_strategy].verifies:
         problem = "writes the autoregressive mode's responses, without states to train on"
         yield f"remasking_strategy: {problem}; choose another one, or name it in --eval-decodings"
+    kind, decodes = config.diffusion_kind, config.decodes_itself or config.evaluates
+    if rollout.rollout_graphs == "on" and decodes and kind and kind.attention_pattern == "full":
+        problem = "under full attention a forward holds whole sequences, without a cache"
+        yield f"rollout_graphs: {problem}; choose auto or off"
     longest = config.data.max_prompt_length + rollout.max_response_length
     if config.traits.self_distillation and longest <= config.model.block_size:
         problem = f"holds all of prompt and response ({longest} tokens): no state has a later block"

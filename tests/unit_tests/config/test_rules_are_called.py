@@ -124,6 +124,9 @@ BROKEN = [
     Broken({"rollout_batch_size": 20}),
     Broken({"micro_batch_size": 3}, world_size=2),
     Broken({"attention_annealing_iters": 101}, SCP),
+    Broken(
+        {"attention_pattern": "full", "eval_prompts": "prompts.jsonl", "rollout_graphs": "on"}, SCP
+    ),
     Broken({"dynamic_threshold_schedule": "linear"}),
     Broken({**LOWERED, "dynamic_threshold_hold_rollouts": 2}),
     Broken({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.5}),

@@ -161,6 +161,36 @@ def test_what_the_host_decides_in_a_forward_is_noticed(
         assert recorder.replayed == 0
 
 
+def test_hooks_are_called(model: DiffusionGPTModel) -> None:
+    """Whenever they were added; without them the recordings go on."""
+    engine = make_engine(model, keeps_confidence=True, rollout_graphs="on")
+    before = generated(engine)
+    recorder, norm, calls = traced(engine), model.decoder.final_layernorm, []
+    replayed, forwards = recorder.replayed, recorder.history.forwards
+
+    def twice(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor | None:
+        if module is not norm:
+            return None
+        calls.append(output)
+        return output * 2.0
+
+    for hooked in (
+        norm.register_forward_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    ):
+        handle = hooked(twice)
+        calls.clear()
+        try:
+            assert generated(engine) == expected(model) != before
+        finally:
+            handle.remove()
+        assert len(calls) == 2 * forwards
+        assert recorder.replayed == replayed
+    assert generated(engine) == before
+    assert recorder.replayed == 2 * replayed
+    assert recorder.recorded == 1
+
+
 def test_recordings_come_after_some_forwards_and_stay(model: DiffusionGPTModel) -> None:
     """By default, short rollouts record nothing; recordings outlive a call."""
     engine = make_engine(model, keeps_confidence=True)
@@ -240,6 +270,22 @@ def traced_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], o
         graph = make_fx(function)()
     output = graph()
     return output, lambda: output.copy_(graph())
+
+
+@pytest.mark.parametrize("error", [KeyError("a key"), RuntimeError("CUDA error"), AssertionError()])
+def test_whatever_a_capture_raises_the_modules_run(
+    model: DiffusionGPTModel, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        function()
+        raise error
+
+    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    plain = expected(model)
+    recorder = captured(monkeypatch, fails)
+    assert generated(make_engine(model, keeps_confidence=True)) == plain
+    assert recorder.history.problem == f"{type(error).__name__}: {error}"
+    assert recorder.recorded == recorder.replayed == 0
 
 
 @pytest.mark.parametrize(
