@@ -2,12 +2,14 @@
 
     python -m benchmarks.partial_rollouts --output benchmarks/results/partial_rollouts.json
 
-The tiny autoregressive model learns to decode blocks from examples first, for all arms alike. Then
-each arm distils it on-policy on the same prompts, as many samples and updates: rollouts that wait
-for all of their responses, and for shares of those in decoding. Counted are the forwards of the
-engine, all responses of a rollout at once, which is the time of a rollout where a forward takes as
-long for many sequences as for few; and the sequences that these decode. Then accuracy and tokens a
-forward on held-out problems, greedy.
+The tiny autoregressive model learns to decode blocks from examples first, for all arms alike; or
+they start from a student that decodes already (`--start`, a checkpoint in the course of a run of
+this recipe): accuracy then tells arms apart after few updates. Then each arm distils on-policy on
+the same prompts, as many samples and updates: rollouts that wait for all of their responses, and
+for shares of those in decoding. Counted are the forwards of the engine, all responses of a rollout
+at once, which is the time of a rollout where a forward takes as long for many sequences as for few;
+and the sequences that these decode. Then accuracy and tokens a forward on held-out problems,
+greedy.
 """
 
 import argparse
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--examples-first", type=int, default=160, help="updates on examples")
+    parser.add_argument("--start", type=Path, help="a student's checkpoint; no examples then")
     parser.add_argument("--num-rollouts", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=200)
     arguments = parser.parse_args()
@@ -143,19 +146,21 @@ def main() -> None:
         write_examples(folder / "train.jsonl", "train", 1, 8192)
         heldout = folder / "heldout.jsonl"
         write_examples(heldout, "heldout", 3, arguments.held_out)
-        first = recipe(
-            "sft",
-            train_data=str(folder / "train.jsonl"),
-            save=str(folder / "first"),
-            train_iters=arguments.examples_first,
-            lr_warmup_iters=20,
-        )
-        train(first)
+        start = arguments.start or folder / "first"
+        if arguments.start is None:
+            first = recipe(
+                "sft",
+                train_data=str(folder / "train.jsonl"),
+                save=str(start),
+                train_iters=arguments.examples_first,
+                lr_warmup_iters=20,
+            )
+            train(first)
         for seed in range(1, arguments.seeds + 1):
             for share in SHARES:
                 options = recipe(
                     "opdlm",
-                    load=str(folder / "first"),
+                    load=str(start),
                     finetune=True,
                     prompts=str(folder / "train.jsonl"),
                     save=str(folder / f"{share}-{seed}"),
@@ -178,6 +183,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
         "held_out_problems": arguments.held_out,
+        "starts_from": "examples" if arguments.start is None else arguments.start.name,
         "forwards_over_those_of_whole_rollouts": {
             share: statistics.fmean(result["forwards"] for result in results) / whole
             for share, results in arms.items()
