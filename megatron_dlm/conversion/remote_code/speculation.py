@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dlm.rollout.block_draws import draw_from_logits, only_rank, padded_columns
+from megatron_dlm.rollout.block_draws import draw_from_logits, padded_columns
 from megatron_dlm.rollout.strategies import STRATEGIES, DenoisedBlocks
+from megatron_dlm.rollout.top_p_search import only_rank
 from megatron_dlm.rollout.uniforms import counter_uniforms
 from megatron_dlm.rollout.verification_draws import (
     draw_residual,
