@@ -7,7 +7,7 @@ seconds. Then the rollouts of two Qwen3 with random weights, of 0.1 B parameters
 model's shape, 16 sequences in blocks of 4, a step a token, against a plain loop of the same
 decoding around transformers' model, with a cache and the same sampling, temperature 1: with
 forwards that are replayed (`rollout_graphs`) and with those of the modules, in turns. With
-`--rollouts tiny` nothing else is measured.
+`--parts tiny` nothing else is measured, and what the file has of other parts stays.
 """
 
 import argparse
@@ -202,25 +202,31 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--response-length", type=int, default=32)
-    parser.add_argument("--rollouts", nargs="+", choices=MODELS, help="of these models, no draws")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["draws", *MODELS],
+        help="measure these; the rest of OUTPUT stays",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "rollouts": {}}
+    if arguments.parts and arguments.output.exists():
+        result = json.loads(arguments.output.read_text())
+    result |= {"rows": ROWS, "vocabulary": COLUMNS, "hidden_size": HIDDEN}
+    of_part = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
         "repetitions": arguments.repetitions,
     }
-    if arguments.rollouts is None:
-        result |= {"rows": ROWS, "vocabulary": COLUMNS, "hidden_size": HIDDEN}
-        result["draws"] = measure_draws(arguments.repetitions)
-    result["rollouts"] = {
-        name: measure_rollout(
-            MODELS[name], arguments.response_length, max(1, arguments.repetitions // 2)
-        )
-        for name in arguments.rollouts or MODELS
-    }
+    parts = arguments.parts or ["draws", *MODELS]
+    if "draws" in parts:
+        result["draws"] = of_part | measure_draws(arguments.repetitions)
+    for name in MODELS.keys() & parts:
+        repetitions = max(1, arguments.repetitions // 2)
+        of_rollouts = {**of_part, "repetitions": repetitions}
+        measured = measure_rollout(MODELS[name], arguments.response_length, repetitions)
+        result["rollouts"][name] = of_rollouts | measured
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
