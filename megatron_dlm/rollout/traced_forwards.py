@@ -93,9 +93,9 @@ def _shorten(graph: Graph) -> None:
         else:
             continue
         same = None
-        if (name == "view_as" and node.args[0] is node.args[1]) or (
-            name in ("dropout", "dropout_") and not node.args[2]
-        ):
+        # `view_as` of a tensor itself stays: it writes the strides in the usual way, and by them a
+        # product of three dimensions is one of two, or of as many matrices as tokens.
+        if name in ("dropout", "dropout_") and not node.args[2]:
             same = node.args[0]
         elif target is operator.getitem or name in _VIEWS:
             same = known.setdefault(key, node)

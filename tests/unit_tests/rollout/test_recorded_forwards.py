@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
@@ -99,6 +101,33 @@ def test_replayed_rollouts_are_the_same_in_every_bit(model: DiffusionGPTModel) -
     assert recorder.history.problem is None
     assert recorder.replayed == recorder.history.forwards > 5 * len(SETTINGS)
     assert recorder.recorded == 1
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices by operation and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[tuple[str, torch.Size]]()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        name = op._schema.name.removeprefix("aten::")
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            self.counts[name, out.shape] += 1
+        return out
+
+
+def test_replays_have_the_products_of_the_modules(model: DiffusionGPTModel) -> None:
+    counts = []
+    for graphs in ("off", "on"):
+        engine = make_engine(model, rollout_graphs=graphs)
+        generated(engine)
+        with Products() as products:
+            generated(engine)
+        counts.append(products.counts)
+    assert traced(engine).replayed
+    assert counts[0] == counts[1]
 
 
 def test_weights_that_change_are_read_where_they_are(model: DiffusionGPTModel) -> None:
