@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.data.json_records import RecordsInMemory
@@ -128,20 +129,23 @@ class ChatSession:
 
         Yields:
             Its state after every forward, then its trajectory.
+
+        Raises:
+            ValueError: An earlier answer was neither decoded to its end nor closed.
         """
         prompt = inputs.prompt(0)
         longest = prompt.response_limit(inputs.max_response_length)
         prompt = replace(prompt, max_response_length=longest)
         engine, batch = self._opened(inputs, prompt)
         with engine.evaluating():
-            batch.admit(0, prompt, seed=self.seed)
+            if not batch.admit(0, prompt, seed=self.seed):
+                raise ValueError("an earlier answer is still being decoded; close it first")
             try:
                 while True:
                     ended, _ = batch.step()
                     if ended:
                         [(_, trajectory)] = ended
-                        yield trajectory
-                        return
+                        break
                     [(_, finished)] = batch.settled()
                     tokens, masked = batch.block(0)
                     block = zip(tokens.tolist(), masked.tolist(), strict=True)
@@ -154,6 +158,7 @@ class ChatSession:
             except BaseException:
                 self._batch = None
                 raise
+        yield trajectory
 
     def _opened(
         self, inputs: InferenceInputs, prompt: Prompt
@@ -183,7 +188,7 @@ class ChatSession:
             self._room = max(needed, min(2 * needed, most))
             try:
                 self._batch = self._engine.open(1, [self._room], longest)
-            except UserError:
+            except (UserError, torch.OutOfMemoryError):
                 self._room = needed
                 self._batch = self._engine.open(1, [self._room], longest)
         return self._engine, self._batch

@@ -1,6 +1,6 @@
 """Low-rank adapters on a whole model: attach, switch off, merge."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +91,12 @@ def drop_out_adapter_inputs(model: torch.nn.Module, dropout: float, seed: int) -
             _keep_keys_at_hand(module)
 
 
+def of_updates(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a hook that does nothing in a forward of a rollout: it need not be called there."""
+    hook.is_of_updates = True  # type: ignore[attr-defined]
+    return hook
+
+
 def _keep_keys_at_hand(layer: TransformerLayer) -> None:
     """Give the adapters of a layer the keys of its current row, during each forward of the layer.
 
@@ -109,8 +115,8 @@ def _keep_keys_at_hand(layer: TransformerLayer) -> None:
         for adapter in adapters:
             adapter.token_keys = None
 
-    layer.register_forward_pre_hook(before, with_kwargs=True)
-    layer.register_forward_hook(after)
+    layer.register_forward_pre_hook(of_updates(before), with_kwargs=True)
+    layer.register_forward_hook(of_updates(after))
 
 
 def train_adapters_only(model: torch.nn.Module) -> None:
@@ -121,7 +127,7 @@ def train_adapters_only(model: torch.nn.Module) -> None:
     if part.pre_process:
         # Recomputed layers only have a gradient if their input asks for one, and the output of
         # frozen embeddings does not.
-        part.embedding.register_forward_hook(_ask_for_gradient)
+        part.embedding.register_forward_hook(of_updates(_ask_for_gradient))
 
 
 def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: Tensor) -> Tensor:

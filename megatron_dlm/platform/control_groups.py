@@ -50,7 +50,7 @@ def _groups(process: Path) -> Iterator[tuple[Path, _Files]]:
     for line in _lines(process / "mountinfo"):
         mount, _, system = line.partition(" - ")
         root, point = mount.split()[3:5]
-        kind, _, options = system.split(maxsplit=2)
+        kind, _, options = system.split(" ", 2)  # the source may be empty
         if kind == "cgroup2":
             files = _VERSION_2
         elif kind == "cgroup" and "memory" in options.split(","):

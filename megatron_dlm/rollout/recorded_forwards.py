@@ -145,12 +145,13 @@ def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def hooked_module(model: torch.nn.Module) -> str | None:
-    """The name of a module whose forward calls hooks; None: there is none."""
+    """The name of a module whose forward calls hooks; None: there is none but those of updates."""
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "every module"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        if not all(getattr(hook, "is_of_updates", False) for hook in hooks):
             return name or type(module).__name__
     return None
 

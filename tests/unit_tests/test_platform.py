@@ -48,7 +48,6 @@ def test_a_device_is_selected_in_a_fresh_process() -> None:
     """Before anything else is imported; what is refused leaves the choice open."""
     code = """if True:
         from megatron_dlm import platform
-from megatron_dlm.platform.control_groups import memory_left
         from megatron_dlm.errors import UserError
         try:
             platform.select("cuda")
@@ -116,6 +115,7 @@ def test_a_container_has_less_memory_than_its_host(
     options = f"rw,{controllers}" if controllers else "rw"
     (process / "mountinfo").write_text(
         f"20 1 0:1 / /proc rw,nosuid - proc proc rw\n"
+        f"21 1 0:2 / /unnamed rw - tmpfs  rw\n"
         f"30 25 0:26 {root} {point} rw,nosuid shared:4 - {kind} {kind} {options}\n"
     )
     assert memory_left(process) == expected

@@ -18,6 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.errors import UserError
 from megatron_dlm.megatron_internals import views_kept
+from megatron_dlm.models.lora import (
+    attach_adapters,
+    drop_out_adapter_inputs,
+    train_adapters_only,
+)
 from megatron_dlm.models.model import DiffusionGPTModel
 from megatron_dlm.parallel import initialized
 from megatron_dlm.rollout import kv_cache
@@ -220,6 +225,18 @@ def test_hooks_are_called(model: DiffusionGPTModel) -> None:
     assert generated(engine) == before
     assert recorder.replayed == 2 * replayed
     assert recorder.recorded == 1
+
+
+def test_hooks_of_updates_need_no_call(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    with initialized(Config(parallel=ParallelConfig(device="cpu"))):
+        model = load_model(tmp_path)
+        attach_adapters(model, rank=2, alpha=4.0, target_modules=["linear_qkv"], seed=0)
+        train_adapters_only(model)
+        drop_out_adapter_inputs(model, dropout=0.5, seed=0)
+        engine = make_engine(model, keeps_confidence=True, rollout_graphs="on")
+        assert generated(engine) == expected(model)
+        assert traced(engine).replayed
 
 
 def test_recordings_come_after_some_forwards_and_stay(model: DiffusionGPTModel) -> None:
