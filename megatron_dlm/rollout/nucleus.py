@@ -23,7 +23,7 @@ from megatron_dlm.rollout.top_p_search import LOG_VOCABULARY, radix_search
 # Smaller vocabularies are searched as fast digit by digit, all rows at once.
 LEAST_COLUMNS = 1 << 15
 _BEST_BLOCKS = 16
-_SAMPLED = 16  # every so many columns
+_SAMPLED = 16  # one column of so many
 _BINS = 256
 _FEW_TOKENS = 64  # left to be sorted
 _AIMED_AT = 24  # so many tokens beside the end that is expected
@@ -182,8 +182,7 @@ def _guides(rows: _Rows, left: Tensor) -> list[_Guide]:
     """Of the rows in `left`."""
     # Tokens further from the top than this hold less than 1 - p together.
     step = (LOG_VOCABULARY - math.log1p(-rows.top_p)) / _BINS
-    columns = rows.blocks.shape[2] // _SAMPLED
-    sample = rows.blocks[:, :, :columns].index_select(0, left).float().flatten(1)
+    sample = rows.blocks[:, :, ::_SAMPLED].index_select(0, left).float().flatten(1)
     weights = rows.of(left, sample).mul_(_SAMPLED)
     sample.sub_(rows.top[left, None]).mul_(-1.0 / (step * rows.temperature))
     places = sample.clamp_(0, _BINS - 1).int()
@@ -276,6 +275,8 @@ class _RowSearch:
                 if below - needed < needed - above:
                     margin = -margin
                 at = guide.between(high_at, low_at, (needed - above + margin) / between)
+            # No further away: `needed` may be more than there is, where p is close to 1.
+            at = min(max(at, high_at), low_at)
         if below - above > _MOST_TOKENS * low:
             return None
         if lower is None:

@@ -37,7 +37,8 @@ class DigitSearch:
         device: Of the sums.
         top_p: The share.
         gather: Over the ranks.
-        needed: [n] float64, the weight up to there; None: that share of all.
+        needed: [n] float64, the weight up to there, all that there is if that is less; None: that
+            share of all.
 
     Attributes:
         prefix: [n, 1] int64, the bits found so far.
@@ -63,7 +64,9 @@ class DigitSearch:
         if self._needed is None:
             self._needed = self._top_p * reached[:, -1:]
         last = sums.shape[1] - 1
-        passed = (reached < self._needed).sum(dim=-1, keepdim=True).clamp_(max=last)
+        # For p close to 1, sums of another order may not come up to what is needed.
+        needed = self._needed.minimum(reached[:, -1:])
+        passed = (reached < needed).sum(dim=-1, keepdim=True).clamp_(max=last)
         self._above = reached.gather(1, passed) - descending.gather(1, passed)
         digit = last - passed
         self.prefix = (self.prefix << DIGIT_BITS) | digit

@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dlm.rollout import nucleus as module
-from megatron_dlm.rollout.block_draws import block_statistics, chunks_of, filtered_masses
-from megatron_dlm.rollout.nucleus import nucleus
-from megatron_dlm.rollout.top_p_search import only_rank, top_p_threshold
+from megatron_dlm.rollout.block_draws import (
+    block_statistics,
+    chunks_of,
+    draw_from_logits,
+    filtered_masses,
+)
+from megatron_dlm.rollout.nucleus import LEAST_COLUMNS, nucleus
+from megatron_dlm.rollout.top_p_search import DigitSearch, only_rank, top_p_threshold
 
 BLOCKS, ROWS = 40, 6
 COLUMNS = BLOCKS * 128
@@ -30,7 +35,9 @@ def shaped(kind: str, generator: torch.Generator) -> Tensor:
         logits = (logits * 4).round() / 4
     elif kind == "all equal":
         logits = torch.zeros_like(logits)
-    elif kind == "by block":  # the first columns of a block are like none of the others
+    elif kind == "columns looked at":  # which are like none of the others
+        logits[:, ::16] += 5.0
+    elif kind == "first columns":  # of every block
         logits.unflatten(1, (BLOCKS, -1))[:, :, :8] += 5.0
     logits[:, -200:] = torch.finfo(torch.bfloat16).min
     return logits
@@ -50,10 +57,19 @@ def found(
 @given(
     seed=st.integers(0, 10_000),
     kind=st.sampled_from(
-        ["flat", "peaked", "one and a tail", "wide", "many equal", "all equal", "by block"]
+        [
+            "flat",
+            "peaked",
+            "one and a tail",
+            "wide",
+            "many equal",
+            "all equal",
+            "columns looked at",
+            "first columns",
+        ]
     ),
-    temperature=st.sampled_from([0.3, 1.0, 2.0]),
-    top_p=st.sampled_from([1e-6, 0.3, 0.95, 0.9999]),
+    temperature=st.sampled_from([0.3, 1.0, 2.0, 50.0]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.95, 0.9999, 1 - 1e-7, 1 - 1e-12]),
     cut=st.sampled_from([0, 3, 900]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -85,7 +101,35 @@ def test_the_same_end_and_the_same_masses(
     assert torch.equal(alone[1], masses[3:4])
 
 
-@pytest.mark.parametrize("kind", ["flat", "one and a tail", "peaked"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 50.0])
+@pytest.mark.parametrize("top_p", [1 - 1e-7, 1 - 1e-12, 1 - 2.0**-53])
+@pytest.mark.parametrize("columns", [5 * 128, LEAST_COLUMNS + 128])
+def test_almost_all_tokens_are_drawn_from(columns: int, top_p: float, temperature: float) -> None:
+    """Rounded sums differ by more than what p leaves out; dense float64 says what is drawn."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(40, columns, generator=generator)
+    logits[20:, 77] += 200.0 if temperature > 1.0 else 8.0  # a peak
+    fractions = torch.rand(40, generator=generator, dtype=torch.float64)
+    tokens = draw_from_logits(logits, fractions, temperature=temperature, top_k=0, top_p=top_p)[0]
+    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    reached = probabilities.cumsum(dim=-1).gather(1, tokens.long()[:, None])[:, 0]
+    before = reached - probabilities.gather(1, tokens.long()[:, None])[:, 0]
+    assert (before - 1e-6 < fractions).all()
+    assert (fractions < reached + 1e-6).all()
+
+
+def test_a_digit_is_found_where_a_later_sum_is_less() -> None:
+    """Sums of float32, or of other order, need not be those that the first pass had."""
+    search = DigitSearch(2, torch.device("cpu"), 1 - 1e-12, only_rank)
+    sums = torch.zeros(2, 256, dtype=torch.float64)
+    sums[:, 200], sums[1, 100] = 1.0, 1.0
+    assert search.advance(sums)[:, 0].tolist() == [200, 100]
+    sums = torch.zeros(2, 256, dtype=torch.float64)
+    sums[:, 30] = 1 - 1e-7
+    assert search.advance(sums)[:, 0].tolist() == [30, 30]
+
+
+@pytest.mark.parametrize("kind", ["flat", "one and a tail", "peaked", "first columns"])
 def test_few_sums_are_enough(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four passes over a row, or none where few blocks hold what is kept."""
     logits = shaped(kind, torch.Generator().manual_seed(1))
