@@ -34,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
     request = StopRequest(minutes if rank() == 0 else None)
     with request.catching_signals(), owned_run_folder(config.logging.save):
         # Imported step by step, so that bad input is reported before PyTorch is loaded, where ranks
-        # have no folder to agree on.
-        share_files = config.logging.save is not None or config.data.data_cache_path is not None
+        # share no folder, and wait for no server, which they would stop to wait for together.
+        shares = config.logging.save or config.data.data_cache_path or config.teacher.teacher_url
         if config.teacher.teacher_ranks:
             return _one_side(config, request)
-        if world_size() == 1 or not share_files:
+        if world_size() == 1 or not shares:
             return _run(decide_start(config), request)
         from megatron_dlm.parallel import from_rank_zero, joined
 

@@ -83,24 +83,21 @@ class TeacherClient:
         Raises:
             UserError: A server does not answer, or they have different teachers.
         """
-        asked = self._begin_identity()
+        asked = self.ask_identity()
         asked.wait_to_the_end()
         return self._same(asked)
 
-    def learn_identity(self, wait: "Callable[[Asked[Any]], None]") -> None:
-        """Ask who the teacher is, at first.
-
-        Args:
-            wait: Returns when all servers have said it.
+    def learn_identity(self, asked: "Asked[TeacherIdentity]") -> TeacherIdentity:
+        """What all servers have answered to `ask_identity`, kept as `identity`.
 
         Raises:
-            UserError: They have different teachers.
+            UserError: One has not answered, or they have different teachers.
         """
-        asked = self._begin_identity()
-        wait(asked)
-        vars(self)["identity"] = self._same(asked)
+        identity = vars(self)["identity"] = self._same(asked)
+        return identity
 
-    def _begin_identity(self) -> "Asked[TeacherIdentity]":
+    def ask_identity(self) -> "Asked[TeacherIdentity]":
+        """Ask all servers who the teacher is, without waiting."""
         return Asked(
             {
                 self._thread.submit(self._identity_of(url)): [number]

@@ -102,7 +102,9 @@ def ranks_client(config: Config, line: JobLine, stop: StopAgreement) -> TeacherC
         timeout_s=config.teacher.teacher_timeout_s,
         key=key,
     )
-    client.learn_identity(lambda asked: wait_for(asked, stop))
+    asked = client.ask_identity()
+    wait_for(asked, stop)
+    client.learn_identity(asked)
     return client
 
 

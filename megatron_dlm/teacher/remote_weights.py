@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
+from megatron_dlm.data.token_shards import ALONE, Ranks
 from megatron_dlm.models.architecture import (
     Architecture,
     architecture_from_hf,
@@ -55,14 +56,17 @@ class RemoteWeights:
         return self.identity.fingerprint
 
 
-def _wait(asked: Asked[Any], request: StopRequest | None) -> None:
-    """Wait where there are no process groups of the run yet."""
-    while not asked.has_ended:
+def _wait(asked: Asked[Any], ranks: Ranks, request: StopRequest | None) -> None:
+    """Wait until all ranks have their answers, or one of them never will; all of them call this."""
+    waits, fails = 1, 0
+    while waits and not fails:
         asked.wait(POLL_SECONDS)
         ACTIVITY.step()  # a server that hangs has a timeout of its own
-        if request is not None and request.code:
+        if code := ranks.highest(0 if request is None else request.code):
             asked.cancel()
-            raise StopRequested(request.code)
+            raise StopRequested(code)
+        waits = ranks.highest(int(not asked.has_ended))
+        fails = ranks.highest(int(asked.error is not None))
 
 
 def url_client(config: Config) -> TeacherClient:
@@ -77,21 +81,37 @@ def url_client(config: Config) -> TeacherClient:
 
 
 def remote_weights(
-    config: Config, client: TeacherClient, request: StopRequest | None = None
+    config: Config,
+    client: TeacherClient,
+    ranks: Ranks = ALONE,
+    request: StopRequest | None = None,
 ) -> RemoteWeights:
-    """What the servers in `--teacher-url` hold.
+    """What the servers in `--teacher-url` hold; all `ranks` call this.
 
     Args:
         config: Of the run.
         client: Reaches them.
+        ranks: Who asks together.
         request: The wish to stop of this process, looked at meanwhile.
 
     Raises:
-        UserError: They do not answer, or their model is not supported here.
-        StopRequested: It was asked to stop before they did.
+        UserError: They do not answer one of the ranks, or their model is not supported here; on all
+            of them.
+        StopRequested: One of the ranks was asked to stop before they did; on all of them.
     """
-    client.learn_identity(lambda asked: _wait(asked, request))
-    url, identity = config.teacher.teacher_url[0], client.identity
+    asked, found = client.ask_identity(), None
+    _wait(asked, ranks, request)
+    with ranks.errors_on_all():
+        if asked.has_ended:
+            found = _weights(config, client.learn_identity(asked))
+        else:
+            asked.cancel()
+    assert found is not None  # or another rank has said what was refused
+    return found
+
+
+def _weights(config: Config, identity: TeacherIdentity) -> RemoteWeights:
+    url = config.teacher.teacher_url[0]
     where = f"{url}: config.json"
     architecture = architecture_from_hf(identity.hf_config, where, identity.generation_config)
     return RemoteWeights(url, "--teacher-url", identity, architecture)

@@ -27,7 +27,8 @@ from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.evaluation.rewards import reward_of
 from megatron_dlm.models.architecture import Architecture, read_architecture, read_diffusion_kind
 from megatron_dlm.models.families import FAMILIES
-from megatron_dlm.stop_request import StopRequest, StopRequested
+from megatron_dlm.stop_request import StopRequest
+from megatron_dlm.teacher.client import TeacherClient
 from megatron_dlm.teacher.inputs import (
     TeacherInputs,
     check_diffusion_student,
@@ -195,6 +196,16 @@ def _check_held_out(config: Config, held_out: "ExampleDataset | CorpusDataset") 
 
 
 @dataclass(frozen=True)
+class _Student:
+    """What a run reads first; names are those of `_Models`."""
+
+    source: ModelSource | None
+    original: ModelSource | None
+    architecture: Architecture
+    self_taught: DiffusionKind | None
+
+
+@dataclass(frozen=True)
 class _Models:
     """What a run reads before its data, by the names that it has in `RunInputs`."""
 
@@ -207,12 +218,9 @@ class _Models:
     special_tokens: SpecialTokens
 
 
-def _read_models(
-    config: Config, resumed: "Resumption | None", request: StopRequest | None
-) -> _Models:
-    """Descriptions of the models, and the tokenizer."""
-    source = original = teacher = client = None
-    weights: ModelSource | RemoteWeights | None = None
+def _read_student(config: Config, resumed: "Resumption | None") -> _Student:
+    """What the student starts from."""
+    source = original = None
     if resumed is not None:
         verify = config.model.verify_checkpoint
         source = open_model_source(str(resumed.checkpoint), resumed.field, verify)
@@ -233,10 +241,26 @@ def _read_models(
     self_taught = None
     if config.traits.self_distillation:
         self_taught = check_diffusion_student(config, architecture)
-    if config.teacher.teacher_url:
-        client = url_client(config)
-        weights = remote_weights(config, client, request)
-        check_teacher(architecture, weights, self_taught)
+    return _Student(source, original, architecture, self_taught)
+
+
+def _read_models(
+    config: Config, student: _Student, client: TeacherClient | None, remote: RemoteWeights | None
+) -> _Models:
+    """Descriptions of the models, and the tokenizer.
+
+    Args:
+        config: Of the run.
+        student: Read before.
+        client: Reaches the servers in `--teacher-url`; None without any.
+        remote: What they hold.
+    """
+    source, original = student.source, student.original
+    architecture, self_taught = student.architecture, student.self_taught
+    teacher = None
+    weights: ModelSource | RemoteWeights | None = remote
+    if remote is not None:
+        check_teacher(architecture, remote, self_taught)
     elif config.needs_teacher:
         path = config.distillation.teacher_load or config.model.load
         assert path is not None
@@ -376,15 +400,16 @@ def read_inputs(
             else; on all of them.
         StopRequested: One of them was asked to stop before servers have answered; on all of them.
     """
-    stop = 0
+    client = remote = None
     with ranks.errors_on_all():
-        try:
-            models = _read_models(config, resumed, request)
-            records = _open_data(config, models)
-        except StopRequested as stopped:
-            stop = stopped.code
-    if stop := ranks.highest(stop):
-        raise StopRequested(stop)
+        student = _read_student(config, resumed)
+        if config.teacher.teacher_url:
+            client = url_client(config)
+    if client is not None:
+        remote = remote_weights(config, client, ranks, request)
+    with ranks.errors_on_all():
+        models = _read_models(config, student, client, remote)
+        records = _open_data(config, models)
     files = _token_files(config, models, ranks)
     with ranks.errors_on_all() if files is None else nullcontext():
         read = _read_data(config, models, records, files)

@@ -1,6 +1,7 @@
 """A teacher behind a server, and on ranks of its own: runs are those with the teacher at hand."""
 
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from safetensors.torch import load, save
 from megatron_dlm.config import Config
 from megatron_dlm.data.prompts import PromptDataset
 from megatron_dlm.data.response_store import ResponseStore
+from megatron_dlm.entry import PREEMPTED_STATUS
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.serving.api_error import ApiError
 from megatron_dlm.serving.teacher_requests import ResponsesRequest
-from megatron_dlm.stop_request import StopRequest, StopRequested
+from megatron_dlm.stop_request import TIME_IS_UP, StopRequest, StopRequested
 from megatron_dlm.teacher import remote_stores
 from megatron_dlm.teacher.answering import TextTeacher
 from megatron_dlm.teacher.client import TeacherClient
@@ -37,14 +39,14 @@ from megatron_dlm.teacher.wire import (
     pack_texts,
     prompts_to_json,
 )
-from megatron_dlm.training.inputs import read_inputs
+from megatron_dlm.training.inputs import joined_ranks, read_inputs
 from megatron_dlm.training.model_source import open_model_source
 from megatron_dlm.training.run import Run
 from megatron_dlm.types.teacher_targets import TopKTargets
 from tests.distributed_tests.layouts import CP, PP, SP, TP
 from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.faults.jobs import free_port
-from tests.functional_tests.entry_points import lines, options, run_ranks
+from tests.functional_tests.entry_points import command_on_rank, lines, options, run_ranks
 from tests.functional_tests.server_process import ServerProcess
 from tests.tiny import TOKENIZER, run_config, run_training, save_random_model, write_data
 
@@ -384,6 +386,32 @@ def test_every_layout_of_the_student_gets_the_same_targets(
             rel = 1e-2 if "fp8" in name else 1e-5
             assert line["loss"] == pytest.approx(expected["loss"], rel=rel)
             assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=10 * rel)
+
+
+def _end_together(rank: int, folder: Path, port: int, silent: str, refusing: str) -> list[Any]:
+    """How three runs end on a rank: only rank 0 is asked to stop, or is refused."""
+    config = of_run(folder, "unused", teacher_url=(silent,), teacher_timeout_s=20.0)
+    with pytest.raises(StopRequested) as stopped:
+        read_inputs(config, None, joined_ranks(), StopRequest(0.01 if rank == 0 else None))
+    refused = config.changed(teacher_url=(refusing,)) if rank == 0 else config
+    with pytest.raises(UserError) as error:
+        read_inputs(refused, None, joined_ranks())
+    own = options(folder, teacher_url=silent, teacher_timeout_s=20, exit_duration_in_mins=0.01)
+    outcome = command_on_rank(rank, 2, port, ["train", *own])
+    return [stopped.value.code, str(error.value), outcome.status, outcome.stderr]
+
+
+def test_ranks_that_wait_for_a_server_end_together(folder: Path, server: ServerProcess) -> None:
+    """With a folder of the run and, in the command, without one."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # which never answers
+        silent = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        found = run_distributed(
+            _end_together, 2, folder, free_port(), silent, f"{server.url}/no", timeout_seconds=60
+        )
+    for code, error, status, stderr in found:
+        assert code == TIME_IS_UP
+        assert f"{server.url}/no" in error
+        assert (status, stderr) == (PREEMPTED_STATUS, "")
 
 
 def test_ranks_of_the_teacher_and_another_layout_on_resume(

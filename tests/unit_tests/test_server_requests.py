@@ -212,7 +212,7 @@ def test_a_wish_to_stop_ends_the_questions_who_a_teacher_is_and_for_its_head(
     sizes = read_architecture(save_random_model(tmp_path / "dense"))
     with server(silent) as url, initialized(config):
         with teacher(url, timeout_s=600.0) as client, pytest.raises(StopRequested):
-            remote_weights(config.changed(teacher_url=(url,)), client, stopping())
+            remote_weights(config.changed(teacher_url=(url,)), client, request=stopping())
         groups = ParallelGroups.from_parallel_state()
         with (
             teacher(url, timeout_s=600.0) as client,
