@@ -162,6 +162,14 @@ def available_memory() -> int:
     return of_host if of_container is None else min(of_host, of_container)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a tensor found no memory, of the device or of the host.
+
+    PyTorch has a type for the first alone; the other one is known by its text.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def release_memory() -> None:
     """Free cached memory that nothing refers to any more."""
     gc.collect()

@@ -20,11 +20,12 @@ KEPT_BYTES = 1 << 30
 more is computed ahead; what was asked for makes room first."""
 
 KEPT_SECONDS = 3600.0
-"""After which nobody is expected to ask for a result that was given, or sent ahead."""
+"""After which a result is dropped that was given, or that nobody has asked for yet, as its text was
+sent ahead."""
 
 ABANDONED_SECONDS = 120.0
-"""After which whoever has asked does not come back: a client asks again at once, or after half a
-minute at most."""
+"""After which a request, or its result, that no client asks for again is dropped: one that waits
+asks again at once, or after half a minute at most."""
 
 TOKENS_AT_ONCE = 65536
 """A batch of texts for the teacher has about so many tokens, or one row."""

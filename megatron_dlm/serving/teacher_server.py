@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_dlm import platform
@@ -143,12 +142,14 @@ def _results(
     a KV cache that does not fit is an error on all of them. Where a forward of one of several ranks
     runs out of memory, the others are in the middle of it, and the server ends.
     """
-    alone = torch.OutOfMemoryError if teacher.in_step is None else UserError
     try:
         if isinstance(wanted, Drawing):
             return list(teacher.responses(items, wanted))
         return list(teacher.targets(items, wanted))
-    except (UserError, alone) as error:
+    except (UserError, RuntimeError) as error:
+        is_alone = teacher.in_step is None
+        if not (isinstance(error, UserError) or (is_alone and platform.is_out_of_memory(error))):
+            raise
         if len(items) == 1:
             return [_no_room(error)]
     platform.release_memory()
@@ -159,7 +160,7 @@ def _results(
     ]
 
 
-def _no_room(error: UserError | torch.OutOfMemoryError) -> UserError:
+def _no_room(error: UserError | RuntimeError) -> UserError:
     if isinstance(error, UserError):
         return error
     return UserError(f"the teacher has no memory for a single one: {str(error).splitlines()[0]}")

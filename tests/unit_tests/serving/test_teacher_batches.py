@@ -1,5 +1,6 @@
 """A batch of the teacher that memory has no room for is computed in parts."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, initialized
 from megatron_dlm.serving.teacher_queue import TeacherQueue
-from megatron_dlm.serving.teacher_server import _answer_batch
+from megatron_dlm.serving.teacher_server import _answer_batch, _results
+from megatron_dlm.stop_agreement import ranks_in_step
 from megatron_dlm.teacher import answering
 from megatron_dlm.teacher.answering import TextTeacher
 from megatron_dlm.teacher.loading import load_teacher
 from megatron_dlm.teacher.wire import Drawing, TeacherPrompt, TeacherRow, TeacherText
 from megatron_dlm.training.model_source import open_model_source
+from tests.distributed_tests.layouts import SP, TP
+from tests.distributed_tests.spawn import run_distributed
 from tests.tiny import save_random_model
 
 GREEDY = Drawing(0.0, 0, 1.0, 0, (510,), 508, 511, 512)
@@ -60,13 +64,38 @@ def test_only_what_does_not_fit_by_itself_is_refused(
         def limited(model: Any, rows: Any) -> Any:
             forwards.append(sum(len(row.token_ids) for row in rows))
             if forwards[-1] > most:
-                raise torch.OutOfMemoryError("out of memory")
+                fail_at[0]()
             return forward(model, rows)
 
+        def of_device() -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        def of_host() -> None:
+            torch.empty(1 << 50, dtype=torch.uint8)  # more than a process can address
+
+        fail_at = [of_device]
         monkeypatch.setattr(answering, "forward_hidden", limited)
-        parts = answers(teacher, rows, 4)
-        assert max(forwards) > most
-        assert "no memory for a single one" in str(parts[2])
-        for index in (0, 1, 3, 4):
-            for name, tensor in vars(whole[index]).items():
-                assert torch.equal(vars(parts[index])[name], tensor)
+        for fail_at[0] in (of_device, of_host):
+            forwards.clear()
+            parts = answers(teacher, rows, 4)
+            assert max(forwards) > most
+            assert "no memory for a single one" in str(parts[2])
+            for index in (0, 1, 3, 4):
+                for name, tensor in vars(whole[index]).items():
+                    assert torch.equal(vars(parts[index])[name], tensor)
+    in_step = run_distributed(_in_step, 2, tmp_path / "dense", prompts)
+    assert "the cache holds 64 tokens" in in_step[0].pop(2)
+    assert in_step[0] == expected[:2] + expected[3:]
+    assert len(in_step[1]) == 1  # responses are for the first one, which answers
+
+
+def _in_step(rank: int, folder: Path, prompts: list[TeacherPrompt]) -> list[Any]:
+    """The same of two ranks that share a teacher, as results or texts of errors."""
+    config = Config.from_dict({"device": "cpu", "max_total_tokens": 64, TP: 2, **SP})
+    with initialized(config):
+        groups = ParallelGroups.from_parallel_state()
+        model = load_teacher(open_model_source(str(folder), "--load"), config)
+        together = ranks_in_step(groups, timedelta(seconds=60))
+        assert together is not None
+        found = _results(TextTeacher(model, config, groups, together), prompts, GREEDY)
+        return [str(result) if isinstance(result, UserError) else result for result in found]
