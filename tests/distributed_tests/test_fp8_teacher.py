@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config import Config
+from megatron_dlm.conversion.hf_export import export_hf
 from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.fp8_weights import E4M3
+from megatron_dlm.models.lora import attach_adapters, merge_adapters
 from megatron_dlm.models.model import head_weight
 from megatron_dlm.models.model_provider import build_frozen_model
 from megatron_dlm.parallel import initialized
@@ -20,6 +22,9 @@ from tests.distributed_tests.spawn import rejoin_world, run_distributed
 from tests.tiny import save_random_model
 
 TOKENS = torch.arange(3, 64)
+ATTENTION = ("linear_qkv", "linear_proj")
+TARGETS = dict.fromkeys(("dense", "moe"), (*ATTENTION, "linear_fc1", "linear_fc2"))
+TARGETS["split"] = ATTENTION  # parts of an expert take no adapters
 SIZES: dict[str, Any] = dict(
     initializer_range=0.09,
     hidden_size=128,
@@ -29,11 +34,11 @@ SIZES: dict[str, Any] = dict(
 )
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ep": ("moe", {EP: 2}),
-    "tp sp": ("moe", {TP: 2, **SP}),
+    "tp sp": ("split", {TP: 2, **SP}),
     "dense tp": ("dense", {TP: 2}),
     "dense tp sp": ("dense", {TP: 2, **SP}),
 }
-"""Of two ranks; "moe" shares experts, or (under TP) splits each of them."""
+"""Of two ranks; "moe" shares experts, "split" splits each of them."""
 
 
 def _teacher(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
@@ -61,14 +66,22 @@ def _on_rank(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _save_run(folder: Path, kind: str) -> None:
-    """The same weights as those of a run."""
-    config = Config.from_dict({"device": "cpu"})
-    source = open_model_source(str(folder / kind), "--load")
+    """The same weights as those of a run that has trained adapters of others."""
+    config = Config.from_dict({"teacher_precision": "fp8", "device": "cpu"}).of_teacher()
+    source = open_model_source(str(folder / f"{kind}_base"), "--load")
     with initialized(config):
         model = build_frozen_model(source.architecture, config)
         source.load_into(model)
-        hf = dict(hf_config=source.architecture.hf_config, tokenizer_folder=folder / kind)
-        save_checkpoint(folder / f"{kind}_run", model, **hf)
+        attach_adapters(model, rank=3, alpha=6.0, target_modules=TARGETS[kind], seed=5)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # products of whole numbers / 128: exact in whatever order
+                parameter.data.random_(-4, 5, generator=generator).div_(128)
+        hf = dict(hf_config=source.architecture.hf_config, tokenizer_folder=source.hf_folder)
+        adapters = dict(lora_rank=3, lora_alpha=6.0, lora_target_modules=TARGETS[kind], seed=5)
+        save_checkpoint(folder / f"{kind}_run", model, run_config=adapters, **hf)
+        merge_adapters(model)
+        export_hf(model, source.architecture, folder / kind, format="autoregressive")
 
 
 def _part(weight: str, whole: Tensor, rank: int, layout: dict[str, Any]) -> Tensor:
@@ -88,10 +101,10 @@ def _log_probs(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def test_layouts_have_the_weights_of_one_process_and_say_the_same(tmp_path: Path) -> None:
-    for kind in ("dense", "moe"):
-        save_random_model(tmp_path / kind, moe=kind == "moe", **SIZES)
+    for kind in TARGETS:
+        save_random_model(tmp_path / f"{kind}_base", moe=kind != "dense", **SIZES)
         _save_run(tmp_path, kind)
-    alone = {kind: _teacher(tmp_path / kind, {}) for kind in ("dense", "moe")}
+    alone = {kind: _teacher(tmp_path / kind, {}) for kind in TARGETS}
     ranks = run_distributed(_on_rank, 2, tmp_path)
     for name, (kind, layout) in LAYOUTS.items():
         one = alone[kind]
