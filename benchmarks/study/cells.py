@@ -64,8 +64,11 @@ class Cell:
 
 def trained_by(recipe: Recipe, seed: int) -> dict[str, Any]:
     """The part of a specification that the trained model depends on."""
-    documents = recipe.documents
-    data = {"num_documents": documents} if documents else {"num_prompts": recipe.num_prompts}
+    data: dict[str, Any] = {"num_prompts": recipe.num_prompts}
+    if recipe.documents:
+        data = {"num_documents": recipe.documents}
+        if recipe.corpus != "seen":
+            data["corpus"] = recipe.corpus
     models = {option: trained_by(model, seed) for option, model in recipe.models.items()}
     return {
         "training": recipe.training_options(seed),

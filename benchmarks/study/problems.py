@@ -43,7 +43,7 @@ def training_data(folder: Path, recipe: Recipe) -> dict[str, Path]:
     """
     if recipe.documents:
         return {
-            "data_path": folder / f"corpus_{recipe.documents}",
+            "data_path": folder / f"corpus_{recipe.corpus}_{recipe.documents}",
             "valid_data_path": folder / "corpus_unseen",
         }
     option = "train_data" if recipe.objective == "next_token" else "prompts"
@@ -73,8 +73,8 @@ def write_problems(folder: Path, num_heldout: int, trained: Iterable[Recipe]) ->
         done.update(data.values())
         problems = examples("train", PROMPTS_SEED)
         if recipe.documents:
-            seen = filter(HELDOUT["seen"], problems)
-            write_corpus(data["data_path"], islice(seen, recipe.documents))
+            kind = filter(HELDOUT[recipe.corpus], problems)
+            write_corpus(data["data_path"], islice(kind, recipe.documents))
             write_corpus(data["valid_data_path"], heldout("unseen"))
         else:
             [path] = data.values()

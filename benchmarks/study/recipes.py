@@ -90,6 +90,7 @@ class Recipe:
         seeds: Number of runs.
         rollouts: Length of training, as `Sizes.rollouts`.
         documents: Documents of its corpus, 0 where it trains on prompts.
+        corpus: Kind of the problems in its corpus (`problems.HELDOUT`).
         options: Changes of the example's options.
         models: Recipes whose trained models it starts from, by option (`load`, `teacher_load`).
         train_iters: Updates where no rollouts say so.
@@ -103,6 +104,7 @@ class Recipe:
     seeds: int
     rollouts: int = 0
     documents: int = 0
+    corpus: str = "seen"
     options: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, Recipe] = field(default_factory=dict)
     train_iters: int = 0
@@ -227,8 +229,25 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             # Half as many updates as the others': a pass over its corpus.
             max(1, sizes.rollouts // 2),
             sizes.documents,
-            options,
+            options=options,
         )
+
+    def annealed(name: str, title: str, corpus: str) -> Recipe:
+        """The same eight times as long, from causal to full attention and with a falling rate."""
+        whole = replace(
+            pretraining(name, title),
+            seeds=sizes.single_seeds,
+            rollouts=max(1, sizes.rollouts * 4),
+            documents=8 * sizes.documents,
+            corpus=corpus,
+        )
+        options = {
+            "attention_annealing_iters": whole.updates * 3 // 10,
+            "lr": 1e-3,
+            "min_lr": 2e-5,
+            "lr_decay_style": "cosine",
+        }
+        return replace(whole, options=options)
 
     # Begins with one block, which a prompt alone decides, and is as long as it can be after 5/16.
     growth = {
@@ -366,4 +385,6 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             rollouts=max(1, sizes.rollouts * 2),
             documents=4 * sizes.documents,
         ),
+        annealed("scp_annealed", "SCP, attention annealed, eight times as long", "seen"),
+        annealed("scp_annealed_all", "the same, all kinds in the corpus", "heldout"),
     ]
