@@ -88,16 +88,18 @@ def render_details(study: dict[str, Any], known: Sequence[Recipe], outdated: Seq
 
 
 _FORGETTING = (
-    "The corpus holds problems that add and subtract (seen) and none that multiply (unseen); the "
-    "AR model that training starts from solves both. Losses are the objective's, nats per token: "
+    "The corpus holds problems that add and subtract (seen) and none that multiply (unseen), but "
+    "for the last row, whose corpus has both: what it solves of the unseen kind and the row before "
+    "does not, that one has lost. The AR model that training starts from solves both. Losses are "
+    "the objective's, nats per token: "
     "seen on the last twentieth of a corpus that is read once, unseen on held-out documents that "
     "multiply, at the end of training. The order of documents and their masks follow from the "
-    "seed: the unseen loss of a seed is measured on the same states at all updates and under both "
+    "seed: the unseen loss of a seed is measured on the same states at all updates and under all "
     "recipes. While it falls it shows learning; its rise above its own minimum shows forgetting. "
     "Accuracies are on held-out problems of each "
     "kind, decoded by diffusion (full attention and shifted, as trained; static, one token a step, "
     "in blocks of {block_size}, which training does not have), and with the same weights read out "
-    "autoregressively under a causal mask. Both recipes train attention "
+    "autoregressively under a causal mask. The first two recipes train attention "
     "at the same rate; by group, everything else has RND1's ratio to it (1e-8 / 3e-4)."
     " Both kinds have {problems} problems each, {teachers} for the AR teacher."
 )

@@ -230,18 +230,26 @@ def _forgetting(read: Reader) -> str:
 
 @_of_measured
 def _longer_pretraining(read: Reader) -> str:
-    parts = []
-    for data, title in (("seen", "what its corpus has"), ("unseen", "what this lacks")):
-        blocks = read("scp_long", accuracy(data, "static")).mean
-        before, after = (
-            read(name, accuracy(f"{data}_autoregressive", "autoregressive")).mean
-            for name in ("teacher", "scp_long")
-        )
-        parts.append(
-            f"{blocks:.1f} % of {title}, by blocks, and {after:.1f} % from left to right "
-            f"({before:.1f} % before)"
-        )
-    return f"**SCP, four times as long**, solves {' and '.join(parts)}."
+    """By blocks, and from left to right; last, what forgetting is told by: corpora of two kinds."""
+
+    def solved(recipe: str) -> str:
+        blocks = _of_both(read, recipe, "", "static")
+        return f"{blocks} % (from left to right {_of_both(read, recipe, *left_to_right)} %)"
+
+    left_to_right = ("_autoregressive", "autoregressive")
+    return (
+        "**Longer SCP** solves, of problems that add and subtract / that multiply, "
+        f"{solved('scp_long')} after four times as many updates on a corpus that does not "
+        f"multiply, {solved('scp_annealed')} after eight times as many that go from causal to full "
+        f"attention, {solved('scp_annealed_all')} after those on a corpus of both. From left to "
+        f"right it was {_of_both(read, 'teacher', *left_to_right)} % before."
+    )
+
+
+def _of_both(read: Reader, recipe: str, suffix: str, setting: str) -> str:
+    """Accuracy on both kinds of problems."""
+    values = [read(recipe, accuracy(f"{kind}{suffix}", setting)) for kind in ("seen", "unseen")]
+    return " / ".join(f"{value.mean:.1f}" for value in values)
 
 
 def _claims(results: Sequence[Result]) -> str | None:

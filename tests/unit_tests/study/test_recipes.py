@@ -183,6 +183,16 @@ def test_a_corpus_fills_its_canvas_and_is_of_one_kind(
         assert answer.partition("<|im_end|>")[2].replace("<|im_end|>", "") == ""
 
 
+def test_a_corpus_of_both_kinds_mixes_them(tmp_path: Path) -> None:
+    [recipe] = [r for r in recipes(Sizes(documents=4)) if r.name == "scp_annealed_all"]
+    write_problems(tmp_path, 2, [recipe])
+    documents = IndexedDataset(str(training_data(tmp_path, recipe)["data_path"]))
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / TEACHER)
+    multiplying = sum(" * " in tokenizer.decode(ids.tolist()) for ids in documents)
+    assert len(documents) == 32
+    assert 0 < multiplying < 32
+
+
 def test_pretraining_differs_in_learning_rates_only() -> None:
     pair = ("scp_one_lr", "scp_rnd1_groups")
     one, groups = (config_of(r).to_dict() for r in TRAINED if r.name in pair)

@@ -38,8 +38,9 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
         for size in BLOCK_SIZES
     }
     if recipe in AUTOREGRESSIVE:
-        right = {"accuracy": AUTOREGRESSIVE[recipe]}
-        return {"evaluations": {"autoregressive": {"autoregressive": right}}}
+        right = {"autoregressive": {"accuracy": AUTOREGRESSIVE[recipe]}}
+        kinds = ("", "seen_", "unseen_") if recipe == "teacher" else ("",)
+        return {"evaluations": {f"{kind}autoregressive": right for kind in kinds}}
     curve = {"step": [1, 2, 3, 4], "tokens_per_forward": [1.0, 2.0, 2.5, 2.6]}
     if recipe != "sft":
         curve |= {"loss": [3.0, 1.4, 1.3, 1.0] if seed < 3 else [3.0, 1.0, 1.6, 1.7]}
@@ -59,7 +60,7 @@ def measured(recipe: str, seed: int) -> dict[str, Any]:
 
 def forgetting(recipe: str, seed: int) -> dict[str, Any]:
     """Accuracies after pretraining: what the corpus has is solved, what it lacks half forgotten."""
-    unseen = 0.6 if recipe == "scp_rnd1_groups" else 0.4
+    unseen = {"scp_rnd1_groups": 0.6, "scp_annealed_all": 0.8}.get(recipe, 0.4)
     return {
         f"{kind}{suffix}": {setting: {"accuracy": reached + JITTER[seed - 1]}}
         for kind, reached in (("seen", 0.9), ("unseen", unseen))
@@ -282,6 +283,9 @@ def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert "qwen3_64 reaches 92.5 % from qwen3_64 (50.0 %), 92.5 % from qwen3_96 (75.0 %)" in text
     assert "; qwen3_96 reaches 92.5 % from qwen3_96 (75.0 %), 92.5 % from qwen3 (98.0 %)." in text
     assert "the best run solves 90.5 %" in text
+    assert "89.5 / 39.5 % (from left to right 89.5 / 39.5 %) after eight times as many" in text
+    assert "89.5 / 79.5 % (from left to right 89.5 / 79.5 %) after those on a corpus of" in text
+    assert "it was 98.0 / 98.0 % before" in text
     for result in results:
         if result["recipe"] == "opdlm_off":
             result["evaluations"]["block_4"]["static"]["accuracy"] = 0.02
