@@ -1,6 +1,6 @@
 """Training and evaluation of the study: its sizes, and one row of a table per recipe.
 
-A recipe is a shipped example with a few options changed, so retuning the example retunes the study.
+A recipe is a shipped example, or a file of the study, with a few options changed.
 All recipes see the same prompts equally often and take the same number of updates, unless their
 titles say otherwise. A recipe can start from models that others have trained.
 """
@@ -16,7 +16,9 @@ import yaml
 from benchmarks.environment import REPOSITORY
 
 TEACHER = "examples/tiny/qwen3"
-ROLLOUT_RECIPE = "examples/tiny/opdlm.yaml"
+ROLLOUT_RECIPE = "benchmarks/study/opdlm.yaml"
+OFF_POLICY = "examples/tiny/off_policy.yaml"
+RANDOM_STATES = "examples/tiny/opdlm_off.yaml"
 SCP_RECIPE = "benchmarks/study/scp.yaml"
 NEXT_TOKEN = "examples/tiny/next_token.yaml"
 RND1_RATIO = 1e-8 / 3e-4
@@ -216,8 +218,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
     }
 
     def conversion(name: str, title: str, example: str, **options: Any) -> Recipe:
-        path = f"examples/tiny/{example}.yaml"
-        return Recipe(name, title, path, blocks, sizes.seeds, sizes.rollouts, options=options)
+        return Recipe(name, title, example, blocks, sizes.seeds, sizes.rollouts, options=options)
 
     def pretraining(name: str, title: str, **options: Any) -> Recipe:
         return Recipe(
@@ -299,7 +300,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
 
     attention = float(read_yaml(SCP_RECIPE)["lr"])
     rnd1_groups = [{"pattern": "default", "lr": attention * RND1_RATIO}, {"pattern": "attention"}]
-    opdlm = conversion("opdlm", "OPDLM, states per block", "opdlm", **on_policy)
+    opdlm = conversion("opdlm", "OPDLM, states per block", ROLLOUT_RECIPE, **on_policy)
     grown = replace(
         growing("opdlm_grown", "OPDLM, responses grow from one block"),
         seeds=sizes.seeds,
@@ -315,14 +316,14 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             seeds=1,
         ),
         # As in the paper's table 11: cross entropy on the responses that off-policy distils.
-        conversion("sft", "SFT on the teacher's responses", "off_policy", objective="sft"),
-        conversion("off_policy", "off-policy distillation", "off_policy"),
-        conversion("opdlm_off", "OPDLM, random states", "opdlm_off"),
+        conversion("sft", "SFT on the teacher's responses", OFF_POLICY, objective="sft"),
+        conversion("off_policy", "off-policy distillation", OFF_POLICY),
+        conversion("opdlm_off", "OPDLM, random states", RANDOM_STATES),
         opdlm,
         conversion(
             "opdlm_global",
             "OPDLM, global states",
-            "opdlm",
+            ROLLOUT_RECIPE,
             state_selection="global",
             **on_policy,
         ),
