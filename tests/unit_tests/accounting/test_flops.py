@@ -14,6 +14,7 @@ from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, causal_pairs, 
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.models.attention_layout import clean_layout, pad_layout, visible
 from megatron_dlm.models.model import head_weight
+from megatron_dlm.rollout.context import CachedContext
 from megatron_dlm.rollout.kv_cache import CacheView
 from megatron_dlm.rollout.work import RolloutWork
 from tests.tiny import DENSE, MOE
@@ -100,11 +101,10 @@ def test_work_of_a_rollout_is_what_its_forwards_hold(
     save_tiny_model(tmp_path)
     engine = make_engine(load_model(tmp_path))
     seen: list[list[int]] = []
-    create = CacheView.__init__
+    attention = CachedContext.attention
+    block_size = 4
 
-    def created(self: CacheView, *args: Any, **context: Any) -> None:
-        create(self, *args, **context)
-        _, _, starts, ends, block_size = args
+    def asked(self: CachedContext, starts: Any, ends: Any, noisy_starts: Any) -> CacheView:
         spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
         pairs = [
             sum(key // block_size <= query // block_size for key in range(end))
@@ -112,8 +112,9 @@ def test_work_of_a_rollout_is_what_its_forwards_hold(
             for query in range(start, end)
         ]
         seen.append([len(pairs), sum(pairs), sum(end for _, end in spans)])
+        return attention(self, starts, ends, noisy_starts)
 
-    monkeypatch.setattr(CacheView, "__init__", created)
+    monkeypatch.setattr(CachedContext, "attention", asked)
     trajectories = engine.generate(make_prompts([3, 9, 0, 6, 13]), 12)
     work = engine.work.take()
     assert [list(of) for of in zip(work.tokens, work.pairs, work.keys, strict=True)] == seen
