@@ -20,7 +20,7 @@ LEFTOVERS = "leftover_responses.jsonl"
 AHEAD = "next_rollout.jsonl"
 
 _OF_THE_DATA = ("prompt_ids", "record")
-_NOT_KEPT = (*_OF_THE_DATA, "targets", "confidence")
+_NOT_KEPT = (*_OF_THE_DATA, "targets", "confidence", "rounds")
 _TENSORS = ("response_ids", "unmask_step", "tail_ids", "tail_unmask_step")
 
 
