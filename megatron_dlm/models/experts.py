@@ -33,8 +33,9 @@ from megatron_dlm.models.swiglu import swiglu
 class ExpertLinear(torch.nn.Module, LowRankAdapter):
     """A linear layer of every expert of a rank, split over the expert tensor-parallel group.
 
-    Adapters are stacked like the weights, A [L, r, i] and B [L, o, r]. An expert that has one lies
-    on one process (`check_expert_adapters`).
+    Adapters are stacked like the weights, A [L, r, i] and B [L, o, r], and split like them: of
+    linear_fc1 every rank has A whole, of linear_fc2 B. They are trained only where an expert lies
+    on one process (`config.rules.model`): the gradient of what is whole is not summed.
 
     Args:
         num_experts: L.
@@ -107,7 +108,9 @@ class ExpertLinear(torch.nn.Module, LowRankAdapter):
 
     def local_columns(self, lora_a: Tensor) -> Tensor:
         """See `LowRankAdapter`."""
-        return lora_a
+        if self.splits_outputs:
+            return lora_a
+        return lora_a.chunk(self.tp_group.size(), dim=-1)[self.tp_group.rank()]
 
     def _mark_shards(self, lora_a: Parameter, lora_b: Parameter) -> None:
         for parameter in (lora_a, lora_b):
@@ -131,13 +134,10 @@ class ExpertLinear(torch.nn.Module, LowRankAdapter):
             key_prefix: Of their names in the checkpoint.
             sharded_offsets: Axes that come before that of the experts, as Megatron gives them.
         """
-        split = 0 if self._joins_gate_and_up else 1
+        split = {"weight": 0, "lora_b": 0} if self.splits_outputs else {"weight": 1, "lora_a": 1}
         return {
             f"{prefix}{name}": self._stored_by_expert(
-                f"{key_prefix}{name}",
-                parameter,
-                sharded_offsets,
-                split if name == "weight" else None,
+                f"{key_prefix}{name}", parameter, sharded_offsets, split.get(name)
             )
             for name, parameter in self.named_parameters()
         }
@@ -170,7 +170,7 @@ class ExpertLinear(torch.nn.Module, LowRankAdapter):
         def merge(loaded: list[Tensor]) -> Tensor:
             return torch.cat(loaded).view(parameter.shape)
 
-        replica_id = (0, 0, self._groups.expt_dp.rank())
+        replica_id = (0, self.tp_group.rank() if split is None else 0, self._groups.expt_dp.rank())
         return ShardedTensorFactory(key, parameter, build, merge, replica_id)
 
 

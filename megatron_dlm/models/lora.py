@@ -188,12 +188,12 @@ def local_adapters(model: torch.nn.Module) -> Iterator[LocalAdapterPart]:
     for layer, names in _adapters(model):
         if layer.lora_a is None or layer.lora_b is None:
             continue
-        if isinstance(layer, ExpertLinear):  # an expert with an adapter lies on one process
-            for name, lora_a, lora_b in zip(names, layer.lora_a, layer.lora_b, strict=True):
-                yield LocalAdapterPart(f"{name}.lora_a", lora_a, 0, 1)
-                yield LocalAdapterPart(f"{name}.lora_b", lora_b, 0, 1)
-            continue
-        split, name = (layer.tp_group.rank(), layer.tp_group.size()), names[0]
-        is_column = isinstance(layer, LoRAColumnParallelLinear)
-        yield LocalAdapterPart(f"{name}.lora_a", layer.lora_a, *((0, 1) if is_column else split))
-        yield LocalAdapterPart(f"{name}.lora_b", layer.lora_b, *(split if is_column else (0, 1)))
+        split, whole = (layer.tp_group.rank(), layer.tp_group.size()), (0, 1)
+        if isinstance(layer, ExpertLinear):
+            is_column, matrices = layer.splits_outputs, zip(layer.lora_a, layer.lora_b, strict=True)
+        else:
+            is_column = isinstance(layer, LoRAColumnParallelLinear)
+            matrices = zip([layer.lora_a], [layer.lora_b], strict=True)
+        for name, (lora_a, lora_b) in zip(names, matrices, strict=True):
+            yield LocalAdapterPart(f"{name}.lora_a", lora_a, *(whole if is_column else split))
+            yield LocalAdapterPart(f"{name}.lora_b", lora_b, *(split if is_column else whole))

@@ -335,11 +335,31 @@ def teacher_rank_bytes(config: Config, teacher: Architecture, lengths: Lengths) 
     row, _ = row_of(config, lengths)
     vocabulary = padded_vocab_size(teacher.vocab_size, layout.tensor) / layout.tensor
     logits = min(float(CHUNK_BYTES), lengths.response * vocabulary * FP32)
-    layer = layer_bytes(teacher, layout, width).forward
+    # Before the logits come, the last hidden states are there in two forms.
+    activations = forward_bytes(own, teacher, layout, row.clean, row.clean)
     return {
         "weights": max(frozen_bytes(config, teacher, parts, layout, stage) for stage in stages),
-        "activations": row.clean * (layer + 2 * teacher.hidden_size * width) + logits,
+        "activations": activations + row.clean * teacher.hidden_size * width + logits,
     }
+
+
+def forward_bytes(
+    config: Config, model: Architecture, layout: Layout, longest: int, tokens: int
+) -> float:
+    """Memory of a forward without gradients over rows with a layout, until their hidden states.
+
+    Args:
+        config: Of the model.
+        model: Its architecture.
+        layout: Sizes of the groups.
+        longest: Tokens of the longest row.
+        tokens: Of all rows whose hidden states are there in the end.
+    """
+    width, hidden = element_size(config), model.hidden_size
+    layer = layer_bytes(model, layout, width).forward
+    if not config.parallel.sequence_parallel:  # input, norm and output are not split
+        layer += 3 * (hidden - hidden / layout.tensor) * width
+    return longest * layer + tokens * hidden * width
 
 
 def _optimizer(config: Config, own: Parameters, layout: Layout) -> tuple[float, int]:

@@ -162,6 +162,19 @@ def available_memory() -> int:
     return of_host if of_container is None else min(of_host, of_container)
 
 
+def has_room(size: int) -> bool:
+    """Whether this process could have so many bytes of the device now; takes none of them."""
+    if size > available_memory():
+        return False
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return False
+        raise
+    return True
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a tensor found no memory, of the device or of the host.
 

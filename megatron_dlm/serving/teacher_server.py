@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from megatron_dlm.config import Config
 from megatron_dlm.data.tokenizer import has_tokenizer, load_tokenizer
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks
+from megatron_dlm.planning.layouts import Layout
+from megatron_dlm.planning.memory import forward_bytes
 from megatron_dlm.rollout.context import most_tokens
 from megatron_dlm.serving.http_process import answering, listening
 from megatron_dlm.serving.options import TeacherServerConfig
@@ -76,13 +79,15 @@ def serve_teacher(
                 port = options.port and options.port + number
                 listener = stack.enter_context(listening(replace(options, port=port)))
         identity = _identity(source, config)
-        teacher = TextTeacher(load_teacher(source, config), config, groups, in_step)
+        layout = Layout.of(config, dist.get_world_size())
+        taken = functools.partial(forward_bytes, config, source.architecture, layout)
+        teacher = TextTeacher(load_teacher(source, config), config, groups, in_step, taken)
         url = None
         if on_ranks is not None:
             stack.enter_context(on_ranks(queue))
         if listener is not None:
-            room = most_tokens(config.rollout.max_total_tokens, groups)
-            api = TeacherApi(identity, source.architecture, queue, options, room)
+            cached = most_tokens(config.rollout.max_total_tokens, groups)
+            api = TeacherApi(identity, source.architecture, queue, options, cached)
             app = create_teacher_app(api, options)
 
             def stop() -> None:
@@ -139,8 +144,9 @@ def _results(
     """Results of a batch, in halves where memory has no room for all of it at once.
 
     Where there is none for a single one, its error is in its place. Ranks in step divide it alike:
-    a KV cache that does not fit is an error on all of them. Where a forward of one of several ranks
-    runs out of memory, the others are in the middle of it, and the server ends.
+    a KV cache or a forward that one of them has no room for is an error on all of them, before it
+    begins. Where one of several ranks runs out of memory all the same, the others are in the middle
+    of the forward, and the server ends.
     """
     try:
         if isinstance(wanted, Drawing):

@@ -4,7 +4,7 @@ Ranks in step hold one replica of the teacher, or several that share experts. Al
 same texts or prompts; each replica takes its share, and the first rank gets all results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dlm import platform
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
+from megatron_dlm.errors import UserError
 from megatron_dlm.models.forward import clean_row, forward_hidden
 from megatron_dlm.models.model import StageModel, head_weight
 from megatron_dlm.models.row_packing import RowPacking
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout.context import MAX_MEMORY_SHARE
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.teacher.frozen import rows_in_flight
@@ -28,6 +31,12 @@ from megatron_dlm.types.teacher_targets import HiddenTargets, TeacherTargets
 from megatron_dlm.types.trajectory import Prompt
 
 T = TypeVar("T")
+
+MARGIN = 1.1
+"""What a forward may take beyond `ForwardBytes`."""
+
+ForwardBytes = Callable[[int, int], float]
+"""Memory that a forward takes, by the tokens of its longest row and those of all its rows."""
 
 
 class TextTeacher:
@@ -39,6 +48,8 @@ class TextTeacher:
             sequences decoded at once.
         groups: Process groups of the model.
         in_step: The ranks in step, over gloo; None where this rank is alone.
+        forward_bytes: Of ranks in step, which look for that memory before a forward: one that finds
+            none in the middle of it would leave the others waiting.
     """
 
     def __init__(
@@ -47,7 +58,9 @@ class TextTeacher:
         config: Config,
         groups: ParallelGroups,
         in_step: dist.ProcessGroup | None,
+        forward_bytes: ForwardBytes | None = None,
     ) -> None:
+        self._forward_bytes = forward_bytes
         self._model, self._groups, self.in_step = model, groups, in_step
         self._config = config
         self._packing = RowPacking.of(config)
@@ -73,6 +86,9 @@ class TextTeacher:
         Args:
             rows: The same on all ranks.
             k: Tokens of a distribution, fewer than there are; 0: hidden states.
+
+        Raises:
+            UserError: One of several ranks has no memory for a forward; on all of them.
         """
         alone = [index for index, row in enumerate(rows) if len(row.texts) == 1]
         packed = self._packing.rows([rows[index].num_tokens for index in alone])
@@ -81,6 +97,7 @@ class TextTeacher:
         rounds = -(-len(together) // self._replicas)
         own = together[self._replica :: self._replicas]
         own += [[]] * (rounds - len(own))  # ranks that share experts run equally many rows
+        self._check_room_for_rows([sum(rows[i].num_tokens for i in row) for row in together])
         found: dict[int, TeacherTargets] = {}
         for start in range(0, rounds, self._rows_at_once):
             chunk = own[start : start + self._rows_at_once]
@@ -107,9 +124,15 @@ class TextTeacher:
             drawing: How they are drawn.
 
         Raises:
-            UserError: The longest of them do not fit into the KV cache.
+            UserError: The longest of them do not fit into the KV cache, or one of several ranks has
+                no memory for a forward; on all of them.
         """
         rollout, eos = self._config.rollout, drawing.eos_token_ids
+        of_replica = prompts[: -(-len(prompts) // self._replicas)]
+        read = min(sum(len(p.token_ids) for p in prompts), rollout.chunked_prefill_size)
+        drawn = min(len(of_replica), rollout.max_running_requests)
+        # The KV cache leaves at least this share of the memory.
+        self._check_room(read + drawn, read + drawn, 1.0 - MAX_MEMORY_SHARE)
         engine = RolloutEngine(
             self._model,
             generation=GenerationConfig.autoregressive(
@@ -146,6 +169,33 @@ class TextTeacher:
         )
         found = dict(zip(own, (t.response_ids.tolist() for t in trajectories), strict=True))
         return self._gathered(found if self._groups.is_first_of_replica else {}, len(prompts))
+
+    def _check_room_for_rows(self, lengths: Sequence[int]) -> None:
+        """`_check_room` for the forward with most tokens of those that `targets` makes."""
+        at_once = self._rows_at_once * self._replicas
+        chunks = [lengths[first : first + at_once] for first in range(0, len(lengths), at_once)]
+        most = max(sum(sorted(chunk)[-self._rows_at_once :]) for chunk in chunks)
+        self._check_room(max(lengths), most)
+
+    def _check_room(self, longest: int, tokens: int, share: float = 1.0) -> None:
+        """Refuse a forward that a rank in step has no memory for, on all of them.
+
+        Args:
+            longest: Tokens of its longest row.
+            tokens: Of all its rows.
+            share: Of the memory that is free, what the forward may take.
+        """
+        if self.in_step is None or self._forward_bytes is None:
+            return
+        needed = MARGIN * self._forward_bytes(longest, tokens)
+        has_room = torch.tensor(platform.has_room(int(needed / share)), dtype=torch.int32)
+        dist.all_reduce(has_room, dist.ReduceOp.MIN, self.in_step)
+        if not has_room:
+            platform.release_memory()
+            raise UserError(
+                f"a rank of the teacher has no memory for a forward of {tokens} tokens, about "
+                f"{needed / 1e9:.2g} GB; send shorter texts, or start the teacher on more ranks"
+            )
 
     def _of_row(
         self, texts: Sequence[TeacherText], counts: Sequence[int], hidden: Tensor, k: int

@@ -78,7 +78,11 @@ def _train(rank: int, folder: Path, runs: list[tuple[str, dict[str, Any]]], pref
             results[name] = run_training(config)
         _export(config, save, save / "hf")
         if name in UNCONVERTED:
-            _export_peft(config, save, folder / model)
+            _export_peft(config, save, folder / model, save / "peft")
+        if prefix == "moe EP2":  # what merges or writes them may split experts
+            split = Config.from_dict({TP: 2, **SP, "device": "cpu"})
+            _export(split, save, save / "hf_split")
+            _export_peft(split, save, folder / model, save / "peft_split")
     return results
 
 
@@ -90,7 +94,7 @@ def _export(config: Config, run: Path, target: Path) -> None:
         export_hf(model, source.architecture, target, format="autoregressive")
 
 
-def _export_peft(config: Config, run: Path, base: Path) -> None:
+def _export_peft(config: Config, run: Path, base: Path, target: Path) -> None:
     source = open_model_source(str(run), "--load")
     with initialized(config):
         model = build_model(source.architecture, config)
@@ -98,7 +102,7 @@ def _export_peft(config: Config, run: Path, base: Path) -> None:
         export_peft(
             model,
             source.architecture,
-            run / "peft",
+            target,
             adapters=AdapterSettings.of_run(config.to_dict(), str(run)),
             base=open_model_source(str(base), "--base-model"),
             dtype=torch.float32,
@@ -148,7 +152,7 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
         save, reference = _run(folder, name, run), _weights(_run(folder, "single", run))
         # One process merges the adapters of any layout.
         _export(Config.from_dict({"device": "cpu"}), save, save / "hf_single")
-        for export in ("hf", "hf_single"):
+        for export in ("hf", "hf_single", *(["hf_split"] if name == "moe EP2" else [])):
             weights = _weights(save, export)
             assert weights.keys() == reference.keys()
             for key, tensor in reference.items():
@@ -156,6 +160,10 @@ def test_layout_trains_like_one_process(folder: Path, single: dict[str, Any], na
         if run in UNCONVERTED:
             base = load_file(folder / RUNS[run][0] / "model.safetensors")
             adapters = load_file(save / "peft" / "adapter_model.safetensors")
+            if name == "moe EP2":
+                split = load_file(save / "peft_split" / "adapter_model.safetensors")
+                assert split.keys() == adapters.keys()
+                assert all(torch.equal(split[key], adapters[key]) for key in adapters)
             for key, weight in base.items():
                 layer = f"base_model.model.{key.removesuffix('.weight')}"
                 if key.endswith("_proj.weight"):

@@ -157,7 +157,7 @@ def architecture(config: Config, model: ModelSizes) -> Refusals:
         yield "divergence_top_k: is the whole vocabulary, too much to store; choose e.g. 16"
     if config.traits.self_distillation and config.self_distillation.teacher_top_k >= vocab_size:
         yield f"teacher_top_k: reaches the vocabulary of {vocab_size}; choose 1 to {vocab_size - 1}"
-    # An expert with adapters lies on one process, and drops none of their inputs.
+    # An expert whose adapters are trained lies on one process, and drops none of their inputs.
     adapted = lora.lora_target_modules if lora.lora_rank is not None and is_moe else ()
     if {"linear_fc1", "linear_fc2"} & set(adapted):
         if lora.lora_dropout > 0:

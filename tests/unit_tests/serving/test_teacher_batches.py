@@ -1,6 +1,8 @@
 """A batch of the teacher that memory has no room for is computed in parts."""
 
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from megatron_dlm.config import Config
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.planning.layouts import Layout
+from megatron_dlm.planning.memory import forward_bytes
 from megatron_dlm.serving.teacher_queue import TeacherQueue
 from megatron_dlm.serving.teacher_server import _answer_batch, _results
 from megatron_dlm.stop_agreement import ranks_in_step
@@ -20,6 +24,7 @@ from megatron_dlm.teacher.wire import Drawing, TeacherPrompt, TeacherRow, Teache
 from megatron_dlm.training.model_source import open_model_source
 from tests.distributed_tests.layouts import SP, TP
 from tests.distributed_tests.spawn import run_distributed
+from tests.limits import more_memory
 from tests.tiny import save_random_model
 
 GREEDY = Drawing(0.0, 0, 1.0, 0, (510,), 508, 511, 512)
@@ -83,19 +88,45 @@ def test_only_what_does_not_fit_by_itself_is_refused(
             for index in (0, 1, 3, 4):
                 for name, tensor in vars(whole[index]).items():
                     assert torch.equal(vars(parts[index])[name], tensor)
-    in_step = run_distributed(_in_step, 2, tmp_path / "dense", prompts)
-    assert "the cache holds 64 tokens" in in_step[0].pop(2)
-    assert in_step[0] == expected[:2] + expected[3:]
-    assert len(in_step[1]) == 1  # responses are for the first one, which answers
+    (responses, targets, refused), others = run_distributed(
+        _in_step, 2, tmp_path / "dense", prompts, rows
+    )
+    assert "the cache holds 64 tokens" in responses.pop(2)
+    assert responses == expected[:2] + expected[3:]
+    assert [len(found) for found in others] == [1, 1, 1]  # results are for the first one
+    assert "no memory for a forward of 300000 tokens, about 0.2" in targets.pop(1)
+    for found_row, row in zip(targets, whole, strict=True):
+        assert torch.equal(found_row.token_ids, row.token_ids)
+        torch.testing.assert_close(found_row.log_probs, row.log_probs, rtol=0, atol=1e-5)
+    assert "no memory for a forward of 300001 tokens" in refused[1]
+    assert refused[:1] + refused[2:] == expected[:1] + expected[1:2]
 
 
-def _in_step(rank: int, folder: Path, prompts: list[TeacherPrompt]) -> list[Any]:
-    """The same of two ranks that share a teacher, as results or texts of errors."""
-    config = Config.from_dict({"device": "cpu", "max_total_tokens": 64, TP: 2, **SP})
+def _in_step(
+    rank: int, folder: Path, prompts: list[TeacherPrompt], rows: list[TeacherRow]
+) -> list[list[Any]]:
+    """The same of two ranks that share a teacher, as results or texts of errors.
+
+    Then the memory of one of them is limited, where one text is long.
+    """
+    values = {"device": "cpu", TP: 2, **SP, "chunked_prefill_size": 1 << 20}
+    config = Config.from_dict({**values, "max_total_tokens": 64})
+    long = torch.zeros(300_000, dtype=torch.int64)
+    some_rows = [rows[0], TeacherRow((TeacherText(long, 3),)), *rows[1:]]
+    some_prompts = [prompts[0], TeacherPrompt(9, long, 8), prompts[1]]
     with initialized(config):
         groups = ParallelGroups.from_parallel_state()
-        model = load_teacher(open_model_source(str(folder), "--load"), config)
+        source = open_model_source(str(folder), "--load")
+        model = load_teacher(source, config)
         together = ranks_in_step(groups, timedelta(seconds=60))
         assert together is not None
-        found = _results(TextTeacher(model, config, groups, together), prompts, GREEDY)
-        return [str(result) if isinstance(result, UserError) else result for result in found]
+        taken = partial(forward_bytes, config, source.architecture, Layout.of(config, 2))
+        teachers = [
+            TextTeacher(model, own, groups, together, taken)
+            for own in (config, Config.from_dict(values))
+        ]
+        found = [_results(teachers[0], prompts, GREEDY)]
+        with more_memory(100 << 20) if rank else nullcontext():
+            found.append(_results(teachers[1], some_rows, 4))
+            found.append(_results(teachers[1], some_prompts, GREEDY))
+        return [[str(r) if isinstance(r, UserError) else r for r in each] for each in found]
