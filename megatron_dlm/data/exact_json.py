@@ -1,5 +1,6 @@
 """JSON whose numbers keep all digits of the file, so that answers are compared as written."""
 
+import codecs
 import json
 import math
 import re
@@ -28,10 +29,13 @@ class UnreadableNumber(ValueError):
 def parse_json(line: bytes) -> Any:
     """Parse a line; integers are exact, and `str` of a number has all its digits.
 
+    A byte order mark before it, as Windows' programs write, is skipped.
+
     Raises:
         json.JSONDecodeError: The line is no JSON.
         UnreadableNumber: A number is infinite as a float or an integer of thousands of digits.
     """
+    line = line.removeprefix(codecs.BOM_UTF8)
     if _LONG_NUMBER.search(line) is None:
         return orjson.loads(line)
     try:

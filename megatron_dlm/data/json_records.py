@@ -1,5 +1,6 @@
 """Records of JSON files: JSONL, read a line at a time, and one list of objects."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -175,7 +176,7 @@ def is_json_list(path: str | Path) -> bool:
         return False
     try:
         with file.open("rb") as content:
-            return content.read(4096).lstrip().startswith(b"[")
+            return content.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     except OSError:
         return False  # its reader says why
 
@@ -193,6 +194,10 @@ def _parse(content: bytes, where: str, remedy: str) -> Any:
     try:
         return parse_json(content)
     except json.JSONDecodeError as error:
+        if not _is_utf8(content):
+            raise UserError(
+                f"{where}: is no text in UTF-8; unpack it or save it as UTF-8"
+            ) from error
         raise UserError(
             f"{where}: broken JSON ({error.msg} at column {error.colno}); {remedy}"
         ) from error
@@ -200,6 +205,14 @@ def _parse(content: bytes, where: str, remedy: str) -> Any:
         raise UserError(
             f"{where}: the number {error} cannot be read; write it as a string"
         ) from error
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _object(value: Any, where: str, name: str) -> Record:

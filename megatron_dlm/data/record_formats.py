@@ -1,13 +1,13 @@
 """Records of other formats as ours: chats of ShareGPT and TRL, Alpaca, question and answer.
 
 A record that already has `messages` or a text as `prompt` stays as it is. Of any other, the first
-of these fields says what it is:
+of these fields that is not null says what it is:
 
 | field | format | becomes |
 |---|---|---|
 | `prompt`, a list | chat, as in TRL and verl | `messages` |
 | `conversations` | ShareGPT: `from` and `value` | `messages` |
-| `instruction` | Alpaca: with `input` and `output` | `messages` and `response` |
+| `instruction` | Alpaca: with `input`, `output`, `system`, `history` | `messages` and `response` |
 | `question` | question and answer | `messages` and, where `answer` is text, `response` |
 """
 
@@ -29,6 +29,9 @@ SPEAKERS = {
 }
 """Roles of ShareGPT's speakers."""
 
+FORMAT_FIELDS = ("messages", "prompt", "conversations", "instruction", "question")
+"""Each says what format a record has."""
+
 
 def standard_record(record: Record, where: str) -> Record:
     """A record in our format; one of no known format is returned as it is.
@@ -40,6 +43,10 @@ def standard_record(record: Record, where: str) -> Record:
     Raises:
         UserError: A field of its format is malformed.
     """
+    given = [name for name in FORMAT_FIELDS if record.get(name) is not None]
+    if given:  # files that hold several formats write null for the fields of the others
+        absent = set(FORMAT_FIELDS).difference(given)
+        record = {name: value for name, value in record.items() if name not in absent}
     if "messages" in record or isinstance(record.get("prompt"), str):
         return record
     if isinstance(record.get("prompt"), list):
@@ -68,9 +75,7 @@ def _sharegpt(record: Record, where: str) -> Record:
             f'{where}: "conversations" is {json_type(turns)}, not a list;'
             ' write [{"from": "human", "value": "..."}]'
         )
-    messages = []
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages.append({"role": "system", "content": record["system"]})
+    messages = _system(record, where)
     for i, turn in enumerate(turns):
         name = f"{where}: conversations[{i}]"
         if not isinstance(turn, dict):
@@ -90,14 +95,47 @@ def _sharegpt(record: Record, where: str) -> Record:
 
 def _alpaca(record: Record, where: str) -> Record:
     text = _text(record, "instruction", where)
-    if record.get("input"):
-        text += "\n\n" + _text(record, "input", where)
-    used = ("instruction", "input", "output")
+    if record.get("input") is not None and (more := _text(record, "input", where)):
+        text += "\n\n" + more
+    used = ("instruction", "input", "output", "system", "history")
     rest = {name: value for name, value in record.items() if name not in used}
-    added: Record = {"messages": [{"role": "user", "content": text}]}
-    if "output" in record and "response" not in record:
+    messages = [*_system(record, where), *_history(record, where)]
+    added: Record = {"messages": [*messages, {"role": "user", "content": text}]}
+    if record.get("output") is not None and "response" not in record:
         added["response"] = _text(record, "output", where)
     return added | rest
+
+
+def _system(record: Record, where: str) -> list[dict[str, Any]]:
+    """The message of a field `system`, if it has a text."""
+    if record.get("system") is None:
+        return []
+    text = _text(record, "system", where)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _history(record: Record, where: str) -> list[dict[str, Any]]:
+    """Earlier turns of Alpaca's records: pairs of what was asked and answered."""
+    turns = record.get("history")
+    if turns is None:
+        return []
+    if not isinstance(turns, list) or not all(_is_pair(turn) for turn in turns):
+        raise UserError(
+            f'{where}: "history" has something else than pairs of texts;'
+            ' write [["question", "answer"]]'
+        )
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
+    ]
+
+
+def _is_pair(turn: object) -> bool:
+    if not isinstance(turn, list) or len(turn) != 2:
+        return False
+    return all(isinstance(text, str) for text in turn)
 
 
 def _text(record: Record, name: str, where: str) -> str:

@@ -8,7 +8,7 @@ line of JSON goes to the file descriptor STATUS: how the program ended, or why i
 
     launcher   new user, mount, PID, network, IPC, UTS and cgroup namespaces
     └ PID 1    mounts the private file system, counts memory and processes, reports how it ended
-      └ PID 2  limits set, capabilities dropped: the program
+      └ PID 2  limits set, capabilities dropped, system calls filtered: the program
 
 When PID 1 ends, the kernel kills everything in its namespace; it dies with the launcher, and the
 launcher with the process that started it.
@@ -17,10 +17,12 @@ launcher with the process that started it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -36,6 +38,35 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, AT_RECURSIVE, DETACH = 1, 2, 4, 0x8000, 2
 MOUNT_SETATTR = 442
 # linux/prctl.h
 PDEATHSIG, DUMPABLE, CAPBSET_DROP, NO_NEW_PRIVS, CAP_AMBIENT, CLEAR_ALL = 1, 4, 24, 38, 47, 4
+SECCOMP, FILTER = 22, 2
+
+# linux/audit.h
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "riscv64": 0xC00000F3}
+# Numbers of system calls on x86_64, and on the other two (asm-generic/unistd.h).
+REFUSED_CALLS = {
+    # Memory that belongs to no process, so that no limit counts it.
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    # Keyrings, which namespaces do not separate: a store that outlives the program.
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # Other namespaces, and large parts of the kernel that no program needs.
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "perf_event_open": (298, 241),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+}
+CLONE, CLONE3, SOCKETS = (56, 220), (435, 435), ((41, 198), (53, 199))
+FAMILIES = (1, 2, 10, 16)
+"""Sockets that the network namespace isolates: by name, IPv4, IPv6, and netlink, which resolvers
+ask. One of another kind may reach outside (AF_VSOCK: the host of a virtual machine)."""
 
 NOBODY = 65534
 INSIDE = 1000
@@ -206,7 +237,10 @@ def _be_first(job: dict[str, Any], status: int) -> NoReturn:
         os.close(status)
         try:
             _drop_capabilities()
+            _filter_system_calls()
             _become(job, HOME)
+        except (CannotIsolate, OSError) as error:
+            os.write(2, f"the sandbox: {error}\n".encode())
         finally:
             os._exit(127)
     while True:
@@ -247,6 +281,47 @@ def _drop_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this process
     _call("drop capabilities", libc.capset(header, (ctypes.c_uint32 * 6)()))
     _call("no new privileges", libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def _filter_system_calls() -> None:
+    """Refuse what namespaces and limits do not cover, for this process and all it starts."""
+    machine = os.uname().machine
+    if machine not in ARCHITECTURES:
+        raise CannotIsolate(f"a filter of system calls: unknown on {machine}")
+    generic = machine != "x86_64"
+    # Classic BPF (linux/filter.h) over struct seccomp_data: number at 0, architecture at 4, the
+    # first argument at 16. Of each step: what it is, jumps if true and if false, a value.
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
+    steps = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, ARCHITECTURES[machine]),  # not the calls of a 32-bit program
+        (answer, 0, 0, kill),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 0x40000000),  # nor x32's, which have this bit
+        (answer, 0, 0, kill),
+    ]
+    for numbers in REFUSED_CALLS.values():
+        steps += [(equal, 0, 1, numbers[generic]), (answer, 0, 0, refuse | errno.EPERM)]
+    # Its flags are in memory, out of a filter's sight; C libraries then take clone.
+    steps += [(equal, 0, 1, CLONE3[generic]), (answer, 0, 0, refuse | errno.ENOSYS)]
+    namespaces = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+    steps += [
+        (equal, 0, 4, CLONE[generic]),
+        (load, 0, 0, 16),
+        (any_bit, 0, 1, namespaces),
+        (answer, 0, 0, refuse | errno.EPERM),
+        (answer, 0, 0, allow),
+    ]
+    count = len(FAMILIES)
+    steps += [(equal, 1, 0, SOCKETS[0][generic]), (equal, 0, count + 2, SOCKETS[1][generic])]
+    steps += [(load, 0, 0, 16)]
+    steps += [(equal, count - i, 0, family) for i, family in enumerate(FAMILIES)]
+    steps += [(answer, 0, 0, refuse | errno.EAFNOSUPPORT), (answer, 0, 0, allow)]
+    code = b"".join(struct.pack("=HBBI", *step) for step in steps)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(steps), ctypes.addressof(buffer))
+    _call("a filter of system calls", libc.prctl(SECCOMP, FILTER, program, 0, 0))
 
 
 def _become(job: dict[str, Any], home: str) -> NoReturn:
@@ -295,6 +370,8 @@ def _run_in_folder(job: dict[str, Any], status: int) -> NoReturn:
         os.close(status)
         try:
             _become(job, home)
+        except OSError as error:
+            os.write(2, f"the sandbox: {error}\n".encode())
         finally:
             os._exit(127)
     _, code = os.waitpid(program, 0)

@@ -67,6 +67,23 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         file.record(8)
 
 
+def test_files_of_windows_programs(tmp_path: Path) -> None:
+    mark, records = b"\xef\xbb\xbf", [{"prompt": "é"}, {"prompt": "b", "n": 1e300}]
+    lines = "\r\n".join(map(json.dumps, records)).encode()
+    for name, content in (
+        ("p.jsonl", mark + lines),
+        ("p.json", mark + json.dumps(records).encode()),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        file = open_stored(str(path), "--prompts")
+        assert [file.record(i) for i in range(len(file))] == records
+    for content in (lines.decode().encode("utf-16"), b'{"prompt": "\xe9"}', b"\x1f\x8b\x08\x00"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"json:1: is no text in UTF-8; unpack it or save it"):
+            open_stored(str(path), "--prompts").record(0)
+
+
 def test_a_list_of_objects(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text('\n [{"prompt": "a"},\n {"prompt": "b", "n": 12345678901234567890123}, 3]')

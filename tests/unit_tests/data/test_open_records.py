@@ -146,6 +146,25 @@ USER = {"role": "user", "content": "2 + 2?"}
             },
         ),
         ({"conversations": [USER]}, {"messages": [USER]}),
+        ({"messages": None, "prompt": None, "conversations": [USER]}, {"messages": [USER]}),
+        ({"prompt": "a", "messages": None}, {"prompt": "a"}),
+        (
+            {
+                "instruction": "2 + 2?",
+                "input": None,
+                "output": None,
+                "system": "Be brief.",
+                "history": [["1 + 1?", "2"]],
+            },
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "1 + 1?"},
+                    {"role": "assistant", "content": "2"},
+                    USER,
+                ]
+            },
+        ),
         ({"messages": [USER], "question": "?"}, {"messages": [USER], "question": "?"}),
         ({"prompt": "a", "instruction": "b"}, {"prompt": "a", "instruction": "b"}),
         ({"text": "a"}, {"text": "a"}),
@@ -163,6 +182,11 @@ def test_formats_are_recognised(
     [
         ({"question": 3}, '"question" is a number, not a string'),
         ({"instruction": "a", "input": [1]}, '"input" is a list, not a string'),
+        ({"instruction": "a", "input": 0}, '"input" is a number, not a string'),
+        ({"instruction": "a", "system": 7}, '"system" is a number, not a string'),
+        ({"instruction": "a", "history": [["b"]]}, '"history" has something else than pairs'),
+        ({"instruction": "a", "history": "b"}, '"history" has something else than pairs'),
+        ({"conversations": [USER], "system": [1]}, '"system" is a list, not a string'),
         ({"conversations": "a"}, '"conversations" is a string, not a list'),
         ({"conversations": [{"from": [], "value": "a"}]}, 'conversations[0]["from"] = []: is no'),
         ({"conversations": ["a"]}, "conversations[0] is a string, not an object"),

@@ -16,6 +16,7 @@ from tests.sandboxed import SMALL, isolated, run
 ATTEMPTS = """
 import ctypes, os, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
+KEYS, CLONE = (248, 56) if os.uname().machine == "x86_64" else (217, 220)
 
 def attempt(name, act):
     try:
@@ -68,6 +69,15 @@ attempt("open the keyboard", lambda: open("/dev/tty"))
 attempt("change the host name", lambda: socket.sethostname("x"))
 attempt("raise a limit", lambda: __import__("resource").setrlimit(0, (-1, -1)))
 attempt("raise the priority", lambda: os.nice(-5))
+attempt("memory of no process", lambda: errno(libc.shmget(0, ctypes.c_size_t(1 << 20), 0o1600)))
+attempt("a file of no folder", lambda: os.memfd_create("x"))
+attempt("messages of no process", lambda: errno(libc.msgget(0, 0o1600)))
+attempt("semaphores of no process", lambda: errno(libc.semget(0, 1, 0o1600)))
+attempt("keep a key", lambda: errno(libc.syscall(KEYS, b"user", b"name", b"secret", 6, -3)))
+attempt("the host of the machine", lambda: socket.socket(40, socket.SOCK_STREAM))
+attempt("the kernel's cryptography", lambda: socket.socket(38, socket.SOCK_SEQPACKET))
+attempt("a ring of calls", lambda: errno(libc.syscall(425, 8, ctypes.create_string_buffer(200))))
+attempt("a clone in a namespace", lambda: errno(libc.syscall(CLONE, 0x20000000 | 17, 0, 0, 0, 0)))
 numbers = {int(name) for name in os.listdir("/proc") if name.isdigit()}
 print("processes", sorted(numbers) == [1, os.getpid()])
 files = sorted(os.listdir("/proc/self/fd"))
@@ -178,6 +188,18 @@ def test_a_flood_of_output_ends() -> None:
         outcome = run(f"import sys\nwhile True: sys.{stream}.write('x' * 100000)")
         assert outcome.end == "output"
         assert len(getattr(outcome, stream)) == SMALL.output_bytes
+
+
+def test_a_program_that_kills_its_group_ends_alone() -> None:
+    outcome = run("import os; os.kill(0, 9)")
+    assert (outcome.end, outcome.code) in (("stopped", None), ("time", -9))
+    assert run("print(7)").stdout == b"7\n"
+
+
+def test_what_keeps_a_program_from_starting_is_said() -> None:
+    outcome = run("", stdin="x" * (SMALL.disk_bytes + 1))
+    assert outcome.code == 127
+    assert b"the sandbox: [Errno 28] No space left on device" in outcome.stderr
 
 
 def test_files_have_a_limit() -> None:
