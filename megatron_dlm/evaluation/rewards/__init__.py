@@ -35,7 +35,7 @@ class OwnReward:
 
     Attributes:
         path: ``package.module:function``.
-        function: It returns a number for each response.
+        function: It returns a number from 0 to 1 for each response.
     """
 
     path: str
@@ -48,17 +48,20 @@ class OwnReward:
         """See `Reward`.
 
         Raises:
-            UserError: The function does not return a number for each response.
+            UserError: It fails, or does not return a number from 0 to 1 for each response.
         """
-        rewards = self.function(list(records), list(responses))
         try:
+            rewards = self.function(list(records), list(responses))
             numbers = [float(reward) for reward in rewards]
-        except (TypeError, ValueError):
-            numbers = []
-        if len(numbers) != len(responses) or any(number != number for number in numbers):
+        except Exception as error:
+            raise UserError(
+                f"reward = {self.path!r}: failed for {len(responses)} responses "
+                f"({type(error).__name__}: {error}); return a number from 0 to 1 for each"
+            ) from error
+        if len(numbers) != len(responses) or not all(0 <= number <= 1 for number in numbers):
             raise UserError(
                 f"reward = {self.path!r}: returned {rewards!r} for {len(responses)} responses; "
-                "return a number for each"
+                "return a number from 0 to 1 for each"
             )
         return numbers
 
@@ -98,9 +101,10 @@ def get_reward(name: str, field: str, *, unsafe_code_execution: bool = False) ->
         )
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is a user's: it may fail in any way
         remedy = "name a function that can be imported, or put its folder into PYTHONPATH"
-        raise bad_value(field, name, f"cannot be imported ({error})", remedy) from error
+        problem = f"cannot be imported ({type(error).__name__}: {error})"
+        raise bad_value(field, name, problem, remedy) from error
     if not callable(function):
         raise bad_value(field, name, "is no function", "name one")
     return OwnReward(name, function)

@@ -12,12 +12,19 @@ from megatron_dlm.evaluation.math_scoring import is_math, math_answer, math_answ
 from megatron_dlm.evaluation.rewards.base import Record, RuleReward
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
 
+# What may stand between the words and the letter: quotes, stars, brackets, marks of LaTeX.
+_OPENING = r"""(?:[\s"'`*(\[$]|\\[(\[]|\\(?:text|math)\w*\{|(?:option|choice)\s)*"""
+# A small letter may be a word ("the answer is a number"); as a choice, something closes it.
+_LETTER = r"""(?-i:([A-Z](?![A-Za-z]|'[a-z])|[a-z](?=\s*(?:[)\]}*"'`.,;:$\\]|$))))"""
+_COLON = r"[:\N{FULLWIDTH COLON}]"
+_FLAGS = re.IGNORECASE | re.MULTILINE
+
 _CHOICES = (
-    re.compile(r"""["'`*]?answer["'`*]*\s*:[\s"'`*(\[]*([A-Z])(?![A-Za-z])""", re.IGNORECASE),
-    re.compile(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-Z])\)?\s*\}"),
+    re.compile(rf"""["'`*]?answer["'`*]*\s*{_COLON}{_OPENING}{_LETTER}""", _FLAGS),
+    re.compile(r"\\boxed\{\s*(?:\\(?:text|math)\w*\{)?\s*\(?([A-Z])(?:[).:][^{}]*)?\}"),
     re.compile(r"####\s*\(?([A-Z])(?![A-Za-z])"),
-    re.compile(r"answer\s+is\s*:?\s*[\"'`*(\[]*([A-Z])(?![A-Za-z])", re.IGNORECASE),
-    re.compile(r"答案(?:是|为|:|\N{FULLWIDTH COLON})+\s*[\"'`*(\[]*([A-Z])(?![A-Za-z])"),
+    re.compile(rf"answer\s+is\s*{_COLON}?{_OPENING}{_LETTER}", _FLAGS),
+    re.compile(rf"答案(?:选项|是|为|{_COLON})+{_OPENING}{_LETTER}"),
 )
 _LONE_LETTER = re.compile(r"\s*[(*\"'`]*([A-Z])(?:[)*\"'`.:]+(?:\s.*)?|\s*)", re.DOTALL)
 

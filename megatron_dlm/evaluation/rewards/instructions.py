@@ -128,7 +128,7 @@ def _inner(parts: list[str]) -> list[str]:
 )
 def _nth_paragraph(text: str, given: Arguments) -> bool:
     parts = text.split("\n\n")
-    number = given["nth_paragraph"]
+    number = int(given["nth_paragraph"])
     if sum(bool(part.strip()) for part in parts) != given["num_paragraphs"] or number > len(parts):
         return False
     words = parts[number - 1].split()
@@ -260,6 +260,30 @@ def follows_loosely(record: Record, response: str) -> list[bool]:
     return [any(of_kind) for of_kind in zip(*verdicts, strict=True)]
 
 
+_LISTS = ("keywords", "forbidden_words")
+_NUMBERS = re.compile("num_.*|nth_.*|.*frequency")
+
+
+def _kind_of(argument: str) -> str:
+    """What an argument has to be, in an error's words."""
+    if argument in _LISTS:
+        return "a list of texts"
+    if argument.endswith("relation"):
+        return "'less than' or 'at least'"
+    return "a whole number" if _NUMBERS.fullmatch(argument) else "a text"
+
+
+def _is_of_its_kind(argument: str, value: Any) -> bool:
+    if argument in _LISTS:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if argument.endswith("relation"):
+        return value in ("less than", "at least")
+    if _NUMBERS.fullmatch(argument):
+        # Tables that have nulls in a column write its numbers as 3.0.
+        return type(value) is int or (type(value) is float and value.is_integer())
+    return isinstance(value, str)
+
+
 def _check(record: Record, where: str) -> None:
     names = field_of(record, "instruction_id_list", list, where, "a list of instructions")
     arguments = field_of(record, "kwargs", list, where, "a list of objects")
@@ -274,6 +298,11 @@ def _check(record: Record, where: str) -> None:
         missing = [needed for needed in KINDS[name][1] if (given or {}).get(needed) is None]
         if missing:
             raise unrated(where, f"instruction {name} lacks {', '.join(missing)}")
+        for needed in KINDS[name][1]:
+            if not _is_of_its_kind(needed, given[needed]):
+                kind = _kind_of(needed)
+                field = f'{where}: instruction {name}: "{needed}"'
+                raise bad_value(field, given[needed], f"is not {kind}", f"write {kind}")
         if name in _NEED_LANGUAGE:
             check_installed("langdetect", f"{where}: instruction", name)
 

@@ -224,6 +224,24 @@ def test_sentences(text: str, count: int) -> None:
             {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": None}]},
             "lacks keywords",
         ),
+        (
+            {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "go"}]},
+            "\"keywords\" = 'go': is not a list of texts",
+        ),
+        (
+            {
+                "instruction_id_list": ["length_constraints:number_words"],
+                "kwargs": [{"num_words": "4", "relation": "at least"}],
+            },
+            "\"num_words\" = '4': is not a whole number",
+        ),
+        (
+            {
+                "instruction_id_list": ["length_constraints:number_words"],
+                "kwargs": [{"num_words": 4.0, "relation": "at most"}],
+            },
+            "\"relation\" = 'at most': is not 'less than' or 'at least'",
+        ),
     ],
 )
 def test_records_that_cannot_be_rated_are_refused(record: dict[str, object], error: str) -> None:

@@ -109,6 +109,19 @@ def test_a_reference_without_a_value_is_refused_at_the_start(tmp_path: Path, ans
         ("C", "C"),
         ("C. the third one", "C"),
         ("答案是 C", "C"),
+        ("答案是选项C", "C"),
+        ("Answer\N{FULLWIDTH COLON}C", "C"),
+        ("\\boxed{\\mathrm{C}}", "C"),
+        ("\\boxed{C. Paris}", "C"),
+        ("The final answer is \\(C\\).", "C"),
+        ("The answer is $\\mathbf{C}$", "C"),
+        ("The correct answer is option C", "C"),
+        ("the answer is c.", "C"),
+        ("answer: c\nbecause", "C"),
+        ("The answer is (c) and not (b)", "C"),
+        ("The answer is a number.", None),
+        ("answer: a carbon compound", None),
+        ("The answer is I'm not sure", None),
         ("<think>answer: B</think>answer: C", "C"),
         ("answer: Carbon", None),
         ("Considering all of it, no.", None),
@@ -219,14 +232,24 @@ def test_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "def short(records, responses):\n"
         "    return [len(r) <= record['most'] for record, r in zip(records, responses)]\n"
         "def broken(records, responses): return [1.0]\n"
+        "def negative(records, responses): return [-1.0, 0.5]\n"
+        "def failing(records, responses): return [record['absent'] for record in records]\n"
         "value = 3\n"
     )
+    (tmp_path / "my_broken_reward.py").write_text("def rate(records, responses) return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     reward = get_reward("my_reward:short", "--reward")
     assert reward.rate([{"most": 2}, {"most": 2}], ["ab", "abc"]) == [1.0, 0.0]
     with pytest.raises(UserError, match=r"returned \[1.0\] for 2 responses"):
         get_reward("my_reward:broken", "--reward").rate([{}, {}], ["", ""])
     for name, problem in (
+        ("negative", r"returned \[-1.0, 0.5\] for 2 responses; return a number from 0 to 1"),
+        ("failing", r"failed for 2 responses \(KeyError: 'absent'\); return a number"),
+    ):
+        with pytest.raises(UserError, match=rf"^reward = 'my_reward:{name}': {problem}"):
+            get_reward(f"my_reward:{name}", "--reward").rate([{}, {}], ["", ""])
+    for name, problem in (
+        ("my_broken_reward:rate", r"cannot be imported \(SyntaxError: "),
         ("my_reward:value", "is no function"),
         ("my_reward:absent", "cannot be imported"),
         ("no_such_package:f", "cannot be imported"),
