@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.serving.api_error import ApiError, bad_field
+from megatron_dlm.serving.decoding_thread import stopping_error
 from megatron_dlm.serving.jobs import Event, Failed, Finished, Job, Started
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.options import HttpConfig, ServerConfig
@@ -33,7 +34,7 @@ from megatron_dlm.serving.requests import (
     validation_error,
 )
 from megatron_dlm.serving.responses import DONE, Answer, stream_event
-from megatron_dlm.serving.scheduler import Scheduler, stopping_error
+from megatron_dlm.serving.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from megatron_dlm.rollout.external.weight_group import Bucket
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.serving.api_error import ApiError, bad_field
 from megatron_dlm.serving.app import Gate, answer_errors, unless_disconnected
+from megatron_dlm.serving.decoding_thread import stopping_error
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.options import RolloutServerConfig
 from megatron_dlm.serving.prompts import Limits
@@ -48,7 +49,6 @@ from megatron_dlm.serving.rollout_requests import (
     UpdateWeightVersion,
     read_draws,
 )
-from megatron_dlm.serving.scheduler import stopping_error
 from megatron_dlm.serving.served_weights import ServedWeights
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
