@@ -418,7 +418,7 @@ def test_late_requests_and_an_impatient_end(model: Path, tmp_path: Path) -> None
     server = Server(
         tmp_path,
         *("--load", model, "--decoding", "autoregressive", "--served-model-name", "other"),
-        *("--request-timeout-s", 4, "--shutdown-timeout-s", 0, "--max-response-length", 200),
+        *("--request-timeout-s", 3, "--shutdown-timeout-s", 0, "--max-response-length", 200),
         *("--max-running-requests", 1),
     )
     with pytest.raises(openai.NotFoundError):
@@ -427,7 +427,7 @@ def test_late_requests_and_an_impatient_end(model: Path, tmp_path: Path) -> None
     assert short.usage.forwards == short.usage.completion_tokens == 3
     with pytest.raises(openai.BadRequestError, match="left to right"):
         server.complete(model="other", extra_body={"dynamic_threshold": 0.5})
-    late: dict[str, Any] = {"model": "other", "max_tokens": 200, "n": 32}
+    late: dict[str, Any] = {"model": "other", "max_tokens": 200, "n": 16}
     with pytest.raises(openai.InternalServerError) as refused:
         server.complete(**late)
     assert (refused.value.status_code, refused.value.code) == (504, "timeout")
