@@ -79,7 +79,9 @@ def test_a_stopping_server_answers_in_order_what_came_before(model: DiffusionGPT
     assert decoding.versions() == [("before", "1"), ("change", "2"), ("after", "2")]
     decoding.request("late")
     name, error = decoding.told[-1]
-    assert name == "late" and isinstance(error, ApiError) and error.status == 503
+    assert name == "late"
+    assert isinstance(error, ApiError)
+    assert error.status == 503
 
 
 def test_requests_that_wait_in_a_pause_hold_no_change_back(model: DiffusionGPTModel) -> None:
@@ -117,5 +119,6 @@ def test_aborted_requests_end_and_others_go_on(model: DiffusionGPTModel) -> None
     decoding.queue.stop()
     decoding.run()
     told = dict(decoding.told)
-    assert told["a1"].trajectory is None and told["a2"].trajectory is None
+    assert told["a1"].trajectory is None
+    assert told["a2"].trajectory is None
     assert len(told["b1"].trajectory.response_ids) > 0
