@@ -161,16 +161,22 @@ def _long_run(read: Reader) -> str:
 
 def _block_sizes(results: Sequence[Result]) -> str | None:
     parts = []
-    for size in (8, 16):
+    for size, before in ((8, 4), (16, 8)):
         static, dynamic = (
             accuracy(f"block_{size}", setting) for setting in ("static", "dynamic_0.9")
         )
-        trained = [sample(results, f"blocks_{size}", each) for each in (static, dynamic)]
-        decoded = [sample(results, "best", each) for each in (static, dynamic)]
-        if None in trained or None in decoded:
-            continue
-        texts = [f"{a.mean:.1f} / {b.mean:.1f} %" for a, b in (trained, decoded) if a and b]
-        parts.append(f"trained with {size} {texts[0]}, decoded so after blocks of 4 {texts[1]}")
+        texts = []
+        for recipe, how in (
+            (f"blocks_{size}", "from the start"),
+            (f"blocks_{size}_after_{before}", f"after blocks of {before}"),
+            ("best", "decoded so, but trained with 4"),
+        ):
+            found = [sample(results, recipe, each) for each in (static, dynamic)]
+            values = [each.mean for each in found if each]
+            if len(values) == len(found):
+                texts.append(f"{' / '.join(f'{value:.1f}' for value in values)} % {how}")
+        if texts:
+            parts.append(f"blocks of {size} {', '.join(texts)}")
     if not parts:
         return None
     return f"**Larger blocks** (static / dynamic 0.9): {'; '.join(parts)}."

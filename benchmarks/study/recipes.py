@@ -272,6 +272,20 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             options=options,
         )
 
+    def larger_blocks(name: str, title: str, size: int, load: Recipe) -> Recipe:
+        """Half as long as others, with larger blocks, from a student that decodes smaller ones."""
+        return Recipe(
+            name,
+            title,
+            ROLLOUT_RECIPE,
+            (_BLOCKS[size],),
+            sizes.single_seeds,
+            max(1, sizes.rollouts // 2),
+            options={**on_policy, "block_size": size, "micro_batch_size": 16, "finetune": True},
+            models={"load": load},
+            kept=True,
+        )
+
     def beginning(recipe: Recipe, rollouts: int, **changes: Any) -> Recipe:
         """The first rollouts of a longer run, with its learning rates, or as `changes` say."""
         whole = recipe.training_options(1) or {}
@@ -306,6 +320,8 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         seeds=sizes.seeds,
         kept=True,
     )
+    eights = larger_blocks("blocks_8_after_4", "OPDLM, blocks of 8 after those of 4", 8, grown)
+    sixteens = larger_blocks("blocks_16_after_8", "the same, then of 16", 16, eights)
     small, middle = autoregressive("qwen3_64"), autoregressive("qwen3_96")
     return [
         Recipe(
@@ -345,6 +361,8 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         cold_start("cool", "OPDLM, temperature 0.5", temperature=0.5),
         growing("blocks_8", "OPDLM, growing, blocks of 8", block_size=8),
         growing("blocks_16", "OPDLM, growing, blocks of 16", block_size=16),
+        eights,
+        sixteens,
         Recipe(
             "d_opsd",
             "d-OPSD after that",
