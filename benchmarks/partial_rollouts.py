@@ -15,6 +15,7 @@ greedy.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -182,8 +183,11 @@ def main() -> None:
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
+        "command": f"python -m benchmarks.partial_rollouts {' '.join(sys.argv[1:])}",
         "held_out_problems": arguments.held_out,
-        "starts_from": "examples" if arguments.start is None else arguments.start.name,
+        "starts_from": "examples"
+        if arguments.start is None
+        else f"{arguments.start.parent.name}/{arguments.start.name}",
         "forwards_over_those_of_whole_rollouts": {
             share: statistics.fmean(result["forwards"] for result in results) / whole
             for share, results in arms.items()
