@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from numpy.typing import NDArray
 
 mpl.use("Agg")
@@ -20,12 +21,16 @@ from benchmarks.study.recipes import SETTINGS, TRAINED_BLOCK_SIZE, Recipe
 from benchmarks.study.statistics import Result, Sample, sample
 from megatron_dlm.output_file import replaced_file
 
+_DASHES = cycler(linestyle=["-", "--", ":"])
+"""Of lines whose colours are used up."""
+
 
 def plot_accuracy_against_speed(
     results: Sequence[Result], recipes: Sequence[Recipe], path: Path
 ) -> None:
     """Accuracy against tokens per forward of every recipe: mean over seeds, and their range."""
     figure, axes = plt.subplots(figsize=(8, 6.2), layout="constrained")
+    axes.set_prop_cycle(_DASHES * plt.rcParams["axes.prop_cycle"])
     for recipe in recipes:
         if recipe.name != "teacher":
             _draw_settings(axes, results, recipe)
@@ -42,6 +47,7 @@ def plot_accuracy_against_speed(
 def plot_rollout_speed(results: Sequence[Result], recipes: Sequence[Recipe], path: Path) -> None:
     """Tokens per forward of rollouts over training: mean over seeds, and their range."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set_prop_cycle(_DASHES * plt.rcParams["axes.prop_cycle"])
     for recipe in recipes:
         curves = _training_curves(results, recipe)
         speeds = [curve["tokens_per_forward"] for curve in curves if "tokens_per_forward" in curve]
@@ -107,7 +113,7 @@ def _aligned(curves: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 def _save(figure: Any, axes: Any, path: Path) -> None:
     """Write a figure of one panel, with a legend below it if there is something in it."""
     if axes.lines:
-        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2, handlelength=4)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
@@ -146,6 +152,7 @@ def _draw_settings(axes: Any, results: Sequence[Result], recipe: Recipe) -> None
             marker="o",
             markersize=4,
             capsize=2,
-            linewidth=1,
+            linewidth=1.2,
+            elinewidth=0.8,
             label=recipe.title,
         )

@@ -283,7 +283,6 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             max(1, sizes.rollouts // 2),
             options={**on_policy, "block_size": size, "micro_batch_size": 16, "finetune": True},
             models={"load": load},
-            kept=True,
         )
 
     def beginning(recipe: Recipe, rollouts: int, **changes: Any) -> Recipe:
@@ -320,8 +319,13 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         seeds=sizes.seeds,
         kept=True,
     )
-    eights = larger_blocks("blocks_8_after_4", "OPDLM, blocks of 8 after those of 4", 8, grown)
-    sixteens = larger_blocks("blocks_16_after_8", "the same, then of 16", 16, eights)
+    eights = replace(
+        larger_blocks("blocks_8_after_4", "OPDLM, blocks of 8 after those of 4", 8, grown),
+        kept=True,
+    )
+    sixteens = larger_blocks(
+        "blocks_16_after_8", "OPDLM, blocks of 16 after those of 8", 16, eights
+    )
     small, middle = autoregressive("qwen3_64"), autoregressive("qwen3_96")
     return [
         Recipe(
@@ -365,7 +369,7 @@ def recipes(sizes: Sizes) -> list[Recipe]:
         sixteens,
         Recipe(
             "d_opsd",
-            "d-OPSD after that",
+            "d-OPSD after growing responses",
             "examples/tiny/d_opsd.yaml",
             blocks[:1],
             sizes.seeds,
@@ -405,5 +409,5 @@ def recipes(sizes: Sizes) -> list[Recipe]:
             documents=4 * sizes.documents,
         ),
         annealed("scp_annealed", "SCP, attention annealed, eight times as long", "seen"),
-        annealed("scp_annealed_all", "the same, all kinds in the corpus", "heldout"),
+        annealed("scp_annealed_all", "SCP, annealed, all kinds in the corpus", "heldout"),
     ]

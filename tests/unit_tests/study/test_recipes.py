@@ -108,7 +108,7 @@ def test_tries_against_the_cold_start_change_one_thing_and_begin_as_the_whole_ru
 def test_models_that_recipes_start_from_are_rows_and_kept() -> None:
     rows = {recipe.name: recipe for recipe in TRAINED}
     sources = {r.name: r for recipe in TRAINED for r in recipe.models.values()}
-    assert set(sources) == {"opdlm_grown", "qwen3_64", "qwen3_96"}
+    assert set(sources) == {"opdlm_grown", "blocks_8_after_4", "qwen3_64", "qwen3_96"}
     for name, source in sources.items():
         assert source == rows[name]
         assert source.kept

@@ -14,7 +14,14 @@ from benchmarks.study.report import collect, write_report
 from megatron_dlm.errors import UserError
 
 SIZES = Sizes(seeds=3, rollouts=2, best_rollouts=3, heldout=4)
-ACCURACY = {"sft": 0.80, "off_policy": 0.70, "opdlm_off": 0.88, "opdlm": 0.90, "opdlm_global": 0.6}
+ACCURACY = {
+    "sft": 0.80,
+    "off_policy": 0.70,
+    "opdlm_off": 0.88,
+    "opdlm": 0.90,
+    "opdlm_global": 0.6,
+    "blocks_8_after_4": 0.97,
+}
 AUTOREGRESSIVE = {"teacher": 0.98, "qwen3_64": 0.5, "qwen3_96": 0.75}
 JITTER = (-0.005, 0.0, 0.005)
 READINGS = {
@@ -278,7 +285,8 @@ def test_findings_follow_the_numbers(results: list[dict[str, Any]]) -> None:
     assert "get out of it at update 2 / 2 / never" in text
     assert "temperature 0.5 2 / 2, responses that grow from one block 2 / 2 / never" in text
     assert "need none of the teacher's, and solve 92.5 / 93.0 / 93.5 %" in text
-    assert "trained with 8 90.5 / 88.5 %, decoded so after blocks of 4 91.0 / 89.0 %" in text
+    sizes = "92.5 / 90.5 % after blocks of 4, 91.0 / 89.0 % decoded so, but trained with 4"
+    assert f"blocks of 8 90.5 / 88.5 % from the start, {sizes}" in text
     assert "from 92.5 / 93.0 / 93.5 to 92.5 / 93.0 / 93.5 % static" in text
     assert "qwen3_64 reaches 92.5 % from qwen3_64 (50.0 %), 92.5 % from qwen3_96 (75.0 %)" in text
     assert "; qwen3_96 reaches 92.5 % from qwen3_96 (75.0 %), 92.5 % from qwen3 (98.0 %)." in text
