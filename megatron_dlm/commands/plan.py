@@ -4,8 +4,9 @@ megatron-dlm plan --config examples/qwen3_30b_a3b/opdlm.yaml --gpus 8 --gpu b200
 megatron-dlm plan --config ... --gpus 64 --gpu h100 --larger-batch --output chosen.yaml
 
 Takes every option of training, flags over the file. Of a model only its config.json is read, of
-data nothing. Lists the layouts that training accepts, those that fit first, the fastest on top,
-then the memory of the first by part. Exit status 2 if none fits.
+data nothing. Lists the layouts that training accepts, whichever the configuration states: those
+that fit first, the fastest on top, then the memory of the first by part. Exit status 2 if none
+fits.
 
 Memory is counted for the longest prompts and responses, on models that are built without memory.
 Times are estimates from published rates and stated shares of them, or from --rates.
@@ -58,7 +59,7 @@ class PlanOptions:
     """Plan layouts with more replicas than --global-batch-size has rows too, each with a batch of
     one row a replica and learning rates by the square root of the ratio (--lr-batch-size)."""
     rows: Annotated[int, AT_LEAST_ONE] = 10
-    """Layouts to list."""
+    """Layouts to list in the table; JSON has all."""
     output: str | None = None
     """YAML file to write the chosen configuration to."""
     json: bool = False

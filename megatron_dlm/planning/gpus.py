@@ -11,6 +11,9 @@ from typing import Any
 from megatron_dlm.errors import bad_value
 from megatron_dlm.json_file import read_json_object
 
+MOST = 1e9
+"""Above every rate that hardware has in the units of `Gpu`."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -93,8 +96,8 @@ def _measured(gpu: Gpu, rates: str) -> Gpu:
         if key not in known:
             raise bad_value(f"--rates {rates}", key, "is no rate", f"choose {', '.join(known)}")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        limit = 1.0 if key.endswith("_share") else float("inf")
+        limit = 1.0 if key.endswith("_share") else MOST
         if not is_number or not 0 < value <= limit:
-            remedy = "give a number above 0" + (" and at most 1" if limit == 1.0 else "")
+            remedy = f"give a number above 0 and at most {limit:g}"
             raise bad_value(f"--rates {rates}: {key}", value, "is no such number", remedy)
     return replace(gpu, **found)

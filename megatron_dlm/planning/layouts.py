@@ -8,8 +8,14 @@ from itertools import product
 from typing import Any
 
 from megatron_dlm.config import Config, validate, validate_architecture, validate_layout
-from megatron_dlm.errors import UserError
+from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
+
+NEARBY = 8
+"""So many more or fewer GPUs are looked at where a number of them has no layout."""
+
+MOST_NEARBY = 4096
+"""Of more GPUs there are too many layouts to look at those of other numbers."""
 
 GPUS_PER_NODE = 8
 """Tensor-parallel groups, which exchange in every layer, stay within a node."""
@@ -146,22 +152,60 @@ def accepted(
     """The layouts that training accepts for a configuration, by the rules that it asks itself.
 
     Raises:
-        UserError: None of them: the refusal of the layout that the configuration states, or of the
-            last one. Or something else is wrong.
+        UserError: None of them: the numbers of GPUs nearby that have one; without those, the
+            refusal of the layout that the configuration states, or of the last one. Or something
+            else is wrong.
     """
-    found, refusal = list[tuple[Layout, Config]](), None
-    for layout in candidates(gpus, student):
-        try:
-            found.append(_checked(config, layout, student, teacher))
-        except UserError as error:
-            refusal = error
+    found, refusal = _accepted(config, gpus, student, teacher)
     if not found:
+        near = _numbers_nearby(config, gpus, student, teacher)
+        larger = larger_batches(config, gpus, student, teacher)
+        if near or larger:
+            others = config.teacher.teacher_ranks
+            remedies = [str(number + others) for number in near]
+            remedies += ["add --larger-batch"] if larger else []
+            raise bad_value(
+                "--gpus",
+                gpus + others,
+                "no layout of so many divides the model and its batches",
+                f"{'choose ' if near else ''}{' or '.join(remedies)}",
+            )
         validate(config, gpus + config.teacher.teacher_ranks)
         validate_architecture(config, student, teacher)
         assert refusal is not None
         raise refusal
     _validate_one(found)
     return found
+
+
+def _accepted(
+    config: Config, gpus: int, student: ModelSizes, teacher: ModelSizes | None
+) -> tuple[list[tuple[Layout, Config]], UserError | None]:
+    """The layouts that training accepts, and the last refusal of another one."""
+    found, refusal = list[tuple[Layout, Config]](), None
+    for layout in candidates(gpus, student):
+        try:
+            found.append(_checked(config, layout, student, teacher))
+        except UserError as error:
+            refusal = error
+    return found, refusal
+
+
+def _numbers_nearby(
+    config: Config, gpus: int, student: ModelSizes, teacher: ModelSizes | None
+) -> list[int]:
+    """The next numbers of GPUs, fewer and more, that have a layout; fewer also far below."""
+    reach = NEARBY if gpus <= MOST_NEARBY else 0
+    below = [*range(gpus - 1, max(gpus - reach, 1) - 1, -1)]
+    power = 1 << (min(gpus // 2, MOST_NEARBY).bit_length() - 1) if gpus > 1 else 0
+    while power:
+        below.append(power)
+        power //= 2
+    sides = below, range(gpus + 1, gpus + reach + 1)
+    nearest = (
+        next((n for n in side if _accepted(config, n, student, teacher)[0]), None) for side in sides
+    )
+    return [number for number in nearest if number is not None]
 
 
 def _checked(

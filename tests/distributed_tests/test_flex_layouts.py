@@ -46,15 +46,15 @@ LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "CP4 recomputation": (Layout(4, "dense", {CP: 4, **RECOMPUTATION}), tuple(RUNS)),
     "TP2 CP2 SP": (
         Layout(4, "dense", {TP: 2, CP: 2, **SP}),
-        ("opdlm_off", "off_policy", "next_token"),
+        ("opdlm_off", "off_policy", "next_token", "scp", "d_opsd"),
     ),
-    "PP2 CP2": (Layout(4, "dense", {PP: 2, CP: 2}), ("opdlm", "next_token", "d_opsd")),
+    "PP2 CP2": (Layout(4, "dense", {PP: 2, CP: 2}), ("opdlm", "next_token", "d_opsd", "scp")),
     "moe EP2 CP2 DP2": (
         Layout(4, "moe", {EP: 2, CP: 2}),
-        ("opdlm_off", "sft", "scp", "d_opsd"),
+        ("opdlm_off", "sft", "scp", "d_opsd", "opdlm", "next_token"),
     ),
 }
-"""The objectives that `test_training_layouts.py` has not under these layouts."""
+"""Those that `test_training_layouts.py` has not under these layouts, and what differs most."""
 
 
 @pytest.fixture(scope="module")

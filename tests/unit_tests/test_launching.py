@@ -147,7 +147,8 @@ def test_software_of_the_user_comes_first(programs: Path, tmp_path: Path) -> Non
 def test_a_container_gets_devices_folders_and_variables(programs: Path, tmp_path: Path) -> None:
     image = {"CONTAINER_IMAGE": "megatron-dlm", "CONTAINER_MOUNTS": "/data:/data,/opt:/opt:ro"}
     program(programs / "nvidia-smi", "")
-    arguments = launched(programs, "--seed", "7", MODEL="m", HOME="/root", **image)
+    key = {"MEGATRON_DLM_API_KEY": "secret"}
+    arguments = launched(programs, "--seed", "7", MODEL="m", HOME="/root", **image, **key)
     assert arguments[:2] == ["docker", "run"]
     given = {name: arguments[i + 1] for i, name in enumerate(arguments) if name.startswith("--")}
     assert (given["--gpus"], given["--network"], given["--ipc"]) == ("all", "host", "host")
@@ -155,7 +156,7 @@ def test_a_container_gets_devices_folders_and_variables(programs: Path, tmp_path
     mounts = [arguments[i + 1] for i, name in enumerate(arguments) if name == "--volume"]
     assert mounts == [f"{REPOSITORY}:{REPOSITORY}", "/data:/data", "/opt:/opt:ro"]
     variables = [arguments[i + 1] for i, name in enumerate(arguments) if name == "--env"]
-    assert sorted(variables) == ["MODEL", "NPROC_PER_NODE"]
+    assert sorted(variables) == ["MEGATRON_DLM_API_KEY", "MODEL", "NPROC_PER_NODE"]
     inside = ["megatron-dlm", "bash", str(EXAMPLES / "launch.sh"), RECIPE, "--seed", "7"]
     assert arguments[-6:] == inside
     (programs / "nvidia-smi").unlink()

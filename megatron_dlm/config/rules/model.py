@@ -54,13 +54,16 @@ def batches(config: Config, world_size: int) -> Refusals:
     rolling_out = f"the data-parallel size {replicas}"
     if replicas > dp:
         rolling_out = f"the {replicas} replicas that roll out (data {dp} x context-parallel {cp})"
-    for number, name in ((batch, f"--global-batch-size {batch}"), (replicas, rolling_out)):
-        if config.uses_rollouts and config.rollout.rollout_batch_size % number:
-            yield f"rollout_batch_size: is no multiple of {name}; choose a multiple of {number}"
-    if batch % unit:
+    if batch % unit:  # first: what remedies this decides about the prompts of a rollout
         product = f"--micro-batch-size {training.micro_batch_size} x data-parallel size {dp}"
         remedy = f"choose a multiple of {unit}{_larger_batch(config)}{_more_parts(config, unit)}"
         yield f"global_batch_size: is no multiple of {product}; {remedy}"
+    for number, name in ((batch, f"--global-batch-size {batch}"), (replicas, rolling_out)):
+        if config.uses_rollouts and config.rollout.rollout_batch_size % number:
+            remedy = f"choose a multiple of {number}"
+            if number == replicas > dp and config.rollout.rollout_batch_size % dp == 0:
+                remedy += ", or --rollout-context-parallel tokens"
+            yield f"rollout_batch_size: is no multiple of {name}; {remedy}"
 
 
 def _larger_batch(config: Config) -> str:

@@ -93,12 +93,13 @@ def test_what_can_work_passes(world_size: int, changes: dict[str, object]) -> No
         (
             32,
             {"context_parallel_size": 4, "rollout_batch_size": 24},
-            ["--rollout-batch-size = 24", "data 8 x context-parallel 4", "multiple of 32"],
+            ["--rollout-batch-size = 24", "data 8 x context-parallel 4", "32, or --rollout-cont"],
         ),
         (2, {"expert_tensor_parallel_size": 4}, ["--expert-tensor-parallel-size", "1 or 2"]),
         (4, {"expert_model_parallel_size": 3}, ["--expert-model-parallel-size = 3", "1, 2 or 4"]),
         (2, {"micro_batch_size": 3}, ["--global-batch-size = 8", "multiple of 6"]),
         (64, {}, ["--global-batch-size = 8", "multiple of 64", "--lr-batch-size 8"]),
+        (512, {}, ["--global-batch-size = 8", "--lr-batch-size 8", "context-parallel-size 64"]),
         (1, {"rollout_batch_size": 20}, ["--rollout-batch-size = 20", "multiple of 8"]),
         (1, {**STATIC, "denoising_steps_per_block": 3}, ["steps-per-block = 3", "1, 2 or 4"]),
         (

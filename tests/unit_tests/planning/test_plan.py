@@ -298,9 +298,11 @@ def test_the_command_says_what_is_nearest_where_nothing_fits(
         ("--gpus 8", ("--gpu", "is missing", "add --gpu")),
         ("--gpus 8 --gpu h1000", ("--gpu", "h1000", "choose a100-40gb")),
         ("--gpus 0 --gpu h100", ("--gpus", "0")),
-        ("--gpus 7 --gpu h100", ("--expert-model-parallel-size", "8")),
+        ("--gpus 7 --gpu h100", ("--gpus = 7", "choose 6 or 8")),
+        ("--gpus 13 --gpu h100", ("--gpus = 13", "choose 12 or 16", "--larger-batch")),
         ("--gpus 8 --gpu h100 --rates RATES", ("is no rate", "choose memory_gb")),
         ("--gpus 8 --gpu h100 --rates SHARE", ("dense_share", "1.5", "at most 1")),
+        ("--gpus 8 --gpu h100 --rates ENDLESS", ("tflops", "inf", "at most 1e+09")),
         ("--gpus 8 --gpu h100 --teacher-config none.json", ("--teacher-config", "none.json")),
     ],
 )
@@ -311,8 +313,9 @@ def test_bad_input_names_field_value_and_remedy(
     arguments: str,
     words: tuple[str, ...],
 ) -> None:
-    for name, content in (("RATES", {"speed": 3}), ("SHARE", {"dense_share": 1.5})):
-        (tmp_path / name).write_text(json.dumps(content))
+    files = {"RATES": '"speed": 3', "SHARE": '"dense_share": 1.5', "ENDLESS": '"tflops": 1e999'}
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{{{content}}}")
         arguments = arguments.replace(name, str(tmp_path / name))
     command = f"plan --config {RECIPE} --student-config {shape('qwen3_30b_a3b')} {arguments}"
     assert main(command.split()) == 2
