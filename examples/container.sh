@@ -10,7 +10,7 @@ IN_CONTAINER+='|SLURM_RESTART_COUNT|SLURM_GPUS_ON_NODE|MEGATRON_DLM_API_KEY)'
 # Run a command in CONTAINER_IMAGE, with this host's GPUs and network, the current folder and this
 # repository, and in place of this shell: in_container REPOSITORY COMMAND...
 in_container() {
-    local repository=$1 options name mount
+    local repository=$1 options name mount mounts
     shift
     options=(--rm --init --network host --ipc host)
     ! command -v nvidia-smi >/dev/null || options+=(--gpus all)
@@ -19,7 +19,8 @@ in_container() {
     [[ ! -d /dev/infiniband ]] || options+=(--device /dev/infiniband)
     options+=(--user "$(id -u):$(id -g)" --volume "$PWD:$PWD" --workdir "$PWD")
     [[ $repository == "$PWD" ]] || options+=(--volume "$repository:$repository")
-    for mount in ${CONTAINER_MOUNTS//,/ }; do
+    IFS=, read -ra mounts <<<"${CONTAINER_MOUNTS:-}"
+    for mount in "${mounts[@]}"; do
         options+=(--volume "$mount")
     done
     for name in $(compgen -e); do

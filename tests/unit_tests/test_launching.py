@@ -160,8 +160,9 @@ def test_a_container_gets_devices_folders_and_variables(programs: Path, tmp_path
     inside = ["megatron-dlm", "bash", str(EXAMPLES / "launch.sh"), RECIPE, "--seed", "7"]
     assert arguments[-6:] == inside
     (programs / "nvidia-smi").unlink()
-    arguments = launched(programs, CONTAINER_RUNTIME="podman", **image)
+    arguments = launched(programs, CONTAINER_RUNTIME="podman", CONTAINER_IMAGE="megatron-dlm")
     assert arguments[0] == "podman"
+    assert arguments.count("--volume") == 1
     assert "--gpus" not in arguments
 
 
