@@ -15,7 +15,10 @@ from megatron_dlm.planning.workload import Lengths, mean_lengths
 def memory_notice(
     config: Config, student: Architecture, teacher: Architecture | None, gpus: int
 ) -> list[str]:
-    """Lines on the memory of a run's GPUs, planned; none where `auto` finds no GPU.
+    """Lines on the memory of a run's GPUs, planned.
+
+    Where `auto` finds no GPU, as where a run for others is prepared, there are none if each kind
+    has enough: a small run on a CPU.
 
     Args:
         config: Of the run.
@@ -24,20 +27,23 @@ def memory_notice(
         gpus: Of the run.
     """
     has_gpu = torch.cuda.is_available()
-    if config.parallel.device == "auto" and not has_gpu:
-        return []
     known = [_own_gpu()] if has_gpu else list(GPUS.values())
     lengths = mean_lengths(config)
     if not config.traits.uses_teacher:
         teacher = None
     plans = [Planner(config, student, teacher, gpu, lengths).stated(gpus) for gpu in known]
+    is_elsewhere = config.parallel.device == "auto" and not has_gpu
+    apart = [teacher_lines(config, teacher, gpu) for gpu in known]
+    fits = all(plan.fits for plan in plans) and not any(lines[1:] for lines in apart)
+    if is_elsewhere and fits:
+        return []
     largest = max(plans, key=lambda plan: plan.memory.most).memory
     peaks = ", ".join(f"{phase} {largest.peak(phase) / 1e9:.1f}" for phase in largest.phases)
     lines = [f"GB of a GPU, planned (megatron-dlm plan): {peaks}"]
-    for gpu, plan in zip(known, plans, strict=True):
+    for gpu, plan, of_teacher in zip(known, plans, apart, strict=True):
         if not plan.fits:
             lines.append(_warning(gpu, plan))
-        lines += teacher_lines(config, teacher, gpu)[0 if gpu is known[0] else 1 :]
+        lines += of_teacher[0 if gpu is known[0] else 1 :]
     return lines
 
 

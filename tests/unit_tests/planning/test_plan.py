@@ -196,8 +196,11 @@ def test_30b_on_8_gpus_of_80_gb_lacks_memory_at_the_first_step() -> None:
     assert "optimizer step 10" in peaks
     assert {line.split()[1] for line in warnings} == {"a100-40gb", "a100", "h100"}
     assert "runs out of memory in the first optimizer step, after a whole rollout" in warnings[-1]
-    if not torch.cuda.is_available():
-        assert memory_notice(config.changed(device="auto"), model, model, 8) == []
+    if not torch.cuda.is_available():  # said where a run for GPUs is prepared, of those that lack
+        anywhere = config.changed(device="auto")
+        assert memory_notice(anywhere, model, model, 8) == [peaks, *warnings]
+        small = architecture_from_hf(SHAPES["tiny"])
+        assert memory_notice(anywhere.changed(expert_model_parallel_size=1), small, small, 8) == []
     assert planner("b200").stated(8).fits
 
 
