@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,12 +47,29 @@ def tests_of(record: Record, where: str) -> CodeTests:
     ):
         return TextTests([(stdin, stdout) for stdin, stdout in cases])
     if calls and all(isinstance(source, str) for source in calls):
-        return CallTests(calls, tests.get("setup", ""), tests.get("entry_point"))
+        setup, entry_point = tests.get("setup") or "", tests.get("entry_point") or None
+        for name, source in (("setup", setup), ("entry_point", entry_point)):
+            if not isinstance(source, str | None):
+                raise unrated(where, f'"tests": "{name}" = {source!r} is no text')
+        return CallTests(calls, setup, entry_point)
     raise unrated(
         where,
         f'"tests" = {dict(tests)!r} has neither "calls", a list of sources, nor "cases", a list of '
         "pairs of input and output",
     )
+
+
+def _check_sources(sources: Sequence[str], where: str) -> None:
+    """Check that tests are Python: no program passes others.
+
+    Raises:
+        UserError: One is not.
+    """
+    for source in sources:
+        try:
+            ast.parse(source)
+        except (SyntaxError, ValueError) as error:
+            raise unrated(where, f'"tests": {source[:200]!r} is no Python ({error})') from error
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,12 @@ class CodeReward:
         """See `Reward`."""
         isolation("reward", "code_tests", unsafe=self.unsafe)
         for where, record in prompts.file.records():
-            tests_of(record, where)
+            tests = tests_of(record, where)
+            if isinstance(tests, CallTests):
+                _check_sources([tests.setup, *tests.tests], where)
+            start = record.get("program_start")
+            if not isinstance(start, str | None):
+                raise unrated(where, f'"program_start" = {start!r} is no text')
 
     def rate(self, records: Sequence[Record], responses: Sequence[str]) -> list[float]:
         """See `Reward`; programs run in parallel."""
@@ -91,4 +114,4 @@ def program_of(record: Record, response: str) -> str:
     """The program to test."""
     entry_point = record["tests"].get("entry_point")
     code = code_of(without_thinking(response), entry_point)
-    return f"{record.get('program_start', '')}{code}"
+    return f"{record.get('program_start') or ''}{code}"

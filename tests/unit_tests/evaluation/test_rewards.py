@@ -203,6 +203,19 @@ def test_code() -> None:
     ) == [1.0, 0.5, 0.0, 1.0]
     with pytest.raises(UserError, match=r'"tests" = \{\} has neither "calls"'):
         checked("code_tests", tests={})
+    for tests, problem in (
+        ({"calls": ["assert f(2) =="]}, r"'assert f\(2\) ==' is no Python"),
+        ({"calls": ["assert f(2) == 4"], "setup": 3}, '"setup" = 3 is no text'),
+        ({"calls": ["assert f(2) == 4"], "entry_point": ["f"]}, '"entry_point" = .* is no text'),
+    ):
+        with pytest.raises(UserError, match=rf'^p.jsonl:1: "tests": {problem}'):
+            checked("code_tests", tests=tests)
+    with pytest.raises(UserError, match='"program_start" = 3 is no text'):
+        checked("code_tests", **calls, program_start=3)
+    nulls = {"tests": {**calls["tests"], "setup": None, "entry_point": None}}
+    nulls["program_start"] = None
+    checked("code_tests", **nulls)
+    assert REWARDS["code_tests"].rate([nulls], [right]) == [1.0]
 
 
 @pytest.mark.parametrize(
