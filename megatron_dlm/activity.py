@@ -17,12 +17,14 @@ class Work:
         total: How many there are.
         done: How many of them are finished.
         since: When it began, on the monotonic clock.
+        forwards: Forward passes of the phase before it.
     """
 
     unit: str
     total: int
     done: int = 0
     since: float = field(default_factory=time.monotonic)
+    forwards: int = 0
 
 
 class Activity:
@@ -66,7 +68,7 @@ class Activity:
             unit: Its name, as a plural.
             total: How many there are.
         """
-        outer, self.work = self.work, Work(unit, total)
+        outer, self.work = self.work, Work(unit, total, forwards=self.forwards)
         try:
             yield self.work
         finally:

@@ -189,7 +189,11 @@ def _stream(
 def _figures(trajectory: Trajectory, longest: int) -> str:
     tokens, forwards = len(trajectory.response_ids), trajectory.denoising_forwards
     cut = f", cut at {longest} tokens" if trajectory.finish_reason == "length" else ""
-    return f"[{tokens} tokens in {forwards} forwards: {tokens / forwards:.2f} a forward{cut}]"
+    counts = [
+        f"{n} {unit}{'' if n == 1 else 's'}"
+        for n, unit in ((tokens, "token"), (forwards, "forward"))
+    ]
+    return f"[{' in '.join(counts)}: {tokens / forwards:.2f} a forward{cut}]"
 
 
 def _converse(

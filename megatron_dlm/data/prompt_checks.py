@@ -20,7 +20,7 @@ def fitted(
             f"{where}: prompt length",
             len(token_ids),
             f"is over --max-prompt-length {max_prompt_length}",
-            "shorten the prompt or raise --max-prompt-length",
+            "shorten the prompt or, if the model has more positions, raise --max-prompt-length",
         )
     return token_ids[-max_prompt_length:] if long_prompts == "truncate" else None
 

@@ -379,6 +379,12 @@ class Gate:
         return ApiError(413, text, code="request_too_large")
 
 
+_UNREADABLE = (
+    "the body cannot be read: it is not in UTF-8, nests lists or objects too deeply, or has a"
+    " number of thousands of digits; send plain JSON"
+)
+
+
 def answer_errors(app: FastAPI) -> None:
     """Let an application answer every error in the form that OpenAI's clients read."""
 
@@ -392,6 +398,8 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(AnyHttpException)
     async def unrouted(request: Request, error: AnyHttpException) -> Response:
+        if error.status_code == 400:  # FastAPI's, of what Python's parser raises but as no JSON
+            return error_response(ApiError(400, _UNREADABLE, code="invalid_json"))
         text = f"{request.method} {request.url.path}: {error.detail}"
         return error_response(ApiError(error.status_code, text))
 

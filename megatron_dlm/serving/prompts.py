@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,10 +113,7 @@ class PromptReader:
             ApiError: One is unusable.
         """
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
-        try:
-            request.model_dump_json()
-        except ValueError as error:
-            raise bad_field(field, "half of a surrogate pair is no text; repair it") from error
+        _check_values(request)
         try:
             prompts = self._prompts(request)
         except UserError as error:
@@ -127,15 +125,18 @@ class PromptReader:
 
     def _prompts(self, request: ChatRequest | CompletionRequest) -> list[Prompt]:
         if isinstance(request, ChatRequest):
+            if request.messages and request.messages[-1].get("role") == "assistant":
+                raise UserError("messages: the last one is the assistant's; end with a user's")
             record: dict[str, Any] = {"messages": request.messages}
             if request.chat_template_kwargs:
                 record["chat_template_kwargs"] = request.chat_template_kwargs
             return self._tokenized([record])
         given = request.prompt
+        if not given or not all(part or part == 0 for part in given):
+            kind = "text" if isinstance(given, str) else "list, or a part of it,"
+            raise UserError(f"prompt: the {kind} is empty; write a text or token ids")
         if isinstance(given, str):
             return self._tokenized([{"prompt": given}])
-        if not given:
-            raise UserError("the list is empty; write a text")
         if isinstance(given[0], str):
             return self._tokenized([{"prompt": text} for text in given])
         lists = [given] if isinstance(given[0], int) else given
@@ -181,3 +182,18 @@ class PromptReader:
                 "context_length_exceeded",
             )
         return replace(prompt, max_response_length=length)
+
+
+def _check_values(request: ChatRequest | CompletionRequest) -> None:
+    """Refuse values that cannot be written as JSON in UTF-8.
+
+    Raises:
+        ApiError: One holds half of a character, or lists within lists without end.
+    """
+    for name, value in (*request.__dict__.items(), *(request.model_extra or {}).items()):
+        try:
+            json.dumps(value, ensure_ascii=False, default=vars).encode()
+        except UnicodeEncodeError as error:
+            raise bad_field(name, "half of a surrogate pair is no text; repair it") from error
+        except RecursionError as error:
+            raise bad_field(name, "is nested too deeply; make it flatter") from error

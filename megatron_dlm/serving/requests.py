@@ -66,6 +66,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Request(BaseModel):

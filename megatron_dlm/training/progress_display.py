@@ -59,6 +59,9 @@ def progress(activity: Activity, now: float) -> str:
     """
     forwards, seconds = activity.forwards, max(now - activity.entered, 1e-9)
     work, usual = activity.work, activity.usual.get(activity.phase, 0)
+    rate = forwards / seconds
+    if work is not None:  # a start has read files and loaded models before
+        rate = (forwards - work.forwards) / max(now - work.since, 1e-9)
     parts, left = [], None
     if work is not None and work.total:
         parts.append(f"{work.done:,} of {work.total:,} {work.unit}")
@@ -66,10 +69,10 @@ def progress(activity: Activity, now: float) -> str:
             left = (now - work.since) / work.done * (work.total - work.done)
     if usual > forwards > 0:
         left = seconds / forwards * (usual - forwards)
-        parts.append(f"{forwards:,} of about {usual:,} forwards, {forwards / seconds:.1f}/s")
+        parts.append(f"{forwards:,} of about {usual:,} forwards, {rate:.1f}/s")
     elif forwards:
         unit = "forward" if forwards == 1 else "forwards"
-        parts.append(f"{forwards:,} {unit}, {forwards / seconds:.1f}/s")
+        parts.append(f"{forwards:,} {unit}, {rate:.1f}/s")
     parts.append(format_duration(seconds))
     if left is not None:
         parts.append(f"about {format_duration(left)} left")

@@ -36,6 +36,16 @@ def start_summary(config: Config, inputs: RunInputs, world_size: int) -> list[st
         ranks = config.parallel.context_parallel_size
         lines["decoding"] = f"{ranks} processes share each sequence: its tokens, keys and values"
     lines["memory"] = _memory(config, inputs, world_size)
+    moved = [
+        name
+        for name, is_moved in (
+            ("gradients and optimizer", config.optimizer.offload_optimizer),
+            ("teacher", config.distillation.offload_teacher),
+        )
+        if is_moved
+    ]
+    if moved:
+        lines["offload"] = f"{' and '.join(moved)}: not on the device while unused"
     save = config.logging.save
     if save is None:
         lines["folder"] = "none: nothing is saved without --save"
@@ -102,9 +112,19 @@ def _memory(config: Config, inputs: RunInputs, world_size: int) -> str:
             state //= _replicas(config, world_size)
         parts += [f"gradients {_bytes(4 * own)}", f"optimizer {_bytes(state)}"]
     if inputs.teacher is not None and not config.has_remote_teacher:
-        teacher = _of_process(inputs.teacher.source.architecture, config)
-        parts.append(f"teacher {_bytes(width * teacher)}")
+        size = _teacher_bytes(inputs.teacher.source.architecture, config)
+        parts.append(f"teacher {_bytes(size)}")
     return f"{', '.join(parts)} a process"
+
+
+def _teacher_bytes(teacher: Architecture, config: Config) -> int:
+    """Of a process's part of the teacher's weights, in its precision."""
+    own = _of_process(teacher, config)
+    if config.teacher_precision != "fp8":
+        return own * (2 if config.teacher_precision == "bf16" else 4)
+    # Layers have a byte for each weight; tables stay in bf16.
+    tables = teacher.vocab_size * teacher.hidden_size * (1 if teacher.tie_word_embeddings else 2)
+    return round(own * (1 + tables / sum(parameter_counts(teacher))))
 
 
 def _of_process(architecture: Architecture, config: Config) -> int:

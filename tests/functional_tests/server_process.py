@@ -36,7 +36,7 @@ class ServerProcess:
     def __init__(self, log: Path, command: str, *arguments: object) -> None:
         self.log = log
         words = [command, "--port", "0", "--device", "cpu", *map(str, arguments)]
-        self.process = PROCESSES.Process(target=_run, args=(words, str(log)))
+        self.process = PROCESSES.Process(target=_run, args=(words, str(log)), daemon=True)
         self.process.start()
         deadline = time.monotonic() + 120
         while (found := re.search(r"http://127.0.0.1:\d+(?=\s)", self.output)) is None:

@@ -229,7 +229,9 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
         words = list(map(str, arguments))
-        self.process = PROCESSES.Process(target=chat_in_terminal, args=(os.ttyname(slave), words))
+        self.process = PROCESSES.Process(
+            target=chat_in_terminal, args=(os.ttyname(slave), words), daemon=True
+        )
         self.process.start()
         self._slave = slave
         self.text = ""

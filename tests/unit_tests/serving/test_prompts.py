@@ -53,3 +53,16 @@ def test_a_token_id_that_no_vocabulary_has(reader: PromptReader, token_id: int) 
         with pytest.raises(ApiError) as caught:
             reader.read(CompletionRequest(model="m", prompt=prompt))
         assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_values_that_cannot_be_written_name_their_field(reader: PromptReader) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for field, value, problem in (
+        ("metadata", nested, "is nested too deeply"),
+        ("user", "\ud800", "half of a surrogate pair"),
+    ):
+        request = CompletionRequest.model_construct(None, model="m", prompt="x", **{field: value})
+        with pytest.raises(ApiError, match=f"^{field}: {problem}"):
+            reader.read(request)

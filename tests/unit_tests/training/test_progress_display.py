@@ -51,6 +51,18 @@ def test_work_of_known_size_is_counted() -> None:
         assert progress(doing, now + 2.0) == expected
 
 
+def test_the_rate_is_that_of_the_work() -> None:
+    """Responses of a teacher come at the end of a start, which has loaded models before."""
+    doing = activity.Activity()
+    doing.step()
+    with doing.working("responses", 8) as work:
+        for _ in range(6):
+            doing.step()
+        doing.entered = work.since - 60.0
+        expected = "start: 0 of 8 responses, 7 forwards, 2.0/s, 1:03"
+        assert progress(doing, work.since + 3.0) == expected
+
+
 def test_lines_come_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

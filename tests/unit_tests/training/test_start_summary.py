@@ -27,6 +27,11 @@ from tests.tiny import run_config, save_random_model, started_inputs, write_data
             {"layout": "4 processes (tensor 2, data 2), fp32", "memory": "teacher"},
         ),
         (
+            dict(bf16=True, teacher_precision="fp8", offload_teacher=True, offload_optimizer=True),
+            1,
+            {"offload": "gradients and optimizer and teacher: not on the device while unused"},
+        ),
+        (
             dict(context_parallel_size=2, rollout_context_parallel="tokens", micro_batch_size=4),
             2,
             {"layout": "2 processes (context 2), fp32", "decoding": "2 processes share each"},
@@ -37,7 +42,7 @@ from tests.tiny import run_config, save_random_model, started_inputs, write_data
             {"folder": "a new run", "held-out": "48 prompts of"},
         ),
     ],
-    ids=["opdlm", "layout", "context", "scp"],
+    ids=["opdlm", "layout", "offload", "context", "scp"],
 )
 def test_summary(
     tmp_path: Path, options: dict[str, Any], world_size: int, expected: dict[str, str]
@@ -58,7 +63,12 @@ def test_summary(
     own = list(loaded.named_parameters())
     assert dense + experts == sum(parameter.numel() for _, parameter in own)
     assert experts == sum(parameter.numel() for name, parameter in own if ".experts." in name)
-    if world_size < 4:
+    if "bf16" in options:  # each weight of a layer in a byte, the tables in two
+        tables = sum(p.numel() for name, p in own if "embed" in name or "lm_head" in name)
+        found = float(lines["memory"].split("teacher ")[1].split(" MB")[0])
+        assert found == pytest.approx((dense + tables) / 1e6, abs=0.006)
+        assert f"weights {2 * dense / 1e6:.2f} MB" in lines["memory"]
+    elif world_size < 4:
         assert f"weights {4 * (dense + experts) / 1e6:.2f} MB" in lines["memory"]
     else:  # experts are split by tensor parallelism too; a half of the optimizer's state each
         share = (dense + experts) // 2
