@@ -33,6 +33,7 @@ ORDER = (
     ("teacher", "objectives"),
     (
         "evaluation.evaluator",
+        "evaluation.math_processes",
         "evaluation.math_scoring",
         "evaluation.rewards",
         "evaluation.scoring",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_dlm.errors import UserError
+from megatron_dlm.evaluation.math_processes import rate_answers
 from megatron_dlm.evaluation.math_scoring import is_math, math_answer, math_answers_match
-from megatron_dlm.evaluation.rewards.base import Record, RuleReward
+from megatron_dlm.evaluation.rewards.base import Record, RuleReward, without_thinking
 from megatron_dlm.evaluation.scoring import answers_match, final_answer
 
 # What may stand between the words and the letter: quotes, stars, brackets, marks of LaTeX.
@@ -97,8 +98,21 @@ class Answer:
         return RuleReward(self.name, self.rate, self.check, package)
 
 
+class MathReward(RuleReward):
+    """`math_verify`, whose responses are rated by several processes at once where they are many."""
+
+    def rate(self, records: Sequence[Record], responses: Sequence[str]) -> list[float]:
+        """See `Reward`."""
+        pairs = [
+            (without_thinking(response), MATH_ANSWER.reference(record, "a prompt"))
+            for record, response in zip(records, responses, strict=True)
+        ]
+        return rate_answers(pairs)
+
+
 EXACT_MATCH = Answer("exact_match", final_answer, answers_match).reward()
-MATH_VERIFY = Answer("math_verify", math_answer, math_answers_match, is_math).reward("math_verify")
+MATH_ANSWER = Answer("math_verify", math_answer, math_answers_match, is_math)
+MATH_VERIFY = MathReward(MATH_ANSWER.name, MATH_ANSWER.rate, MATH_ANSWER.check, "math_verify")
 CHOICE = Answer(
     "choice",
     choice,
