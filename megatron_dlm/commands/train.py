@@ -135,7 +135,8 @@ def _dry_run(config: Config) -> int:
     if rank() == 0:
         say(start.config.to_yaml())
         say(format_length(start.config.of_data(len(inputs.data))))
-        for line in (start.notice, *inputs.notices, *_memory_notice(start.config, inputs)):
+        notices = inputs.notices(start.config)
+        for line in (start.notice, *notices, *_memory_notice(start.config, inputs)):
             if line:
                 say(f"# {line}")
     return 0

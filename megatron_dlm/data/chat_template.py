@@ -220,6 +220,18 @@ class ChatTemplate:
                 raise _not_rendered(where, f'messages[{len(context)}]["{given[0]}"]')
 
 
+def unread_variables(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Warnings of variables that the chat template does not name: they change nothing."""
+    template = str(template_kwargs.get("chat_template", tokenizer.chat_template))
+    return [
+        f"--chat-template-kwargs: the chat template names no variable {name}, so it changes nothing"
+        for name in template_kwargs
+        if name != "chat_template" and re.search(rf"\b{re.escape(name)}\b", template) is None
+    ]
+
+
 def _is_said(value: object) -> bool:
     return bool(value.strip() if isinstance(value, str) else value)
 

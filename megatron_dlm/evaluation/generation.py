@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_dlm.data.chat_template import unread_variables
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.prompts import PromptDataset, tokenize_prompts
 from megatron_dlm.data.record_source import RecordSource
 from megatron_dlm.data.tokenizer import special_tokens_of
+from megatron_dlm.entry import warn
 from megatron_dlm.errors import bad_value
 from megatron_dlm.evaluation.options import InferenceSetup
 from megatron_dlm.models.model import StageModel
@@ -78,6 +80,8 @@ def read_inference_inputs(
         UserError: A record is unusable, or there is no room for responses.
     """
     architecture, data = setup.source.architecture, setup.config.data
+    for line in unread_variables(tokenizer, setup.config.template.chat_template_kwargs):
+        warn(line)
     special_tokens = special_tokens_of(tokenizer, architecture, setup.tokenizer_folder)
     prompts = tokenize_prompts(
         file,

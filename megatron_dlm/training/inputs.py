@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dlm.config import Config, validate_architecture, validate_length
 from megatron_dlm.config.fields import flag_of, value_of
+from megatron_dlm.data.chat_template import unread_variables
 from megatron_dlm.data.domains import Domains
 from megatron_dlm.data.open_records import open_records
 from megatron_dlm.data.prompts import ExampleDataset, PromptDataset
@@ -89,10 +90,10 @@ class RunInputs:
     changes: "tuple[Difference, ...]" = ()
     load_fingerprint: str | None = None
 
-    @property
-    def notices(self) -> list[str]:
-        """What a person has to know: what a resumed run changes, and prompts left out."""
+    def notices(self, config: Config) -> list[str]:
+        """What a person has to know: what a resumed run changes, and what is left out."""
         lines = [f"changed: {difference}" for difference in self.changes]
+        lines += unread_variables(self.tokenizer, config.template.chat_template_kwargs)
         evaluated = None if self.evaluation is None else self.evaluation.prompts
         for data in (self.data, self.held_out, evaluated):
             dropped = getattr(data, "num_dropped", 0)  # no corpus has prompts

@@ -187,7 +187,7 @@ def _train(run: Run) -> None:
 
 def _warnings(run: Run) -> list[str]:
     config, inputs = run.config, run.inputs
-    warnings = inputs.notices + changed_diffusion_kind(config, inputs)
+    warnings = inputs.notices(config) + changed_diffusion_kind(config, inputs)
     unusable = unusable_tokens(
         inputs.tokenizer, inputs.architecture.vocab_size, str(inputs.tokenizer_folder)
     )

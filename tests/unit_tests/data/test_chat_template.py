@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from megatron_dlm.data.chat_template import unread_variables
 from megatron_dlm.data.prompts import read_prompts
 from megatron_dlm.errors import UserError
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -350,3 +351,15 @@ def test_all_turns_keep_their_records(
     assert [e.token_ids.tolist() for e in last] == [
         dataset[i].token_ids.tolist() for i in (1, 3, 4)
     ]
+
+
+def test_variables_that_a_template_does_not_name_are_told(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    given = {"enable_thinking": False, "enable_thinkin": False}
+    for template, unread in ((THINKING, ["enable_thinkin"]), ("{{ messages }}", list(given))):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+        lines = unread_variables(tokenizer, given)
+        assert lines == unread_variables(tokenizer, {"chat_template": template, **given})
+        assert [line.split("variable ")[1].split(",")[0] for line in lines] == unread

@@ -54,10 +54,13 @@ def test_responses_are_as_long_as_their_domain_allows(folder: Path, fraction: fl
     )
     if fraction:
         changes = {"teacher_response_fraction": fraction, "save": str(folder / "teacher")}
+    changes["chat_template_kwargs"] = {"enable_thinkin": True}
     config = options(folder, **changes)
     inputs = read_inputs(config)
-    assert inputs.notices == [
-        f"{folder / 'prompts.jsonl'}: 1 of 8 prompts dropped, longer than --max-prompt-length"
+    assert inputs.notices(config) == [
+        "--chat-template-kwargs: the chat template names no variable enable_thinkin, so it changes "
+        "nothing",
+        f"{folder / 'prompts.jsonl'}: 1 of 8 prompts dropped, longer than --max-prompt-length",
     ]
     with initialized(config):
         run = build_run(config, inputs)
