@@ -77,12 +77,14 @@ def _train(rank: int, folder: Path, runs: list[tuple[str, dict[str, Any]]], pref
         with reward_every_third():
             results[name] = run_training(config)
         _export(config, save, save / "hf")
-        if name in UNCONVERTED:
-            _export_peft(config, save, folder / model, save / "peft")
+        layouts = {"": config}
         if prefix == "moe EP2":  # what merges or writes them may split experts
-            split = Config.from_dict({TP: 2, **SP, "device": "cpu"})
-            _export(split, save, save / "hf_split")
-            _export_peft(split, save, folder / model, save / "peft_split")
+            layouts["_split"] = Config.from_dict({TP: 2, **SP, "device": "cpu"})
+            _export(layouts["_split"], save, save / "hf_split")
+        if name in UNCONVERTED:
+            adapters = AdapterSettings.of_run(config.to_dict(), str(save))
+            for suffix, of_export in layouts.items():
+                _export_peft(of_export, adapters, save, folder / model, save / f"peft{suffix}")
     return results
 
 
@@ -94,7 +96,9 @@ def _export(config: Config, run: Path, target: Path) -> None:
         export_hf(model, source.architecture, target, format="autoregressive")
 
 
-def _export_peft(config: Config, run: Path, base: Path, target: Path) -> None:
+def _export_peft(
+    config: Config, adapters: AdapterSettings, run: Path, base: Path, target: Path
+) -> None:
     source = open_model_source(str(run), "--load")
     with initialized(config):
         model = build_model(source.architecture, config)
@@ -103,7 +107,7 @@ def _export_peft(config: Config, run: Path, base: Path, target: Path) -> None:
             model,
             source.architecture,
             target,
-            adapters=AdapterSettings.of_run(config.to_dict(), str(run)),
+            adapters=adapters,
             base=open_model_source(str(base), "--base-model"),
             dtype=torch.float32,
         )
