@@ -438,18 +438,21 @@ def test_what_runs_is_finished_before_the_server_ends(server: Server) -> None:
         server.client.models.list()
 
 
-def begun(ask: Callable[[], Any]) -> Iterator[Any]:
-    """A stream whose first part has come; asked for again where that took too long."""
+def begun(ask: Callable[[], Any]) -> Any:
+    """A stream whose first part came within a second; asked for again where it took longer."""
     for _ in range(10):
-        stream = iter(ask())
+        asked = time.monotonic()
+        stream = ask()
         try:
             next(stream)
         except openai.APIError as error:
             if "too long" not in str(error):
                 raise
         else:
-            return stream
-    raise AssertionError("no stream has begun")
+            if time.monotonic() - asked < 1:
+                return stream
+            stream.close()
+    raise AssertionError("no stream has begun in time")
 
 
 def test_late_requests_and_an_impatient_end(model: Path, tmp_path: Path) -> None:
@@ -473,7 +476,7 @@ def test_late_requests_and_an_impatient_end(model: Path, tmp_path: Path) -> None
     server.wait_until(lambda: server.metric("running_responses") == 0)
     stream = begun(lambda: server.complete(**late, stream=True))
     os.kill(server.process.pid, signal.SIGINT)
-    with pytest.raises(openai.APIError, match=r"is stopping|too long"):  # a busy machine
+    with pytest.raises(openai.APIError, match="is stopping"):
         list(stream)
     assert server.end() == 0
 

@@ -1,44 +1,26 @@
 """Requests and changes of the rollout server share its decoding thread."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.parallel import ParallelGroups
-from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.serving.api_error import ApiError
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.rollout_queue import Change, Decoded, Request, RolloutQueue
 from tests.unit_tests.rollout.tiny_models import (
     GENERATION,
-    SPECIAL_TOKENS,
+    make_engine,
     make_prompts,
-    tiny_model,
 )
 
 LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
-    with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
-        yield loaded
 
 
 class Decoding:
     """A queue with a real batch of three slots, and what it has told, in order."""
 
     def __init__(self, model: DiffusionGPTModel) -> None:
-        self.engine = RolloutEngine(
-            model,
-            generation=GENERATION,
-            special_tokens=SPECIAL_TOKENS,
-            seed=1,
-            groups=ParallelGroups.from_parallel_state(),
-        )
+        self.engine = make_engine(model)
         batch = self.engine.open(3, [64] * 3, LENGTH)
         self.version = "1"
         self.queue = RolloutQueue(batch, self.engine.work, Metrics(), lambda: self.version, 60)

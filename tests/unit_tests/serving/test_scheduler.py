@@ -1,44 +1,28 @@
 """Jobs share the decoding thread: what one of them does is nothing to the others."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from megatron_dlm.models.model import DiffusionGPTModel
-from megatron_dlm.parallel import ParallelGroups
-from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.serving.jobs import Event, Failed, Finished, Job, Text
 from megatron_dlm.serving.metrics import Metrics
 from megatron_dlm.serving.scheduler import Scheduler
 from megatron_dlm.types.trajectory import Prompt
 from tests.unit_tests.rollout.tiny_models import (
     GENERATION,
-    SPECIAL_TOKENS,
+    make_engine,
     make_prompts,
-    tiny_model,
 )
 
 LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionGPTModel]:
-    with tiny_model(tmp_path_factory.mktemp("qwen3")) as loaded:
-        yield loaded
 
 
 class Decoding:
     """A scheduler with a real batch of three slots, run by the thread of the test."""
 
     def __init__(self, model: DiffusionGPTModel) -> None:
-        self.engine = RolloutEngine(
-            model,
-            generation=GENERATION,
-            special_tokens=SPECIAL_TOKENS,
-            seed=1,
-            groups=ParallelGroups.from_parallel_state(),
-        )
+        self.engine = make_engine(model)
         self.metrics = Metrics()
         self.batch = self.engine.open(3, [64] * 3, LENGTH)
         self.scheduler = Scheduler(
