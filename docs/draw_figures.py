@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "figures"
 
 STYLE = {"svg.hashsalt": "megatron-dlm", "font.family": "DejaVu Sans", "font.size": 11}
 GROUND, INK, GRID = "#ffffff", "#1f2328", "#c9d1d9"
-CLEAN_COLOR, NOISY_COLOR, PROMPT_COLOR = "#3b78c4", "#d9822b", "#8c959f"
+CLEAN_COLOR, NOISY_COLOR = "#3b78c4", "#d9822b"
 
 BLOCK_SIZE, PROMPT = 4, 4
 TOKENS = 3 * BLOCK_SIZE

@@ -14,30 +14,28 @@ parallel layout spreads the model, and Megatron checkpoints can be loaded at any
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_dlm.commands import parse_command
 from megatron_dlm.config import CheckpointOptions, ParallelConfig
 from megatron_dlm.entry import rank
+from megatron_dlm.models.families import exported_as
 from megatron_dlm.rollout.strategies.low_confidence_dynamic import DEFAULT_THRESHOLD
 from megatron_dlm.terminal import say
 from megatron_dlm.training.model_source import StatedAttention
 
-TargetFormat = Literal[
-    "megatron",
-    "sdar",
-    "a2d-llama",
-    "a2d-mistral",
-    "a2d-qwen2",
-    "a2d-qwen3",
-    "two-mode-llama",
-    "two-mode-mistral",
-    "two-mode-qwen2",
-    "two-mode-qwen3",
-    "rnd1",
-    "autoregressive",
-    "peft",
-]
+if TYPE_CHECKING:
+    TargetFormat = str
+else:
+    TargetFormat = Literal[
+        "megatron",
+        "sdar",
+        *exported_as("a2d"),
+        *exported_as("two-mode"),
+        "rnd1",
+        "autoregressive",
+        "peft",
+    ]
 DType = Literal["auto", "float32", "bfloat16"]
 
 

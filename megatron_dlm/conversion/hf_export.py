@@ -11,7 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dlm.conversion.formats import FORMATS_WITH_HEAD, TARGET_FORMATS, ExportRequest
+from megatron_dlm.conversion.formats import (
+    AUTOREGRESSIVE,
+    FORMATS_WITH_HEAD,
+    TARGET_FORMATS,
+    ExportRequest,
+)
 from megatron_dlm.conversion.gathering import ShardGatherer
 from megatron_dlm.conversion.hf_checkpoint import HFCheckpointWriter, is_finite
 from megatron_dlm.conversion.model_card import MODEL_CARD, Provenance, model_card
@@ -19,7 +24,7 @@ from megatron_dlm.conversion.publishing import is_writer, published_folder
 from megatron_dlm.conversion.tokenizer_files import has_chat_template
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.architecture import Architecture, parameter_mappings
-from megatron_dlm.models.families.parameters import HEAD, hf_tensor_shapes
+from megatron_dlm.models.families.parameters import HEAD, ParameterMapping, hf_tensor_shapes
 from megatron_dlm.models.model_parameters import TIED_EMBEDDING, local_parameters
 from megatron_dlm.output_file import check_space
 from megatron_dlm.parallel import errors_on_all_ranks
@@ -75,7 +80,7 @@ def export_hf(
     if format in FORMATS_WITH_HEAD:
         architecture = replace(architecture, tie_word_embeddings=False)
     dtype = dtype or next(model.parameters()).dtype
-    shapes = hf_tensor_shapes(parameter_mappings(architecture))
+    shapes = hf_tensor_shapes(parameter_mappings(architecture, format != AUTOREGRESSIVE))
 
     def prepare(folder: Path) -> None:
         if format not in TARGET_FORMATS:
@@ -147,21 +152,22 @@ def model_tensors(
     head = TIED_EMBEDDING if architecture.tie_word_embeddings else None
     if format in FORMATS_WITH_HEAD:
         architecture = replace(architecture, tie_word_embeddings=False)
-    return _gathered_tensors(architecture, gatherer, head)
+    mappings = parameter_mappings(architecture, format != AUTOREGRESSIVE)
+    return _gathered_tensors(mappings, gatherer, head)
 
 
 def _gathered_tensors(
-    architecture: Architecture, gatherer: ShardGatherer, head: str | None
+    mappings: list[ParameterMapping], gatherer: ShardGatherer, head: str | None
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the folder in model order, on the writer; other ranks only send.
 
     Args:
-        architecture: Architecture of the model.
+        mappings: All parameters, under the names that the format has.
         gatherer: Holds the model's shards.
         head: The parameter that is also the output layer, if the model has tied embeddings.
     """
     written: set[str] = set()
-    for mapping in parameter_mappings(architecture):
+    for mapping in mappings:
         # The output layer of a tied model is a copy of the embedding, which came first.
         if written.issuperset(mapping.hf):
             continue

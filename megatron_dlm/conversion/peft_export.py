@@ -6,7 +6,7 @@ share one of Megatron's fused layers share its A: each of them gets a copy, and 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,10 @@ def export_peft(
     Raises:
         UserError: On every rank: the base model has other weights, or the folder exists.
     """
+    # Layers have the names of the base model's folder.
+    named = replace(architecture, hf_config=base.architecture.hf_config)
     with errors_on_all_ranks():
-        check_weights_equal(model, architecture, base.path, base.field, _BASE_REMEDY)
+        check_weights_equal(model, named, base.path, base.field, _BASE_REMEDY)
     gatherer = ShardGatherer(
         {
             (local.name, local.shard): (local.tensor, local.num_shards)
@@ -139,7 +141,7 @@ def export_peft(
     )
     with published_folder(Path(folder), overwrite, lambda _: None) as temporary:
         tensors, layers = {}, set()
-        for layer, lora_a, lora_b in _gathered_adapters(architecture, gatherer):
+        for layer, lora_a, lora_b in _gathered_adapters(named, gatherer):
             name = f"base_model.model.{layer}"
             # A copy: safetensors refuses tensors that share memory.
             tensors[f"{name}.lora_A.weight"] = lora_a.to("cpu", dtype, copy=True).contiguous()

@@ -15,7 +15,7 @@ from megatron_dlm.models.config_keys import (
     checked_keys,
 )
 from megatron_dlm.models.families import FAMILIES, ModelType, model_types
-from megatron_dlm.models.families.parameters import ParameterMapping
+from megatron_dlm.models.families.parameters import ParameterMapping, llama_parameters
 from megatron_dlm.models.rope_scaling import read_rotary_embedding
 from megatron_dlm.types.diffusion_kind import BLOCK_DIFFUSION, ContextAttention, DiffusionKind
 from megatron_dlm.types.model_sizes import ModelSizes
@@ -179,9 +179,21 @@ def active_parameters(architecture: Architecture) -> int:
     return dense + experts * architecture.moe_router_topk // architecture.num_moe_experts
 
 
-def parameter_mappings(architecture: Architecture) -> list[ParameterMapping]:
-    """The Megatron parameters of a model, with the Hugging Face tensors of each."""
-    return FAMILIES[architecture.family].parameters(architecture)
+def parameter_mappings(
+    architecture: Architecture, with_code: bool | None = None
+) -> list[ParameterMapping]:
+    """The Megatron parameters of a model, with the Hugging Face tensors of each.
+
+    Args:
+        architecture: Of the model.
+        with_code: Names of a folder that brings modelling code, which has Llama's (True), or of the
+            family's autoregressive folders (False); None: as the type in config.json says.
+    """
+    if with_code is None:
+        model_type = _model_type(architecture.hf_config)
+        with_code = model_type is not None and model_type.architecture is None
+    own = FAMILIES[architecture.family].parameters
+    return llama_parameters(architecture) if with_code else own(architecture)
 
 
 def _check_supported(config: Mapping[str, Any], where: str) -> None:

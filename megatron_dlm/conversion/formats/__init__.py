@@ -13,22 +13,20 @@ from megatron_dlm.conversion.formats.masked_lm import write_a2d, write_rnd1, wri
 from megatron_dlm.conversion.formats.request import ExportRequest
 from megatron_dlm.conversion.formats.sdar import write_sdar
 from megatron_dlm.models.architecture import Architecture
-from megatron_dlm.models.families import FAMILIES, model_types
+from megatron_dlm.models.families import exported_as
+
+AUTOREGRESSIVE = "autoregressive"
+"""The only format whose folders bring no modelling code."""
 
 TARGET_FORMATS: dict[str, Callable[[ExportRequest, Path], None]] = {
     "sdar": write_sdar,
+    **{name: partial(write_a2d, family=family) for name, family in exported_as("a2d").items()},
     **{
-        format: partial(write_a2d, family=family)
-        for family in FAMILIES
-        if (format := f"a2d-{family}") in model_types()
-    },
-    **{
-        format: partial(write_two_mode, family=family)
-        for family in FAMILIES
-        if (format := f"two-mode-{family}") in model_types()
+        name: partial(write_two_mode, family=family)
+        for name, family in exported_as("two-mode").items()
     },
     "rnd1": write_rnd1,
-    "autoregressive": write_autoregressive,
+    AUTOREGRESSIVE: write_autoregressive,
 }
 
 FORMATS_WITH_HEAD = frozenset({"sdar"})
@@ -43,4 +41,10 @@ def default_format(architecture: Architecture) -> str:
     return "sdar" if unfit_for_sdar(architecture) is None else f"a2d-{architecture.family}"
 
 
-__all__ = ["FORMATS_WITH_HEAD", "TARGET_FORMATS", "ExportRequest", "default_format"]
+__all__ = [
+    "AUTOREGRESSIVE",
+    "FORMATS_WITH_HEAD",
+    "TARGET_FORMATS",
+    "ExportRequest",
+    "default_format",
+]

@@ -78,6 +78,9 @@ class DiffusionModel(DiffusionPreTrainedModel):
             block_size: For block-causal attention; default: the config's.
             store_kv: Whether keys and values of this forward stay in `past_key_values`.
         """
+        if attention_pattern not in (None, "block_causal", "full"):
+            problem = f"attention_pattern (={attention_pattern!r}) is unknown"
+            raise ValueError(f"{problem}; choose block_causal or full")
         is_full = (attention_pattern or self.config.attention_pattern) == "full"
         if is_full and past_key_values is not None:
             raise ValueError("past_key_values: full attention has no cache")

@@ -10,11 +10,12 @@ from megatron_dlm.models.families.base import (
     FAMILIES,
     ModelFamily,
     ModelType,
+    exported_as,
     model_types,
     register,
 )
 
-__all__ = ["FAMILIES", "ModelFamily", "ModelType", "model_types", "register"]
+__all__ = ["FAMILIES", "ModelFamily", "ModelType", "exported_as", "model_types", "register"]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)

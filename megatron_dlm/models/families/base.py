@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.models.families.parameters import ParameterMapping, llama_parameters
-from megatron_dlm.types.diffusion_kind import DiffusionKind
+from megatron_dlm.types.diffusion_kind import TWO_MODES, DiffusionKind
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -48,14 +48,16 @@ class ModelFamily:
     Attributes:
         name: In `Architecture.family`.
         model_types: Its values of `model_type`. Of dense models and of mixtures of experts, the
-            first with an `architecture` is the autoregressive one.
+            first with an `architecture` is the autoregressive one. `register` adds the types of the
+            folders that dense diffusion models are exported to.
         qk_norm: Whether queries and keys are normalised before they are rotated.
         qkv_bias: Whether the projections to queries, keys and values have biases.
         nulls: Keys of config.json for which null differs from an absent key.
         check: Raises a UserError if a config.json asks for something unsupported; called with the
             file's name.
         config: Keys of config.json that this family has beside those of all families.
-        parameters: All parameters of a model, in the order of the checkpoint.
+        parameters: All parameters of an autoregressive model, in the order of the checkpoint.
+            Folders of diffusion models have Llama's names, as the modelling code in them has.
     """
 
     name: str
@@ -83,9 +85,20 @@ FAMILIES: dict[str, ModelFamily] = {}
 def register(family: ModelFamily) -> ModelFamily:
     """Add a family; the file of each family calls this once.
 
+    Returns:
+        The family, with the model types of its exports.
+
     Raises:
         ValueError: Its name or one of its model types is another family's.
     """
+    for kind in [kind for kind in family.model_types if kind.architecture and not kind.is_moe][:1]:
+        exports = (
+            replace(kind, name=f"a2d-{family.name}", architecture=None, states_attention=False),
+            replace(
+                kind, name=f"two-mode-{family.name}", architecture=None, diffusion_kind=TWO_MODES
+            ),
+        )
+        family = replace(family, model_types=(*family.model_types, *exports))
     taken = [kind.name for kind in family.model_types if kind.name in model_types()]
     if family.name in FAMILIES or taken:
         raise ValueError(f"{family.name} {taken}: the name or a model type is taken")
@@ -98,3 +111,8 @@ def model_types() -> dict[str, tuple[ModelFamily, ModelType]]:
     return {
         kind.name: (family, kind) for family in FAMILIES.values() for kind in family.model_types
     }
+
+
+def exported_as(prefix: str) -> dict[str, str]:
+    """Formats of dense diffusion models, `<prefix>-<family>`, with the family of each."""
+    return {f"{prefix}-{name}": name for name in FAMILIES if f"{prefix}-{name}" in model_types()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
-from megatron_dlm.types.diffusion_kind import TWO_MODES
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -21,11 +20,7 @@ def _config(architecture: Architecture) -> dict[str, Any]:
 register(
     ModelFamily(
         name="llama",
-        model_types=(
-            ModelType("llama", "LlamaForCausalLM", defaults=_DEFAULTS),
-            ModelType("a2d-llama", states_attention=False, defaults=_DEFAULTS),
-            ModelType("two-mode-llama", diffusion_kind=TWO_MODES, defaults=_DEFAULTS),
-        ),
+        model_types=(ModelType("llama", "LlamaForCausalLM", defaults=_DEFAULTS),),
         config=_config,
     )
 )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.errors import bad_value
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
-from megatron_dlm.types.diffusion_kind import TWO_MODES
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -34,11 +33,7 @@ def _config(architecture: Architecture) -> dict[str, Any]:
 register(
     ModelFamily(
         name="mistral",
-        model_types=(
-            ModelType("mistral", "MistralForCausalLM"),
-            ModelType("a2d-mistral", states_attention=False),
-            ModelType("two-mode-mistral", diffusion_kind=TWO_MODES),
-        ),
+        model_types=(ModelType("mistral", "MistralForCausalLM"),),
         nulls=("sliding_window",),
         check=_check,
         config=_config,

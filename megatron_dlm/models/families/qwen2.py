@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.models.families.base import ModelFamily, ModelType, register
-from megatron_dlm.types.diffusion_kind import TWO_MODES
 
 if TYPE_CHECKING:
     from megatron_dlm.models.architecture import Architecture
@@ -18,11 +17,7 @@ def _config(architecture: Architecture) -> dict[str, Any]:
 register(
     ModelFamily(
         name="qwen2",
-        model_types=(
-            ModelType("qwen2", "Qwen2ForCausalLM"),
-            ModelType("a2d-qwen2", states_attention=False),
-            ModelType("two-mode-qwen2", diffusion_kind=TWO_MODES),
-        ),
+        model_types=(ModelType("qwen2", "Qwen2ForCausalLM"),),
         qkv_bias=True,
         config=_config,
     )

@@ -44,8 +44,6 @@ register(
         model_types=(
             ModelType("qwen3", "Qwen3ForCausalLM", defaults=_DENSE),
             ModelType("sdar", diffusion_kind=BLOCK_DIFFUSION, defaults=_DENSE),
-            ModelType("a2d-qwen3", states_attention=False, defaults=_DENSE),
-            ModelType("two-mode-qwen3", diffusion_kind=TWO_MODES, defaults=_DENSE),
             ModelType("qwen3_moe", "Qwen3MoeForCausalLM", is_moe=True),
             ModelType("sdar_moe", is_moe=True, diffusion_kind=BLOCK_DIFFUSION),
             ModelType("two-mode-qwen3_moe", is_moe=True, diffusion_kind=TWO_MODES),
