@@ -82,19 +82,15 @@ def _read_flags(
         if name in ("-h", "--help"):
             asks_help = True
         elif option is None and NO_VALUE.match(name):
-            errors.append(unknown_name("command line", name, flags, "flag"))
+            errors += [unknown_name("command line", name, flags, "flag")]
         elif option is None:
-            errors.append(
-                bad_value("command line", text, "belongs to no flag", "write --flag value")
-            )
+            errors += [bad_value("command line", text, "belongs to no flag", "write --flag value")]
         elif option.type is bool and equals:
             flag = flag_of(option.name)
-            errors.append(
-                bad_value(flag, value, "takes no value", f"write {flag} or --no-{flag[2:]}")
-            )
+            errors += [bad_value(flag, value, "takes no value", f"write {flag} or --no-{flag[2:]}")]
         elif option.type is not bool and not equals:
             remedy = f"write {name} {_metavar(option)}, or {name}=... if it begins with a dash"
-            errors.append(bad_value(name, None, "has no value", remedy))
+            errors += [bad_value(name, None, "has no value", remedy)]
         else:
             given[option.name] = name == flag_of(option.name) if option.type is bool else value
     return given, asks_help, errors[0] if errors else None

@@ -14,7 +14,7 @@ from megatron_dlm.config.coercion import build
 from megatron_dlm.config.fields import NOT_AN_OPTION, option_fields, value_of
 from megatron_dlm.config.parameter_groups import PARAM_GROUP_PRESETS, ParameterGroup
 from megatron_dlm.config.rollout_engine import RolloutEngineConfig
-from megatron_dlm.config.teacher_options import TeacherConfig, TeacherPrecision
+from megatron_dlm.config.teacher_options import LAYOUT, TeacherConfig, TeacherPrecision
 from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 DATA_OPTIONS = {"data": "train_data", "corpus": "data_path"}
@@ -154,18 +154,11 @@ class Config:
 
         Its precision, and with `teacher_ranks` its layout; nothing of it is trained.
         """
-        own = self.teacher
         changes: dict[str, Any] = {"bf16": self.teacher_precision != "fp32", "fp8_format": None}
-        if own.teacher_ranks:
-            changes |= dict(
-                tensor_model_parallel_size=own.teacher_tensor_model_parallel_size,
-                pipeline_model_parallel_size=own.teacher_pipeline_model_parallel_size,
-                num_virtual_stages_per_pipeline_rank=1,
-                expert_model_parallel_size=own.teacher_expert_model_parallel_size,
-                expert_tensor_parallel_size=own.teacher_expert_tensor_parallel_size,
-                context_parallel_size=1,
-                sequence_parallel=False,
-            )
+        if self.teacher.teacher_ranks:
+            others = dict(num_virtual_stages_per_pipeline_rank=1, context_parallel_size=1)
+            changes |= others | {"sequence_parallel": False}
+            changes |= {name: value_of(self, f"teacher_{name}") for name in LAYOUT}
         return self.changed(**changes)
 
     @property

@@ -6,6 +6,12 @@ from typing import Annotated, Literal
 from megatron_dlm.ranges import ABOVE_ZERO, AT_LEAST_ONE, AT_LEAST_ZERO
 
 TeacherPrecision = Literal["fp32", "bf16", "fp8"]
+LAYOUT = tuple(
+    f"{name}_parallel_size"
+    for name in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+)
+"""Options of a layout that the teacher has too, with `teacher_` before their names."""
+TEACHER_LAYOUT = tuple(f"teacher_{name}" for name in LAYOUT)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ that is broken, with the values that would work.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 from megatron_dlm.config.fields import flag_of, value_of
@@ -16,15 +14,19 @@ from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
 
+_LAYOUT_FLAG = re.compile(r"--((?:tensor-model|pipeline-model|expert-\w+)-parallel-size)")
 
-def _refuse(config: Config, *rules: Refusals) -> None:
-    """Raise the first refusal of some rules."""
+
+def _refuse(config: Config, *rules: Refusals, of_teacher: bool = False) -> None:
+    """Raise the first refusal of some rules; of a teacher's own layout, by its options' names."""
     for refusal in chain(*rules):
-        if isinstance(refusal, UserError):
-            raise refusal
-        name, _, reason = refusal.partition(": ")
-        problem, _, remedy = reason.partition("; ")
-        raise bad_value(flag_of(name), value_of(config, name), problem, remedy)
+        if isinstance(refusal, str):
+            name, _, reason = refusal.partition(": ")
+            problem, _, remedy = reason.partition("; ")
+            refusal = bad_value(flag_of(name), value_of(config, name), problem, remedy)
+        if of_teacher and config.teacher.teacher_ranks:
+            refusal = UserError(_LAYOUT_FLAG.sub(r"--teacher-\1", str(refusal)))
+        raise refusal
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -38,8 +40,7 @@ def validate(config: Config, world_size: int) -> None:
         values.combinations,
     )
     _refuse(config, needs, unused, *(rule(config) for rule in rules))
-    with _of_teacher(config):
-        _refuse(config, teacher.processes(config, world_size))
+    _refuse(config, teacher.processes(config, world_size), of_teacher=True)
     students = config.student_ranks(world_size)
     _refuse(config, model.processes(config, students), model.batches(config, students))
     validate_length(config)
@@ -69,27 +70,12 @@ def validate_architecture(
 def validate_teacher(config: Config, sizes: ModelSizes) -> None:
     """Check every rule about the sizes of a teacher with weights of its own."""
     try:
-        with _of_teacher(config):
-            _refuse(config, teacher.architecture(config, sizes))
+        _refuse(config, teacher.architecture(config, sizes), of_teacher=True)
     except UserError as error:
         where, named = ("--teacher-load", config.teacher_load)
         if config.teacher.teacher_url:
             where, named = "--teacher-url", config.teacher.teacher_url[0]
         raise UserError(f"{where} {named}: {error}") from None
-
-
-@contextmanager
-def _of_teacher(config: Config) -> Iterator[None]:
-    """Around rules of a layout that are asked of the teacher's own: errors name its options."""
-    try:
-        yield
-    except UserError as error:
-        if not config.teacher.teacher_ranks:
-            raise
-        raise UserError(_LAYOUT_FLAG.sub(r"--teacher-\1", str(error))) from None
-
-
-_LAYOUT_FLAG = re.compile(r"--((?:tensor-model|pipeline-model|expert-\w+)-parallel-size)")
 
 
 def validate_layout(

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_dlm.config import DataConfig
 from megatron_dlm.data.sampler import shuffled_order
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.yaml_file import read_yaml_mapping
@@ -87,7 +88,7 @@ class SourceEntry(_Strict):
 class _File(_Strict):
     """The YAML file."""
 
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=DataConfig.seed, ge=0)
     sources: list[SourceEntry] = Field(min_length=1)
 
 

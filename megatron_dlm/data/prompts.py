@@ -6,9 +6,10 @@ Shapes: N records, P prompt tokens, L response tokens.
 """
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -25,8 +26,28 @@ from megatron_dlm.data.tokenizing import ExampleReader, PromptReader
 from megatron_dlm.types.special_tokens import SpecialTokens
 from megatron_dlm.types.trajectory import Prompt, Trajectory
 
+Sample = TypeVar("Sample", Prompt, Trajectory)
 
-class PromptDataset(Sequence[Prompt]):
+
+class _Samples(Sequence[Sample]):
+    """Elements that are made when they are asked for, as samples of a run."""
+
+    @abstractmethod
+    def sample(self, index: int, sample_index: int) -> Sample:
+        """Return element `index` as global sample `sample_index` of a run."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """Return one element or the list of a slice; `sample_index` is its index."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.sample(index, range(len(self))[index])
+
+
+class PromptDataset(_Samples[Prompt]):
     """Tokenised prompts of a file; `sample_index` of an element is its index in the file."""
 
     def __init__(
@@ -51,16 +72,6 @@ class PromptDataset(Sequence[Prompt]):
 
     def __len__(self) -> int:
         return len(self.file)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        """Return one prompt or the list of a slice."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.sample(index, range(len(self))[index])
 
     def sample(self, index: int, sample_index: int) -> Prompt:
         """Return record `index` as global sample `sample_index` of a run."""
@@ -89,7 +100,7 @@ class PromptDataset(Sequence[Prompt]):
         return ExampleDataset(self.file, self._token_ids, responses, special_tokens)
 
 
-class ExampleDataset(Sequence[Trajectory]):
+class ExampleDataset(_Samples[Trajectory]):
     """Tokenised prompt and response pairs of a file; `unmask_step` is zero everywhere."""
 
     def __init__(
@@ -120,16 +131,6 @@ class ExampleDataset(Sequence[Trajectory]):
 
     def __len__(self) -> int:
         return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> Trajectory: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Trajectory]: ...
-    def __getitem__(self, index: int | slice) -> Trajectory | list[Trajectory]:
-        """Return one example or the list of a slice."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.sample(index, range(len(self))[index])
 
     def record_index(self, index: int) -> int:
         """Index of the record that example `index` is of."""

@@ -191,18 +191,7 @@ def _multiplies(input_: Tensor, weight: Tensor) -> bool:
     return torch.cuda.get_device_capability(input_.device) >= MULTIPLIES_FROM
 
 
-def keep_in_fp8(model: torch.nn.Module) -> None:
-    """Replace the linear layers of a frozen model's decoder by ones in 8-bit floats, one by one.
-
-    All ranks of the model call this. Values do not depend on how many these are.
-
-    Embedding, output layer, norms and routers stay as they are.
-    """
-    for parent, name, child in _linear_layers(model):
-        setattr(parent, name, _in_fp8(child))
-
-
-def _linear_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, _Linear]]:
+def linear_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, _Linear]]:
     """The linear layers of a model's decoder: who has it, under which name, and the layer."""
     modules = [module for chunk in chunks_of(model) for module in chunk.decoder.modules()]
     return [
@@ -213,7 +202,8 @@ def _linear_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, _
     ]
 
 
-def _in_fp8(layer: _Linear) -> Fp8ParallelLinear | Fp8ExpertLinear:
+def in_fp8(layer: _Linear) -> Fp8ParallelLinear | Fp8ExpertLinear:
+    """The same layer with its weights in 8-bit floats; all ranks that share it call this."""
     if isinstance(layer, ExpertLinear):
         return Fp8ExpertLinear(layer)
     return Fp8ParallelLinear(layer)
@@ -242,15 +232,15 @@ def linear_weights_without_memory() -> Iterator[None]:
 class Fp8Loading:
     """Loads a model that was built by `linear_weights_without_memory`, its decoder into e4m3.
 
-    One tensor of the checkpoint is in memory at a time, and no communication is needed. Values are
-    those of `keep_in_fp8` after loading.
+    One tensor of the checkpoint is in memory at a time, and no communication is needed. Values do
+    not depend on the number of ranks. Embedding, output layer, norms and routers stay as they are.
 
     Args:
         model: Its other weights have memory.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._layers = [(*place, _in_fp8(place[2])) for place in _linear_layers(model)]
+        self._layers = [(*place, in_fp8(place[2])) for place in linear_layers(model)]
         self._of_weight = {id(old.weight): new for _, _, old, new in self._layers}
 
     def place(self, parameter: Tensor, shard: Tensor, others: Iterable[Tensor]) -> None:
@@ -279,9 +269,3 @@ class Fp8Loading:
         """Put the layers in their places."""
         for parent, name, _, layer in self._layers:
             setattr(parent, name, layer)
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's weights on this rank, scales included."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -15,9 +15,6 @@ from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.planning.layouts import Layout
 from megatron_dlm.planning.parameters import element_size
 
-EVERY_LAYER = "every layer"
-"""Full recomputation: of a layer, only its input is kept."""
-
 
 @dataclass(frozen=True)
 class LayerBytes:

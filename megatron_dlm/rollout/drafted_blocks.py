@@ -98,7 +98,6 @@ class VerifiedBlocks:
 
     Attributes:
         tokens: [V, B] int64, MASK after the last final token.
-        next_block: [V] int64, the first token of the next block, where there is one.
         masked: [V, B] bool, of the block that is drafted next: this one, or the next if it is full.
         is_full: [V] bool.
         is_finished: [V] bool, whether the response ends.
@@ -106,7 +105,6 @@ class VerifiedBlocks:
     """
 
     tokens: Tensor
-    next_block: Tensor
     masked: Tensor
     is_full: Tensor
     is_finished: Tensor
@@ -144,7 +142,6 @@ def verified_blocks(
     every = torch.arange(size + 1, device=tokens.device)
     return VerifiedBlocks(
         tokens=block,
-        next_block=verified.next_token,
         masked=columns >= torch.where(is_full, filled - size, filled)[:, None],
         is_full=is_full,
         is_finished=is_eos.any(dim=-1) | ends_next | (filled >= to_end),

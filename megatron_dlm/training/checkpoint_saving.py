@@ -112,11 +112,6 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self._is_first = True
 
-    @property
-    def host_bytes(self) -> int:
-        """Memory of the host that this rank keeps for copies."""
-        return 0 if self._host is None else self._host.bytes
-
     def save(
         self,
         model: torch.nn.Module,

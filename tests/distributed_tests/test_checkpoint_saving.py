@@ -115,7 +115,8 @@ def _measure_memory(rank: int, folder: Path, save: str) -> Any:
 
             found["background" if in_background else "waiting"] = _peak_allocated(save_and_wait)
             if in_background:
-                found["host"] = run.saver.host_bytes
+                assert run.saver._host is not None
+                found["host"] = run.saver._host.bytes
         found["parameters"] = sum(p.numel() for p in run.student.model.parameters())
         found["largest"] = max(p.numel() for p in run.student.model.parameters())
     return found

@@ -46,17 +46,18 @@ def processes(config: Config, world_size: int) -> Refusals:
 def batches(config: Config, world_size: int) -> Refusals:
     """Processes get equally many prompts and whole rows, and rollouts feed whole updates."""
     training, cp = config.training, config.parallel.context_parallel_size
-    replicas = world_size // _product(config, TP, PP)
-    dp = replicas // cp
-    if config.shares_tokens_in_rollouts:
-        replicas = dp
+    dp = world_size // _product(config, TP, PP, CP)
+    replicas = dp if config.shares_tokens_in_rollouts else dp * cp
     batch, unit = training.global_batch_size, training.micro_batch_size * dp
     rolling_out = f"the data-parallel size {replicas}"
     if replicas > dp:
         rolling_out = f"the {replicas} replicas that roll out (data {dp} x context-parallel {cp})"
     if batch % unit:  # first: what remedies this decides about the prompts of a rollout
         product = f"--micro-batch-size {training.micro_batch_size} x data-parallel size {dp}"
-        remedy = f"choose a multiple of {unit}{_larger_batch(config)}{_more_parts(config, unit)}"
+        rates = f"--lr-batch-size {config.optimizer.lr_batch_size or batch} for rates by the square"
+        remedy = f"choose a multiple of {unit}, with {rates} root of the ratio"
+        if unit % batch == 0:  # or the processes that the batch cannot use share its rows
+            remedy += f", or --context-parallel-size {cp * unit // batch}"
         yield f"global_batch_size: is no multiple of {product}; {remedy}"
     for number, name in ((batch, f"--global-batch-size {batch}"), (replicas, rolling_out)):
         if config.uses_rollouts and config.rollout.rollout_batch_size % number:
@@ -64,20 +65,6 @@ def batches(config: Config, world_size: int) -> Refusals:
             if number == replicas > dp and config.rollout.rollout_batch_size % dp == 0:
                 remedy += ", or --rollout-context-parallel tokens"
             yield f"rollout_batch_size: is no multiple of {name}; {remedy}"
-
-
-def _larger_batch(config: Config) -> str:
-    """How a larger batch keeps the learning rates of the one that a recipe states."""
-    batch = config.optimizer.lr_batch_size or config.training.global_batch_size
-    return f", with --lr-batch-size {batch} for rates by the square root of the ratio"
-
-
-def _more_parts(config: Config, unit: int) -> str:
-    """The context-parallel size at which the processes that the batch cannot use share its rows."""
-    size = config.parallel.context_parallel_size
-    if unit % config.training.global_batch_size:
-        return ""
-    return f", or --context-parallel-size {size * unit // config.training.global_batch_size}"
 
 
 def experts_exist(config: Config, *models: ModelSizes) -> Refusals:
@@ -107,16 +94,15 @@ def graphs(config: Config, model: ModelSizes) -> Refusals:
     """Forwards of a model that decodes are recorded where one process holds it, without experts."""
     if config.rollout.rollout_graphs != "on":
         return
-    problems = []
+    name, remedy = "rollout_graphs", "choose auto or off"
     if model.num_moe_experts is not None:
-        problems.append("the host has a part in dividing tokens over experts")
+        yield f"{name}: the host has a part in dividing tokens over experts; {remedy}"
     of_replica = (TP, PP, CP) if config.shares_tokens_in_rollouts else (TP, PP)
     if (sharing := _product(config, *of_replica)) > 1:
-        problems.append(f"messages between the {sharing} processes of a replica are not recorded")
+        problem = f"messages between the {sharing} processes of a replica are not recorded"
+        yield f"{name}: {problem}; {remedy}"
     if config.model.fp8_format is not None:
-        problems.append("FP8 keeps converted weights beside the model's own")
-    for problem in problems:
-        yield f"rollout_graphs: {problem}; choose auto or off"
+        yield f"{name}: FP8 keeps converted weights beside the model's own; {remedy}"
 
 
 def positions(config: Config, model: ModelSizes) -> Refusals:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 from megatron_dlm.config.fields import flag_of, option_fields, value_of
 from megatron_dlm.config.groups import SelfDistillationConfig
 from megatron_dlm.config.rules import Refusals
+from megatron_dlm.config.rules.model import CP, PP, VIRTUAL
 from megatron_dlm.config.schema import HELD_OUT_OPTIONS, Config
+from megatron_dlm.config.teacher_options import TEACHER_LAYOUT
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS
 from megatron_dlm.rollout.decoding_settings import DecodingSetting
 from megatron_dlm.rollout.strategies import STRATEGIES
@@ -23,11 +25,6 @@ TEMPLATE = "max_response_length_by_domain prompt_suffix_by_domain chat_template_
 ROLLOUTS = "num_rollouts rollout_batch_size epochs_per_rollout response_length_schedule"
 SERVERS = "rollout_engine_urls rollout_engine_weights rollout_engine_concurrency"
 EVALUATION = "eval_prompts_interval eval_decodings eval_num_prompts eval_temperature"
-
-TEACHER_LAYOUT = " ".join(
-    f"teacher_{name}_parallel_size"
-    for name in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
-)
 
 OF_VALUES = (
     (f"{SERVERS} rollout_engine_timeout_s rollout_engine_retries", "rollout_engine", "sglang"),
@@ -175,7 +172,9 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
         (has_jsd, "jsd_beta", "divergence", "jsd"),
         (cuts, "divergence_tail", "divergence_top_k", "16"),
         (keeps, "keep_checkpoint_every keep_best_checkpoint", "keep_checkpoints", "3"),
-        (teacher.teacher_ranks > 0, TEACHER_LAYOUT, "teacher_ranks", "above 0"),
+        (teacher.teacher_ranks > 0, " ".join(TEACHER_LAYOUT), "teacher_ranks", "above 0"),
+        (value_of(config, PP) > 1, f"decoding_groups {VIRTUAL}", PP, "2 or more"),
+        (value_of(config, CP) > 1, "rollout_context_parallel", CP, "2 or more"),
     ]
     for names, option, values in (*OF_VALUES, *OF_STRATEGIES):
         is_chosen = value_of(config, option) in values.split(" or ") or names in evaluated
@@ -200,17 +199,10 @@ def _uses_of_other_options(config: Config, evaluated: set[str]) -> Iterator[Use]
     )
     shares = itself or (answers and not config.has_remote_teacher)
     yield Use(shares, "rollout_context_parallel", reason)
-    stages = "pipeline_model_parallel_size"
-    has_stages, remedy = value_of(config, stages) > 1, f"choose {flag_of(stages)} 2 or more"
-    of_stages = "decoding_groups num_virtual_stages_per_pipeline_rank"
-    yield Use(has_stages, of_stages, _as_given(config, stages), remedy)
-    context = "context_parallel_size"
-    has_several, remedy = value_of(config, context) > 1, f"choose {flag_of(context)} 2 or more"
-    yield Use(has_several, "rollout_context_parallel", _as_given(config, context), remedy)
     yield Use(config.parallel.watch_ranks, "stall_minutes", "--no-watch-ranks")
     reason, remedy = "a teacher in memory", "add --teacher-ranks or --teacher-url"
-    remote = config.has_remote_teacher
-    yield Use(remote, "teacher_max_requests teacher_timeout_s", reason, remedy)
+    remote, of_remote = config.has_remote_teacher, "teacher_max_requests teacher_timeout_s"
+    yield Use(remote, of_remote, reason, remedy)
     yield Use(not teacher.teacher_url, "teacher_load teacher_precision", "a run with --teacher-url")
     fixed, name = config.training.max_tokens_per_micro_batch is None, "max_tokens_per_micro_batch"
     yield Use(fixed, "micro_batch_size", _as_given(config, name), f"drop {flag_of(name)}")

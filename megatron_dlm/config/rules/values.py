@@ -49,22 +49,21 @@ def combinations(config: Config) -> Refusals:
             yield f"overlap_param_gather: needs {flag_of(name)}; add {flag_of(name)}"
     if model.attention_backend == "flex" and not _has_cuda(parallel.device):
         yield "attention_backend: cannot train on CPU; choose sdpa or auto, or use CUDA"
-    if model.transformer_impl == "transformer_engine" and _is_missing("transformer_engine"):
-        problem = "the package transformer_engine is not installed"
-        yield f"transformer_impl: {problem}; install it (CUDA only) or choose local"
     if model.fp8_format is not None:
         yield from _fp8(config)
-    if "layernorm" in model.recompute_modules and _is_missing("transformer_engine"):
-        problem = "layernorm needs the package transformer_engine, which is not installed"
-        yield f"recompute_modules: {problem}; install it (CUDA only) or leave layernorm out"
     sharing = parallel.expert_model_parallel_size * config.expert_tensor_parallel_size
     if parallel.moe_token_dispatcher_type == "flex" and sharing == 1:
         problem = "flex exchanges tokens between processes that share experts, and there are none"
         remedy = "add --expert-model-parallel-size, or choose alltoall"
         yield f"moe_token_dispatcher_type: {problem}; {remedy}"
-    if parallel.moe_token_dispatcher_type == "flex" and _is_missing("deep_ep"):
-        problem = "the package deep_ep is not installed"
-        yield f"moe_token_dispatcher_type: {problem}; install DeepEP (CUDA only) or choose alltoall"
+    for name, value, package, remedy in (
+        ("transformer_impl", "transformer_engine", "transformer_engine", "choose local"),
+        ("recompute_modules", "layernorm", "transformer_engine", "leave layernorm out"),
+        ("moe_token_dispatcher_type", "flex", "deep_ep", "choose alltoall"),
+    ):
+        if value in value_of(config, name) and _is_missing(package):
+            problem = f"{value} needs the package {package}, which is not installed"
+            yield f"{name}: {problem}; install it (CUDA only) or {remedy}"
     if config.logging.wandb_project is not None:
         check_installed("wandb", "--wandb-project", config.logging.wandb_project)
     folder = config.logging.save

@@ -4,6 +4,10 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+# Defaults of model types that are decoded by blocks, and of those with a causal context.
+BY_BLOCKS = {"block_size": 4, "attention_pattern": "block_causal"}
+TWO_MODES = {**BY_BLOCKS, "context_attention": "causal"}
+
 
 class DiffusionConfig(PretrainedConfig):
     """Fields of the network, and those of diffusion.

@@ -10,7 +10,5 @@ class RND1Config(DiffusionMoeConfig):
 
     model_type = "rnd1"
 
-    def __init__(
-        self, shifted: bool = True, num_diffusion_steps: int | None = 256, **kwargs: Any
-    ) -> None:
-        super().__init__(shifted=shifted, num_diffusion_steps=num_diffusion_steps, **kwargs)
+    def __init__(self, shifted: bool = True, **kwargs: Any) -> None:
+        super().__init__(shifted=shifted, **kwargs)

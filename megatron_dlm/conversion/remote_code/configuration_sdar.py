@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_diffusion import DiffusionConfig
+from .configuration_diffusion import BY_BLOCKS, DiffusionConfig
 
 
 class SDARConfig(DiffusionConfig):
@@ -10,7 +10,5 @@ class SDARConfig(DiffusionConfig):
 
     model_type = "sdar"
 
-    def __init__(
-        self, block_size: int = 4, attention_pattern: str = "block_causal", **kwargs: Any
-    ) -> None:
-        super().__init__(block_size=block_size, attention_pattern=attention_pattern, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**BY_BLOCKS, **kwargs})

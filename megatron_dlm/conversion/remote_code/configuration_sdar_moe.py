@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .configuration_diffusion import BY_BLOCKS
 from .configuration_diffusion_moe import DiffusionMoeConfig
 
 
@@ -10,7 +11,5 @@ class SDARMoeConfig(DiffusionMoeConfig):
 
     model_type = "sdar_moe"
 
-    def __init__(
-        self, block_size: int = 4, attention_pattern: str = "block_causal", **kwargs: Any
-    ) -> None:
-        super().__init__(block_size=block_size, attention_pattern=attention_pattern, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**BY_BLOCKS, **kwargs})

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_diffusion import DiffusionConfig
+from .configuration_diffusion import TWO_MODES, DiffusionConfig
 
 
 class TwoModeQwen3Config(DiffusionConfig):
@@ -10,16 +10,5 @@ class TwoModeQwen3Config(DiffusionConfig):
 
     model_type = "two-mode-qwen3"
 
-    def __init__(
-        self,
-        block_size: int = 4,
-        attention_pattern: str = "block_causal",
-        context_attention: str = "causal",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            block_size=block_size,
-            attention_pattern=attention_pattern,
-            context_attention=context_attention,
-            **kwargs,
-        )
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**TWO_MODES, **kwargs})
