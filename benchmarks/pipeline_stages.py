@@ -2,14 +2,13 @@
 
     python -m benchmarks.pipeline_stages --output benchmarks/results/pipeline_stages.json
 
-The tiny example's model decodes 32 prompts on 2 and on 4 stages, each a
-process, with groups in flight, in turns within one run. `computing` is what it says; where stages
-are more than the machine's cores, they wait for these, too. In `sleeping` each forward of a stage
-also sleeps, by its tokens and in equal shares of a whole model's forward, as a stage would that
-computes elsewhere and is busy with products: its waits are those of the schedule. A forward whose
-time does not depend on its tokens gains nothing from groups, which are more and smaller forwards:
-so it is with `computing` at this size. Idle slots are counted, not measured: see
-`megatron_dlm.accounting.stage_slots`.
+The tiny example's model decodes 32 prompts on 2 and on 4 stages, each a process, with groups in
+flight, in turns within one run. `computing` is what it says; where stages are more than the
+machine's cores, they wait for these, too. In `sleeping` each forward of a stage also sleeps, by its
+tokens and in equal shares of a whole model's forward, as a stage would that computes elsewhere and
+is busy with products: its waits are those of the schedule. A forward whose time does not depend on
+its tokens gains nothing from groups, which are more and smaller forwards: so it is with `computing`
+at this size. Idle slots are counted, not measured: see `megatron_dlm.accounting.stage_slots`.
 """
 
 from __future__ import annotations

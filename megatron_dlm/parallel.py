@@ -39,7 +39,7 @@ class ParallelGroups:
         pp: Stages of this rank's pipeline.
         pp_last_rank: Global rank of the last of them.
         decisions: The same ranks once more, for what the last stage decides: where messages of a
-            group go one after the other, it does not stand behind hidden states of other rows.
+            group go one after the other, it does not wait for hidden states of other rows.
         way_back: The same ranks once more, for hidden states that the last stage hands to the next
             model chunk of the first, and for gradients, likewise; None without virtual stages.
         is_last_stage: Whether this rank is on the last stage.

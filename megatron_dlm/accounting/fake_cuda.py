@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_dlm.accounting.operations import active_counters, as_one_kernel
-from megatron_dlm.platform.in_order import Event, Stream, on_stream
+from megatron_dlm.platform.in_order import stream_calls
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -312,20 +312,13 @@ def _synchronize(device: Any = None) -> None:
 @functools.cache
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
-    stream = Stream()
     answers: dict[str, Any] = {
+        **stream_calls(),
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 8,
         "current_device": lambda: DEVICE.index,
-        "set_device": lambda device: None,
         "synchronize": _synchronize,
-        "empty_cache": lambda: None,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "stream": on_stream,
-        "Stream": Stream,
-        "Event": Event,
         "CUDAGraph": _Graph,
         "graph": _Graph.capture,
         "mem_get_info": lambda device=None: (_MEMORY, _MEMORY),

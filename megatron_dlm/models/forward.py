@@ -132,7 +132,7 @@ def rows_of_rounds(model: torch.nn.Module, count: int) -> int:
 
 
 def whole_rounds(model: torch.nn.Module, rows: Sequence[Row]) -> list[Row]:
-    """The rows, and behind them rows without tokens, see `rows_of_rounds`."""
+    """The rows, followed by rows without tokens; see `rows_of_rounds`."""
     missing = rows_of_rounds(model, len(rows)) - len(rows)
     return [*rows, *[clean_row([], "causal") for _ in range(missing)]]
 

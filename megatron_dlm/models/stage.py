@@ -48,7 +48,7 @@ class Stage:
         groups: Process groups.
         rows_in_flight: Rows of which what was sent may not have arrived yet.
         forward: Runs a row through a model chunk, as `forward_row`; what it returns may have more
-            tokens, behind those of the row.
+            tokens, after those of the row.
 
     Attributes:
         num_chunks: Model chunks of each stage.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.utils._device  # PyTorch imports it with the first device context only
 
 from megatron_dlm.megatron_internals import replace_generator_state
-from megatron_dlm.platform.in_order import Event, Stream, on_stream
+from megatron_dlm.platform.in_order import stream_calls
 
 # Megatron-Core's `jit_fuser` is torch.compile, whose fused kernels need a C++ compiler at run time
 # and save nothing on a CPU.
@@ -51,17 +51,10 @@ _TYPE_NAMES = {
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
-    stream = Stream()
     answers: dict[str, Any] = {
+        **stream_calls(),
         "current_device": lambda: cpu,
-        "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "stream": on_stream,
-        "Stream": Stream,
-        "Event": Event,
         # torch.manual_seed would call back into torch.cuda.manual_seed and recurse.
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),

@@ -63,3 +63,17 @@ class Event:
 def on_stream(stream: Any) -> Iterator[None]:
     """Everything runs in order on any stream."""
     yield
+
+
+def stream_calls() -> dict[str, Any]:
+    """The functions of `torch.cuda` about streams, as such a device answers them."""
+    stream = Stream()
+    return {
+        "set_device": lambda device: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": on_stream,
+        "Stream": Stream,
+        "Event": Event,
+    }

@@ -1,7 +1,7 @@
 """Recordings of forwards on CUDA: graphs of kernels with fixed sizes and addresses.
 
 There is a graph for each bucket of sizes. Its forward runs on tensors of its own, of the bucket's
-sizes, into which those of a forward are copied; tokens behind these are written to the null page,
+sizes, into which those of a forward are copied; tokens after these are written to the null page,
 and nobody reads what becomes of them. Forwards that prefill are not recorded: each prompt comes
 once, and their kernels are long.
 
@@ -108,7 +108,7 @@ class _Bucket:
         return cls([*per_token, *others, *tensors[num_own:]], num_own)
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the tensors of a forward; what is behind its tokens is zero.
+        """Copy the tensors of a forward; what comes after its tokens is zero.
 
         Token 0 at position 0 is written to the first place of the null page, and what it would
         read, the context of the first query, exists.

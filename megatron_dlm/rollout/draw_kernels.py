@@ -2,7 +2,7 @@
 
 Each reads the logits once, in their own type, and writes a few numbers a block. The sums of a
 kernel have a fixed order and there are no atomics: the same logits give the same bits. The kernels
-are behind PyTorch operators, so that counters and fake tensors see what they read and write.
+are called as PyTorch operators, so that counters and fake tensors see what they read and write.
 
 n: tokens drawn at once; v: this rank's columns of the vocabulary, a multiple of the block; b: its
 blocks; s: programs that share a row.

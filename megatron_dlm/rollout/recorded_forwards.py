@@ -84,7 +84,7 @@ class ForwardRecorder(ABC):
         self._hooked: str | None = None
 
     def __call__(self, model: DiffusionGPTModel, row: Row, equally_long: bool) -> Tensor:
-        """What `forward_row` returns; there may be further tokens behind those of the row."""
+        """What `forward_row` returns; further tokens may follow those of the row."""
         view = row.attention
         self.history.forwards += 1
         if (

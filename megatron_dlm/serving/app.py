@@ -175,7 +175,7 @@ class Api:
             raise ApiError(404, text, param="model", code="model_not_found")
 
     def _check_room(self, num_choices: int) -> None:
-        """Refuse a request that would wait behind too many others."""
+        """Refuse a request that would wait for too many others."""
         if self._scheduler.stopping:
             raise stopping_error()
         room = self._model.generation.max_running_requests + self._options.max_waiting_requests
@@ -302,7 +302,7 @@ class Gate:
     """Before any endpoint: the key, the size of bodies, and a count of what was answered.
 
     Args:
-        app: What is behind it.
+        app: Answers the requests that it lets pass.
         options: The limits.
         metrics: Counters.
         needs_key: Whether requests to a path have to carry the key.
@@ -398,7 +398,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(AnyHttpException)
     async def unrouted(request: Request, error: AnyHttpException) -> Response:
-        if error.status_code == 400:  # FastAPI's, of what Python's parser raises but as no JSON
+        if error.status_code == 400:  # FastAPI's, where the parser raises something else than usual
             return error_response(ApiError(400, _UNREADABLE, code="invalid_json"))
         text = f"{request.method} {request.url.path}: {error.detail}"
         return error_response(ApiError(error.status_code, text))

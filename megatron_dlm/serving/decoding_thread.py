@@ -29,7 +29,7 @@ def stopping_error() -> ApiError:
 
 
 class _Stop:
-    """The wish to end, in the inbox."""
+    """Put into the inbox, it asks the thread to end."""
 
 
 class DecodingThread(ABC, Generic[Item, Response]):

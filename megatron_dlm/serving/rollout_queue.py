@@ -69,7 +69,7 @@ class Change:
 
 @dataclass(frozen=True)
 class _Abort:
-    """The wish that requests end whose name begins so."""
+    """Asks that the requests end whose names begin with a text."""
 
     prefix: str
 

@@ -75,7 +75,7 @@ class TeacherApi:
         return Response()
 
     async def targets(self, request: Request, ahead: bool, wait_s: float | None) -> Response:
-        """The most likely tokens of texts; of those sent ahead only that they are known."""
+        """The most likely tokens of texts; of texts sent ahead, only whether they are known."""
         self._check_teacher(request)
         try:
             rows, k = await asyncio.to_thread(unpack_texts, await request.body())
@@ -106,7 +106,7 @@ class TeacherApi:
     ) -> list[Any] | None:
         """What the teacher makes of this; None if that takes longer than the client waits.
 
-        A server that stops lets nobody go without an answer that it has begun with.
+        A server that stops still gives the answers that it has begun.
         """
         queue, most = self._queue, self._options.request_timeout_s
         if queue.stopping and not queue.knows(items, wanted):
@@ -124,7 +124,7 @@ class TeacherApi:
                     return [future.result() for future in futures]
                 for future in futures:
                     if future.done():
-                        future.result()  # an error of one is that of all
+                        future.result()  # the first error is the answer
                 if time.monotonic() - began >= most:
                     raise ApiError(504, "the request took too long", code="timeout")
                 if not queue.stopping:

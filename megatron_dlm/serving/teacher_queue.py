@@ -184,7 +184,7 @@ class TeacherQueue:
             self._changed.notify()
 
     def take(self, timeout_s: float) -> tuple[list[Any], Wanted]:
-        """The next batch, all of which the same is wanted of; empty if none comes in time."""
+        """The next batch, of which all is asked for alike; empty if none comes in time."""
         with self._changed:
             self._forget()
             if not any(self._places) and not self.wants_head:

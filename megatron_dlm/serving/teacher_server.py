@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: the model in the main threads of its ranks, a server on some of them."""
+"""A teacher that answers over HTTP: the model in the main threads of its ranks, servers on some."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _answer(
 def _answer_batch(
     teacher: TextTeacher, queue: TeacherQueue, items: Sequence[Any], wanted: Wanted
 ) -> None:
-    """Compute a batch on all ranks in step; what there is no memory for is told that."""
+    """Compute a batch on all ranks in step; what there is no memory for gets that error."""
     results = _results(teacher, items, wanted)
     if teacher.is_first:
         queue.answer(results)

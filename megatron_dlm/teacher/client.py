@@ -174,7 +174,7 @@ class TeacherClient:
             for server, indices in of_server.items()
             for part in _parts(indices, costs, most)
         ]
-        parts.sort(key=lambda server_and_part: server_and_part[1][0])  # what comes first, first
+        parts.sort(key=lambda server_and_part: server_and_part[1][0])  # in the order of the work
         return Asked(
             {
                 self._thread.submit(ask(server, [work[index] for index in part])): part

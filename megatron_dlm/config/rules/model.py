@@ -94,15 +94,14 @@ def graphs(config: Config, model: ModelSizes) -> Refusals:
     """Forwards of a model that decodes are recorded where one process holds it, without experts."""
     if config.rollout.rollout_graphs != "on":
         return
-    name, remedy = "rollout_graphs", "choose auto or off"
-    if model.num_moe_experts is not None:
-        yield f"{name}: the host has a part in dividing tokens over experts; {remedy}"
-    of_replica = (TP, PP, CP) if config.shares_tokens_in_rollouts else (TP, PP)
-    if (sharing := _product(config, *of_replica)) > 1:
-        problem = f"messages between the {sharing} processes of a replica are not recorded"
-        yield f"{name}: {problem}; {remedy}"
-    if config.model.fp8_format is not None:
-        yield f"{name}: FP8 keeps converted weights beside the model's own; {remedy}"
+    sharing = _product(config, TP, PP, *((CP,) if config.shares_tokens_in_rollouts else ()))
+    problems = {
+        "the host has a part in dividing tokens over experts": model.num_moe_experts is not None,
+        f"messages between the {sharing} processes of a replica are not recorded": sharing > 1,
+        "FP8 keeps converted weights beside the model's own": config.model.fp8_format is not None,
+    }
+    for problem in (problem for problem, holds in problems.items() if holds):
+        yield f"rollout_graphs: {problem}; choose auto or off"
 
 
 def positions(config: Config, model: ModelSizes) -> Refusals:

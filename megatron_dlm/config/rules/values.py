@@ -62,7 +62,7 @@ def combinations(config: Config) -> Refusals:
         ("moe_token_dispatcher_type", "flex", "deep_ep", "choose alltoall"),
     ):
         if value in value_of(config, name) and _is_missing(package):
-            problem = f"{value} needs the package {package}, which is not installed"
+            problem = f"the package {package} is not installed"
             yield f"{name}: {problem}; install it (CUDA only) or {remedy}"
     if config.logging.wandb_project is not None:
         check_installed("wandb", "--wandb-project", config.logging.wandb_project)
