@@ -173,7 +173,11 @@ FAMILY_RUNS = {"opdlm_self_teacher": SHORT, "opdlm_bigger_teacher": SHORT}
 """What other families run: the model's own weights as teacher, and those of a larger one."""
 DEEP_RUNS = {"opdlm_fp8": dict(SHORT, teacher_precision="fp8")}
 """What only a model of four layers runs."""
-FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {"TP2 SP": {TP: 2, **SP}, "PP2": {PP: 2}}
+FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 SP": {TP: 2, **SP},
+    "PP2": {PP: 2},
+    "CP2": {CP: 2},
+}
 """Of two processes."""
 
 TEACHERS: dict[str, dict[str, Any]] = {
