@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.accounting.flops import BACKWARD, ForwardFlops, visible_pairs
-from megatron_dlm.config import Config
+from megatron_dlm.config import Config, DecodingConfig
 from megatron_dlm.config.groups import RolloutGraphs
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.models.architecture import Architecture, architecture_from_hf
@@ -116,7 +116,9 @@ class Iteration:
             self.groups,
         )
 
-    def engine(self, rollout_graphs: RolloutGraphs = "auto", **options: Any) -> RolloutEngine:
+    def engine(
+        self, rollout_graphs: RolloutGraphs = DecodingConfig.rollout_graphs, **options: Any
+    ) -> RolloutEngine:
         """A rollout engine for the student; further arguments are those of the engine."""
         generation = GenerationConfig.from_config(
             self.config, BLOCK_DIFFUSION, self.config.model.block_size

@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_dlm.commands import parse_command
-from megatron_dlm.config.groups import TrainOn
+from megatron_dlm.config.groups import DataConfig, TemplateConfig, TrainOn
 from megatron_dlm.errors import bad_value
 from megatron_dlm.output_file import check_output_file, replaced_file, write_file
+from megatron_dlm.ranges import AT_LEAST_ONE
 from megatron_dlm.terminal import say, say_table
 
 if TYPE_CHECKING:
@@ -54,16 +55,16 @@ class InputConfig:
     """Folder of the tokenizer, which is best that of the model: its config.json then says which
     tokens there are."""
 
-    train_on: TrainOn = "last"
+    train_on: TrainOn = DataConfig.train_on
     """Turns of the assistant that are examples, as in a run."""
 
-    max_prompt_length: int = 1024
+    max_prompt_length: Annotated[int, AT_LEAST_ONE] = DataConfig.max_prompt_length
     """Longest prompt in tokens, chat template included."""
 
-    max_response_length: int | None = None
+    max_response_length: Annotated[int | None, AT_LEAST_ONE] = None
     """Longest response of an example in tokens, EOS included (default: no limit)."""
 
-    domain_field: str = "domain"
+    domain_field: str = TemplateConfig.domain_field
     """Field of a record that names its domain."""
 
     prompt_suffix_by_domain: dict[str, str] = field(default_factory=dict)

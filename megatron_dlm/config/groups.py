@@ -24,7 +24,7 @@ from megatron_dlm.ranges import (
     TEMPERATURE,
 )
 from megatron_dlm.rollout.decoding_options import StrategyOptions
-from megatron_dlm.types.diffusion_kind import ContextAttention
+from megatron_dlm.types.diffusion_kind import ContextAttention, DiffusionKind
 from megatron_dlm.types.divergence_spec import DivergenceSpec
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -282,7 +282,7 @@ class ObjectiveConfig:
     attention_pattern: Annotated[Literal["full", "causal"] | None, FIXED] = None
     """What a token sees under scp: all of its document (full), or earlier tokens only (causal: the
     first model of RND1's grafting, for a second run with --finetune) (default: full)."""
-    context_attention: Annotated[ContextAttention, FIXED] = "block_causal"
+    context_attention: Annotated[ContextAttention, FIXED] = DiffusionKind.context_attention
     """What finished tokens see of each other in block diffusion: their block and those before
     (block_causal), or earlier tokens only (causal: the model keeps an autoregressive mode)."""
     causal_loss_weight: Annotated[float, AT_LEAST_ZERO, FIXED] = 1.0

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.config import TemplateConfig
 from megatron_dlm.data.joined_records import JoinedRecords
 from megatron_dlm.data.json_records import JsonLines, JsonList, is_json_list
 from megatron_dlm.data.mixture import SourceEntry, kept_indices, read_mixture
@@ -26,7 +27,9 @@ from megatron_dlm.regular_file import is_regular
 TABLES = {".parquet": open_parquet, ".arrow": open_arrow}
 
 
-def open_records(path: str | Path, field: str, domain_field: str = "domain") -> RecordSource:
+def open_records(
+    path: str | Path, field: str, domain_field: str = TemplateConfig.domain_field
+) -> RecordSource:
     """Open records; they are read one at a time, when they are asked for.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.config.groups import LongPrompts, TrainOn
+from megatron_dlm.config.groups import DataConfig, LongPrompts, TrainOn
 from megatron_dlm.data.domains import NO_DOMAINS, Domains
 from megatron_dlm.data.open_records import open_records
 from megatron_dlm.data.prompt_checks import check_some_left
@@ -159,7 +159,7 @@ def read_prompts(
     field: str = "--prompts",
     *,
     domains: Domains = NO_DOMAINS,
-    long_prompts: LongPrompts = "error",
+    long_prompts: LongPrompts = DataConfig.long_prompts,
 ) -> PromptDataset:
     """Read prompts: a JSON object a line with `messages` (chat) or `prompt` (plain text).
 
@@ -197,7 +197,7 @@ def tokenize_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     *,
     domains: Domains = NO_DOMAINS,
-    long_prompts: LongPrompts = "error",
+    long_prompts: LongPrompts = DataConfig.long_prompts,
 ) -> PromptDataset:
     """Tokenise the prompts of a file already read; see `read_prompts`.
 
@@ -226,10 +226,10 @@ def read_examples(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     field: str = "--train-data",
     max_position_embeddings: int | None = None,
-    train_on: TrainOn = "last",
+    train_on: TrainOn = DataConfig.train_on,
     *,
     domains: Domains = NO_DOMAINS,
-    long_prompts: LongPrompts = "error",
+    long_prompts: LongPrompts = DataConfig.long_prompts,
 ) -> ExampleDataset:
     """Read training examples: a prompt record with `response`, or a chat that ends in an answer.
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from megatron_dlm.config.groups import TrainOn
+from megatron_dlm.config.groups import DataConfig, TrainOn
 from megatron_dlm.data.chat import Chat, json_type, read_chat
 from megatron_dlm.errors import UserError
 
@@ -71,7 +71,7 @@ def open_prompt_source(record: dict[str, Any], where: str) -> PromptSource:
 
 
 def example_sources(
-    record: dict[str, Any], where: str, train_on: TrainOn = "last"
+    record: dict[str, Any], where: str, train_on: TrainOn = DataConfig.train_on
 ) -> list[ExampleSource]:
     """Return the sources of a record's training examples.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dlm.config.groups import LongPrompts, TrainOn
+from megatron_dlm.config.groups import DataConfig, LongPrompts, TrainOn
 from megatron_dlm.data.chat_template import ChatTemplate, check_one_block
 from megatron_dlm.data.domains import NO_DOMAINS, Domains
 from megatron_dlm.data.prompt_checks import check_limits, check_prompt, check_response, fitted
@@ -69,7 +69,7 @@ class PromptReader:
     max_prompt_length: int
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     domains: Domains = NO_DOMAINS
-    long_prompts: LongPrompts = "error"
+    long_prompts: LongPrompts = DataConfig.long_prompts
 
     def settings(self) -> dict[str, Any]:
         """All that the tokens depend on but records and tokenizer."""
@@ -127,7 +127,7 @@ class ExampleReader(PromptReader):
 
     max_response_length: int | None = None
     max_position_embeddings: int | None = None
-    train_on: TrainOn = "last"
+    train_on: TrainOn = DataConfig.train_on
 
     def read(self, file: RecordSource) -> Tokenized:
         """See `PromptReader.read`."""

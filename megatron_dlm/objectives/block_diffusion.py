@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_dlm.models.attention_layout import CLEAN, block_diffusion_block_ids
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.objectives.state_selection import random_state
-from megatron_dlm.types.diffusion_kind import ContextAttention
+from megatron_dlm.types.diffusion_kind import ContextAttention, DiffusionKind
 from megatron_dlm.types.document import Document
 from megatron_dlm.types.teacher_targets import TeacherTargets
 from megatron_dlm.types.trajectory import Trajectory
@@ -76,7 +76,7 @@ def block_diffusion_document(
     block_size: int,
     mask_token_id: int,
     weights: Tensor | None = None,
-    context_attention: ContextAttention = "block_causal",
+    context_attention: ContextAttention = DiffusionKind.context_attention,
 ) -> Document:
     """Lay out states of a trajectory: one clean stream, and a noisy stream for each state.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.groups import EmptyMask
+from megatron_dlm.config.groups import EmptyMask, ObjectiveConfig
 from megatron_dlm.types.trajectory import Trajectory
 
 Selector = Callable[[Tensor, Tensor, Tensor, torch.Generator], list[Tensor]]
@@ -89,7 +89,7 @@ def random_state(
     supervised: Tensor,
     block: Tensor,
     generator: torch.Generator,
-    empty_mask: EmptyMask = "redraw",
+    empty_mask: EmptyMask = ObjectiveConfig.empty_mask,
 ) -> tuple[Tensor, Tensor]:
     """For each block t ~ U(0, 1), and each of its positions masked with probability t.
 

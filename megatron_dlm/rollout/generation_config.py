@@ -11,13 +11,14 @@ from megatron_dlm.config.rules import divisors
 from megatron_dlm.errors import bad_value
 from megatron_dlm.rollout.decoding_options import STRATEGY_OPTIONS, StrategyOptions
 from megatron_dlm.rollout.strategies import STRATEGIES, Strategy
+from megatron_dlm.types.diffusion_kind import DiffusionKind
 
 if TYPE_CHECKING:
     from megatron_dlm.config.groups import RolloutGraphs
     from megatron_dlm.config.schema import Config
     from megatron_dlm.models.attention_layout import Pattern
     from megatron_dlm.rollout.decoding_settings import DecodingSetting
-    from megatron_dlm.types.diffusion_kind import ContextAttention, DiffusionKind
+    from megatron_dlm.types.diffusion_kind import ContextAttention
 
 # Settings of speed and memory: a rollout's tokens do not depend on them.
 DECIDE_NO_TOKEN = frozenset(
@@ -82,10 +83,10 @@ class GenerationConfig(StrategyOptions):
     max_total_tokens: int | None = None
     chunked_prefill_size: int = DecodingConfig.chunked_prefill_size
     decoding_groups: int | None = None
-    rollout_graphs: RolloutGraphs = "auto"
+    rollout_graphs: RolloutGraphs = DecodingConfig.rollout_graphs
     attention_pattern: Pattern = "block_causal"
     shifted: bool = False
-    context_attention: ContextAttention = "block_causal"
+    context_attention: ContextAttention = DiffusionKind.context_attention
 
     @classmethod
     def from_config(
@@ -119,7 +120,7 @@ class GenerationConfig(StrategyOptions):
         max_total_tokens: int | None = None,
         chunked_prefill_size: int = DecodingConfig.chunked_prefill_size,
         decoding_groups: int | None = None,
-        rollout_graphs: RolloutGraphs = "auto",
+        rollout_graphs: RolloutGraphs = DecodingConfig.rollout_graphs,
     ) -> GenerationConfig:
         """Settings of next-token decoding, which has nothing to remask."""
         return cls(
