@@ -30,18 +30,17 @@ def _literal(node: ast.expr) -> Any:
 def _defaults(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     """Names with their defaults: of parameters, of fields, and of keys that may be missing."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            of = node.args
-            by_position = [*of.posonlyargs, *of.args]
-            given = by_position[len(by_position) - len(of.defaults) :]
-            yield from ((a.arg, d) for a, d in zip(given, of.defaults, strict=True))
-            of_keywords = zip(of.kwonlyargs, of.kw_defaults, strict=True)
-            yield from ((a.arg, d) for a, d in of_keywords if d is not None)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-            yield node.target.id, node.value
-        elif isinstance(node, ast.Call) and len(node.args) == 2:
-            if isinstance(node.func, ast.Attribute) and node.func.attr == "get":
-                yield str(_literal(node.args[0])), node.args[1]
+        match node:
+            case ast.FunctionDef(args=of) | ast.AsyncFunctionDef(args=of):
+                by_position = [*of.posonlyargs, *of.args]
+                given = by_position[len(by_position) - len(of.defaults) :]
+                yield from ((a.arg, d) for a, d in zip(given, of.defaults, strict=True))
+                of_keywords = zip(of.kwonlyargs, of.kw_defaults, strict=True)
+                yield from ((a.arg, d) for a, d in of_keywords if d is not None)
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                yield name, value
+            case ast.Call(func=ast.Attribute(attr="get"), args=[key, default]):
+                yield str(_literal(key)), default
 
 
 def test_defaults_exist_once() -> None:
