@@ -122,6 +122,7 @@ def test_prepare_writes_what_is_good(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["stats", "--prompts", "p"], "--tokenizer = None: is missing"),
         (["check", "--prompts", "p", "--train-data", "q"], "comes with --train-data"),
         (["prepare", "--prompts", "p", "--tokenizer", "t"], "--output = None: is missing"),
+        (["check", "--prompts", "p", "--max-prompt-length", "0"], "less than 1; choose 1 or more"),
         (
             ["stats", "--prompts", "p", "--tokenizer", "t", "--output", "o"],
             "--output = 'o': is not for data stats",
