@@ -5,6 +5,7 @@
 # make test-fast   unit tests that are not marked slow (3 minutes on 2 cores)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make test-core-latest   unit tests, golden losses and some layouts with the newest megatron-core
+# make test-layouts   context parallelism with every other kind, all objectives (15 minutes on 2 cores)
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make soak        kill, signal, restart and damage small runs many times (an hour and more)
 # make docs        build the documentation site in docs/_build, warnings are errors
@@ -57,7 +58,7 @@ SOAK ?=
 LAYOUT := tests/distributed_tests/test_training_layouts.py::test_layout_trains_like_one_process
 SHARED_ROWS := tests/distributed_tests/test_training_layouts.py::test_shared_rows_train_like_whole_ones
 
-.PHONY: setup quickstart quickstart-moe study test test-fast test-core-latest fuzz soak docs lint format golden
+.PHONY: setup quickstart quickstart-moe study test test-fast test-layouts test-core-latest fuzz soak docs lint format golden
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -120,6 +121,10 @@ test-fast: setup
 
 test: lint
 	$(BIN)/pytest $(FILES_AT_A_TIME) --durations 15
+
+# Two worlds at a time, each on a core of its own.
+test-layouts: setup
+	$(BIN)/pytest tests/distributed_tests -m layouts --numprocesses 2 --dist worksteal --durations 10
 
 test-core-latest: $(LATEST_STAMP)
 	$(LATEST)/bin/pytest $(FILES_AT_A_TIME) --durations 5 -m 'not slow' tests/unit_tests \

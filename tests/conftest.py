@@ -24,7 +24,7 @@ LONGEST_FIRST = (
     "functional_tests/test_resume.py",
     "functional_tests/test_preemption.py",
     "distributed_tests/test_adapter_layouts.py",
-    "distributed_tests/test_flex_layouts.py",
+    "distributed_tests/test_context_layouts.py",
     "functional_tests/test_d_opsd.py",
     "distributed_tests/test_rollout_engine.py",
     "functional_tests/test_quickstart.py",
