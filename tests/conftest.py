@@ -58,8 +58,12 @@ LONGEST_FIRST = (
 """Files that take longest, in that order: none of them is left for one worker at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out `layouts` where it is not asked for; put the tests of the longest files first."""
+    if "layouts" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("layouts")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     place = {TESTS / file: number for number, file in enumerate(LONGEST_FIRST)}
     assert all(file.is_file() for file in place)
     items.sort(key=lambda item: place.get(item.path, len(place)))
