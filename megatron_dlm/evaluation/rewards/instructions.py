@@ -2,7 +2,7 @@
 
 A record has `instruction_id_list` (names of kinds) and `kwargs` (an object for each, with what the
 instruction asks for), as in the published file. The reward is the share of instructions that the
-response follows, by the strict measure of the paper; `follows_loosely` is the other.
+response follows, by the strict measure of the paper.
 """
 
 from __future__ import annotations
@@ -248,16 +248,6 @@ def follows(record: Record, response: str) -> list[bool]:
         bool(response.strip()) and KINDS[name][0](response, arguments or {})
         for name, arguments in given
     ]
-
-
-def follows_loosely(record: Record, response: str) -> list[bool]:
-    """The same, where it is enough that it does so without its stars, first or last line."""
-    lines = response.split("\n")
-    cuts = ((0, 0), (1, 0), (0, 1), (1, 1))
-    texts = ["\n".join(lines[first : len(lines) - last]).strip() for first, last in cuts]
-    texts = [response, *texts, *(text.replace("*", "") for text in (response, *texts[1:]))]
-    verdicts = [follows(record, text) for text in texts]
-    return [any(of_kind) for of_kind in zip(*verdicts, strict=True)]
 
 
 _LISTS = ("keywords", "forbidden_words")

@@ -11,7 +11,6 @@ from megatron_dlm.evaluation.rewards.instructions import (
     KINDS,
     count_sentences,
     follows,
-    follows_loosely,
 )
 
 # Kind, arguments, responses that follow, responses that do not.
@@ -185,17 +184,6 @@ def test_a_response_is_right_if_it_follows_all() -> None:
     }
     texts = ['"all of it"', '"all, of it"', "all, of it", "", '<think>a, b</think>"all"']
     assert REWARDS["instructions"].rate([record] * 5, texts) == [1.0, 0.5, 0.0, 0.0, 1.0]
-
-
-def test_loosely_a_frame_around_the_response_is_ignored() -> None:
-    record = {
-        "instruction_id_list": ["startend:quotation", "punctuation:no_comma"],
-        "kwargs": [{}, {}],
-    }
-    text = 'Sure, here it is:\n**"all of it"**\nBye.'
-    assert follows(record, text) == [False, False]
-    assert follows_loosely(record, text) == [True, True]
-    assert follows_loosely(record, "a, b\nc, d\ne, f") == [False, False]
 
 
 @pytest.mark.parametrize(
