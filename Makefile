@@ -5,7 +5,7 @@
 # make test-fast   unit tests that are not marked slow (3 minutes on 2 cores)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make test-core-latest   unit tests, golden losses and some layouts with the newest megatron-core
-# make test-layouts   context parallelism with every other kind, all objectives (9 minutes on 2 cores)
+# make test-layouts   context parallelism with every other kind, all objectives (10 minutes on 2 cores)
 # make fuzz        ten thousand odd inputs: each has to end in a result or one line (20 minutes)
 # make soak        kill, signal, restart and damage small runs many times (an hour and more)
 # make docs        build the documentation site in docs/_build, warnings are errors
