@@ -24,6 +24,7 @@ NAMES = (
     "fusions.fused_bias_swiglu: weighted_bias_swiglu_impl",
     "models.common.embeddings.rope_utils: fused_apply_rotary_pos_emb",
     "optimizer: ChainedOptimizer._synchronize_steps",
+    "optimizer: USING_PYTORCH_OPTIMIZER",
     "optimizer.clip_grads: l2_norm_impl",
     "optimizer.clip_grads: multi_tensor_scale_impl",
     "optimizer.distrib_optimizer: DistributedOptimizer._get_main_param_and_optimizer_states",
@@ -64,6 +65,13 @@ def replace_multi_tensor(l2_norm: Callable[..., Any], scale: Callable[..., None]
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
         clip_grads.multi_tensor_scale_impl = scale
+
+
+def adam_is_torch() -> bool:
+    """Whether AdamW is PyTorch's: neither Transformer Engine nor Apex is installed."""
+    from megatron.core import optimizer
+
+    return bool(optimizer.USING_PYTORCH_OPTIMIZER)
 
 
 def has_fused_rotary() -> bool:

@@ -36,7 +36,7 @@ evaluate "$run/teacher" autoregressive,static,dynamic:0.9,dynamic:0.7 "$run/befo
 say "Converting it by on-policy distillation on 2 processes"
 torchrun --nproc-per-node 2 pretrain_opdlm.py --config examples/tiny/opdlm.yaml \
   --load "$run/teacher" --teacher-load "$run/teacher" --prompts "$run/data/prompts.jsonl" --save "$run" \
-  --eval-prompts "$run/data/heldout.jsonl" --eval-prompts-interval 640 --eval-num-prompts 50 \
+  --eval-prompts "$run/data/heldout.jsonl" --eval-prompts-interval 320 --eval-num-prompts 50 \
   --eval-decodings dynamic:0.9 --eval-temperature 0 "$@"
 
 say "Evaluating the converted model"

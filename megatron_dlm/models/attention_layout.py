@@ -179,18 +179,21 @@ def visible_counts(layout: Tensor) -> Tensor:
 
 def _counts_by_block(fields: Tensor) -> Tensor:
     # Blocks in the order of document, block and stream: clean tokens precede noisy ones.
-    order = (Field.DOCUMENT, Field.BLOCK, Field.STREAM)
-    blocks, block_of, sizes = torch.unique(
-        fields[list(order)], dim=1, return_inverse=True, return_counts=True
-    )
-    document, _, stream = blocks
+    fields = fields[[Field.DOCUMENT, Field.BLOCK, Field.STREAM]]
+    _, num_blocks, num_streams = (fields.amax(dim=1) + 1).tolist()
+    # One number a token: to find equal columns takes twenty times as long.
+    numbered = (fields[0] * num_blocks + fields[1]) * num_streams + fields[2]
+    blocks, block_of, sizes = torch.unique(numbered, return_inverse=True, return_counts=True)
+    stream, block = blocks % num_streams, blocks // num_streams
+    document = block // num_blocks
     clean = torch.where(stream == CLEAN, sizes, 0)
     before = clean.cumsum(0) - clean  # clean tokens of earlier blocks, in all documents
     starts = torch.ones_like(document, dtype=torch.bool)
     starts[1:] = document[1:] != document[:-1]
     of_document = before[starts][starts.cumsum(0) - 1]  # those of earlier documents
     # A noisy block follows the clean one with its number, which it does not see.
-    number = torch.unique(blocks[:2], dim=1, return_inverse=True)[1]
+    starts[1:] = block[1:] != block[:-1]
+    number = starts.cumsum(0) - 1
     own = torch.zeros_like(sizes).index_add_(0, number, clean)
     seen = before - of_document - torch.where(stream == CLEAN, 0, own[number]) + sizes
     return seen[block_of]

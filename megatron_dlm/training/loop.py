@@ -204,6 +204,7 @@ class _Training:
         self._run = run
         self._logger = logger
         self._throughput = ThroughputMeter(run)
+        self._flops_per_token = flops_per_token(run)
         logging = run.config.logging
         self._is_new_best = self._has_left_evaluation = False
         self._best: HeldOutFigure | None = None
@@ -324,7 +325,7 @@ class _Training:
                 supervised_tokens=result.supervised_tokens,
                 response_tokens_total=progress.response_tokens_total,
                 trained_tokens_total=progress.trained_tokens_total,
-                flops_total=progress.trained_tokens_total * flops_per_token(run),
+                flops_total=progress.trained_tokens_total * self._flops_per_token,
                 response_length=collected.response_length,
                 tokens_per_forward=collected.tokens_per_forward,
                 eos_rate=collected.eos_rate,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_dlm.config import Config, ParameterGroup
 from megatron_dlm.errors import bad_value
+from megatron_dlm.megatron_internals import adam_is_torch
 from megatron_dlm.models.model_parameters import global_names
 from megatron_dlm.training.multi_tensor import install_multi_tensor
 
@@ -100,12 +101,14 @@ def _overrides(
     groups = {group.pattern: group for group in config.param_groups}
     rest = groups.pop(DEFAULT_GROUP, ParameterGroup(DEFAULT_GROUP))
     patterns = [_pattern(group) for group in groups.values()]
+    # One kernel for all parameters, as the libraries have it.
+    fused = {"fused": True} if optimizer_config.optimizer == "adam" and adam_is_torch() else {}
 
     def in_no_group(parameter: Tensor, _: str) -> bool:
         return not any(pattern.search(names[parameter]) for pattern in patterns)
 
     def add(group: ParameterGroup, predicate: Callable[[Tensor, str], bool]) -> None:
-        override: dict[str, Any] = {"name": group.pattern}
+        override: dict[str, Any] = {"name": group.pattern, **fused}
         if group.lr is not None:
             override["max_lr"] = config.lr_scale * group.lr
             override["min_lr"] = config.lr_scale * min(config.optimizer.min_lr, group.lr)
