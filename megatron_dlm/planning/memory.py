@@ -112,7 +112,7 @@ class MemoryModel:
         own, width = self.parameters(layout, stage), element_size(config)
         weights = width * own.all
         gradients = FP32 * own.trained
-        optimizer, largest = _optimizer(config, own, layout)
+        optimizer = _optimizer(config, own, layout)
         teacher, head = self._teacher_bytes(config, layout, stage)
         moved = config.distillation.offload_teacher
         idle = 0.0 if config.optimizer.offload_optimizer else gradients + optimizer
@@ -157,12 +157,8 @@ class MemoryModel:
             "loss": loss,
             "reserve": reserve,
         }
-        # Clipping and Adam's denominators are lists of tensors as large as what is updated at once.
-        phases["optimizer step"] = {
-            **resident_parts,
-            "step": FP32 * largest,
-            "reserve": reserve,
-        }
+        # Clipping and AdamW write in place.
+        phases["optimizer step"] = {**resident_parts, "reserve": reserve}
         host = 0.0
         if config.logging.save is not None:
             phases["save"] = {**resident_parts, "reserve": reserve}
@@ -362,8 +358,8 @@ def forward_bytes(
     return longest * layer + tokens * hidden * width
 
 
-def _optimizer(config: Config, own: Parameters, layout: Layout) -> tuple[float, int]:
-    """Bytes of a rank's optimizer state, and the elements that one of its steps takes at once.
+def _optimizer(config: Config, own: Parameters, layout: Layout) -> float:
+    """Bytes of a rank's optimizer state.
 
     Adam has two moments and, for bf16, main weights. Distributed, a rank has a share of them:
     dense parameters are shared by all copies of the model, experts by those that hold the same.
@@ -372,7 +368,7 @@ def _optimizer(config: Config, own: Parameters, layout: Layout) -> tuple[float, 
     if config.parallel.use_distributed_optimizer:
         copies = (layout.dense_copies, layout.expert_copies)
         parts = [-(-part // number) for part, number in zip(parts, copies, strict=True)]
-    return float(_bytes_of_state(config) * sum(parts)), max(parts)
+    return float(_bytes_of_state(config) * sum(parts))
 
 
 def _bytes_of_state(config: Config) -> int:

@@ -26,7 +26,9 @@ def scale(
 ) -> None:
     """Multiply the tensors of the first list into those of the second; interface of `amp_C`."""
     source, target = tensor_lists
-    torch._foreach_copy_(target, torch._foreach_mul(source, factor))
+    if source is not target:
+        torch._foreach_copy_(target, source)
+    torch._foreach_mul_(target, factor)
 
 
 def install_multi_tensor() -> None:

@@ -51,6 +51,10 @@ def test_without_apex_the_same_is_done_in_few_kernels(monkeypatch: pytest.Monkey
     multi_tensor.scale(0, nothing, [tensors, scaled], 0.3)
     for tensor, result in zip(tensors, scaled, strict=True):
         torch.testing.assert_close(result, tensor * 0.3)
+    same = [tensor.clone() for tensor in tensors]
+    multi_tensor.scale(0, nothing, [same, same], 0.3)
+    for tensor, result in zip(scaled, same, strict=True):
+        assert torch.equal(tensor, result)
     # What a library has is left alone.
     with mock.patch.object(clip_grads, "l2_norm_impl", len):
         multi_tensor.install_multi_tensor()
