@@ -30,8 +30,8 @@ from megatron_dlm.terminal import say
 MAX_RECORDINGS = 16
 """Recordings that are kept at once."""
 
-FORWARDS_BEFORE = 200
-"""Forwards before the first recording, which takes as long as hundreds of them."""
+FORWARDS_BEFORE = 600
+"""Forwards before the first recording: so many replayed ones save the time that it takes."""
 
 
 def obstacle(model: StageModel, generation: GenerationConfig, groups: ParallelGroups) -> str | None:
