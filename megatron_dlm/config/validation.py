@@ -5,14 +5,20 @@ that a run that cannot work ends within seconds. Each check raises `UserError` f
 that is broken, with the values that would work.
 """
 
+import importlib
+import pkgutil
 import re
 from itertools import chain
 
+from megatron_dlm.config import rules
 from megatron_dlm.config.fields import flag_of, value_of
-from megatron_dlm.config.rules import Refusals, model, objective, teacher, usage, values
+from megatron_dlm.config.rules import Refusals, refusals
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
+
+for _module in pkgutil.iter_modules(rules.__path__):  # they register themselves
+    importlib.import_module(f"{rules.__name__}.{_module.name}")
 
 _LAYOUT_FLAG = re.compile(r"--((?:tensor-model|pipeline-model|expert-\w+)-parallel-size)")
 
@@ -31,24 +37,16 @@ def _refuse(config: Config, *rules: Refusals, of_teacher: bool = False) -> None:
 
 def validate(config: Config, world_size: int) -> None:
     """Check every rule that needs no model, for a run of so many processes."""
-    needs, unused = objective.needs(config), usage.unused(config)
-    # From here on, rules look only at options that are used.
-    rules = (
-        objective.combinations,
-        objective.rollout_engine,
-        teacher.combinations,
-        values.combinations,
-    )
-    _refuse(config, needs, unused, *(rule(config) for rule in rules))
-    _refuse(config, teacher.processes(config, world_size), of_teacher=True)
-    students = config.student_ranks(world_size)
-    _refuse(config, model.processes(config, students), model.batches(config, students))
+    _refuse(config, *refusals("use", config))
+    _refuse(config, *refusals("options", config))  # they look only at options that are used
+    _refuse(config, *refusals("teacher processes", config, world_size), of_teacher=True)
+    _refuse(config, *refusals("processes", config, config.student_ranks(world_size)))
     validate_length(config)
 
 
 def validate_length(config: Config) -> None:
     """Check the rules that need the number of records, of a configuration `of_data`."""
-    _refuse(config, values.length(config))
+    _refuse(config, *refusals("length", config))
 
 
 def validate_architecture(
@@ -56,13 +54,9 @@ def validate_architecture(
 ) -> None:
     """Check every rule about the sizes of the model that is trained, and of its teacher."""
     models = (student,) if teacher is None or config.has_remote_teacher else (student, teacher)
-    decodes = config.decodes_itself or config.evaluates
-    of_student = (
-        model.parts(config, student),
-        model.architecture(config, student),
-        *((model.graphs(config, student),) if decodes else ()),
-    )
-    _refuse(config, model.experts_exist(config, *models), *of_student)
+    _refuse(config, *refusals("models", config, *models), *refusals("model", config, student))
+    if config.decodes_itself or config.evaluates:
+        _refuse(config, *refusals("decoding", config, student))
     if teacher is not None:
         validate_teacher(config, teacher)
 
@@ -70,7 +64,7 @@ def validate_architecture(
 def validate_teacher(config: Config, sizes: ModelSizes) -> None:
     """Check every rule about the sizes of a teacher with weights of its own."""
     try:
-        _refuse(config, teacher.architecture(config, sizes), of_teacher=True)
+        _refuse(config, *refusals("teacher model", config, sizes), of_teacher=True)
     except UserError as error:
         where, named = ("--teacher-load", config.teacher_load)
         if config.teacher.teacher_url:
@@ -85,7 +79,7 @@ def validate_layout(
 
     To try many layouts; `validate` and `validate_architecture` check these rules too.
     """
-    _refuse(config, model.processes(config, world_size), model.batches(config, world_size))
+    _refuse(config, *refusals("processes", config, world_size))
     validate_architecture(config, student, teacher)
 
 
@@ -102,10 +96,7 @@ def validate_inference(
         sizes: Of the model.
         decodes: Whether it generates.
     """
-    split = values.sequence_parallel(config), values.context_parallel(config, decodes)
-    of_model = (
-        model.experts_exist(config, sizes),
-        model.parts(config, sizes),
-        model.graphs(config, sizes),
-    )
-    _refuse(config, *split, model.processes(config, world_size), *of_model)
+    _refuse(config, *refusals("inference options", config))
+    of = {"use": decodes, "processes": world_size, "models": sizes, "model": sizes}
+    for stage, what in (of | {"decoding": sizes}).items():
+        _refuse(config, *refusals(f"inference {stage}", config, what))

@@ -3,7 +3,7 @@
 import math
 
 from megatron_dlm.config.fields import flag_of, value_of
-from megatron_dlm.config.rules import Refusals, divisors
+from megatron_dlm.config.rules import Refusals, divisors, rule
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.types.model_sizes import ModelSizes
@@ -31,6 +31,7 @@ def _divide(
         yield bad_value(flags, parts, problem, remedy or f"choose {divisors(whole)}")
 
 
+@rule("processes", "inference processes")
 def processes(config: Config, world_size: int) -> Refusals:
     """Every replica has the same number of processes, and so has every copy of the experts."""
     sizes = (TP, PP, CP) if config.parallel.context_parallel_size > 1 else (TP, PP)
@@ -43,6 +44,7 @@ def processes(config: Config, world_size: int) -> Refusals:
     yield from _divide(config, world_size // experts, rest, EP)
 
 
+@rule("processes")
 def batches(config: Config, world_size: int) -> Refusals:
     """Processes get equally many prompts and whole rows, and rollouts feed whole updates."""
     training, cp = config.training, config.parallel.context_parallel_size
@@ -67,6 +69,7 @@ def batches(config: Config, world_size: int) -> Refusals:
             yield f"rollout_batch_size: is no multiple of {name}; {remedy}"
 
 
+@rule("models", "inference models")
 def experts_exist(config: Config, *models: ModelSizes) -> Refusals:
     """Experts are spread over processes only where some model of the run has them."""
     if all(model.num_moe_experts is None for model in models):
@@ -76,6 +79,7 @@ def experts_exist(config: Config, *models: ModelSizes) -> Refusals:
             yield "expert_tensor_parallel_size: the model has no experts; leave it out"
 
 
+@rule("model", "inference model")
 def parts(config: Config, model: ModelSizes) -> Refusals:
     """Layers, heads and experts are shared evenly by the processes of a replica."""
     shared = {"attention heads": model.num_attention_heads, "query groups": model.num_query_groups}
@@ -90,6 +94,7 @@ def parts(config: Config, model: ModelSizes) -> Refusals:
     yield from _divide(config, model.moe_ffn_hidden_size, "the {} units of an expert", ETP)
 
 
+@rule("decoding", "inference decoding")
 def graphs(config: Config, model: ModelSizes) -> Refusals:
     """Forwards of a model that decodes are recorded where one process holds it, without experts."""
     if config.rollout.rollout_graphs != "on":
@@ -121,6 +126,7 @@ def positions(config: Config, model: ModelSizes) -> Refusals:
         yield f"max_response_length: {given} exceeds the model's {limit} positions; {remedy}"
 
 
+@rule("model")
 def architecture(config: Config, model: ModelSizes) -> Refusals:
     """What is trained fits the model: its layers, its vocabulary and its experts."""
     parallel, recompute, lora = config.parallel, config.model, config.lora

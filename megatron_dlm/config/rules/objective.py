@@ -4,7 +4,7 @@ import re
 
 from megatron_dlm.config.fields import flag_of, value_of
 from megatron_dlm.config.objective_traits import OBJECTIVE_TRAITS
-from megatron_dlm.config.rules import Refusals
+from megatron_dlm.config.rules import Refusals, rule
 from megatron_dlm.config.schema import DATA_OPTIONS, Config
 from megatron_dlm.rollout.strategies import STRATEGIES
 from megatron_dlm.types.divergence_spec import DivergenceSpec
@@ -12,6 +12,7 @@ from megatron_dlm.types.divergence_spec import DivergenceSpec
 _SERVER_URL = re.compile(r"https?://[^\s/?#]+")
 
 
+@rule("use")
 def needs(config: Config) -> Refusals:
     """The objective has the data, weights, duration, states and divergence that it needs."""
     DivergenceSpec.parse(config.distillation.divergence)
@@ -39,6 +40,7 @@ def needs(config: Config) -> Refusals:
         yield f"state_selection: {objective} has no such states; {remedy}"
 
 
+@rule("options")
 def combinations(config: Config) -> Refusals:
     """Adapters, teacher and states go together, and there is something to learn."""
     lora, distillation, rollout = config.lora, config.distillation, config.rollout
@@ -91,6 +93,7 @@ def combinations(config: Config) -> Refusals:
         yield f"offload_teacher: {problem}; drop it, or name a frozen copy with --teacher-load"
 
 
+@rule("options")
 def rollout_engine(config: Config) -> Refusals:
     """Servers that decode rollouts can do what the run asks for."""
     rollout, servers = config.rollout, config.engine

@@ -1,13 +1,14 @@
 """Rules about the teacher's precision, and about processes or servers of its own."""
 
 from megatron_dlm.config.fields import flag_of
-from megatron_dlm.config.rules import Refusals, model
+from megatron_dlm.config.rules import Refusals, model, rule
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
 from megatron_dlm.types.model_sizes import ModelSizes
 
 
+@rule("options")
 def combinations(config: Config) -> Refusals:
     """A teacher that other processes hold gives what is asked of it."""
     own, distillation = config.teacher, config.distillation
@@ -29,6 +30,7 @@ def combinations(config: Config) -> Refusals:
         yield f"teacher_precision: {problem}; choose bf16, or --transformer-impl local"
 
 
+@rule("teacher processes")
 def processes(config: Config, world_size: int) -> Refusals:
     """Processes are left for the student, and those of the teacher are whole replicas."""
     ranks = config.teacher.teacher_ranks
@@ -41,6 +43,7 @@ def processes(config: Config, world_size: int) -> Refusals:
         yield from model.processes(config.of_teacher(), ranks)
 
 
+@rule("teacher model")
 def architecture(config: Config, teacher: ModelSizes) -> Refusals:
     """Processes share the parts of a teacher evenly, and one that answers can be recorded."""
     own = config.of_teacher()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_dlm.config.fields import flag_of, option_fields, value_of
 from megatron_dlm.config.groups import SelfDistillationConfig
-from megatron_dlm.config.rules import Refusals
+from megatron_dlm.config.rules import Refusals, rule
 from megatron_dlm.config.rules.model import CP, PP, VIRTUAL
 from megatron_dlm.config.schema import HELD_OUT_OPTIONS, Config
 from megatron_dlm.config.teacher_options import TEACHER_LAYOUT
@@ -68,6 +68,7 @@ def is_used(config: Config, name: str) -> bool:
     return all(use.condition for use in uses(config) if name in use.names.split())
 
 
+@rule("use")
 def unused(config: Config) -> Refusals:
     """Unused options keep their defaults."""
     for use in uses(config):

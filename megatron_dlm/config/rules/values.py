@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from megatron_dlm.config.fields import flag_of, value_of
-from megatron_dlm.config.rules import Refusals, divisors
+from megatron_dlm.config.rules import Refusals, divisors, rule
 from megatron_dlm.config.schema import Config
 from megatron_dlm.errors import bad_value
 from megatron_dlm.extras import check_installed
@@ -13,6 +13,7 @@ from megatron_dlm.rollout.pages import PAGE_SIZE, pages_for
 from megatron_dlm.rollout.strategies import STRATEGIES
 
 
+@rule("options")
 def combinations(config: Config) -> Refusals:
     """Schedules, learning rates, packages and folders go together."""
     model, rollout, parallel = config.model, config.rollout, config.parallel
@@ -123,6 +124,7 @@ def _fp8(config: Config) -> Refusals:
         yield f"fp8_recipe: {lacking}; {remedy}"
 
 
+@rule("inference options")
 def sequence_parallel(config: Config) -> Refusals:
     """Sequence parallelism splits over the tensor-parallel processes, so there must be several."""
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
@@ -130,6 +132,7 @@ def sequence_parallel(config: Config) -> Refusals:
         yield f"sequence_parallel: {problem}; choose 2 or more, or --no-sequence-parallel"
 
 
+@rule("inference use")
 def context_parallel(config: Config, decodes: bool) -> Refusals:
     """Without training, ranks share nothing but sequences in decoding."""
     if config.parallel.context_parallel_size > 1 and not config.shares_tokens_in_rollouts:
@@ -155,6 +158,7 @@ def _is_missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 
 
+@rule("length")
 def length(config: Config) -> Refusals:
     """Schedules fit into the run; epochs of data that are not read yet give a length of 0."""
     rollout, rollouts, decay = config.rollout, config.num_rollouts, config.lr_decay_iters
