@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +20,7 @@ from megatron_dlm.training.run_folder import find_checkpoint, saved_iterations
 from megatron_dlm.training.run_history import events, last_event
 from megatron_dlm.training.run_start import decide_start
 from tests.distributed_tests.spawn import run_distributed
+from tests.faults.jobs import free_port
 from tests.faults.runs import check_same, metrics
 from tests.functional_tests.entry_points import PRETRAIN, Call, options
 from tests.refusal import refusal
@@ -324,8 +324,6 @@ def test_the_script_goes_on_with_a_run_on_more_processes(
     flags = [word for name, path in paths.items() for word in (f"--{name}", path)]
     assert call(PRETRAIN, "--config", recipe, *flags, "--num-rollouts", 1).status == 0
     assert not (run / DATA_CACHE).exists()  # nobody to share with
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     done = subprocess.run(
         ["bash", str(REPOSITORY / "examples" / "launch.sh"), str(recipe)],
         env={
@@ -334,7 +332,7 @@ def test_the_script_goes_on_with_a_run_on_more_processes(
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             "NPROC_PER_NODE": "2",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             "MODEL": str(files / "dense"),
             "PROMPTS": str(files / "prompts.jsonl"),
             "NUM_ROLLOUTS": "2",

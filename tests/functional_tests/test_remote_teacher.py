@@ -121,6 +121,10 @@ def recipe(folder: Path, save: str, **changes: Any) -> Config:
         max_response_length=12,
         num_rollouts=2,
         rollout_batch_size=16,
+        # Texts of a row by number: under a budget a server lays them into rows of its own.
+        global_batch_size=4,
+        micro_batch_size=2,
+        max_tokens_per_micro_batch=None,
         lr_warmup_iters=0,
         tensorboard=False,
         measure_machine=False,
