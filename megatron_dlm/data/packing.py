@@ -111,7 +111,7 @@ def _single(document: Document, row_mean: bool) -> TrainingBatch:
         labels=document.labels,
         weights=document.weights / max(count, 1) if row_mean else document.weights,
         targets=document.targets,
-        loss_count=int(document.loss_count != 0) if row_mean else count,
+        loss_count=int(count > 0) if row_mean else count,
     )
 
 
