@@ -2,7 +2,7 @@
 # make quickstart  convert the tiny model end to end and print the table
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
 # make study       measure all objectives side by side (hours; goes on where it was)
-# make test-fast   unit tests that are not marked slow (3 minutes on 2 cores)
+# make test-fast   unit tests that are not marked slow (4 to 6 minutes on 2 cores)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make test-core-latest   unit tests, golden losses and some layouts with the newest megatron-core
 # make test-layouts   context parallelism with every other kind, all objectives (10 minutes on 2 cores)
