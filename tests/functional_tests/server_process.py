@@ -39,7 +39,7 @@ class ServerProcess:
         self.process = PROCESSES.Process(target=_run, args=(words, str(log)), daemon=True)
         self.process.start()
         deadline = time.monotonic() + 120
-        while (found := re.search(r"http://127.0.0.1:\d+(?=\s)", self.output)) is None:
+        while (found := re.search(r"http://127.0.0.1:\d+(?=[\s/])", self.output)) is None:
             assert self.process.is_alive(), self.output
             assert time.monotonic() < deadline, self.output
             time.sleep(0.02)
@@ -58,6 +58,10 @@ class ServerProcess:
     def stop(self) -> int:
         """Send SIGTERM; the exit status."""
         os.kill(self.process.pid, signal.SIGTERM)
+        return self.end()
+
+    def end(self) -> int:
+        """Wait until the process has ended; its exit status."""
         self.process.join(60)
         assert self.process.exitcode is not None, "the server goes on"
         return self.process.exitcode

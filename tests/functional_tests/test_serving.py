@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +18,8 @@ import pytest
 
 from megatron_dlm.commands import main
 from tests.chat_templates import PLAIN
-from tests.distributed_tests.spawn import PROCESSES
 from tests.functional_tests.entry_points import GENERATE, Call, lines
+from tests.functional_tests.server_process import ServerProcess
 from tests.tiny import declare_diffusion_kind, save_random_model
 
 KEY = "a-key"
@@ -32,18 +31,8 @@ MESSAGES = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How m
 TEXTS = ["Tom has 3 apples.", "Five pens cost", "What is"]
 
 
-def _serve(arguments: list[str], log: str) -> None:
-    """In a process of its own: the command, its output in a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    sys.exit(main(["serve", *arguments]))
-
-
-class Server:
-    """A running server.
+class Server(ServerProcess):
+    """A running server, with OpenAI's client.
 
     Args:
         folder: Of its log.
@@ -51,25 +40,9 @@ class Server:
     """
 
     def __init__(self, folder: Path, *arguments: object) -> None:
-        self.log = folder / "log"
-        words = ["--port", "0", "--device", "cpu", *map(str, arguments)]
-        # One that a failed test leaves would be waited for when the tests end.
-        self.process = PROCESSES.Process(target=_serve, args=(words, str(self.log)), daemon=True)
-        self.process.start()
-        deadline = time.monotonic() + 120
-        while "\ncurl " not in self.output:
-            assert self.process.is_alive(), self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.02)
-        found = re.search(r"http://127.0.0.1:\d+", self.output)
-        assert found is not None
-        self.url = found[0]
+        super().__init__(folder / "log", "serve", *arguments)
         # One try: what is refused shall be seen.
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
 
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(self.url + path)
@@ -84,16 +57,6 @@ class Server:
         while not happened():
             assert time.monotonic() < deadline, self.output
             time.sleep(0.01)
-
-    def stop(self) -> int:
-        """Send SIGTERM; the exit status."""
-        os.kill(self.process.pid, signal.SIGTERM)
-        return self.end()
-
-    def end(self) -> int:
-        self.process.join(60)
-        assert self.process.exitcode is not None, "the server goes on"
-        return self.process.exitcode
 
     def chat(self, **fields: Any) -> Any:
         values = {"model": "tiny", "messages": MESSAGES, "max_tokens": LENGTH, **fields}

@@ -163,3 +163,19 @@ def test_both_losses_and_their_gradient(models: Models, data: st.DataObject) -> 
     assert reference is not None
     difference = (grad.double() - reference).abs().max()
     assert float(difference) <= 2e-4 * float(reference.abs().max()) + 1e-6
+
+
+def test_a_response_without_supervised_tokens_is_none_of_the_mean(models: Models) -> None:
+    """Its only token is an end, which is not supervised: the mean is over the other responses."""
+    options = {"objective": "opdlm_off", "loss_normalization": "row_mean", "supervise_eos": False}
+    config = Config.from_dict({"device": "cpu", "block_size": 1, **options})
+    assert config.diffusion_kind is not None
+    objective = OBJECTIVES["opdlm_off"](config, MASK, VOCABULARY, config.diffusion_kind)
+    prompt, step = torch.tensor([3]), torch.ones(1, dtype=torch.int64)
+    ended = Trajectory(0, prompt, torch.tensor([510]), step, finish_reason="eos")
+    other = Trajectory(1, prompt, torch.tensor([5]), step, finish_reason="length")
+    annotate(models, [ended, other], stored=False)
+    documents = [objective.document(t, torch.Generator()) for t in (ended, other)]
+    assert pack(documents[:1], row_mean=True).loss_count == 0
+    together, alone = (pack(d, row_mean=True) for d in (documents, documents[1:]))
+    assert together.loss_count == alone.loss_count == 1
