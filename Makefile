@@ -2,7 +2,7 @@
 # make quickstart  convert the tiny model end to end and print the table
 # make quickstart-moe   the same conversion for the tiny mixture of experts, short, under EP 2
 # make study       measure all objectives side by side (hours; goes on where it was)
-# make test-fast   unit tests that are not marked slow (4 to 6 minutes on 2 cores)
+# make test-fast   unit tests that are not marked slow (3 to 4 minutes on 2 cores)
 # make test        lint, type check and all tests, as .ci/run does (under 30 minutes)
 # make test-core-latest   unit tests, golden losses and some layouts with the newest megatron-core
 # make test-layouts   context parallelism with every other kind, all objectives (10 minutes on 2 cores)
@@ -117,7 +117,7 @@ lint: setup
 	$(BIN)/hadolint docker/Dockerfile
 
 test-fast: setup
-	$(BIN)/pytest tests/unit_tests -m 'not slow' $(FILES_AT_A_TIME) --durations 5
+	$(BIN)/pytest tests/unit_tests -m 'not slow' $(FILES_AT_A_TIME) --numprocesses 3 --durations 5
 
 test: lint
 	$(BIN)/pytest $(FILES_AT_A_TIME) --durations 15
@@ -127,7 +127,7 @@ test-layouts: setup
 	$(BIN)/pytest tests/distributed_tests -m layouts --numprocesses 2 --dist worksteal --durations 10
 
 test-core-latest: $(LATEST_STAMP)
-	$(LATEST)/bin/pytest $(FILES_AT_A_TIME) --durations 5 -m 'not slow' tests/unit_tests \
+	$(LATEST)/bin/pytest $(FILES_AT_A_TIME) --durations 5 tests/unit_tests \
 		tests/functional_tests/test_golden.py tests/distributed_tests/test_checkpoint_saving.py \
 		'$(LAYOUT)[TP2 PP2 SP]' '$(SHARED_ROWS)[moe EP2 CP2 DP2]'
 

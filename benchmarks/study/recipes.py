@@ -7,8 +7,10 @@ titles say otherwise. A recipe can start from models that others have trained.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import yaml
@@ -182,9 +184,14 @@ class Recipe:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """A flat recipe of the repository."""
-    options = yaml.safe_load((REPOSITORY / path).read_text(encoding="utf-8"))
+    options = _read_yaml(path)
     assert isinstance(options, dict), path
-    return options
+    return copy.deepcopy(options)
+
+
+@cache
+def _read_yaml(path: str) -> Any:
+    return yaml.safe_load((REPOSITORY / path).read_text(encoding="utf-8"))
 
 
 def max_response_length() -> int:

@@ -44,6 +44,7 @@ def test_memory_is_locked_in_its_own_size(monkeypatch: pytest.MonkeyPatch, answe
     assert not runtime.locked
 
 
+@pytest.mark.slow
 def test_a_device_is_selected_in_a_fresh_process() -> None:
     """Before anything else is imported; what is refused leaves the choice open."""
     code = """if True:

@@ -13,6 +13,7 @@ from typing import Any
 import megatron.core
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 STEPS = ("prefill step", "rollout step", "step of a new block")
 

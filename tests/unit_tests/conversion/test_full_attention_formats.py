@@ -162,6 +162,7 @@ def engine_responses(model, eos_token_id, **settings):
         ("low_confidence_dynamic", None),
     ],
 )
+@pytest.mark.slow
 def test_greedy_decoding_equals_the_rollout_engine(exported, strategy, steps, block_size):
     _, model, theirs = exported
     settings = {

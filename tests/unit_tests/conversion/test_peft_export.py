@@ -86,6 +86,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_peft_computes_what_the_merged_export_does(tmp_path, convert, name):
     from peft import PeftModel
 

@@ -56,6 +56,7 @@ def _random(family: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
+@pytest.mark.slow
 def test_there_and_back(tmp_path: Path, convert: Any, family: str) -> None:
     """Every family is decoded by blocks, and Qwen3 in every setting."""
     source, exported = two_mode_folder(tmp_path / "run", family), tmp_path / "exported"

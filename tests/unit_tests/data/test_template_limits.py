@@ -33,6 +33,7 @@ def test_one_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
         _render(LOOP)
 
 
+@pytest.mark.slow
 def test_one_that_takes_the_memory() -> None:
     with pytest.raises(UserError, match=r"jsonl:3: the chat template takes more than 2 GiB"):
         _render("{{ 'a' * 10**11 }}")

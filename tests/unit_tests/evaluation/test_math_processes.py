@@ -21,6 +21,7 @@ ANSWERS = {
 REFERENCE = "12"
 
 
+@pytest.mark.slow
 def test_processes_have_the_rewards_of_one() -> None:
     answers = [list(ANSWERS)[i % len(ANSWERS)] for i in range(2 * FEWEST + 1)]
     expected = [float(ANSWERS[answer]) for answer in answers]

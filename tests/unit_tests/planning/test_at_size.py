@@ -20,6 +20,7 @@ from megatron_dlm.planning.layouts import Layout
 from megatron_dlm.planning.memory import MemoryModel, RankMemory
 from megatron_dlm.planning.workload import Lengths
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 PROMPT, RESPONSE = 256, 1_024
 MOE, DENSE = "qwen3_30b_a3b", "qwen3_8b"

@@ -76,6 +76,7 @@ CHANGES: dict[str, tuple[GenerationConfig, list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.slow
 def test_settings_and_seeds_of_one_batch_do_not_mix(model: DiffusionGPTModel, kind: str) -> None:
     """More requests than slots, one after the other or together, some ended before their time."""
     generation, changes = CHANGES[kind]

@@ -53,6 +53,7 @@ def blocks_after(trajectory: Trajectory, forwards: int) -> tuple[list[int], int]
 
 @pytest.mark.parametrize("slots", [10, 3])
 @pytest.mark.parametrize("wanted", [1, 4, 7, 9])
+@pytest.mark.slow
 def test_what_is_left_is_a_beginning_of_the_whole_and_goes_on_to_it(
     model: DiffusionGPTModel, whole: dict[int, Trajectory], wanted: int, slots: int
 ) -> None:

@@ -24,6 +24,7 @@ N, COLUMNS, HIDDEN = 4, 151_936, 8
 FILTERS = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 50, 1.0), (1.0, 0, 0.95)]
 
 
+@pytest.mark.slow
 def test_kernels_draw_what_pytorch_draws() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit_tests.rollout.kernels_in_interpreter"],
@@ -60,6 +61,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, object], dict[str, str]]]:
 
 
 @pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.slow
 def test_kernels_compile_ahead_of_time_without_spills(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -226,6 +226,7 @@ def test_confidence_of_next_token_decoding_is_that_of_transformers(models: Model
         torch.testing.assert_close(trajectory.confidence, expected.detach())
 
 
+@pytest.mark.slow
 def test_any_of_several_ids_ends_a_response(model: DiffusionGPTModel) -> None:
     engine = make_engine(model, special_tokens=several_ends(SEVERAL_ENDS))
     prompts = make_prompts(LENGTHS * 2)

@@ -153,6 +153,7 @@ def test_trajectories_say_what_the_network_saw(
     assert (min(lengths) < 14) == (block_size is not None)  # an EOS leaves later blocks undecoded
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_batch(models: Models) -> None:
     prompts = make_prompts(LENGTHS * 2)
     for block_size in (None, 4):

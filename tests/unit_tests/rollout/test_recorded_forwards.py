@@ -156,6 +156,7 @@ def test_weights_that_change_are_read_where_they_are(model: DiffusionGPTModel) -
         linear.weight = original
 
 
+@pytest.mark.slow
 def test_what_the_host_decides_in_a_forward_is_noticed(
     model: DiffusionGPTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

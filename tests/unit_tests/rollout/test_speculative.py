@@ -244,6 +244,7 @@ def test_without_temperature_it_writes_what_next_token_decoding_writes(
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_distribution_is_the_autoregressive_one(
     models: Models, changes: dict[str, Any], prompt_length: int, drafts_are: str
 ) -> None:

@@ -77,6 +77,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.slow
 def test_no_program_forges_a_verdict(runner: CodeRunner) -> None:
     right = "def square(x):\n    print('noise')\n    return x * x"
     verdicts = runner.run((source, SQUARE) for source in (right, *FORGERIES.values()))

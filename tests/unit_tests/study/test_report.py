@@ -248,6 +248,7 @@ def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:
     assert "| SFT on the teacher's responses | 2 |" in report
 
 
+@pytest.mark.slow
 def test_report_names_the_cells_of_an_earlier_version(tmp_path: Path) -> None:
     cells, output = tmp_path / "cells", tmp_path / "output"
     cells.mkdir()

@@ -105,6 +105,7 @@ def save_run(folder: Path, source: ModelSource, model: DiffusionGPTModel) -> Mod
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.slow
 def test_weights_are_rounded_one_tensor_at_a_time(folder: Path, kind: str) -> None:
     """At no moment is more there than the finished model and a few tensors beside it."""
     config = Config.from_dict({"teacher_precision": "fp8", "device": "cpu"})

@@ -196,6 +196,7 @@ def test_mixture_is_decided_by_the_sample(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(trajectory.response_ids, other.response_ids)
 
 
+@pytest.mark.slow
 def test_mixture_trains_and_counts_only_the_students_forwards(folder: Path, tmp_path: Path) -> None:
     alone = run_training(run_config(folder, folder / "dense", save=str(tmp_path / "alone")))
     lines = {}
@@ -249,6 +250,7 @@ def test_fraction_over_the_rollouts(schedule: str, expected: list[float]) -> Non
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.slow
 def test_the_teacher_answers_what_the_run_takes_and_a_longer_run_the_rest(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:

@@ -59,6 +59,7 @@ def trained(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("objective", RUNS)
+@pytest.mark.slow
 def test_answers_are_those_of_the_command(folder: Path, tmp_path: Path, objective: str) -> None:
     """Of the checkpoint that is saved after the same update."""
     options, decodings = RUNS[objective]

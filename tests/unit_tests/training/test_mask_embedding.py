@@ -83,6 +83,7 @@ def _tables(rank: int, folder: Path, layout: dict[str, Any]) -> dict[str, torch.
     return tables(rank, folder, "tied", mask_embedding_init="mean", **layout)
 
 
+@pytest.mark.slow
 def test_the_same_row_under_tp_and_on_both_pipeline_stages(folder: Path) -> None:
     whole = tables(0, folder, "tied", mask_embedding_init="mean")[
         "embedding.word_embeddings.weight"

@@ -271,6 +271,7 @@ def _wandb_records(file: Path) -> Iterator[Any]:
             parts = b""
 
 
+@pytest.mark.slow
 def test_weights_and_biases_itself_has_one_run_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from megatron_dlm.training import multi_tensor
 from tests.tiny import REPOSITORY
 
 
+@pytest.mark.slow
 def test_with_apex_its_optimizer_and_kernels_get_every_parameter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit_tests.training.apex_steps"],

@@ -78,6 +78,7 @@ def test_views_have_their_values_again(constant: bool) -> None:
     ],
     ids=["float32", "bf16", "distributed", "moe bf16 distributed", "off_policy", "frozen copy"],
 )
+@pytest.mark.slow
 def test_phases_hold_what_they_use_and_results_are_the_same(
     folder: Path,
     tmp_path: Path,

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("share", "rollouts"), [(0.5, 2), (0.7, 4)])
+@pytest.mark.slow
 def test_every_sample_is_trained_on_once(folder: Path, share: float, rollouts: int) -> None:
     batches: list[Collected] = []
     collect = loop.collect
@@ -74,6 +75,7 @@ def test_every_sample_is_trained_on_once(folder: Path, share: float, rollouts: i
     assert decoded == lines[-1]["response_tokens_total"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_long_enough_for_what_it_has_begun(folder: Path) -> None:
     run = str(folder / "long")
     options = {**PARTIAL, "save": run, "partial_rollouts": 0.5, "save_interval": 6}

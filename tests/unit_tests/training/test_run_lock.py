@@ -20,8 +20,9 @@ from megatron_dlm.training.run_lock import LOCK, owned_run_folder
 
 HOLD = """
 import sys, time
-from megatron_dlm.training.run_lock import owned_run_folder
-with owned_run_folder(sys.argv[1]):
+from megatron_dlm.training import run_lock
+run_lock.TOUCH_SECONDS, run_lock.WATCH_SECONDS = 0.1, 3.0
+with run_lock.owned_run_folder(sys.argv[1]):
     print("owned", flush=True)
     time.sleep(600)
 """

@@ -91,6 +91,7 @@ def test_recomputation_changes_nothing(
     _check(recomputed, _reference(folder, references, model), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_modes_train_alike_however_it_is_computed(folder: Path, tmp_path: Path) -> None:
     options = dict(context_attention="causal", causal_loss_weight=0.5, num_rollouts=1)
     lines = _run(folder, tmp_path / "plain", **options)
@@ -115,6 +116,7 @@ def test_two_modes_train_alike_however_it_is_computed(folder: Path, tmp_path: Pa
     assert second == pytest.approx(0.5 * lines[1]["causal_loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_is_the_same_however_it_is_computed(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ UPDATES_OF: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", UPDATES_OF)
+@pytest.mark.slow
 def test_a_budget_of_tokens_changes_no_gradient(
     folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

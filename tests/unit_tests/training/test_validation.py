@@ -76,6 +76,7 @@ def test_training_is_the_same_bit_for_bit(folder: Path, tmp_path: Path, model: s
     ("objective", "options"),
     [("scp", {}), ("scp", {"loss_normalization": "row_mean"}), ("sft", {}), ("next_token", {})],
 )
+@pytest.mark.slow
 def test_frozen_weights_have_one_loss(
     folder: Path, tmp_path: Path, objective: str, options: dict[str, Any]
 ) -> None:
