@@ -9,12 +9,13 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 run="${QUICKSTART_RUN:-runs/quickstart}"
 max_examples="${MAX_EXAMPLES:-500}"
+max_before=$((max_examples < 200 ? max_examples : 200))  # noise takes long to decode
 started=$(date +%s)
 
 say() { printf '\n\033[1m[%4ds] %s\033[0m\n' "$(($(date +%s) - started))" "$*"; }
-evaluate() {  # evaluate <checkpoint> <settings> <output>
+evaluate() {  # evaluate <checkpoint> <problems> <settings> <output>
   torchrun --nproc-per-node 2 tools/evaluate.py --load "$1" --data "$run/data/heldout.jsonl" \
-    --max-examples "$max_examples" --block-size 4 --max-response-length 40 --settings "$2" --output "$3"
+    --max-examples "$2" --block-size 4 --max-response-length 40 --settings "$3" --output "$4"
 }
 
 if [[ -e "$run" && ! -d "$run/data" ]]; then
@@ -31,7 +32,7 @@ say "Importing the autoregressive model into a Megatron checkpoint"
 python tools/convert_checkpoint.py --load examples/tiny/qwen3 --save "$run/teacher" --target-format megatron
 
 say "Evaluating it: autoregressively, then as a block-diffusion model that it is not yet"
-evaluate "$run/teacher" autoregressive,static,dynamic:0.9,dynamic:0.7 "$run/before.json"
+evaluate "$run/teacher" "$max_before" autoregressive,static,dynamic:0.9,dynamic:0.7 "$run/before.json"
 
 say "Converting it by on-policy distillation on 2 processes"
 torchrun --nproc-per-node 2 pretrain_opdlm.py --config examples/tiny/opdlm.yaml \
@@ -40,7 +41,7 @@ torchrun --nproc-per-node 2 pretrain_opdlm.py --config examples/tiny/opdlm.yaml 
   --eval-decodings dynamic:0.9 --eval-temperature 0 "$@"
 
 say "Evaluating the converted model"
-evaluate "$run" static,dynamic:0.9,dynamic:0.7 "$run/after.json"
+evaluate "$run" "$max_examples" static,dynamic:0.9,dynamic:0.7 "$run/after.json"
 
 say "Exporting it to Hugging Face format"
 python tools/convert_checkpoint.py --load "$run" --save "$run/hf" --target-format sdar \
