@@ -8,6 +8,7 @@ import pytest
 from benchmarks import gpu, gpu_parts
 
 
+@pytest.mark.slow
 def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "gpu.json"
     monkeypatch.setattr(gpu, "run_tests", lambda: {"tests": 0, "failed": []})  # pytest in pytest

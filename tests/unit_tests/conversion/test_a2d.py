@@ -114,6 +114,7 @@ def engine_responses(model: torch.nn.Module, pattern: str) -> list[list[int]]:
         ("mistral", "full"),
     ],
 )
+@pytest.mark.slow
 def test_there_and_back_from_dllm(tmp_path, convert, family, pattern):
     source, exported = dllm_folder(tmp_path / "dllm", family), tmp_path / "exported"
     format = json.loads((source / "config.json").read_text())["model_type"]

@@ -141,6 +141,7 @@ TURNS = {
 
 
 @pytest.mark.parametrize("kind", TURNS)
+@pytest.mark.slow
 def test_a_later_turn_computes_what_is_new(model: DiffusionGPTModel, kind: str) -> None:
     """Its prompt begins with that of an earlier one and the answer; both may have been cut."""
     generation, limit = TURNS[kind], 60

@@ -96,6 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_replayed_rollouts_are_the_same_in_every_bit(model: DiffusionGPTModel) -> None:
     """Under every setting; one recording is of all, for it is of the model."""
     recorder = TracedForwards(model, after=0)
@@ -342,6 +343,7 @@ def test_whatever_a_capture_raises_the_modules_run(
     [{"top_k": 5, "top_p": 0.9}, SPECULATIVE],
     ids=["filters", "speculative"],
 )
+@pytest.mark.slow
 def test_graphs_of_fixed_sizes_and_memory(
     model: DiffusionGPTModel, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

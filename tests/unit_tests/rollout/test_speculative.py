@@ -211,6 +211,7 @@ def test_cached_decoding_equals_full_forwards(models: Models, changes: dict[str,
     [{}, {"block_size": 2}, {"block_size": 8, "draft_steps": 3}, {"chunked_prefill_size": 4}],
     ids=str,
 )
+@pytest.mark.slow
 def test_without_temperature_it_writes_what_next_token_decoding_writes(
     models: Models, changes: dict[str, Any]
 ) -> None:

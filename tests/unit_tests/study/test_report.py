@@ -205,6 +205,7 @@ def test_plateau_of_the_long_run(results: list[dict[str, Any]], last: float, ver
     assert plateau_claims(results)[0].verdict == verdict
 
 
+@pytest.mark.slow
 def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     cells, output = tmp_path / "cells", tmp_path / "output"
     cells.mkdir()
@@ -238,6 +239,7 @@ def test_report_is_written_from_the_raw_results_alone(tmp_path: Path) -> None:
     assert all("curves" in cell["training"] for cell in raw["cells"] if "training" in cell)
 
 
+@pytest.mark.slow
 def test_report_of_an_incomplete_study_says_so(tmp_path: Path) -> None:
     cells, output = tmp_path / "cells", tmp_path / "output"
     cells.mkdir()

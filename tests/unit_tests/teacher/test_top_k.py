@@ -71,6 +71,7 @@ def test_stored_targets_are_those_of_transformers(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("tail", ["bucket", "ignore"])
+@pytest.mark.slow
 def test_training_is_that_with_the_teacher_present(folder: Path, tmp_path: Path, tail: str) -> None:
     options = dict(divergence="forward_kl:0.5,reverse_kl", divergence_tail=tail)
     stored = run_training(off_policy(folder, tmp_path / "stored", **options))

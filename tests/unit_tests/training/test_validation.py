@@ -54,6 +54,7 @@ def saved_tensors(save: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.slow
 def test_training_is_the_same_bit_for_bit(folder: Path, tmp_path: Path, model: str) -> None:
     plain = run(folder, tmp_path / "plain", model, **SCP)
     prompts = dict(eval_prompts=str(folder / "prompts.jsonl"), eval_prompts_interval=3)
