@@ -18,7 +18,7 @@ from torch.distributed import (  # type: ignore[attr-defined] # documented, not 
 )
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_dlm import platform
+from megatron_dlm import object_exchange, platform
 from megatron_dlm.config.schema import Config
 from megatron_dlm.entry import collect_garbage_as_usual, rank, world_size
 from megatron_dlm.errors import UserError
@@ -334,20 +334,16 @@ def on_all_ranks(holds: bool) -> bool:
 
 def on_rank_zero(own: list[T]) -> list[T]:
     """The lists of all ranks, joined, on rank 0, and nothing on the others; all call this."""
-    gathered: list[list[T]] | None = None
-    if torch.distributed.get_rank() == 0:
-        gathered = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.gather_object(own, gathered, dst=0)
-    return [entry for part in gathered or [] for entry in part]
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    return [entry for part in object_exchange.gather(own, world) for entry in part]
 
 
 def of_all_replicas(own: list[T], groups: ParallelGroups) -> list[T]:
     """The lists of all replicas of the model, joined, on all of them; all ranks call this."""
     if groups.replicas is None:
         return own
-    gathered: list[list[T]] = [[] for _ in range(groups.num_replicas)]
-    torch.distributed.all_gather_object(gathered, own, group=groups.replicas)
-    return [entry for part in gathered for entry in part]
+    return [entry for part in object_exchange.all_gather(own, groups.replicas) for entry in part]
 
 
 @contextmanager

@@ -6,13 +6,13 @@ same texts or prompts; each replica takes its share, and the first rank gets all
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm import platform
+from megatron_dlm import object_exchange, platform
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
@@ -237,9 +237,4 @@ class TextTeacher:
 
     def _on_first(self, own: T) -> list[T]:
         """What all ranks in step have, on the first of them; empty on the others."""
-        if self.in_step is None:
-            return [own]
-        gathered: list[Any] = [None] * self.in_step.size()
-        first = dist.get_process_group_ranks(self.in_step)[0]
-        dist.gather_object(own, gathered if self.is_first else None, first, self.in_step)
-        return gathered if self.is_first else []
+        return [own] if self.in_step is None else object_exchange.gather(own, self.in_step)

@@ -12,13 +12,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm import platform
+from megatron_dlm import object_exchange, platform
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.config.schema import Config
 from megatron_dlm.distillation.vocab_parallel_top_k import vocab_parallel_top_k
@@ -105,8 +104,7 @@ class SelfTeacher:
                 work.done = min(start + size, len(own))
         self.model.train(training)
         if self._groups.cp is not None:
-            targets: list[list[Any]] = [[] for _ in range(self._groups.cp_size)]
-            dist.all_gather_object(targets, [t.targets for t in own], group=self._groups.cp)
+            targets = object_exchange.all_gather([t.targets for t in own], self._groups.cp)
             for part, of_part in enumerate(targets):
                 for trajectory, found in zip(
                     trajectories[part :: self._groups.cp_size], of_part, strict=True

@@ -13,7 +13,7 @@ import megatron_dlm
 ROOT = Path(megatron_dlm.__file__).parent
 
 ORDER = (
-    ("errors",),
+    ("errors", "object_exchange"),
     ("regular_file", "launcher", "activity", "output_file", "terminal", "megatron_internals"),
     ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges", "api_key"),
     ("platform", "rank_watch", "stop_request", "server_requests"),

@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
+from megatron_dlm import object_exchange
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.errors import UserError
 from megatron_dlm.parallel import ParallelGroups, errors_on_all_ranks, from_rank_zero
@@ -303,12 +302,7 @@ class ServerRolloutEngine:
 
     def _on_all_ranks_of_replica(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         group = self.groups.model
-        if group is None:
-            return trajectories
-        shared: list[Any] = [trajectories]
-        dist.broadcast_object_list(shared, group=group, group_src=0)
-        received: list[Trajectory] = shared[0]
-        return received
+        return trajectories if group is None else object_exchange.broadcast(trajectories, group)
 
 
 def _key(prompts: Sequence[Prompt], max_response_length: int) -> _Key:
