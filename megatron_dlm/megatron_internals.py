@@ -52,6 +52,21 @@ def replace_generator_state(get: Callable[..., Tensor], set_: Callable[..., None
     random._set_cuda_rng_state = set_
 
 
+@contextmanager
+def known_grad_norm(optimizer: Any, grad_norm: Any) -> Iterator[None]:
+    """Within the block an optimizer's step clips by this norm, which it would compute again.
+
+    Args:
+        optimizer: Megatron's, of one model.
+        grad_norm: What its `get_grad_norm` has just returned.
+    """
+    optimizer.get_grad_norm = lambda: grad_norm
+    try:
+        yield
+    finally:
+        del optimizer.get_grad_norm
+
+
 def replace_multi_tensor(l2_norm: Callable[..., Any], scale: Callable[..., None]) -> None:
     """Clip gradients by these functions, unless a library with kernels for it is installed.
 

@@ -24,11 +24,13 @@ class ForwardFlops:
         per_token: Of the layers' projections; of experts, those that a token is routed to.
         per_pair: Of scores and context of a visible pair of query and key.
         per_logits: Of the output layer at one token.
+        feed_forward: Of one layer's feed-forward part at one token, a part of `per_token`.
     """
 
     per_token: int
     per_pair: int
     per_logits: int
+    feed_forward: int
 
     @classmethod
     def of(cls, architecture: Architecture) -> "ForwardFlops":
@@ -48,11 +50,21 @@ class ForwardFlops:
             per_token=2 * a.num_layers * (attention + mlp),
             per_pair=2 * a.num_layers * 2 * heads * size,
             per_logits=2 * a.hidden_size * a.vocab_size,
+            feed_forward=2 * mlp,
         )
 
-    def forward(self, tokens: int, pairs: int, logits: int) -> int:
-        """FLOPs of forward passes over so many tokens, visible pairs and tokens with logits."""
-        return tokens * self.per_token + pairs * self.per_pair + logits * self.per_logits
+    def forward(self, tokens: int, pairs: int, logits: int, read: int | None = None) -> int:
+        """FLOPs of forward passes over so many tokens, visible pairs and tokens with logits.
+
+        Args:
+            tokens: Tokens.
+            pairs: Pairs of a query and a key that it sees.
+            logits: Tokens whose logits are computed.
+            read: Tokens whose hidden states are read, where the last layer's feed-forward part
+                leaves out the others (`models.layer`); None: all.
+        """
+        left_out = 0 if read is None else (tokens - read) * self.feed_forward
+        return tokens * self.per_token + pairs * self.per_pair + logits * self.per_logits - left_out
 
 
 def visible_pairs(layout: Tensor) -> int:

@@ -97,7 +97,7 @@ class Likelihoods:
         for i in range(most_rows(len(rows))):
             part = work[rows[i]] if i < len(rows) else []
             self._add_row(found, part)
-        return [float(value) for value in reduce_sums([found], self.groups, len(pairs))]
+        return [float(value) for value in reduce_sums(found, self.groups)]
 
     def _add_row(self, found: Tensor, part: Sequence[tuple[int, Document, Tensor]]) -> None:
         """Run a row of documents, and add their weighted log-probabilities to those of the pairs.

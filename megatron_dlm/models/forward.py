@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ class Row:
         attention: Layout of 4 to 6 rows and S columns, or with those of a share of a row
             (`context_parallel.Share`); or a `CachedAttention`, which ignores the padding tokens
             after its own.
+        read: [n] int64, the tokens whose hidden states are wanted; None: all.
     """
 
     token_ids: Tensor
     position_ids: Tensor
     attention: Tensor | CachedAttention
+    read: Tensor | None = None
 
 
 def pad_row(row: Row, multiple: int) -> Row:
@@ -49,7 +51,8 @@ def pad_row(row: Row, multiple: int) -> Row:
     attention = row.attention
     if isinstance(attention, Tensor):
         attention = pad_layout(attention, attention.shape[1] + missing)
-    return Row(
+    return replace(
+        row,
         token_ids=torch.cat((row.token_ids, zeros)),
         position_ids=torch.cat((row.position_ids, zeros)),
         attention=attention,
@@ -144,18 +147,25 @@ def forward_row(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
         model: This rank's part of a `StageModel`; under Megatron's schedule as it passes it.
         row: As `padded_rows` returns it, as the flag.
         equally_long: Whether the ranks that share experts have rows of the same length.
+
+    Returns:
+        As the model does, of the whole row; zero at tokens that are not read, or theirs.
     """
     attention = row.attention
     if isinstance(attention, Tensor):
         attention = attention.to(platform.device())
-    token_ids, position_ids = platform.to_device(row.token_ids, row.position_ids)
+    chosen = () if row.read is None else (row.read,)
+    token_ids, position_ids, *read = platform.to_device(row.token_ids, row.position_ids, *chosen)
     with rows_of_equal_length() if equally_long else nullcontext():
         hidden: Tensor = model(
             input_ids=token_ids[None],
             position_ids=position_ids[None],
             attention_mask=attention,
+            read=read[0] if read else None,
         )
-    return hidden
+    if not read or not chunks_of(model)[0].leaves_out(read[0]):
+        return hidden
+    return hidden.new_zeros(len(token_ids), *hidden.shape[1:]).index_copy_(0, read[0], hidden)
 
 
 @torch.no_grad()
@@ -171,7 +181,7 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
 
     Returns:
         On the last pipeline stage, per row, [S, h] on every tensor-parallel rank, without the
-        padding; on other stages None.
+        padding, or [n, h] of the tokens that are read; on other stages None.
     """
     config = get_model_config(model)
     padded, equally_long = padded_rows(model, whole_rounds(model, rows))
@@ -201,4 +211,9 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         return None
     if config.sequence_parallel:
         outputs = [gather_from_sequence_parallel_region(output) for output in outputs]
-    return [output[: len(row.token_ids), 0] for output, row in zip(outputs, rows, strict=False)]
+    return [
+        output[: len(row.token_ids), 0]
+        if row.read is None
+        else output[:, 0].index_select(0, *platform.to_device(row.read))
+        for row, output in zip(rows, outputs, strict=False)
+    ]

@@ -89,6 +89,8 @@ def drop_out_adapter_inputs(model: torch.nn.Module, dropout: float, seed: int) -
     for _, _, module in _modules(model):
         if isinstance(module, TransformerLayer):
             _keep_keys_at_hand(module)
+    for chunk in chunks_of(model):
+        chunk.reads_early = False  # adapters have the keys of a whole row
 
 
 def of_updates(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,16 +32,19 @@ class DiffusionGPTModel(GPTModel):
     Attributes:
         num_tokens: Tokens of the vocabulary, without the rows that the embedding is padded with.
         attention_tile: Tokens that the attention kernel works on at a time; 1 where it has none.
+        reads_early: Whether the last layer's feed-forward part leaves out tokens that are not read.
     """
 
     num_tokens: int
     attention_tile: int
+    reads_early: bool
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | CachedAttention,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Run the layers of this pipeline stage.
 
@@ -50,9 +53,11 @@ class DiffusionGPTModel(GPTModel):
             position_ids: [1, S] int64.
             attention_mask: Layout tensor of a row or of a share of one (`attention_layout`,
                 `context_parallel`), or a `CachedAttention`.
+            read: [n] int64, the tokens whose final hidden states are wanted; None: all.
 
         Returns:
-            [S, 1, h], normalised on the last stage; [S / tp, 1, h] under sequence parallelism.
+            [S, 1, h], normalised on the last stage, or there, where it `leaves_out` tokens,
+            [n, 1, h] of those that are read; [S / tp, 1, h] under sequence parallelism.
 
         Raises:
             RuntimeError: An id is outside the vocabulary; on CUDA raised asynchronously.
@@ -68,8 +73,16 @@ class DiffusionGPTModel(GPTModel):
         return self.decoder(
             hidden_states=embedded,
             attention_mask=attention_mask,
+            context_mask=read if self.leaves_out(read) else None,  # see `DiffusionLayer`
             rotary_pos_emb=self._rotation(position_ids[0]),
         )
+
+    def leaves_out(self, read: Tensor | None) -> bool:
+        """Whether the last stage returns the tokens that are read alone.
+
+        Kernels are never given no token at all.
+        """
+        return self.reads_early and self.post_process and read is not None and len(read) > 0
 
     def _rotation(self, positions: Tensor) -> Tensor:
         """The `rotation` of positions [S]."""
@@ -157,23 +170,23 @@ def head_weight(model: torch.nn.Module) -> Tensor:
     return weight
 
 
-def full_hidden_states(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
-    """Hidden states of all tokens of the row on every tensor-parallel rank, as input of the head.
+def read_hidden_states(model: torch.nn.Module, output: Tensor, read: Tensor) -> Tensor:
+    """Hidden states of the tokens that are read, on every tensor-parallel rank, for the head.
 
     The head is split over the vocabulary, so each rank has a part of the gradient of the hidden
     states: the backward pass sums these parts over the tensor-parallel group.
 
     Args:
-        hidden_states: What `DiffusionGPTModel.forward` returned on the last stage.
-        sequence_parallel: Whether they are only this rank's part of the row.
+        model: The `DiffusionGPTModel` of the last stage, possibly wrapped for training.
+        output: What its `forward` returned, with the same `read`.
+        read: [n] int64, tokens of the row.
 
     Returns:
-        [S, h].
+        [n, h].
     """
-    if sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=True
-        )
-    else:
-        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-    return hidden_states[:, 0]
+    (chunk,) = chunks_of(model)
+    if chunk.config.sequence_parallel:
+        output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True)
+        return output[read, 0]
+    hidden = output[:, 0] if chunk.leaves_out(read) else output[read, 0]
+    return copy_to_tensor_model_parallel_region(hidden)

@@ -23,6 +23,7 @@ from megatron_dlm.megatron_internals import has_fused_rotary, spec_submodules
 from megatron_dlm.models.architecture import Architecture
 from megatron_dlm.models.attention import FLEX_TILE, DiffusionAttention
 from megatron_dlm.models.fp8 import check_fp8_sizes
+from megatron_dlm.models.layer import DiffusionLayer
 from megatron_dlm.models.lora_layers import LoRAColumnParallelLinear, LoRARowParallelLinear
 from megatron_dlm.models.model import DiffusionGPTModel, ModelChunks, StageModel
 from megatron_dlm.models.moe_layer import GroupedMoELayer
@@ -175,6 +176,7 @@ def _layer_spec(
             spec_submodules(layer.submodules.mlp).activation_func = SwiGLU
         else:
             layer.submodules.mlp = GroupedMoELayer
+    layer.module = DiffusionLayer
     layer.submodules.self_attention.module = RotatedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=DiffusionAttention, params={"backend": attention_backend}
@@ -245,6 +247,10 @@ def _build_chunk(
         )
     model.num_tokens = architecture.vocab_size
     model.attention_tile = FLEX_TILE if attention_backend(config) == "flex" else 1
+    # Where ranks have parts of a row, equal parts of all rows, or whole tiles, they keep them.
+    model.reads_early = not (
+        megatron_config.sequence_parallel or architecture.is_moe or megatron_config.fp8
+    )
     if architecture.rope_scaling is not None:
         model.rotary_pos_emb.inv_freq = scaled_frequencies(
             architecture.rope_scaling, architecture.rotary_base, architecture.kv_channels

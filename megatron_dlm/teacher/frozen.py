@@ -5,6 +5,7 @@ context parallelism its rows are shared as those of updates are, and so are the 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -89,12 +90,24 @@ class FrozenTeacher:
                 clean = [clean_row([texts[i] for i in row], "causal") for row in chunk]
                 of_rows = [[trajectories[i] for i in row] for row in chunk]
                 if self._groups.cp is None:
-                    _set_targets(of_rows, forward_hidden(self.model, clean))
+                    self._set_targets(of_rows, clean)
                 else:
                     self._share_targets(of_rows, clean)
                 work.done += len(chunk)
         if self._kept:
             self.hidden, self._kept = torch.cat(self._kept), []
+
+    def _set_targets(self, groups: Sequence[Sequence[Trajectory]], rows: Sequence[Row]) -> None:
+        """Run rows of trajectories, and give each what predicts its response."""
+        reading = [
+            replace(row, read=torch.cat([torch.arange(0), *map(_range, _predicting(group))]))
+            for group, row in zip(groups, rows, strict=True)
+        ]
+        hidden_rows = forward_hidden(self.model, reading)
+        for group, hidden in zip(groups, hidden_rows or (), strict=hidden_rows is not None):
+            own = hidden.split([len(trajectory.response_ids) for trajectory in group])
+            for trajectory, targets in zip(group, own, strict=True):
+                trajectory.targets = HiddenTargets(targets)
 
     def _share_targets(self, groups: Sequence[Sequence[Trajectory]], rows: Sequence[Row]) -> None:
         """As `_set_targets`, of rows that the ranks of the context-parallel group share."""
@@ -137,15 +150,6 @@ def rows_in_flight(config: Config) -> int:
     return 1 if stages == 1 else ROWS_PER_STAGE * stages
 
 
-def _set_targets(
-    groups: Sequence[Sequence[Trajectory]], hidden_rows: Sequence[torch.Tensor] | None
-) -> None:
-    """Cut the hidden states [S, h] of rows into those that predict the responses."""
-    for group, hidden in zip(groups, hidden_rows or (), strict=hidden_rows is not None):
-        for trajectory, where in zip(group, _predicting(group), strict=True):
-            trajectory.targets = HiddenTargets(hidden[where].clone())
-
-
 def _predicting(group: Sequence[Trajectory]) -> list[slice]:
     """The tokens of a row of trajectories that predict the response of each."""
     found, start = [], 0
@@ -154,3 +158,7 @@ def _predicting(group: Sequence[Trajectory]) -> list[slice]:
         found.append(slice(start + len(trajectory.prompt_ids) - 1, start + length))
         start += length
     return found
+
+
+def _range(where: slice) -> torch.Tensor:
+    return torch.arange(where.start, where.stop)

@@ -83,7 +83,9 @@ def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingB
     planned = len(rows)
     if packing.max_tokens is None:
         planned = len(packing.rows([0] * len(share.trajectories)))
-    agreed = rows_of_rounds(run.student.model, packing.agreed(planned))
+    # Only ranks that share experts have to run equally many.
+    agreed = packing.agreed(planned) if run.inputs.architecture.is_moe else max(planned, 1)
+    agreed = rows_of_rounds(run.student.model, agreed)
     rows += [empty] * (agreed - len(rows))
     teacher_hidden = run.teacher.hidden if isinstance(run.teacher, FrozenTeacher) else None
     return own_shares(rows, run.groups, row_multiple(run.student.model), teacher_hidden)
@@ -289,6 +291,7 @@ class _Training:
             batches,
             run.teacher.head if run.teacher is not None else None,
             run.groups,
+            self._throughput.counted(batches),
         )
         run.is_saved = False
         if update == 0:
@@ -332,7 +335,9 @@ class _Training:
                 accuracy=collected.accuracy,
                 solved_rate=collected.solved_rate,
                 time=times,
-                throughput=self._throughput.update(batches, times, result.stage_wait_seconds),
+                throughput=self._throughput.update(
+                    result.counted, times, result.stage_wait_seconds
+                ),
                 validation_loss=held_out_loss,
                 skipped_updates=progress.skipped_updates,
                 loss_by_position=result.loss_by_position,

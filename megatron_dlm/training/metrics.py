@@ -259,9 +259,7 @@ class MetricsLogger:
             )
             if lengths is not None and is_first and any(lengths.counts):
                 self._log_lengths(lengths, metrics.step)
-            if self._board is not None:
-                for name, value in scalars.items():
-                    self._board.add_scalar(name, value, metrics.step)
+            self._log_scalars(scalars, metrics.step)
             if self._wandb is not None:
                 self._wandb.log({"step": metrics.step, **scalars})
         self._window_tokens += metrics.supervised_tokens
@@ -306,13 +304,20 @@ class MetricsLogger:
         if self._file is not None:
             self._file.add_evaluation(step, evaluation, seconds)
         scalars = _scalars({"evaluation": evaluation})
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        self._log_scalars(scalars, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **scalars})
         parts = [f"step {step}/{self._total_steps}", *_evaluation_parts(evaluation)]
         self.print(wrapped(parts))
+
+    def _log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Add all to TensorBoard as one event: `add_scalar` takes ten times as long, one by one."""
+        if self._board is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._board.file_writer.add_summary(Summary(value=values), step)
 
     def _log_lengths(self, lengths: LengthHistogram, step: int) -> None:
         """Add the histogram of a rollout batch, taking each response for the middle of its bin."""

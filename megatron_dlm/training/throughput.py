@@ -13,6 +13,7 @@ from megatron_dlm.accounting.machine import measured
 from megatron_dlm.data.packing import TrainingBatch
 from megatron_dlm.idle import NEIGHBOURS
 from megatron_dlm.models.attention_layout import PADDING_DOCUMENT, Field
+from megatron_dlm.models.model import chunks_of
 from megatron_dlm.rollout.work import RolloutWork
 from megatron_dlm.teacher.frozen import FrozenTeacher
 from megatron_dlm.training.metrics import PhaseTimes, Throughput
@@ -67,6 +68,10 @@ class ThroughputMeter:
         own = run.inputs.teacher
         teacher = run.inputs.architecture if own is None else own.source.architecture
         self._teacher_flops = ForwardFlops.of(teacher)
+        self._reads_early = chunks_of(run.student.model)[-1].reads_early
+        self._teacher_reads_early = False
+        if isinstance(run.teacher, FrozenTeacher):
+            self._teacher_reads_early = chunks_of(run.teacher.model)[-1].reads_early
         config = run.config
         self._gpus = torch.distributed.get_world_size()
         # Ranks that decode together count the same forwards.
@@ -117,23 +122,29 @@ class ThroughputMeter:
             part = self._run.groups.part_of_shared(trajectories)
             lengths = [len(t.token_ids) - 1 for t in part]
             pairs = sum(causal_pairs(length) for length in lengths)
-            self._local.teacher += self._teacher_flops.forward(sum(lengths), pairs, 0)
+            read = sum(len(t.response_ids) for t in part) if self._teacher_reads_early else None
+            self._local.teacher += self._teacher_flops.forward(sum(lengths), pairs, 0, read)
             self._local.teacher_wait += NEIGHBOURS.take()
 
-    def update(
-        self, batches: Sequence[TrainingBatch], times: PhaseTimes, stage_wait: float
-    ) -> Throughput:
+    def counted(self, batches: Sequence[TrainingBatch]) -> list[float]:
+        """What this replica had to do in an update of these micro-batches and before it, to add up.
+
+        Numbers that do not differ between the stages of a replica.
+        """
+        for batch in batches:
+            self._add(batch)
+        return list(vars(self._local).values())[:-WAITS]
+
+    def update(self, sums: Sequence[float], times: PhaseTimes, stage_wait: float) -> Throughput:
         """The figures of an update and what came before it; all ranks call this.
 
         Args:
-            batches: This rank's micro-batches.
+            sums: Of `counted`, over all replicas.
             times: Seconds of the phases.
             stage_wait: Seconds of the student's that this rank waited for other stages.
         """
         self._local.student_wait += stage_wait
-        for batch in batches:
-            self._add(batch)
-        done, self._local = self._reduced(), _Local()
+        done, self._local = _Local(*sums, *self._waits()), _Local()
         seconds = times.rollout if done.rollout else 0.0
         gpus, machine = self._gpus, self._machine
         tflops = _rate(done.student, times.student * gpus * 1e12)
@@ -163,7 +174,8 @@ class ThroughputMeter:
         pairs = visible_pairs(layout) if batch.pairs is None else batch.pairs
         local.tokens += length
         local.padding += padding
-        forward = self._flops.forward(length - padding, pairs, supervised)
+        read = supervised if self._reads_early else None
+        forward = self._flops.forward(length - padding, pairs, supervised, read)
         local.student += self._passes * forward
         if isinstance(batch.targets, HiddenTargets):
             local.student += self._teacher_flops.forward(0, 0, supervised)
@@ -175,16 +187,17 @@ class ThroughputMeter:
             return None
         return _rate(waited, seconds * groups.num_replicas * groups.pp.size())
 
-    def _reduced(self) -> _Local:
-        """The sum over replicas; waits are those of all stages."""
+    def _waits(self) -> list[float]:
+        """The last fields of `_Local`, of all stages of all replicas."""
         groups = self._run.groups
-        values = torch.tensor(list(vars(self._local).values()), dtype=torch.float64)
-        values = values.to(platform.device())
-        if groups.pp is not None:
-            torch.distributed.all_reduce(values[-WAITS:], group=groups.pp)
+        waits = list(vars(self._local).values())[-WAITS:]
+        if groups.pp is None:  # there are no stages, and no figures of them
+            return waits
+        sums = torch.tensor(waits, dtype=torch.float64).to(platform.device())
+        torch.distributed.all_reduce(sums, group=groups.pp)
         if groups.replicas is not None:
-            torch.distributed.all_reduce(values, group=groups.replicas)
-        return _Local(*platform.to_host(values).tolist())
+            torch.distributed.all_reduce(sums, group=groups.replicas)
+        return [float(number) for number in platform.to_host(sums).tolist()]
 
 
 def _rate(amount: float, seconds: float) -> float | None:

@@ -11,16 +11,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_dlm import platform
 from megatron_dlm.data.packing import TrainingBatch, batch_to
 from megatron_dlm.idle import NEIGHBOURS
+from megatron_dlm.megatron_internals import known_grad_norm
 from megatron_dlm.models.attention import release_masks
-from megatron_dlm.models.model import full_hidden_states, head_weight
+from megatron_dlm.models.model import head_weight, read_hidden_states
 from megatron_dlm.objectives.base import LossInputs, Objective
-from megatron_dlm.parallel import ParallelGroups, on_all_ranks
+from megatron_dlm.parallel import ParallelGroups
 from megatron_dlm.training import update_figures
 
 
@@ -43,6 +43,7 @@ class StepResult:
         loss_by_position: See `StepMetrics`.
         causal_loss: See `StepMetrics`.
         student_entropy: See `StepMetrics`.
+        counted: The sums of `counted` over all replicas.
     """
 
     loss: float
@@ -56,21 +57,19 @@ class StepResult:
     loss_by_position: list[float | None] | None
     causal_loss: float | None
     student_entropy: float | None
+    counted: list[float]
 
 
-def reduce_sums(local: list[Tensor], groups: ParallelGroups, size: int = 3) -> Tensor:
-    """Sum measurements of the last stages of all data-parallel replicas; the same on all ranks.
+def reduce_sums(own: Tensor, groups: ParallelGroups) -> Tensor:
+    """Sum numbers of the last stages of all data-parallel replicas; the same on all ranks.
 
     Args:
-        local: Of this rank, each [size]; only the last stage has any.
+        own: Of this rank, [n] float64; those of other stages are not looked at.
         groups: Process groups of the student.
-        size: Numbers of a measurement.
     """
-    sums = torch.zeros(size, dtype=torch.float64, device=platform.device())
-    if groups.is_last_stage:
-        sums += torch.stack(local).sum(0)
-        if groups.replicas is not None:
-            torch.distributed.all_reduce(sums, group=groups.replicas)
+    sums = own.clone()
+    if groups.is_last_stage and groups.replicas is not None:
+        torch.distributed.all_reduce(sums, group=groups.replicas)
     if groups.pp is not None:
         torch.distributed.broadcast(sums, src=groups.pp_last_rank, group=groups.pp)
     return sums
@@ -84,6 +83,7 @@ def train_step(
     batches: Sequence[TrainingBatch],
     teacher_head: Tensor | None,
     groups: ParallelGroups,
+    counted: Sequence[float] = (),
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches and update the weights once.
 
@@ -99,10 +99,10 @@ def train_step(
             virtual stages a multiple of the stages.
         teacher_head: The teacher's output layer shard on the last stage, or None.
         groups: Process groups of the student.
+        counted: Numbers of this replica to add up over all, in the same message as the losses.
     """
     NEIGHBOURS.take()
     started = time.perf_counter()
-    config = get_model_config(chunks[0])
     device = platform.device()
 
     def forward_step(
@@ -115,16 +115,16 @@ def train_step(
             input_ids=batch.row.token_ids[None],
             position_ids=batch.row.position_ids[None],
             attention_mask=batch.row.attention,
+            read=batch.supervised,
         )
 
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            hidden = full_hidden_states(output, config.sequence_parallel)
             head = head_weight(model)
             if model.use_forward_hook and head in model.param_to_bucket_group:
                 # No module has the head as its weight here, so none of Megatron's hooks waits.
                 model.param_to_bucket_group[head].finish_param_sync()
             inputs = LossInputs(
-                hidden=hidden[batch.supervised],
+                hidden=read_hidden_states(model, output, batch.supervised),
                 head=head,
                 labels=batch.labels,
                 weights=batch.weights,
@@ -158,24 +158,32 @@ def train_step(
         micro_batch_size=1,
     )
     release_masks()
-    sums = reduce_sums(measured, groups, 3 + update_figures.SIZE)
+    platform.synchronize()
+    updating = time.perf_counter()
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()  # before the step, which would spoil the weights
+    grad_norm = float(norm)
+    size = 3 + update_figures.SIZE
+    # One message of all that ranks tell each other: its time does not depend on its length.
+    numbers = [0.0] * size + [float(not math.isfinite(grad_norm)), *counted]
+    own = torch.tensor(numbers, dtype=torch.float64).to(device)
+    if measured:
+        own[:size] = torch.stack(measured).sum(0)
+    sums = reduce_sums(own, groups)
     if measured and groups.cp is not None:  # what a share of a row measures says little by itself
         of_rows = torch.stack(measured)
         torch.distributed.all_reduce(of_rows, group=groups.cp)
         measured = list(of_rows)
     # One wait for the device, not one a number.
-    (loss_sum, loss_count, tokens, *figures), *parts = platform.to_host(
-        torch.stack([sums, *measured])
-    ).tolist()
+    numbers = platform.to_host(torch.cat([sums, *measured])).tolist()
+    loss_sum, loss_count, tokens, *figures = numbers[:size]
+    failed, *counted = numbers[size : len(sums)]
+    parts = [numbers[start : start + size] for start in range(len(sums), len(numbers), size)]
     loss = loss_sum / max(loss_count, 1.0)
-    platform.synchronize()
-    updating = time.perf_counter()
-    # Known before the step, which would spoil the weights. The step computes it again.
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    is_made = on_all_ranks(math.isfinite(loss) and math.isfinite(grad_norm))
+    is_made = not failed and math.isfinite(loss)
     if is_made:
-        optimizer.step()
+        with known_grad_norm(optimizer, norm):
+            optimizer.step()
         scheduler.step(increment=1)
         for chunk in chunks:
             chunk.set_is_first_microbatch()  # the next forward converts the new weights to FP8
@@ -192,4 +200,5 @@ def train_step(
         loss_by_position=update_figures.loss_by_position(objective, figures),
         causal_loss=update_figures.causal_loss(figures),
         student_entropy=update_figures.entropy(figures),
+        counted=counted,
     )

@@ -76,7 +76,7 @@ class Validation:
             for batch, row in zip(batches, hidden, strict=True):
                 sums += self._sums(model, batch, row)
         model.train(was_training)
-        sums = reduce_sums([sums], self.groups)
+        sums = reduce_sums(sums, self.groups)
         return float(sums[0] / sums[1].clamp(min=1.0))
 
     def _rows(self, multiple: int) -> Iterator[TrainingBatch]:

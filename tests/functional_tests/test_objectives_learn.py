@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from megatron_dlm.config import Config, validate
 from megatron_dlm.data.packing import pack
-from megatron_dlm.models.model import full_hidden_states, head_weight
+from megatron_dlm.models.model import head_weight, read_hidden_states
 from megatron_dlm.objectives.base import LossInputs
 from megatron_dlm.parallel import initialized
 from megatron_dlm.seeding import keyed_generator
@@ -96,10 +96,11 @@ def loss_on(run: Run, trajectories: list[Trajectory]) -> float:
         input_ids=batch.row.token_ids[None],
         position_ids=batch.row.position_ids[None],
         attention_mask=batch.row.attention,
+        read=batch.supervised,
     )
     loss, _ = run.objective.loss(
         LossInputs(
-            hidden=full_hidden_states(output, sequence_parallel=False)[batch.supervised],
+            hidden=read_hidden_states(run.student.model, output, batch.supervised),
             head=head_weight(run.student.model),
             labels=batch.labels,
             weights=batch.weights,
