@@ -1,7 +1,7 @@
 """Objects that ranks send each other, with the tensors in them as arrays.
 
 PyTorch pickles a tensor as a file of its own, with all of the memory that it is a view of: a
-rollout's thousands of short tensors take a hundred times as long as NumPy's arrays of the same.
+rollout's hundreds of short tensors take a dozen times as long as NumPy's arrays of the same.
 """
 
 from __future__ import annotations
