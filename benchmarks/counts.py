@@ -202,7 +202,10 @@ def _counted(phases: dict[str, Counts], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Phase:
-    """Counts of one phase: `model` = `rest` + layers x `layer`."""
+    """Counts of one phase: `model` = `rest` + layers x `layer`.
+
+    Of the last layer a part may be left out (`models.layer`): `rest` is less by it.
+    """
 
     layer: dict[str, int]
     rest: dict[str, int]

@@ -240,6 +240,7 @@ class Fp8Loading:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
         self._layers = [(*place, in_fp8(place[2])) for place in linear_layers(model)]
         self._of_weight = {id(old.weight): new for _, _, old, new in self._layers}
 
@@ -269,3 +270,5 @@ class Fp8Loading:
         """Put the layers in their places."""
         for parent, name, _, layer in self._layers:
             setattr(parent, name, layer)
+        for chunk in chunks_of(self._model):
+            chunk.reads_early = False  # kernels get rows of whole tiles

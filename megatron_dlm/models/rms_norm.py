@@ -49,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         normalised, inverse, weight = ctx.saved_tensors
         size = normalised.shape[-1]
-        products = (gradient * normalised).view(-1, size)
+        products = (gradient * normalised).reshape(-1, size)
         along = torch.mv(products, weight.to(products.dtype)).view(inverse.shape)
         of_x = (gradient * weight).to(normalised.dtype)
         of_x = of_x.addcmul_(normalised, along, value=-1 / size).mul_(inverse)

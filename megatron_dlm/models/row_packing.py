@@ -35,9 +35,10 @@ class RowPacking:
         return [list(range(i, min(i + self.texts, len(lengths)))) for i in starts] or [[]]
 
     def agreed(self, rows: int) -> int:
-        """The number of rows that every replica of the model runs; all of them call this.
+        """The number of rows that every replica of the model runs, where that has to be the same.
 
-        Under a budget the rank with the most decides; else all have the same number anyway.
+        Under a budget the rank with the most decides, and all call this; else all have the same
+        number anyway.
         """
         return rows if self.max_tokens is None else most_rows(rows)
 

@@ -83,8 +83,9 @@ def micro_batches(run: Run, collected: Collected, update: int) -> list[TrainingB
     planned = len(rows)
     if packing.max_tokens is None:
         planned = len(packing.rows([0] * len(share.trajectories)))
-    # Only ranks that share experts have to run equally many.
-    agreed = packing.agreed(planned) if run.inputs.architecture.is_moe else max(planned, 1)
+    in_step = run.inputs.architecture.is_moe or run.config.model.fp8_format is not None
+    # Each row has collectives of ranks that share experts or FP8's scales; else none waits for one.
+    agreed = packing.agreed(planned) if in_step else max(planned, 1)
     agreed = rows_of_rounds(run.student.model, agreed)
     rows += [empty] * (agreed - len(rows))
     teacher_hidden = run.teacher.hidden if isinstance(run.teacher, FrozenTeacher) else None

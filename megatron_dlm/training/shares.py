@@ -99,7 +99,7 @@ def balanced(run: Run, shares: Sequence[Share]) -> list[Share]:
 
 
 def _cost(run: Run, trajectory: Trajectory) -> int:
-    """FLOPs of one update on a trajectory, teacher's forward included."""
+    """FLOPs of one update on a trajectory, all of the last layer and teacher's forward included."""
     architecture = run.inputs.architecture
     tokens, pairs, logits = run.objective.expected_size(trajectory)
     flops = ForwardFlops.of(architecture).forward(tokens, pairs, logits) * (1 + BACKWARD)

@@ -70,7 +70,7 @@ class ThroughputMeter:
         self._teacher_flops = ForwardFlops.of(teacher)
         self._reads_early = chunks_of(run.student.model)[-1].reads_early
         self._teacher_reads_early = False
-        if isinstance(run.teacher, FrozenTeacher):
+        if isinstance(run.teacher, FrozenTeacher) and run.groups.cp is None:
             self._teacher_reads_early = chunks_of(run.teacher.model)[-1].reads_early
         config = run.config
         self._gpus = torch.distributed.get_world_size()
@@ -129,7 +129,7 @@ class ThroughputMeter:
     def counted(self, batches: Sequence[TrainingBatch]) -> list[float]:
         """What this replica had to do in an update of these micro-batches and before it, to add up.
 
-        Numbers that do not differ between the stages of a replica.
+        Of its last stage, as all that is measured of an update.
         """
         for batch in batches:
             self._add(batch)

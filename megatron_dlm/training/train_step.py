@@ -20,7 +20,7 @@ from megatron_dlm.megatron_internals import known_grad_norm
 from megatron_dlm.models.attention import release_masks
 from megatron_dlm.models.model import head_weight, read_hidden_states
 from megatron_dlm.objectives.base import LossInputs, Objective
-from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.parallel import ParallelGroups, on_all_ranks
 from megatron_dlm.training import update_figures
 
 
@@ -95,8 +95,8 @@ def train_step(
         optimizer: Its optimizer.
         scheduler: Its learning-rate schedule, advanced by one.
         objective: Computes the loss on the last pipeline stage.
-        batches: This rank's micro-batches; every data-parallel rank passes the same number, under
-            virtual stages a multiple of the stages.
+        batches: This rank's micro-batches, at least one, under virtual stages a multiple of the
+            stages; as many on all ranks of a replica, and on ranks that share experts.
         teacher_head: The teacher's output layer shard on the last stage, or None.
         groups: Process groups of the student.
         counted: Numbers of this replica to add up over all, in the same message as the losses.
@@ -181,6 +181,8 @@ def train_step(
     parts = [numbers[start : start + size] for start in range(len(sums), len(numbers), size)]
     loss = loss_sum / max(loss_count, 1.0)
     is_made = not failed and math.isfinite(loss)
+    if groups.model is not None:  # each of its ranks has summed up with its like
+        is_made = on_all_ranks(is_made)
     if is_made:
         with known_grad_norm(optimizer, norm):
             optimizer.step()

@@ -33,7 +33,7 @@ def test_values_and_gradients(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, size, generator=generator).mul_(scale).to(dtype).requires_grad_()
-    gradient = torch.randn(*shape, size, generator=generator).to(dtype)
+    gradient = torch.randn(size, *shape, generator=generator).movedim(0, -1).to(dtype)
     norm = _norm(size, (1 + torch.randn(size, generator=generator)).to(dtype))
     wide = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
     reference = F.rms_norm(wide[0], (size,), wide[1], 1e-6)
