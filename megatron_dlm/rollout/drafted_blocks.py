@@ -65,16 +65,14 @@ def plan_verifications(
     columns = np.arange(block_size + 1)
     position = blocks.block_start[:, None] + columns
 
-    def numbers(sign: int) -> Tensor:
+    def numbers(sign: int) -> np.ndarray:
         counters = (
             blocks.seeds[:, None],
             blocks.sample_index[:, None],
             position,
             sign * blocks.step[:, None],
         )
-        arrays = np.broadcast_arrays(*counters)
-        flat = [torch.from_numpy(array.flatten()) for array in arrays]
-        return counter_uniforms(*flat).view(position.shape)
+        return counter_uniforms(*np.broadcast_arrays(*counters))
 
     acceptance, draws = numbers(1)[:, :-1], numbers(-1)
     # Columns before the observed ones are predicted by nothing that anybody reads.
@@ -83,11 +81,9 @@ def plan_verifications(
     of_slots = [settings[slot] for slot in blocks.slots]
     for generation in dict.fromkeys(of_slots):
         own = np.array([i for i, other in enumerate(of_slots) if other == generation])
-        arrays = (blocks.slots, rows, blocks.observed, blocks.observed + blocks.drafts)
-        tensors = platform.to_device(
-            *(torch.from_numpy(array[own]) for array in arrays),
-            *(values[torch.from_numpy(own)].contiguous() for values in (acceptance, draws)),
-        )
+        limit = blocks.observed + blocks.drafts
+        arrays = (blocks.slots, rows, blocks.observed, limit, acceptance, draws)
+        tensors = platform.to_device(*(torch.from_numpy(array[own]) for array in arrays))
         planned.append(Verification(generation, *tensors, keeps_confidence=keeps_confidence))
     return tuple(planned)
 

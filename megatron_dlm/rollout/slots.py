@@ -107,7 +107,7 @@ class SlotTable(SlotState):
             draw_position,
             self._step[draw_slots],
         )
-        uniforms = counter_uniforms(*map(torch.from_numpy, counters))
+        uniforms = torch.from_numpy(counter_uniforms(*counters))
         members = self._members(draw_slots)
         of_groups = [array for group in members.values() for array in group]
         uniforms, *tensors = platform.to_device(

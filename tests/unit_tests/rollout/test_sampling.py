@@ -1,6 +1,7 @@
 import math
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +143,34 @@ def test_every_counter_gives_independent_uniform_numbers(counter: int) -> None:
     seeds = [counter_uniforms(seed, *counters) for seed in (0, 1, 1 << 63)]
     assert not torch.equal(seeds[0], seeds[1])
     assert not torch.equal(seeds[0], seeds[2])
+
+
+def uniform_by_definition(counters: tuple[int, ...]) -> float:
+    """In whole numbers: SplitMix64's step and finaliser for each counter after the seed."""
+    key, *rest = counters
+    for counter in rest:
+        key = ((key ^ counter) % 2**64 + 0x9E3779B97F4A7C15) % 2**64
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+        key ^= key >> 31
+    return (key >> 11) * 2.0**-53
+
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(rows=st.lists(st.tuples(INT64, INT64, INT64, INT64), max_size=5))
+def test_arrays_and_tensors_have_the_same_numbers(rows: list[tuple[int, ...]]) -> None:
+    arrays = np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy()
+    tensors = torch.from_numpy(arrays.copy())
+    expected = [uniform_by_definition(counters) for counters in rows]
+    numbers = counter_uniforms(*arrays)
+    assert numbers.dtype == np.float64
+    assert numbers.tolist() == counter_uniforms(*tensors).tolist() == expected
+    assert (tensors.numpy() == arrays).all()
+    for row in rows[:1]:  # one seed for all
+        assert counter_uniforms(row[0], *arrays[1:])[0] == expected[0]
+        assert counter_uniforms(row[0] % 2**64, *tensors[1:])[0] == expected[0]
 
 
 @pytest.mark.parametrize("filters", [*FILTERS, {"temperature": 0.0}], ids=str)
