@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +32,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dlm import platform
-from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_pages
-from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, padded, pages_for
+from megatron_dlm.models.attention import FLEX_TILE
+from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, evenly_spaced, padded, pages_for
+from megatron_dlm.rollout.tiles import Tiles
 from megatron_dlm.rollout.token_shares import TokenShares
 
 # Queries of a row in prefill. A tile reads the keys of its sequence once.
@@ -68,8 +68,9 @@ class KVCache:
         head_size: d.
         dtype: Floating type of keys and values.
         device: Where they live.
-        backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" copies them into a
-            row first (CPU).
+        backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" (CPU) does so where
+            those of all rows are consecutive and rows are evenly spaced, as are those of sequences
+            that start together, and else copies them into a row first.
         shares: What this rank keeps of sequences that ranks share; None: all of its own ones.
     """
 
@@ -118,103 +119,15 @@ class _Call(NamedTuple):
     """What a kernel call is made from.
 
     Attributes:
-        queries: See `_Tiles`.
+        queries: See `Tiles`.
         pages: Likewise.
         visible: For FlexAttention, one past the last position that each query sees,
-            [rows, n / g * Q]; else the mask.
+            [rows, n / g * Q]; else the mask, [rows, n / g * Q, K].
     """
 
     queries: Tensor
     pages: Tensor
     visible: Tensor
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """Rows of one kernel call, each some consecutive tokens of a slot; padding rows come last.
-
-    Attributes:
-        queries: [rows, Q] int64, token of each query. Those after the last one of a slot repeat it,
-            those of padding rows are token 0; their results are never read.
-        pages: [rows, K / PAGE_SIZE, rounded up] int64.
-        mask: [rows, 1, n / g * Q, K], added to the scores: 0 where visible, else -inf; for
-            FlexAttention, K are all positions of the cache.
-        in_order: Whether the queries are all tokens of the forward in their order.
-    """
-
-    queries: Tensor
-    pages: Tensor
-    mask: Tensor | BlockMask
-    in_order: bool = False
-
-    def attend(
-        self, query: Tensor, cached: Tensor, softmax_scale: float, *, with_sums: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """[S, n, d] and a layer's cache -> context [rows * Q, n, d].
-
-        With sums also the log-sum-exp of the scores, [rows * Q, n], minus infinity where a query
-        sees nothing.
-        """
-        num_heads, head_size = query.shape[1:]
-        num_groups = cached.shape[2]
-        rows, num_queries = self.queries.shape
-        if not self.in_order:
-            query = query.index_select(0, self.queries.flatten())
-        # The query heads of one key/value head become further queries of it: no key is copied.
-        query = query.view(rows, num_queries, num_groups, -1, head_size)
-        query = query.permute(0, 2, 3, 1, 4).reshape(rows, num_groups, -1, head_size)
-        if isinstance(self.mask, BlockMask):
-            keys, values = cached.transpose(1, 2)[:, None].unbind(0)  # [1, g, K, d]
-            context, sums = flex_attention_over_pages(
-                query, keys, values, self.mask, softmax_scale, with_sums=with_sums
-            )
-        else:
-            by_page = cached.view(2, -1, PAGE_SIZE * num_groups * head_size)
-            both = by_page.index_select(1, self.pages.flatten())
-            both = both.view(2, rows, -1, num_groups, head_size)[:, :, : self.mask.shape[-1]]
-            keys, values = both.transpose(2, 3).unbind(0)
-            attention = attention_with_sums if with_sums else _attention
-            context, sums = attention(query, keys, values, self.mask, softmax_scale)
-
-        context = context.view(rows, num_groups, -1, num_queries, head_size)
-        context = context.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
-        if sums is not None:
-            sums = sums.view(rows, num_groups, -1, num_queries)
-            sums = sums.permute(0, 3, 1, 2).reshape(-1, num_heads)
-        return context, sums
-
-
-def _attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax_scale: float
-) -> tuple[Tensor, None]:
-    context = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, scale=softmax_scale
-    )
-    return context, None
-
-
-def attention_with_sums(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp of its scores, which PyTorch's does not return.
-
-    Args:
-        query: [rows, g, Q, d].
-        keys: [rows, g, K, d].
-        values: [rows, g, K, d].
-        mask: Added to the scores, [rows, 1, Q, K].
-        softmax_scale: Factor on the scores.
-
-    Returns:
-        Context [rows, g, Q, d], zero where a query sees nothing; float32 or wider [rows, g, Q],
-        there minus infinity.
-    """
-    scores = (query @ keys.transpose(2, 3) * softmax_scale + mask).to(
-        torch.promote_types(query.dtype, torch.float32)
-    )
-    sums = scores.logsumexp(dim=-1)
-    weights = (scores - sums.nan_to_num(neginf=0.0)[..., None]).exp()
-    return weights.to(values.dtype) @ values, sums
 
 
 class CacheView:
@@ -259,15 +172,16 @@ class CacheView:
         self.num_tokens = int(lengths.sum())
         self.prefills = False
         self._calls: list[_Call] = []
-        self._tiles: list[_Tiles] | None = None
+        self._spacing: list[tuple[int, int] | None] = []
+        self._tiles: list[Tiles] | None = None
         if self.num_tokens == 0:
             return
         if int(ends.max()) > tables.shape[1] * page_size:
             raise ValueError(f"position {int(ends.max()) - 1} is beyond the page tables")
         offsets = lengths.cumsum() - lengths
-        slots = np.repeat(np.arange(len(starts)), lengths)
-        within = np.arange(self.num_tokens) - offsets[slots]
-        positions = starts[slots] + within
+        slots = np.arange(len(starts)).repeat(lengths)
+        tokens = np.arange(self.num_tokens)
+        positions = tokens + (starts - offsets)[slots]
         write = tables[slots, positions // page_size] * PAGE_SIZE + positions % PAGE_SIZE
         written: tuple[np.ndarray, ...] = ()
         if shares is not None:
@@ -279,22 +193,23 @@ class CacheView:
         prefills = ~denoises
         static = _has_static_shapes(cache.device)
         num_keys = []
-        scatter = np.empty_like(slots)
-        arrays = [write, scatter]
+        arrays = []
+        first_query = np.zeros_like(starts)  # of each slot, among the queries of all calls
         done = 0
         for chosen, most_queries, base in (
             (denoises & (lengths > 0), 2 * block_size, 2),
             (prefills, PREFILL_TILE, 4),
         ):
-            if not chosen.any():
+            own = chosen.nonzero()[0]
+            if not len(own):
                 continue
             self.prefills |= chosen is prefills
-            longest = int(lengths[chosen].max())
-            num_queries = most_queries if static else min(most_queries, longest)
-            num_tiles = np.where(chosen, -(-lengths // num_queries), 0)
-            first = num_tiles.cumsum() - num_tiles
-            slot = np.repeat(np.arange(len(starts)), num_tiles)
-            tile = np.arange(len(slot)) - first[slot]
+            num_queries = most_queries if static else min(most_queries, int(lengths[own].max()))
+            num_tiles = -(-lengths[own] // num_queries)
+            before = num_tiles.cumsum() - num_tiles
+            first_query[own] = done + before * num_queries
+            slot = own.repeat(num_tiles)
+            tile = np.arange(len(slot)) - before.repeat(num_tiles)
             query = tile[:, None] * num_queries + np.arange(num_queries)
             query = np.minimum(query, lengths[slot, None] - 1)
             at = starts[slot, None] + query
@@ -308,29 +223,29 @@ class CacheView:
                 num_pages = max(min(_bucket(num_pages, 2), tables.shape[1]), LEAST_PAGES)
                 num_rows = _bucket(num_rows, base, least=4)
                 num_keys[-1] = num_pages * PAGE_SIZE
+            pages = padded(tables[slot, :num_pages], num_rows, num_pages, NULL_PAGE)
             arrays += [
                 padded(offsets[slot, None] + query, num_rows, num_queries, 0),
-                padded(tables[slot, :num_pages], num_rows, num_pages, NULL_PAGE),
+                pages,
                 padded(reach, num_rows, num_queries, 1),  # a position of the null page
             ]
-            mine = chosen[slots]
-            scatter[mine] = done + (first[slots] * num_queries + within)[mine]
+            # Static shapes are also those of other forwards, whose pages are elsewhere.
+            self._spacing.append(None if static else evenly_spaced(pages))
             done += num_rows * num_queries
-        # Rows of the same length without padding; static shapes are also those of other forwards.
+        scatter = tokens + (first_query - offsets)[slots]
+        # Rows of the same length without padding.
         self._in_order = done == self.num_tokens and len(num_keys) == 1 and not (static or shares)
         self._write, self._scatter, *uploaded = platform.to_device(
-            *map(torch.from_numpy, (*arrays, *written))
+            *map(torch.from_numpy, (write, scatter, *arrays, *written))
         )
         if shares is not None:
             self._written = uploaded.pop()
-        for queries, pages, limits, keys in zip(
+        for queries, read, limits, keys in zip(
             uploaded[::3], uploaded[1::3], uploaded[2::3], num_keys, strict=True
         ):
-            limits = limits.repeat(1, cache.heads_per_group)
-            is_flex = cache.backend == "flex"
-            self._calls.append(
-                _Call(queries, pages, limits if is_flex else self._mask(limits, keys))
-            )
+            visible = limits if cache.backend == "flex" else self._mask(limits, keys)
+            visible = torch.cat([visible] * cache.heads_per_group, dim=1)
+            self._calls.append(_Call(queries, read, visible))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -360,21 +275,22 @@ class CacheView:
         other.num_tokens = other._write.shape[0]
         size = 3 * len(self._calls)
         other._calls = [_Call(*rest[at : at + 3]) for at in range(0, size, 3)]
+        other._spacing = [None] * len(other._calls)
         other._cache = self._cache.over(rest[size:])
         other._tiles = None
         return other
 
-    def _tiles_of(self, call: _Call) -> _Tiles:
+    def _tiles_of(self, call: _Call, spacing: tuple[int, int] | None) -> Tiles:
         queries, pages, visible = call
         is_flex = self._cache.backend == "flex"
-        mask = self._block_mask(pages, visible) if is_flex else visible
-        return _Tiles(queries, pages, mask, self._in_order)
+        mask = self._block_mask(pages, visible) if is_flex else visible[:, None]
+        return Tiles(queries, pages, mask, spacing, self._in_order)
 
     def _mask(self, limits: Tensor, num_keys: int) -> Tensor:
-        """Limits [rows, n / g * Q] -> [rows, 1, n / g * Q, K]."""
+        """Limits [rows, Q] -> what is added to scores, [rows, Q, K]."""
         hidden = torch.arange(num_keys, device=limits.device) >= limits[..., None]
-        mask = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=limits.device)
-        return mask.masked_fill_(hidden, -float("inf"))[:, None]
+        mask = limits.new_zeros(hidden.shape, dtype=self._cache.dtype)
+        return mask.masked_fill_(hidden, -float("inf"))
 
     def _block_mask(self, pages: Tensor, limits: Tensor) -> BlockMask:
         """Pages [rows, pages], limits [rows, n / g * Q] -> the same mask over the whole cache.
@@ -430,23 +346,22 @@ class CacheView:
         if self.num_tokens == 0:
             return torch.zeros_like(query)
         if self._tiles is None:
-            self._tiles = [self._tiles_of(call) for call in self._calls]
+            self._tiles = list(map(self._tiles_of, self._calls, self._spacing))
         if self._cache.shares is not None:
             return self._attend_together(
                 layer_number, query, key, value, softmax_scale, self._cache.shares
             )
+        padding = query.shape[0] - self.num_tokens
+        if padding > 0:
+            query, key, value = (x[: self.num_tokens] for x in (query, key, value))
         cached = self._cache.layer(layer_number)
-        cached[0].index_copy_(0, self._write, key[: self.num_tokens, 0])
-        cached[1].index_copy_(0, self._write, value[: self.num_tokens, 0])
-        real = query[: self.num_tokens, 0]
-        contexts = [tiles.attend(real, cached, softmax_scale)[0] for tiles in self._tiles]
+        for own, new in zip(cached.unbind(0), (key, value), strict=True):
+            own.index_copy_(0, self._write, new.squeeze(1))
+        contexts = [tiles.attend(query, cached, softmax_scale)[0] for tiles in self._tiles]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         if not self._in_order:
             context = context.index_select(0, self._scatter)
-        padding = query.shape[0] - self.num_tokens
-        if padding > 0:
-            context = F.pad(context, (0, 0, 0, 0, 0, padding))
-        return context[:, None]
+        return F.pad(context, (0, 0, 0, 0, 0, 0, 0, padding)) if padding > 0 else context
 
     def _attend_together(
         self,
@@ -479,10 +394,10 @@ class CacheView:
             softmax_scale: Factor on the scores.
 
         Returns:
-            Context [S, n, d], and the log-sum-exp of the scores [S, n], see `_Tiles.attend`.
+            Context [S, n, d], and the log-sum-exp of the scores [S, n], see `Tiles.attend`.
         """
         if self._tiles is None:
-            self._tiles = [self._tiles_of(call) for call in self._calls]
+            self._tiles = list(map(self._tiles_of, self._calls, self._spacing))
         cached = self._cache.layer(layer_number)
         cached[0].index_copy_(0, self._write, key.index_select(0, self._written))
         cached[1].index_copy_(0, self._write, value.index_select(0, self._written))

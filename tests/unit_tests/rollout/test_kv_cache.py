@@ -1,6 +1,6 @@
 import functools
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dlm.models import attention
-from megatron_dlm.rollout import kv_cache
+from megatron_dlm.rollout import kv_cache, tiles
 from megatron_dlm.rollout.kv_cache import PREFILL_TILE, CacheView, KVCache
-from megatron_dlm.rollout.pages import PAGE_SIZE
+from megatron_dlm.rollout.pages import PAGE_SIZE, evenly_spaced
 from megatron_dlm.rollout.token_shares import TokenShares
 
 HEADS, GROUPS, HEAD_SIZE, FIRST_LAYER = 4, 2, 8, 3
@@ -70,6 +71,7 @@ def random_tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     padding=st.integers(0, 3),
     kind=st.sampled_from([("sdpa", False), ("sdpa", True), ("flex", True)]),
     grid=st.sampled_from([None, 1]),
+    shuffled=st.booleans(),
 )
 def test_ragged_forwards_against_dense_attention(
     data: st.DataObject,
@@ -77,6 +79,7 @@ def test_ragged_forwards_against_dense_attention(
     padding: int,
     kind: tuple[str, bool],
     grid: int | None,
+    shuffled: bool,
 ) -> None:
     """Forwards of any mixture: prompts, single blocks, two blocks, rewritten blocks, idle slots.
 
@@ -87,7 +90,9 @@ def test_ragged_forwards_against_dense_attention(
     max_blocks = max_pages * PAGE_SIZE // block_size
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     cache = new_cache(num_slots * max_pages, backend)
-    pages = torch.randperm(num_slots * max_pages, generator=generator) + 1
+    pages = torch.arange(num_slots * max_pages) + 1
+    if shuffled:
+        pages = pages[torch.randperm(len(pages), generator=generator)]
     tables = pages.view(num_slots, max_pages).numpy()
     shape = (2, num_slots, max_pages * PAGE_SIZE, GROUPS, HEAD_SIZE)
     keys, values = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
@@ -200,6 +205,55 @@ def test_what_ranks_keep_adds_up_to_all_keys(kind: tuple[str, bool]) -> None:
         assert not contexts[sums == -torch.inf].any()
 
 
+class _Copies(TorchDispatchMode):
+    """Counts copies of pages and of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.index_select.default
+        return func(*args, **(kwargs or {}))
+
+
+EVEN_TABLES = {
+    "rows of three pages": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]],
+    "other sequences between": [[1, 2, 3], [6, 7, 8], [11, 12, 13], [16, 17, 18]],
+    "one sequence": [[2, 3, 4]],
+}
+
+
+@pytest.mark.parametrize("tables", EVEN_TABLES.values(), ids=EVEN_TABLES)
+@pytest.mark.parametrize("start", [0, 4, 60])
+def test_evenly_spaced_pages_are_read_where_they_are(tables: list[list[int]], start: int) -> None:
+    """With the same results, bit for bit, as from pages that have to be copied into rows."""
+    rows, results = len(tables), []
+    contents = torch.randn(2, 20 * PAGE_SIZE, GROUPS, HEAD_SIZE)
+    starts, ends = np.full(rows, start), np.full(rows, start + 8)
+    query, key, value = random_tokens(8 * rows, torch.Generator().manual_seed(0))
+    pages = torch.arange(1, 20)
+    for order in (pages, pages.flip(0)):  # where pages are, by their number
+        cache = new_cache(19)
+        cached = cache.layer(FIRST_LAYER).view(2, 20, -1)
+        cached[:, order] = contents.view(2, 20, -1)[:, 1:]
+        at = torch.cat((torch.zeros(1, dtype=torch.int64), order)).numpy()
+        view = CacheView(cache, at[np.array(tables)], starts, ends, 4)
+        with _Copies() as copies:
+            results.append(view.attend(FIRST_LAYER, query, key, value, SCALE))
+        is_one_page = rows == 1 and start + 8 <= PAGE_SIZE
+        assert copies.count == int(order is not pages and not is_one_page)
+    assert torch.equal(*results)
+
+
+def test_pages_of_rows_that_go_down_or_apart_are_copied() -> None:
+    assert evenly_spaced(np.array([[3, 4], [6, 7], [9, 10]])) == (3, 3)
+    assert evenly_spaced(np.array([[3, 4], [3, 4]])) == (3, 0)  # tiles of one prompt
+    assert evenly_spaced(np.array([[5]])) == (5, 0)
+    for pages in ([[9, 10], [6, 7]], [[3, 4], [6, 7], [8, 9]], [[3, 5], [6, 8]], [[4, 3]]):
+        assert evenly_spaced(np.array(pages)) is None
+
+
 def test_a_forward_of_padding_only_leaves_the_cache_alone() -> None:
     cache = new_cache(2)
     query, key, value = random_tokens(3, torch.Generator().manual_seed(0))
@@ -229,7 +283,7 @@ def test_flex_reads_the_visible_pages_of_each_row_only(
         masks.append(mask)
         return query, None
 
-    monkeypatch.setattr(kv_cache, "flex_attention_over_pages", recorded)
+    monkeypatch.setattr(tiles, "flex_attention_over_pages", recorded)
     tables = torch.randperm(20).add(1).view(5, 4).numpy()
     tables[0, 1:] = 0  # a short sequence
     starts = np.array([8, 60, 0, 96, 20])
@@ -237,10 +291,15 @@ def test_flex_reads_the_visible_pages_of_each_row_only(
     view = CacheView(new_cache(20, "flex"), tables, starts, ends, block_size)
     view.attend(FIRST_LAYER, *random_tokens(int((ends - starts).sum()), torch.Generator()), SCALE)
     lengths = ends - starts
-    tiles = -(-lengths // PREFILL_TILE)
+    num_tiles = -(-lengths // PREFILL_TILE)
     slots_of_calls = [
         [slot for slot in range(5) if 0 < lengths[slot] <= 2 * block_size],
-        [slot for slot in range(5) if lengths[slot] > 2 * block_size for _ in range(tiles[slot])],
+        [
+            slot
+            for slot in range(5)
+            if lengths[slot] > 2 * block_size
+            for _ in range(num_tiles[slot])
+        ],
     ]
     for mask, slots in zip(masks, slots_of_calls, strict=True):
         queries = torch.arange(mask.seq_lengths[0])[:, None]
