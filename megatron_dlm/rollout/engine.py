@@ -48,14 +48,16 @@ from megatron_dlm.types.trajectory import Prompt, Trajectory
 @contextmanager
 def _evaluation(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the mode of every module is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    # What `Module.__setattr__` does as well, after it has looked for parameters of that name.
+    training = [vars(module) for module in model.modules() if module.training]
+    for attributes in training:
+        attributes["training"] = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for attributes in training:
+            attributes["training"] = True
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -139,9 +138,9 @@ class ForwardRecorder(ABC):
 
 def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and other tensors that a model's modules hold."""
-    yield from chain(model.parameters(), model.buffers())
     for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        for held in (vars(module), module._parameters, module._buffers):
+            yield from [value for value in held.values() if isinstance(value, Tensor)]
 
 
 def hooked_module(model: torch.nn.Module) -> str | None:
@@ -150,12 +149,12 @@ def hooked_module(model: torch.nn.Module) -> str | None:
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "every module"
     for name, module in model.named_modules():
-        hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-        if not all(getattr(hook, "is_of_updates", False) for hook in hooks):
-            return name or type(module).__name__
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks and not all(getattr(hook, "is_of_updates", False) for hook in hooks.values()):
+                return name or type(module).__name__
     return None
 
 
 def adapters_of(model: torch.nn.Module) -> tuple[bool, ...]:
     """Which adapters add their output."""
-    return tuple(bool(getattr(module, "adapter_enabled", True)) for module in model.modules())
+    return tuple(vars(module).get("adapter_enabled", True) for module in model.modules())
