@@ -149,7 +149,7 @@ def forward_row(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
         equally_long: Whether the ranks that share experts have rows of the same length.
 
     Returns:
-        As the model does, of the whole row; zero at tokens that are not read, or theirs.
+        As the model does.
     """
     attention = row.attention
     if isinstance(attention, Tensor):
@@ -163,9 +163,26 @@ def forward_row(model: torch.nn.Module, row: Row, equally_long: bool) -> Tensor:
             attention_mask=attention,
             read=read[0] if read else None,
         )
-    if not read or not chunks_of(model)[0].leaves_out(read[0]):
+    return hidden
+
+
+def read_of_row(model: torch.nn.Module, row: Row, output: Tensor) -> Tensor:
+    """What is wanted of a row's hidden states, on the last stage.
+
+    Args:
+        model: This rank's part of a `StageModel`.
+        row: Without padding.
+        output: What `forward_row` returned of the padded row, [S or n, 1, h], of all tokens.
+
+    Returns:
+        [S, h] without the padding, or [n, h] of the tokens that are read.
+    """
+    hidden = output[:, 0]
+    if row.read is None:
+        return hidden[: len(row.token_ids)]
+    if chunks_of(model)[-1].leaves_out(row.read):
         return hidden
-    return hidden.new_zeros(len(token_ids), *hidden.shape[1:]).index_copy_(0, read[0], hidden)
+    return hidden.index_select(0, *platform.to_device(row.read))
 
 
 @torch.no_grad()
@@ -211,9 +228,4 @@ def forward_hidden(model: torch.nn.Module, rows: Sequence[Row]) -> list[Tensor] 
         return None
     if config.sequence_parallel:
         outputs = [gather_from_sequence_parallel_region(output) for output in outputs]
-    return [
-        output[: len(row.token_ids), 0]
-        if row.read is None
-        else output[:, 0].index_select(0, *platform.to_device(row.read))
-        for row, output in zip(rows, outputs, strict=False)
-    ]
+    return [read_of_row(model, row, output) for row, output in zip(rows, outputs, strict=False)]

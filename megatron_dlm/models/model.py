@@ -82,7 +82,7 @@ class DiffusionGPTModel(GPTModel):
 
         Kernels are never given no token at all.
         """
-        return self.reads_early and self.post_process and read is not None and len(read) > 0
+        return self.reads_early and self.post_process and read is not None and read.shape[0] > 0
 
     def _rotation(self, positions: Tensor) -> Tensor:
         """The `rotation` of positions [S]."""

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dlm import platform
 from megatron_dlm.idle import NEIGHBOURS
-from megatron_dlm.models.forward import Row, forward_row, padded_rows
+from megatron_dlm.models.forward import Row, forward_row, padded_rows, read_of_row
 from megatron_dlm.models.model import DiffusionGPTModel, StageModel, chunks_of
 from megatron_dlm.parallel import ParallelGroups
 
@@ -27,12 +27,12 @@ class PaddedRow:
 
     Attributes:
         row: With padding.
-        length: Tokens without it.
+        bare: Without it.
         equally_long: Whether the ranks that share experts have rows of the same length.
     """
 
     row: Row
-    length: int
+    bare: Row
     equally_long: bool
 
 
@@ -71,7 +71,7 @@ class Stage:
     def prepared(self, row: Row) -> PaddedRow:
         """A row, padded as sequence parallelism and the attention kernel need it."""
         (padded,), equally_long = padded_rows(self._model, [row])
-        return PaddedRow(padded, len(row.token_ids), equally_long)
+        return PaddedRow(padded, row, equally_long)
 
     @torch.no_grad()
     def run(self, row: PaddedRow, chunk: int = 0) -> Tensor | None:
@@ -82,7 +82,8 @@ class Stage:
             chunk: Number of the chunk.
 
         Returns:
-            After the last layers the row's hidden states [S, h], without the padding; else None.
+            After the last layers the row's hidden states [S, h], without the padding, or [n, h] of
+            the tokens that are read; else None.
         """
         model = self._chunks[chunk]
         if not model.pre_process:
@@ -93,7 +94,7 @@ class Stage:
             return None
         if model.config.sequence_parallel:
             output = gather_from_sequence_parallel_region(output)
-        return output[: row.length, 0]
+        return read_of_row(model, row.bare, output)
 
     def settle(self) -> None:
         """Wait until all that was sent has arrived."""

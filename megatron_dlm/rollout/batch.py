@@ -16,6 +16,7 @@ R: slots in use.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from torch.nn.functional import pad
 from megatron_dlm import platform
 from megatron_dlm.models.attention import CachedAttention
 from megatron_dlm.models.forward import Row, forward_row
-from megatron_dlm.models.model import StageModel
+from megatron_dlm.models.model import StageModel, chunks_of
 from megatron_dlm.models.stage import PaddedRow, Stage
 from megatron_dlm.parallel import ParallelGroups
+from megatron_dlm.rollout import kv_cache
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.recorded_forwards import ForwardRecorder
@@ -75,6 +77,10 @@ class DecodingBatch:
         self._pad_token_id = special_tokens.pad_token_id
         self._groups = groups
         self._shares = TokenShares.of(groups)
+        # Where kernels see few shapes or ranks have parts of a forward, all hidden states are read.
+        static = kv_cache.has_static_shapes(platform.device())
+        self._reads_draws = not static and self._shares is None
+        self._leaves_out = chunks_of(model)[-1].reads_early
         self._work = work
         self._stage = Stage(
             model, groups, rows_in_flight=len(slot_groups), forward=recorder or forward_row
@@ -258,12 +264,20 @@ class DecodingBatch:
     def _forward(self, plan: ForwardPlan) -> None:
         """One forward of all slots of the next group, and its draws; see `_begin`."""
         group = self._next
-        self._work.add(plan, self._generation.context_block_size, self._turn)
+        read = plan.read if self._reads_draws else None
+        leaves_out = self._leaves_out and read is not None and len(read) > 0
+        self._work.add(
+            plan,
+            self._generation.context_block_size,
+            self._turn,
+            read=len(plan.draw_rows) if leaves_out else None,
+        )
         attention = group.context.attention(plan.starts, plan.ends, plan.noisy_starts)
         tokens, positions = group.slots.tokens(plan), plan.position_ids
         if self._shares is not None:
             tokens, positions = self._shares.own(tokens), self._shares.own(positions)
-        self._begin(row_of_layout(tokens, positions, attention), group, plan)
+        row = row_of_layout(tokens, positions, attention)
+        self._begin(replace(row, read=read), group, plan)
 
     def _begin(self, row: Row, group: SlotGroup | None, plan: ForwardPlan | None) -> None:
         """Run a row through the first model chunk; the others wait for the end of the round.
@@ -295,7 +309,10 @@ class DecodingBatch:
         if hidden is not None and plan is not None and self._shares is not None:
             hidden = self._shares.gather(hidden, len(plan.token_slots))
         if group is not None and plan is not None and chunk == self._stage.num_chunks - 1:
-            group.launched(plan, hidden)
+            drawn_from = hidden
+            if hidden is not None and row.row.read is None:
+                drawn_from = hidden.index_select(0, plan.draw_rows)
+            group.launched(plan, hidden, drawn_from)
 
 
 def row_of_layout(

@@ -1,8 +1,9 @@
 """Draw tokens from the hidden states of a forward.
 
-S: tokens of a forward; n: draws of a forward; h: hidden size.
+n: draws of a forward; h: hidden size.
 """
 
+import torch
 from torch import Tensor
 
 from megatron_dlm.models.model import StageModel, head_weight
@@ -37,10 +38,10 @@ class TokenDrawer:
         self._kept_logits = KeptLogits()
 
     def draw(self, hidden: Tensor, plan: ForwardPlan) -> Tensor:
-        """Sample from the hidden states [S, h] of a forward, on the last stage.
+        """Sample from the hidden states [n, h] of a forward's draws, on the last stage.
 
         Args:
-            hidden: Of the forward.
+            hidden: Of the draws.
             plan: The plan of that forward.
 
         Returns:
@@ -51,25 +52,26 @@ class TokenDrawer:
             return packed
         for group in plan.groups:
             if group.draws is None:
-                return self._sample_alike(hidden, plan.draw_rows, plan.uniforms, group.generation)
-            rows, uniforms = plan.draw_rows[group.draws], plan.uniforms[group.draws]
-            packed[:, group.draws] = self._sample_alike(hidden, rows, uniforms, group.generation)
+                return self._sample_alike(hidden, plan.uniforms, group.generation)
+            own, uniforms = hidden[group.draws], plan.uniforms[group.draws]
+            packed[:, group.draws] = self._sample_alike(own, uniforms, group.generation)
         return packed
 
     def _sample_alike(
-        self, hidden: Tensor, rows: Tensor, uniforms: Tensor, generation: GenerationConfig
+        self, hidden: Tensor, uniforms: Tensor, generation: GenerationConfig
     ) -> Tensor:
-        """The draws from some rows of hidden states, under one setting.
+        """The draws from hidden states [n, h], under one setting.
 
-        Ranks that decode the same sequences have the same rows, and draw an equal part each.
+        Ranks that decode the same sequences have the same ones, and draw an equal part each.
         """
-        count = len(rows)
+        count = len(hidden)
         if self._shares is not None:
-            rows, uniforms = self._shares.own(rows), self._shares.own(uniforms)
+            rows = self._shares.own(torch.arange(count, device=hidden.device))
+            hidden, uniforms = hidden.index_select(0, rows), self._shares.own(uniforms)
         weight = head_weight(self._model)
         tp_rank = self._groups.tp.rank() if self._groups.tp is not None else 0
         drawn = sample_tokens(
-            hidden.index_select(0, rows),
+            hidden,
             weight,
             uniforms,
             vocab_start=tp_rank * weight.shape[0],

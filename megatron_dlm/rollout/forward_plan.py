@@ -105,3 +105,10 @@ class ForwardPlan:
     verifications: tuple[Verification, ...] = ()
     verified_slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     verified_drafts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @property
+    def read(self) -> Tensor | None:
+        """[n], the tokens whose hidden states are read, those of the draws; None: all are."""
+        if self.verifications or len(self.draw_rows) == len(self.token_slots):
+            return None
+        return self.draw_rows

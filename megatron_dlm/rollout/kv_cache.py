@@ -52,7 +52,7 @@ def _bucket(count: int, base: int, least: int = 1) -> int:
     return bucket
 
 
-def _has_static_shapes(device: torch.device) -> bool:
+def has_static_shapes(device: torch.device) -> bool:
     """Whether kernels see few shapes, padded, or those of the sequences."""
     return device.type != "cpu"
 
@@ -191,7 +191,7 @@ class CacheView:
         # Denoising slots have one or two blocks; prompts go by tiles, which read fewer keys.
         denoises = lengths <= 2 * block_size
         prefills = ~denoises
-        static = _has_static_shapes(cache.device)
+        static = has_static_shapes(cache.device)
         num_keys = []
         arrays = []
         first_query = np.zeros_like(starts)  # of each slot, among the queries of all calls

@@ -13,8 +13,9 @@ Draws and commits follow the forward and are not recorded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,11 +56,11 @@ class History:
     """What is known of a model in one state.
 
     Attributes:
-        forwards: How many there were.
+        forwards: How many there were, by the tokens that are read: 1, more (2), or all (0).
         problem: Why nothing is recorded any more, in PyTorch's words; None: there is no reason.
     """
 
-    forwards: int = 0
+    forwards: Counter[int] = field(default_factory=Counter)
     problem: str | None = None
 
 
@@ -67,7 +68,7 @@ class ForwardRecorder(ABC):
     """Runs forwards of one model in evaluation mode, from recordings where there are some.
 
     Args:
-        after: Forwards in the model's state before anything is recorded.
+        after: Forwards in the model's state, of a kind, before any of it is recorded.
 
     Attributes:
         recorded: Recordings made so far.
@@ -85,11 +86,12 @@ class ForwardRecorder(ABC):
     def __call__(self, model: DiffusionGPTModel, row: Row, equally_long: bool) -> Tensor:
         """What `forward_row` returns; further tokens may follow those of the row."""
         view = row.attention
-        self.history.forwards += 1
+        kind = 0 if row.read is None else min(len(row.read), 2)
+        self.history.forwards[kind] += 1
         if (
             self.history.problem is None
             and self._hooked is None
-            and self.history.forwards > self._after
+            and self.history.forwards[kind] > self._after
             and isinstance(view, CacheView)
             and view.num_tokens == len(row.token_ids)  # else there is padding of other origin
         ):

@@ -88,17 +88,18 @@ class SlotGroup:
             raise
         return True
 
-    def launched(self, plan: ForwardPlan, hidden: Tensor | None) -> None:
+    def launched(self, plan: ForwardPlan, hidden: Tensor | None, drawn_from: Tensor | None) -> None:
         """A forward has left this stage.
 
         Args:
             plan: Its plan.
-            hidden: [S, h] on the last stage, which draws from them; None on the others.
+            hidden: [S, h] on the last stage, read to verify drafts only; None on the others.
+            drawn_from: [n, h] on the last stage, hidden states of the draws.
         """
         own = None
-        if hidden is not None:
-            draws = self._drawer.draw(hidden, plan)
-            self._verifier.keep(hidden, plan)
+        if hidden is not None and drawn_from is not None:
+            draws = self._drawer.draw(drawn_from, plan)
+            self._verifier.keep(drawn_from, plan)
             verified = self._verifier.verify(hidden, plan, self.slots.blocks(plan))
             own = draws, verified if self._shares is None else self._shares.agree(verified)
         self.in_flight = Decisions.shared(plan, own, self._groups)

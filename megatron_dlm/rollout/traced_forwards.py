@@ -5,14 +5,14 @@ which the conditions hold that came up while it was made. Attention, whose sizes
 sequences, stays a call of the forward's own `CachedAttention`. Nothing is padded, and no operation
 is replaced by another: results are those of the modules, bit for bit.
 
-S: tokens of a forward.
+S: tokens of a forward; n: those of them that are read.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from weakref import WeakKeyDictionary
@@ -117,24 +117,28 @@ class Trace:
         model: The only tensors that the recording has of its own are this model's.
         token_ids: [S] int64, of the forward that it is made from.
         position_ids: [S] int64.
+        read: [n] int64, see the model; nothing: all tokens.
 
     Attributes:
-        replay: Takes token ids [S], positions [S] and a `CachedAttention`; returns what the model
-            does.
+        replay: Takes token ids [S], positions [S], n tokens, and a `CachedAttention`; returns what
+            the model does.
 
     Raises:
         RecordingError: The forward has another tensor of its own.
         Exception: It asks for values of a tensor, or PyTorch cannot record what it does.
     """
 
-    replay: Callable[[Tensor, Tensor, CachedAttention], Tensor]
+    replay: Callable[..., Tensor]
 
-    def __init__(self, model: DiffusionGPTModel, token_ids: Tensor, position_ids: Tensor) -> None:
-        def forward(token_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def __init__(
+        self, model: DiffusionGPTModel, token_ids: Tensor, position_ids: Tensor, *read: Tensor
+    ) -> None:
+        def forward(token_ids: Tensor, position_ids: Tensor, *read: Tensor) -> Tensor:
             hidden: Tensor = model(
                 input_ids=token_ids[None],
                 position_ids=position_ids[None],
                 attention_mask=_AnyAttention(),
+                read=read[0] if read else None,
             )
             return hidden
 
@@ -142,13 +146,14 @@ class Trace:
             forward, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
         )
         with views_kept():
-            graph: GraphModule = record(token_ids, position_ids)
+            graph: GraphModule = record(token_ids, position_ids, *read)
         own = {id(tensor) for tensor in tensors_of(model)}
         for node in graph.graph.find_nodes(op="get_attr"):
             tensor = getattr(graph, node.target)
             if id(tensor) not in own:
                 raise RecordingError(f"a tensor of shape {tuple(tensor.shape)} is not the model's")
         inputs = graph.graph.find_nodes(op="placeholder")
+        self._num_inputs = len(inputs)
         assert graph.shape_env is not None  # sizes are symbolic
         condition = graph.shape_env.produce_guards_expression(
             [node.meta["val"] for node in inputs], ignore_static=False
@@ -165,10 +170,10 @@ class Trace:
             vars(graph)[node.target] = getattr(graph, node.target)
         self.replay = graph.forward
 
-    def fits(self, token_ids: Tensor, position_ids: Tensor) -> bool:
-        """Whether it is of as many tokens."""
-        named = {"L": {"t0": token_ids, "t1": position_ids}}
-        return bool(eval(self._condition, SYMPY_INTERP, named))
+    def fits(self, *inputs: Tensor) -> bool:
+        """Whether it is of as many tokens, all those that are passed to `replay`."""
+        named = {"L": {f"t{place}": tensor for place, tensor in enumerate(inputs)}}
+        return len(inputs) == self._num_inputs and bool(eval(self._condition, SYMPY_INTERP, named))
 
 
 MAX_STATES = 4
@@ -181,11 +186,11 @@ class _Recordings(History):
 
     Attributes:
         traces: The recordings.
-        trace_of: By the number of tokens; None: there are too many.
+        trace_of: By the numbers of tokens, and of those that are read; None: there are too many.
     """
 
     traces: list[Trace] = field(default_factory=list)
-    trace_of: dict[int, Trace | None] = field(default_factory=dict)
+    trace_of: dict[tuple[int, ...], Trace | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -238,20 +243,24 @@ class TracedForwards(ForwardRecorder):
         return tuple(map(id, tensors_of(model))), adapters_of(model)
 
     def _run(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Tensor | None:
-        num_tokens = len(row.token_ids)
+        inputs = [row.token_ids, row.position_ids]
+        if row.read is not None and model.leaves_out(row.read):
+            inputs.append(row.read)
+        sizes = tuple(map(len, inputs[1:]))
         trace_of = self._recordings.trace_of
-        if num_tokens not in trace_of:
-            trace_of[num_tokens] = self._find(model, row, view)
-        trace = trace_of[num_tokens]
+        if sizes not in trace_of:
+            trace_of[sizes] = self._find(model, row, inputs, view)
+        trace = trace_of[sizes]
         if trace is None:
             return None
         ACTIVITY.step()
         self.replayed += 1
-        return trace.replay(row.token_ids, row.position_ids, view)
+        return trace.replay(*inputs, view)
 
-    def _find(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Trace | None:
-        """The recording of so many tokens, if necessary a new one; None: there are too many."""
-        inputs = row.token_ids, row.position_ids
+    def _find(
+        self, model: DiffusionGPTModel, row: Row, inputs: Sequence[Tensor], view: CacheView
+    ) -> Trace | None:
+        """The recording of such inputs, if necessary a new one; None: there are too many."""
         traces = self._recordings.traces
         for trace in traces:
             if trace.fits(*inputs):

@@ -81,7 +81,7 @@ class DraftVerifier:
         self._drafted: Tensor | None = None
 
     def keep(self, hidden: Tensor, plan: ForwardPlan) -> None:
-        """Keep the hidden states [S, h] that drafts of a forward were drawn from, if there are any.
+        """Keep the hidden states that drafts of a forward were drawn from, if there are any.
 
         Args:
             hidden: On the last pipeline stage.
@@ -90,7 +90,7 @@ class DraftVerifier:
         if plan.drafts is None:
             return
         where = (plan.draw_slots[plan.drafts], plan.draw_columns[plan.drafts])
-        self._states(hidden)[where] = hidden[plan.draw_rows[plan.drafts]]
+        self._states(hidden)[where] = hidden[plan.drafts]
 
     def _states(self, hidden: Tensor) -> Tensor:
         """What drafts were drawn from, [slots, B, h]; memory that nobody else needs."""

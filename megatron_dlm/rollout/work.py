@@ -1,6 +1,6 @@
 """How much work the forwards of a rollout were."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from megatron_dlm.rollout.forward_plan import ForwardPlan
 
@@ -14,6 +14,7 @@ class RolloutWork:
         pairs: Pairs of a query and a key that it sees.
         logits: Tokens that were drawn, and those of blocks that were verified.
         keys: Keys and values that were read: the length of all sequences.
+        read: Tokens that the last layer's feed-forward part was computed of.
         groups: Number of the group whose forward it was, from 0.
     """
 
@@ -21,9 +22,16 @@ class RolloutWork:
     pairs: list[int] = field(default_factory=list)
     logits: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
 
-    def add(self, plan: ForwardPlan, context_block_size: int | None, group: int = 0) -> None:
+    def add(
+        self,
+        plan: ForwardPlan,
+        context_block_size: int | None,
+        group: int = 0,
+        read: int | None = None,
+    ) -> None:
         """Add a forward.
 
         Args:
@@ -31,6 +39,7 @@ class RolloutWork:
             context_block_size: Final tokens that see each other, 1 under a causal context; None:
                 tokens see all of their sequence.
             group: Number of its group.
+            read: Tokens that the last layer's feed-forward part is computed of; None: all.
         """
         starts, noisy, ends = plan.starts, plan.noisy_starts, plan.ends
         if context_block_size is None:
@@ -42,7 +51,9 @@ class RolloutWork:
             first, last = starts // size, noisy // size
             pairs = size**2 * (last * (last + 1) - first * (first + 1)) // 2
             pairs += (ends - noisy) * ends
-        self.tokens.append(int((ends - starts).sum()))
+        tokens = int((ends - starts).sum())
+        self.tokens.append(tokens)
+        self.read.append(tokens if read is None else read)
         self.pairs.append(int(pairs.sum()))
         verified = sum(verification.rows.numel() for verification in plan.verifications)
         self.logits.append(len(plan.draw_rows) + verified)
@@ -51,6 +62,7 @@ class RolloutWork:
 
     def take(self) -> "RolloutWork":
         """What there is; what follows is added to nothing."""
-        taken = RolloutWork(self.tokens, self.pairs, self.logits, self.keys, self.groups)
-        self.tokens, self.pairs, self.logits, self.keys, self.groups = [], [], [], [], []
+        taken = replace(self)
+        for part in fields(self):
+            setattr(self, part.name, [])
         return taken

@@ -97,7 +97,7 @@ class ThroughputMeter:
             return
         work, flops = engine.work.take(), self._flops
         local = self._local
-        rollout = flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits))
+        rollout = flops.forward(sum(work.tokens), sum(work.pairs), sum(work.logits), sum(work.read))
         local.rollout += rollout / self._together
         local.response_tokens += response_tokens
         local.rollout_floor += self._floor(work)
@@ -107,13 +107,13 @@ class ThroughputMeter:
         """Seconds that forwards take at least: products, or reading weights and keys."""
         if self._machine is None:
             return 0.0
-        forwards = zip(work.tokens, work.pairs, work.logits, work.keys, strict=True)
+        forwards = zip(work.tokens, work.pairs, work.logits, work.read, work.keys, strict=True)
         return sum(
             self._machine.floor(
-                self._flops.forward(tokens, pairs, logits) / self._of_replica,
+                self._flops.forward(tokens, pairs, logits, read) / self._of_replica,
                 self._weight_bytes + keys * self._key_bytes / self._of_replica,
             )
-            for tokens, pairs, logits, keys in forwards
+            for tokens, pairs, logits, read, keys in forwards
         )
 
     def annotated(self, trajectories: Sequence[Trajectory]) -> None:

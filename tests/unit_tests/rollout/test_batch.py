@@ -211,3 +211,33 @@ def test_the_cache_takes_no_more_memory_than_there_is(
 
 def test_the_memory_of_a_cpu_is_known() -> None:
     assert 0 < context.platform.available_memory() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 9}, SPECULATIVE], ids=["T", "top-k", "drafts"])
+def test_the_last_layer_goes_on_with_what_is_drawn_from(
+    model: DiffusionGPTModel, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of its feed-forward part are those of the draws; all where drafts are verified."""
+    prompts = make_prompts([5, 9, 2])
+    responses = []
+    for reads_early in (False, True):
+        monkeypatch.setattr(model, "reads_early", reads_early)
+        engine = make_engine(model, **changes)
+        rows: list[list[int]] = [[], []]
+        hooks = [
+            layer.mlp.register_forward_hook(
+                lambda module, inputs, output, own=own: own.append(len(inputs[0]))
+            )
+            for own, layer in zip(rows, model.decoder.layers, strict=True)
+        ]
+        responses.append([fields(t) for t in engine.generate(prompts, 9)])
+        for hook in hooks:
+            hook.remove()
+        work = engine.work.take()
+        assert rows == [work.tokens, work.read]
+        if not reads_early:
+            assert work.read == work.tokens
+        elif changes != SPECULATIVE:
+            assert work.read == work.logits
+            assert sum(work.read) < 0.6 * sum(work.tokens)
+    assert responses[0] == responses[1]

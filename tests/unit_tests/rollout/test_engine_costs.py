@@ -147,7 +147,7 @@ def test_attention_kernels_see_few_shapes(
         denoising_steps_per_block=1,
         special_tokens=SpecialTokens(MASK, PAD, MASK, vocab_size=VOCAB_SIZE),  # no draw is an end
     )
-    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)  # as on a GPU
+    monkeypatch.setattr(kv_cache, "has_static_shapes", lambda device: True)  # as on a GPU
     with AttentionShapes() as seen:
         trajectories = engine.generate(prompts, 500)
     assert sum(len(t.response_ids) for t in trajectories) == sum(range(40, 40 + 28 * 16, 28)) > 3999

@@ -112,7 +112,7 @@ def test_ragged_forwards_against_dense_attention(
                 noisy[-1] -= block_size * data.draw(st.integers(0, 1))
                 starts[-1] = max(starts[-1] - data.draw(st.integers(0, block_size - 1)), 0)
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        with patch.object(kv_cache, "_has_static_shapes", lambda device: is_static):
+        with patch.object(kv_cache, "has_static_shapes", lambda device: is_static):
             view = CacheView(
                 cache,
                 tables,
@@ -187,7 +187,7 @@ def test_what_ranks_keep_adds_up_to_all_keys(kind: tuple[str, bool]) -> None:
         query, key, value = (x[:, 0] for x in random_tokens(int(lengths.sum()), generator))
         parts = []
         for cache in caches:
-            with patch.object(kv_cache, "_has_static_shapes", lambda device: is_static):
+            with patch.object(kv_cache, "has_static_shapes", lambda device: is_static):
                 view = CacheView(cache, tables, np.array(starts), np.array(ends), block)
             parts.append(view.partial(FIRST_LAYER, query, key, value, SCALE))
         contexts, sums = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -324,7 +324,7 @@ def test_forwards_of_all_shapes_share_a_graph(monkeypatch: pytest.MonkeyPatch) -
     attention._compiled_flex_attention.cache_clear()
     compiled = attention._compiled_flex_attention()
     attention._compiled_flex_attention.cache_clear()
-    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    monkeypatch.setattr(kv_cache, "has_static_shapes", lambda device: True)
     tables = torch.arange(1, 33).view(8, 4).numpy()
     for num_pages, block_size, starts, ends in (
         (4, 4, [0], [4]),  # one sequence of one page

@@ -98,15 +98,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 def test_replayed_rollouts_are_the_same_in_every_bit(model: DiffusionGPTModel) -> None:
-    """Under every setting; one recording is of all, for it is of the model."""
+    """Under every setting; recordings are of all, for they are of the model.
+
+    Of forwards of which several tokens are read, one, or all.
+    """
     recorder = TracedForwards(model, after=0)
     for name, changes in SETTINGS.items():
         engine = make_engine(model, keeps_confidence=True, rollout_graphs="on", **changes)
         engine._traced = recorder
         assert generated(engine) == expected(model, **changes), name
     assert recorder.history.problem is None
-    assert recorder.replayed == recorder.history.forwards > 5 * len(SETTINGS)
-    assert recorder.recorded == 1
+    assert recorder.replayed == recorder.history.forwards.total() > 5 * len(SETTINGS)
+    assert recorder.recorded == 3 == len(recorder.history.forwards)
 
 
 class Products(TorchDispatchMode):
@@ -152,7 +155,7 @@ def test_weights_that_change_are_read_where_they_are(model: DiffusionGPTModel) -
         assert recorder.recorded == first
         linear.weight = torch.nn.Parameter(original.data * 0.5)  # another parameter
         assert generated(engine) == expected(model) != before
-        assert recorder.recorded == first + 1
+        assert recorder.recorded == 2 * first
     finally:
         linear.weight = original
 
@@ -226,7 +229,7 @@ def test_hooks_are_called(model: DiffusionGPTModel) -> None:
         assert recorder.replayed == replayed
     assert generated(engine) == before
     assert recorder.replayed == 2 * replayed
-    assert recorder.recorded == 1
+    assert recorder.recorded == 2  # several tokens are read, or one
 
 
 def test_hooks_of_updates_need_no_call(tmp_path: Path) -> None:
@@ -248,8 +251,10 @@ def test_recordings_come_after_some_forwards_and_stay(model: DiffusionGPTModel) 
     engine._traced = recorder
     same = expected(model)
     assert [generated(engine) for _ in range(3)] == [same] * 3
+    several, one = (recorder.history.forwards[kind] for kind in (2, 1))
+    assert several > 30 > one > 0
     assert recorder.recorded == 1
-    assert recorder.replayed == recorder.history.forwards - 30
+    assert recorder.replayed == several - 30
 
 
 def check_shared_recordings(model: DiffusionGPTModel) -> None:
@@ -263,14 +268,15 @@ def check_shared_recordings(model: DiffusionGPTModel) -> None:
         return traced(engine)
 
     first = decoded("auto", True)
-    forwards = first.history.forwards
+    forwards = first.history.forwards.copy()
     assert first.replayed == 0
     on, off, on_again, off_again = (decoded("on", x) for x in (True, False, True, False))
-    assert [r.recorded for r in (on, off, on_again, off_again)] == [1, 1, 0, 0]
-    assert on_again.replayed == off_again.replayed == on.replayed == forwards
+    kinds = len(forwards)
+    assert [r.recorded for r in (on, off, on_again, off_again)] == [kinds, kinds, 0, 0]
+    assert on_again.replayed == off_again.replayed == on.replayed == forwards.total()
     assert first.history is on.history is on_again.history
     assert off.history is off_again.history
-    assert on.history.forwards == 3 * forwards
+    assert on.history.forwards == forwards + forwards + forwards
 
 
 def test_engines_of_a_model_share_recordings(tmp_path: Path) -> None:
@@ -330,7 +336,7 @@ def test_whatever_a_capture_raises_the_modules_run(
         function()
         raise error
 
-    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    monkeypatch.setattr(kv_cache, "has_static_shapes", lambda device: True)
     plain = expected(model)
     recorder = captured(monkeypatch, fails)
     assert generated(make_engine(model, keeps_confidence=True)) == plain
@@ -348,7 +354,7 @@ def test_graphs_of_fixed_sizes_and_memory(
     model: DiffusionGPTModel, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What CUDA captures, with operations of PyTorch in the place of kernels."""
-    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    monkeypatch.setattr(kv_cache, "has_static_shapes", lambda device: True)
     plain = [t[:-1] for t in expected(model, **changes)]
     found = []
     for capture in (without_recording, traced_graph):
@@ -376,7 +382,7 @@ def test_a_long_rollout_has_few_graphs(
         dataclasses.replace(prompt, max_response_length=20 + 24 * index)
         for index, prompt in enumerate(make_prompts(lengths))
     ]
-    monkeypatch.setattr(kv_cache, "_has_static_shapes", lambda device: True)
+    monkeypatch.setattr(kv_cache, "has_static_shapes", lambda device: True)
     recorder = captured(monkeypatch, without_recording)
     engine = make_engine(
         model,
@@ -389,7 +395,7 @@ def test_a_long_rollout_has_few_graphs(
     engine.generate(prompts, 200)
     assert len(recorder._buckets) <= MAX_RECORDINGS
     assert recorder.recorded <= MAX_RECORDINGS
-    assert recorder.replayed > 0.7 * recorder.history.forwards
+    assert recorder.replayed > 0.7 * recorder.history.forwards.total()
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 32])
