@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_dlm.rollout import row_draws
 from megatron_dlm.rollout.block_draws import (
     TORCH_PASSES,
     VOCABULARY_BLOCK,
@@ -199,6 +200,8 @@ def sample_tokens(
     is_filtered = temperature > 0.0 and (top_k > 0 or top_p < 1.0)
     columns, chunk = padded_columns(weight.shape[0]), chunk_columns(hidden.device)
     is_kept = is_filtered or hidden.dtype != torch.float32 or hidden.device.type != "cpu"
+    is_shared = tp_group is not None and tp_group.size() > 1
+    by_rows = weight.shape[0] <= row_draws.MOST_COLUMNS and not (is_kept or is_shared)
     is_kept |= columns <= chunk
     columns = columns if is_kept else chunk
 
@@ -208,11 +211,10 @@ def sample_tokens(
     def gather(values: Tensor) -> Tensor:
         return gather_from_ranks(values, tp_group)
 
-    packed = [hidden.new_empty(3, 0, dtype=torch.float64)]
-    rows = max(1, MAX_LOGITS // columns)
-    for part, numbers in zip(hidden.split(rows), uniforms.split(rows), strict=True):
-        if len(part) == 0:
-            continue
+    packed = []
+    rows = max(1, (row_draws.MOST_LOGITS if by_rows else MAX_LOGITS) // columns)
+    for start in range(0, hidden.shape[0], rows):
+        part, numbers = hidden[start : start + rows], uniforms[start : start + rows]
         head = Head(
             part,
             weight,
@@ -220,8 +222,11 @@ def sample_tokens(
             vocab_end=min(vocab_size, vocab_start + weight.shape[0]),
             mask_token_id=mask_token_id,
         )
-        logits = memory.empty(part, columns)
-        if not is_kept:
+        logits = memory.empty(part, weight.shape[0] if by_rows else columns)
+        if by_rows:
+            head.write(logits)
+            drawn = row_draws.draw_from_rows(logits, numbers, temperature)
+        elif not is_kept:
             drawn = choose_tokens(
                 block_statistics(head.chunks(logits), temperature),
                 partial(chosen_columns, head.block, threshold=None, temperature=temperature),
@@ -251,4 +256,6 @@ def sample_tokens(
                 passes=passes,
             )
         packed.append(drawn)
-    return torch.cat(packed, dim=1)
+    if not packed:
+        return hidden.new_empty(3, 0, dtype=torch.float64)
+    return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)

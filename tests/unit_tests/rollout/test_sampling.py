@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dlm.rollout import block_draws
+from megatron_dlm.rollout import block_draws, row_draws
 from megatron_dlm.rollout.sampling import SampledTokens, sample_tokens
 from megatron_dlm.rollout.uniforms import counter_uniforms
 
@@ -68,7 +68,15 @@ def quantile(degrees: int) -> float:
     return degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
 
 
+@pytest.fixture(params=["rows", "blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How draws without filters from a vocabulary of this size are made."""
+    if request.param == "blocks":
+        monkeypatch.setattr(row_draws, "MOST_COLUMNS", 0)
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.usefixtures("way")
 def test_draws_follow_the_filtered_softmax(filters: dict) -> None:
     logits = torch.randn(PADDED, generator=torch.Generator().manual_seed(1)) * 2.5
     expected = reference_distribution(logits, **filters)
@@ -92,9 +100,16 @@ def test_draws_follow_the_filtered_softmax(filters: dict) -> None:
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     spread=st.sampled_from([0.1, 3.0, 60.0]),
     is_large=st.booleans(),
+    by_rows=st.booleans(),
 )
 def test_the_inverse_of_the_distribution_function_with_confidence_and_entropy(
-    seed: int, temperature: float, top_k: int, top_p: float, spread: float, is_large: bool
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    spread: float,
+    is_large: bool,
+    by_rows: bool,
 ) -> None:
     """Against float64 over the whole vocabulary; only numbers at a border may go either way."""
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +119,10 @@ def test_the_inverse_of_the_distribution_function_with_confidence_and_entropy(
     uniforms = torch.rand(20, generator=generator, dtype=torch.float64)
     uniforms[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
     before = logits.clone()
-    with patch.object(block_draws, "LEAST_COLUMNS", 0 if is_large else 1 << 15):
+    with (
+        patch.object(block_draws, "LEAST_COLUMNS", 0 if is_large else 1 << 15),
+        patch.object(row_draws, "MOST_COLUMNS", PADDED if by_rows else 0),
+    ):
         sampled = draw(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
     assert torch.equal(logits, before)
     for row, token in enumerate(sampled.token_ids.tolist()):
@@ -174,6 +192,7 @@ def test_arrays_and_tensors_have_the_same_numbers(rows: list[tuple[int, ...]]) -
 
 
 @pytest.mark.parametrize("filters", [*FILTERS, {"temperature": 0.0}], ids=str)
+@pytest.mark.usefixtures("way")
 def test_draws_do_not_depend_on_batch_and_chunks(
     filters: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +201,7 @@ def test_draws_do_not_depend_on_batch_and_chunks(
     together = draw(logits, uniforms, **filters)
     order = torch.tensor([5, 2, 19, 7])
     monkeypatch.setattr("megatron_dlm.rollout.sampling.MAX_LOGITS", 900)
+    monkeypatch.setattr(row_draws, "MOST_LOGITS", 900)
     monkeypatch.setattr(block_draws, "CHUNK_COLUMNS", 128)
     apart = draw(logits[order], uniforms[order], **filters)
     for name in ("token_ids", "confidence", "entropy"):
@@ -196,6 +216,7 @@ def test_top_p_keeps_exactly_the_smallest_sufficient_set() -> None:
         assert set(draw(logits, top_p=top_p).token_ids.tolist()) == kept
 
 
+@pytest.mark.usefixtures("way")
 def test_equal_logits_stay_together_and_the_most_likely_is_the_lowest_id() -> None:
     logits = torch.zeros(2, PADDED)
     logits[1, [6, 9, 200]] = 1.0
@@ -215,15 +236,17 @@ def test_infinite_logits_and_rows_of_nan_give_tokens_that_may_be_drawn(filters: 
     logits[1, 200] = math.inf
     logits[2, 130] = math.nan
     logits[3, 1:] = -1e38
-    packed = block_draws.draw_from_logits(
-        torch.nn.functional.pad(logits, (0, 84), value=torch.finfo(torch.float32).min),
-        torch.full((4,), 0.5, dtype=torch.float64),
-        **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **filters},
-    )
-    tokens = packed[0].long().tolist()
-    assert tokens[1] == 200
-    assert tokens[3] == 0
-    assert all(0 <= token < PADDED for token in tokens)
+    logits = torch.nn.functional.pad(logits, (0, 84), value=torch.finfo(torch.float32).min)
+    uniforms = torch.full((4,), 0.5, dtype=torch.float64)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **filters}
+    found = [block_draws.draw_from_logits(logits, uniforms, **settings)]
+    if not filters.keys() & {"top_k", "top_p"}:
+        found.append(row_draws.draw_from_rows(logits, uniforms, settings["temperature"]))
+    for packed in found:
+        tokens = packed[0].long().tolist()
+        assert tokens[1] == 200
+        assert tokens[3] == 0
+        assert all(0 <= token < PADDED for token in tokens)
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
