@@ -1,8 +1,6 @@
 """`python -m megatron_dlm COMMAND ...`, which torchrun can start too."""
 
-import sys
-
-from megatron_dlm.commands import main
+from megatron_dlm.commands import command_line
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

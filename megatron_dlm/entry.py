@@ -3,13 +3,15 @@
 Imports nothing slow, so that a mistyped flag is reported before PyTorch is loaded.
 """
 
+import atexit
 import errno
 import functools
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 from megatron_dlm.errors import TrainingDiverged, UserError, bad_value
 from megatron_dlm.launcher import die_with_launcher, final_error, leave_error, leave_status
@@ -171,3 +173,28 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
             end_standard_output()
 
     return wrapper
+
+
+def run_as_process(main: Callable[[], int]) -> NoReturn:
+    """Run a program's main function, and end the process with the status that it returns.
+
+    What is left is not freed object by object, for which Python takes seconds after models and
+    libraries: the system takes memory back as a whole. Before that everything ends as usual:
+    threads are waited for, then what `atexit` knows is called.
+
+    Raises:
+        SystemExit: With the status.
+    """
+    returned: list[int] = []
+    program = sys.modules["__main__"]
+
+    def end() -> None:
+        # Where another program has run this one as a part of it, that goes on.
+        if returned and sys.modules.get("__main__") is program:
+            end_standard_output()
+            sys.stderr.flush()
+            os._exit(returned[0])
+
+    atexit.register(end)  # what is registered first is called last
+    returned.append(main())
+    sys.exit(returned[0])

@@ -1,8 +1,6 @@
 """`megatron-dlm trajectory` from a checkout."""
 
-import sys
-
-from megatron_dlm.commands import main
+from megatron_dlm.commands import command_line
 
 if __name__ == "__main__":
-    sys.exit(main(["trajectory", *sys.argv[1:]]))
+    command_line("trajectory")

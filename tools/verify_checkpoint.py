@@ -1,8 +1,6 @@
 """`megatron-dlm verify` from a checkout."""
 
-import sys
-
-from megatron_dlm.commands import main
+from megatron_dlm.commands import command_line
 
 if __name__ == "__main__":
-    sys.exit(main(["verify", *sys.argv[1:]]))
+    command_line("verify")

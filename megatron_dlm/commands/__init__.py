@@ -7,10 +7,10 @@ status. `pretrain_opdlm.py` and `tools/` run the same commands from a checkout.
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from megatron_dlm import __version__
-from megatron_dlm.entry import collect_garbage_rarely, rank, report_user_errors
+from megatron_dlm.entry import collect_garbage_rarely, rank, report_user_errors, run_as_process
 from megatron_dlm.errors import bad_value, unknown_name
 from megatron_dlm.terminal import say
 
@@ -64,6 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     status: int = module.main(arguments[1:])
     return status
+
+
+def command_line(*first: str) -> NoReturn:
+    """Run a command with the arguments of this process, and end it with the command's status.
+
+    Args:
+        first: Arguments before those, as the command's name.
+    """
+    run_as_process(lambda: main([*first, *sys.argv[1:]]))
 
 
 def parse_command(name: str, options: type[T], argv: Sequence[str]) -> T:

@@ -1,6 +1,9 @@
 """Numbers from the launcher, and errors reported to it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 from megatron_dlm.entry import report_user_errors
 from megatron_dlm.errors import UserError, bad_value
 from megatron_dlm.launcher import final_error
+from tests.tiny import REPOSITORY
 
 
 def _failing() -> int:
@@ -127,3 +131,57 @@ def test_a_missing_file_that_nobody_checked_for_is_a_defect(tmp_path: Path) -> N
 
     with pytest.raises(FileNotFoundError):
         report_user_errors(main)()
+
+
+PROGRAM = """
+import atexit, sys, threading, time
+from megatron_dlm.entry import run_as_process
+
+class Freed:
+    def __del__(self):
+        sys.stderr.write("freed ")
+
+def main():
+    atexit.register(lambda: print("exit handler", end=" "))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
+    print("main", end=" ")
+    END
+    return 75
+
+kept = Freed()
+if __name__ == "__main__":
+    run_as_process(main)
+"""
+
+
+def run_program(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_process_ends_as_usual_but_frees_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.replace("END", "pass"))
+    assert run_program(str(script)) == (75, "main thread exit handler ", "")
+    # In a program that runs it, and catches its end, that one decides.
+    runs_it = (
+        "import runpy\ntry:\n    runpy.run_path({!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n    print('ended with', end.code, end=' ')"
+    )
+    status, output, _ = run_program("-c", runs_it.format(str(script)))
+    assert (status, output) == (0, "main ended with 75 thread exit handler ")
+
+
+def test_a_process_that_raises_ends_as_usual(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.replace("END", "raise KeyError('defect')"))
+    status, output, error = run_program(str(script))
+    assert (status, output) == (1, "main thread exit handler ")
+    assert "KeyError: 'defect'" in error
+    assert "freed" in error
