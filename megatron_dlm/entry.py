@@ -7,6 +7,7 @@ import atexit
 import errno
 import functools
 import gc
+import logging
 import os
 import sys
 import time
@@ -176,11 +177,12 @@ def report_user_errors(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def run_as_process(main: Callable[[], int]) -> NoReturn:
-    """Run a program's main function, and end the process with the status that it returns.
+    """Run a program's main function as the last it does, and end with the status that it returns.
 
     What is left is not freed object by object, for which Python takes seconds after models and
-    libraries: the system takes memory back as a whole. Before that everything ends as usual:
-    threads are waited for, then what `atexit` knows is called.
+    libraries: the system takes memory back as a whole. Before that threads are waited for, and what
+    `atexit` was told in between is called. A process that used CUDA ends as usual, for the sake of
+    profilers and drivers.
 
     Raises:
         SystemExit: With the status.
@@ -189,12 +191,21 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     program = sys.modules["__main__"]
 
     def end() -> None:
-        # Where another program has run this one as a part of it, that goes on.
-        if returned and sys.modules.get("__main__") is program:
-            end_standard_output()
-            sys.stderr.flush()
+        # Where another program has run this one as a part of it, that goes on, and has its own end.
+        is_own = sys.modules.get("__main__") is program and not hasattr(sys, "last_value")
+        if returned and is_own and not _used_cuda():
+            logging.shutdown()  # `atexit` was told of it before, and would call it later
+            if sys.stdout is not None:
+                end_standard_output()
+            if sys.stderr is not None:
+                sys.stderr.flush()
             os._exit(returned[0])
 
     atexit.register(end)  # what is registered first is called last
     returned.append(main())
     sys.exit(returned[0])
+
+
+def _used_cuda() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()

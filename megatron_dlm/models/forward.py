@@ -172,7 +172,7 @@ def read_of_row(model: torch.nn.Module, row: Row, output: Tensor) -> Tensor:
     Args:
         model: This rank's part of a `StageModel`.
         row: Without padding.
-        output: What `forward_row` returned of the padded row, [S or n, 1, h], of all tokens.
+        output: What `forward_row` returned of the padded row, gathered from ranks that have parts.
 
     Returns:
         [S, h] without the padding, or [n, h] of the tokens that are read.

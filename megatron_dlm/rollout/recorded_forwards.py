@@ -56,11 +56,11 @@ class History:
     """What is known of a model in one state.
 
     Attributes:
-        forwards: How many there were, by the tokens that are read: 1, more (2), or all (0).
+        forwards: How many there were, by `kind_of`.
         problem: Why nothing is recorded any more, in PyTorch's words; None: there is no reason.
     """
 
-    forwards: Counter[int] = field(default_factory=Counter)
+    forwards: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
 
 
@@ -86,7 +86,7 @@ class ForwardRecorder(ABC):
     def __call__(self, model: DiffusionGPTModel, row: Row, equally_long: bool) -> Tensor:
         """What `forward_row` returns; further tokens may follow those of the row."""
         view = row.attention
-        kind = 0 if row.read is None else min(len(row.read), 2)
+        kind = kind_of(model, row)
         self.history.forwards[kind] += 1
         if (
             self.history.problem is None
@@ -136,6 +136,13 @@ class ForwardRecorder(ABC):
     @abstractmethod
     def _state_of(self, model: StageModel) -> tuple[object, ...]:
         """What a recording has of the model but for the contents of its tensors."""
+
+
+def kind_of(model: DiffusionGPTModel, row: Row) -> str:
+    """Which tokens of a forward the last layer goes on with: "all", "one" or "some"."""
+    if row.read is None or not model.leaves_out(row.read):
+        return "all"
+    return "one" if len(row.read) == 1 else "some"
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:

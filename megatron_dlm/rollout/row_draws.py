@@ -31,7 +31,8 @@ def draw_from_rows(logits: Tensor, uniforms: Tensor, temperature: float) -> Tens
     """
     top = logits.amax(dim=-1, keepdim=True)
     best = None if temperature else logits.argmax(dim=-1, keepdim=True)
-    shifted = logits - top
+    # A logit above 1e31 would leave minus infinity, and no entropy.
+    shifted = (logits - top).clamp_(min=torch.finfo(logits.dtype).min)
     weights = shifted.exp()
     if best is not None:
         column = best

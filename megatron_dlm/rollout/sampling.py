@@ -1,8 +1,8 @@
 """Drawing tokens from hidden states, with the vocabulary split over tensor-parallel ranks.
 
 The head's product and the pass over its logits go chunk by chunk, and the way from hidden states to
-the packed result has no decision on the host. What is drawn, and from how many numbers:
-`block_draws`.
+the packed result has no decision on the host that a device would have to wait for. What is drawn,
+and from how many numbers: `block_draws`; on the CPU from a small vocabulary `row_draws`.
 
 n: tokens drawn at once; h: hidden size; Vp: vocabulary padded for tensor parallelism; tp: its
 ranks.

@@ -36,6 +36,7 @@ from megatron_dlm.rollout.recorded_forwards import (
     History,
     RecordingError,
     adapters_of,
+    kind_of,
     tensors_of,
 )
 
@@ -186,11 +187,11 @@ class _Recordings(History):
 
     Attributes:
         traces: The recordings.
-        trace_of: By the numbers of tokens, and of those that are read; None: there are too many.
+        trace_of: By the number of tokens and `kind_of`; None: there are too many.
     """
 
     traces: list[Trace] = field(default_factory=list)
-    trace_of: dict[tuple[int, ...], Trace | None] = field(default_factory=dict)
+    trace_of: dict[tuple[int, str], Trace | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -244,9 +245,10 @@ class TracedForwards(ForwardRecorder):
 
     def _run(self, model: DiffusionGPTModel, row: Row, view: CacheView) -> Tensor | None:
         inputs = [row.token_ids, row.position_ids]
-        if row.read is not None and model.leaves_out(row.read):
+        kind = kind_of(model, row)
+        if kind != "all" and row.read is not None:
             inputs.append(row.read)
-        sizes = tuple(map(len, inputs[1:]))
+        sizes = len(row.token_ids), kind
         trace_of = self._recordings.trace_of
         if sizes not in trace_of:
             trace_of[sizes] = self._find(model, row, inputs, view)

@@ -84,7 +84,7 @@ class DraftVerifier:
         """Keep the hidden states that drafts of a forward were drawn from, if there are any.
 
         Args:
-            hidden: On the last pipeline stage.
+            hidden: [n, h] of the draws, on the last pipeline stage.
             plan: The plan of that forward.
         """
         if plan.drafts is None:

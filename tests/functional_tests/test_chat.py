@@ -78,13 +78,13 @@ def test_answers_are_those_of_generate_and_come_by_blocks(
     computed: list[list[int]] = [[]]  # tokens of each forward, by engine
     add, begin = RolloutWork.add, RolloutWork.__init__
 
-    def note(work: RolloutWork, plan: ForwardPlan, *rest: Any) -> None:
+    def note(work: RolloutWork, plan: ForwardPlan, *rest: Any, **options: Any) -> None:
         computed[-1].append(int((plan.ends - plan.starts).sum()))
-        add(work, plan, *rest)
+        add(work, plan, *rest, **options)
 
-    def note_new(work: RolloutWork, *values: Any) -> None:
+    def note_new(work: RolloutWork, **values: Any) -> None:
         computed.append([])
-        begin(work, *values)
+        begin(work, **values)
 
     monkeypatch.setattr(RolloutWork, "add", note)
     monkeypatch.setattr(RolloutWork, "__init__", note_new)

@@ -176,6 +176,12 @@ def test_a_process_ends_as_usual_but_frees_nothing(tmp_path: Path) -> None:
     )
     status, output, _ = run_program("-c", runs_it.format(str(script)))
     assert (status, output) == (0, "main ended with 75 thread exit handler ")
+    definitions = PROGRAM.replace("END", "pass").partition("if __name__")[0]
+    fails_later = "try:\n    run_as_process(main)\nexcept SystemExit:\n    raise ValueError('late')"
+    script.write_text(definitions + fails_later)
+    status, output, error = run_program(str(script))
+    assert (status, output) == (1, "main thread exit handler ")
+    assert "ValueError: late" in error
 
 
 def test_a_process_that_raises_ends_as_usual(tmp_path: Path) -> None:
