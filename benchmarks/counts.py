@@ -164,7 +164,7 @@ def _one_token_a_step(steps: int) -> Iterator[None]:
         now = taken[batch._turn]
         first = now % BLOCK_SIZE
         host[:] = 0
-        host[:, 2 * BLOCK_SIZE + first : 3 * BLOCK_SIZE] = 1  # masks of the next forward
+        host[:, BLOCK_SIZE + first : 2 * BLOCK_SIZE] = 1  # masks of the next forward
         host[:, -2], host[:, -1] = first == 0, now == steps
         return host, works or now < steps
 

@@ -80,6 +80,7 @@ class ForwardPlan:
         draw_rows: [n], index into S of the hidden state that each draw is made from.
         draw_slots: [n].
         draw_columns: [n], position of each draw within its block.
+        draw_at: [R, B], which draw each position of a block has; without meaning where it has none.
         per_slot: [7, R]: whether it denoises, whether what it commits are drafts, denoising step,
             masked positions at the block's first step, start of the block, length of the prompt,
             end of the longest response.
@@ -100,6 +101,7 @@ class ForwardPlan:
     draw_rows: Tensor
     draw_slots: Tensor
     draw_columns: Tensor
+    draw_at: Tensor
     per_slot: Tensor
     drafts: Tensor | None = None
     verifications: tuple[Verification, ...] = ()

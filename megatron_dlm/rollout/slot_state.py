@@ -71,7 +71,6 @@ class SlotState:
         # On the device: what the network sees and writes.
         shape = (num_slots, max_length)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._unmask_step = torch.zeros(shape, dtype=torch.int64, device=device)
         self._masked = torch.zeros(num_slots, self._block_size, dtype=torch.bool, device=device)
         # On the host: blocks as the device reported them, and where each sequence is.
         self._known_tokens = np.zeros(shape, dtype=np.int64)
@@ -99,7 +98,6 @@ class SlotState:
         self._verifies = np.zeros(num_slots, dtype=bool)
         self._per_slot: tuple[np.ndarray | Tensor, ...] = (
             self._tokens,
-            self._unmask_step,
             self._masked,
             self._known_tokens,
             self._known_step,

@@ -1,9 +1,9 @@
 """The plan of the next forward of the sequences in decoding, and what it has changed.
 
-Tokens, denoising steps and masks live on the device, which also decides what is committed and which
-sequences end. The host knows where each sequence is, plans the next forward from that, and learns
-of the rest from one small tensor a step (`SlotTable.commit`). Slots 0 to R - 1 are in use; when a
-sequence ends, the last slot moves into its place, so the slots in use stay contiguous.
+Tokens and masks live on the device, which also decides what is committed and which sequences end.
+The host knows where each sequence is, plans the next forward from that, and learns of the rest from
+one small tensor a step (`SlotTable.commit`). Slots 0 to R - 1 are in use; when a sequence ends, the
+last slot moves into its place, so the slots in use stay contiguous.
 
 R: slots in use; B: positions of a block (its size, or the longest response where that is decoded as
 a whole); T: positions of a slot; S: tokens of a forward; n: draws.
@@ -99,6 +99,7 @@ class SlotTable(SlotState):
             source + (offsets - starts)[draw_slots],
             draw_slots,
             draw_columns,
+            draws.cumsum().reshape(draws.shape) - 1,
             per_slot,
         )
         counters = (
@@ -123,7 +124,9 @@ class SlotTable(SlotState):
                 members, tensors[first::2], tensors[first + 1 :: 2], strict=True
             )
         )
-        token_slots, position_ids, draw_rows, draws_of, draws_at, on_device = tensors[:first]
+        token_slots, position_ids, draw_rows, draws_of, columns, draw_at, on_device = tensors[
+            :first
+        ]
         return ForwardPlan(
             starts=starts,
             ends=ends,
@@ -135,7 +138,8 @@ class SlotTable(SlotState):
             position_ids=position_ids,
             draw_rows=draw_rows,
             draw_slots=draws_of,
-            draw_columns=draws_at,
+            draw_columns=columns,
+            draw_at=draw_at,
             per_slot=on_device,
             drafts=platform.to_device(torch.from_numpy(drafted))[0] if len(drafted) else None,
             verifications=self._verifications(verified, verified_drafts, offsets - starts),
@@ -224,37 +228,32 @@ class SlotTable(SlotState):
             verified: Results of the plan's verifications.
 
         Returns:
-            [R, 3 B + 4] int32 on the device: tokens, denoising steps and, for the next forward,
-            masks of each block; of a verified block, the columns before the token that was drawn,
-            and that token; whether the block is full; whether the sequence is finished. Where
-            confidence is kept, B + 1 columns before the last four have the bits of its float32, of
-            the block and the token after it, zero for tokens that this forward did not commit.
+            [R, 2 B + 4] int32 on the device: tokens and, for the next forward, masks of each
+            block; of a verified block, the columns before the token that was drawn, and that token;
+            whether the block is full; whether the sequence is finished. Where confidence is kept,
+            B + 1 columns before the last four have the bits of its float32, of the block and the
+            token after it, zero for tokens that this forward did not commit.
         """
         active = slice(self.num_active)
         denoises, verifies, step, masked_at_start, block_start, prompt_length, end = plan.per_slot
-        where = (plan.draw_slots, plan.draw_columns)
         masked = self._masked[active] & denoises.bool()[:, None]
-        shape, device = masked.shape, masked.device
-        blocks = DenoisedBlocks(
-            masked=masked,
-            confidence=torch.zeros(shape, device=device).index_put_(where, sampled.confidence),
-            entropy=torch.zeros(shape, device=device).index_put_(where, sampled.entropy),
-            step=step,
-            masked_at_start=masked_at_start,
-        )
+        positions = block_start[:, None] + self._columns
+        tokens = self._tokens[active]
+        block = tokens.gather(1, positions)
+        if len(plan.draw_slots):
+            drawn = sampled.token_ids.take(plan.draw_at)
+            confidence = sampled.confidence.take(plan.draw_at)
+            entropy = sampled.entropy.take(plan.draw_at)
+        else:
+            drawn, confidence, entropy = block, masked.float(), masked.float()
+        blocks = DenoisedBlocks(masked, confidence, entropy, step, masked_at_start)
         committed = torch.zeros_like(masked)
         for group in plan.groups:
             generation = group.generation
             own = generation.strategy.commit(blocks, generation.strategy_value)
             committed = own if group.slots is None else own.where(group.slots[:, None], committed)
-        positions = block_start[:, None] + self._columns
-        tokens, steps = self._tokens[active], self._unmask_step[active]
-        block = tokens.gather(1, positions)
-        drawn = block.index_put(where, sampled.token_ids)
         block = torch.where(committed, drawn, block)
         tokens.scatter_(1, positions, block)
-        unmask_step = torch.where(committed, step[:, None], steps.gather(1, positions))
-        steps.scatter_(1, positions, unmask_step)
 
         masked = self._masked[active] & ~committed
         full = ~masked.any(dim=-1) & ~verifies.bool()
@@ -264,11 +263,11 @@ class SlotTable(SlotState):
         if self._has_canvas:
             opened = opened & (positions + self._block_size < end[:, None])
         masked |= opened
-        drawn_after = torch.zeros(2, len(block), dtype=torch.int64, device=device)
+        drawn_after = torch.zeros(2, len(block), dtype=torch.int64, device=block.device)
         if self._keeps_confidence:
             # A draft is committed by its verification.
             is_final = committed & ~verifies.bool()[:, None]
-            confidence = pad(blocks.confidence * is_final, (0, 1))
+            confidence = pad(confidence.where(is_final, 0.0), (0, 1))
         for verification, result in zip(plan.verifications, verified, strict=True):
             own = verification.slots
             settled = verified_blocks(
@@ -291,7 +290,7 @@ class SlotTable(SlotState):
             first = tokens[own].gather(1, after)[:, 0]
             tokens[own, after[:, 0]] = torch.where(is_next, result.next_token, first)
         self._masked[active] = masked
-        columns = [block, unmask_step, masked]
+        columns = [block, masked]
         if self._keeps_confidence:
             columns.append(confidence.view(torch.int32))
         columns += [drawn_after.T, torch.stack((full, finished), dim=1)]
@@ -308,7 +307,16 @@ class SlotTable(SlotState):
             Slots whose sequence is finished, ascending; for `trajectory`, then `remove`.
         """
         active, size = slice(self.num_active), self._block_size
-        self._known_masked[active] = report[:, 2 * size : 3 * size]
+        masked, full = report[:, size : 2 * size] != 0, report[:, -2] != 0
+        committed = self._known_masked[active] & plan.denoises[:, None] & ~(masked & ~full[:, None])
+        committed[plan.verified_slots] = False
+        where = (
+            np.arange(self.num_active)[:, None],
+            self._block_start[active, None] + np.arange(size),
+        )
+        step = np.where(committed, self._step[active, None], self._known_step[where])
+        self._known_step[where] = step
+        self._known_masked[active] = masked
         self._forwards[active] += plan.denoises
         self._step[active] += plan.denoises
         if self._config.is_autoregressive:
@@ -316,17 +324,11 @@ class SlotTable(SlotState):
         elif not self._has_canvas:
             # Keys before the block are final now; its own become final once it is clean.
             self._start[active] = np.where(plan.denoises, self._block_start[active], plan.ends)
-        full, finished = report[:, -2].nonzero()[0], report[:, -1].nonzero()[0]
-        where = (
-            np.arange(self.num_active)[:, None],
-            self._block_start[active, None] + np.arange(size),
-        )
         if self._keeps_confidence:
             self._note_rounds(plan, report)
         self._known_tokens[where] = report[:, :size]
-        self._known_step[where] = report[:, size : 2 * size]
         if self._keeps_confidence:
-            bits = np.ascontiguousarray(report[:, 3 * size : 4 * size + 1])
+            bits = np.ascontiguousarray(report[:, 2 * size : 3 * size + 1])
             confidence = bits.view(np.float32)
             self._known_confidence[where] += confidence[:, :size]
         verified = plan.verified_slots
@@ -344,7 +346,8 @@ class SlotTable(SlotState):
             self._known_tokens[after] = report[verified[has_next], -3]
             if self._keeps_confidence:
                 self._known_confidence[after] = confidence[verified[has_next], size]
-        opened = full[report[full, -1] == 0]
+        finished = report[:, -1] != 0
+        opened = (full & ~finished).nonzero()[0]
         self._block_start[opened] += size
         self._step[opened] = 1
         changed = np.concatenate((opened, verified))
@@ -354,7 +357,8 @@ class SlotTable(SlotState):
         before = self._block_start[active] + size - self._masked_at_start[active] - 1
         context = np.minimum(self._block_start[active], before)
         self._start[active] = np.where(drafting, context, self._start[active])
-        return [int(slot) for slot in finished]
+        finished_slots: list[int] = finished.nonzero()[0].tolist()
+        return finished_slots
 
     def _note_rounds(self, plan: ForwardPlan, report: np.ndarray) -> None:
         """Keep what the forward's verifications made of drafts; before these are overwritten."""

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEAST = -3e38
+"""Below every finite score, and a float32."""
+
 
 @dataclass(frozen=True)
 class DenoisedBlocks:
@@ -33,15 +36,19 @@ class DenoisedBlocks:
 
 def in_order(scores: Tensor, masked: Tensor) -> Tensor:
     """Positions by descending score, lowest position first among equals, unmasked ones last."""
-    scores = scores.masked_fill(~masked, -float("inf"))
-    # A stable sort keeps equals in order, but an unmasked position must not precede a masked one
-    # whose own score is -inf.
-    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
-    unmasked = ~masked.gather(-1, by_score)
-    return by_score.gather(-1, unmasked.long().sort(dim=-1, stable=True).indices)
+    # A masked position whose own score is -inf must not come after an unmasked one.
+    scores = scores.clamp(min=_LEAST).masked_fill(~masked, -float("inf"))
+    return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
-def first_of(order: Tensor, count: Tensor, masked: Tensor) -> Tensor:
-    """The first `count` [r] positions of `order` [r, B], at least one, as a mask [r, B]."""
+def first_of(order: Tensor, count: Tensor | int, masked: Tensor) -> Tensor:
+    """The first `count` positions of `order` [r, B], at least one, as a mask [r, B].
+
+    Args:
+        order: See `in_order`.
+        count: Of each block, [r], or of all of them.
+        masked: [r, B] bool; others are not taken.
+    """
     rank = order.argsort(dim=-1)
-    return (rank < count.clamp(min=1)[:, None]) & masked
+    most = max(count, 1) if isinstance(count, int) else count.clamp(min=1)[:, None]
+    return (rank < most) & masked

@@ -19,7 +19,7 @@ def low_confidence_static(blocks: DenoisedBlocks, num_steps: int | None) -> Tens
     """
     size = blocks.masked.shape[-1]
     tokens, left_over = divmod(size, num_steps or size)
-    count = tokens + (blocks.step <= left_over).long()
+    count = tokens + (blocks.step <= left_over) if left_over else tokens
     return first_of(in_order(blocks.confidence, blocks.masked), count, blocks.masked)
 
 

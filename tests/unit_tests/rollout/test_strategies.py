@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megatron_dlm.errors import UserError
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.rollout.strategies import STRATEGIES, DenoisedBlocks
+from megatron_dlm.rollout.strategies.blocks import in_order
 
 BLOCK_SIZE = 8
 CONFIG = GenerationConfig(
@@ -99,6 +100,12 @@ def test_commits_what_the_definition_says(strategy: str, blocks: list[tuple]) ->
     for row, block in enumerate(blocks):
         expected = slow_commit(strategy, *block[:4], at_start[row]) if any(block[0]) else set()
         assert set(committed[row].nonzero()[:, 0].tolist()) == expected
+
+
+def test_masked_positions_come_first_whatever_their_scores() -> None:
+    scores = torch.tensor([[0.5, -torch.inf, 0.7, -torch.inf, 0.7]])
+    masked = torch.tensor([[False, True, True, True, True]])
+    assert in_order(scores, masked).tolist() == [[2, 4, 1, 3, 0]]
 
 
 def test_a_block_with_every_position_masked_takes_the_given_steps() -> None:
