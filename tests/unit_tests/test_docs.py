@@ -101,7 +101,7 @@ def test_each_command_has_a_script() -> None:
         REPOSITORY / script for script in SCRIPTS
     }
     for script, command in SCRIPTS.items():
-        assert f'main(["{command}", *sys.argv[1:]])' in (REPOSITORY / script).read_text()
+        assert f'command_line("{command}")' in (REPOSITORY / script).read_text()
 
 
 def test_flags_in_commands_exist() -> None:
