@@ -69,8 +69,9 @@ class KVCache:
         dtype: Floating type of keys and values.
         device: Where they live.
         backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" (CPU) does so where
-            those of all rows are consecutive and rows are evenly spaced, as are those of sequences
-            that start together, and else copies them into a row first.
+            those of all rows are consecutive and rows are evenly spaced, as are those of equally
+            long sequences that start together and share none, until one of them ends; else it
+            copies them into a row first.
         shares: What this rank keeps of sequences that ranks share; None: all of its own ones.
     """
 

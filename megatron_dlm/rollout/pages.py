@@ -100,14 +100,14 @@ class PagePool:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Pages for one user, with no content.
+        """Pages for one user, with no content, in ascending order: neighbours stay neighbours.
 
         Raises:
             ValueError: There are not so many free ones.
         """
         if count > len(self._free):
             raise ValueError(f"{count} pages wanted, {len(self._free)} are free")
-        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
+        pages = sorted(self._free.popitem(last=False)[0] for _ in range(count))
         for page in pages:
             self._users[page] = 1
             key = self._key_of.pop(page, None)

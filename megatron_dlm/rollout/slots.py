@@ -246,7 +246,13 @@ class SlotTable(SlotState):
             entropy = sampled.entropy.take(plan.draw_at)
         else:
             drawn, confidence, entropy = block, masked.float(), masked.float()
-        blocks = DenoisedBlocks(masked, confidence, entropy, step, masked_at_start)
+        blocks = DenoisedBlocks(
+            masked=masked,
+            confidence=confidence,
+            entropy=entropy,
+            step=step,
+            masked_at_start=masked_at_start,
+        )
         committed = torch.zeros_like(masked)
         for group in plan.groups:
             generation = group.generation
@@ -282,7 +288,7 @@ class SlotTable(SlotState):
             full[own], finished[own] = settled.is_full, settled.is_finished
             drawn_after[:, own] = torch.stack((result.num_final, result.next_token))
             if result.confidence is not None:
-                confidence[own] = result.confidence * settled.is_new
+                confidence[own] = result.confidence.where(settled.is_new, 0.0)
             tokens.scatter_(1, positions, block)
             # Of a block that was accepted whole, the token after it is the first of the next.
             after = (positions[own, -1:] + 1).clamp(max=tokens.shape[1] - 1)
@@ -309,7 +315,6 @@ class SlotTable(SlotState):
         active, size = slice(self.num_active), self._block_size
         masked, full = report[:, size : 2 * size] != 0, report[:, -2] != 0
         committed = self._known_masked[active] & plan.denoises[:, None] & ~(masked & ~full[:, None])
-        committed[plan.verified_slots] = False
         where = (
             np.arange(self.num_active)[:, None],
             self._block_start[active, None] + np.arange(size),

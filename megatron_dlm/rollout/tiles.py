@@ -57,8 +57,8 @@ class Tiles:
     ) -> tuple[Tensor, Tensor | None]:
         """[S, ..., n, d] and a layer's cache -> context [rows * Q, ..., n, d].
 
-        With sums also the log-sum-exp of the scores, [rows * Q, n], minus infinity where a query
-        sees nothing.
+        With sums also the log-sum-exp of the scores, [rows * Q, ..., n], minus infinity where a
+        query sees nothing.
         """
         of_token = query.shape[1:]
         num_groups, head_size = cached.shape[2:]
