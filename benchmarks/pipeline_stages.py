@@ -35,13 +35,13 @@ from megatron_dlm.accounting.stage_slots import stage_slots
 from megatron_dlm.config import Config, ParallelConfig
 from megatron_dlm.conversion.hf_import import load_hf_weights
 from megatron_dlm.idle import NEIGHBOURS
-from megatron_dlm.models import stage
 from megatron_dlm.models.architecture import read_architecture
 from megatron_dlm.models.forward import Row, forward_row
 from megatron_dlm.models.model import StageModel
 from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.output_file import write_file
 from megatron_dlm.parallel import ParallelGroups, initialized
+from megatron_dlm.rollout import batch
 from megatron_dlm.rollout.engine import RolloutEngine
 from megatron_dlm.rollout.generation_config import GenerationConfig
 from megatron_dlm.types.special_tokens import SpecialTokens
@@ -102,7 +102,7 @@ def _measure(
                     NEIGHBOURS.take()
                     began = time.perf_counter()
                     used = slower if kind == "sleeping" else forward
-                    with patch.object(stage, "forward_row", used):
+                    with patch.object(batch, "forward_row", used):
                         got = responses(engine.generate(prompts(), RESPONSE))
                     seconds = time.perf_counter() - began
                     waited = NEIGHBOURS.take()
