@@ -48,16 +48,14 @@ from megatron_dlm.types.trajectory import Prompt, Trajectory
 @contextmanager
 def _evaluation(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the mode of every module is restored."""
-    # What `Module.__setattr__` does as well, after it has looked for parameters of that name.
-    training = [vars(module) for module in model.modules() if module.training]
-    for attributes in training:
-        attributes["training"] = False
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for attributes in training:
-            attributes["training"] = True
+        for module in training:
+            module.training = True
 
 
 @contextmanager
