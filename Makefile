@@ -34,8 +34,9 @@ export OMP_NUM_THREADS ?= 1
 
 # Where it is set, as in many containers, each start would compile all its imports anew: 6 s.
 unexport PYTHONDONTWRITEBYTECODE
-# What commands import, compiled once, also for later starts where it is set.
+# What commands import and the CPU's kernels, compiled once, also for later starts where it is set.
 COMPILE_IMPORTS := python -c 'import importlib, pkgutil; import megatron_dlm.commands as commands; \
+	from megatron_dlm.models import cpu_kernels; cpu_kernels.compile_all(); \
 	[importlib.import_module(f"{commands.__name__}.{each.name}") \
 	for each in pkgutil.iter_modules(commands.__path__)]'
 

@@ -1,5 +1,7 @@
 """Megatron's self-attention with the sines and cosines of a row computed once, not in every layer.
 
+On the CPU one kernel makes queries, keys and values of the first product.
+
 S: tokens of the packed row; n: query heads, g: key/value heads of this tensor-parallel rank; d:
 head size.
 """
@@ -9,6 +11,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_dlm.models import cpu_kernels
+from megatron_dlm.models.rms_norm import RMSNorm
 
 
 def rotation(angles: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,5 +54,45 @@ class RotatedSelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Queries [S, 1, n, d] and keys [S, 1, g, d], both rotated, and values [S, 1, g, d]."""
+        norms = self.q_layernorm, self.k_layernorm
+        normalises = bool(self.config.qk_layernorm)
+        if (
+            self._rotation.is_cpu
+            and self._rotation.dtype in cpu_kernels.DTYPES
+            and normalises == isinstance(norms[0], RMSNorm)
+        ):
+            kwargs["split_qkv"] = False
+            mixed, _ = super().get_query_key_value_tensors(*args, **kwargs)
+            weights = [norm.weight if normalises else None for norm in norms]
+            arguments = mixed, self._rotation, *weights, self.config.layernorm_epsilon
+            if torch.is_grad_enabled():
+                return _RotatedHeads.apply(*arguments)
+            return cpu_kernels.rotated_heads(*arguments)
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         return rotate(query, self._rotation), rotate(key, self._rotation), value
+
+
+class _RotatedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mixed: Tensor,
+        rotation: Tensor,
+        query_weight: Tensor | None,
+        key_weight: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(mixed, rotation, query_weight, key_weight)
+        ctx.eps = eps
+        return cpu_kernels.rotated_heads(mixed, rotation, query_weight, key_weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_query: Tensor, of_key: Tensor, of_value: Tensor
+    ) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+        of_mixed, of_weights = cpu_kernels.rotated_heads_backward(
+            of_query, of_key, of_value, *ctx.saved_tensors, ctx.eps
+        )
+        weights = (None, None) if ctx.saved_tensors[2] is None else of_weights.unbind(0)
+        return of_mixed, None, *weights, None

@@ -10,6 +10,7 @@ has the queries, keys and values of all tokens of a forward in `CacheView.attend
 reads its own pages only (`megatron_dlm.rollout.token_shares`).
 
 A row of a call is one or two blocks of a sequence, or a tile of `PREFILL_TILE` tokens of a prompt.
+On the CPU a loop (`megatron_dlm.cpu_loops`) has the former, sequence by sequence, where keys are.
 Kernels of a GPU are planned once for each shape, so they see few different ones: a row has always
 two blocks, the number of rows is rounded up to a power of 2 (of 4 for tiles), 4 at least, with rows
 that belong to nobody, and the pages of the longest to a power of 2. On the CPU, where padding costs
@@ -32,8 +33,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dlm import platform
+from megatron_dlm.models import cpu_kernels
 from megatron_dlm.models.attention import FLEX_TILE
-from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, evenly_spaced, padded, pages_for
+from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, padded, pages_for
 from megatron_dlm.rollout.tiles import Tiles
 from megatron_dlm.rollout.token_shares import TokenShares
 
@@ -68,10 +70,8 @@ class KVCache:
         head_size: d.
         dtype: Floating type of keys and values.
         device: Where they live.
-        backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" (CPU) does so where
-            those of all rows are consecutive and rows are evenly spaced, as are those of equally
-            long sequences that start together and share none, until one of them ends; else it
-            copies them into a row first.
+        backend: "flex" reads pages where they are (FlexAttention, CUDA); "sdpa" copies them into a
+            row first, but for what the CPU's loop has.
         shares: What this rank keeps of sequences that ranks share; None: all of its own ones.
     """
 
@@ -109,6 +109,13 @@ class KVCache:
         """Those of all layers, in their order."""
         return tuple(self._layers.values())
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether steps without prefill are a loop on the CPU."""
+        no_others = self.backend == "sdpa" and self.shares is None
+        on_cpu = self.device.type == "cpu" and not has_static_shapes(self.device)
+        return on_cpu and no_others and self.dtype in cpu_kernels.DTYPES
+
     def over(self, layers: Sequence[Tensor]) -> KVCache:
         """The same cache in other tensors, in the order of `layers`."""
         other = copy.copy(self)
@@ -129,6 +136,39 @@ class _Call(NamedTuple):
     queries: Tensor
     pages: Tensor
     visible: Tensor
+
+
+class _Blocks(NamedTuple):
+    """Sequences with one or two blocks in a forward, for `cpu_loops.paged_attention`.
+
+    Attributes:
+        write: [S] int64, where the keys of all tokens of the forward are stored.
+        tables: [R, pages] int64, of these sequences.
+        firsts: [R] int64, first token of each.
+        ends: [R] int64, one past the last.
+        reach: [S] int64, one past the last position that a token sees.
+    """
+
+    write: np.ndarray
+    tables: np.ndarray
+    firsts: np.ndarray
+    ends: np.ndarray
+    reach: np.ndarray
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cached: Tensor, softmax_scale: float
+    ) -> Tensor:
+        """Store all tokens' keys and values; context [S, 1, n, d], zero for other sequences."""
+        context = torch.zeros(query.shape, dtype=query.dtype)
+        cpu_kernels.loops().paged_attention(
+            *(cpu_kernels.array_of(x)[:, 0] for x in (query, key, value)),
+            cpu_kernels.array_of(cached),
+            PAGE_SIZE,
+            *self,
+            softmax_scale,
+            cpu_kernels.array_of(context)[:, 0],
+        )
+        return context
 
 
 class CacheView:
@@ -173,7 +213,7 @@ class CacheView:
         self.num_tokens = int(lengths.sum())
         self.prefills = False
         self._calls: list[_Call] = []
-        self._spacing: list[tuple[int, int] | None] = []
+        self._blocks: _Blocks | None = None
         self._tiles: list[Tiles] | None = None
         if self.num_tokens == 0:
             return
@@ -190,19 +230,28 @@ class CacheView:
             write = write[written]
 
         # Denoising slots have one or two blocks; prompts go by tiles, which read fewer keys.
-        denoises = lengths <= 2 * block_size
-        prefills = ~denoises
+        prefills = lengths > 2 * block_size
+        denoises = ~prefills & (lengths > 0)
         static = has_static_shapes(cache.device)
         num_keys = []
         arrays = []
         first_query = np.zeros_like(starts)  # of each slot, among the queries of all calls
         done = 0
         for chosen, most_queries, base in (
-            (denoises & (lengths > 0), 2 * block_size, 2),
+            (denoises, 2 * block_size, 2),
             (prefills, PREFILL_TILE, 4),
         ):
             own = chosen.nonzero()[0]
             if not len(own):
+                continue
+            if chosen is denoises and cache.has_loop:
+                noisy = positions >= noisy_starts[slots]
+                reach = np.where(noisy, ends[slots], (positions // grid + 1) * grid)
+                self._blocks = _Blocks(
+                    write, tables[own], offsets[own], offsets[own] + lengths[own], reach
+                )
+                first_query[own] = offsets[own]
+                done = self.num_tokens
                 continue
             self.prefills |= chosen is prefills
             num_queries = most_queries if static else min(most_queries, int(lengths[own].max()))
@@ -224,18 +273,15 @@ class CacheView:
                 num_pages = max(min(_bucket(num_pages, 2), tables.shape[1]), LEAST_PAGES)
                 num_rows = _bucket(num_rows, base, least=4)
                 num_keys[-1] = num_pages * PAGE_SIZE
-            pages = padded(tables[slot, :num_pages], num_rows, num_pages, NULL_PAGE)
             arrays += [
                 padded(offsets[slot, None] + query, num_rows, num_queries, 0),
-                pages,
+                padded(tables[slot, :num_pages], num_rows, num_pages, NULL_PAGE),
                 padded(reach, num_rows, num_queries, 1),  # a position of the null page
             ]
-            # Static shapes are also those of other forwards, whose pages are elsewhere.
-            self._spacing.append(None if static else evenly_spaced(pages))
             done += num_rows * num_queries
         scatter = tokens + (first_query - offsets)[slots]
-        # Rows of the same length without padding.
-        self._in_order = done == self.num_tokens and len(num_keys) == 1 and not (static or shares)
+        # Rows of the same length without padding, or none of a call.
+        self._in_order = done == self.num_tokens and len(num_keys) <= 1 and not (static or shares)
         self._write, self._scatter, *uploaded = platform.to_device(
             *map(torch.from_numpy, (write, scatter, *arrays, *written))
         )
@@ -276,16 +322,15 @@ class CacheView:
         other.num_tokens = other._write.shape[0]
         size = 3 * len(self._calls)
         other._calls = [_Call(*rest[at : at + 3]) for at in range(0, size, 3)]
-        other._spacing = [None] * len(other._calls)
         other._cache = self._cache.over(rest[size:])
         other._tiles = None
         return other
 
-    def _tiles_of(self, call: _Call, spacing: tuple[int, int] | None) -> Tiles:
+    def _tiles_of(self, call: _Call) -> Tiles:
         queries, pages, visible = call
         is_flex = self._cache.backend == "flex"
         mask = self._block_mask(pages, visible) if is_flex else visible[:, None]
-        return Tiles(queries, pages, mask, spacing, self._in_order)
+        return Tiles(queries, pages, mask, self._in_order)
 
     def _mask(self, limits: Tensor, num_keys: int) -> Tensor:
         """Limits [rows, Q] -> what is added to scores, [rows, Q, K]."""
@@ -347,7 +392,7 @@ class CacheView:
         if self.num_tokens == 0:
             return torch.zeros_like(query)
         if self._tiles is None:
-            self._tiles = list(map(self._tiles_of, self._calls, self._spacing))
+            self._tiles = list(map(self._tiles_of, self._calls))
         if self._cache.shares is not None:
             return self._attend_together(
                 layer_number, query, key, value, softmax_scale, self._cache.shares
@@ -356,9 +401,13 @@ class CacheView:
         if padding > 0:
             query, key, value = (x[: self.num_tokens] for x in (query, key, value))
         cached = self._cache.layer(layer_number)
-        for own, new in zip(cached.unbind(0), (key, value), strict=True):
-            own.index_copy_(0, self._write, new.squeeze(1))
-        contexts = [tiles.attend(query, cached, softmax_scale)[0] for tiles in self._tiles]
+        contexts = []
+        if self._blocks is not None:
+            contexts.append(self._blocks.attend(query, key, value, cached, softmax_scale))
+        else:
+            for own, new in zip(cached.unbind(0), (key, value), strict=True):
+                own.index_copy_(0, self._write, new.squeeze(1))
+        contexts += [tiles.attend(query, cached, softmax_scale)[0] for tiles in self._tiles]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         if not self._in_order:
             context = context.index_select(0, self._scatter)
@@ -398,7 +447,7 @@ class CacheView:
             Context [S, n, d], and the log-sum-exp of the scores [S, n], see `Tiles.attend`.
         """
         if self._tiles is None:
-            self._tiles = list(map(self._tiles_of, self._calls, self._spacing))
+            self._tiles = list(map(self._tiles_of, self._calls))
         cached = self._cache.layer(layer_number)
         cached[0].index_copy_(0, self._write, key.index_select(0, self._written))
         cached[1].index_copy_(0, self._write, value.index_select(0, self._written))

@@ -39,21 +39,6 @@ def padded(array: np.ndarray, rows: int, columns: int, value: int) -> np.ndarray
     return result
 
 
-def evenly_spaced(pages: np.ndarray) -> tuple[int, int] | None:
-    """How the pages of rows [rows, pages] lie.
-
-    Returns:
-        First page and distance of rows: pages[i, j] = first + i * distance + j; None if they lie
-        otherwise.
-    """
-    first, distance = int(pages[0, 0]), 0
-    if len(pages) > 1:
-        distance = int(pages[1, 0]) - first
-    rows, columns = pages.shape
-    expected = first + np.arange(rows)[:, None] * distance + np.arange(columns)
-    return (first, distance) if distance >= 0 and (pages == expected).all() else None
-
-
 def prefix_keys(
     token_ids: Tensor, length: int, block_size: int, page_size: int = PAGE_SIZE
 ) -> list[bytes]:

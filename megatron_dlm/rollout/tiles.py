@@ -27,29 +27,20 @@ class Tiles:
         pages: [rows, K / PAGE_SIZE, rounded up] int64.
         mask: [rows, 1, n / g * Q, K], added to the scores: 0 where visible, else -inf; for
             FlexAttention, K are all positions of the cache.
-        spacing: What `evenly_spaced` returns of the pages; None also where that was not asked for.
         in_order: Whether the queries are all tokens of the forward in their order.
     """
 
     queries: Tensor
     pages: Tensor
     mask: Tensor | BlockMask
-    spacing: tuple[int, int] | None = None
     in_order: bool = False
 
     def _keys_and_values(self, cached: Tensor, num_keys: int) -> Tensor:
         """Of each row, [2, rows, g, K, d], from a layer's cache."""
-        rows, (num_groups, head_size) = len(self.pages), cached.shape[2:]
-        token = num_groups * head_size
-        if self.spacing is not None:
-            first, distance = (page * PAGE_SIZE * token for page in self.spacing)
-            return cached.as_strided(
-                (2, rows, num_groups, num_keys, head_size),
-                (cached.stride(0), distance, head_size, token, 1),
-                cached.storage_offset() + first,
-            )
-        both = cached.view(2, -1, PAGE_SIZE * token).index_select(1, self.pages.flatten())
-        both = both.view(2, rows, -1, num_groups, head_size)
+        num_groups, head_size = cached.shape[2:]
+        both = cached.view(2, -1, PAGE_SIZE * num_groups * head_size)
+        both = both.index_select(1, self.pages.flatten())
+        both = both.view(2, len(self.pages), -1, num_groups, head_size)
         return both[:, :, :num_keys].transpose(2, 3)
 
     def attend(

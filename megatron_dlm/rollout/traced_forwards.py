@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from megatron_dlm.activity import ACTIVITY
 from megatron_dlm.megatron_internals import views_kept
 from megatron_dlm.models.attention import CachedAttention
+from megatron_dlm.models.cpu_kernels import IMPLEMENTATIONS
 from megatron_dlm.models.forward import Row, forward_row
 from megatron_dlm.models.model import DiffusionGPTModel, StageModel
 from megatron_dlm.rollout.kv_cache import CacheView
@@ -86,6 +87,12 @@ def _shorten(graph: Graph) -> None:
     known: dict[tuple[object, ...], Node] = {}
     for node in graph.nodes:
         target = node.target
+        if target is torch._C._set_grad_enabled:  # there are no gradients to a replay
+            graph.erase_node(node)
+            continue
+        if target in IMPLEMENTATIONS:
+            node.target = IMPLEMENTATIONS[target]
+            continue
         if target is operator.getitem:
             name, key = "", (target, *node.args)
         elif isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":

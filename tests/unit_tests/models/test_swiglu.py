@@ -27,17 +27,37 @@ TOKENS = 40
     seed=st.integers(0, 2**16),
 )
 def test_swiglu_is_its_formula(rows: int, inner: int, dtype: torch.dtype, seed: int) -> None:
-    """Values and gradients, bit for bit those of PyTorch's own operations."""
+    """Values and gradients, in float32 those of float64, else bit for bit PyTorch's own."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 1, 2 * inner, generator=generator).mul_(4).to(dtype).requires_grad_()
     gradient = torch.randn(rows, 1, inner, generator=generator).to(dtype)
-    gate, up = x.chunk(2, dim=-1)
+    own = dtype if dtype == torch.bfloat16 else torch.float64
+    wide = x.detach().to(own).requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
     expected = F.silu(gate) * up
-    (of_expected,) = torch.autograd.grad(expected, x, gradient)
+    (of_expected,) = torch.autograd.grad(expected, wide, gradient.to(own))
     actual = swiglu(x)
     (of_actual,) = torch.autograd.grad(actual, x, gradient)
-    assert torch.equal(actual, expected)
-    assert torch.equal(of_actual, of_expected)
+    with torch.no_grad():
+        assert torch.equal(swiglu(x), actual)
+    for found, wanted in ((actual, expected), (of_actual, of_expected)):
+        if own == dtype:
+            assert torch.equal(found, wanted)
+        else:
+            torch.testing.assert_close(found, wanted.float(), rtol=1e-6, atol=1e-5)
+
+
+def test_swiglu_of_large_numbers_and_of_none() -> None:
+    """Of a gate far below zero nothing is left, and what is no number stays none."""
+    gate = torch.tensor([-1e30, -200.0, -100.0, -88.0, 0.0, 88.0, 1e30, torch.inf, torch.nan])
+    x = torch.cat((gate, torch.ones(9)))[None].requires_grad_()
+    output = swiglu(x)
+    torch.testing.assert_close(output[0, :7], F.silu(gate[:7]), rtol=1e-6, atol=1e-30)
+    assert output[0, 7] == torch.inf
+    assert output[0, 8].isnan()
+    (gradient,) = torch.autograd.grad(output[0, :7].sum(), x)
+    assert gradient[0, :7].isfinite().all()
+    torch.testing.assert_close(gradient[0, 4:7], torch.tensor([0.5, 1.0, 1.0]))
 
 
 @pytest.mark.usefixtures("single_process")

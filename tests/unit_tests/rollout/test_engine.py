@@ -415,7 +415,8 @@ def test_no_prompts_and_bad_arguments(model: DiffusionGPTModel) -> None:
 
 
 def test_a_prompt_may_be_empty_in_block_diffusion(model: DiffusionGPTModel) -> None:
-    engine, prompts = make_engine(model), make_prompts([0, 5])
+    # The hidden states of a first block of MASK alone are equal: no two draws of this sample are.
+    engine, prompts = make_engine(model), make_prompts([0, 5], first_sample=2)
     assert [fields(t) for t in engine.generate(prompts, 7)] == [
         decode_without_cache(model, engine.generation, prompt, 7) for prompt in prompts
     ]

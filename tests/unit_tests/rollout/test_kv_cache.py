@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dlm.models import attention
 from megatron_dlm.rollout import kv_cache, tiles
 from megatron_dlm.rollout.kv_cache import PREFILL_TILE, CacheView, KVCache
-from megatron_dlm.rollout.pages import PAGE_SIZE, evenly_spaced
+from megatron_dlm.rollout.pages import PAGE_SIZE
 from megatron_dlm.rollout.token_shares import TokenShares
 
 HEADS, GROUPS, HEAD_SIZE, FIRST_LAYER = 4, 2, 8, 3
@@ -69,7 +69,9 @@ def random_tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     data=st.data(),
     block_size=st.sampled_from([1, 2, 4]),
     padding=st.integers(0, 3),
-    kind=st.sampled_from([("sdpa", False), ("sdpa", True), ("flex", True)]),
+    kind=st.sampled_from(
+        [("loop", False), ("loop", False), ("sdpa", False), ("sdpa", True), ("flex", True)]
+    ),
     grid=st.sampled_from([None, 1]),
     shuffled=st.booleans(),
 )
@@ -85,7 +87,8 @@ def test_ragged_forwards_against_dense_attention(
 
     With a causal context, forwards start anywhere, and some end with a noisy block.
     """
-    backend, is_static = kind
+    kernel, is_static = kind
+    backend = "flex" if kernel == "flex" else "sdpa"
     num_slots, max_pages = data.draw(st.integers(1, 5)), 3
     max_blocks = max_pages * PAGE_SIZE // block_size
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
@@ -112,7 +115,10 @@ def test_ragged_forwards_against_dense_attention(
                 noisy[-1] -= block_size * data.draw(st.integers(0, 1))
                 starts[-1] = max(starts[-1] - data.draw(st.integers(0, block_size - 1)), 0)
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        with patch.object(kv_cache, "has_static_shapes", lambda device: is_static):
+        with (
+            patch.object(kv_cache, "has_static_shapes", lambda device: is_static),
+            patch.object(KVCache, "has_loop", kernel == "loop"),
+        ):
             view = CacheView(
                 cache,
                 tables,
@@ -178,7 +184,8 @@ def test_every_position_is_kept_by_one_rank(ranks: int) -> None:
 def test_what_ranks_keep_adds_up_to_all_keys(kind: tuple[str, bool]) -> None:
     """A prompt, a block on a rank that has nothing of another sequence, and two blocks."""
     ranks, block, generator = 3, 4, torch.Generator().manual_seed(0)
-    backend, is_static = kind
+    kernel, is_static = kind
+    backend = "flex" if kernel == "flex" else "sdpa"
     tables = np.array([[2, 4], [3, 1], [5, 0]])
     keys, values = torch.zeros(2, 3, 2 * ranks * PAGE_SIZE, GROUPS, HEAD_SIZE).unbind()
     caches = [new_cache(5, backend, shares) for shares in shares_of(ranks)]
@@ -217,41 +224,30 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-EVEN_TABLES = {
-    "rows of three pages": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]],
-    "other sequences between": [[1, 2, 3], [6, 7, 8], [11, 12, 13], [16, 17, 18]],
-    "one sequence": [[2, 3, 4]],
-}
-
-
-@pytest.mark.parametrize("tables", EVEN_TABLES.values(), ids=EVEN_TABLES)
 @pytest.mark.parametrize("start", [0, 4, 60])
-def test_evenly_spaced_pages_are_read_where_they_are(tables: list[list[int]], start: int) -> None:
-    """With the same results, bit for bit, as from pages that have to be copied into rows."""
-    rows, results = len(tables), []
+def test_steps_read_pages_where_they_are(start: int) -> None:
+    """With the same results, bit for bit, wherever that is and whatever else is decoded."""
+    tables, results = np.arange(1, 13).reshape(4, 3), []
     contents = torch.randn(2, 20 * PAGE_SIZE, GROUPS, HEAD_SIZE)
-    starts, ends = np.full(rows, start), np.full(rows, start + 8)
-    query, key, value = random_tokens(8 * rows, torch.Generator().manual_seed(0))
+    query, key, value = random_tokens(32, torch.Generator().manual_seed(0))
     pages = torch.arange(1, 20)
-    for order in (pages, pages.flip(0)):  # where pages are, by their number
+    shuffled = pages[torch.randperm(19, generator=torch.Generator().manual_seed(1))]
+    for order, chosen in ((pages, [0, 1, 2, 3]), (shuffled, [0, 1, 2, 3]), (pages, [2, 0])):
         cache = new_cache(19)
         cached = cache.layer(FIRST_LAYER).view(2, 20, -1)
         cached[:, order] = contents.view(2, 20, -1)[:, 1:]
         at = torch.cat((torch.zeros(1, dtype=torch.int64), order)).numpy()
-        view = CacheView(cache, at[np.array(tables)], starts, ends, 4)
+        starts = np.full(len(chosen), start)
+        view = CacheView(cache, at[tables[chosen]], starts, starts + 8, 4)
+        of_rows = (
+            x.view(4, 8, 1, -1, HEAD_SIZE)[chosen].flatten(0, 1) for x in (query, key, value)
+        )
         with _Copies() as copies:
-            results.append(view.attend(FIRST_LAYER, query, key, value, SCALE))
-        is_one_page = rows == 1 and start + 8 <= PAGE_SIZE
-        assert copies.count == int(order is not pages and not is_one_page)
-    assert torch.equal(*results)
-
-
-def test_pages_of_rows_that_go_down_or_apart_are_copied() -> None:
-    assert evenly_spaced(np.array([[3, 4], [6, 7], [9, 10]])) == (3, 3)
-    assert evenly_spaced(np.array([[3, 4], [3, 4]])) == (3, 0)  # tiles of one prompt
-    assert evenly_spaced(np.array([[5]])) == (5, 0)
-    for pages in ([[9, 10], [6, 7]], [[3, 4], [6, 7], [8, 9]], [[3, 5], [6, 8]], [[4, 3]]):
-        assert evenly_spaced(np.array(pages)) is None
+            found = view.attend(FIRST_LAYER, *of_rows, SCALE)
+        assert not copies.count
+        results.append(found.view(len(chosen), 8, -1))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0][[2, 0]], results[2])
 
 
 def test_a_forward_of_padding_only_leaves_the_cache_alone() -> None:

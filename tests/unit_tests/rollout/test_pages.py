@@ -1,12 +1,11 @@
 import random
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.rollout.pages import PAGE_SIZE, PagePool, evenly_spaced, pages_for, prefix_keys
+from megatron_dlm.rollout.pages import PAGE_SIZE, PagePool, pages_for, prefix_keys
 from megatron_dlm.rollout.prompt_queue import PromptQueue
 from megatron_dlm.types.trajectory import Prompt
 
@@ -80,14 +79,3 @@ def test_longest_responses_start_first_and_equal_prompts_together() -> None:
         queue.pop()
     assert not queue.may_have_more
     assert order == [2, 0, 3, 1, 4]
-
-
-def test_pages_of_sequences_that_start_together_lie_evenly_again() -> None:
-    pool = PagePool(24)
-    first = [pool.allocate(3) for _ in range(8)]
-    for pages in first:
-        pool.release(pages[::-1])  # as a context does
-    again = np.array([pool.allocate(3) for _ in range(4)])
-    assert evenly_spaced(np.array(first)) == evenly_spaced(again) == (1, 3)
-    again[1] = again[3]  # the last sequence in the place of one that has ended
-    assert evenly_spaced(again[:3]) is None
