@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numba import njit
 from numpy import float32, int32
 
 ROWS_OF_SUM = 128
-"""Gradients of a weight are summed over so many rows at a time: a long sum would round more."""
+"""Gradients of a weight are summed over about so many rows at a time: a long sum rounds more."""
 
 
 def _loop(*allowed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -26,11 +27,18 @@ def _loop(*allowed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     options: dict[str, Any] = dict(fastmath={"contract", *allowed}, error_model="numpy", nogil=True)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        loop: Any = njit(**options)(function)
         try:
-            loop: Callable[..., Any] = njit(cache=True, **options)(function)
-        except RuntimeError:  # there is no folder to keep it in
+            loop.enable_caching()
+            # Numba writes what names a file before the file. Its names are numbers: two processes
+            # could take the same one, or one that ends in between leave older code under it.
+            files = loop._cache._cache_file
+            name = files._data_name_pattern.replace("{number", f"{uuid4().hex}.{{number")
+            files._data_name_pattern = name
+        except (RuntimeError, AttributeError):  # there is no folder to keep it in, or another Numba
             loop = njit(**options)(function)
-        return loop
+        kept: Callable[..., Any] = loop
+        return kept
 
     return compiled
 
@@ -134,9 +142,10 @@ def rotated_heads_backward(
     of = mixed.dtype.type
     part = np.empty_like(of_weights)
     unrotated = np.empty(size, mixed.dtype)
-    for start in range(0, tokens, ROWS_OF_SUM):
+    tokens_of_sum = max(ROWS_OF_SUM // (groups * max(heads - 2, 1)), 1)
+    for start in range(0, tokens, tokens_of_sum):
         part[:] = 0
-        for token in range(start, min(start + ROWS_OF_SUM, tokens)):
+        for token in range(start, min(start + tokens_of_sum, tokens)):
             cos, sin = rotation[0, token], rotation[1, token, half:]
             for group in range(groups):
                 for head in range(heads - 1):
@@ -170,8 +179,8 @@ def _exp(x: Any) -> Any:
     """The exponential of a float32 below 88, to 2e-7, in operations that become vectors' ones.
 
     It is 2^n exp(r) with |r| <= log(2) / 2, where log(2) is the sum of two numbers of which n times
-    the first is exact (Cody and Waite 1980), and exp(r) are eight terms of its series. Where it is
-    not a normal number, it is 0.
+    the first is exact (Cody and Waite 1980), and exp(r) are eight terms of its series. Below
+    -87, where it is 2e-38, it is 0.
     """
     t = max(x, float32(-87))
     n = np.floor(t * float32(1.4426950408889634) + float32(0.5))
@@ -190,7 +199,7 @@ def _exp(x: Any) -> Any:
 
 @_loop()
 def _sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)) of a float32; 0 where it is not a normal number."""
+    """1 / (1 + exp(-x)) of a float32; 0 from -87 down."""
     found = float32(1) / (float32(1) + _exp(min(-x, float32(87))))
     return found if x > float32(-87) else float32(0)
 

@@ -60,6 +60,8 @@ class RotatedSelfAttention(SelfAttention):
             self._rotation.is_cpu
             and self._rotation.dtype in cpu_kernels.DTYPES
             and normalises == isinstance(norms[0], RMSNorm)
+            # A hook expects a call of its module.
+            and not any(norm and (norm._forward_hooks or norm._forward_pre_hooks) for norm in norms)
         ):
             kwargs["split_qkv"] = False
             mixed, _ = super().get_query_key_value_tensors(*args, **kwargs)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -11,8 +12,14 @@ from hypothesis import given
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_dlm.config import Config
 from megatron_dlm.models import cpu_kernels
+from megatron_dlm.models.architecture import architecture_from_hf
+from megatron_dlm.models.attention_layout import clean_layout
+from megatron_dlm.models.forward import Row, forward_hidden
+from megatron_dlm.models.model_provider import build_model
 from megatron_dlm.models.self_attention import _RotatedHeads, rotation
+from tests.tiny import DENSE
 
 EPS = 1e-6
 
@@ -136,17 +143,43 @@ def test_memory_of_an_array_stays_while_it_is_used_and_can_be_given_back() -> No
     assert cpu_kernels.array_of(torch.empty(0, 4)).shape == (0, 4)
 
 
-@pytest.mark.slow
-def test_loops_are_compiled_where_there_is_no_folder_to_keep_them_in() -> None:
+def _norm_elsewhere(**environment: str) -> None:
+    """Call a kernel in a process of its own."""
     script = (
         "import torch; from megatron_dlm.models import cpu_kernels;"
         "print(cpu_kernels.rms_norm(torch.full((1, 4), 2.0), torch.ones(4), 0.0).tolist())"
     )
-    nowhere = {
-        "NUMBA_CACHE_DIR": "/proc/none",
-        "NUMBA_CACHE_LOCATOR_CLASSES": "_UserProvidedCacheLocator",
-    }
     result = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | nowhere, capture_output=True, text=True
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
     )
     assert result.stdout == "[[1.0, 1.0, 1.0, 1.0]]\n", result.stderr
+
+
+@pytest.mark.slow
+def test_loops_are_kept_under_names_of_their_own_or_not_at_all(tmp_path: Path) -> None:
+    """Of two processes that compile at once, none reads what the other one's index names."""
+    for processes in (1, 2):
+        _norm_elsewhere(NUMBA_CACHE_DIR=str(tmp_path))
+        kept = list(tmp_path.glob("**/*rms_norm-*.nbc"))
+        assert len(kept) == processes
+        for index in tmp_path.glob("**/*rms_norm-*.nbi"):  # as if the other one had not written it
+            index.unlink()
+    _norm_elsewhere(
+        NUMBA_CACHE_DIR="/proc/none", NUMBA_CACHE_LOCATOR_CLASSES="_UserProvidedCacheLocator"
+    )
+
+
+@pytest.mark.usefixtures("single_process")
+def test_norms_with_hooks_are_called() -> None:
+    sizes = {**DENSE, "model_type": "qwen3", "rope_theta": 1e4}
+    architecture = architecture_from_hf(sizes, "config.json")
+    model = build_model(architecture, Config.from_dict({"device": "cpu"})).eval()
+    tokens = torch.arange(8)
+    row = Row(tokens, tokens, clean_layout([8], "causal", 1))
+    (expected,) = forward_hidden(model, [row]) or []
+    calls = []
+    norm = model.decoder.layers[0].self_attention.k_layernorm
+    norm.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    (found,) = forward_hidden(model, [row]) or []
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
