@@ -36,7 +36,8 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 # What commands import and the CPU's kernels, compiled once, also for later starts where it is set.
 COMPILE_IMPORTS := python -c 'import importlib, pkgutil; import megatron_dlm.commands as commands; \
-	from megatron_dlm.models import cpu_kernels; cpu_kernels.compile_all(); \
+	import torch; from megatron_dlm.cpu_loops.library import loops_for; \
+	[loops_for(dtype) for dtype in (torch.float32, torch.float64)]; \
 	[importlib.import_module(f"{commands.__name__}.{each.name}") \
 	for each in pkgutil.iter_modules(commands.__path__)]'
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dlm import platform
+from megatron_dlm.cpu_loops.library import loops_for
 from megatron_dlm.models import cpu_kernels
 from megatron_dlm.models.attention import FLEX_TILE
 from megatron_dlm.rollout.pages import NULL_PAGE, PAGE_SIZE, padded, pages_for
@@ -41,6 +42,9 @@ from megatron_dlm.rollout.token_shares import TokenShares
 
 # Queries of a row in prefill. A tile reads the keys of its sequence once.
 PREFILL_TILE = 64
+
+# Queries of a sequence that a loop on the CPU has at once: its keys are read once for all of them.
+_TOKENS_OF_TILE = 16
 
 # Pages of a row of static shape: a size of one would be another kind for the compiler.
 LEAST_PAGES = 2
@@ -139,7 +143,7 @@ class _Call(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """Sequences with one or two blocks in a forward, for `cpu_loops.paged_attention`.
+    """Sequences with one or two blocks in a forward, for `paged_attention`.
 
     Attributes:
         write: [S] int64, where the keys of all tokens of the forward are stored.
@@ -147,26 +151,44 @@ class _Blocks(NamedTuple):
         firsts: [R] int64, first token of each.
         ends: [R] int64, one past the last.
         reach: [S] int64, one past the last position that a token sees.
+        where: [greatest reach + 3] int64, scratch: positions in the cache, of one tile.
     """
 
-    write: np.ndarray
-    tables: np.ndarray
-    firsts: np.ndarray
-    ends: np.ndarray
-    reach: np.ndarray
+    write: Tensor
+    tables: Tensor
+    firsts: Tensor
+    ends: Tensor
+    reach: Tensor
+    where: Tensor
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, cached: Tensor, softmax_scale: float
     ) -> Tensor:
         """Store all tokens' keys and values; context [S, 1, n, d], zero for other sequences."""
         context = torch.zeros(query.shape, dtype=query.dtype)
-        cpu_kernels.loops().paged_attention(
-            *(cpu_kernels.array_of(x)[:, 0] for x in (query, key, value)),
-            cpu_kernels.array_of(cached),
+        tokens, _, groups, size = key.shape
+        shared = query.shape[2] // groups
+        loops_for(query.dtype).paged_attention(
+            *(x.contiguous() for x in (query, key, value)),
+            tokens,
+            groups,
+            shared,
+            size,
+            cached,
+            cached.shape[1],
             PAGE_SIZE,
-            *self,
+            self.write,
+            self.tables,
+            self.firsts,
+            self.ends,
+            *self.tables.shape,
+            self.reach,
             softmax_scale,
-            cpu_kernels.array_of(context)[:, 0],
+            self.where,
+            query.new_empty(_TOKENS_OF_TILE * shared, len(self.where)),
+            len(self.where),
+            _TOKENS_OF_TILE,
+            context,
         )
         return context
 
@@ -247,9 +269,10 @@ class CacheView:
             if chosen is denoises and cache.has_loop:
                 noisy = positions >= noisy_starts[slots]
                 reach = np.where(noisy, ends[slots], (positions // grid + 1) * grid)
-                self._blocks = _Blocks(
-                    write, tables[own], offsets[own], offsets[own] + lengths[own], reach
-                )
+                where = np.empty(int(reach.max()) + 3, np.int64)
+                own_ends = offsets[own] + lengths[own]
+                arrays_of = write, tables[own], offsets[own], own_ends, reach, where
+                self._blocks = _Blocks(*map(torch.from_numpy, arrays_of))
                 first_query[own] = offsets[own]
                 done = self.num_tokens
                 continue

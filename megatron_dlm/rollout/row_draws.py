@@ -9,13 +9,16 @@ n: tokens drawn at once; v: columns of the vocabulary.
 import torch
 from torch import Tensor
 
-from megatron_dlm.models import cpu_kernels
+from megatron_dlm.cpu_loops.library import loops_for
 
 MOST_COLUMNS = 1024
 """Columns up to which this is faster than blocks."""
 
 MOST_LOGITS = 1 << 16
 """Logits drawn from at once: what is computed from them stays in cache."""
+
+_COLUMNS_OF_SUM = 64
+"""Columns of a row whose weights are summed apart."""
 
 
 def draw_from_rows(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -32,8 +35,16 @@ def draw_from_rows(logits: Tensor, uniforms: Tensor, temperature: float) -> Tens
         distribution, [3, n] float64.
     """
     drawn = torch.empty(3, len(logits), dtype=torch.float64)
-    array_of = cpu_kernels.array_of
-    cpu_kernels.loops().draw_from_rows(
-        array_of(logits), array_of(uniforms), temperature, array_of(drawn)
+    rows, columns = logits.shape
+    loops_for(torch.float32).draw_from_rows(
+        logits.contiguous(),
+        uniforms.contiguous(),
+        rows,
+        columns,
+        temperature,
+        logits.new_empty(columns),
+        drawn.new_empty(-(-columns // _COLUMNS_OF_SUM)),
+        _COLUMNS_OF_SUM,
+        drawn,
     )
     return drawn

@@ -15,8 +15,8 @@ ROOT = Path(megatron_dlm.__file__).parent
 ORDER = (
     ("errors", "object_exchange"),
     ("regular_file", "launcher", "activity", "output_file", "terminal", "megatron_internals"),
-    ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges", "api_key", "cpu_loops"),
-    ("platform", "rank_watch", "stop_request", "server_requests"),
+    ("json_file", "yaml_file", "entry", "extras", "seeding", "ranges", "api_key"),
+    ("platform", "cpu_loops", "rank_watch", "stop_request", "server_requests"),
     ("types", "sandbox", "idle"),
     ("training.manifest", "training.run_folder", "training.run_history"),
     (

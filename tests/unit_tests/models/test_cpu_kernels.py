@@ -1,5 +1,6 @@
 """Kernels of layers on the CPU against formulas in float64; `RMSNorm` and SwiGLU have their own."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from hypothesis import given
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_dlm import cpu_loops
 from megatron_dlm.config import Config
+from megatron_dlm.cpu_loops.library import loops_for
 from megatron_dlm.models import cpu_kernels
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.models.attention_layout import clean_layout
@@ -131,42 +134,44 @@ def test_what_tracers_are_told_is_what_kernels_return() -> None:
             )
 
 
-def test_memory_of_an_array_stays_while_it_is_used_and_can_be_given_back() -> None:
-    x = torch.arange(6.0).view(2, 3)
-    array = cpu_kernels.array_of(x.T)  # of a copy that nothing else refers to
-    torch.full((1000, 6), 7.0)  # would lie in its place
-    assert array.tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
-    own = cpu_kernels.array_of(x.requires_grad_())
-    own[0, 0] = 9.0
-    assert x[0, 0] == 9.0
-    x.untyped_storage().resize_(0)  # as offloading does
-    assert cpu_kernels.array_of(torch.empty(0, 4)).shape == (0, 4)
-
-
-def _norm_elsewhere(**environment: str) -> None:
-    """Call a kernel in a process of its own."""
-    script = (
-        "import torch; from megatron_dlm.models import cpu_kernels;"
-        "print(cpu_kernels.rms_norm(torch.full((1, 4), 2.0), torch.ones(4), 0.0).tolist())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert result.stdout == "[[1.0, 1.0, 1.0, 1.0]]\n", result.stderr
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(4, dtype=torch.float64), torch.ones(4, 2)[:, 0], torch.ones(4, device="meta")],
+)
+def test_a_loop_takes_numbers_of_its_type_that_lie_together(other: Tensor) -> None:
+    x, output = torch.ones(1, 4), torch.zeros(1, 4)
+    with pytest.raises(ctypes.ArgumentError, match=r"not torch\.float32"):
+        loops_for(torch.float32).rms_norm(x, other, 1, 4, 0.0, output)
+    assert not output.any()
 
 
 @pytest.mark.slow
-def test_loops_are_kept_under_names_of_their_own_or_not_at_all(tmp_path: Path) -> None:
-    """Of two processes that compile at once, none reads what the other one's index names."""
-    for processes in (1, 2):
-        _norm_elsewhere(NUMBA_CACHE_DIR=str(tmp_path))
-        kept = list(tmp_path.glob("**/*rms_norm-*.nbc"))
-        assert len(kept) == processes
-        for index in tmp_path.glob("**/*rms_norm-*.nbi"):  # as if the other one had not written it
-            index.unlink()
-    _norm_elsewhere(
-        NUMBA_CACHE_DIR="/proc/none", NUMBA_CACHE_LOCATOR_CLASSES="_UserProvidedCacheLocator"
+def test_loops_are_compiled_once_and_loaded_without_numba(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from megatron_dlm.models import cpu_kernels;"
+        "print(cpu_kernels.rms_norm(torch.full((1, 4), 2.0), torch.ones(4), 0.0).tolist());"
+        "print('numba' in sys.modules)"
     )
+
+    def compiles(pycache: Path, caches: Path) -> bool:
+        folders = {"PYTHONPYCACHEPREFIX": str(pycache), "XDG_CACHE_HOME": str(caches)}
+        command = [sys.executable, "-c", script]
+        environment = os.environ | folders
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        norm, has_numba = result.stdout.splitlines()
+        assert norm == "[[1.0, 1.0, 1.0, 1.0]]"
+        assert (has_numba == "True") == result.stderr.startswith("compiling loops")
+        return has_numba == "True"
+
+    nowhere = Path("/proc/none")
+    assert compiles(nowhere, tmp_path)
+    (kept,) = tmp_path.glob("megatron_dlm/float32.*.o")
+    assert not compiles(nowhere, tmp_path)
+    beside = tmp_path / "pycache" / Path(cpu_loops.__file__).parent.relative_to("/")
+    beside.mkdir(parents=True)
+    kept.rename(beside / kept.name)
+    assert not compiles(tmp_path / "pycache", nowhere)
+    assert compiles(nowhere, nowhere)
 
 
 @pytest.mark.usefixtures("single_process")
