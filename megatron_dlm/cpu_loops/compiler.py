@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding as llvm
-from numba import cfunc, types
+from numba import cfunc, config, types
 
 from megatron_dlm.cpu_loops import decoding, layers  # noqa: F401, register their loops
 from megatron_dlm.cpu_loops.loop import LOOPS
+from megatron_dlm.errors import bad_value
 
 _OF_C = {"exp", "log", "sqrt", "memcpy", "memset"}
 """What loops may call of C's library."""
@@ -24,7 +25,15 @@ def compiled(floats: str, processor: Any) -> tuple[dict[str, list[str]], bytes]:
     Returns:
         What the arguments of each loop are annotated with, and an object file that has a function
         of C by the loop's name.
+
+    Raises:
+        UserError: Numba is told not to compile, or to check indices, which raises.
+        RuntimeError: Loops call what a process without Numba does not have.
     """
+    for switch in ("DISABLE_JIT", "BOUNDSCHECK"):
+        if getattr(config, switch):
+            problem = "kernels on the CPU cannot be compiled with it"
+            raise bad_value(f"NUMBA_{switch}", getattr(config, switch), problem, "unset it")
     of = {
         "Floats": types.CPointer(getattr(types, floats)),
         "Doubles": types.CPointer(types.float64),
@@ -74,6 +83,7 @@ def _drop_what_is_not_called(module: Any, entries: set[str], processor: Any) -> 
     passes.run(module, llvm.create_pass_builder(processor, llvm.create_pipeline_tuning_options()))
     everything = [*module.functions, *module.global_variables]
     missing = {each.name for each in everything if each.is_declaration} - _OF_C
+    # What LLVM itself makes calls of is in C's library too.
     missing = {name for name in missing if not name.startswith("llvm.")}
     if missing:
         raise RuntimeError(f"loops call {sorted(missing)}, which a process without Numba has not")

@@ -80,10 +80,13 @@ def _arguments(
     mixed: Tensor, rotation: Tensor, query: Tensor | None, key: Tensor | None, eps: float
 ) -> tuple[Any, ...]:
     """What both loops of heads take, but for the heads: tensors, sizes, eps."""
-    tokens, _, groups, width = mixed.shape
+    tokens, rows, groups, width = mixed.shape
     size = rotation.shape[-1]
+    if rows != 1 or width % size or rotation.numel() != 2 * tokens * size:
+        raise ValueError(f"mixed {tuple(mixed.shape)} with rotation {tuple(rotation.shape)}")
     read = (None if x is None else x.contiguous() for x in (mixed, rotation, query, key))
-    return *read, query is not None, tokens, groups, width // size, size, eps
+    normalises = query is not None and key is not None
+    return *read, normalises, tokens, groups, width // size, size, eps
 
 
 @_operation(

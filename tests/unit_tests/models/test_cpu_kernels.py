@@ -13,9 +13,10 @@ from hypothesis import given
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_dlm import cpu_loops
 from megatron_dlm.config import Config
+from megatron_dlm.cpu_loops import library
 from megatron_dlm.cpu_loops.library import loops_for
+from megatron_dlm.errors import UserError
 from megatron_dlm.models import cpu_kernels
 from megatron_dlm.models.architecture import architecture_from_hf
 from megatron_dlm.models.attention_layout import clean_layout
@@ -145,6 +146,55 @@ def test_a_loop_takes_numbers_of_its_type_that_lie_together(other: Tensor) -> No
     assert not output.any()
 
 
+def test_code_is_kept_where_it_can_be_or_not_at_all(tmp_path: Path) -> None:
+    places = [Path("/proc/none/a.o"), tmp_path / "new" / "b.o", tmp_path / "c.o"]
+    library._keep(b"code", places)
+    assert [file.read_bytes() for file in tmp_path.glob("**/*.*")] == [b"code"]
+    library._keep(b"code", places[:1])
+
+
+def test_code_that_is_damaged_or_of_other_sources_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops_for(torch.float32)
+    kept = next(file for file in library._files(torch.float32) if file.is_file()).read_bytes()
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library._read(torch.float32) is None
+    beside, in_cache = library._files(torch.float32)
+    for file in beside, in_cache:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(kept)
+    for damaged in (kept[:30_000], b"", kept[:-1] + b"x"):
+        beside.write_bytes(damaged)
+        assert library._read(torch.float32) is not None  # the other one's
+    in_cache.write_bytes(kept[:30_000])
+    assert library._read(torch.float32) is None
+    key = library._key_now()
+    assert key in beside.name
+    monkeypatch.setenv("NUMBA_OPT", "0")
+    assert library._key_now() != key
+
+
+@pytest.mark.parametrize("switch", ["DISABLE_JIT", "BOUNDSCHECK"])
+def test_switches_of_numba_that_loops_cannot_be_compiled_with(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numba import config  # which takes a second
+
+    from megatron_dlm.cpu_loops.compiler import compiled
+
+    monkeypatch.setattr(config, switch, 1)
+    with pytest.raises(UserError, match=f"NUMBA_{switch} = 1: .*; unset it"):
+        compiled("float32", library._processor())
+
+
+def test_rotations_are_of_all_tokens() -> None:
+    mixed, turn = torch.randn(5, 1, 2, 4 * 6), rotation(torch.rand(4, 3), torch.float32)
+    with pytest.raises(ValueError, match="rotation"):
+        cpu_kernels.rotated_heads(mixed, turn, None, None, EPS)
+
+
 @pytest.mark.slow
 def test_loops_are_compiled_once_and_loaded_without_numba(tmp_path: Path) -> None:
     script = (
@@ -167,11 +217,10 @@ def test_loops_are_compiled_once_and_loaded_without_numba(tmp_path: Path) -> Non
     assert compiles(nowhere, tmp_path)
     (kept,) = tmp_path.glob("megatron_dlm/float32.*.o")
     assert not compiles(nowhere, tmp_path)
-    beside = tmp_path / "pycache" / Path(cpu_loops.__file__).parent.relative_to("/")
+    beside = tmp_path / "pycache" / Path(library.__file__).parent.relative_to("/")
     beside.mkdir(parents=True)
     kept.rename(beside / kept.name)
     assert not compiles(tmp_path / "pycache", nowhere)
-    assert compiles(nowhere, nowhere)
 
 
 @pytest.mark.usefixtures("single_process")
