@@ -7,7 +7,7 @@ context parallelism the layout of a rank's share of a row has more tokens than t
 values of the clean ones among them are gathered (`megatron_dlm.models.context_parallel`).
 
 S: tokens of the packed row or of a share of one; K: keys; n: query heads, g: key/value heads of
-this tensor-parallel rank; d: head size.
+this tensor-parallel rank; d: head size; R: tiles of queries, L: queries of one.
 """
 
 import functools
@@ -22,18 +22,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.fx.experimental import _config as fx_config
+from torch.nn.attention import SDPBackend
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megatron_dlm.models.attention_layout import (
-    DocumentBatch,
-    Field,
-    LayoutCache,
-    document_batches,
-)
+from megatron_dlm.models.attention_layout import Field, LayoutCache
 from megatron_dlm.models.block_mask import block_mask
+from megatron_dlm.models.query_tiles import TileBatch, TileBatches, tile_batches
 
 # FlexAttention works in tiles of this many tokens and is fastest when the row is a multiple of it.
 FLEX_TILE = 128
@@ -45,30 +43,28 @@ _WITH_SUMS: dict[str, Any] = (
 )
 """What makes FlexAttention return the log-sum-exp of its scores."""
 
-_document_batches = LayoutCache(document_batches)
+_tile_batches = LayoutCache(tile_batches)
 
 
-def _document_biases(
-    layout: Tensor, queries: int, keys: int, dtype: torch.dtype
-) -> list[tuple[DocumentBatch, Tensor]]:
-    """Each batch of documents of a row and what is added to its scores: [D, 1, L, K], 0 or -inf.
+def _biases(layout: Tensor, queries: int, keys: int, dtype: torch.dtype) -> list[Tensor]:
+    """What is added to the scores of each batch of tiles of a row: [R, 1, L, K], 0 or -inf.
 
     PyTorch's kernels take no other masks. Made of a boolean one in each layer, each would be kept
     for backward: S^2 numbers a layer.
     """
     return [
-        (batch, torch.zeros_like(batch.mask, dtype=dtype).masked_fill_(~batch.mask, -math.inf))
-        for batch in _document_batches(layout, queries, keys).batches
+        torch.zeros_like(batch.mask, dtype=dtype).masked_fill_(~batch.mask, -math.inf)
+        for batch in _tile_batches(layout, queries, keys).batches
     ]
 
 
 # Of one row: they are many times as large as what they are made of.
-_document_biases_of_row = LayoutCache(_document_biases, capacity=1)
+_biases_of_row = LayoutCache(_biases, capacity=1)
 
 
 def release_masks() -> None:
     """Free what the layers of the last row had in common; to be called after the last one."""
-    _document_biases_of_row.clear()
+    _biases_of_row.clear()
 
 
 @runtime_checkable
@@ -85,7 +81,7 @@ class CachedAttention(Protocol):
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Tensor, softmax_scale: float
 ) -> Tensor:
-    """Reference backend: PyTorch's scaled dot product attention over the padded documents of a row.
+    """Reference backend: PyTorch's scaled dot product attention over tiles of a row's queries.
 
     Args:
         query: [S, 1, n, d].
@@ -97,31 +93,106 @@ def sdpa_attention(
     Returns:
         Context [S, 1, n, d]; zero for padding tokens.
     """
-    row = _document_batches(layout, len(query), len(key))
+    row = _tile_batches(layout, len(query), len(key))
     if not row.batches:  # a row of padding only: the rank just takes part in collectives
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
-
-    def attend(batch: DocumentBatch, bias: Tensor) -> Tensor:  # -> [D * L, n, d]
-        documents = len(bias)
-
-        def by_document(x: Tensor, tokens: Tensor) -> Tensor:  # -> [D, heads, L or K, d]
-            return x[:, 0].index_select(0, tokens).unflatten(0, (documents, -1)).transpose(1, 2)
-
+    biases = _biases_of_row(layout, len(query), len(key), query.dtype)
+    read = query[:, 0], key[:, 0], value[:, 0]
+    if query.is_cpu and _has_cpu_kernel(query.dtype, query.shape[2], *key.shape[2:]):
+        context: Tensor = _TileAttention.apply(*read, row, softmax_scale, *biases)
+        return context[:, None]
+    contexts = []
+    for batch, bias in zip(row.batches, biases, strict=True):
         context = F.scaled_dot_product_attention(
-            by_document(query, batch.queries),
-            by_document(key, batch.keys),
-            by_document(value, batch.keys),
+            *_of_tiles(*read, batch),
             attn_mask=bias,
             scale=softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return context.transpose(1, 2).flatten(0, 1)
+        contexts.append(context.transpose(1, 2).flatten(0, 1))
+    return _of_row(contexts, row)[:, None]
 
-    biases = _document_biases_of_row(layout, len(query), len(key), query.dtype)
-    context = torch.cat([attend(*each) for each in biases]).index_select(0, row.scatter)
-    if row.is_padding is not None:
-        context = context.masked_fill(row.is_padding, 0.0)
-    return context[:, None]
+
+def _by_tile(x: Tensor, tokens: Tensor, tiles: int) -> Tensor:
+    """Of x [tokens, heads, d] those of each tile, [R, heads, L or K, d]."""
+    return x.index_select(0, tokens).unflatten(0, (tiles, -1)).transpose(1, 2)
+
+
+def _of_tiles(
+    query: Tensor, key: Tensor, value: Tensor, batch: TileBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = len(batch.mask)
+    keys, values = (_by_tile(x, batch.keys, tiles) for x in (key, value))
+    return _by_tile(query, batch.queries, tiles), keys, values
+
+
+def _of_row(tiles: list[Tensor], row: TileBatches) -> Tensor:
+    """Of each batch [R * L, n, d] -> [S, n, d], zero for padding tokens."""
+    x = (torch.cat(tiles) if len(tiles) > 1 else tiles[0]).index_select(0, row.scatter)
+    return x if row.is_padding is None else x.masked_fill_(row.is_padding, 0.0)
+
+
+@functools.cache
+def _has_cpu_kernel(dtype: torch.dtype, heads: int, groups: int, size: int) -> bool:
+    """Whether PyTorch's has, whose versions differ in whether keys may have fewer heads."""
+    query, key = (torch.zeros(1, number, 1, size, dtype=dtype) for number in (heads, groups))
+    bias = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    chosen = torch._fused_sdp_choice(query, key, key, attn_mask=bias, enable_gqa=True)
+    return bool(chosen == SDPBackend.FLASH_ATTENTION.value)
+
+
+class _TileAttention(torch.autograd.Function):
+    """PyTorch's kernel on the CPU, which keeps no copy of queries, keys and values by tile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row: TileBatches,
+        softmax_scale: float,
+        *biases: Tensor,
+    ) -> Tensor:
+        contexts, sums = [], []
+        for batch, bias in zip(row.batches, biases, strict=True):
+            context, sum_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_of_tiles(query, key, value, batch), attn_mask=bias, scale=softmax_scale
+            )
+            contexts.append(context.transpose(1, 2).flatten(0, 1))
+            sums.append(sum_)
+        result = _of_row(contexts, row)
+        ctx.save_for_backward(query, key, value, result, *sums, *biases)
+        ctx.row, ctx.softmax_scale = row, softmax_scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, result, *others = ctx.saved_tensors
+        row = ctx.row
+        batches = row.batches
+        of_queries, of_key, of_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        for number, batch in enumerate(batches):
+            sums, bias = others[number], others[len(batches) + number]
+            tiles = len(bias)
+            own = gradient.index_select(0, batch.queries).masked_fill_(batch.is_padding, 0.0)
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            found = backward(
+                own.unflatten(0, (tiles, -1)).transpose(1, 2),
+                *_of_tiles(query, key, value, batch),
+                _by_tile(result, batch.queries, tiles),
+                sums,
+                0.0,
+                False,
+                attn_mask=bias,
+                scale=ctx.softmax_scale,
+            )
+            of_query, of_tile_key, of_tile_value = (x.transpose(1, 2).flatten(0, 1) for x in found)
+            of_queries.append(of_query)
+            of_key.index_add_(0, batch.keys, of_tile_key)
+            of_value.index_add_(0, batch.keys, of_tile_value)
+        return _of_row(of_queries, row), of_key, of_value, None, None, *[None] * len(batches)
 
 
 _block_masks = LayoutCache(functools.partial(block_mask, tile=FLEX_TILE))

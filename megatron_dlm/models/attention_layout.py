@@ -19,12 +19,11 @@ a noisy block is its first position.
 Sources: BD3-LM (Arriola et al. 2025) for the three-part mask; OPDLM section 3 for its use here;
 DiffuLLaMA (Gong et al. 2025) for annealing, a Bernoulli draw for each pair.
 
-S: tokens of a packed row. D: documents. L: longest document.
+S: tokens of a packed row.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -50,9 +49,6 @@ class Field:
     KEY = 4
     ANNEALING_THRESHOLD = 5
 
-
-SHORT = 128
-"""Tokens up to which a document is not worth a dense batch of its own size."""
 
 DRAW_UNIT = 2**24
 """Upper bound of a pair's draw (exclusive); as a threshold it makes every pair visible."""
@@ -226,139 +222,6 @@ def queries_and_keys(layout: Tensor, queries: int, keys: int) -> tuple[Tensor, T
         return layout, layout
     gathered, own = layout.split((layout.shape[1] - queries, queries), dim=1)
     return own, torch.cat((gathered, own[:, layout.shape[1] - keys :]), dim=1)
-
-
-@dataclass(frozen=True)
-class DocumentBatch:
-    """Documents of a row, of similar lengths, seen as a padded batch.
-
-    Attributes:
-        queries: [D * L] int64, index of each query of the padded batch (0 where padded).
-        keys: [D * K] int64, index of each key of the padded batch (0 where padded).
-        mask: [D, 1, L, K] bool, true where visible. Padded queries see everything, so that no
-            softmax is empty.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class DocumentBatches:
-    """A packed row seen as padded batches of its documents, for dense attention kernels.
-
-    Attributes:
-        batches: Documents of a batch are longer than half the longest, or short; none in a row of
-            padding.
-        scatter: [S] int64, index into the batches laid end to end of each query (0 for padding
-            tokens).
-        is_padding: [S, 1, 1] bool for the padding among the queries, or None if there is none.
-    """
-
-    batches: Sequence[DocumentBatch]
-    scatter: Tensor
-    is_padding: Tensor | None
-
-
-def document_batches(layout: Tensor, queries: int, keys: int) -> DocumentBatches:
-    """Regroup a row by document; documents must be numbered 0, 1, ... in the row.
-
-    Attention costs less than four times the sum of squared lengths, instead of S^2; no pair of
-    different documents is computed.
-
-    Args:
-        layout: As in `queries_and_keys`.
-        queries: Number of queries.
-        keys: Number of keys.
-    """
-    device = layout.device
-    # On the host, which needs two of the numbers: one wait for the device, not one for each step.
-    asking, asked = queries_and_keys(platform.to_host(layout), queries, keys)
-    lengths = _lengths(asked)
-    # Only documents that ask: a share of a row may have none of one.
-    asks = _lengths(asking, len(lengths)) > 0
-    groups = _of_similar_length((lengths * asks).tolist())
-    gather_queries, scatter, query_fields, longest_queries = _padded(asking, groups)
-    gather_keys, _, key_fields, longest_keys = _padded(asked, groups)
-    is_padding = asking[Field.DOCUMENT] == PADDING_DOCUMENT
-    query_fields, key_fields = query_fields.to(device), key_fields.to(device)
-    gather_queries, gather_keys, scatter = platform.to_device(gather_queries, gather_keys, scatter)
-    batches, query_start, key_start = [], 0, 0
-    for group, most_queries, most_keys in zip(groups, longest_queries, longest_keys, strict=True):
-        own_queries = slice(query_start, query_start + len(group) * most_queries)
-        own_keys = slice(key_start, key_start + len(group) * most_keys)
-        query = query_fields[:, own_queries].view(len(layout), len(group), most_queries, 1)
-        key = key_fields[:, own_keys].view(len(layout), len(group), 1, most_keys)
-        mask = visible(query, key) | (query[Field.DOCUMENT] == PADDING_DOCUMENT)
-        batches.append(
-            DocumentBatch(gather_queries[own_queries], gather_keys[own_keys], mask[:, None])
-        )
-        query_start, key_start = own_queries.stop, own_keys.stop
-    return DocumentBatches(
-        batches=batches,
-        scatter=scatter,
-        is_padding=is_padding[:, None, None].to(device) if bool(is_padding.any()) else None,
-    )
-
-
-def _lengths(layout: Tensor, documents: int = 0) -> Tensor:
-    """Tokens of each document of a layout, of at least so many documents."""
-    document = layout[Field.DOCUMENT].long()
-    return torch.bincount(document[document != PADDING_DOCUMENT], minlength=documents)
-
-
-def _padded(
-    layout: Tensor, groups: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Tokens of documents laid into padded batches, one a group; other documents are left out.
-
-    Returns:
-        The token at each place of the batches, laid end to end; the place of each token; the
-        layout's fields at each place, of padding where there is no token; and the length that each
-        group is padded to.
-    """
-    lengths = _lengths(layout)
-    sizes = lengths.tolist()
-    places, longest, end = [-1] * len(sizes), [], 0
-    for group in groups:
-        longest.append(max(sizes[number] for number in group))
-        for number in group:
-            places[number] = end
-            end += longest[-1]
-    document, place = layout[Field.DOCUMENT].long(), torch.tensor(places, dtype=torch.long)
-    tokens = (document != PADDING_DOCUMENT).nonzero()[:, 0]
-    tokens = tokens[document[tokens].argsort(stable=True)]
-    starts = lengths.cumsum(0) - lengths
-    offset = torch.arange(len(tokens)) - starts[document[tokens]]
-    laid = place[document[tokens]] >= 0
-    tokens, offset = tokens[laid], offset[laid]
-    scatter = torch.zeros_like(document)
-    scatter[tokens] = place[document[tokens]] + offset
-    gather = torch.zeros(end, dtype=torch.long)
-    gather[scatter[tokens]] = tokens
-    filled = torch.zeros(end, dtype=torch.bool)
-    filled[scatter[tokens]] = True
-    fields = layout[:, gather].clone()
-    fields[Field.DOCUMENT][~filled] = PADDING_DOCUMENT
-    return gather, scatter, fields, longest
-
-
-def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Documents grouped so that none is at most half as long as the longest; not those of length 0.
-
-    Short ones stay together: another kernel would cost more than padding them.
-    """
-    groups: list[list[int]] = []
-    longest = 0
-    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not lengths[document]:
-            break
-        if not groups or 2 * max(lengths[document], SHORT) <= longest:
-            groups.append([])
-            longest = lengths[document]
-        groups[-1].append(document)
-    return [sorted(group) for group in groups]
 
 
 T = TypeVar("T")

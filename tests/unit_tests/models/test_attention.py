@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megatron_dlm.models import attention, attention_layout
+from megatron_dlm.models import attention, attention_layout, query_tiles
 from megatron_dlm.models.attention import FLEX_TILE, flex_attention_over_row, sdpa_attention
 from megatron_dlm.models.attention_layout import (
     DRAW_UNIT,
     LayoutCache,
     block_diffusion_block_ids,
     clean_layout,
-    document_batches,
     pad_layout,
     pair_draws,
 )
 from megatron_dlm.models.block_mask import block_mask, tile_visibility
+from megatron_dlm.models.query_tiles import tile_batches
 from megatron_dlm.types.diffusion_kind import ContextAttention
 from tests.unit_tests.models.dense_attention import (
     dense_attention,
@@ -203,18 +203,40 @@ def test_sdpa_equals_a_dense_softmax(
     query = torch.randn(length, 1, num_heads, head_size)
     key, value = torch.randn(2, length, 1, num_groups, head_size).unbind(0)
     expected = dense_attention(query.double(), key.double(), value.double(), layout, 0.3)
-    with mock.patch.object(attention_layout, "SHORT", short):
+    with mock.patch.multiple(query_tiles, SHORT=short, TILE=4):
         actual = sdpa_attention(query, key, value, layout, 0.3)
-        batches = document_batches(layout, length, length).batches
+        batches = tile_batches(layout, length, length).batches
     assert torch.allclose(actual.double(), expected, atol=1e-5)
     lengths = layout[0][layout[0] >= 0].bincount()
-    assert sum(len(batch.mask) for batch in batches) == len(lengths)
+    assert sum(int((~batch.is_padding).sum()) for batch in batches) == int(lengths.sum())
     padded = sum(batch.mask.numel() for batch in batches)
     assert short > 1 or padded < 4 * int(lengths.square().sum())
 
 
-@given(layouts())
-def test_sdpa_gradients_equal_a_dense_softmax(layout: torch.Tensor) -> None:
+@pytest.mark.parametrize(("streams", "most"), [(0, 0.62), (1, 0.36)])
+def test_of_long_documents_only_what_tiles_see_is_computed(streams: int, most: float) -> None:
+    """All pairs are 1; half of the clean ones are visible, and as many for each noisy stream."""
+    position = torch.arange(2048, dtype=torch.int32)
+    none = torch.zeros_like(position)
+    layout = torch.cat(
+        [
+            torch.stack((none, position // 4, none + stream, position))
+            for stream in range(streams + 1)
+        ],
+        dim=1,
+    )
+    length = layout.shape[1]
+    batches = tile_batches(layout, length, length).batches
+    assert sum(batch.mask.numel() for batch in batches) < most * length**2
+    assert len(batches) <= 12
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@given(layouts(), st.sampled_from([1, 128]))
+def test_sdpa_gradients_equal_a_dense_softmax(
+    kernel: bool, layout: torch.Tensor, short: int
+) -> None:
+    """With the kernel of the CPU, and as where PyTorch has none for these heads."""
     torch.manual_seed(0)
     length = layout.shape[1]
     inputs = [torch.randn(length, 1, heads, 4, dtype=torch.float64) for heads in (4, 2, 2)]
@@ -222,7 +244,11 @@ def test_sdpa_gradients_equal_a_dense_softmax(layout: torch.Tensor) -> None:
     gradients = []
     for attend in (sdpa_attention, dense_attention):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        (attend(*leaves, layout, 0.5) * weight).sum().backward()
+        with (
+            mock.patch.multiple(query_tiles, SHORT=short, TILE=4),
+            mock.patch.object(attention, "_has_cpu_kernel", return_value=kernel),
+        ):
+            (attend(*leaves, layout, 0.5) * weight).sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     for actual, expected in zip(*gradients, strict=True):
         assert torch.allclose(actual, expected, atol=1e-9)

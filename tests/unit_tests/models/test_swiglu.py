@@ -86,7 +86,7 @@ def test_what_is_kept_for_backward(kind: str) -> None:
         return tensor
 
     forward_hidden(model, rows)
-    assert not attention._document_biases_of_row._entries, "a mask is kept after the last layer"
+    assert not attention._biases_of_row._entries, "a mask is kept after the last layer"
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = forward_row(model, rows[0], equally_long)
     assert hidden.requires_grad
