@@ -98,7 +98,10 @@ def sdpa_attention(
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
     biases = _biases_of_row(layout, len(query), len(key), query.dtype)
     read = query[:, 0], key[:, 0], value[:, 0]
-    if query.is_cpu and _has_cpu_kernel(query.dtype, query.shape[2], *key.shape[2:]):
+    heads = query.shape[2], *key.shape[2:]
+    # The switch is the one of `torch.nn.attention.sdpa_kernel`, for the CPU too.
+    fused = query.is_cpu and torch.backends.cuda.flash_sdp_enabled()
+    if fused and _has_cpu_kernel(query.dtype, *heads):
         context: Tensor = _TileAttention.apply(*read, row, softmax_scale, *biases)
         return context[:, None]
     contexts = []
