@@ -46,7 +46,9 @@ _WITH_SUMS: dict[str, Any] = (
 _tile_batches = LayoutCache(tile_batches)
 
 
-def _biases(layout: Tensor, queries: int, keys: int, dtype: torch.dtype) -> list[Tensor]:
+def _biases(
+    layout: Tensor, queries: int, keys: int, cuts: bool, dtype: torch.dtype
+) -> list[Tensor]:
     """What is added to the scores of each batch of tiles of a row: [R, 1, L, K], 0 or -inf.
 
     PyTorch's kernels take no other masks. Made of a boolean one in each layer, each would be kept
@@ -54,7 +56,7 @@ def _biases(layout: Tensor, queries: int, keys: int, dtype: torch.dtype) -> list
     """
     return [
         torch.zeros_like(batch.mask, dtype=dtype).masked_fill_(~batch.mask, -math.inf)
-        for batch in _tile_batches(layout, queries, keys).batches
+        for batch in _tile_batches(layout, queries, keys, cuts).batches
     ]
 
 
@@ -93,15 +95,17 @@ def sdpa_attention(
     Returns:
         Context [S, 1, n, d]; zero for padding tokens.
     """
-    row = _tile_batches(layout, len(query), len(key))
-    if not row.batches:  # a row of padding only: the rank just takes part in collectives
-        return query * 0.0 + (key.sum() + value.sum()) * 0.0
-    biases = _biases_of_row(layout, len(query), len(key), query.dtype)
-    read = query[:, 0], key[:, 0], value[:, 0]
-    heads = query.shape[2], *key.shape[2:]
     # The switch is the one of `torch.nn.attention.sdpa_kernel`, for the CPU too.
     fused = query.is_cpu and torch.backends.cuda.flash_sdp_enabled()
-    if fused and _has_cpu_kernel(query.dtype, *heads):
+    fused = fused and _has_cpu_kernel(query.dtype, query.shape[2], *key.shape[2:])
+    # Without it, keys of each tile would be kept for backward.
+    of_row = layout, len(query), len(key), fused
+    row = _tile_batches(*of_row)
+    if not row.batches:  # a row of padding only: the rank just takes part in collectives
+        return query * 0.0 + (key.sum() + value.sum()) * 0.0
+    biases = _biases_of_row(*of_row, query.dtype)
+    read = query[:, 0], key[:, 0], value[:, 0]
+    if fused:
         context: Tensor = _TileAttention.apply(*read, row, softmax_scale, *biases)
         return context[:, None]
     contexts = []

@@ -65,17 +65,18 @@ class TileBatches:
     is_padding: Tensor | None
 
 
-def tile_batches(layout: Tensor, queries: int, keys: int) -> TileBatches:
+def tile_batches(layout: Tensor, queries: int, keys: int, cuts: bool) -> TileBatches:
     """Cut a row into tiles; no pair of different documents is computed.
 
     Args:
         layout: As in `queries_and_keys`.
         queries: Number of queries.
         keys: Number of keys.
+        cuts: Whether documents are cut; else each is one tile, and none of its keys in two.
     """
     # On the host, which needs the numbers: one wait for the device, not one for each step.
     asking, asked = queries_and_keys(platform.to_host(layout), queries, keys)
-    tiles = sorted(_tiles(asking.numpy(), asked.numpy()), key=lambda tile: -len(tile[1]))
+    tiles = sorted(_tiles(asking.numpy(), asked.numpy(), cuts), key=lambda tile: -len(tile[1]))
     groups = [tiles[group] for group in _of_similar_size([len(seen) for _, seen in tiles])]
     places, scatter, end = [], np.zeros(queries, np.int64), 0
     for group in groups:
@@ -110,7 +111,9 @@ def _batch(
     return TileBatch(queries.flatten(), keys.flatten(), mask[:, None], no_query.view(-1, 1, 1))
 
 
-def _tiles(asking: np.ndarray, asked: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _tiles(
+    asking: np.ndarray, asked: np.ndarray, cuts: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each tile of a row: indices of its queries, and of keys among which are all that it sees."""
     is_annealed = len(asking) > Field.ANNEALING_THRESHOLD
     queries, keys = _in_order(asking), _in_order(asked)
@@ -128,8 +131,15 @@ def _tiles(asking: np.ndarray, asked: np.ndarray) -> Iterator[tuple[np.ndarray, 
         num_clean = int((asked[Field.STREAM][others] == CLEAN).sum())
         clean, noisy = others[:num_clean], others[num_clean:]
         clean_blocks, noisy_blocks = asked[Field.BLOCK][clean], noisy_block(asked, noisy)
-        size = len(own) if len(own) <= SHORT else max(TILE, -(-len(own) // 16))
-        for tile in np.array_split(own, -(-len(own) // size)):
+        # Where each clean token may see all of them, to cut them saves nothing.
+        see_all = is_annealed or (num_clean and clean_blocks[0] == clean_blocks[-1])
+        uncut = int((asking[Field.STREAM][own] == CLEAN).sum()) if see_all else 0
+        size = max(TILE, -(-len(own) // 16))
+        tiles = [own]
+        if cuts and len(own) > SHORT:
+            rest = own[uncut:]
+            tiles = [own[:uncut], *np.array_split(rest, max(-(-len(rest) // size), 1))]
+        for tile in filter(len, tiles):
             is_clean = asking[Field.STREAM][tile] == CLEAN
             end = (asking[Field.BLOCK][tile] + is_clean).max()
             seen = (

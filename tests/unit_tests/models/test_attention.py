@@ -205,7 +205,7 @@ def test_sdpa_equals_a_dense_softmax(
     expected = dense_attention(query.double(), key.double(), value.double(), layout, 0.3)
     with mock.patch.multiple(query_tiles, SHORT=short, TILE=4):
         actual = sdpa_attention(query, key, value, layout, 0.3)
-        batches = tile_batches(layout, length, length).batches
+        batches = tile_batches(layout, length, length, cuts=True).batches
     assert torch.allclose(actual.double(), expected, atol=1e-5)
     lengths = layout[0][layout[0] >= 0].bincount()
     assert sum(int((~batch.is_padding).sum()) for batch in batches) == int(lengths.sum())
@@ -226,9 +226,17 @@ def test_of_long_documents_only_what_tiles_see_is_computed(streams: int, most: f
         dim=1,
     )
     length = layout.shape[1]
-    batches = tile_batches(layout, length, length).batches
+    (whole,) = tile_batches(layout, length, length, cuts=False).batches
+    assert whole.mask.shape == (1, 1, length, length)
+    batches = tile_batches(layout, length, length, cuts=True).batches
     assert sum(batch.mask.numel() for batch in batches) < most * length**2
     assert len(batches) <= 12
+
+
+def test_clean_tokens_that_see_all_of_each_other_are_one_tile() -> None:
+    layout = clean_layout([600], "full", 1)
+    (batch,) = tile_batches(layout, 600, 600, cuts=True).batches
+    assert batch.mask.shape == (1, 1, 600, 600)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
